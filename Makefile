@@ -1,0 +1,67 @@
+# Every chore, one way. `make demo` and `make test` need root and nothing else: what is missing on a Debian 12
+# machine is installed, what is there already costs a second.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump clang-format
+
+.PHONY: help demo test lint bench golden clean packages-run packages-test
+
+help:
+	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
+	@echo "make test    run every test that this machine can run (root)"
+	@echo "make lint    ruff, mypy --strict, clang-format"
+	@echo "make bench   print what udpwatch costs on this machine (root)"
+	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
+	@echo "make clean   remove the virtual environment and what the tools left"
+
+demo: packages-run $(VENV)/.run
+	@$(BIN)/udpwatch demo
+
+test: packages-test $(VENV)/.dev
+	@$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: packages-test $(VENV)/.dev build/types/udpwatch
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent
+	clang-format --dry-run --Werror bpf/*.c bpf/*.h
+
+bench: packages-test $(VENV)/.dev
+	@$(BIN)/python tests/bench/bench.py
+
+golden: packages-test $(VENV)/.dev
+	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# dpkg is asked first, so that a machine that has everything needs no network.
+packages-run: PACKAGES = $(RUN_PACKAGES)
+packages-test: PACKAGES = $(TEST_PACKAGES)
+packages-run packages-test:
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done); \
+	if [ -n "$$missing" ]; then \
+		[ $$(id -u) = 0 ] || { echo "udpwatch: these Debian packages are missing: $$missing; run this as root to install them" >&2; exit 77; }; \
+		echo "installing" $$missing; \
+		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; } >/dev/null; \
+	fi
+
+# bcc belongs to Debian's own interpreter: the virtual environment is made over that one and sees its packages.
+$(VENV)/bin/python:
+	@/usr/bin/python3 -m venv --system-site-packages $(VENV)
+
+$(VENV)/.run: pyproject.toml | packages-run $(VENV)/bin/python
+	@$(BIN)/pip install -qq --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | packages-test $(VENV)/bin/python
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
+	@touch $@ $(VENV)/.run
+
+build/types/udpwatch:
+	@mkdir -p build/types && ln -sfn ../.. $@

@@ -1,0 +1,305 @@
+"""Wires the stages together: kernel -> enrich -> state -> views. Signals, order of start, order of stop.
+
+Three kinds of threads: the main one owns the state and answers the socket; one reads the sensor, which may block
+on netlink; views that may block on their reader (HTTP, event file) have their own. State changes on the main
+thread only; HTTP reads the snapshot that was last put down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from udpwatch.agent import __version__
+from udpwatch.agent.config import Settings
+from udpwatch.agent.enrich.process import Processes
+from udpwatch.agent.kernel import capabilities, cgroup
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.kernel.features import VMLINUX_BTF
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.model import Event, Increase, Reading, Row, Snapshot
+from udpwatch.agent.state import About, State
+from udpwatch.agent.views import api
+from udpwatch.agent.views.events import EventWriter, as_json
+from udpwatch.agent.views.http import HttpView
+from udpwatch.agent.views.metrics import exposition
+
+READ_SECONDS = 0.5
+HEALTH_SECONDS = 2.0
+STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
+
+log = logging.getLogger(__name__)
+
+
+def limits(settings: Settings) -> Limits:
+    """The kernel programs' limits that follow from the settings."""
+    return Limits(
+        window_ns=int(settings.window * 1e9),
+        max_peers=settings.max_peers,
+        max_findings=max(8_192, 2 * settings.max_series),
+        events_per_second=settings.events_per_second,
+    )
+
+
+def notes(sensor: ReplySensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
+    """What this machine does not allow and what follows, a line each."""
+    features, lines = sensor.features, []
+    if not watched.is_root:
+        where = "this container's part of the node" if cgroup.in_own_namespace() else "a part of the node"
+        lines.append(
+            f"only {where} is watched: {watched.path} is not the root of cgroup v2; give the host's with --cgroup"
+        )
+    if not features.conntrack:
+        lines.append(
+            f"conntrack cannot be read from the packet ({features.conntrack_reason}); each suspected reply is "
+            "checked over netlink before it is reported, and the verdict is 'unknown'"
+        )
+    if not features.netns_cookie:
+        lines.append(
+            "this kernel does not tell a packet's network namespace: an answer through another socket is missed"
+        )
+    if not features.current:
+        lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
+    lines += [probe.reason for probe in sensor.probes() if not probe.attached]
+    return tuple(lines)
+
+
+class _SensorThread(threading.Thread):
+    """Reads the sensor and hands what it read to the main thread."""
+
+    def __init__(
+        self,
+        sensor: ReplySensor,
+        forget: float,
+        loop: asyncio.AbstractEventLoop,
+        on_events: Callable[[list[Event]], None],
+        on_reading: Callable[[Reading, list[str]], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        super().__init__(name="sensor", daemon=True)
+        self._sensor, self._forget_ns, self._loop = sensor, int(forget * 1e9), loop
+        self._on_events, self._on_reading, self._on_failure = on_events, on_reading, on_failure
+        self._stopping = threading.Event()
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except Exception as error:
+            self._call(self._on_failure, error)
+
+    def _run(self) -> None:
+        next_reading = next_health = 0.0
+        while not self._stopping.is_set():
+            self._sensor.wait(READ_SECONDS)
+            self._pass_events()
+            now = time.monotonic()
+            if now >= next_reading:
+                changes = []
+                if now >= next_health:
+                    changes = self._sensor.keep_attached()
+                    next_health = now + HEALTH_SECONDS
+                self._call(self._on_reading, self._sensor.read(self._forget_ns), changes)
+                next_reading = now + READ_SECONDS
+        self._pass_events()
+        self._call(self._on_reading, self._sensor.read(self._forget_ns), [])
+
+    def _pass_events(self) -> None:
+        events = list(self._sensor.events())
+        if events:
+            self._call(self._on_events, events)
+
+    def _call(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to tell
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def stop(self) -> None:
+        """Take a last reading and end."""
+        self._stopping.set()
+        self.join(10)
+
+
+class App:
+    """The agent, from `open` to `close`."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
+        self._settings = settings
+        self._started = time.time()
+        self._processes = Processes()
+        self._failure: BaseException | None = None
+        self._done = asyncio.Event()
+        self._read_at = time.monotonic()
+        with contextlib.ExitStack() as opened:
+            self._http: HttpView | None = None
+            if settings.metrics_listen:
+                self._http = HttpView(settings.metrics_listen.host, settings.metrics_listen.port)
+                opened.callback(self._http.stop, started=False)
+            self._events: EventWriter | None = None
+            if settings.events:
+                self._events = EventWriter(settings.events, self._lose_from_thread, self._reader_gone)
+            self._api: api.Api | None = None
+            if settings.socket:
+                listener = api.bind(settings.socket)
+                opened.callback(settings.socket.unlink, missing_ok=True)
+                opened.callback(listener.close)
+                self._api = api.Api(listener, settings.socket, lambda: self._snapshot)
+            self._cgroup = cgroup.find(settings.cgroup)
+            opened.callback(self._cgroup.close)
+            self._sensor = ReplySensor.open(self._cgroup, limits(settings), settings.btf or VMLINUX_BTF)
+            opened.pop_all()
+        self._inside = self._cgroup.contains(os.getpid())
+        self._seen = False
+        self._state = State(
+            About(
+                version=__version__,
+                kernel=os.uname().release,
+                node=settings.node,
+                mode=self._sensor.features.mode,
+                started=self._started,
+                notes=notes(self._sensor, self._cgroup),
+            ),
+            settings.max_series,
+            settings.forget,
+        )
+        self._snapshot: Snapshot = self._state.snapshot(False, self._started)
+
+    async def run(self) -> None:
+        """Work until SIGTERM or SIGINT; raises what ended it otherwise. Everything is closed afterwards."""
+        self._loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._done.set)
+        self._drop_capabilities()
+        sensor = _SensorThread(
+            self._sensor, self._settings.forget, self._loop, self._on_events, self._on_reading, self._on_failure
+        )
+        self._announce()
+        self._seen = self._sees_packets()
+        self._on_reading(self._sensor.read(int(self._settings.forget * 1e9)), [])
+        if self._events:
+            self._events.start()
+        if self._http:
+            self._http.start(exposition(lambda: self._snapshot), self._healthy, self._ready)
+        if self._api:
+            await self._api.start()
+        sensor.start()
+        log.info(
+            "ready" if self._snapshot.ready else "not ready: %s", *[] if self._snapshot.ready else [self._ready()[1]]
+        )
+        await self._done.wait()
+        await asyncio.to_thread(sensor.stop)
+        await asyncio.sleep(0)  # what the sensor said last
+        await self._close()
+        if self._failure:
+            raise self._failure
+
+    async def _close(self) -> None:
+        if self._events:
+            await asyncio.to_thread(self._events.stop)
+        if self._api:
+            await self._api.stop()
+        if self._http:
+            await asyncio.to_thread(self._http.stop)
+        self._sensor.close()
+        self._cgroup.close()
+
+    def _announce(self) -> None:
+        watched = "the whole node" if self._cgroup.is_root else self._cgroup.path
+        log.info(
+            "udpwatch %s on kernel %s watches %s (mode %s)",
+            __version__,
+            os.uname().release,
+            watched,
+            self._sensor.features.mode,
+        )
+        for note in self._snapshot.notes:
+            log.warning("%s", note)
+        if self._http:
+            log.info("metrics on %s/metrics", self._http.url)
+
+    def _drop_capabilities(self) -> None:
+        """Keep what attaching again needs, and in mode netlink what entering namespaces needs."""
+        keep = {Capability.BPF, Capability.NET_ADMIN}
+        if not self._sensor.features.conntrack:
+            keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
+        if Capability.BPF not in capabilities.effective():
+            keep.add(Capability.SYS_ADMIN)
+        capabilities.drop_all_but(keep)
+
+    def _sees_packets(self) -> bool:
+        """Packets of our own are the proof, where they pass the watched cgroup; elsewhere the kernel's word is."""
+        if not self._inside:
+            return self._sensor.attached
+        if self._sensor.canary():
+            return True
+        log.warning("a datagram sent over loopback was not seen by the programs: is lo up here?")
+        return False
+
+    def _on_events(self, events: list[Event]) -> None:
+        if not self._events:
+            return
+        offset = time.time() - time.monotonic()
+        for event in events:
+            process = self._processes.lookup(event.pid, event.finding.process)
+            self._events.put(as_json(event, process, self._settings.node, event.time / 1e9 + offset))
+
+    def _on_reading(self, reading: Reading, changes: list[str]) -> None:
+        now = time.time()
+        for line in changes:
+            log.warning("%s", line)
+        for row in self._state.add(reading, self._name_of, now):
+            log.warning("%s", describe(row))
+        attached = all(probe.attached for probe in reading.probes if probe.name in ("ingress", "egress"))
+        if attached and not self._seen:
+            self._seen = self._sees_packets()
+        self._snapshot = self._state.snapshot(attached and self._seen, now)
+        self._read_at = time.monotonic()
+
+    def _name_of(self, increase: Increase) -> str:
+        return self._processes.lookup(increase.pid, increase.finding.process).name
+
+    def _on_failure(self, error: BaseException) -> None:
+        self._failure = error
+        self._done.set()
+
+    def _lose_from_thread(self, stage: str) -> None:
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._state.lose, stage)
+
+    def _reader_gone(self) -> None:
+        """Nobody reads standard output any more: as any program in a pipe, stop."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._done.set)
+
+    def _healthy(self) -> tuple[bool, str]:
+        age = time.monotonic() - self._read_at
+        return age < STALLED_SECONDS, f"last reading {age:.1f} s ago"
+
+    def _ready(self) -> tuple[bool, str]:
+        if self._snapshot.ready:
+            return True, "ready"
+        missing = [f"{probe.name}: {probe.reason}" for probe in self._snapshot.probes if not probe.attached]
+        return False, "; ".join(missing) or "no packet of our own was seen yet"
+
+
+def describe(row: Row) -> str:
+    """A finding in one line."""
+    return (
+        f"wrong reply: {row.process} (pid {row.pid}), port {row.port}/udp, was asked at {row.expected} and answered "
+        f"from {row.actual}; cause {row.cause}, conntrack verdict {row.verdict}"
+    )
+
+
+def run(settings: Settings) -> None:
+    """Run the agent in the foreground until it is told to stop; raises UdpwatchError."""
+
+    async def main() -> None:
+        await App(settings).run()
+
+    asyncio.run(main())

@@ -1,0 +1,179 @@
+"""Settings: flags, then UDPWATCH_* environment variables, then one TOML file, in that order of strength.
+
+Every setting is one line of SETTINGS; the flag, the variable and the key of the file have its name.
+"""
+
+from __future__ import annotations
+
+import socket
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from udpwatch.agent.errors import UsageError
+
+OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """HOST:PORT to listen on."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of `udpwatch run`, checked."""
+
+    metrics_listen: Address | None
+    events: str | None
+    socket: Path | None
+    cgroup: str | None
+    btf: Path | None
+    window: float  # seconds
+    max_peers: int
+    max_series: int
+    events_per_second: int
+    forget: float  # seconds
+    node: str
+
+
+class _Rejected(ValueError):
+    """What would be accepted."""
+
+
+def _listen(value: object) -> Address | None:
+    text = str(value)
+    if text == OFF:
+        return None
+    host, colon, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise _Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
+    return Address(host, int(port))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _Rejected("a text that is not empty")
+    return value
+
+
+def _path_or_off(value: object) -> Path | None:
+    text = _text(value)
+    return None if text == OFF else Path(text)
+
+
+def _file(value: object) -> Path:
+    path = Path(_text(value))
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _Rejected(f"a file that can be read ({error.strerror})") from None
+    return path
+
+
+def _number(low: float, high: float) -> Callable[[object], float]:
+    def parse(value: object) -> float:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | float | str):
+                raise ValueError
+            number = float(value)
+        except ValueError:
+            number = float("nan")
+        if not low <= number <= high:
+            raise _Rejected(f"a number from {low:g} to {high:g}")
+        return number
+
+    return parse
+
+
+def _integer(low: int, high: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        try:
+            if isinstance(value, bool) or not isinstance(value, int | str):
+                raise ValueError
+            number = int(value)
+        except ValueError:
+            number = low - 1
+        if not low <= number <= high:
+            raise _Rejected(f"a whole number from {low} to {high}")
+        return number
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting: how it is called, read, and explained."""
+
+    name: str
+    parse: Callable[[object], Any]
+    default: object  # goes through `parse` too; None: not set
+    metavar: str
+    help: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "UDPWATCH_" + self.name.upper()
+
+
+SETTINGS = (
+    Setting(
+        "metrics_listen", _listen, "127.0.0.1:9953", "HOST:PORT", "where Prometheus finds /metrics; 'off': nowhere"
+    ),
+    Setting("events", _text, None, "FILE", "write each event as a JSON line to FILE, '-' for standard output"),
+    Setting("socket", _path_or_off, "/run/udpwatch/udpwatch.sock", "PATH", "the agent's Unix socket; 'off': none"),
+    Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 folder (default: the whole node)"),
+    Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
+    Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long a request is remembered (conntrack: 30)"),
+    Setting("max_peers", _integer(16, 1 << 22), 65_536, "N", "conversations remembered at once; 170 bytes each"),
+    Setting("max_series", _integer(1, 100_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
+    Setting("events_per_second", _integer(1, 100_000), 10, "N", "events of one finding; counts are always exact"),
+    Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after it was quiet for so long"),
+    Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
+)
+
+
+def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], file: Path | None) -> Settings:
+    """Settings from the three sources; raises UsageError that names key, value and what would be accepted."""
+    from_file = _read(file) if file else {}
+    values: dict[str, Any] = {}
+    for setting in SETTINGS:
+        value: object
+        if (value := flags.get(setting.name)) is not None:
+            source = setting.flag
+        elif (value := environment.get(setting.variable)) is not None:
+            source = setting.variable
+        elif (value := from_file.get(setting.name)) is not None:
+            source = f"{file}: {setting.name}"
+        else:
+            source, value = setting.flag, setting.default
+        try:
+            values[setting.name] = None if value is None else setting.parse(value)
+        except _Rejected as accepted:
+            raise UsageError(f"{source}: {value!r} is not accepted; it takes {accepted}") from None
+    values["node"] = values["node"] or socket.gethostname()
+    return Settings(**values)
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config: cannot read {str(file)!r}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config: {str(file)!r} is not TOML: {error}") from None
+    unknown = content.keys() - {setting.name for setting in SETTINGS}
+    if unknown:
+        names = " ".join(setting.name for setting in SETTINGS)
+        raise UsageError(f"{file}: {min(unknown)!r} is no setting; it takes {names}")
+    return content

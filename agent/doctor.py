@@ -1,0 +1,274 @@
+"""`udpwatch doctor`: tries what udpwatch needs and says what works, what does not, what follows, what to change.
+
+Everything is tried, nothing is concluded from a version number: the programs are really loaded and attached for a
+moment, and a datagram of our own must be seen by them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from udpwatch.agent import __version__
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
+from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
+from udpwatch.agent.kernel.loader import HOOKS, Limits
+from udpwatch.agent.kernel.reply import ReplySensor
+
+_WIDTH = 80
+_NAME_WIDTH = 14
+
+
+class Status(StrEnum):
+    """What a check says of the machine."""
+
+    OK = "ok"
+    WARN = "warn"  # udpwatch works, with less
+    FAIL = "fail"  # udpwatch cannot work
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was tried."""
+
+    name: str
+    status: Status
+    found: str
+    change: str = ""  # what to do about it
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All checks, and what follows from them."""
+
+    version: str
+    checks: tuple[Check, ...]
+    mode: str | None  # None: it cannot work
+    works: bool
+
+
+def examine(cgroup_path: str | None, btf: Path | None) -> Report:
+    """Try everything. Raises UsageError for a cgroup path that is none."""
+    checks = [_kernel(), _lockdown(), _btf(btf or features.VMLINUX_BTF), _capabilities()]
+    mode = None
+    try:
+        watched = cgroup.find(cgroup_path)
+    except UdpwatchError as error:
+        if error.exit_status == 2:
+            raise
+        checks.append(Check("cgroup v2", Status.FAIL, str(error)))
+        return Report(__version__, tuple(checks), None, False)
+    with contextlib.closing(watched):
+        checks += [_cgroup(watched), _neighbours(watched), _conntrack()]
+        try:
+            sensor = ReplySensor.open(watched, Limits(), btf or features.VMLINUX_BTF)
+        except UdpwatchError as error:
+            checks.append(Check("sensor", Status.FAIL, str(error)))
+        else:
+            with contextlib.closing(sensor):
+                mode = sensor.features.mode
+                checks += _sensor(sensor, watched)
+    works = all(check.status is not Status.FAIL for check in checks)
+    return Report(__version__, tuple(checks), mode if works else None, works)
+
+
+def _kernel() -> Check:
+    name = os.uname()
+    return Check("kernel", Status.OK, f"{name.sysname} {name.release} {name.machine}")
+
+
+def _lockdown() -> Check:
+    try:
+        try:
+            text = Path("/sys/kernel/security/lockdown").read_text()
+        except FileNotFoundError:
+            folder = mounts.open_private("securityfs")
+            try:
+                with os.fdopen(os.open("lockdown", os.O_RDONLY, dir_fd=folder)) as file:
+                    text = file.read()
+            finally:
+                os.close(folder)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return Check("lockdown", Status.OK, "this kernel has none")
+        return Check("lockdown", Status.WARN, f"cannot be read: {error.strerror}", "run doctor as root")
+    level = text.partition("[")[2].partition("]")[0] or text.strip()
+    if level == "confidentiality":
+        return Check(
+            "lockdown",
+            Status.WARN,
+            f"{level}: kernel memory may not be read, so conntrack is asked over netlink",
+            "boot with lockdown=integrity if conntrack shall be read from the packet",
+        )
+    return Check("lockdown", Status.OK, level)
+
+
+def _btf(path: Path) -> Check:
+    try:
+        features.conntrack_offsets(path)
+    except OSError as error:
+        return Check(
+            "BTF", Status.WARN, f"{path}: {error.strerror}", "use a kernel with CONFIG_DEBUG_INFO_BTF=y, or give --btf"
+        )
+    except LookupError as error:
+        return Check(
+            "BTF", Status.WARN, f"{path} does not describe {error.args[0]}", "load nf_conntrack, or give --btf"
+        )
+    except UdpwatchError as error:
+        return Check("BTF", Status.FAIL, str(error))
+    return Check("BTF", Status.OK, f"{path} describes sk_buff and nf_conn")
+
+
+def _capabilities() -> Check:
+    have = capabilities.effective()
+    if Capability.SYS_ADMIN in have:
+        have |= {Capability.BPF, Capability.PERFMON}
+    missing = sorted(set(Capability) - have)
+    if not missing:
+        return Check("capabilities", Status.OK, " ".join(map(str, Capability)))
+    found = "missing: " + "; ".join(f"{capability} ({PURPOSE[capability]})" for capability in missing)
+    if not capabilities.may_load(have):
+        return Check("capabilities", Status.FAIL, found, "run udpwatch as root, or with CAP_BPF and CAP_NET_ADMIN")
+    if Capability.PERFMON not in have:
+        return Check("capabilities", Status.WARN, found, "add CAP_PERFMON")
+    # What is missing is needed only without CAP_PERFMON, which is there.
+    return Check("capabilities", Status.OK, " ".join(str(c) for c in Capability if c in have))
+
+
+def _cgroup(watched: cgroup.Cgroup) -> Check:
+    if watched.is_root:
+        return Check("cgroup v2", Status.OK, f"{watched.path}, the root: every process of this node is below it")
+    reason = "a container with a cgroup namespace of its own" if cgroup.in_own_namespace() else "not the root"
+    return Check(
+        "cgroup v2",
+        Status.WARN,
+        f"{watched.path} ({reason}): only processes below it are watched",
+        "mount the host's /sys/fs/cgroup into the container and give it with --cgroup",
+    )
+
+
+def _neighbours(watched: cgroup.Cgroup) -> Check:
+    names: dict[str, list[str]] = {}
+    try:
+        for hook in HOOKS:
+            for program in bpf.program_query(watched.fd, hook.attach):
+                names.setdefault(_program_name(program), []).append(hook.attach.name)
+    except OSError as error:
+        return Check("other programs", Status.WARN, f"cannot be listed: {error.strerror}", "run doctor as root")
+    if not names:
+        return Check("other programs", Status.OK, "none on these hooks of this cgroup")
+    found = "; ".join(f"{name} on {', '.join(hooks)}" for name, hooks in sorted(names.items()))
+    if any(name.startswith("cil_") for name in names):
+        return Check(
+            "other programs",
+            Status.WARN,
+            f"Cilium is here: {found}",
+            "Cilium 1.18 without socket load balancing may detach other programs; udpwatch attaches again and counts "
+            "it in udpwatch_probe_reattached_total",
+        )
+    return Check("other programs", Status.OK, f"{found}; they and udpwatch do not disturb each other")
+
+
+def _program_name(program: int) -> str:
+    try:
+        fd = bpf.program_fd(program)
+    except OSError:
+        return f"program {program}"
+    try:
+        return bpf.program_info(fd).name or f"program {program}"
+    finally:
+        os.close(fd)
+
+
+def _conntrack() -> Check:
+    # Imported here: it takes a fifth of a second, and only doctor and mode netlink need it.
+    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
+    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket  # noqa: PLC0415
+
+    try:
+        with NFCTSocket(nfgen_family=socket.AF_INET) as conntrack:
+            entries = conntrack.count()[0].get_attr("CTA_STATS_GLOBAL_ENTRIES")
+    except (NetlinkError, OSError) as error:
+        number = getattr(error, "code", None) or getattr(error, "errno", None) or 0
+        return Check(
+            "conntrack",
+            Status.WARN,
+            f"cannot be asked over netlink: {os.strerror(number)}",
+            "load nf_conntrack_netlink if this node uses NAT; without NAT nothing is lost",
+        )
+    return Check("conntrack", Status.OK, f"answers over netlink; {entries} entries in this namespace")
+
+
+def _sensor(sensor: ReplySensor, watched: cgroup.Cgroup) -> list[Check]:
+    found = sensor.features
+    checks = [Check("bcc", Status.OK, f"{sensor.bcc_version} compiles and loads without kernel headers")]
+    for probe in sensor.probes():
+        if probe.attached:
+            walked = f"; the verifier walked {probe.instructions} instructions" if probe.instructions else ""
+            checks.append(Check(probe.name, Status.OK, f"attached{walked}"))
+        else:
+            checks.append(Check(probe.name, Status.WARN, probe.reason, "causes will be 'unknown' on this hook"))
+    if watched.contains(os.getpid()):
+        seen = sensor.canary()
+        checks.append(
+            Check("test packet", Status.OK, "a datagram and its answer over loopback were seen")
+            if seen
+            else Check(
+                "test packet",
+                Status.FAIL,
+                "a datagram sent over loopback was not seen",
+                "bring lo up in this namespace",
+            )
+        )
+    conntrack = "its verdict is read from each packet" if found.conntrack else found.conntrack_reason
+    checks.append(Check("conntrack read", Status.OK if found.conntrack else Status.WARN, conntrack))
+    for name, has, without in (
+        ("netns cookie", found.netns_cookie, "an answer through another socket of the namespace is missed"),
+        ("sender", found.current, "the process behind a connected socket is not known"),
+    ):
+        text = "known to the packet programs" if has else f"not known to the packet programs: {without}"
+        checks.append(Check(name, Status.OK if has else Status.WARN, text))
+    return checks
+
+
+def as_json(report: Report) -> str:
+    """The report as one JSON object."""
+    return json.dumps(asdict(report), indent=2)
+
+
+def as_text(report: Report, colour: bool) -> str:
+    """The report for people, 80 columns."""
+    paint = _painter(colour and "NO_COLOR" not in os.environ)
+    lines = []
+    for check in report.checks:
+        body = textwrap.wrap(check.found, _WIDTH - _NAME_WIDTH - 8) or [""]
+        lines.append(f"{paint(check.status)}  {check.name:<{_NAME_WIDTH}}  {body[0]}")
+        lines += [" " * (_NAME_WIDTH + 8) + line for line in body[1:]]
+        for index, line in enumerate(textwrap.wrap(check.change, _WIDTH - _NAME_WIDTH - 11)):
+            lines.append(" " * (_NAME_WIDTH + 8) + ("-> " if index == 0 else "   ") + line)
+    lines.append("")
+    meaning = {
+        "packet": "udpwatch works here, mode packet: conntrack's verdict is read from each packet.",
+        "netlink": "udpwatch works here, mode netlink: conntrack is asked about each suspected reply.",
+    }
+    lines.append(meaning.get(report.mode or "", "udpwatch cannot work here: see the lines marked fail."))
+    return "\n".join(lines)
+
+
+def _painter(colour: bool) -> Callable[[Status], str]:
+    codes = {Status.OK: "32", Status.WARN: "33", Status.FAIL: "31"}
+
+    def paint(status: Status) -> str:
+        text = f"{status:<4}"
+        return f"\x1b[{codes[status]}m{text}\x1b[0m" if colour else text
+
+    return paint

@@ -1,0 +1,259 @@
+"""bpf(2) by hand: what the agent needs after the loader has gone.
+
+bcc and its LLVM never enter this process (design: a child loads and exits), so maps are read, programs
+queried and links made with the system call itself. Layouts are those of ``union bpf_attr`` in the kernel's
+``include/uapi/linux/bpf.h``; an attribute shorter than the kernel's is padded with zeros by the kernel.
+
+Every function raises OSError with the kernel's errno when the kernel refuses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+_SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_ATTR_BYTES = 128
+_BATCH = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Command(IntEnum):
+    """enum bpf_cmd."""
+
+    MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
+    MAP_DELETE_ELEM = 3
+    PROG_LOAD = 5
+    PROG_TEST_RUN = 10
+    PROG_GET_FD_BY_ID = 13
+    OBJ_GET_INFO_BY_FD = 15
+    PROG_QUERY = 16
+    MAP_LOOKUP_BATCH = 24
+    LINK_CREATE = 28
+    ENABLE_STATS = 32
+    LINK_DETACH = 34
+
+
+class ProgramType(IntEnum):
+    """enum bpf_prog_type."""
+
+    CGROUP_SKB = 8
+    CGROUP_SOCK_ADDR = 18
+
+
+class AttachType(IntEnum):
+    """enum bpf_attach_type."""
+
+    CGROUP_INET_INGRESS = 0
+    CGROUP_INET_EGRESS = 1
+    CGROUP_UDP4_SENDMSG = 14
+    CGROUP_UDP6_SENDMSG = 15
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramInfo:
+    """What the kernel says of a loaded program; run times stay 0 unless kernel.bpf_stats_enabled is 1."""
+
+    id: int
+    name: str
+    run_time_ns: int
+    run_count: int
+    instructions: int
+
+
+def bpf(command: Command, attribute: ctypes.Array[ctypes.c_char], size: int | None = None) -> int:
+    """Call bpf(2) with a prepared attribute; returns the system call's own result."""
+    try:
+        number = _SYSCALL_NUMBER[platform.machine()]
+    except KeyError:
+        raise OSError(errno.ENOSYS, f"no bpf(2) system call number is known for {platform.machine()}") from None
+    result: int = _libc.syscall(number, int(command), attribute, len(attribute) if size is None else size)
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"bpf({command.name}): {os.strerror(number)}")
+    return result
+
+
+def _attribute(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
+    return ctypes.create_string_buffer(struct.pack("=" + layout, *values), _ATTR_BYTES)
+
+
+def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
+    return ctypes.addressof(buffer)
+
+
+def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """The value under ``key`` (for per-CPU maps: all CPUs' values, each padded to 8 bytes), None where none is."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value = ctypes.create_string_buffer(value_size)
+    try:
+        bpf(Command.MAP_LOOKUP_ELEM, _attribute("I4xQQQ", fd, _address(key_buffer), _address(value), 0))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return value.raw
+
+
+def map_update(fd: int, key: bytes, value: bytes, flags: int = 0) -> None:
+    """Set ``key`` to ``value``; flags as in bpf(2) (1: only if new, 2: only if there)."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value_buffer = ctypes.create_string_buffer(value, len(value))
+    bpf(Command.MAP_UPDATE_ELEM, _attribute("I4xQQQ", fd, _address(key_buffer), _address(value_buffer), flags))
+
+
+def map_delete(fd: int, key: bytes) -> bool:
+    """Delete ``key``; False where it was not there."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    try:
+        bpf(Command.MAP_DELETE_ELEM, _attribute("I4xQQQ", fd, _address(key_buffer), 0, 0))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        raise
+    return True
+
+
+def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, bytes, bytes]]:
+    """Walk a hash map: (number of elements, their keys, their values) a batch at a time.
+
+    BPF_MAP_LOOKUP_BATCH copies whole buckets and does not touch the elements' LRU state
+    (Linux kernel commit 057996380a42 ("bpf: Add batch ops to all htab bpf map") (in v5.6)).
+    """
+    size = _BATCH
+    cursor = ctypes.create_string_buffer(8)
+    started = False
+    while True:
+        keys = ctypes.create_string_buffer(key_size * size)
+        values = ctypes.create_string_buffer(value_size * size)
+        attribute = _attribute(
+            "QQQQIIQQ",
+            _address(cursor) if started else 0,
+            _address(cursor),
+            _address(keys),
+            _address(values),
+            size,
+            fd,
+            0,
+            0,
+        )
+        done = False
+        try:
+            bpf(Command.MAP_LOOKUP_BATCH, attribute)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:  # one bucket holds more than the batch: try again with more room
+                size *= 2
+                continue
+            if error.errno != errno.ENOENT:
+                raise
+            done = True  # the last batch comes together with ENOENT
+        started = True
+        (count,) = struct.unpack_from("=I", attribute, 32)
+        if count:
+            yield count, keys.raw[: count * key_size], values.raw[: count * value_size]
+        if done:
+            return
+
+
+def map_items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:
+    """Every (key, value) of a hash map."""
+    for count, keys, values in map_batches(fd, key_size, value_size):
+        for index in range(count):
+            yield (
+                keys[index * key_size : (index + 1) * key_size],
+                values[index * value_size : (index + 1) * value_size],
+            )
+
+
+def map_count(fd: int, key_size: int, value_size: int) -> int:
+    """How many elements a hash map holds."""
+    return sum(count for count, _, _ in map_batches(fd, key_size, value_size))
+
+
+def program_load(type_: ProgramType, attach: AttachType, instructions: bytes) -> int:
+    """Load raw instructions under the GPL; returns the program's descriptor."""
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    licence = ctypes.create_string_buffer(b"GPL")
+    attribute = _attribute(
+        "IIQQIIQI4x16xII",
+        type_,
+        len(instructions) // 8,
+        _address(code),
+        _address(licence),
+        0,
+        0,
+        0,
+        0,
+        0,
+        attach,
+    )
+    return bpf(Command.PROG_LOAD, attribute)
+
+
+def program_test_run(fd: int, packet: bytes, repeat: int) -> tuple[int, int]:
+    """Run a program on an Ethernet frame ``repeat`` times: (its return value, mean nanoseconds a run)."""
+    data = ctypes.create_string_buffer(packet, len(packet))
+    attribute = _attribute("IIIIQQII", fd, 0, len(packet), 0, _address(data), 0, repeat, 0)
+    bpf(Command.PROG_TEST_RUN, attribute)
+    returned, duration = struct.unpack_from("=I", attribute, 4)[0], struct.unpack_from("=I", attribute, 36)[0]
+    return returned, duration
+
+
+def program_query(cgroup_fd: int, attach: AttachType) -> list[int]:
+    """Ids of the programs attached to this cgroup itself on this hook, in the order they run."""
+    ids = ctypes.create_string_buffer(4 * 64)  # BPF_CGROUP_MAX_PROGS
+    attribute = _attribute("IIIIQI4x", cgroup_fd, attach, 0, 0, _address(ids), 64)
+    bpf(Command.PROG_QUERY, attribute)
+    (count,) = struct.unpack_from("=I", attribute, 24)
+    return list(struct.unpack_from(f"={count}I", ids))
+
+
+def program_fd(program_id: int) -> int:
+    """A descriptor of the program with this id (needs CAP_SYS_ADMIN)."""
+    return bpf(Command.PROG_GET_FD_BY_ID, _attribute("III", program_id, 0, 0))
+
+
+def _info(fd: int, size: int) -> ctypes.Array[ctypes.c_char]:
+    info = ctypes.create_string_buffer(size)
+    bpf(Command.OBJ_GET_INFO_BY_FD, _attribute("IIQ", fd, size, _address(info)))
+    return info
+
+
+def program_info(fd: int) -> ProgramInfo:
+    """struct bpf_prog_info of a program."""
+    info = _info(fd, 224)
+    return ProgramInfo(
+        id=struct.unpack_from("=I", info, 4)[0],
+        name=info.raw[64:80].split(b"\0")[0].decode("ascii", "replace"),
+        run_time_ns=struct.unpack_from("=Q", info, 192)[0],
+        run_count=struct.unpack_from("=Q", info, 200)[0],
+        instructions=struct.unpack_from("=I", info, 216)[0],
+    )
+
+
+def link_create(program: int, cgroup: int, attach: AttachType) -> int:
+    """Attach a program to a cgroup; it stays attached as long as the returned descriptor is open somewhere.
+
+    Links are always BPF_F_ALLOW_MULTI: they forbid nothing to programs in cgroups below.
+    """
+    return bpf(Command.LINK_CREATE, _attribute("IIII", program, cgroup, attach, 0))
+
+
+def link_detach(link: int) -> None:
+    """Detach a link by force, as ``bpftool link detach`` does; the descriptor stays open."""
+    bpf(Command.LINK_DETACH, _attribute("I", link))
+
+
+def link_cgroup_id(link: int) -> int:
+    """The id of the cgroup that a link is attached to, 0 once it has been detached or the cgroup is gone."""
+    info = _info(link, 32)
+    cgroup: int = struct.unpack_from("=Q", info, 16)[0]
+    return cgroup

@@ -1,0 +1,113 @@
+"""Which cgroup to watch: the root of the v2 hierarchy, wherever it is, mounted or not."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from udpwatch.agent.errors import CannotRun, UsageError
+from udpwatch.agent.kernel.mounts import open_private
+
+ROOT_ID = 1  # the root cgroup's inode number, which is its id (kernel/cgroup/cgroup.c, cgroup_setup_root)
+_INIT_CGROUP_NAMESPACE = 0xEFFFFFFB  # PROC_CGROUP_INIT_INO, include/linux/proc_ns.h
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """An open cgroup v2 folder."""
+
+    fd: int
+    path: str  # for people: where it was found
+    id: int
+
+    @property
+    def is_root(self) -> bool:
+        """Whether every process of the node is below it."""
+        return self.id == ROOT_ID
+
+    def contains(self, pid: int) -> bool:
+        """Whether a process is in this cgroup or below it; a member list that cannot be read contains nothing."""
+        if self.is_root:
+            return True
+        for _root, _folders, _files, folder in os.fwalk(".", dir_fd=self.fd):
+            try:
+                with os.fdopen(os.open("cgroup.procs", os.O_RDONLY, dir_fd=folder)) as members:
+                    if str(pid) in members.read().split():
+                        return True
+            except OSError:
+                continue
+        return False
+
+    def close(self) -> None:
+        """Close the folder; links made on it stay."""
+        os.close(self.fd)
+
+
+def in_own_namespace() -> bool:
+    """Whether this process sees only a part of the cgroup tree, as in a container with its own cgroup namespace."""
+    return Path("/proc/self/ns/cgroup").stat().st_ino != _INIT_CGROUP_NAMESPACE
+
+
+def _open(path: str) -> Cgroup:
+    """Open a folder that must be of cgroup v2; raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.stat("cgroup.controllers", dir_fd=fd)  # in every folder of v2, in none of v1
+    except FileNotFoundError:
+        os.close(fd)
+        raise OSError(errno.EINVAL, "not a cgroup v2 folder", path) from None
+    return Cgroup(fd, path, os.fstat(fd).st_ino)
+
+
+def _mounted() -> Iterator[str]:
+    """Mount points of cgroup2 in this mount namespace."""
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        mount, _, kind = line.partition(" - ")
+        if kind.startswith("cgroup2 "):
+            yield mount.split()[4].encode().decode("unicode_escape")
+
+
+def find(path: str | None) -> Cgroup:
+    """Open the cgroup to watch.
+
+    With a path, that one: raises UsageError when it is none. Without, the first of these that is the root of the
+    hierarchy: what is mounted here, what process 1 sees (a container with hostPID), a private mount; and where
+    none of them is the root, the first that could be opened at all. Raises CannotRun.
+    """
+    if path is not None:
+        try:
+            return _open(path)
+        except OSError as error:
+            raise UsageError(
+                f"cgroup: cannot use {path!r}: {error.strerror}; give the mount point of cgroup v2"
+            ) from None
+    found: Cgroup | None = None
+    reasons = []
+    for candidate in (*_mounted(), "/proc/1/root/sys/fs/cgroup", "/proc/1/root/sys/fs/cgroup/unified"):
+        try:
+            cgroup = _open(candidate)
+        except OSError as error:
+            reasons.append(f"{candidate}: {error.strerror}")
+            continue
+        if cgroup.is_root:
+            if found:
+                found.close()
+            return cgroup
+        if found:
+            cgroup.close()
+        else:
+            found = cgroup
+    if found is None:
+        try:
+            fd = open_private("cgroup2")
+        except OSError as error:
+            reasons.append(str(error.strerror))
+            raise CannotRun(
+                f"cannot open cgroup v2 ({'; '.join(reasons)}): mount it, e.g. mount -t cgroup2 none /mnt, "
+                "and give --cgroup /mnt"
+            ) from None
+        found = Cgroup(fd, "a private mount of cgroup2", os.fstat(fd).st_ino)
+    return found

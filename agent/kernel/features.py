@@ -1,0 +1,122 @@
+"""What this kernel lets our programs do, found by trying, never from a version number.
+
+Each probe is a program of a few instructions that calls one helper: the verifier's answer is the answer. The
+results reach bpf/compat.h as HAVE_* of the compile. Only this file and that one know about kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load
+from udpwatch.agent.kernel.libbpf import Btf
+
+VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
+
+# Helper numbers: enum bpf_func_id in include/uapi/linux/bpf.h
+_GET_CURRENT_PID_TGID, _GET_CURRENT_UID_GID, _GET_CURRENT_COMM = 14, 15, 16
+_GET_CURRENT_CGROUP_ID = 80
+_PROBE_READ_KERNEL = 113
+_GET_NETNS_COOKIE = 122
+_KTIME_GET_COARSE_NS = 160
+
+_STACK_BUFFER = 16
+
+
+def _instruction(code: int, destination: int = 0, source: int = 0, immediate: int = 0) -> bytes:
+    return struct.pack("=BBhi", code, destination | source << 4, 0, immediate)
+
+
+_RETURN_1 = _instruction(0xB7, 0, 0, 1) + _instruction(0x95)
+#: r1 = a zeroed buffer on the stack, r2 = its size
+_BUFFER_ARGUMENTS = (
+    _instruction(0xB7, 2, 0, 0)
+    + struct.pack("=BBhi", 0x7B, 10 | 2 << 4, -16, 0)  # *(u64 *)(r10 - 16) = r2
+    + struct.pack("=BBhi", 0x7B, 10 | 2 << 4, -8, 0)
+    + _instruction(0xBF, 1, 10)
+    + _instruction(0x07, 1, 0, -_STACK_BUFFER)
+    + _instruction(0xB7, 2, 0, _STACK_BUFFER)
+)
+_CONTEXT_AS_THIRD = _instruction(0xBF, 3, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What the programs may use; each missing one costs what is written behind it."""
+
+    netns_cookie: bool  # else two sockets of one namespace do not share what they remember
+    coarse_clock: bool  # else the precise clock, some nanoseconds a packet
+    current: bool  # else no process for connected sockets
+    conntrack: bool  # else conntrack is asked over netlink before a finding is reported
+    offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
+    conntrack_reason: str  # why `conntrack` is False
+
+    @property
+    def mode(self) -> str:
+        """One word for metrics and doctor: where conntrack's opinion comes from."""
+        return "packet" if self.conntrack else "netlink"
+
+
+def _helper(number: int, before: bytes = b"") -> str:
+    """Try a helper in cgroup_skb; the reason why it is refused, "" when it is allowed."""
+    program = before + _instruction(0x85, 0, 0, number) + _RETURN_1
+    try:
+        fd = program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, program)
+    except OSError as error:
+        return error.strerror or "refused"
+    os.close(fd)
+    return ""
+
+
+def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
+    """OFFSET_* of everything that the egress program reads from kernel memory.
+
+    Raises OSError when the BTF file cannot be read and LookupError when this kernel's structures lack a member
+    (no conntrack, or conntrack as a module with types of its own).
+    """
+    btf = Btf(path)
+    try:
+        tuples = btf.offset("nf_conn", "tuplehash") + btf.offset("nf_conntrack_tuple_hash", "tuple")
+        return {
+            "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
+            "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
+            "OFFSET_SOCK_NET": btf.offset("sock", "__sk_common.skc_net.net"),
+            "OFFSET_NET_INUM": btf.offset("net", "ns.inum"),
+            "OFFSET_TUPLE_ORIGINAL": tuples,
+            "OFFSET_TUPLE_REPLY": tuples + btf.element_size("nf_conntrack_tuple_hash"),
+        }
+    finally:
+        btf.close()
+
+
+def probe(btf: Path = VMLINUX_BTF) -> Features:
+    """Try everything. Raises OSError when not even an empty program can be loaded."""
+    os.close(program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, _RETURN_1))
+    offsets: dict[str, int] = {}
+    reason = _helper(_PROBE_READ_KERNEL, _CONTEXT_AS_THIRD + _BUFFER_ARGUMENTS)
+    if reason:
+        reason = f"bpf_probe_read_kernel is refused ({reason}): CAP_PERFMON is missing, or the kernel is locked down"
+    else:
+        try:
+            offsets = conntrack_offsets(btf)
+        except OSError as error:
+            reason = f"cannot read BTF from {btf}: {error.strerror}"
+        except LookupError as error:
+            reason = f"{btf} does not describe {error.args[0]}"
+    current = (
+        _helper(_GET_CURRENT_PID_TGID)
+        or _helper(_GET_CURRENT_UID_GID)
+        or _helper(_GET_CURRENT_CGROUP_ID)
+        or _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS)
+    )
+    return Features(
+        netns_cookie=not _helper(_GET_NETNS_COOKIE),
+        coarse_clock=not _helper(_KTIME_GET_COARSE_NS),
+        current=not current,
+        conntrack=not reason,
+        offsets=offsets,
+        conntrack_reason=reason,
+    )

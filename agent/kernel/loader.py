@@ -1,0 +1,126 @@
+"""Loading, seen from the agent: a child process imports bcc, compiles, loads, attaches, and hands over descriptors.
+
+LLVM (over 100 MB) and the right to load programs are then no part of the long-lived process. The two talk over a
+Unix socket: one JSON request down, one JSON answer up, descriptors beside it (SCM_RIGHTS).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from udpwatch.agent.errors import CannotRun, UdpwatchError
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
+
+LOAD_SECONDS = 60  # far above what any machine needs; a child that hangs must not hang the agent
+_MAX_ANSWER = 1 << 20
+_MAX_DESCRIPTORS = 32
+
+MAPS = ("flows", "findings", "counters", "events")
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One program and where it is attached; ``required`` ones must be, or the sensor is none."""
+
+    name: str
+    type: ProgramType
+    attach: AttachType
+    required: bool
+
+
+HOOKS = (
+    Hook("ingress", ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, True),
+    Hook("egress", ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, True),
+    Hook("sendmsg4", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, False),
+    Hook("sendmsg6", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG, False),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Constants of the compile, bpf/reply.c."""
+
+    window_ns: int = 30_000_000_000
+    max_peers: int = 65_536
+    max_findings: int = 8_192
+    events_per_second: int = 10  # of one finding
+    ring_pages: int = 64  # a power of two
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What the child handed over; every descriptor is the caller's to close."""
+
+    maps: dict[str, int]
+    programs: dict[str, int]
+    links: dict[str, int]
+    refused: dict[str, str]  # hook -> why it could not be attached
+    features: Features
+    bcc_version: str
+
+
+def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
+    """Compile, load and attach in a child.
+
+    Raises CannotRun where this machine or user cannot (no bcc, no privilege, no such hooks), UdpwatchError where
+    it failed otherwise. The message names the thing and the way out.
+    """
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        ours.settimeout(LOAD_SECONDS)
+        request = {"cgroup": cgroup.fd, "path": cgroup.path, "limits": asdict(limits), "btf": str(btf)}
+        ours.send(json.dumps(request).encode())
+        with subprocess.Popen(
+            [sys.executable, "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(), cgroup.fd),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as child:
+            theirs.close()
+            try:
+                raw, descriptors, _flags, _address = socket.recv_fds(ours, _MAX_ANSWER, _MAX_DESCRIPTORS)
+            except TimeoutError:
+                child.kill()
+                raise UdpwatchError(f"loading the programs took longer than {LOAD_SECONDS} s") from None
+            except BaseException:
+                child.kill()
+                raise
+            errors = child.stderr.read() if child.stderr else b""
+            child.wait()
+    if not raw:
+        lines = errors.decode(errors="replace").strip().splitlines()
+        raise UdpwatchError(
+            f"the loader ended with status {child.returncode}: {lines[-1] if lines else 'it said nothing'}"
+        )
+    return _unpack(json.loads(raw), descriptors)
+
+
+def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:
+    if "error" in answer:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(str(answer["error"]))
+    groups: dict[str, dict[str, int]] = {"map": {}, "program": {}, "link": {}}
+    names = answer["descriptors"]
+    assert isinstance(names, list) and len(names) == len(descriptors)
+    for (kind, name), descriptor in zip(names, descriptors, strict=True):
+        groups[kind][name] = descriptor
+    features, refused = answer["features"], answer["refused"]
+    assert isinstance(features, dict) and isinstance(refused, dict)
+    return Loaded(
+        maps=groups["map"],
+        programs=groups["program"],
+        links=groups["link"],
+        refused=refused,
+        features=Features(**features),
+        bcc_version=str(answer["bcc_version"]),
+    )

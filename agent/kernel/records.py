@@ -1,0 +1,214 @@
+"""Mirrors bpf/records.h: bytes from the kernel become model types here, and only here.
+
+tests/unit/test_records.py compiles the header and compares every size and offset with this file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import struct
+from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
+from dataclasses import fields
+
+from udpwatch.agent.model import Cause, Counters, Event, Finding, Flow, Tuple, Verdict
+
+COMM_LEN = 16
+TUPLE_LEN = 40
+
+VERDICTS = {1: Verdict.NEW, 2: Verdict.UNTRACKED, 3: Verdict.UNKNOWN}
+CAUSES = {1: Cause.KERNEL_CHOSEN, 2: Cause.EXPLICIT, 3: Cause.CONNECTED, 4: Cause.UNKNOWN}
+_FAMILIES = {2: 4, 10: 6}  # AF_INET, AF_INET6
+_V4_MAPPED = bytes(10) + b"\xff\xff"
+
+Address = c_uint8 * 16
+
+
+class FlowKey(ctypes.Structure):
+    """struct flow_key."""
+
+    _fields_ = [
+        ("scope", c_uint64),
+        ("peer", Address),
+        ("peer_port", c_uint16),
+        ("port", c_uint16),
+        ("pad", c_uint32),
+    ]
+
+
+class Asked(ctypes.Structure):
+    """struct asked."""
+
+    _fields_ = [("address", Address), ("seen", c_uint64)]
+
+
+class FlowValue(ctypes.Structure):
+    """struct flow."""
+
+    _fields_ = [("asked", Asked * 2)]
+
+
+class FindingFlow(ctypes.Structure):
+    """The anonymous struct in struct finding_key."""
+
+    _fields_ = [("peer", Address), ("peer_port", c_uint16), ("source_port", c_uint16), ("pad", c_uint32)]
+
+
+class FindingKey(ctypes.Structure):
+    """struct finding_key."""
+
+    _fields_ = [
+        ("expected", Address),
+        ("actual", Address),
+        ("netns", c_uint64),
+        ("cgroup", c_uint64),
+        ("comm", c_char * COMM_LEN),
+        ("port", c_uint16),
+        ("verdict", c_uint8),
+        ("cause", c_uint8),
+        ("family", c_uint8),
+        ("pad", c_uint8 * 3),
+        ("flow", FindingFlow),
+    ]
+
+
+class FindingValue(ctypes.Structure):
+    """struct finding."""
+
+    _fields_ = [
+        ("count", c_uint64),
+        ("last", c_uint64),
+        ("second", c_uint64),
+        ("in_second", c_uint32),
+        ("tgid", c_uint32),
+    ]
+
+
+class EventRecord(ctypes.Structure):
+    """struct event."""
+
+    _fields_ = [
+        ("key", FindingKey),
+        ("time", c_uint64),
+        ("count", c_uint64),
+        ("peer", Address),
+        ("peer_port", c_uint16),
+        ("segments", c_uint16),
+        ("tgid", c_uint32),
+        ("uid", c_uint32),
+        ("netns_inode", c_uint32),
+        ("original", c_uint8 * TUPLE_LEN),
+        ("reply", c_uint8 * TUPLE_LEN),
+    ]
+
+
+class StatsRecord(ctypes.Structure):
+    """struct stats."""
+
+    _fields_ = [(field.name, c_uint64) for field in fields(Counters)]
+
+
+FLOW_KEY_BYTES = ctypes.sizeof(FlowKey)
+FLOW_BYTES = ctypes.sizeof(FlowValue)
+FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
+FINDING_BYTES = ctypes.sizeof(FindingValue)
+EVENT_BYTES = ctypes.sizeof(EventRecord)
+STATS_BYTES = ctypes.sizeof(StatsRecord)
+
+
+def decode_address(raw: bytes) -> str:
+    """16 bytes in network order as text; an IPv4-mapped address comes out as IPv4."""
+    if raw[:12] == _V4_MAPPED:
+        return str(ipaddress.IPv4Address(raw[12:]))
+    return str(ipaddress.IPv6Address(raw))
+
+
+def encode_address(text: str) -> bytes:
+    """The reverse of `decode_address`."""
+    address = ipaddress.ip_address(text)
+    return address.packed if address.version == 6 else _V4_MAPPED + address.packed
+
+
+def printable(name: bytes) -> str:
+    """A process's name as text that is safe on a terminal and in a label: a process may call itself anything."""
+    text = name.decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
+def decode_finding_key(raw: bytes) -> tuple[Finding, Flow | None]:
+    """struct finding_key; the flow only where the kernel left the verdict open.
+
+    A value that this version does not know raises KeyError: program and agent are compiled from one tree,
+    so that is a fault of ours and not an input.
+    """
+    return _finding(FindingKey.from_buffer_copy(raw))
+
+
+def _finding(key: FindingKey) -> tuple[Finding, Flow | None]:
+    verdict = VERDICTS[key.verdict]
+    finding = Finding(
+        expected=decode_address(bytes(key.expected)),
+        actual=decode_address(bytes(key.actual)),
+        port=key.port,
+        family=_FAMILIES[key.family],
+        verdict=verdict,
+        cause=CAUSES[key.cause],
+        process=printable(key.comm),
+        cgroup=key.cgroup,
+        netns=key.netns,
+    )
+    if verdict is not Verdict.UNKNOWN:
+        return finding, None
+    flow = key.flow
+    return finding, Flow(decode_address(bytes(flow.peer)), flow.peer_port, flow.source_port)
+
+
+def decode_finding(raw: bytes) -> tuple[int, int, int]:
+    """struct finding: (count, time of the latest in monotonic nanoseconds, process id of the latest)."""
+    value = FindingValue.from_buffer_copy(raw)
+    return value.count, value.last, value.tgid
+
+
+def decode_tuple(raw: bytes) -> Tuple | None:
+    """The kernel's struct nf_conntrack_tuple; None where it was left empty.
+
+    Layout (include/net/netfilter/nf_conntrack_tuple.h): source address 16, source port 2, layer-3 protocol 2,
+    destination address 16, destination port 2, protocol 1, direction 1.
+    """
+    (layer3,) = struct.unpack_from("=H", raw, 18)
+    family = _FAMILIES.get(layer3)
+    if family is None:
+        return None
+    length = 4 if family == 4 else 16
+    source_port, destination_port = struct.unpack_from("!H", raw, 16)[0], struct.unpack_from("!H", raw, 36)[0]
+    source, destination = (ipaddress.ip_address(raw[at : at + length]) for at in (0, 20))
+    return Tuple(str(source), source_port, str(destination), destination_port)
+
+
+def decode_event(raw: bytes) -> Event:
+    """struct event, as it stands in the ring buffer."""
+    record = EventRecord.from_buffer_copy(raw)
+    finding, flow = _finding(record.key)
+    return Event(
+        finding=finding,
+        time=record.time,
+        count=record.count,
+        peer=decode_address(bytes(record.peer)),
+        peer_port=record.peer_port,
+        segments=record.segments,
+        pid=record.tgid,
+        uid=record.uid,
+        netns_inode=record.netns_inode or None,
+        original=decode_tuple(bytes(record.original)),
+        reply=decode_tuple(bytes(record.reply)),
+        flow=flow,
+    )
+
+
+def decode_counters(raw: bytes) -> Counters:
+    """The per-CPU array of struct stats, all CPUs added up."""
+    names = [field.name for field in fields(Counters)]
+    totals = [0] * len(names)
+    for values in struct.iter_unpack(f"={len(names)}Q", raw):
+        totals = [total + value for total, value in zip(totals, values, strict=True)]
+    return Counters(*totals)

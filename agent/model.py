@@ -1,0 +1,164 @@
+"""The types that cross a border between two stages. This module imports nothing of ours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Verdict(StrEnum):
+    """What conntrack made of the reply (enum verdict in bpf/records.h)."""
+
+    NEW = "new"
+    UNTRACKED = "untracked"
+    UNKNOWN = "unknown"
+
+
+class Cause(StrEnum):
+    """Why the source was wrong (enum cause in bpf/records.h)."""
+
+    KERNEL_CHOSEN = "kernel-chosen"
+    EXPLICIT = "explicit"
+    CONNECTED = "connected"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """The conversation behind one suspected reply; kept only where the verdict is unknown."""
+
+    peer: str
+    peer_port: int
+    source_port: int  # as the reply left, after NAT
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One kind of wrong reply. Nothing in it grows with the number of clients."""
+
+    expected: str  # the newest address that the peer asked
+    actual: str  # the source that left
+    port: int  # the local socket's
+    family: int  # 4 or 6
+    verdict: Verdict
+    cause: Cause
+    process: str
+    cgroup: int  # id in the v2 hierarchy, 0: not known
+    netns: int  # cookie, 0: not known
+
+
+@dataclass(frozen=True, slots=True)
+class Increase:
+    """``count`` more wrong replies of one kind since the last reading."""
+
+    finding: Finding
+    count: int
+    last: int  # CLOCK_MONOTONIC, nanoseconds
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tuple:
+    """One direction of a conntrack entry."""
+
+    source: str
+    source_port: int
+    destination: str
+    destination_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One wrong reply, a sample."""
+
+    finding: Finding
+    time: int  # CLOCK_MONOTONIC, nanoseconds
+    count: int  # of the finding, this one included
+    peer: str
+    peer_port: int
+    segments: int  # datagrams in this one send
+    pid: int
+    uid: int
+    netns_inode: int | None
+    original: Tuple | None  # the conntrack entry of the reply itself
+    reply: Tuple | None
+    flow: Flow | None
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """The kernel programs' own counters, all CPUs added up (struct stats in bpf/records.h)."""
+
+    checked: int = 0
+    wrong: int = 0
+    remembered: int = 0
+    unremembered: int = 0
+    overflow: int = 0
+    rate_limited: int = 0
+    ring_full: int = 0
+    unparsed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """One program on one hook, as the kernel reports it."""
+
+    name: str
+    attached: bool
+    reattached: int  # times that the agent had to attach it again
+    run_seconds: float  # 0 unless the sysctl kernel.bpf_stats_enabled is 1
+    runs: int
+    instructions: int  # that the verifier walked; 0: the kernel does not say
+    reason: str = ""  # why it is not attached
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One reading of the sensor."""
+
+    increases: tuple[Increase, ...]
+    counters: Counters
+    probes: tuple[Probe, ...]
+    tracked_peers: int
+    evicted_peers: int
+    undecided: int  # suspected replies that no conntrack lookup could decide
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A finding with its numbers, as the views show it."""
+
+    process: str
+    port: int
+    expected: str
+    actual: str
+    verdict: str
+    cause: str
+    namespace: str
+    pod: str
+    container: str
+    family: int
+    count: int
+    last: float  # seconds since the epoch
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that the views show, read at one moment."""
+
+    version: str
+    kernel: str
+    node: str
+    mode: str
+    started: float  # seconds since the epoch
+    time: float  # seconds since the epoch
+    ready: bool
+    notes: tuple[str, ...]  # what this machine does not allow, a line each
+    rows: tuple[Row, ...]
+    other: int  # wrong replies beyond the limit of rows
+    checked: int
+    tracked_peers: int
+    evicted_peers: int
+    lost: dict[str, int]  # stage -> how many events, or peers, were lost there
+    probes: tuple[Probe, ...]

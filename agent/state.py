@@ -1,0 +1,150 @@
+"""Adds findings up, ages them, gives an immutable Snapshot.
+
+Rules
+1. Memory is bounded: a finding past the limit of rows counts under `other`, none is lost.
+2. A row ends when nothing was added to it for `forget` seconds; `other` never ends.
+3. The clock is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from udpwatch.agent.model import Cause, Counters, Increase, Probe, Reading, Row, Snapshot, Verdict
+
+#: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
+LOSS_STAGES = {
+    "rate_limit": "events held back in the kernel by events_per_second",
+    "ring_full": "events that the ring buffer had no room for",
+    "findings_full": "events of wrong replies for which the kernel's table of findings had no room",
+    "undecided": "suspected wrong replies that conntrack could not be asked about (mode netlink only)",
+    "remember": "peers that could not be remembered",
+    "unparsed": "UDP packets with unreadable headers",
+    "queue": "events dropped because their reader was too slow",
+    "output": "events that could not be written",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while the agent runs."""
+
+    version: str
+    kernel: str
+    node: str
+    mode: str
+    started: float
+    notes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Sum:
+    finding: Increase
+    name: str
+    count: int
+    last: float
+
+
+#: process name of an increase; the only enrichment that a row needs so far
+NameOf = Callable[[Increase], str]
+
+
+class State:
+    """The agent's memory of what was found."""
+
+    def __init__(self, about: About, max_series: int, forget_seconds: float) -> None:
+        self._about = about
+        self._max_series = max_series
+        self._forget = forget_seconds
+        self._sums: dict[tuple[str, int, str, str, Verdict, Cause], _Sum] = {}
+        self._beyond = 0
+        self._counters = Counters()
+        self._probes: tuple[Probe, ...] = ()
+        self._tracked = self._evicted = self._undecided = 0
+        self._lost_here: dict[str, int] = {}
+
+    def add(self, reading: Reading, name_of: NameOf, now: float) -> list[Row]:
+        """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
+        fresh = []
+        for increase in reading.increases:
+            name = name_of(increase)
+            finding = increase.finding
+            key = (
+                name,
+                finding.port,
+                finding.expected,
+                finding.actual,
+                finding.verdict,
+                finding.cause,
+            )
+            known = self._sums.get(key)
+            if known is None:
+                if len(self._sums) >= self._max_series:
+                    self._beyond += increase.count
+                    continue
+                known = self._sums[key] = _Sum(increase, name, 0, now)
+                fresh.append(known)
+            known.finding = increase
+            known.count += increase.count
+            known.last = now
+        self._counters = reading.counters
+        self._probes = reading.probes
+        self._tracked, self._evicted = reading.tracked_peers, reading.evicted_peers
+        self._undecided = reading.undecided
+        for idle in [key for key, known in self._sums.items() if now - known.last > self._forget]:
+            del self._sums[idle]
+        return [_row(known) for known in fresh]
+
+    def lose(self, stage: str, count: int = 1) -> None:
+        """Count events lost above the kernel; ``stage`` is one of LOSS_STAGES."""
+        self._lost_here[stage] = self._lost_here.get(stage, 0) + count
+
+    def snapshot(self, ready: bool, now: float) -> Snapshot:
+        """Everything, as of the last reading."""
+        counters = self._counters
+        # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
+        suspected = self._about.mode == "netlink"
+        lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
+        lost["rate_limit"] += counters.rate_limited
+        lost["ring_full"] += counters.ring_full
+        lost["findings_full"] += 0 if suspected else counters.overflow
+        lost["undecided"] += self._undecided + (counters.overflow if suspected else 0)
+        lost["remember"] += counters.unremembered
+        lost["unparsed"] += counters.unparsed
+        return Snapshot(
+            version=self._about.version,
+            kernel=self._about.kernel,
+            node=self._about.node,
+            mode=self._about.mode,
+            started=self._about.started,
+            time=now,
+            ready=ready,
+            notes=self._about.notes,
+            rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
+            other=self._beyond + (0 if suspected else counters.overflow),
+            checked=counters.checked,
+            tracked_peers=self._tracked,
+            evicted_peers=self._evicted,
+            lost=lost,
+            probes=self._probes,
+        )
+
+
+def _row(known: _Sum) -> Row:
+    finding = known.finding.finding
+    return Row(
+        process=known.name,
+        port=finding.port,
+        expected=finding.expected,
+        actual=finding.actual,
+        verdict=str(finding.verdict),
+        cause=str(finding.cause),
+        namespace="",
+        pod="",
+        container="",
+        family=finding.family,
+        count=known.count,
+        last=known.last,
+        pid=known.finding.pid,
+    )

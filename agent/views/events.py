@@ -1,0 +1,145 @@
+"""Events as JSON lines, to standard output or a file.
+
+Writing happens in a thread of its own behind a bounded queue: a slow disk or a pipe that nobody reads holds up
+nothing else. What is not written is counted, never waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from udpwatch.agent.enrich.process import Process
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.model import Event
+
+MAX_QUEUED = 10_000
+STOP_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
+
+
+def as_json(event: Event, process: Process, node: str, time: float) -> dict[str, Any]:
+    """The object of one event; the names are a promise (docs/events.md). ``time``: seconds since the epoch."""
+    finding = event.finding
+    return {
+        "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "node": node,
+        "expected": finding.expected,
+        "actual": finding.actual,
+        "peer": event.peer,
+        "peer_port": event.peer_port,
+        "port": finding.port,
+        "family": finding.family,
+        "verdict": str(finding.verdict),
+        "cause": str(finding.cause),
+        "conntrack": {
+            "original": asdict(event.original) if event.original else None,
+            "reply": asdict(event.reply) if event.reply else None,
+        },
+        "pid": event.pid or None,
+        "process": process.name,
+        "uid": event.uid if event.pid else None,
+        "netns": event.netns_inode,
+        "cgroup": process.cgroup,
+        "container": None,
+        "namespace": None,
+        "pod": None,
+        "healed": False,
+        "count": event.count,
+    }
+
+
+class EventWriter:
+    """Appends lines to "-" or a file, which is opened again when it was moved away or deleted."""
+
+    def __init__(self, target: str, lose: Callable[[str], None], broken: Callable[[], None]) -> None:
+        """Open the target; raises UdpwatchError.
+
+        ``lose(stage)`` is called for each event that is lost, ``broken()`` once when standard output's reader is
+        gone; both from the writer's thread.
+        """
+        self._path = None if target == "-" else Path(target)
+        self._lose, self._broken = lose, broken
+        self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
+        self._failing = False
+        try:
+            self._fd = self._open()
+        except OSError as error:
+            raise UdpwatchError(
+                f"cannot write events to {target!r}: {error.strerror}; give a file that can be written, or - for "
+                "standard output"
+            ) from None
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+
+    def start(self) -> None:
+        """Begin to write."""
+        self._thread.start()
+
+    def put(self, event: dict[str, Any]) -> None:
+        """Queue one event; never blocks."""
+        try:
+            self._queue.put_nowait(event)
+        except queue.Full:
+            self._lose("queue")
+
+    def stop(self) -> None:
+        """Write what is queued, for STOP_SECONDS at most."""
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=STOP_SECONDS)
+        self._thread.join(STOP_SECONDS)
+
+    def _open(self) -> int:
+        if self._path is None:
+            return sys.stdout.fileno()
+        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+
+    def _run(self) -> None:
+        while (event := self._queue.get()) is not None:
+            try:
+                self._write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+            except BrokenPipeError:
+                self._lose("output")
+                self._broken()
+                return
+            except OSError as error:
+                self._lose("output")
+                if not self._failing:
+                    log.error("cannot write events to %s: %s; lost events are counted", self._path, error.strerror)
+                self._failing = True
+            else:
+                if self._failing:
+                    log.warning("events can be written to %s again", self._path)
+                self._failing = False
+
+    def _write(self, line: bytes) -> None:
+        if self._path is not None and not self._is_current():
+            fresh = self._open()
+            os.close(self._fd)
+            self._fd = fresh
+        written = 0
+        try:
+            while written < len(line):
+                written += os.write(self._fd, line[written:])
+        except OSError:
+            if written and self._path is not None:  # the disk took half a line: take it back
+                os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
+            raise
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one at the path (logrotate moves it away)."""
+        try:
+            here, there = os.fstat(self._fd), os.stat(self._path or "")  # noqa: PTH116
+        except OSError:
+            return False
+        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)

@@ -1,0 +1,114 @@
+"""HTTP for Prometheus and the kubelet: /metrics, /healthz, /readyz. Nothing else, nothing is ever changed by it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.views.metrics import CONTENT_TYPE
+
+REQUEST_SECONDS = 10
+MAX_CONNECTIONS = 32
+
+#: (status, body) of a health question
+Health = Callable[[], tuple[bool, str]]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_address = True
+    request_queue_size = MAX_CONNECTIONS
+
+    def __init__(self, address: tuple[str, int], family: socket.AddressFamily, handler: type[_Handler]) -> None:
+        self.address_family = family
+        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
+        if not self._slots.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client)
+
+    def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
+        try:
+            super().process_request_thread(request, client)
+        finally:
+            self._slots.release()
+
+    def handle_error(self, request: object, client: object) -> None:
+        """A scraper that went away is not our error."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = REQUEST_SECONDS
+    server_version = "udpwatch"
+    sys_version = ""
+    pages: dict[str, Callable[[], tuple[int, str, bytes]]]
+
+    def do_GET(self) -> None:
+        page = self.pages.get(self.path.partition("?")[0])
+        if page is None:
+            names = " ".join(self.pages)
+            status, kind, body = 404, "text/plain", f"not here; udpwatch serves {names}\n".encode()
+        else:
+            status, kind, body = page()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are not news."""
+
+
+class HttpView:
+    """Listens from the moment it is made; serves once started, in threads of its own."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Bind; port 0 takes a free one. Raises UdpwatchError when the address cannot be had."""
+        self._handler = type("Handler", (_Handler,), {"pages": {}})
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            self._server = _Server((str(address[0]), int(address[1])), family, self._handler)
+        except OSError as error:
+            raise UdpwatchError(
+                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another address with "
+                "--metrics-listen HOST:PORT, or --metrics-listen off"
+            ) from None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self._server.server_address[:2]
+        host = str(host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def start(self, metrics: Callable[[], bytes], healthy: Health, ready: Health) -> None:
+        """Begin to answer."""
+
+        def verdict(question: Health) -> tuple[int, str, bytes]:
+            good, reason = question()
+            return (200 if good else 503), "text/plain; charset=utf-8", f"{reason}\n".encode()
+
+        self._handler.pages = {  # type: ignore[attr-defined]
+            "/metrics": lambda: (200, CONTENT_TYPE, metrics()),
+            "/healthz": lambda: verdict(healthy),
+            "/readyz": lambda: verdict(ready),
+        }
+        threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+
+    def stop(self, started: bool = True) -> None:
+        """Stop listening; answers under way are finished by their own threads."""
+        if started:
+            self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,111 @@
+"""Prometheus metrics: one Snapshot, one scrape, so that all numbers of a scrape belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from udpwatch.agent.model import Snapshot
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MISMATCH_LABELS = ("process", "port", "expected", "actual", "verdict", "cause", "namespace", "pod", "container")
+OTHER = "other"
+
+
+class _Collector(Collector):
+    def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        return families(self._snapshot())
+
+
+def families(snapshot: Snapshot) -> Iterator[Metric]:
+    """The metric families of one snapshot."""
+    wrong = CounterMetricFamily(
+        "udpwatch_reply_source_mismatch",
+        "UDP replies that left this node from another address (actual) than the one the client asked (expected). "
+        "The client does not get them: it waits for the other address. Past the limit of series all labels are "
+        "'other'.",
+        labels=MISMATCH_LABELS,
+    )
+    for row in snapshot.rows:
+        labels = (row.process, str(row.port), row.expected, row.actual, row.verdict, row.cause)
+        wrong.add_metric([*labels, row.namespace, row.pod, row.container], row.count)
+    wrong.add_metric([OTHER] * len(MISMATCH_LABELS), snapshot.other)
+    yield wrong
+
+    yield CounterMetricFamily(
+        "udpwatch_replies_checked",
+        "UDP datagrams sent to a peer that had asked this node before, right and wrong ones.",
+        value=snapshot.checked,
+    )
+    lost = CounterMetricFamily(
+        "udpwatch_events_lost",
+        "What was not delivered, by the stage that lost it. Counts of wrong replies stay exact in spite of it.",
+        labels=["stage"],
+    )
+    for stage, count in snapshot.lost.items():
+        lost.add_metric([stage], count)
+    yield lost
+
+    attached = GaugeMetricFamily(
+        "udpwatch_probe_attached",
+        "1 if the kernel says that this program is attached, 0 if not: then udpwatch is blind there.",
+        labels=["probe"],
+    )
+    reattached = CounterMetricFamily(
+        "udpwatch_probe_reattached",
+        "Times that this program had been detached by somebody else and was attached again.",
+        labels=["probe"],
+    )
+    seconds = CounterMetricFamily(
+        "udpwatch_probe_run_seconds",
+        "Time spent in this program; stays 0 unless the sysctl kernel.bpf_stats_enabled is 1.",
+        labels=["probe"],
+    )
+    runs = CounterMetricFamily(
+        "udpwatch_probe_runs",
+        "Runs of this program; stays 0 unless the sysctl kernel.bpf_stats_enabled is 1.",
+        labels=["probe"],
+    )
+    for probe in snapshot.probes:
+        attached.add_metric([probe.name], int(probe.attached))
+        reattached.add_metric([probe.name], probe.reattached)
+        seconds.add_metric([probe.name], probe.run_seconds)
+        runs.add_metric([probe.name], probe.runs)
+    yield from (attached, reattached, seconds, runs)
+
+    yield GaugeMetricFamily(
+        "udpwatch_tracked_peers",
+        "Conversations (peer, peer port, local port) remembered at present.",
+        value=snapshot.tracked_peers,
+    )
+    yield CounterMetricFamily(
+        "udpwatch_peers_evicted",
+        "Conversations pushed out, oldest first. If it grows by more than max_peers within the window, replies to "
+        "the evicted ones are not judged: raise max_peers.",
+        value=snapshot.evicted_peers,
+    )
+    info = GaugeMetricFamily(
+        "udpwatch_build_info",
+        "Always 1. mode tells how conntrack is read: 'packet', or 'netlink' where the kernel forbids that.",
+        labels=["version", "kernel", "mode"],
+    )
+    info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
+    yield info
+
+
+def exposition(snapshot: Callable[[], Snapshot], process: bool = True) -> Callable[[], bytes]:
+    """A function that renders the present snapshot in the Prometheus text format.
+
+    With ``process`` the agent's own process_* metrics (memory, CPU time, descriptors) come along.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Collector(snapshot))
+    if process:
+        ProcessCollector(registry=registry)
+    return lambda: generate_latest(registry)

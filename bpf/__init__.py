@@ -1,0 +1,1 @@
+"""The BPF programs, as data: compiled on the node when udpwatch starts."""

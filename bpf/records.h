@@ -1,0 +1,122 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the kernel programs keep and send up. agent/kernel/records.py mirrors every struct here;
+ * tests/unit/test_records.py compiles this file and compares each size and offset.
+ *
+ * An address is always 16 bytes in network order; IPv4 stands in it as ::ffff:a.b.c.d
+ * (RFC 4291, section 2.5.5.2), so that one logic serves IPv4, IPv6 and IPv4-mapped sockets.
+ * Ports are in host order, times are nanoseconds of CLOCK_MONOTONIC.
+ */
+#ifndef UDPWATCH_RECORDS_H
+#define UDPWATCH_RECORDS_H
+
+#define COMM_LEN  16
+#define TUPLE_LEN 40 /* struct nf_conntrack_tuple, up to and including dst.dir */
+
+enum verdict {
+    VERDICT_NEW = 1,       /* conntrack booked the reply as a flow of its own */
+    VERDICT_UNTRACKED = 2, /* no conntrack on this path */
+    VERDICT_UNKNOWN = 3,   /* not readable here: user space asks conntrack before it reports */
+};
+
+enum cause {
+    CAUSE_KERNEL_CHOSEN = 1, /* wildcard socket, no PKTINFO: routing chose the source */
+    CAUSE_EXPLICIT = 2,      /* the application named this source (bind or PKTINFO) */
+    CAUSE_CONNECTED = 3,     /* connect() froze the source */
+    CAUSE_UNKNOWN = 4,       /* the sendmsg hook is not attached, or named no destination */
+};
+
+struct address {
+    union {
+        __u32 word[4];
+        __u64 half[2];
+    };
+};
+
+/* Who asked: all that identifies a conversation, seen from this node. */
+struct flow_key {
+    __u64 scope; /* cookie of the network namespace, or of the socket (see compat.h) */
+    struct address peer;
+    __u16 peer_port;
+    __u16 port; /* the local socket's */
+    __u32 pad;
+};
+
+struct asked {
+    struct address address;
+    __u64 seen; /* 0: this half is free */
+};
+
+/* Which local addresses the peer asked: the two newest. Replaced whole, except for `seen`. */
+struct flow {
+    struct asked asked[2];
+};
+
+/* Who sends, and whether it named its source: written by the sendmsg hooks, read on egress. */
+struct sender {
+    __u64 socket; /* cookie */
+    __u64 pid_tgid;
+    __u64 cgroup;
+    __u32 uid;
+    __u32 cause;
+    char comm[COMM_LEN];
+    __u64 pad;
+};
+
+/* One finding: everything that user space may tell apart, nothing that grows with the clients.
+ * Only where the verdict is unknown `flow` is filled in, so that each flow can be looked up. */
+struct finding_key {
+    struct address expected;
+    struct address actual;
+    __u64 netns; /* cookie; 0 where the kernel does not tell it here */
+    __u64 cgroup;
+    char comm[COMM_LEN];
+    __u16 port;
+    __u8 verdict;
+    __u8 cause;
+    __u8 family; /* AF_INET or AF_INET6: the packet's */
+    __u8 pad[3];
+    struct {
+        struct address peer;
+        __u16 peer_port;
+        __u16 source_port; /* as it left, after NAT */
+        __u32 pad;
+    } flow;
+};
+
+struct finding {
+    __u64 count; /* datagrams */
+    __u64 last;
+    __u64 second;    /* start of the second that `in_second` counts in */
+    __u32 in_second; /* events sent in it */
+    __u32 tgid;      /* of the latest sender */
+};
+
+/* One wrong reply, sent up through the ring buffer. */
+struct event {
+    struct finding_key key;
+    __u64 time;
+    __u64 count; /* of the finding, this reply included */
+    struct address peer;
+    __u16 peer_port;
+    __u16 segments; /* datagrams in this one send (UDP_SEGMENT) */
+    __u32 tgid;
+    __u32 uid;
+    __u32 netns_inode;        /* 0: not readable */
+    __u8 original[TUPLE_LEN]; /* struct nf_conntrack_tuple of the packet's own entry */
+    __u8 reply[TUPLE_LEN];    /* all zero: none, or not readable */
+};
+
+/* Per-CPU counters; user space adds the CPUs up. */
+struct stats {
+    __u64 checked;      /* datagrams sent to a peer that had asked */
+    __u64 wrong;        /* of these, wrong replies (verdict unknown: suspected) */
+    __u64 remembered;   /* peers entered into `flows` */
+    __u64 unremembered; /* peers that could not be entered */
+    __u64 overflow;     /* wrong replies for which `findings` had no room */
+    __u64 rate_limited; /* events held back */
+    __u64 ring_full;    /* events that the ring buffer had no room for */
+    __u64 unparsed;     /* UDP headers that were not readable */
+};
+
+#endif
