@@ -130,6 +130,7 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
+        capabilities.require()
         self._settings = settings
         self._started = time.time()
         self._processes = Processes()

@@ -38,16 +38,19 @@
 /* ---- maps ---- */
 
 /* The one conversation that a cache slot stands for, and the address in it known to be right.
- * A cache line. */
+ * It holds until REFRESH_NS are over or some conversation's addresses change: then the epoch
+ * moves on and every slot of every CPU is void. A cache line. */
 struct cached {
     struct flow_key key;
     struct address address;
     __u64 seen;
+    __u64 epoch;
 };
 
 BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_PEERS);
 BPF_PERCPU_ARRAY(asked_cache, struct cached, CACHE_SLOTS);
 BPF_PERCPU_ARRAY(right_cache, struct cached, CACHE_SLOTS);
+BPF_ARRAY(epochs, __u64, 1);
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
@@ -168,19 +171,35 @@ static __always_inline int same_key(const struct flow_key *a, const struct flow_
            a->port == b->port;
 }
 
+static __always_inline __u64 *epoch_counter(void) {
+    int zero = 0;
+    return epochs.lookup(&zero);
+}
+
+static __always_inline __u64 epoch_now(void) {
+    __u64 *epoch = epoch_counter();
+    return epoch ? READ_ONCE(*epoch) : 0;
+}
+
+static __always_inline int is_fresh(const struct cached *cached, const struct flow_key *key,
+                                    __u64 now) {
+    return now - cached->seen < REFRESH_NS && same_key(&cached->key, key) &&
+           cached->epoch == epoch_now();
+}
+
 static __always_inline int cached_is(const struct cached *cached, const struct flow_key *key,
                                      const struct address *address, __u64 now) {
-    return cached && now - cached->seen < REFRESH_NS && same_key(&cached->key, key) &&
-           same(&cached->address, address);
+    return cached && is_fresh(cached, key, now) && same(&cached->address, address);
 }
 
 static __always_inline void cache(struct cached *cached, const struct flow_key *key,
-                                  const struct address *address, __u64 now) {
+                                  const struct address *address, __u64 now, __u64 epoch) {
     if (!cached)
         return;
     cached->seen = 0;
     cached->key = *key;
     cached->address = *address;
+    cached->epoch = epoch;
     WRITE_ONCE(cached->seen, now);
 }
 
@@ -195,6 +214,11 @@ static __always_inline int newest(const struct flow *flow, __u64 now) {
     if (first && second)
         return flow->asked[1].seen > flow->asked[0].seen;
     return first ? 0 : second ? 1 : -1;
+}
+
+/* The clock is coarse: two requests of one tick still have an order. */
+static __always_inline __u64 after(__u64 now, const struct asked *other) {
+    return now > other->seen ? now : other->seen + 1;
 }
 
 static __always_inline void remember(struct flow_key *key, const struct address *address,
@@ -218,10 +242,11 @@ static __always_inline void remember(struct flow_key *key, const struct address 
     for (int i = 0; i < 2; i++) {
         if (flow->asked[i].seen && same(&flow->asked[i].address, address)) {
             if (i != last || now - flow->asked[i].seen >= REFRESH_NS)
-                WRITE_ONCE(flow->asked[i].seen, now);
+                WRITE_ONCE(flow->asked[i].seen, after(now, &flow->asked[!i]));
             return;
         }
     }
+    now = after(now, &flow->asked[last]);
     if (last) {
         fresh.asked[1] = flow->asked[1];
         fresh.asked[0].address = *address;
@@ -233,6 +258,9 @@ static __always_inline void remember(struct flow_key *key, const struct address 
     }
     if (flows.update(key, &fresh))
         COUNT(unremembered, 1);
+    __u64 *epoch = epoch_counter();
+    if (epoch)
+        __sync_fetch_and_add(epoch, 1);
 }
 
 enum judgement { NOT_A_REPLY, RIGHT, WRONG };
@@ -264,7 +292,7 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     struct sender *sender;
 
     /* Only a reply can be a wrong reply. */
-    if (!cached || now - cached->seen >= REFRESH_NS || !same_key(&cached->key, key)) {
+    if (!cached || !is_fresh(cached, key, now)) {
         struct flow *flow = flows.lookup(key);
         if (!flow || newest(flow, now) < 0)
             return;
@@ -415,7 +443,7 @@ int ingress(struct __sk_buff *skb) {
     if (cached_is(cached, &key, &packet.destination, now))
         return 1;
     remember(&key, &packet.destination, now);
-    cache(cached, &key, &packet.destination, now);
+    cache(cached, &key, &packet.destination, now, epoch_now());
     return 1;
 }
 
@@ -438,11 +466,12 @@ int egress(struct __sk_buff *skb) {
     __u32 slot = slot_of(&key);
     struct cached *cached = right_cache.lookup(&slot);
     if (!cached_is(cached, &key, &packet.source, now)) {
+        __u64 epoch = epoch_now(); /* before the look: a change meanwhile voids what is cached */
         switch (judge(&key, &packet.source, now, &event.key.expected)) {
         case NOT_A_REPLY:
             return 1;
         case RIGHT:
-            cache(cached, &key, &packet.source, now);
+            cache(cached, &key, &packet.source, now, epoch);
             break;
         case WRONG:
             event.time = now;

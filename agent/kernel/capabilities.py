@@ -9,6 +9,8 @@ from collections.abc import Collection, Iterable
 from enum import IntEnum
 from pathlib import Path
 
+from udpwatch.agent.errors import CannotRun
+
 _VERSION_3 = 0x20080522
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,6 +50,18 @@ def effective() -> frozenset[Capability]:
 def may_load(have: Collection[Capability]) -> bool:
     """Whether programs can be loaded and attached: CAP_BPF (or CAP_SYS_ADMIN) and CAP_NET_ADMIN."""
     return Capability.NET_ADMIN in have and (Capability.BPF in have or Capability.SYS_ADMIN in have)
+
+
+def require() -> None:
+    """Raise CannotRun unless programs can be loaded and attached, before anything else is begun."""
+    have = effective()
+    if may_load(have):
+        return
+    if os.geteuid() != 0:
+        raise CannotRun("watching the kernel needs root: run udpwatch as root")
+    missing = {Capability.BPF, Capability.NET_ADMIN} - have
+    names = " and ".join(sorted(map(str, missing)))
+    raise CannotRun(f"{names} missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`")
 
 
 def drop_all_but(keep: Iterable[Capability]) -> None:

@@ -16,6 +16,8 @@ from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.model import Finding, Flow
 
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 
 def is_wrong(finding: Finding, flow: Flow, pid: int) -> bool | None:
     """Whether a suspected reply is wrong: True, or False where NAT turned its source back; None: cannot tell.
@@ -25,21 +27,17 @@ def is_wrong(finding: Finding, flow: Flow, pid: int) -> bool | None:
     too; in that one the original direction starts at S.
     """
     try:
-        namespace = netns.open_by_cookie(finding.netns, pid)
-        if namespace is None:
-            return None
-        try:
-            with netns.entered(namespace):
-                original = _original_source(flow, finding)
-        finally:
-            os.close(namespace)
+        with netns.entered_by_cookie(finding.netns, pid) as found:
+            if not found:
+                return None
+            opener = _opener(flow, finding)
     except OSError:
         return None
-    return original is None or ipaddress.ip_address(original) != ipaddress.ip_address(flow.peer)
+    return opener != (ipaddress.ip_address(flow.peer), flow.peer_port)
 
 
-def _original_source(flow: Flow, finding: Finding) -> str | None:
-    """Who opened the flow between the peer and the source that left; None where conntrack knows of none."""
+def _opener(flow: Flow, finding: Finding) -> tuple[_Address, int] | None:
+    """Who sent first in the flow between the peer and the source that left; None where conntrack has none."""
     family = socket.AF_INET6 if finding.family == 6 else socket.AF_INET
     wanted = NFCTAttrTuple(
         family=family,
@@ -57,6 +55,6 @@ def _original_source(flow: Flow, finding: Finding) -> str | None:
                 return None
             raise OSError(error.code, f"conntrack: {os.strerror(error.code)}") from None
     for entry in entries:
-        source: str = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG")).saddr
-        return source
+        original = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG"))
+        return ipaddress.ip_address(original.saddr), original.sport
     return None

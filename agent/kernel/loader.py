@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
+from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
@@ -73,6 +74,7 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
     Raises CannotRun where this machine or user cannot (no bcc, no privilege, no such hooks), UdpwatchError where
     it failed otherwise. The message names the thing and the way out.
     """
+    capabilities.require()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         ours.settimeout(LOAD_SECONDS)

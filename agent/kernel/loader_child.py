@@ -26,7 +26,9 @@ SOURCES = Path(__file__).resolve().parents[2] / "bpf"
 def _import_bcc() -> Any:
     try:
         import bcc  # noqa: PLC0415  only here, and only now: it may be missing
-    except ImportError as error:
+
+        bcc.BPF.load_func  # noqa: B018  an empty folder of that name can be imported too
+    except (ImportError, AttributeError) as error:
         raise CannotRun(
             f"cannot import bcc ({error}): install python3-bpfcc, and run udpwatch with the system's Python "
             "(a virtual environment needs --system-site-packages)"
@@ -34,16 +36,6 @@ def _import_bcc() -> Any:
     if "attach_type" not in inspect.signature(bcc.BPF.load_func).parameters:
         raise CannotRun(f"bcc {bcc.__version__} is too old to load sendmsg programs: 0.25 or newer is needed")
     return bcc
-
-
-def _privilege_error(error: OSError) -> CannotRun:
-    missing = {capabilities.Capability.BPF, capabilities.Capability.NET_ADMIN} - capabilities.effective()
-    names = " and ".join(sorted(str(capability) for capability in missing))
-    if os.geteuid() != 0:
-        return CannotRun("loading BPF programs needs root: run udpwatch as root, or see `udpwatch doctor`")
-    if missing:
-        return CannotRun(f"loading BPF programs is not permitted: {names} missing; see `udpwatch doctor`")
-    return CannotRun(f"the kernel refuses BPF programs ({error.strerror}): see `udpwatch doctor`")
 
 
 def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
@@ -97,7 +89,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         found = features.probe(Path(request["btf"]))
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
-            raise _privilege_error(error) from None
+            raise CannotRun("the kernel does not permit us BPF programs (EPERM): see `udpwatch doctor`") from None
         raise CannotRun(
             f"this kernel has no cgroup_skb programs ({error.strerror}): CONFIG_CGROUP_BPF is needed"
         ) from None

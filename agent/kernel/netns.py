@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import socket
@@ -64,25 +65,43 @@ def cookie_here() -> int:
         return cookie
 
 
-def open_by_cookie(cookie: int, pid: int) -> int | None:
-    """A descriptor of the namespace with this cookie, None where no process is in it and no name holds it.
+@contextmanager
+def entered_by_cookie(cookie: int, pid: int) -> Iterator[bool]:
+    """Run the body in the namespace with this cookie; False, and no move, where none can be found.
 
     ``pid`` is tried first: the sender is nearly always in it. A cookie of 0 (the kernel did not tell) takes the
-    process's namespace as it is. Needs CAP_SYS_ADMIN, and CAP_SYS_PTRACE for other users' processes; what may
-    not be looked at is passed over.
+    process's namespace as it is. Other namespaces than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at
+    other users' processes; what may not be looked at is passed over.
     """
+    if cookie and cookie_here() == cookie:
+        yield True
+        return
+    fd = _open_by_cookie(cookie, pid)
+    if fd is None:
+        yield False
+        return
+    try:
+        with entered(fd):
+            yield True
+    finally:
+        os.close(fd)
+
+
+def _open_by_cookie(cookie: int, pid: int) -> int | None:
     seen: set[int] = set()
     for path in _candidates(pid):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
+            if cookie == 0:
+                return None
             continue
+        if cookie == 0:
+            return fd
         try:
             inode = os.fstat(fd).st_ino
             if inode not in seen:
                 seen.add(inode)
-                if cookie == 0:
-                    return os.dup(fd)
                 with entered(fd):
                     if cookie_here() == cookie:
                         return os.dup(fd)
@@ -90,17 +109,29 @@ def open_by_cookie(cookie: int, pid: int) -> int | None:
             continue
         finally:
             os.close(fd)
-        if cookie == 0:
-            return None
     return None
 
 
 def _candidates(pid: int) -> Iterator[Path]:
-    yield Path(f"/proc/{pid}/ns/net")
-    yield Path("/proc/self/ns/net")
-    for folder in (Path("/run/netns"), Path("/run/docker/netns")):
-        if folder.is_dir():
-            yield from folder.iterdir()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            yield entry / "ns/net"
+    process = Path("/proc", str(pid))
+    yield process / "ns/net"
+    # A process that serves other namespaces than its own (VPN and CNI daemons) is in them with single threads, or
+    # holds them open.
+    for thread in _entries(process / "task"):
+        yield thread / "ns/net"
+    for held in _entries(process / "fd"):
+        with contextlib.suppress(OSError):
+            if str(held.readlink()).startswith("net:["):
+                yield held
+    for folder in ("/run/netns", "/run/docker/netns"):
+        yield from _entries(Path(folder))
+    for other in _entries(Path("/proc")):
+        if other.name.isdigit():
+            yield other / "ns/net"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:
+        return []

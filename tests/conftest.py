@@ -1,0 +1,19 @@
+"""What all three circles of tests share. unit/ needs no root; integration/ needs root and makes its own namespaces."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Integration tests say what they miss."""
+    if os.geteuid() == 0:
+        return
+    for item in items:
+        if "integration" in item.path.parts:
+            item.add_marker(pytest.mark.skip(reason="needs root: run `make test` as root"))

@@ -1,0 +1,152 @@
+"""A real `udpwatch run` beside the test, and waiting for it by condition, never by time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from udpwatch.agent.lab import die_with_parent
+from udpwatch.agent.views.api import ask_snapshot
+
+COMMAND = (sys.executable, "-m", "udpwatch.agent.cli")
+PATIENCE_SECONDS = 20.0
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+    """Poll until the condition is true; returns what it returned."""
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"waited {seconds} s in vain for: {what}"
+        time.sleep(0.02)
+
+
+class Agent:
+    """Started with everything in a folder of its own; ready when the constructor returns."""
+
+    def __init__(self, folder: Path, *flags: str, wrapper: Sequence[str] = (), ready: bool = True, **popen: Any) -> None:
+        self.socket = folder / "udpwatch.sock"
+        self.events_file = folder / "events.jsonl"
+        self.said: list[str] = []
+        popen.setdefault("preexec_fn", die_with_parent)
+        self.process = subprocess.Popen(
+            [
+                *wrapper,
+                *COMMAND,
+                "run",
+                "--metrics-listen=127.0.0.1:0",
+                f"--socket={self.socket}",
+                f"--events={self.events_file}",
+                *flags,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+            **popen,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if ready:
+            wait_for(lambda: self.process.poll() is not None or "udpwatch: ready" in self.said, "the agent to be ready")
+            assert self.process.poll() is None, self.said
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line.rstrip("\n"))
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def url(self) -> str:
+        found = wait_for(lambda: re.search(r"metrics on (\S+)/metrics", "\n".join(self.said)), "the metrics address")
+        url: str = found.group(1)
+        return url
+
+    def get(self, path: str) -> tuple[int, str]:
+        """An HTTP request: (status, body)."""
+        try:
+            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's series that carry these labels."""
+        status, text = self.get("/metrics")
+        assert status == 200
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        return sum(
+            sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def wrong(self, port: int) -> int:
+        """Wrong replies counted for a port."""
+        return int(self.metric("udpwatch_reply_source_mismatch_total", port=str(port)))
+
+    def counted(self, port: int, at_least: int) -> int:
+        """Wrong replies counted for a port, once there are so many; more would be a fault too."""
+        count: int = wait_for(lambda: (now := self.wrong(port)) >= at_least and now, f"{at_least} wrong replies")
+        return count
+
+    def snapshot(self) -> dict[str, Any]:
+        return ask_snapshot(self.socket)
+
+    def resident_kib(self) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(r"VmRSS:\s+(\d+) kB", status)
+        assert found
+        return int(found.group(1))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(30)
+        self._reader.join(5)
+        if self.process.stderr:
+            self.process.stderr.close()
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
+
+
+def temporary() -> tempfile.TemporaryDirectory[str]:
+    """A short path: a Unix socket's may have 107 bytes."""
+    return tempfile.TemporaryDirectory(prefix="udpwatch-test-")
+
+
+def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end."""
+    wrapper = options.pop("wrapper", ())
+    return subprocess.run(
+        [*wrapper, *COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **options.pop("env", {})},
+        **options,
+    )

@@ -1,0 +1,128 @@
+"""Real sensors, real agents, and the host that most scenes play on."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+
+from agents import Agent, temporary
+
+from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.model import Event, Finding
+
+FOREVER_NS = 1 << 62
+PATIENCE_SECONDS = 5.0
+_ports = count(20_000)
+
+
+class Watch:
+    """A sensor, and all that it has found so far by local port. Each test has ports of its own."""
+
+    def __init__(self, limits: Limits = Limits(), btf: Path | None = None) -> None:
+        self.cgroup = cgroup.find(None)
+        self.sensor = ReplySensor.open(self.cgroup, limits, *([btf] if btf else []))
+        self._findings: dict[Finding, int] = {}
+        self._events: list[Event] = []
+
+    def read(self) -> None:
+        for increase in self.sensor.read(FOREVER_NS).increases:
+            self._findings[increase.finding] = self._findings.get(increase.finding, 0) + increase.count
+        self._events += self.sensor.events()
+
+    def findings(self, port: int) -> dict[Finding, int]:
+        """Findings on a local port, with their counts."""
+        self.read()
+        return {finding: number for finding, number in self._findings.items() if finding.port == port}
+
+    def count(self, port: int) -> int:
+        """Wrong replies from a local port."""
+        return sum(self.findings(port).values())
+
+    def events(self, port: int) -> list[Event]:
+        """Events of a local port."""
+        self.read()
+        return [event for event in self._events if event.finding.port == port]
+
+    def close(self) -> None:
+        self.sensor.close()
+        self.cgroup.close()
+
+
+@pytest.fixture(scope="session")
+def packet_watch() -> Iterator[Watch]:
+    """Conntrack read from the packet."""
+    watch = Watch()
+    assert watch.sensor.features.mode == "packet", watch.sensor.features.conntrack_reason
+    yield watch
+    watch.close()
+
+
+@pytest.fixture(scope="session")
+def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    """Conntrack asked over netlink, since the kernel's types are not to be had: the path names an empty file."""
+    nothing = tmp_path_factory.mktemp("btf") / "empty"
+    nothing.touch()
+    watch = Watch(btf=nothing)
+    assert watch.sensor.features.mode == "netlink"
+    yield watch
+    watch.close()
+
+
+@pytest.fixture(params=["packet", "netlink"])
+def watch(request: pytest.FixtureRequest) -> Watch:
+    """Every scene is played in both modes and must come out with the same counts."""
+    found: Watch = request.getfixturevalue(f"{request.param}_watch")
+    return found
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that no other test uses."""
+    return next(_ports)
+
+
+@pytest.fixture(scope="session")
+def host() -> Iterator[ContainerHost]:
+    """The demo's machine, with a second address on eth0 and two virtual ones on loopback."""
+    with ContainerHost() as lab:
+        lab.node.ip(
+            f"addr add {SECOND}/24 dev eth0",
+            f"addr add {SECOND_6}/64 dev eth0 nodad",
+            f"addr add {VIP}/32 dev lo",
+            f"addr add {VIP_6}/128 dev lo nodad",
+        )
+        yield lab
+
+
+SECOND, SECOND_6 = "172.16.13.14", "fd00:13::14"
+VIP, VIP_6 = "10.99.0.1", "fd00:99::1"
+
+
+def ask(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    """Send a question and wait until the server's socket has it: (the question, the peer as the server sees it)."""
+    client.settimeout(PATIENCE_SECONDS)
+    server.settimeout(PATIENCE_SECONDS)
+    client.sendto(b"question", (address, port))
+    data, peer = server.recvfrom(65535)
+    return data, peer
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder with a short path (a Unix socket's has 107 bytes at most)."""
+    with temporary() as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def agent(folder: Path) -> Iterator[Agent]:
+    """A ready agent with default settings."""
+    with Agent(folder) as running:
+        yield running

@@ -1,0 +1,548 @@
+"""`udpwatch run` as its users meet it: counts, events, metrics, health, stopping, and what it survives."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from agents import Agent, wait_for
+from conftest import Watch, ask
+
+from udpwatch.agent.kernel import bpf, cgroup
+from udpwatch.agent.kernel.bpf import AttachType
+from udpwatch.agent.kernel.loader import HOOKS, Limits
+from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+
+EVENT_KEYS = (
+    "time node expected actual peer peer_port port family verdict cause conntrack pid process uid netns cgroup "
+    "container namespace pod healed count"
+).split()
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def answer_wrongly(host: ContainerHost, port: int, times: int, name: str = "wrong-server") -> None:
+    """A process on the node answers ``times`` questions of the container from the wrong address."""
+    with host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+
+        def serve() -> None:
+            for _ in range(times):
+                server.sendto(*server.recvfrom(100))
+
+        process = host.node.spawn(name, serve)
+        client.settimeout(5)
+        for _ in range(times):
+            client.sendto(b"x", (host.ETH0, port))
+            assert client.recvfrom(100)[1][0] == host.DOCKER0
+        assert process.wait() == 0
+
+
+def event_lines(agent: Agent, port: int) -> list[dict[str, object]]:
+    lines = agent.events_file.read_text().splitlines() if agent.events_file.exists() else []
+    return [event for event in map(json.loads, lines) if event["port"] == port]
+
+
+# ---- what it tells ----
+
+
+@contextmanager
+def capture(namespace: Namespace, *words: str) -> Iterator[list[str]]:
+    """tcpdump's lines while the body runs; it listens when the body begins."""
+    process = namespace.popen(["tcpdump", "-l", "-n", "--immediate-mode", "-i", "eth0", *words])
+    lines: list[str] = []
+    assert process.stderr and process.stdout
+    while b"listening on" not in (said := process.stderr.readline()):
+        assert said, "tcpdump ended"
+    os.set_blocking(process.stdout.fileno(), False)
+    rest = b""
+
+    def drain() -> list[str]:
+        nonlocal rest
+        assert process.stdout
+        rest += process.stdout.read() or b""
+        *whole, rest = rest.split(b"\n")
+        lines.extend(line.decode() for line in whole)
+        return lines
+
+    try:
+        yield lines
+        # A right answer after the wrong ones marks the end of what is to be counted.
+        wait_for(lambda: any("fence" in line or f"{ContainerHost.ETH0}." in line for line in drain()), "the fence")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_23_wrong_replies_and_a_capture_agrees(agent: Agent, host: ContainerHost, port: int) -> None:
+    with capture(host.container, "udp", "src", "port", str(port)) as lines:
+        answer_wrongly(host, port, 23)
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind((host.ETH0, port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+    captured = [line for line in lines if f"IP {host.DOCKER0}.{port} >" in line]
+    assert len(captured) == 23
+    assert agent.counted(port, 23) == 23
+    series = {"process": "wrong-server", "expected": host.ETH0, "actual": host.DOCKER0}
+    assert (
+        agent.metric(
+            "udpwatch_reply_source_mismatch_total", verdict="new", cause="kernel-chosen", port=str(port), **series
+        )
+        == 23
+    )
+    assert agent.metric("udpwatch_replies_checked_total") >= 24
+
+
+def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, 1, "one-shot")
+    (event,) = wait_for(lambda: event_lines(agent, port), "the event")
+    assert list(event) == EVENT_KEYS
+    assert event["process"] == "one-shot"
+    assert (event["expected"], event["actual"], event["peer"]) == (host.ETH0, host.DOCKER0, host.CONTAINER)
+    assert (event["verdict"], event["cause"], event["family"], event["count"]) == ("new", "kernel-chosen", 4, 1)
+    assert event["netns"] == host.node.inode
+    assert event["uid"] == 0
+    assert event["healed"] is False
+    assert event["conntrack"] == {
+        "original": {
+            "source": host.DOCKER0,
+            "source_port": port,
+            "destination": host.CONTAINER,
+            "destination_port": event["peer_port"],
+        },
+        "reply": {
+            "source": host.CONTAINER,
+            "source_port": event["peer_port"],
+            "destination": host.DOCKER0,
+            "destination_port": port,
+        },
+    }
+    told = time.strptime(str(event["time"])[:19], "%Y-%m-%dT%H:%M:%S")
+    assert abs(time.mktime(told) - time.mktime(time.gmtime())) < 60
+
+
+def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, 2, "loud-server")
+    rows = wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the row")
+    assert [(row["process"], row["count"]) for row in rows] == [("loud-server", 2)]
+    (line,) = [line for line in agent.said if f"port {port}/udp" in line]
+    assert "loud-server" in line
+    assert f"was asked at {host.ETH0} and answered from {host.DOCKER0}" in line
+
+
+def test_every_error_series_exists_from_the_start(agent: Agent) -> None:
+    _, text = agent.get("/metrics")
+    for stage in "rate_limit ring_full findings_full undecided remember unparsed queue output".split():
+        assert f'udpwatch_events_lost_total{{stage="{stage}"}} 0.0' in text
+    for hook in HOOKS:
+        assert f'udpwatch_probe_attached{{probe="{hook.name}"}} 1.0' in text
+        assert f'udpwatch_probe_reattached_total{{probe="{hook.name}"}} 0.0' in text
+    assert 'mode="packet"' in text
+    assert 'process="other"' in text
+
+
+def test_health_pages(agent: Agent) -> None:
+    assert agent.get("/readyz") == (200, "ready\n")
+    assert agent.get("/healthz")[0] == 200
+    status, text = agent.get("/nothing")
+    assert status == 404
+    assert "/metrics" in text
+
+
+def test_events_on_standard_output(host: ContainerHost, folder: Path, port: int) -> None:
+    with Agent(folder, "--events=-", stdout=subprocess.PIPE) as agent:
+        answer_wrongly(host, port, 1)
+        assert agent.process.stdout
+        event = json.loads(agent.process.stdout.readline())
+        assert event["port"] == port
+        # The reader goes away, as `| head -1` does: at the next event the agent ends, and ends well.
+        agent.process.stdout.close()
+        answer_wrongly(host, port, 1)
+        assert agent.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int) -> None:
+    with Agent(folder) as agent:
+        before = attached_programs()
+        answer_wrongly(host, port, 3)
+        assert agent.stop(number) == 0
+        assert not agent.socket.exists()
+        assert len(attached_programs()) == len(before) - len(HOOKS)
+        assert [event["count"] for event in event_lines(agent, port)] == [1, 2, 3]  # nothing on the way was lost
+        assert not [line for line in agent.said if "Traceback" in line]
+
+
+def attached_programs() -> list[int]:
+    """Ids of all programs on our hooks of the root cgroup."""
+    with closing(cgroup.find(None)) as root:
+        return [program for hook in HOOKS for program in bpf.program_query(root.fd, hook.attach)]
+
+
+def test_agent_holds_no_compiler_and_few_rights(agent: Agent) -> None:
+    maps = Path(f"/proc/{agent.pid}/maps").read_text()
+    assert "libbcc" not in maps
+    assert "LLVM" not in maps
+    status = Path(f"/proc/{agent.pid}/status").read_text()
+    effective = int(re.findall(r"CapEff:\s+(\w+)", status)[0], 16)
+    assert effective == 1 << 39 | 1 << 12  # CAP_BPF, CAP_NET_ADMIN
+    threads = [path.read_text() for path in Path(f"/proc/{agent.pid}/task").glob("*/status")]
+    assert {re.findall(r"CapEff:\s+(\w+)", text)[0] for text in threads} == {f"{effective:016x}"}
+
+
+# ---- load ----
+
+
+def test_flood_is_counted_exactly(agent: Agent, host: ContainerHost, port: int) -> None:
+    """200,000 wrong replies from two processes: the counter is exact, and so is what was not delivered."""
+    each = 100_000
+    before = agent.resident_kib()
+
+    def flood(server: socket.socket) -> None:
+        data, peer = server.recvfrom(100)
+        sent = 0
+        while sent < each:
+            try:
+                server.sendto(data, peer)
+            except ConnectionRefusedError:
+                continue
+            sent += 1
+
+    with (
+        host.node.socket() as one,
+        host.node.socket() as other,
+        host.container.socket() as client,
+    ):
+        processes = []
+        for server, at in ((one, port), (other, port + 10_000)):
+            server.bind(("0.0.0.0", at))
+            processes.append(host.node.spawn("flood", lambda server=server: flood(server)))
+            client.sendto(b"x", (host.ETH0, at))
+        assert [process.wait() for process in processes] == [0, 0]
+    total = wait_for(
+        lambda: (count := agent.wrong(port) + agent.wrong(port + 10_000)) >= 2 * each and count, "all of the flood"
+    )
+    assert total == 2 * each
+
+    def accounted() -> int:
+        delivered = len(event_lines(agent, port)) + len(event_lines(agent, port + 10_000))
+        return delivered + int(agent.metric("udpwatch_events_lost_total"))
+
+    assert wait_for(lambda: (sum_ := accounted()) >= 2 * each and sum_, "all events to be accounted for") == 2 * each
+    assert agent.resident_kib() - before < 8 * 1024
+    assert agent.get("/healthz")[0] == 200
+
+
+def test_thousand_namespaces_under_load(agent: Agent, port: int) -> None:
+    """Each is made, answers wrongly once, and is gone."""
+    busy = Lab()
+    load = busy.namespace("load")
+
+    def chatter() -> None:
+        server, client = (socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2))
+        server.bind(("127.0.0.1", 0))
+        while True:
+            client.sendto(b"x", server.getsockname())
+            server.sendto(*server.recvfrom(100))
+
+    with busy:
+        load.spawn("chatter", chatter)
+        for _ in range(1000):
+            with Lab() as lab:
+                namespace = lab.namespace("short-lived")
+                with namespace.socket() as server, namespace.socket() as client:
+                    server.bind(("0.0.0.0", port))
+                    server.sendto(*ask(client, "127.0.0.2", port, server))
+    assert agent.counted(port, 1000) == 1000
+    assert len(agent.snapshot()["rows"]) == 1
+    assert agent.get("/readyz")[0] == 200
+
+
+# ---- what it survives ----
+
+
+def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
+    """Nobody reads: what fits is delivered later, the rest is counted, the count is exact."""
+    with closing(Watch(Limits(ring_pages=1, events_per_second=1_000_000))) as watch:
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            data, peer = ask(client, host.ETH0, port, server)
+            for _ in range(500):
+                server.sendto(data, peer)
+        lost = watch.sensor.counters().ring_full
+        assert lost > 0
+        assert watch.count(port) == 500
+        assert len(watch.events(port)) + lost == 500
+        # and once there is room again, events come again
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+        assert watch.events(port)[-1].count == 501
+
+
+def test_map_of_peers_full(host: ContainerHost, port: int) -> None:
+    """The oldest make room, and that is counted; the newest are still judged."""
+    with closing(Watch(Limits(max_peers=64))) as watch, host.node.socket() as server:
+        server.bind(("0.0.0.0", port))
+        peers = set()
+        for _ in range(500):
+            with host.container.socket() as client:
+                question = ask(client, host.ETH0, port, server)
+                peers.add(question[1])
+        server.sendto(*question)
+        assert watch.count(port) == 1
+        reading = watch.sensor.read(1 << 62)
+        assert len(peers) > 400  # the client's kernel may have used a port twice
+        assert reading.counters.remembered >= len(peers)
+        assert reading.tracked_peers <= 64
+        assert reading.evicted_peers == reading.counters.remembered - reading.tracked_peers
+
+
+def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
+    """What has no room is counted as overflow: the sum stays exact."""
+    with closing(Watch(Limits(max_findings=4))) as watch:
+        for at in range(port, port + 20):
+            with host.node.socket() as server, host.container.socket() as client:
+                server.bind(("0.0.0.0", at))
+                question = ask(client, host.ETH0, at, server)
+                server.sendto(*question)
+                server.sendto(*question)
+        kept = sum(watch.count(at) for at in range(port, port + 20))
+        assert kept == 8
+        counters = watch.sensor.counters()
+        assert counters.overflow >= 32
+        assert kept + counters.overflow == counters.wrong
+
+
+def test_series_limit(host: ContainerHost, folder: Path, port: int) -> None:
+    with Agent(folder, "--max-series=3") as agent:
+        for at in range(port, port + 10):
+            answer_wrongly(host, at, 2)
+        name = "udpwatch_reply_source_mismatch_total"
+        assert wait_for(lambda: (count := agent.metric(name)) >= 20 and count, "all of them") == 20
+        assert agent.metric(name, process="other") == 14
+        assert len(agent.snapshot()["rows"]) == 3
+
+
+def test_killed_and_started_again(host: ContainerHost, folder: Path, port: int) -> None:
+    """SIGKILL leaves no program attached and a socket that the next agent replaces."""
+    programs = attached_programs()
+    with Agent(folder) as agent:
+        agent.stop(signal.SIGKILL)
+        wait_for(lambda: attached_programs() == programs, "the programs to go with their agent")
+        assert agent.socket.exists()
+        with Agent(folder) as again:
+            answer_wrongly(host, port, 1)
+            assert again.counted(port, 1) == 1
+
+
+def test_second_agent_on_one_socket_is_refused(agent: Agent, folder: Path) -> None:
+    with Agent(folder, ready=False) as second:
+        assert second.process.wait(20) == 1
+        wait_for(lambda: second.said, "its word")
+        assert "another agent answers" in second.said[0]
+        assert len(second.said) == 1
+    assert agent.snapshot()["ready"]
+
+
+def _stolen_link(agent: Agent, attach: AttachType) -> int:
+    """A descriptor of one of the agent's links, as root can have it from outside (pidfd_getfd(2))."""
+    pidfd = os.pidfd_open(agent.pid)
+    try:
+        for info in Path(f"/proc/{agent.pid}/fdinfo").iterdir():
+            text = info.read_text()
+            if "link_type:\tcgroup" in text and f"attach_type:\t{int(attach)}\n" in text:
+                fd: int = _libc.syscall(438, pidfd, int(info.name), 0)
+                assert fd >= 0, os.strerror(ctypes.get_errno())
+                return fd
+    finally:
+        os.close(pidfd)
+    raise AssertionError(f"no {attach.name} link")
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
+def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, hook: object) -> None:
+    """As `bpftool link detach` does: noticed within 10 s, said, counted, attached again."""
+    name, attach = hook.name, hook.attach  # type: ignore[attr-defined]
+    link = _stolen_link(agent, attach)
+    try:
+        bpf.link_detach(link)
+    finally:
+        os.close(link)
+    wait_for(lambda: agent.metric("udpwatch_probe_reattached_total", probe=name) == 1, "it to be attached again", 10)
+    assert agent.metric("udpwatch_probe_attached", probe=name) == 1
+    assert any(f"{name} was detached" in line for line in agent.said)
+    answer_wrongly(host, port, 2)
+    assert agent.counted(port, 2) == 2
+    assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), cause="kernel-chosen") == 2
+
+
+def test_cgroup_that_goes_away(folder: Path) -> None:
+    """A watched cgroup is removed under the agent: blind from there on, and it says so."""
+    with closing(cgroup.find(None)) as root:
+        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
+    path.mkdir()
+    try:
+        with Agent(folder, f"--cgroup={path}") as agent:
+            assert agent.get("/readyz")[0] == 200
+            path.rmdir()
+            wait_for(lambda: agent.get("/readyz")[0] == 503, "not ready", 10)
+            assert agent.metric("udpwatch_probe_attached", probe="egress") == 0
+            assert "egress" in agent.get("/readyz")[1]
+            assert agent.get("/healthz")[0] == 200
+    finally:
+        if path.exists():
+            path.rmdir()
+
+
+def test_events_file_moved_away(agent: Agent, host: ContainerHost, port: int) -> None:
+    """logrotate's way: the file goes, a new one is begun."""
+    answer_wrongly(host, port, 1)
+    wait_for(lambda: event_lines(agent, port), "the first event")
+    agent.events_file.rename(agent.events_file.with_suffix(".1"))
+    answer_wrongly(host, port, 1)
+    wait_for(lambda: event_lines(agent, port), "an event in the new file")
+
+
+def test_events_on_a_full_disk(host: ContainerHost, folder: Path, port: int) -> None:
+    """Nothing can be written, everything is counted; with room again, whole lines follow."""
+    disk = folder / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", disk], check=True)
+    try:
+        filler = disk / "filler"
+        with Agent(folder, f"--events={disk}/events.jsonl") as agent:
+            filler.write_bytes(bytes(4096))
+            answer_wrongly(host, port, 2)
+            wait_for(lambda: agent.metric("udpwatch_events_lost_total", stage="output") == 2, "the loss")
+            assert len([line for line in agent.said if "No space left" in line]) == 1
+            filler.unlink()
+            answer_wrongly(host, port, 1)
+            wait_for(lambda: (disk / "events.jsonl").read_text().count("\n") == 1, "an event")
+            assert json.loads((disk / "events.jsonl").read_text())["count"] == 3
+            assert agent.counted(port, 3) == 3
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_socket_clients_that_misbehave(agent: Agent) -> None:
+    clients = []
+    for _ in range(40):
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(str(agent.socket))
+        clients.append(client)
+    for client in clients[:20]:  # ask and never read
+        client.setblocking(False)
+        try:
+            while True:
+                client.send(b'{"get": "snapshot"}\n' * 100)
+        except OSError:
+            pass
+    clients[20].setblocking(True)
+    for client in clients:
+        client.close()
+    wait_for(lambda: _answers(agent), "an answer")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(agent.socket))
+        lines = client.makefile("rwb")
+        for question in (b"not json\n", b"[]\n", b'{"get": "everything"}\n', b"[" * 5000 + b"\n"):
+            lines.write(question)
+            lines.flush()
+            assert "error" in json.loads(lines.readline())
+        lines.write(b"x" * 100_000 + b"\n")  # longer than a line may be: the connection is closed
+        lines.flush()
+        assert lines.readline() == b""
+        lines.close()
+    assert agent.get("/healthz")[0] == 200
+    assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"
+
+
+def _answers(agent: Agent) -> bool:
+    try:
+        return bool(agent.snapshot()["ready"])
+    except OSError:
+        return False
+
+
+def test_slow_http_clients(agent: Agent) -> None:
+    host, port = agent.url.removeprefix("http://").split(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(31)]
+    try:
+        assert agent.get("/healthz")[0] == 200
+    finally:
+        for connection in idle:
+            connection.close()
+
+
+def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> None:
+    """A process may call itself anything; label, JSON and log stay one line."""
+    answer_wrongly(host, port, 1, 'a"\x1b[31m\\\t')
+    (event,) = wait_for(lambda: event_lines(agent, port), "the event")
+    assert event["process"] == 'a"\\x1b[31m\\\\x09'
+    assert agent.counted(port, 1) == 1
+    assert not [line for line in agent.said if "\x1b" in line]
+
+
+def test_short_process_is_still_named(agent: Agent, host: ContainerHost, port: int) -> None:
+    for number in range(5):
+        answer_wrongly(host, port, 1, f"gone-{number}")
+    wait_for(lambda: len(event_lines(agent, port)) == 5, "the events")
+    assert {event["process"] for event in event_lines(agent, port)} == {f"gone-{number}" for number in range(5)}
+
+
+def test_a_thread_is_named_by_its_process(agent: Agent, host: ContainerHost, port: int) -> None:
+    """Runtimes name their threads; the operator looks for the process."""
+    with host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+
+        def serve() -> None:
+            def work() -> None:
+                Path("/proc/thread-self/comm").write_text("worker-17")
+                while True:
+                    server.sendto(*server.recvfrom(100))
+
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+
+        process = host.node.spawn("runtime", serve)
+        client.settimeout(5)
+        client.sendto(b"x", (host.ETH0, port))
+        client.recvfrom(100)
+        (event,) = wait_for(lambda: event_lines(agent, port), "the event")
+        assert event["process"] == "runtime"
+        assert event["pid"] == process.pid
+
+
+def test_idle_series_end(host: ContainerHost, folder: Path, port: int) -> None:
+    with Agent(folder, "--forget=1") as agent:
+        answer_wrongly(host, port, 2)
+        wait_for(lambda: agent.wrong(port) == 2, "the count")
+        wait_for(lambda: f'port="{port}"' not in agent.get("/metrics")[1], "the series to end")
+        answer_wrongly(host, port, 1)
+        assert agent.counted(port, 1) == 1
+
+
+def test_settings_from_file_environment_and_flags(host: ContainerHost, folder: Path, port: int) -> None:
+    settings = folder / "settings.toml"
+    settings.write_text('window = 0.2\nnode = "from-file"\nevents_per_second = 1\n')
+    environment = {**os.environ, "UDPWATCH_NODE": "from-environment", "UDPWATCH_EVENTS_PER_SECOND": "2"}
+    with Agent(folder, f"--config={settings}", "--events-per-second=3", env=environment) as agent:
+        answer_wrongly(host, port, 8)
+        wait_for(lambda: agent.wrong(port) == 8, "the count")
+        wait_for(lambda: agent.metric("udpwatch_events_lost_total", stage="rate_limit") > 0, "the limit")
+        assert agent.snapshot()["node"] == "from-environment"
+        assert event_lines(agent, port)[0]["node"] == "from-environment"
+        lost = agent.metric("udpwatch_events_lost_total", stage="rate_limit")
+        wait_for(lambda: len(event_lines(agent, port)) + lost == 8, "all events accounted for")

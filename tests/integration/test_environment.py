@@ -1,0 +1,451 @@
+"""Wrong environments, each for real in a restricted process: one clear line, the documented exit status, no traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from agents import COMMAND, Agent, run_cli, wait_for
+from conftest import ask
+
+from udpwatch.agent import cli
+from udpwatch.agent.kernel import bpf, cgroup
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.lab import ContainerHost, Lab, die_with_parent
+
+NOBODY = 65534
+_PR_CAPBSET_DROP = 24
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def without(*capabilities: Capability) -> Callable[[], None]:
+    """For preexec_fn: root, but for these."""
+
+    def drop() -> None:
+        die_with_parent()
+        for capability in capabilities:
+            _libc.prctl(_PR_CAPBSET_DROP, int(capability))
+
+    return drop
+
+
+def in_mount_namespace(script: str) -> Sequence[str]:
+    """A wrapper that changes what is mounted for the command alone."""
+    return ["unshare", "--mount", "sh", "-e", "-c", f'{script}\nexec "$@"', "sh"]
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("udpwatch: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert done.stdout == ""
+
+
+def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """`udpwatch run` with places of its own."""
+    given = {flag.partition("=")[0] for flag in flags}
+    places = {"--metrics-listen": "127.0.0.1:0", "--socket": str(folder / "s")}
+    defaults = [f"{flag}={value}" for flag, value in places.items() if flag not in given]
+    return run_cli("run", *defaults, *flags, **options)
+
+
+# ---- who may not ----
+
+
+def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As nobody, in a forked process: the checkout itself may lie where only root can read it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        with contextlib.suppress(BaseException):
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+            status = cli.main(["run", "--metrics-listen=127.0.0.1:0", f"--socket={folder}/s"])
+            sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(pid, 0)
+    captured = capfd.readouterr()
+    assert os.waitstatus_to_exitcode(status) == 77
+    assert captured.err == "udpwatch: watching the kernel needs root: run udpwatch as root\n"
+
+
+@pytest.mark.parametrize("missing", [Capability.NET_ADMIN, Capability.BPF], ids=str)
+def test_root_without_a_needed_capability(folder: Path, missing: Capability) -> None:
+    drop = {missing, Capability.SYS_ADMIN}  # CAP_SYS_ADMIN stands in for CAP_BPF
+    assert_refused(run(folder, preexec_fn=without(*drop)), 77, str(missing), "doctor")
+
+
+def test_without_perfmon_conntrack_is_asked(folder: Path, port: int) -> None:
+    """Runs all the same, says what it costs, finds the wrong reply and not the translated one."""
+    with ContainerHost() as host:
+        host.node.nft(
+            "table inet service { chain prerouting { type nat hook prerouting priority dstnat;"
+            f" ip daddr 10.99.0.9 udp dport {port} dnat ip to {host.ETH0}:{port}; }}; }}"
+        )
+        drop = without(Capability.PERFMON, Capability.SYS_ADMIN)
+
+        def enter_node() -> None:
+            host.node._enter_child()
+            drop()
+
+        with Agent(folder, preexec_fn=enter_node, ready=False) as agent:
+            wait_for(lambda: "udpwatch: ready" in agent.said, "the agent to be ready")
+            assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.said)
+            with host.node.socket() as server, host.outside.socket() as client, host.container.socket() as inside:
+                server.bind(("0.0.0.0", port))
+                client.settimeout(5)
+                server.settimeout(5)
+                for _ in range(3):
+                    client.sendto(b"x", ("10.99.0.9", port))
+                    server.sendto(*server.recvfrom(100))
+                    assert client.recvfrom(100)[1][0] == "10.99.0.9"
+                server.sendto(*ask(inside, host.ETH0, port, server))
+                wait_for(
+                    lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding"
+                )
+            (row,) = [row for row in agent.snapshot()["rows"] if row["port"] == port]
+            assert (row["count"], row["verdict"], row["actual"]) == (1, "unknown", host.DOCKER0)
+            assert agent.snapshot()["lost"]["undecided"] == 0
+
+
+def test_without_perfmon_other_namespaces_are_not_guessed(folder: Path, host: ContainerHost, port: int) -> None:
+    """What cannot be asked is counted as undecided and never reported."""
+    drop = without(Capability.PERFMON, Capability.SYS_ADMIN)
+    with Agent(folder, "--window=0.5", preexec_fn=drop) as agent:
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+        wait_for(lambda: agent.snapshot()["lost"]["undecided"] == 1, "the undecided one")
+        assert not [row for row in agent.snapshot()["rows"] if row["port"] == port]
+
+
+# ---- what is missing ----
+
+
+def test_btf_path_that_is_not_there(folder: Path) -> None:
+    assert_refused(run(folder, "--btf=/nowhere/vmlinux"), 2, "--btf", "/nowhere/vmlinux", "No such file")
+
+
+def test_kernel_without_btf(folder: Path, host: ContainerHost, port: int) -> None:
+    wrapper = in_mount_namespace("mount -t tmpfs none /sys/kernel/btf")
+    with Agent(folder, wrapper=wrapper) as agent:
+        assert any("cannot read BTF from /sys/kernel/btf/vmlinux" in line for line in agent.said)
+        assert agent.snapshot()["mode"] == "netlink"
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+            assert agent.counted(port, 1) == 1
+
+
+def test_bcc_missing(folder: Path) -> None:
+    wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages")
+    assert_refused(run(folder, wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+
+
+def test_bcc_is_an_empty_folder(folder: Path) -> None:
+    wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
+    assert_refused(run(folder, wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+
+
+def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: int) -> None:
+    """It is mounted privately: seen by nobody, gone with the agent."""
+    wrapper = in_mount_namespace("umount /sys/fs/cgroup/unified 2>/dev/null || umount -l /sys/fs/cgroup")
+    with Agent(folder, wrapper=wrapper) as agent:
+        assert "cgroup2" not in Path(f"/proc/{agent.pid}/mountinfo").read_text().replace("/proc/1", "")
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+        assert agent.counted(port, 1) == 1
+
+
+def test_in_a_container_with_its_own_cgroup_namespace(folder: Path) -> None:
+    """The container sees its own part of the tree as the root: noticed, and said."""
+    with closing(cgroup.find(None)) as root:
+        inner = Path(root.path, f"udpwatch-test-{os.getpid()}")
+    inner.mkdir()
+    script = (
+        f"echo $$ > {inner}/cgroup.procs\n"
+        "exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '"
+        "mkdir /tmp/cgroup; mount -t tmpfs none /tmp; mkdir /tmp/cgroup; mount -t cgroup2 none /tmp/cgroup;"
+        f"umount {root.path} || true;"
+        'exec "$@"\' sh "$@"'
+    )
+    script = script.replace("mkdir /tmp/cgroup; mount -t tmpfs", "mount -t tmpfs")
+    try:
+        done = run_cli("doctor", "--json", wrapper=["unshare", "--mount", "sh", "-e", "-c", script, "sh"])
+        checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+        assert done.returncode == 0, done.stdout
+        assert checks["cgroup v2"]["status"] == "warn"
+        assert "cgroup namespace of its own" in checks["cgroup v2"]["found"]
+        assert "--cgroup" in checks["cgroup v2"]["change"]
+    finally:
+        wait_for(lambda: not (inner / "cgroup.procs").read_text(), "the cgroup to be empty")
+        inner.rmdir()
+
+
+def test_loopback_down(folder: Path) -> None:
+    """No packet of our own can prove that the sensor sees: not ready, and the reason is told."""
+    with Lab() as lab:
+        bare = lab.namespace("bare")
+        bare.ip("link set lo down")
+        with Agent(folder, "--metrics-listen=off", preexec_fn=bare._enter_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
+            assert any("is lo up here" in line for line in agent.said)
+            assert agent.snapshot()["ready"] is False
+            bare.ip("link set lo up")
+            wait_for(lambda: agent.snapshot()["ready"], "ready")
+
+
+# ---- what is taken ----
+
+
+def test_port_taken(folder: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        assert_refused(run(folder, f"--metrics-listen={taken}"), 1, taken, "in use", "--metrics-listen")
+
+
+def test_unwritable_socket_folder(folder: Path) -> None:
+    assert_refused(run(folder, "--socket=/proc/udpwatch/s"), 1, "/proc/udpwatch/s", "--socket")
+
+
+def test_read_only_socket_folder(folder: Path) -> None:
+    wrapper = in_mount_namespace(f"mount -t tmpfs -o ro none {folder}")
+    assert_refused(run(folder, wrapper=wrapper), 1, f"{folder}/s", "Read-only", "--socket")
+
+
+def test_socket_path_is_a_file(folder: Path) -> None:
+    (folder / "s").write_text("precious")
+    assert_refused(run(folder), 1, "is no socket")
+    assert (folder / "s").read_text() == "precious"
+
+
+def test_events_file_that_cannot_be(folder: Path) -> None:
+    assert_refused(run(folder, "--events=/nowhere/events"), 1, "/nowhere/events", "No such file")
+
+
+def test_exclusive_program_on_the_hook(folder: Path, host: ContainerHost, port: int) -> None:
+    """Cilium from before 1.14 holds sendmsg4 with flags 0: udpwatch says so and goes on without the cause."""
+    with closing(cgroup.find(None)) as root:
+        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
+    path.mkdir()
+    program = bpf.program_load(
+        ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, bytes.fromhex("b7000000010000009500000000000000")
+    )
+    with closing(cgroup.find(str(path))) as watched:
+        try:
+            attach_exclusively(program, watched.fd)
+            with Agent(folder, f"--cgroup={path}") as agent:
+                assert agent.metric("udpwatch_probe_attached", probe="sendmsg4") == 0
+                assert agent.metric("udpwatch_probe_attached", probe="egress") == 1
+                assert any("sendmsg4" in line and "Cilium" in line for line in agent.said)
+
+                server = host.node.socket()
+                server.bind(("0.0.0.0", port))
+
+                def serve() -> None:
+                    Path(path, "cgroup.procs").write_text(str(os.getpid()))
+                    # A socket belongs to the cgroup in which it was made.
+                    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as own:
+                        own.bind(("0.0.0.0", port))
+                        own.sendto(*own.recvfrom(100))
+
+                server.close()
+                process = host.node.spawn("in-cgroup", serve)
+                with host.container.socket() as client:
+                    client.connect((host.ETH0, port))
+                    wait_for(lambda: _sent(client, process), "the server")
+                assert agent.counted(port, 1) == 1
+                (row,) = agent.snapshot()["rows"]
+                assert (row["cause"], row["process"]) == ("unknown", "in-cgroup")
+        finally:
+            os.close(program)
+    wait_for(lambda: not (path / "cgroup.procs").read_text(), "the cgroup to be empty")
+    path.rmdir()
+
+
+def _sent(client: socket.socket, process: object) -> bool:
+    """Ask until the server has had a question and ended."""
+    with contextlib.suppress(ConnectionRefusedError):
+        client.send(b"x")
+    pid = process.pid  # type: ignore[attr-defined]
+    done, _ = os.waitpid(pid, os.WNOHANG)
+    if done:
+        process.pid = 0  # type: ignore[attr-defined]
+    return bool(done)
+
+
+def attach_exclusively(program: int, folder: int) -> None:
+    """BPF_PROG_ATTACH with flags 0; it goes with the cgroup."""
+    attribute = ctypes.create_string_buffer(128)
+    attribute[:16] = b"".join(
+        value.to_bytes(4, sys.byteorder) for value in (folder, program, AttachType.CGROUP_UDP4_SENDMSG, 0)
+    )
+    assert _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 8, attribute, 128) == 0
+
+
+# ---- wrong words ----
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--window=soon"], ["--window", "'soon'", "0.1 to 3600"]),
+        (["--window=nan"], ["--window", "'nan'"]),
+        (["--metrics-listen=9953"], ["--metrics-listen", "'9953'", "HOST:PORT"]),
+        (["--metrics-listen=[::1]:99999"], ["--metrics-listen", "HOST:PORT"]),
+        (["--max-peers=-1"], ["--max-peers", "'-1'", "whole number"]),
+        (["--cgroup=/tmp"], ["cgroup", "/tmp", "not a cgroup v2 folder"]),
+        (["--cgroup=/nowhere"], ["cgroup", "/nowhere", "No such file"]),
+        (["--config=/nowhere"], ["--config", "/nowhere", "No such file"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_setting(folder: Path, flags: list[str], words: list[str]) -> None:
+    assert_refused(run(folder, *flags), 2, *words)
+
+
+def test_bad_variable_and_bad_file(folder: Path) -> None:
+    assert_refused(run(folder, env={"UDPWATCH_WINDOW": "0"}), 2, "UDPWATCH_WINDOW", "'0'")
+    settings = folder / "settings.toml"
+    settings.write_text("windows = 3\n")
+    assert_refused(run(folder, f"--config={settings}"), 2, str(settings), "'windows'", "window")
+    settings.write_text("window = \n")
+    assert_refused(run(folder, f"--config={settings}"), 2, str(settings), "TOML")
+    settings.write_bytes(b"\xff\xfe")
+    assert_refused(run(folder, f"--config={settings}"), 2, str(settings))
+
+
+def test_unknown_command() -> None:
+    done = run_cli("walk")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+# ---- doctor and demo ----
+
+
+def test_doctor_here() -> None:
+    done = run_cli("doctor")
+    assert done.returncode == 0, done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "mode packet" in done.stdout
+    for name in ("kernel", "lockdown", "BTF", "capabilities", "cgroup v2", "conntrack", "bcc", "egress", "test packet"):
+        assert f"  {name} " in done.stdout
+
+
+def test_doctor_sees_its_neighbours(agent: Agent) -> None:
+    report = json.loads(run_cli("doctor", "--json").stdout)
+    (check,) = [check for check in report["checks"] if check["name"] == "other programs"]
+    assert "egress on CGROUP_INET_EGRESS" in check["found"]
+
+
+def test_doctor_recognises_cilium(host: ContainerHost) -> None:
+    """A program that is called as Cilium's are, on our hook."""
+    with closing(cgroup.find(None)) as root:
+        program = _named_program("cil_sock4_sendm")
+        link = bpf.link_create(program, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
+    try:
+        done = run_cli("doctor")
+        assert done.returncode == 0
+        assert "Cilium is here" in done.stdout
+    finally:
+        os.close(link)
+        os.close(program)
+
+
+def _named_program(name: str) -> int:
+    """As bpf.program_load, with a name."""
+    code = ctypes.create_string_buffer(bytes.fromhex("b7000000010000009500000000000000"), 16)
+    licence = ctypes.create_string_buffer(b"GPL")
+    attribute = ctypes.create_string_buffer(128)
+    fields = [(0, 4, ProgramType.CGROUP_SOCK_ADDR), (4, 4, 2), (8, 8, ctypes.addressof(code))]
+    fields += [(16, 8, ctypes.addressof(licence)), (68, 4, AttachType.CGROUP_UDP4_SENDMSG)]
+    for at, size, value in fields:
+        attribute[at : at + size] = int(value).to_bytes(size, sys.byteorder)
+    attribute[48 : 48 + len(name)] = name.encode()
+    fd: int = _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 5, attribute, 128)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    return fd
+
+
+def test_doctor_without_rights() -> None:
+    done = run_cli("doctor", preexec_fn=without(*Capability))
+    assert done.returncode == 77
+    assert "udpwatch cannot work here" in done.stdout
+    assert "CAP_NET_ADMIN" in done.stdout
+    assert done.stderr == ""
+
+
+def test_doctor_without_perfmon() -> None:
+    done = run_cli("doctor", preexec_fn=without(Capability.PERFMON, Capability.SYS_ADMIN))
+    assert done.returncode == 0, done.stdout
+    assert "mode netlink" in done.stdout
+    assert "add CAP_PERFMON" in done.stdout
+
+
+def test_doctor_without_bcc() -> None:
+    done = run_cli("doctor", wrapper=in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages"))
+    assert done.returncode == 77
+    assert "python3-bpfcc" in done.stdout
+
+
+def test_demo() -> None:
+    done = run_cli("demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "NOT AS EXPECTED" not in done.stdout
+    assert done.stdout.count("[ok]") == 20
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "172.16.13.13" in done.stdout
+    assert done.stderr == ""
+
+
+def test_demo_notices_what_does_not_come_out() -> None:
+    """Without the sendmsg hook's word on the cause the demo must not claim success."""
+    done = run_cli("demo", env={"UDPWATCH_WINDOW": "0.1", "UDPWATCH_CGROUP": "/nowhere"})
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+
+
+def test_demo_beside_a_running_agent(agent: Agent) -> None:
+    assert run_cli("demo").returncode == 0
+    assert agent.get("/readyz")[0] == 200
+
+
+@pytest.mark.parametrize("number", [2, 9, 15], ids=["SIGINT", "SIGKILL", "SIGTERM"])
+def test_demo_interrupted(number: int) -> None:
+    """Whatever ends it: no process, no program, no namespace stays, and the next one works."""
+    with closing(cgroup.find(None)) as root:
+
+        def programs() -> list[int]:
+            return bpf.program_query(root.fd, AttachType.CGROUP_INET_EGRESS)
+
+        before, links = programs(), _network_namespaces()
+        with subprocess.Popen([*COMMAND, "demo"], stdout=subprocess.PIPE, preexec_fn=die_with_parent) as demo:
+            assert demo.stdout
+            while b"ICMP port unreachable" not in demo.stdout.readline():
+                pass
+            demo.send_signal(number)
+            demo.wait(20)
+        wait_for(lambda: programs() == before, "its programs to be gone")
+        wait_for(lambda: _network_namespaces() <= links, "its namespaces to be gone")
+
+
+def _network_namespaces() -> set[str]:
+    done = subprocess.run(["lsns", "-t", "net", "-n", "-o", "NS"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())

@@ -1,0 +1,682 @@
+"""What is a wrong reply and what only looks like one: every scene with its own count, real sockets, both modes."""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+
+import pytest
+from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch, ask
+
+from udpwatch.agent import servers
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+from udpwatch.agent.model import Cause, Finding, Verdict
+
+SO_REUSEPORT = socket.SO_REUSEPORT
+UDP_SEGMENT = 103  # include/uapi/linux/udp.h
+SOL_UDP = 17
+
+
+@dataclass(frozen=True)
+class Family:
+    """The addresses of the scene in one family."""
+
+    name: str
+    inet: socket.AddressFamily
+    wildcard: str
+    eth0: str
+    second: str
+    docker0: str
+    vip: str
+    outside: str
+    number: int
+
+
+V4 = Family(
+    "IPv4",
+    socket.AF_INET,
+    "0.0.0.0",
+    ContainerHost.ETH0,
+    SECOND,
+    ContainerHost.DOCKER0,
+    VIP,
+    ContainerHost.OUTSIDE,
+    4,
+)
+V6 = Family(
+    "IPv6",
+    socket.AF_INET6,
+    "::",
+    ContainerHost.ETH0_6,
+    SECOND_6,
+    ContainerHost.DOCKER0_6,
+    VIP_6,
+    ContainerHost.OUTSIDE_6,
+    6,
+)
+both = pytest.mark.parametrize("family", [V4, V6], ids=lambda family: family.name)
+
+
+@contextmanager
+def bound(
+    namespace: Namespace, inet: socket.AddressFamily, address: str, port: int, *options: tuple[int, int, int]
+) -> Iterator[socket.socket]:
+    """A UDP socket, bound."""
+    with namespace.socket(inet) as made:
+        for option in options:
+            made.setsockopt(*option)
+        made.bind((address, port))
+        yield made
+
+
+def finding_of(watch: Watch, port: int) -> Finding:
+    """The only finding on a port."""
+    (finding,) = watch.findings(port)
+    return finding
+
+
+def verdict_of(watch: Watch, expected: Verdict) -> Verdict:
+    """In mode netlink every verdict is unknown, by design."""
+    return expected if watch.sensor.features.mode == "packet" else Verdict.UNKNOWN
+
+
+def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
+    """The address that routing picks for a peer: the first one for IPv4, by RFC 6724 for IPv6."""
+    with namespace.socket(family.inet) as probe:
+        probe.connect((peer, 9))
+        picked: str = probe.getsockname()[0]
+        return picked
+
+
+# ---- wrong replies ----
+
+
+@both
+def test_two_addresses_on_one_interface(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        picked = picked_source(host.node, family, family.outside)
+        asked = family.second if picked == family.eth0 else family.eth0
+        server.sendto(*ask(client, asked, port, server))
+        finding = finding_of(watch, port)
+        assert watch.count(port) == 1
+        assert (finding.expected, finding.actual) == (asked, picked)
+        assert finding.cause is Cause.KERNEL_CHOSEN
+        assert finding.family == family.number
+
+
+@both
+def test_bridge_and_eth0(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        server.sendto(*ask(client, family.eth0, port, server))
+        finding = finding_of(watch, port)
+        assert watch.count(port) == 1
+        assert (finding.expected, finding.actual) == (family.eth0, family.docker0)
+        assert finding.verdict is verdict_of(watch, Verdict.NEW)
+        (event,) = watch.events(port)
+        assert event.peer_port == client.getsockname()[1]
+        if watch.sensor.features.mode == "packet":
+            assert event.netns_inode == host.node.inode
+            assert event.original is not None
+            assert event.original.source == family.docker0
+            assert event.original.source_port == port
+            assert event.reply is not None
+            assert event.reply.destination == family.docker0
+        # and asked at the address that routing picks anyway, it is right
+        server.sendto(*ask(client, family.docker0, port, server))
+        assert watch.count(port) == 1
+
+
+@both
+def test_address_on_loopback(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        for _ in range(3):
+            server.sendto(*ask(client, family.vip, port, server))
+        assert watch.count(port) == 3
+        assert finding_of(watch, port).expected == family.vip
+
+
+def test_ipv6_socket_with_ipv4_client(watch: Watch, host: ContainerHost, port: int) -> None:
+    with (
+        bound(host.node, socket.AF_INET6, "::", port, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)) as server,
+        host.container.socket() as client,
+    ):
+        server.sendto(*ask(client, V4.eth0, port, server))
+        finding = finding_of(watch, port)
+        assert watch.count(port) == 1
+        assert (finding.expected, finding.actual, finding.family) == (V4.eth0, V4.docker0, 4)
+        assert finding.cause is Cause.KERNEL_CHOSEN
+
+
+@both
+def test_connected_server_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """iperf3's way: the socket that got the request is connected to the client and answers from there on."""
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.connect(peer)
+        for _ in range(4):
+            try:
+                server.send(data)
+            except ConnectionRefusedError:  # the client's kernel has said what it thinks of the one before
+                server.send(data)
+        finding = finding_of(watch, port)
+        assert watch.count(port) == 4
+        assert (finding.actual, finding.cause) == (family.docker0, Cause.CONNECTED)
+
+
+@both
+def test_connected_second_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """A socket per client, connected after the listening one has received: bound to nothing, so routing froze it."""
+    reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with (
+        bound(host.node, family.inet, family.wildcard, port, reuse) as listener,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, listener)
+        with bound(host.node, family.inet, family.wildcard, port, reuse) as second:
+            second.connect(peer)
+            second.send(data)
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).cause is Cause.CONNECTED
+
+
+@both
+def test_reuseport_sibling_answers(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    reuse = (socket.SOL_SOCKET, SO_REUSEPORT, 1)
+    with (
+        bound(host.node, family.inet, family.wildcard, port, reuse) as one,
+        bound(host.node, family.inet, family.wildcard, port, reuse) as other,
+        host.container.socket(family.inet) as client,
+    ):
+        for _ in range(5):
+            client.sendto(b"question", (family.eth0, port))
+            (got,), _, _ = select.select([one, other], [], [], 5)
+            data, peer = got.recvfrom(100)
+            (other if got is one else one).sendto(data, peer)
+        assert watch.count(port) == 5
+        assert finding_of(watch, port).cause is Cause.KERNEL_CHOSEN
+
+
+@both
+def test_sibling_bound_to_the_other_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """A socket per address, and the answer goes out through the wrong one of them."""
+    with (
+        bound(host.node, family.inet, family.eth0, port) as asked,
+        bound(host.node, family.inet, family.docker0, port) as other,
+        host.container.socket(family.inet) as client,
+    ):
+        other.sendto(*ask(client, family.eth0, port, asked))
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).cause is Cause.EXPLICIT
+
+
+@both
+def test_pktinfo_with_another_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], [source_control(family, family.second)], 0, peer)
+        finding = finding_of(watch, port)
+        assert watch.count(port) == 1
+        assert (finding.actual, finding.cause) == (family.second, Cause.EXPLICIT)
+
+
+def source_control(family: Family, address: str) -> tuple[int, int, bytes]:
+    raw = socket.inet_pton(family.inet, address)
+    if family is V6:
+        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, raw + bytes(4)
+    return socket.IPPROTO_IP, servers.IP_PKTINFO, struct.pack("=i4s4s", 0, raw, bytes(4))
+
+
+@both
+def test_msg_more_is_one_datagram(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendto(data, socket.MSG_MORE, peer)
+        server.sendto(data, socket.MSG_MORE, peer)
+        server.sendto(data, peer)
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).cause is Cause.KERNEL_CHOSEN
+
+
+@both
+def test_segmentation_offload_counts_datagrams(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port, (SOL_UDP, UDP_SEGMENT, 1000)) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        _, peer = ask(client, family.eth0, port, server)
+        server.sendto(bytes(4500), peer)
+        assert watch.count(port) == 5
+        assert [event.segments for event in watch.events(port)] == [5]
+
+
+@both
+def test_datagram_larger_than_the_mtu(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        client.settimeout(5)
+        server.settimeout(5)
+        client.sendto(bytes(6000), (family.eth0, port))  # arrives in fragments, is judged whole
+        data, peer = server.recvfrom(65535)
+        assert len(data) == 6000
+        server.sendto(data, peer)
+        assert watch.count(port) == 1
+
+
+@both
+def test_loopback_to_own_addresses(watch: Watch, port: int, family: Family) -> None:
+    one, other = ("10.9.0.1", "10.9.1.1") if family is V4 else ("fd00:9::1", "fd00:9:0:1::1")
+    length = 24 if family is V4 else 128
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        alone.ip(f"addr add {one}/{length} dev lo", f"addr add {other}/{length} dev lo")
+        with bound(alone, family.inet, family.wildcard, port) as server:
+            for address in (one, other, "127.0.0.1" if family is V4 else "::1"):
+                with alone.socket(family.inet) as client:
+                    server.sendto(*ask(client, address, port, server))
+            assert watch.count(port) == 0
+            # The client's own choice of source makes routing answer from there: a connected client refuses that.
+            with bound(alone, family.inet, one, 0) as client:
+                server.sendto(*ask(client, other, port, server))
+            assert watch.count(port) == 1
+            assert (finding_of(watch, port).expected, finding_of(watch, port).actual) == (other, one)
+
+
+def test_loopback_127(watch: Watch, host: ContainerHost, port: int) -> None:
+    with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server:
+        for address, wrong in (("127.0.0.1", 0), ("127.0.0.53", 1)):
+            with host.node.socket() as client:
+                server.sendto(*ask(client, address, port, server))
+            assert watch.count(port) == wrong
+
+
+def test_the_two_newest_addresses(watch: Watch, port: int) -> None:
+    """Three questions within one tick of the clock: the third pushes out the first, on every path."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")  # without conntrack, which would remember the first one for longer
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            for address in ("127.0.0.1", "127.0.0.2"):
+                server.sendto(*ask(client, address, port, server))
+            assert watch.count(port) == 0
+            server.sendto(*ask(client, "127.0.0.3", port, server))
+            assert watch.count(port) == 1
+            server.sendto(*ask(client, "127.0.0.1", port, server))
+            assert watch.count(port) == 1
+
+
+@both
+def test_address_removed_between_request_and_reply(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    extra = "172.16.13.77/24" if family is V4 else "fd00:13::77/64"
+    address = extra.partition("/")[0]
+    host.node.ip(f"addr add {extra} dev eth0{'' if family is V4 else ' nodad'}")
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, address, port, server)
+        host.node.ip(f"addr del {extra} dev eth0")
+        server.sendto(data, peer)
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).expected == address
+
+
+# ---- right replies ----
+
+
+@both
+def test_pktinfo_server(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with host.node.socket(family.inet) as server, host.container.socket(family.inet) as client:
+        servers.want_pktinfo(server)
+        server.bind((family.wildcard, port))
+        process = host.node.spawn("pktinfo", lambda: servers.with_pktinfo(server))
+        client.settimeout(5)
+        for address in (family.eth0, family.docker0, family.second, family.vip):
+            client.sendto(b"x", (address, port))
+            assert client.recvfrom(100)[1][0] == address
+        process.stop()
+        assert watch.count(port) == 0
+
+
+@both
+def test_server_bound_to_the_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.eth0, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        server.sendto(*ask(client, family.eth0, port, server))
+        assert client.recvfrom(100)[1][0] == family.eth0
+        assert watch.count(port) == 0
+
+
+@both
+def test_one_client_asks_two_addresses(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """Both questions are out before the answers come, in the other order, each from its own address."""
+    with (
+        bound(host.node, family.inet, family.eth0, port) as one,
+        bound(host.node, family.inet, family.docker0, port) as other,
+        host.container.socket(family.inet) as client,
+    ):
+        for _ in range(3):
+            first = ask(client, family.eth0, port, one)
+            second = ask(client, family.docker0, port, other)
+            other.sendto(*second)
+            one.sendto(*first)
+        assert watch.count(port) == 0
+
+
+@both
+def test_answer_from_another_port(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """TFTP's way (RFC 1350, section 4): the server goes on from a port of its own choice."""
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        bound(host.node, family.inet, family.wildcard, 0) as transfer,
+        host.container.socket(family.inet) as client,
+    ):
+        transfer.sendto(*ask(client, family.eth0, port, server))
+        assert watch.count(port) == 0
+        assert watch.count(transfer.getsockname()[1]) == 0
+
+
+def test_multicast_request(watch: Watch, host: ContainerHost, port: int) -> None:
+    group = "239.1.2.3"
+    with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.outside.socket() as client:
+        index = struct.pack("=4s4si", socket.inet_aton(group), bytes(4), _interface(host.node, "eth0"))
+        server.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, index)
+        client.setsockopt(
+            socket.IPPROTO_IP,
+            socket.IP_MULTICAST_IF,
+            struct.pack("=4s4si", bytes(4), bytes(4), _interface(host.outside, "eth0")),
+        )
+        server.sendto(*ask(client, group, port, server))
+        assert client.recvfrom(100)[1][0] == V4.eth0
+        assert watch.count(port) == 0
+
+
+def test_multicast_request_ipv6(watch: Watch, host: ContainerHost, port: int) -> None:
+    group = "ff15::1234"
+    with bound(host.node, socket.AF_INET6, "::", port) as server, host.outside.socket(socket.AF_INET6) as client:
+        membership = socket.inet_pton(socket.AF_INET6, group) + struct.pack("=i", _interface(host.node, "eth0"))
+        server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, membership)
+        client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_IF, _interface(host.outside, "eth0"))
+        server.sendto(*ask(client, group, port, server))
+        client.recvfrom(100)
+        assert watch.count(port) == 0
+
+
+def _interface(namespace: Namespace, name: str) -> int:
+    with namespace.entered():
+        return socket.if_nametoindex(name)
+
+
+@pytest.mark.parametrize("address", ["172.16.13.255", "255.255.255.255"])
+@pytest.mark.parametrize("sender", ["outside", "node"])
+def test_broadcast_request(watch: Watch, host: ContainerHost, port: int, address: str, sender: str) -> None:
+    """Also the copy that the sender's own machine gets of its broadcast."""
+    namespace = host.outside if sender == "outside" else host.node
+    with (
+        bound(host.node, socket.AF_INET, "0.0.0.0", port) as server,
+        namespace.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+        server.sendto(*ask(client, address, port, server))
+        assert watch.count(port) == 0
+
+
+@both
+def test_same_addresses_in_two_namespaces(watch: Watch, port: int, family: Family) -> None:
+    """Two hosts that know nothing of each other, one with a wrong server and one with a right one."""
+    with ContainerHost() as one, ContainerHost() as other, ExitStack() as sockets:
+
+        def open_pair(lab: ContainerHost, address: str) -> tuple[socket.socket, socket.socket]:
+            server = sockets.enter_context(bound(lab.node, family.inet, address, port))
+            client = sockets.enter_context(bound(lab.container, family.inet, family.wildcard, 40_000))
+            return server, client
+
+        wrong_server, wrong_client = open_pair(one, family.wildcard)
+        right_server, right_client = open_pair(other, family.eth0)
+        questions = [
+            (wrong_server, ask(wrong_client, family.eth0, port, wrong_server)),
+            (right_server, ask(right_client, family.eth0, port, right_server)),
+        ]
+        for server, question in questions:
+            server.sendto(*question)
+        assert watch.count(port) == 1
+        if watch.sensor.features.mode == "packet":
+            assert [event.netns_inode for event in watch.events(port)] == [one.node.inode]
+
+
+# ---- NAT ----
+
+
+@pytest.fixture
+def nat_host() -> Iterator[ContainerHost]:
+    """A host whose service address 10.99.0.9 (fd00:99::9) exists only in its NAT rules."""
+    with ContainerHost() as lab:
+        lab.node.ip(f"addr add {SECOND}/24 dev eth0", f"addr add {SECOND_6}/64 dev eth0 nodad")
+        lab.outside.ip("addr add 172.16.13.2/24 dev eth0", "addr add fd00:13::2/64 dev eth0 nodad")
+        lab.node.nft(
+            f"""
+            table inet service {{
+              chain prerouting {{
+                type nat hook prerouting priority dstnat;
+                ip daddr 10.99.0.9 udp dport 53 dnat ip to {V4.eth0}:53;
+                ip daddr 10.99.0.9 udp dport 7777 dnat ip to {V4.eth0}:8888;
+                ip6 daddr fd00:99::9 udp dport 53 dnat ip6 to [{V6.second}]:53;
+                ip6 daddr fd00:99::9 udp dport 7777 dnat ip6 to [{V6.second}]:8888;
+                udp dport 6000 redirect to :6001;
+              }}
+            }}
+            """
+        )
+        yield lab
+
+
+def served_at(family: Family) -> str:
+    """Where the rules lead: to the address that routing picks towards the outside, so that the answer is right."""
+    return family.eth0 if family is V4 else family.second
+
+
+def service(family: Family) -> str:
+    return "10.99.0.9" if family is V4 else "fd00:99::9"
+
+
+@both
+@pytest.mark.parametrize(("asked", "served"), [(53, 53), (7777, 8888)])
+def test_dnat(watch: Watch, nat_host: ContainerHost, family: Family, asked: int, served: int) -> None:
+    before = watch.count(served)
+    with (
+        bound(nat_host.node, family.inet, family.wildcard, served) as server,
+        nat_host.outside.socket(family.inet) as client,
+    ):
+        for _ in range(3):
+            server.settimeout(5)
+            client.settimeout(5)
+            client.sendto(b"x", (service(family), asked))
+            server.sendto(*server.recvfrom(100))
+            assert client.recvfrom(100)[1][:2] == (service(family), asked)
+    assert watch.count(served) == before
+
+
+@both
+@pytest.mark.parametrize("address", ["eth0", "second"])
+def test_redirect(watch: Watch, nat_host: ContainerHost, family: Family, address: str) -> None:
+    before = watch.count(6001)
+    with (
+        bound(nat_host.node, family.inet, family.wildcard, 6001) as server,
+        nat_host.outside.socket(family.inet) as client,
+    ):
+        asked = getattr(family, address)
+        server.settimeout(5)
+        client.settimeout(5)
+        client.sendto(b"x", (asked, 6000))
+        server.sendto(*server.recvfrom(100))
+        assert client.recvfrom(100)[1][:2] == (asked, 6000)
+    assert watch.count(6001) == before
+
+
+@both
+def test_wrong_reply_behind_dnat(watch: Watch, nat_host: ContainerHost, family: Family) -> None:
+    """kubernetes/kubernetes#95565: a pod asks a service address that leads back to its own node."""
+    before = watch.count(8888)
+    with (
+        bound(nat_host.node, family.inet, family.wildcard, 8888) as server,
+        nat_host.container.socket(family.inet) as client,
+    ):
+        server.settimeout(5)
+        client.sendto(b"x", (service(family), 7777))
+        server.sendto(*server.recvfrom(100))
+        assert watch.count(8888) == before + 1
+        findings = [finding for finding in watch.findings(8888) if finding.family == family.number]
+        assert {(finding.expected, finding.actual) for finding in findings} == {(served_at(family), family.docker0)}
+
+
+@both
+def test_masqueraded_client(watch: Watch, nat_host: ContainerHost, port: int, family: Family) -> None:
+    other = "172.16.13.2" if family is V4 else "fd00:13::2"
+    with (
+        bound(nat_host.outside, family.inet, family.wildcard, port) as server,
+        nat_host.container.socket(family.inet) as client,
+    ):
+        picked = picked_source(nat_host.outside, family, family.eth0)
+        data, peer = ask(client, picked, port, server)
+        assert peer[0] in (family.eth0, family.second), "not masqueraded"
+        server.sendto(data, peer)
+        assert client.recvfrom(100)[1][0] == picked
+        assert watch.count(port) == 0
+        wrong = other if picked == family.outside else family.outside
+    with (
+        bound(nat_host.outside, family.inet, family.wildcard, port) as server,
+        nat_host.container.socket(family.inet) as client,
+    ):
+        server.sendto(*ask(client, wrong, port, server))
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).expected == wrong
+
+
+# ---- conntrack's absence ----
+
+
+@both
+def test_notrack(watch: Watch, port: int, family: Family) -> None:
+    with ContainerHost() as lab:
+        lab.node.nft(
+            f"table inet raw {{"
+            f" chain in {{ type filter hook prerouting priority raw; udp dport {port} notrack; }};"
+            f" chain out {{ type filter hook output priority raw; udp sport {port} notrack; }}; }}"
+        )
+        with (
+            bound(lab.node, family.inet, family.wildcard, port) as server,
+            lab.container.socket(family.inet) as client,
+        ):
+            server.sendto(*ask(client, family.eth0, port, server))
+            assert watch.count(port) == 1
+            assert finding_of(watch, port).verdict is verdict_of(watch, Verdict.UNTRACKED)
+            (event,) = watch.events(port)
+            assert event.original is None
+            assert event.reply is None
+
+
+@both
+def test_namespace_without_conntrack(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """No rule there asks for conntrack, so no packet has an entry."""
+    server_address = "172.16.13.20" if family is V4 else "fd00:13::20"
+    host.outside.ip(
+        f"addr add {server_address}/{24 if family is V4 else 64} dev eth0{'' if family is V4 else ' nodad'}"
+    )
+    with (
+        bound(host.outside, family.inet, family.wildcard, port) as server,
+        bound(host.node, family.inet, family.eth0, 0) as client,
+    ):
+        picked = picked_source(host.outside, family, family.eth0)
+        wrong = server_address if picked == family.outside else family.outside
+        server.sendto(*ask(client, wrong, port, server))
+        assert watch.count(port) == 1
+        assert finding_of(watch, port).verdict is verdict_of(watch, Verdict.UNTRACKED)
+    host.outside.ip(f"addr del {server_address}/{24 if family is V4 else 64} dev eth0")
+
+
+# ---- time ----
+
+
+@both
+def test_asked_long_ago(host: ContainerHost, port: int, family: Family) -> None:
+    """What a server sends after the window is no answer; a new question makes its answers count again."""
+    with closing(Watch(Limits(window_ns=300_000_000))) as watch:
+        with (
+            bound(host.node, family.inet, family.wildcard, port) as server,
+            host.container.socket(family.inet) as client,
+        ):
+            data, peer = ask(client, family.eth0, port, server)
+            server.sendto(data, peer)
+            assert watch.count(port) == 1
+            time.sleep(0.5)  # the scene itself: time goes by
+            server.sendto(data, peer)
+            server.sendto(data, peer)
+            assert watch.count(port) == 1
+            server.sendto(*ask(client, family.eth0, port, server))
+            assert watch.count(port) == 2
+
+
+@both
+def test_agent_started_in_the_middle(host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        with closing(Watch()) as watch:
+            server.sendto(data, peer)  # its question was not seen: nothing is known, nothing is said
+            assert watch.count(port) == 0
+            server.sendto(*ask(client, family.eth0, port, server))
+            assert watch.count(port) == 1
+
+
+@both
+def test_server_that_was_never_asked(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        bound(host.outside, family.inet, family.wildcard, 0) as client,
+    ):
+        for _ in range(3):
+            server.sendto(b"news", (family.outside, client.getsockname()[1]))
+        assert watch.count(port) == 0
+
+
+def test_unreachable_peer_is_not_counted(watch: Watch, port: int) -> None:
+    """A send that fails sends no packet."""
+    with Lab() as lab:
+        lonely = lab.namespace("lonely")
+        with bound(lonely, socket.AF_INET, "0.0.0.0", port) as server:
+            with pytest.raises(OSError, match="unreachable") as caught:
+                server.sendto(b"x", ("192.0.2.9", 9))
+            assert caught.value.errno == errno.ENETUNREACH
+            assert watch.count(port) == 0
