@@ -31,7 +31,8 @@ _SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_com
 _INTRODUCTION = """\
 A machine with two addresses runs a UDP server on "all addresses". A container on the same machine asks it at one
 address; the kernel sends the answer from the other one. Nothing logs an error, and the container waits in vain. This
-demo builds that machine, lets it happen, and shows what each side sees.
+demo builds that machine, lets it happen, and shows what each side sees. One of them is conntrack, the kernel's list of
+conversations: an answer that belongs to none of them is not translated back and not let in.
 """
 
 _PICTURE = """\
@@ -115,13 +116,13 @@ class _Story:
         self.say("\n" + self._paint("1", text))
 
     def show(self, who: str, what: str) -> None:
-        self.say(f"  {who:<10} {what}")
+        self.say(f"    {who:<10} {what}")
 
     def check(self, good: bool, who: str, what: str) -> None:
         """One line, marked by whether it came out as it should."""
         self.failed += not good
-        mark = self._paint("32", "ok") if good else self._paint("31", "NOT AS EXPECTED")
-        self.say(f"  {who:<10} {what}  [{mark}]")
+        mark = self._paint("32", "ok") if good else self._paint("31", "NO")
+        self.say(f"{mark}  {who:<10} {what}")
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
@@ -315,7 +316,7 @@ def run(out: TextIO) -> int:
             agent.stop()
     seconds = f"{time.monotonic() - started:.0f} s"
     if story.failed:
-        story.say(f"\n{story.failed} of the lines above did not come out as they should ({seconds}).")
+        story.say(f"\n{story.failed} of the lines above did not come out: they are marked NO ({seconds}).")
         return 1
     story.say(f"\nAll of it came out as it should ({seconds}). Nothing was left behind.")
     return 0

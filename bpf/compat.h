@@ -25,6 +25,11 @@
 #define now_ns() bpf_ktime_get_ns()
 #endif
 
+/* Ends a branch that must stay one. Where two branches differ only in an offset, the compiler makes
+ * one of them with a computed offset, and the verifier allows arithmetic on a pointer to map or
+ * stack memory with anything but constants only to whom CAP_PERFMON is given. */
+#define KEEP_APART(n) asm volatile("" : : "i"(n))
+
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define net16(x) __builtin_bswap16(x)
 #define net32(x) __builtin_bswap32(x)

@@ -22,18 +22,20 @@
 /* ---- limits and settings: MAX_PEERS, MAX_FINDINGS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND
  * come with the compile, from agent/kernel/reply.py ---- */
 
-#define CACHE_SLOTS     1024 /* a power of two, per CPU and direction */
-#define SENDER_SLOTS    4096 /* a power of two */
-#define REFRESH_NS      (WINDOW_NS / 256)
-#define IP6_EXTENSIONS  6
-#define SECOND_NS       1000000000ULL
-#define IP4_OFFSET_MASK 0x1fff /* RFC 791: fragment offset */
-#define PROTO_UDP       17
-#define FAMILY_INET     2
-#define FAMILY_INET6    10
-#define CT_REPLY        3    /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
-#define CT_UNTRACKED    7    /* IP_CT_UNTRACKED */
-#define CT_INFO_MASK    7ULL /* NFCT_INFOMASK */
+#define CACHE_SLOTS        1024 /* a power of two, per CPU and direction */
+#define SENDER_SLOTS       4096 /* a power of two */
+#define REFRESH_NS         (WINDOW_NS / 256)
+#define IP6_EXTENSIONS     6
+#define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
+#define IP6_AUTHENTICATION 51 /* RFC 4302 */
+#define SECOND_NS          1000000000ULL
+#define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
+#define PROTO_UDP          17
+#define FAMILY_INET        2
+#define FAMILY_INET6       10
+#define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
+#define CT_UNTRACKED       7 /* IP_CT_UNTRACKED */
+#define CT_INFO_MASK       7ULL /* NFCT_INFOMASK */
 
 /* ---- maps ---- */
 
@@ -87,63 +89,89 @@ static __always_inline int same(const struct address *a, const struct address *b
 }
 
 static __always_inline int is_extension(__u8 next) {
-    /* RFC 8200, section 4: hop-by-hop, routing, fragment, destination options; RFC 4302: AH */
-    return next == 0 || next == 43 || next == 44 || next == 60 || next == 51;
+    /* RFC 8200, section 4: hop-by-hop, routing, destination options */
+    return next == 0 || next == 43 || next == 60 || next == IP6_FRAGMENT ||
+           next == IP6_AUTHENTICATION;
+}
+
+static __always_inline void set_ports(struct packet *packet, const __u16 *ports) {
+    packet->source_port = net16(ports[0]);
+    packet->destination_port = net16(ports[1]);
+}
+
+/* Behind IP options or extension headers. By copy: arithmetic on packet pointers with anything but
+ * constants is refused to whom CAP_PERFMON is missing. */
+static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct packet *packet) {
+    __u16 ports[2];
+    if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports))) {
+        COUNT(unparsed, 1);
+        return 0;
+    }
+    set_ports(packet, ports);
+    return 1;
+}
+
+/* As `parse`, for an IPv6 packet that begins with the extension header `next`. */
+static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
+                                           struct packet *packet) {
+    __u32 at = 40;
+#pragma unroll
+    for (int i = 0; i < IP6_EXTENSIONS; i++) {
+        __u8 header[4];
+        if (!is_extension(next))
+            break;
+        if (bpf_skb_load_bytes(skb, at, header, sizeof(header))) {
+            COUNT(unparsed, 1);
+            return 0;
+        }
+        if (next == IP6_FRAGMENT) {
+            if (header[2] || header[3] & 0xf8)
+                return 0;
+            at += 8;
+        } else {
+            at += next == IP6_AUTHENTICATION ? (header[1] + 2) * 4 : (header[1] + 1) * 8;
+        }
+        next = header[0];
+    }
+    return next == PROTO_UDP ? load_ports(skb, at, packet) : 0;
 }
 
 /* 1: `packet` holds a UDP datagram's addresses. 0: something else, or a fragment without ports. */
 static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
     __u8 *data = (void *)(long)skb->data;
     __u8 *end = (void *)(long)skb->data_end;
-    __u8 *udp;
 
-    if (data + 20 > end)
-        return 0;
+    if (data + 28 > end)
+        return 0; /* shorter than any UDP datagram */
     if (data[0] >> 4 == 4) {
-        if (data[9] != PROTO_UDP)
-            return 0;
-        if (net16(*(__u16 *)(data + 6)) & IP4_OFFSET_MASK)
+        if (data[9] != PROTO_UDP || net16(*(__u16 *)(data + 6)) & IP4_OFFSET_MASK)
             return 0;
         packet->family = FAMILY_INET;
         set_ip4(&packet->source, *(__u32 *)(data + 12));
         set_ip4(&packet->destination, *(__u32 *)(data + 16));
-        udp = data + (data[0] & 15) * 4;
-    } else if (data[0] >> 4 == 6) {
+        if ((data[0] & 15) == 5) {
+            set_ports(packet, (__u16 *)(data + 20));
+            KEEP_APART(1);
+            return 1;
+        }
+        return load_ports(skb, (data[0] & 15) * 4, packet);
+    }
+    if (data[0] >> 4 == 6) {
         __u8 next = data[6];
         if (next != PROTO_UDP && !is_extension(next))
             return 0;
-        if (data + 40 > end)
-            goto unparsed;
+        if (data + 48 > end)
+            return 0;
         packet->family = FAMILY_INET6;
         __builtin_memcpy(&packet->source, data + 8, 16);
         __builtin_memcpy(&packet->destination, data + 24, 16);
-        udp = data + 40;
-        if (next != PROTO_UDP) {
-#pragma unroll
-            for (int i = 0; i < IP6_EXTENSIONS; i++) {
-                if (!is_extension(next))
-                    break;
-                if (udp + 8 > end)
-                    goto unparsed;
-                if (next == 44 && net16(*(__u16 *)(udp + 2)) & 0xfff8)
-                    return 0;
-                __u32 length = next == 44 ? 8 : next == 51 ? (udp[1] + 2) * 4 : (udp[1] + 1) * 8;
-                next = udp[0];
-                udp += length;
-            }
-            if (next != PROTO_UDP)
-                return 0;
+        if (next == PROTO_UDP) {
+            set_ports(packet, (__u16 *)(data + 40));
+            KEEP_APART(2);
+            return 1;
         }
-    } else {
-        return 0;
+        return skip_extensions(skb, next, packet);
     }
-    if (udp + 8 > end)
-        goto unparsed;
-    packet->source_port = net16(*(__u16 *)udp);
-    packet->destination_port = net16(*(__u16 *)(udp + 2));
-    return 1;
-unparsed:
-    COUNT(unparsed, 1);
     return 0;
 }
 
@@ -203,64 +231,77 @@ static __always_inline void cache(struct cached *cached, const struct flow_key *
     WRITE_ONCE(cached->seen, now);
 }
 
-static __always_inline int remembered(const struct asked *asked, __u64 now) {
-    __u64 seen = READ_ONCE(asked->seen);
+/* Volatile, so that the compiler selects among values and never among pointers (see KEEP_APART). */
+static __always_inline void load(struct flow *to, const struct flow *from) {
+    const volatile __u64 *words = (const volatile __u64 *)from;
+#pragma unroll
+    for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
+        ((__u64 *)to)[i] = words[i];
+}
+
+static __always_inline int is_remembered(__u64 seen, __u64 now) {
     return seen && (now <= seen || now - seen <= WINDOW_NS);
 }
 
-/* The index of the newest remembered address, -1 where none is. */
-static __always_inline int newest(const struct flow *flow, __u64 now) {
-    int first = remembered(&flow->asked[0], now), second = remembered(&flow->asked[1], now);
-    if (first && second)
-        return flow->asked[1].seen > flow->asked[0].seen;
-    return first ? 0 : second ? 1 : -1;
+static __always_inline int is_asked(const struct asked *asked, const struct address *address) {
+    return asked->seen && same(&asked->address, address);
+}
+
+static __always_inline void set_asked(struct asked *asked, const struct address *address,
+                                      __u64 seen) {
+    asked->address = *address;
+    asked->seen = seen;
 }
 
 /* The clock is coarse: two requests of one tick still have an order. */
-static __always_inline __u64 after(__u64 now, const struct asked *other) {
-    return now > other->seen ? now : other->seen + 1;
+static __always_inline __u64 after(__u64 now, __u64 other) {
+    return now > other ? now : other + 1;
+}
+
+static __always_inline void put_flow(const struct flow_key *key, struct flow *flow, int is_new) {
+    __u64 *epoch;
+
+    if (flows.update((struct flow_key *)key, flow)) {
+        COUNT(unremembered, 1);
+    } else if (is_new) {
+        COUNT(remembered, 1);
+    } else {
+        epoch = epoch_counter();
+        if (epoch)
+            __sync_fetch_and_add(epoch, 1);
+    }
 }
 
 static __always_inline void remember(struct flow_key *key, const struct address *address,
                                      __u64 now) {
-    struct flow fresh = {};
+    struct flow copy = {};
     struct flow *flow = flows.lookup(key);
-    long failed;
 
     if (!flow) {
-        fresh.asked[0].address = *address;
-        fresh.asked[0].seen = now;
-        failed = flows.update(key, &fresh);
-        if (failed)
-            COUNT(unremembered, 1);
-        else
-            COUNT(remembered, 1);
+        set_asked(&copy.asked[0], address, now);
+        put_flow(key, &copy, 1);
         return;
     }
-    int last = flow->asked[1].seen > flow->asked[0].seen;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (flow->asked[i].seen && same(&flow->asked[i].address, address)) {
-            if (i != last || now - flow->asked[i].seen >= REFRESH_NS)
-                WRITE_ONCE(flow->asked[i].seen, after(now, &flow->asked[!i]));
-            return;
-        }
-    }
-    now = after(now, &flow->asked[last]);
-    if (last) {
-        fresh.asked[1] = flow->asked[1];
-        fresh.asked[0].address = *address;
-        fresh.asked[0].seen = now;
+    load(&copy, flow);
+    __u64 first = copy.asked[0].seen, second = copy.asked[1].seen;
+    if (is_asked(&copy.asked[0], address)) {
+        if (second > first || now - first >= REFRESH_NS)
+            WRITE_ONCE(flow->asked[0].seen, after(now, second));
+        KEEP_APART(3);
+    } else if (is_asked(&copy.asked[1], address)) {
+        if (first > second || now - second >= REFRESH_NS)
+            WRITE_ONCE(flow->asked[1].seen, after(now, first));
+        KEEP_APART(4);
     } else {
-        fresh.asked[0] = flow->asked[0];
-        fresh.asked[1].address = *address;
-        fresh.asked[1].seen = now;
+        if (second > first) {
+            set_asked(&copy.asked[0], address, after(now, second));
+            KEEP_APART(5);
+        } else {
+            set_asked(&copy.asked[1], address, after(now, first));
+            KEEP_APART(6);
+        }
+        put_flow(key, &copy, 0);
     }
-    if (flows.update(key, &fresh))
-        COUNT(unremembered, 1);
-    __u64 *epoch = epoch_counter();
-    if (epoch)
-        __sync_fetch_and_add(epoch, 1);
 }
 
 enum judgement { NOT_A_REPLY, RIGHT, WRONG };
@@ -268,17 +309,27 @@ enum judgement { NOT_A_REPLY, RIGHT, WRONG };
 /* Judge by addresses alone; for WRONG, `expected` holds the newest address asked. */
 static __always_inline enum judgement judge(struct flow_key *key, const struct address *source,
                                             __u64 now, struct address *expected) {
+    struct flow copy;
     struct flow *flow = flows.lookup(key);
+
     if (!flow)
         return NOT_A_REPLY;
-    int last = newest(flow, now);
-    if (last < 0)
+    load(&copy, flow);
+    __u64 first = copy.asked[0].seen, second = copy.asked[1].seen;
+    int has_first = is_remembered(first, now), has_second = is_remembered(second, now);
+    if (!has_first && !has_second)
         return NOT_A_REPLY;
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-        if (remembered(&flow->asked[i], now) && same(&flow->asked[i].address, source))
-            return RIGHT;
-    *expected = last ? flow->asked[1].address : flow->asked[0].address;
+    if ((has_first && same(&copy.asked[0].address, source)) ||
+        (has_second && same(&copy.asked[1].address, source)))
+        return RIGHT;
+    /* What is over its time is also the older of the two. */
+    if (second > first) {
+        *expected = copy.asked[1].address;
+        KEEP_APART(7);
+    } else {
+        *expected = copy.asked[0].address;
+        KEEP_APART(8);
+    }
     return WRONG;
 }
 
@@ -294,7 +345,8 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     /* Only a reply can be a wrong reply. */
     if (!cached || !is_fresh(cached, key, now)) {
         struct flow *flow = flows.lookup(key);
-        if (!flow || newest(flow, now) < 0)
+        if (!flow || (!is_remembered(READ_ONCE(flow->asked[0].seen), now) &&
+                      !is_remembered(READ_ONCE(flow->asked[1].seen), now)))
             return;
     }
     sender = senders.lookup(&index);
@@ -309,10 +361,17 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     sender->cause = cause;
     sender->uid = bpf_get_current_uid_gid();
     sender->cgroup = bpf_get_current_cgroup_id();
+#if HAVE_SENDER_COMM
     bpf_get_current_comm(sender->comm, COMM_LEN);
+#endif
 }
 
 /* ---- the finding ---- */
+
+/* Datagrams in one packet of UDP_SEGMENT. */
+static __always_inline __u32 segments_of(struct __sk_buff *skb) {
+    return skb->gso_segs ? skb->gso_segs : 1;
+}
 
 #if HAVE_CONNTRACK
 static __always_inline __u64 read_kernel(__u64 address) {
@@ -322,36 +381,54 @@ static __always_inline __u64 read_kernel(__u64 address) {
 }
 #endif
 
-static __always_inline void identify(struct __sk_buff *skb, struct bpf_sock *sk,
-                                     struct event *event) {
+struct identity {
+    __u32 tgid, uid;
+};
+
+/* Who sends, into key->cause, key->cgroup, key->comm and the identity. */
+static __always_inline struct identity identify(struct __sk_buff *skb, struct bpf_sock *sk,
+                                                struct finding_key *key) {
     __u64 socket = bpf_get_socket_cookie(skb);
     __u32 index = socket & (SENDER_SLOTS - 1);
     struct sender *sender = senders.lookup(&index);
+    struct identity who = {};
 
-    event->key.cause = sk->state == BPF_TCP_ESTABLISHED ? CAUSE_CONNECTED : CAUSE_UNKNOWN;
-    if (event->key.cause == CAUSE_UNKNOWN && sender && sender->socket == socket) {
-        event->key.cause = sender->cause;
-        event->key.cgroup = sender->cgroup;
-        event->tgid = sender->pid_tgid >> 32;
-        event->uid = sender->uid;
-        __builtin_memcpy(event->key.comm, sender->comm, COMM_LEN);
-        return;
+    key->cause = sk->state == BPF_TCP_ESTABLISHED ? CAUSE_CONNECTED : CAUSE_UNKNOWN;
+    if (key->cause == CAUSE_UNKNOWN && sender && sender->socket == socket) {
+        key->cause = sender->cause;
+        key->cgroup = sender->cgroup;
+        __builtin_memcpy(key->comm, sender->comm, COMM_LEN);
+        who.tgid = sender->pid_tgid >> 32;
+        who.uid = sender->uid;
+        return who;
     }
 #if HAVE_CURRENT
     /* This hook runs in the sender's context: nothing between udp_sendmsg() and here defers. */
-    event->tgid = bpf_get_current_pid_tgid() >> 32;
-    event->uid = bpf_get_current_uid_gid();
-    event->key.cgroup = bpf_get_current_cgroup_id();
-    bpf_get_current_comm(event->key.comm, COMM_LEN);
+    key->cgroup = bpf_get_current_cgroup_id();
+    who.tgid = bpf_get_current_pid_tgid() >> 32;
+    who.uid = bpf_get_current_uid_gid();
 #else
-    event->key.cgroup = bpf_skb_cgroup_id(skb);
+    key->cgroup = bpf_skb_cgroup_id(skb);
 #endif
+#if HAVE_CURRENT_COMM
+    bpf_get_current_comm(key->comm, COMM_LEN);
+#endif
+    return who;
 }
 
-static __always_inline void send_event(struct __sk_buff *skb, struct event *event,
-                                       struct finding *finding, __u64 tracked) {
-    __u64 now = event->time;
+/* The element of `findings` for a key, made if it is new; NULL where there is no room. */
+static __always_inline struct finding *finding_of(struct finding_key *key) {
+    struct finding none = {};
+    struct finding *finding = findings.lookup(key);
+    if (finding)
+        return finding;
+    findings.insert(key, &none); /* another CPU may have been faster: that is as good */
+    return findings.lookup(key);
+}
 
+static __always_inline void send_event(struct __sk_buff *skb, const struct packet *packet,
+                                       const struct finding_key *key, struct finding *finding,
+                                       struct identity who, __u64 now, __u64 tracked) {
     if (now - finding->second >= SECOND_NS) {
         finding->second = now;
         finding->in_second = 0;
@@ -361,7 +438,22 @@ static __always_inline void send_event(struct __sk_buff *skb, struct event *even
         return;
     }
     __sync_fetch_and_add(&finding->in_second, 1);
+    struct event *event = events.ringbuf_reserve(sizeof(*event));
+    if (!event) {
+        COUNT(ring_full, 1);
+        return;
+    }
+    event->key = *key;
+    event->time = now;
     event->count = finding->count;
+    event->peer = packet->destination;
+    event->peer_port = packet->destination_port;
+    event->segments = segments_of(skb);
+    event->tgid = who.tgid;
+    event->uid = who.uid;
+    event->netns_inode = 0;
+    __builtin_memset(event->original, 0, TUPLE_LEN);
+    __builtin_memset(event->reply, 0, TUPLE_LEN);
 #if HAVE_CONNTRACK
     if (tracked) {
         bpf_probe_read_kernel(event->original, TUPLE_LEN,
@@ -371,54 +463,48 @@ static __always_inline void send_event(struct __sk_buff *skb, struct event *even
     __u64 net = read_kernel(read_kernel((__u64)skb + OFFSET_SKB_SK) + OFFSET_SOCK_NET);
     event->netns_inode = read_kernel(net + OFFSET_NET_INUM);
 #endif
-    if (events.ringbuf_output(event, sizeof(*event), 0))
-        COUNT(ring_full, 1);
+    events.ringbuf_submit(event, 0);
 }
 
-/* The source is not among the asked addresses. Called rarely: this path may be slow. */
+/* The source is not among the asked addresses; key->expected is filled in. This path may be slow.
+ */
 static __always_inline void suspect(struct __sk_buff *skb, struct bpf_sock *sk,
-                                    const struct packet *packet, struct event *event) {
+                                    const struct packet *packet, struct finding_key *key,
+                                    __u64 now) {
     __u64 tracked = 0;
-    struct finding *finding, none = {};
 
-    event->key.verdict = VERDICT_UNKNOWN;
+    key->verdict = VERDICT_UNKNOWN;
 #if HAVE_CONNTRACK
     __u64 nfct = read_kernel((__u64)skb + OFFSET_SKB_NFCT);
     __u64 info = nfct & CT_INFO_MASK;
-    tracked = nfct & ~CT_INFO_MASK;
-    event->key.verdict = VERDICT_UNTRACKED;
-    if (tracked && info != CT_UNTRACKED) {
+    key->verdict = VERDICT_UNTRACKED;
+    if (info != CT_UNTRACKED)
+        tracked = nfct & ~CT_INFO_MASK;
+    if (tracked) {
         if (info >= CT_REPLY)
             return; /* NAT turned the source back: the peer gets what it asked */
-        event->key.verdict = VERDICT_NEW;
+        key->verdict = VERDICT_NEW;
     }
 #else
-    event->key.flow.peer = packet->destination;
-    event->key.flow.peer_port = packet->destination_port;
-    event->key.flow.source_port = packet->source_port;
+    key->flow.peer = packet->destination;
+    key->flow.peer_port = packet->destination_port;
+    key->flow.source_port = packet->source_port;
 #endif
-    event->key.actual = packet->source;
-    event->key.port = sk->src_port;
-    event->key.family = packet->family;
-    event->peer = packet->destination;
-    event->peer_port = packet->destination_port;
-    event->segments = skb->gso_segs ? skb->gso_segs : 1;
-    identify(skb, sk, event);
+    key->actual = packet->source;
+    key->port = sk->src_port;
+    key->family = packet->family;
+    struct identity who = identify(skb, sk, key);
 
-    COUNT(wrong, event->segments);
-    finding = findings.lookup(&event->key);
+    COUNT(wrong, segments_of(skb));
+    struct finding *finding = finding_of(key);
     if (!finding) {
-        findings.insert(&event->key, &none);
-        finding = findings.lookup(&event->key);
-    }
-    if (!finding) {
-        COUNT(overflow, event->segments);
+        COUNT(overflow, segments_of(skb));
         return;
     }
-    __sync_fetch_and_add(&finding->count, event->segments);
-    finding->last = event->time;
-    finding->tgid = event->tgid;
-    send_event(skb, event, finding, tracked);
+    __sync_fetch_and_add(&finding->count, segments_of(skb));
+    finding->last = now;
+    finding->tgid = who.tgid;
+    send_event(skb, packet, key, finding, who, now, tracked);
 }
 
 /* ---- entry points ---- */
@@ -450,7 +536,7 @@ int ingress(struct __sk_buff *skb) {
 int egress(struct __sk_buff *skb) {
     struct packet packet = {};
     struct flow_key key = {};
-    struct event event = {};
+    struct finding_key finding = {};
 
     if (!parse(skb, &packet))
         return 1;
@@ -467,17 +553,16 @@ int egress(struct __sk_buff *skb) {
     struct cached *cached = right_cache.lookup(&slot);
     if (!cached_is(cached, &key, &packet.source, now)) {
         __u64 epoch = epoch_now(); /* before the look: a change meanwhile voids what is cached */
-        switch (judge(&key, &packet.source, now, &event.key.expected)) {
+        switch (judge(&key, &packet.source, now, &finding.expected)) {
         case NOT_A_REPLY:
             return 1;
         case RIGHT:
             cache(cached, &key, &packet.source, now, epoch);
             break;
         case WRONG:
-            event.time = now;
-            event.key.netns = netns_of(key.scope);
-            if (judge(&key, &packet.source, now, &event.key.expected) == WRONG)
-                suspect(skb, sk, &packet, &event);
+            finding.netns = netns_of(key.scope);
+            if (judge(&key, &packet.source, now, &finding.expected) == WRONG)
+                suspect(skb, sk, &packet, &finding, now);
         }
     }
     COUNT(checked, 1);

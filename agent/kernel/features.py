@@ -50,6 +50,8 @@ class Features:
     netns_cookie: bool  # else two sockets of one namespace do not share what they remember
     coarse_clock: bool  # else the precise clock, some nanoseconds a packet
     current: bool  # else no process for connected sockets
+    current_comm: bool  # else the name of such a process is only what /proc still says of its id
+    sender_comm: bool  # the same for unconnected sockets
     conntrack: bool  # else conntrack is asked over netlink before a finding is reported
     offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
     conntrack_reason: str  # why `conntrack` is False
@@ -60,11 +62,15 @@ class Features:
         return "packet" if self.conntrack else "netlink"
 
 
-def _helper(number: int, before: bytes = b"") -> str:
-    """Try a helper in cgroup_skb; the reason why it is refused, "" when it is allowed."""
+_SKB = (ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS)
+_SENDMSG = (ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG)
+
+
+def _helper(number: int, before: bytes = b"", kind: tuple[ProgramType, AttachType] = _SKB) -> str:
+    """Try a helper; the reason why it is refused, "" when it is allowed."""
     program = before + _instruction(0x85, 0, 0, number) + _RETURN_1
     try:
-        fd = program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, program)
+        fd = program_load(*kind, program)
     except OSError as error:
         return error.strerror or "refused"
     os.close(fd)
@@ -94,7 +100,7 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
 
 def probe(btf: Path = VMLINUX_BTF) -> Features:
     """Try everything. Raises OSError when not even an empty program can be loaded."""
-    os.close(program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, _RETURN_1))
+    os.close(program_load(*_SKB, _RETURN_1))
     offsets: dict[str, int] = {}
     reason = _helper(_PROBE_READ_KERNEL, _CONTEXT_AS_THIRD + _BUFFER_ARGUMENTS)
     if reason:
@@ -106,16 +112,13 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
             reason = f"cannot read BTF from {btf}: {error.strerror}"
         except LookupError as error:
             reason = f"{btf} does not describe {error.args[0]}"
-    current = (
-        _helper(_GET_CURRENT_PID_TGID)
-        or _helper(_GET_CURRENT_UID_GID)
-        or _helper(_GET_CURRENT_CGROUP_ID)
-        or _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS)
-    )
+    current = _helper(_GET_CURRENT_PID_TGID) or _helper(_GET_CURRENT_UID_GID) or _helper(_GET_CURRENT_CGROUP_ID)
     return Features(
         netns_cookie=not _helper(_GET_NETNS_COOKIE),
         coarse_clock=not _helper(_KTIME_GET_COARSE_NS),
         current=not current,
+        current_comm=not _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS),
+        sender_comm=not _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS, _SENDMSG),
         conntrack=not reason,
         offsets=offsets,
         conntrack_reason=reason,

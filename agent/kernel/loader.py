@@ -7,7 +7,6 @@ Unix socket: one JSON request down, one JSON answer up, descriptors beside it (S
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -103,14 +102,20 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
         raise UdpwatchError(
             f"the loader ended with status {child.returncode}: {lines[-1] if lines else 'it said nothing'}"
         )
-    return _unpack(json.loads(raw), descriptors)
+    answer = json.loads(raw)
+    if "error" in answer:
+        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"] + _complaint(errors.decode()))
+    return _unpack(answer, descriptors)
+
+
+def _complaint(said: str) -> str:
+    """What compiler or verifier said in the end, of all that they printed."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("processed ")]
+    errors = [line for line in lines if "error:" in line] or lines[-1:]
+    return f" ({errors[0]})" if errors else ""
 
 
 def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:
-    if "error" in answer:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(str(answer["error"]))
     groups: dict[str, dict[str, int]] = {"map": {}, "program": {}, "link": {}}
     names = answer["descriptors"]
     assert isinstance(names, list) and len(names) == len(descriptors)

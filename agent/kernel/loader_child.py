@@ -49,6 +49,8 @@ def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
         "HAVE_NETNS_COOKIE": int(found.netns_cookie),
         "HAVE_COARSE_CLOCK": int(found.coarse_clock),
         "HAVE_CURRENT": int(found.current),
+        "HAVE_CURRENT_COMM": int(found.current_comm),
+        "HAVE_SENDER_COMM": int(found.sender_comm),
         "HAVE_CONNTRACK": int(found.conntrack),
         **found.offsets,
     }

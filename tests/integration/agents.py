@@ -39,7 +39,9 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_
 class Agent:
     """Started with everything in a folder of its own; ready when the constructor returns."""
 
-    def __init__(self, folder: Path, *flags: str, wrapper: Sequence[str] = (), ready: bool = True, **popen: Any) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, wrapper: Sequence[str] = (), ready: bool = True, **popen: Any
+    ) -> None:
         self.socket = folder / "udpwatch.sock"
         self.events_file = folder / "events.jsonl"
         self.said: list[str] = []

@@ -8,7 +8,6 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-
 from agents import Agent, temporary
 
 from udpwatch.agent.kernel import cgroup

@@ -24,10 +24,29 @@ from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.loader import HOOKS, Limits
 from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 
-EVENT_KEYS = (
-    "time node expected actual peer peer_port port family verdict cause conntrack pid process uid netns cgroup "
-    "container namespace pod healed count"
-).split()
+EVENT_KEYS = [
+    "time",
+    "node",
+    "expected",
+    "actual",
+    "peer",
+    "peer_port",
+    "port",
+    "family",
+    "verdict",
+    "cause",
+    "conntrack",
+    "pid",
+    "process",
+    "uid",
+    "netns",
+    "cgroup",
+    "container",
+    "namespace",
+    "pod",
+    "healed",
+    "count",
+]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -143,7 +162,7 @@ def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, po
 
 def test_every_error_series_exists_from_the_start(agent: Agent) -> None:
     _, text = agent.get("/metrics")
-    for stage in "rate_limit ring_full findings_full undecided remember unparsed queue output".split():
+    for stage in ["rate_limit", "ring_full", "findings_full", "undecided", "remember", "unparsed", "queue", "output"]:
         assert f'udpwatch_events_lost_total{{stage="{stage}"}} 0.0' in text
     for hook in HOOKS:
         assert f'udpwatch_probe_attached{{probe="{hook.name}"}} 1.0' in text

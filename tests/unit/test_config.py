@@ -1,0 +1,77 @@
+"""Settings: the order of strength, and a rejected value names its key, itself, and what would be accepted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from udpwatch.agent.config import SETTINGS, Address, Settings, resolve
+from udpwatch.agent.errors import UsageError
+
+
+def test_defaults_are_accepted() -> None:
+    settings = resolve({}, {}, None)
+    assert settings.metrics_listen == Address("127.0.0.1", 9953)
+    assert settings.window == 30
+    assert settings.socket == Path("/run/udpwatch/udpwatch.sock")
+    assert settings.node
+
+
+def test_order_of_strength(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('window = 1\nmax_peers = 100\nnode = "file"\n')
+    settings = resolve({"window": "3"}, {"UDPWATCH_WINDOW": "2", "UDPWATCH_NODE": "variable"}, file)
+    assert (settings.window, settings.max_peers, settings.node) == (3, 100, "variable")
+
+
+def test_every_setting_has_a_field_and_the_reverse() -> None:
+    assert {setting.name for setting in SETTINGS} == set(Settings.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("0.0.0.0:9953", Address("0.0.0.0", 9953)),
+        ("[::1]:0", Address("::1", 0)),
+        ("node.example:1", Address("node.example", 1)),
+        ("off", None),
+    ],
+)
+def test_listen_addresses(text: str, address: Address | None) -> None:
+    assert resolve({"metrics_listen": text}, {}, None).metrics_listen == address
+
+
+@pytest.mark.parametrize("name", ["events", "socket", "cgroup", "node"])
+def test_empty_texts_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--{name}: '' is not accepted; it takes a text that is not empty"):
+        resolve({name: ""}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("window", "inf"),
+        ("window", "-1"),
+        ("window", "1e9"),
+        ("max_peers", "1.5"),
+        ("max_peers", "15"),
+        ("max_series", "0"),
+        ("events_per_second", "many"),
+        ("metrics_listen", ":9953"),
+        ("metrics_listen", "host:port"),
+        ("btf", "/nowhere"),
+    ],
+)
+def test_rejected_values(name: str, value: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve({}, {f"UDPWATCH_{name.upper()}": value}, None)
+    assert f"UDPWATCH_{name.upper()}: {value!r} is not accepted; it takes" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["window = true", "window = [1]", "max_peers = 1.5", "metrics_listen = 9953"])
+def test_wrong_types_in_the_file(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(line + "\n")
+    with pytest.raises(UsageError, match="is not accepted"):
+        resolve({}, {}, file)

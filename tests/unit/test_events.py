@@ -1,0 +1,143 @@
+"""The event writer: what cannot be written is counted, never waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.views import events
+from udpwatch.agent.views.events import EventWriter
+
+
+class Losses:
+    """Counts what a writer loses."""
+
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.broken = threading.Event()
+
+    def writer(self, target: str) -> EventWriter:
+        return EventWriter(target, self.stages.append, self.broken.set)
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_writes_lines_and_drains_on_stop(tmp_path: Path) -> None:
+    losses = Losses()
+    writer = losses.writer(str(tmp_path / "events"))
+    writer.start()
+    for number in range(100):
+        writer.put({"n": number})
+    writer.stop()
+    assert [json.loads(line)["n"] for line in (tmp_path / "events").read_text().splitlines()] == list(range(100))
+    assert losses.stages == []
+
+
+def test_appends_to_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "events").write_text("before\n")
+    writer = Losses().writer(str(tmp_path / "events"))
+    writer.start()
+    writer.put({})
+    writer.stop()
+    assert (tmp_path / "events").read_text() == "before\n{}\n"
+
+
+def test_full_device_is_counted() -> None:
+    losses = Losses()
+    writer = losses.writer("/dev/full")
+    writer.start()
+    for _ in range(10):
+        writer.put({})
+    writer.stop()
+    assert losses.stages == ["output"] * 10
+
+
+def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that nobody reads: put() must return at once, always."""
+    monkeypatch.setattr(events, "MAX_QUEUED", 50)
+    monkeypatch.setattr(events, "STOP_SECONDS", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    losses = Losses()
+    writer = losses.writer(str(pipe))
+    writer.start()
+    line = {"filler": "x" * 4000}
+    for _ in range(200):
+        writer.put(line)
+    assert losses.stages.count("queue") > 100
+    writer.stop()
+    # The reader wakes up: everything that was not counted as lost arrives.
+    os.set_blocking(reader, False)
+    received = b""
+
+    def drain() -> bool:
+        nonlocal received
+        try:
+            received += os.read(reader, 1 << 20)
+        except BlockingIOError:
+            pass
+        return received.count(b"\n") + losses.stages.count("queue") == 200
+
+    eventually(drain)
+    os.close(reader)
+
+
+def test_reader_that_goes_away(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    losses = Losses()
+    writer = losses.writer(str(pipe))
+    writer.start()
+    os.close(reader)
+    writer.put({})
+    assert losses.broken.wait(10)
+    assert losses.stages == ["output"]
+    writer.stop()
+
+
+def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "events"
+    writer = Losses().writer(str(path))
+    writer.start()
+    writer.put({"n": 1})
+    eventually(lambda: path.read_text())
+    path.unlink()
+    writer.put({"n": 2})
+    eventually(path.exists)
+    writer.stop()
+    assert path.read_text() == '{"n":2}\n'
+
+
+def test_folder_that_vanishes_is_counted_until_it_is_back(tmp_path: Path) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    losses = Losses()
+    writer = losses.writer(str(folder / "events"))
+    writer.start()
+    (folder / "events").unlink()
+    folder.rmdir()
+    writer.put({"n": 1})
+    eventually(lambda: losses.stages == ["output"])
+    folder.mkdir()
+    writer.put({"n": 2})
+    writer.stop()
+    assert (folder / "events").read_text() == '{"n":2}\n'
+
+
+def test_a_target_that_cannot_be() -> None:
+    with pytest.raises(UdpwatchError, match="cannot write events to '/nowhere/x'"):
+        Losses().writer("/nowhere/x")

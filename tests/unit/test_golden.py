@@ -1,0 +1,132 @@
+"""What people and programs see, held against tests/golden. `make golden` rewrites; the difference is reviewed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from udpwatch.agent.app import describe
+from udpwatch.agent.doctor import Check, Report, Status, as_text
+from udpwatch.agent.enrich.process import Process
+from udpwatch.agent.model import (
+    Cause,
+    Event,
+    Finding,
+    Probe,
+    Row,
+    Snapshot,
+    Tuple,
+    Verdict,
+)
+from udpwatch.agent.state import LOSS_STAGES
+from udpwatch.agent.views.events import as_json
+from udpwatch.agent.views.metrics import exposition
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+
+ROW = Row(
+    process="openvpn",
+    port=1194,
+    expected="172.16.13.13",
+    actual="172.17.0.1",
+    verdict="new",
+    cause="kernel-chosen",
+    namespace="",
+    pod="",
+    container="",
+    family=4,
+    count=23,
+    last=1_800_000_000.0,
+    pid=4242,
+)
+SNAPSHOT = Snapshot(
+    version="0.1.0",
+    kernel="6.1.0",
+    node="node-1",
+    mode="packet",
+    started=1_800_000_000.0,
+    time=1_800_000_060.0,
+    ready=True,
+    notes=(),
+    rows=(ROW,),
+    other=2,
+    checked=1000,
+    tracked_peers=17,
+    evicted_peers=3,
+    lost=dict.fromkeys(LOSS_STAGES, 0) | {"rate_limit": 5},
+    probes=(
+        Probe("ingress", True, 0, 0.25, 1000, 600),
+        Probe("egress", True, 1, 0.5, 2000, 700),
+        Probe("sendmsg4", True, 0, 0.0, 0, 300),
+        Probe("sendmsg6", False, 0, 0.0, 0, 300, "cannot attach sendmsg6"),
+    ),
+)
+EVENTS = (
+    Event(
+        finding=Finding("172.16.13.13", "172.17.0.1", 56789, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, "plain-server", 1, 3),
+        time=0,
+        count=1,
+        peer="172.17.0.3",
+        peer_port=40000,
+        segments=1,
+        pid=4242,
+        uid=0,
+        netns_inode=4026532300,
+        original=Tuple("172.17.0.1", 56789, "172.17.0.3", 40000),
+        reply=Tuple("172.17.0.3", 40000, "172.17.0.1", 56789),
+        flow=None,
+    ),
+    Event(
+        finding=Finding("fd00::2", "fd00::1", 53, 6, Verdict.UNTRACKED, Cause.CONNECTED, "", 1, 0),
+        time=1_500_000_000,
+        count=7,
+        peer="fd00::3",
+        peer_port=40001,
+        segments=1,
+        pid=0,
+        uid=0,
+        netns_inode=None,
+        original=None,
+        reply=None,
+        flow=None,
+    ),
+)
+
+
+def compare(name: str, text: str) -> None:
+    path = GOLDEN / name
+    if os.environ.get("UDPWATCH_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text(), f"{path} differs: `make golden` rewrites it"
+
+
+def test_golden_metrics() -> None:
+    compare("metrics.txt", exposition(lambda: SNAPSHOT, process=False)().decode())
+
+
+def test_golden_events() -> None:
+    processes = (Process("plain-server", "/system.slice/plain.service"), Process("unknown", None))
+    lines = [
+        json.dumps(as_json(event, process, "node-1", 1_800_000_000 + event.time / 1e9))
+        for event, process in zip(EVENTS, processes, strict=True)
+    ]
+    compare("events.jsonl", "\n".join(lines) + "\n")
+
+
+def test_golden_log_line() -> None:
+    compare("finding.txt", describe(ROW) + "\n")
+
+
+def test_golden_doctor() -> None:
+    report = Report(
+        "0.1.0",
+        (
+            Check("kernel", Status.OK, "Linux 6.1.0 x86_64"),
+            Check("lockdown", Status.WARN, "confidentiality: kernel memory may not be read, " * 2, "boot otherwise"),
+            Check("sensor", Status.FAIL, "cannot import bcc", "install python3-bpfcc"),
+        ),
+        None,
+        False,
+    )
+    compare("doctor.txt", as_text(report, False) + "\n")

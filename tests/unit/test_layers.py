@@ -1,0 +1,58 @@
+"""The house's order: a module imports only from stages before its own (design: kernel -> enrich -> state -> views)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+AGENT = Path(__file__).resolve().parents[2] / "agent"
+#: stage -> what it may import of ours
+ALLOWED = {
+    "model": set(),
+    "errors": set(),
+    "kernel": {"model", "errors"},
+    "enrich": {"model", "errors"},
+    "state": {"model", "errors", "enrich"},
+    "views": {"model", "errors", "enrich", "state"},
+    "config": {"errors"},
+    "servers": set(),
+    "lab": {"errors", "kernel"},
+}
+WIRING = {"app", "cli", "demo", "doctor", "__init__"}
+
+
+def stage_of(module: str) -> str:
+    return module.removeprefix("udpwatch.agent").removeprefix(".").split(".")[0]
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("udpwatch"):
+            names = [alias.name for alias in node.names] if node.module == "udpwatch.agent" else [""]
+            found |= {stage_of(f"{node.module}.{name}") for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {stage_of(alias.name) for alias in node.names if alias.name.startswith("udpwatch")}
+    return found - {"__version__", "__init__"}
+
+
+@pytest.mark.parametrize("path", sorted(AGENT.rglob("*.py")), ids=lambda path: str(path.relative_to(AGENT)))
+def test_imports_point_backwards(path: Path) -> None:
+    stage = path.relative_to(AGENT).parts[0].removesuffix(".py")
+    if stage in WIRING:
+        return
+    assert imports_of(path) <= ALLOWED[stage] | {stage}
+
+
+def test_only_the_loading_child_imports_bcc() -> None:
+    users = [path.name for path in AGENT.rglob("*.py") if "import bcc" in path.read_text().replace("cannot import", "")]
+    assert users == ["loader_child.py"]
+
+
+def test_only_the_command_line_prints_or_exits() -> None:
+    for path in AGENT.rglob("*.py"):
+        calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
+        allowed = {"cli.py": {"print", "sys.exit"}, "demo.py": {"print"}}.get(path.name, set())
+        assert calls & {"print", "sys.exit", "exit"} <= allowed, path

@@ -1,0 +1,144 @@
+"""bpf/records.h and agent/kernel/records.py must say the same: the header is compiled and asked."""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udpwatch.agent.kernel import records
+from udpwatch.agent.kernel.records import (
+    Asked,
+    EventRecord,
+    FindingKey,
+    FindingValue,
+    FlowKey,
+    FlowValue,
+    StatsRecord,
+)
+from udpwatch.agent.model import Cause, Counters, Flow, Tuple, Verdict
+
+BPF = Path(__file__).resolve().parents[2] / "bpf"
+MIRRORS: dict[str, type[ctypes.Structure]] = {
+    "struct flow_key": FlowKey,
+    "struct asked": Asked,
+    "struct flow": FlowValue,
+    "struct finding_key": FindingKey,
+    "struct finding": FindingValue,
+    "struct event": EventRecord,
+    "struct stats": StatsRecord,
+}
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """What the C compiler makes of the header: "struct x" -> size, "struct x.member" -> offset, enum values."""
+    folder = tmp_path_factory.mktemp("layout")
+    lines = []
+    for name, mirror in MIRRORS.items():
+        lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
+        for field in mirror._fields_:
+            lines.append(f'printf("{name}.{field[0]} %zu\\n", offsetof({name}, {field[0]}));')
+    for value in [
+        "VERDICT_NEW",
+        "VERDICT_UNTRACKED",
+        "VERDICT_UNKNOWN",
+        "CAUSE_KERNEL_CHOSEN",
+        "CAUSE_EXPLICIT",
+        "CAUSE_CONNECTED",
+        "CAUSE_UNKNOWN",
+        "TUPLE_LEN",
+        "COMM_LEN",
+    ]:
+        lines.append(f'printf("{value} %d\\n", {value});')
+    source = folder / "layout.c"
+    source.write_text(
+        "#include <stdio.h>\n#include <stddef.h>\n#include <linux/types.h>\n#include <records.h>\n"
+        "int main(void) {" + "\n".join(lines) + "return 0; }"
+    )
+    subprocess.run(["gcc", f"-I{BPF}", "-o", folder / "layout", source], check=True)
+    output = subprocess.run([folder / "layout"], capture_output=True, text=True, check=True).stdout
+    return {name: int(number) for name, _, number in (line.rpartition(" ") for line in output.splitlines())}
+
+
+@pytest.mark.parametrize("name", MIRRORS)
+def test_layout(layout: dict[str, int], name: str) -> None:
+    mirror = MIRRORS[name]
+    assert ctypes.sizeof(mirror) == layout[name]
+    for field in mirror._fields_:
+        assert getattr(mirror, field[0]).offset == layout[f"{name}.{field[0]}"], field[0]
+
+
+def test_enums(layout: dict[str, int]) -> None:
+    for number, verdict in records.VERDICTS.items():
+        assert layout[f"VERDICT_{verdict.name}"] == number
+    for number, cause in records.CAUSES.items():
+        assert layout[f"CAUSE_{cause.name}"] == number
+    assert layout["TUPLE_LEN"] == records.TUPLE_LEN
+    assert layout["COMM_LEN"] == records.COMM_LEN
+
+
+@given(st.ip_addresses())
+def test_addresses_round_trip(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+    text = str(address)
+    decoded = ipaddress.ip_address(records.decode_address(records.encode_address(text)))
+    if address.version == 6 and address.ipv4_mapped:
+        assert decoded == address.ipv4_mapped
+    else:
+        assert decoded == address
+
+
+def test_a_finding_key() -> None:
+    key = FindingKey(netns=7, cgroup=9, comm=b"dns\x1b[31m\xff", port=53, verdict=1, cause=1, family=2)
+    key.expected[:] = records.encode_address("172.16.13.13")
+    key.actual[:] = records.encode_address("172.17.0.1")
+    finding, flow = records.decode_finding_key(bytes(key))
+    assert (finding.expected, finding.actual, finding.port, finding.family) == ("172.16.13.13", "172.17.0.1", 53, 4)
+    assert (finding.verdict, finding.cause) == (Verdict.NEW, Cause.KERNEL_CHOSEN)
+    assert finding.process == "dns\\x1b[31m\\xff"
+    assert flow is None
+
+
+def test_a_suspected_one_carries_its_flow() -> None:
+    key = FindingKey(port=53, verdict=3, cause=4, family=10)
+    key.flow.peer[:] = records.encode_address("fd00::2")
+    key.flow.peer_port, key.flow.source_port = 40000, 54
+    finding, flow = records.decode_finding_key(bytes(key))
+    assert finding.verdict is Verdict.UNKNOWN
+    assert flow == Flow("fd00::2", 40000, 54)
+
+
+def test_an_unknown_verdict_is_our_fault() -> None:
+    with pytest.raises(KeyError):
+        records.decode_finding_key(bytes(FindingKey(verdict=99, cause=1, family=2)))
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (
+            "ac1100010000000000000000000000005ddd0200ac11000300000000000000000000000082351100",
+            Tuple("172.17.0.1", 24029, "172.17.0.3", 33333),
+        ),
+        (
+            "fd00001700000000000000000000000100350a00fd000017000000000000000000000003c00f1100",
+            Tuple("fd00:17::1", 53, "fd00:17::3", 49167),
+        ),
+        ("00" * 40, None),
+        ("ff" * 40, None),
+    ],
+)
+def test_conntrack_tuple(raw: str, expected: Tuple | None) -> None:
+    """Bytes as the kernel has them in memory, on a little-endian machine."""
+    assert records.decode_tuple(bytes.fromhex(raw)) == expected
+
+
+def test_counters_add_the_cpus_up() -> None:
+    one, other = StatsRecord(checked=3, wrong=1), StatsRecord(checked=4, ring_full=2)
+    assert records.decode_counters(bytes(one) + bytes(other)) == Counters(checked=7, wrong=1, ring_full=2)
+    assert records.decode_counters(b"") == Counters()
