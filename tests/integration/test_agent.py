@@ -25,27 +25,8 @@ from udpwatch.agent.kernel.loader import HOOKS, Limits
 from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 
 EVENT_KEYS = [
-    "time",
-    "node",
-    "expected",
-    "actual",
-    "peer",
-    "peer_port",
-    "port",
-    "family",
-    "verdict",
-    "cause",
-    "conntrack",
-    "pid",
-    "process",
-    "uid",
-    "netns",
-    "cgroup",
-    "container",
-    "namespace",
-    "pod",
-    "healed",
-    "count",
+    *("time", "node", "expected", "actual", "peer", "peer_port", "port", "family", "verdict", "cause", "conntrack"),
+    *("pid", "process", "uid", "netns", "cgroup", "container", "namespace", "pod", "healed", "count"),
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -1,4 +1,4 @@
-"""Wrong environments, each for real in a restricted process: one clear line, the documented exit status, no traceback."""
+"""Wrong environments, each for real in a restricted process: one clear line, the documented exit status."""
 
 from __future__ import annotations
 

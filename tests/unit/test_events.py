@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -85,10 +86,8 @@ def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch:
 
     def drain() -> bool:
         nonlocal received
-        try:
+        with contextlib.suppress(BlockingIOError):
             received += os.read(reader, 1 << 20)
-        except BlockingIOError:
-            pass
         return received.count(b"\n") + losses.stages.count("queue") == 200
 
     eventually(drain)
@@ -114,7 +113,7 @@ def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
     writer = Losses().writer(str(path))
     writer.start()
     writer.put({"n": 1})
-    eventually(lambda: path.read_text())
+    eventually(path.read_text)
     path.unlink()
     writer.put({"n": 2})
     eventually(path.exists)

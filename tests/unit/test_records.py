@@ -35,6 +35,12 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
 }
 
 
+ENUM_VALUES = [
+    *("VERDICT_NEW", "VERDICT_UNTRACKED", "VERDICT_UNKNOWN", "CAUSE_KERNEL_CHOSEN", "CAUSE_EXPLICIT"),
+    *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "TUPLE_LEN", "COMM_LEN"),
+]
+
+
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     """What the C compiler makes of the header: "struct x" -> size, "struct x.member" -> offset, enum values."""
@@ -44,17 +50,7 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
         lines.append(f'printf("{name} %zu\\n", sizeof({name}));')
         for field in mirror._fields_:
             lines.append(f'printf("{name}.{field[0]} %zu\\n", offsetof({name}, {field[0]}));')
-    for value in [
-        "VERDICT_NEW",
-        "VERDICT_UNTRACKED",
-        "VERDICT_UNKNOWN",
-        "CAUSE_KERNEL_CHOSEN",
-        "CAUSE_EXPLICIT",
-        "CAUSE_CONNECTED",
-        "CAUSE_UNKNOWN",
-        "TUPLE_LEN",
-        "COMM_LEN",
-    ]:
+    for value in ENUM_VALUES:
         lines.append(f'printf("{value} %d\\n", {value});')
     source = folder / "layout.c"
     source.write_text(
