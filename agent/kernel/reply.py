@@ -160,6 +160,21 @@ class ReplySensor:
             lines.append(f"{hook.name} is attached again")
         return lines
 
+    def program(self, name: str) -> int:
+        """The descriptor of one of the programs; it stays the sensor's."""
+        return self._programs[name]
+
+    @contextlib.contextmanager
+    def detached(self) -> Iterator[None]:
+        """Off its hooks while the body runs (the bench compares with and without)."""
+        for hook in HOOKS:
+            os.close(self._links.pop(hook.name))
+        try:
+            yield
+        finally:
+            for hook in HOOKS:
+                self._links[hook.name] = bpf.link_create(self._programs[hook.name], self._cgroup.fd, hook.attach)
+
     @property
     def attached(self) -> bool:
         """Whether the kernel says that every required program is attached."""

@@ -1,0 +1,262 @@
+"""`make bench`: what udpwatch costs on this machine, beside the figures to reach (design, section 9).
+
+Everything is measured against what it is compared with in the same run, alternately, medians of several. Virtual
+machines are noisy: read the figures side by side, not as constants.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+
+from agents import Agent
+
+from udpwatch.agent.kernel import bpf, cgroup, loader
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+
+ROUNDS = 9
+REPEAT = 300_000
+RETURN_1 = bytes.fromhex("b7000000010000009500000000000000")
+
+
+def line(what: str, figure: str, reach: str = "") -> None:
+    print(f"  {what:<52} {figure:>12}  {reach}", flush=True)
+
+
+def packet(source: str, destination: str, source_port: int, destination_port: int, protocol: int = 17) -> bytes:
+    """An Ethernet frame with a datagram of 64 bytes."""
+    one, other = ipaddress.ip_address(source), ipaddress.ip_address(destination)
+    udp = struct.pack("!HHHH", source_port, destination_port, 72, 0) + bytes(64)
+    if one.version == 6:
+        header = struct.pack("!IHBB16s16s", 6 << 28, 72, protocol, 64, one.packed, other.packed)
+        return bytes(12) + b"\x86\xdd" + header + udp
+    header = struct.pack("!BBHHHBBH4s4s", 0x45, 0, 100, 1, 0, 64, protocol, 0, one.packed, other.packed)
+    return bytes(12) + b"\x08\x00" + header + udp
+
+
+def programs() -> None:
+    """Nanoseconds a packet, net of an empty program (BPF_PROG_TEST_RUN)."""
+    print("programs: ns a packet, net of an empty program (median of alternating runs)")
+    with contextlib.closing(cgroup.find(None)) as root:
+        folder = Path(root.path, f"udpwatch-bench-{os.getpid()}")
+    folder.mkdir()
+    empty = bpf.program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, RETURN_1)
+    try:
+        with contextlib.closing(cgroup.find(str(folder))) as watched:
+            loaded = loader.load(watched, loader.Limits(events_per_second=1))
+            ingress, egress = loaded.programs["ingress"], loaded.programs["egress"]
+            # In a test run the socket is a dummy whose port is 0: so is the server's here.
+            cases = [
+                ("ingress, known conversation, IPv4", ingress, packet("10.0.0.9", "10.0.0.1", 4444, 0), "<= 60"),
+                ("egress, known conversation, IPv4", egress, packet("10.0.0.1", "10.0.0.9", 0, 4444), "<= 60"),
+                ("ingress, known conversation, IPv6", ingress, packet("fd00::9", "fd00::1", 4444, 0), "<= 60"),
+                ("egress, known conversation, IPv6", egress, packet("fd00::1", "fd00::9", 0, 4444), "<= 60"),
+                ("ingress, not UDP", ingress, packet("10.0.0.9", "10.0.0.1", 4444, 0, 6), "<= 15"),
+                ("egress, not UDP", egress, packet("10.0.0.1", "10.0.0.9", 0, 4444, 6), "<= 15"),
+                ("egress, peer that never asked", egress, packet("10.0.0.1", "10.0.0.8", 0, 4444), ""),
+                ("egress, wrong reply (counted, event held back)", egress, packet("10.0.0.2", "10.0.0.9", 0, 4444), ""),
+            ]
+            for what, program, frame, reach in cases:
+                net = []
+                for _ in range(ROUNDS):
+                    base = bpf.program_test_run(empty, frame, REPEAT)[1]
+                    net.append(bpf.program_test_run(program, frame, REPEAT)[1] - base)
+                line(what, f"{statistics.median(net):.0f} ns", reach)
+            fresh = []
+            for start in range(0, 20_000, 4_000):
+                begin = time.perf_counter_ns()
+                for port in range(start, start + 4_000):
+                    bpf.program_test_run(empty, packet("10.1.0.9", "10.0.0.1", port, 0), 1)
+                between = time.perf_counter_ns()
+                for port in range(start, start + 4_000):
+                    bpf.program_test_run(ingress, packet("10.1.0.9", "10.0.0.1", port, 0), 1)
+                fresh.append(((time.perf_counter_ns() - between) - (between - begin)) / 4_000)
+            line(
+                "ingress, first packet of a conversation",
+                f"{statistics.median(fresh):.0f} ns",
+                "system call noise in it",
+            )
+            for group in (loaded.links, loaded.programs, loaded.maps):
+                for descriptor in group.values():
+                    os.close(descriptor)
+    finally:
+        os.close(empty)
+        folder.rmdir()
+
+
+def sendmsg() -> None:
+    """The sendmsg hook has no test run: its mean run time by the kernel's own statistics, against an empty one."""
+    print("sendmsg4: ns a send, by kernel.bpf_stats_enabled, net of an empty program on the same hook")
+    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
+    before = switch.read_text()
+    empty = bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1)
+    with (
+        contextlib.closing(cgroup.find(None)) as root,
+        contextlib.closing(ReplySensor.open(root, loader.Limits())) as sensor,
+        Lab() as lab,
+    ):
+        alone = lab.namespace("alone")
+        link = bpf.link_create(empty, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
+        switch.write_text("1")
+        try:
+            with alone.socket() as server, alone.socket() as client:
+                server.bind(("127.0.0.1", 0))
+                client.bind(("127.0.0.1", 0))
+
+                def mean(fd: int, runs: Callable[[], None]) -> tuple[float, float]:
+                    infos = [bpf.program_info(each) for each in (fd, empty)]
+                    runs()
+                    after = [bpf.program_info(each) for each in (fd, empty)]
+                    ours, base = (
+                        (b.run_time_ns - a.run_time_ns) / max(1, b.run_count - a.run_count)
+                        for a, b in zip(infos, after, strict=True)
+                    )
+                    return ours, base
+
+                def replies() -> None:
+                    for _ in range(20_000):
+                        client.sendto(b"x", server.getsockname())
+                        server.sendto(*server.recvfrom(10))
+                        client.recv(10)
+
+                def unasked() -> None:
+                    for _ in range(20_000):
+                        client.sendto(b"x", ("127.0.0.1", 9))
+
+                program = sensor.program("sendmsg4")
+                for what, traffic in (
+                    ("sends that are answers", replies),
+                    ("sends to a peer that never asked", unasked),
+                ):
+                    figures = [mean(program, traffic) for _ in range(5)]
+                    line(what, f"{statistics.median(ours - base for ours, base in figures):.0f} ns")
+        finally:
+            switch.write_text(before)
+            os.close(link)
+            os.close(empty)
+
+
+@contextlib.contextmanager
+def compiled() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "pingpong")
+        source = Path(__file__).with_name("pingpong.c")
+        subprocess.run(["gcc", "-O2", "-o", binary, source], check=True)
+        yield binary
+
+
+def pingpong(binary: Path, namespace: Namespace, how: str, count: int) -> float:
+    return float(namespace.run([str(binary), how, str(count)]))
+
+
+@contextlib.contextmanager
+def empty_programs(root: int) -> Iterator[None]:
+    """Programs that only return, on our hooks: what the kernel itself takes for the hooks."""
+    held = []
+    for hook in loader.HOOKS:
+        held.append(bpf.program_load(hook.type, hook.attach, RETURN_1))
+        held.append(bpf.link_create(held[-1], root, hook.attach))
+    try:
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+
+
+def request_reply() -> None:
+    """Pairs a second with the programs attached, divided by pairs without, alternately.
+
+    "One thread" does nothing but four system calls a pair: no work, no scheduling, the worst case for any hook.
+    """
+    print("questions and answers over loopback, a plain C server: rate with udpwatch / rate without")
+    with compiled() as binary, Lab() as lab, contextlib.closing(cgroup.find(None)) as root:
+        alone = lab.namespace("alone")
+        with contextlib.closing(ReplySensor.open(root, loader.Limits())) as sensor:
+            for how, count, what, reach in (
+                ("two", 60_000, "two processes", ">= 0.97"),
+                ("one", 200_000, "one thread", ""),
+            ):
+                without, idle, with_ = [], [], []
+                for _ in range(11):
+                    with sensor.detached():
+                        without.append(pingpong(binary, alone, how, count))
+                        with empty_programs(root.fd):
+                            idle.append(pingpong(binary, alone, how, count))
+                    with_.append(pingpong(binary, alone, how, count))
+                for name, other, goal in (("udpwatch", with_, reach), ("empty programs on the same hooks", idle, "")):
+                    ratio = statistics.median(a / b for a, b in zip(without, other, strict=True))
+                    line(f"{what}, {name}", f"{ratio:.3f}", goal)
+                nanoseconds = " / ".join(f"{statistics.median(each):.0f}" for each in (without, idle, with_))
+                line("  ns a pair: without / empty / udpwatch", nanoseconds)
+
+
+def agent() -> None:
+    """The agent as a whole."""
+    print("the agent")
+    ready, rss = [], []
+    for _ in range(5):
+        with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder:
+            start = time.perf_counter()
+            with Agent(Path(folder)) as running:
+                ready.append(time.perf_counter() - start)
+                running.get("/metrics")
+                rss.append(running.resident_kib() / 1024)
+    line("start to ready (first possible finding)", f"{statistics.median(ready):.2f} s", "<= 1.5 s")
+    line("resident memory after a scrape", f"{statistics.median(rss):.1f} MB", "<= 45 MB")
+    flood()
+
+
+def flood() -> None:
+    """Wrong replies as fast as two processes send them."""
+    each = 300_000
+    with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder, ContainerHost() as host:
+        with Agent(Path(folder)) as running, host.container.socket() as client:
+
+            def pour(server: socket.socket) -> None:
+                data, peer = server.recvfrom(10)
+                for _ in range(each):
+                    server.sendto(data, peer)
+
+            children, sockets = [], [host.node.socket() for _ in range(2)]
+            for server in sockets:
+                server.bind(("0.0.0.0", 0))
+                children.append(host.node.spawn("flood", lambda server=server: pour(server)))
+            begin = time.perf_counter()
+            for server in sockets:
+                client.sendto(b"x", (host.ETH0, server.getsockname()[1]))
+            for child in children:
+                child.wait()
+            seconds = time.perf_counter() - begin
+            ports = [server.getsockname()[1] for server in sockets]
+            counted = sum(running.counted(port, each) for port in ports)
+            for server in sockets:
+                server.close()
+            line("wrong replies a second, from two Python senders", f"{2 * each / seconds:.0f}")
+            line("  sent and counted", f"{2 * each} {counted}", "the same")
+            line("  resident memory afterwards", f"{running.resident_kib() / 1024:.1f} MB", "<= 45 MB")
+
+
+def main() -> None:
+    print(f"kernel {os.uname().release}, {os.cpu_count()} CPUs")
+    programs()
+    sendmsg()
+    request_reply()
+    agent()
+
+
+if __name__ == "__main__":
+    main()
