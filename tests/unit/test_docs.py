@@ -1,0 +1,45 @@
+"""The documents name everything that there is, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from udpwatch.agent.config import SETTINGS
+from udpwatch.agent.state import LOSS_STAGES
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+
+
+def test_every_metric_is_documented_and_the_reverse() -> None:
+    golden = (ROOT / "tests/golden/metrics.txt").read_text()
+    exported = set(re.findall(r"^(udpwatch_\w+?)(?:\{| )", golden, re.MULTILINE))
+    documented = set(re.findall(r"`(udpwatch_\w+)(?:\{[\w,]+\})?`", (DOCS / "metrics.md").read_text()))
+    assert documented == exported
+
+
+def test_every_loss_stage_is_documented() -> None:
+    table = (DOCS / "metrics.md").read_text().partition("| stage |")[2]
+    rows = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert rows == list(LOSS_STAGES)
+
+
+def test_every_event_key_is_documented() -> None:
+    table = (DOCS / "events.md").read_text().partition("```sh")[0]
+    documented = [key for row in re.findall(r"^\| (`.*?`) \|", table, re.MULTILINE) for key in re.findall(r"\w+", row)]
+    keys = list(json.loads((ROOT / "tests/golden/events.jsonl").read_text().splitlines()[0]))
+    assert documented == keys
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    rows = re.findall(r"^\| `(--[\w-]+)` \| (.*?)\|", (DOCS / "settings.md").read_text(), re.MULTILINE)
+    expected = [(s.flag, "" if s.default is None else f"`{s.default}`") for s in SETTINGS]
+    assert [(flag, default.strip()) for flag, default in rows] == expected
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *DOCS.rglob("*.md")):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page}: {target}"
