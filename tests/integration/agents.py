@@ -63,8 +63,15 @@ class Agent:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         if ready:
-            wait_for(lambda: self.process.poll() is not None or "udpwatch: ready" in self.said, "the agent to be ready")
-            assert self.process.poll() is None, self.said
+            try:
+                wait_for(self._ready_or_ended, "the agent to be ready")
+                assert self.process.poll() is None, self.said
+            except BaseException:
+                self.stop(signal.SIGKILL)
+                raise
+
+    def _ready_or_ended(self) -> bool:
+        return "udpwatch: ready" in self.said or self.process.poll() is not None
 
     def _read(self) -> None:
         assert self.process.stderr is not None
