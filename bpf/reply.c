@@ -63,11 +63,12 @@ static __always_inline struct stats *stats_of_this_cpu(void) {
     return counters.lookup(&zero);
 }
 
+/* Atomic although per CPU: a program can be preempted, and interrupted by another run of itself. */
 #define COUNT(field, n)                                                                            \
     do {                                                                                           \
         struct stats *stats_ = stats_of_this_cpu();                                                \
         if (stats_)                                                                                \
-            stats_->field += (n);                                                                  \
+            __sync_fetch_and_add(&stats_->field, (n));                                             \
     } while (0)
 
 /* ---- packets ---- */
@@ -356,7 +357,7 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause)
         return;
-    sender->socket = socket;
+    WRITE_ONCE(sender->socket, 0); /* nobody's while it changes */
     sender->pid_tgid = pid_tgid;
     sender->cause = cause;
     sender->uid = bpf_get_current_uid_gid();
@@ -364,6 +365,7 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
 #if HAVE_SENDER_COMM
     bpf_get_current_comm(sender->comm, COMM_LEN);
 #endif
+    WRITE_ONCE(sender->socket, socket);
 }
 
 /* ---- the finding ---- */
@@ -394,13 +396,16 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
     struct identity who = {};
 
     key->cause = sk->state == BPF_TCP_ESTABLISHED ? CAUSE_CONNECTED : CAUSE_UNKNOWN;
-    if (key->cause == CAUSE_UNKNOWN && sender && sender->socket == socket) {
+    if (key->cause == CAUSE_UNKNOWN && sender && READ_ONCE(sender->socket) == socket) {
         key->cause = sender->cause;
         key->cgroup = sender->cgroup;
         __builtin_memcpy(key->comm, sender->comm, COMM_LEN);
         who.tgid = sender->pid_tgid >> 32;
         who.uid = sender->uid;
-        return who;
+        if (READ_ONCE(sender->socket) == socket)
+            return who;
+        /* Another socket took the slot meanwhile. */
+        key->cause = CAUSE_UNKNOWN;
     }
 #if HAVE_CURRENT
     /* This hook runs in the sender's context: nothing between udp_sendmsg() and here defers. */

@@ -42,7 +42,8 @@ def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
     constants = {
         "WINDOW_NS": f"{limits.window_ns}ULL",
         "MAX_PEERS": limits.max_peers,
-        "MAX_FINDINGS": limits.max_findings,
+        # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
+        "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers),
         "EVENTS_PER_SECOND": limits.events_per_second,
         "RING_PAGES": limits.ring_pages,
         "PAGE_SIZE": os.sysconf("SC_PAGE_SIZE"),

@@ -27,6 +27,7 @@ from udpwatch.agent.kernel.loader import HOOKS, Limits, Loaded, load
 from udpwatch.agent.model import Counters, Event, Finding, Flow, Increase, Probe, Reading
 
 CANARY_SECONDS = 2.0
+ASK_SECONDS = 1.0  # of netlink questions in one reading; what is left is asked in the next
 COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every reading
 
 log = logging.getLogger(__name__)
@@ -217,11 +218,13 @@ class ReplySensor:
 
     def _increases(self, now: int, forget_ns: int) -> Iterator[Increase]:
         window = self._limits.window_ns
+        ask_until = time.monotonic() + ASK_SECONDS
         gone = []
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
             count, last, pid = records.decode_finding(value)
             known = self._lookup(key)
-            self._decide(known, pid)
+            if time.monotonic() < ask_until:
+                self._decide(known, pid)
             fresh = count - known.counted
             idle = now - last
             if known.wrong is None and idle > 2 * window:
