@@ -9,7 +9,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -169,29 +170,41 @@ def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: in
         assert agent.counted(port, 1) == 1
 
 
-def test_in_a_container_with_its_own_cgroup_namespace(folder: Path) -> None:
-    """The container sees its own part of the tree as the root: noticed, and said."""
+@pytest.fixture
+def container() -> Iterator[Sequence[str]]:
+    """A wrapper that puts a command where container runtimes put theirs: a cgroup below, its own cgroup and process
+    namespace, and a mount of cgroup v2 that shows no more than that cgroup."""
     with closing(cgroup.find(None)) as root:
         inner = Path(root.path, f"udpwatch-test-{os.getpid()}")
     inner.mkdir()
+    inside = (
+        "mount -t tmpfs none /tmp; mkdir /tmp/cgroup; mount -t cgroup2 none /tmp/cgroup; "
+        f'umount {inner.parent} || true; exec "$@"'
+    )
     script = (
         f"echo $$ > {inner}/cgroup.procs\n"
-        "exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '"
-        "mkdir /tmp/cgroup; mount -t tmpfs none /tmp; mkdir /tmp/cgroup; mount -t cgroup2 none /tmp/cgroup;"
-        f"umount {root.path} || true;"
-        'exec "$@"\' sh "$@"'
+        f"exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '{inside}' sh \"$@\""
     )
-    script = script.replace("mkdir /tmp/cgroup; mount -t tmpfs", "mount -t tmpfs")
-    try:
-        done = run_cli("doctor", "--json", wrapper=["unshare", "--mount", "sh", "-e", "-c", script, "sh"])
-        checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
-        assert done.returncode == 0, done.stdout
-        assert checks["cgroup v2"]["status"] == "warn"
-        assert "cgroup namespace of its own" in checks["cgroup v2"]["found"]
-        assert "--cgroup" in checks["cgroup v2"]["change"]
-    finally:
-        wait_for(lambda: not (inner / "cgroup.procs").read_text(), "the cgroup to be empty")
-        inner.rmdir()
+    yield ["unshare", "--mount", "sh", "-e", "-c", script, "sh"]
+    wait_for(lambda: not (inner / "cgroup.procs").read_text(), "the cgroup to be empty")
+    inner.rmdir()
+
+
+def test_doctor_in_a_container(container: Sequence[str]) -> None:
+    """The container sees its own part of the tree as the root: noticed, and said."""
+    done = run_cli("doctor", "--json", wrapper=container)
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert done.returncode == 0, done.stdout
+    assert checks["cgroup v2"]["status"] == "warn"
+    assert "cgroup namespace of its own" in checks["cgroup v2"]["found"]
+    assert "--cgroup" in checks["cgroup v2"]["change"]
+
+
+def test_agent_in_a_container(container: Sequence[str]) -> None:
+    """It says what it cannot see, and watches what it can: its own packets among them."""
+    with tempfile.TemporaryDirectory(dir=Path.home()) as name, Agent(Path(name), wrapper=container) as agent:
+        assert any("only this container's part of the node is watched" in line for line in agent.said)
+        assert agent.get("/readyz")[0] == 200
 
 
 def test_loopback_down(folder: Path) -> None:
