@@ -22,7 +22,7 @@ from udpwatch.agent.enrich.process import Processes
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
-from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.loader import HOOKS, Limits
 from udpwatch.agent.kernel.reply import ReplySensor
 from udpwatch.agent.model import Event, Increase, Reading, Row, Snapshot
 from udpwatch.agent.state import About, State
@@ -31,8 +31,11 @@ from udpwatch.agent.views.events import EventWriter, as_json
 from udpwatch.agent.views.http import HttpView
 from udpwatch.agent.views.metrics import exposition
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+REQUIRED = {hook.name for hook in HOOKS if hook.required}
 READ_SECONDS = 0.5
 HEALTH_SECONDS = 2.0
+STOP_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
 
 log = logging.getLogger(__name__)
@@ -71,6 +74,27 @@ def notes(sensor: ReplySensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
     return tuple(lines)
 
 
+class _Proof:
+    """Whether the sensor sees packets: by a datagram of our own, where ours pass the watched cgroup; elsewhere the
+    kernel's word that the programs are attached has to do. Once proven, the kernel's word is enough."""
+
+    def __init__(self, sensor: ReplySensor, inside: bool) -> None:
+        self._sensor, self._inside = sensor, inside
+        self._told = False
+        self.seen = False
+
+    def look(self) -> list[str]:
+        """Try once, if it is not proven yet; the line to say when it failed for the first time."""
+        if not self.seen:
+            self.seen = self._sensor.canary() if self._inside else self._sensor.attached
+        if self.seen or self._told:
+            return []
+        self._told = True
+        return [
+            "a datagram sent over loopback was not seen by the programs: is lo up here, and let in by the firewall?"
+        ]
+
+
 class _SensorThread(threading.Thread):
     """Reads the sensor and hands what it read to the main thread."""
 
@@ -80,12 +104,14 @@ class _SensorThread(threading.Thread):
         forget: float,
         loop: asyncio.AbstractEventLoop,
         on_events: Callable[[list[Event]], None],
-        on_reading: Callable[[Reading, list[str]], None],
+        on_reading: Callable[[Reading, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
+        proof: _Proof,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
         self._sensor, self._forget_ns, self._loop = sensor, int(forget * 1e9), loop
         self._on_events, self._on_reading, self._on_failure = on_events, on_reading, on_failure
+        self._proof = proof
         self._stopping = threading.Event()
 
     def run(self) -> None:
@@ -103,12 +129,15 @@ class _SensorThread(threading.Thread):
             if now >= next_reading:
                 changes = []
                 if now >= next_health:
-                    changes = self._sensor.keep_attached()
+                    changes = self._sensor.keep_attached() + self._proof.look()
                     next_health = now + HEALTH_SECONDS
-                self._call(self._on_reading, self._sensor.read(self._forget_ns), changes)
-                next_reading = now + READ_SECONDS
+                self._pass_reading(changes)
+                next_reading = time.monotonic() + READ_SECONDS
         self._pass_events()
-        self._call(self._on_reading, self._sensor.read(self._forget_ns), [])
+        self._pass_reading([])
+
+    def _pass_reading(self, changes: list[str]) -> None:
+        self._call(self._on_reading, self._sensor.read(self._forget_ns), changes, self._proof.seen)
 
     def _pass_events(self) -> None:
         events = list(self._sensor.events())
@@ -119,10 +148,11 @@ class _SensorThread(threading.Thread):
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to tell
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def stop(self) -> None:
-        """Take a last reading and end."""
+    def stop(self) -> bool:
+        """Take a last reading and end; False where that takes too long."""
         self._stopping.set()
-        self.join(10)
+        self.join(STOP_SECONDS)
+        return not self.is_alive()
 
 
 class App:
@@ -155,8 +185,7 @@ class App:
             opened.callback(self._cgroup.close)
             self._sensor = ReplySensor.open(self._cgroup, limits(settings), settings.btf or VMLINUX_BTF)
             opened.pop_all()
-        self._inside = self._cgroup.contains(os.getpid())
-        self._seen = False
+        self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
         self._state = State(
             About(
                 version=__version__,
@@ -172,43 +201,52 @@ class App:
         self._snapshot: Snapshot = self._state.snapshot(False, self._started)
 
     async def run(self) -> None:
-        """Work until SIGTERM or SIGINT; raises what ended it otherwise. Everything is closed afterwards."""
+        """Work until SIGTERM, SIGINT or SIGHUP; raises what ended it otherwise. Everything is closed afterwards."""
         self._loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        self._thread: _SensorThread | None = None
+        try:
+            await self._run()
+        finally:
+            await self._close()
+        if self._failure:
+            raise self._failure
+
+    async def _run(self) -> None:
+        for number in STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._done.set)
         self._drop_capabilities()
-        sensor = _SensorThread(
-            self._sensor, self._settings.forget, self._loop, self._on_events, self._on_reading, self._on_failure
-        )
         self._announce()
-        self._seen = self._sees_packets()
-        self._on_reading(self._sensor.read(int(self._settings.forget * 1e9)), [])
+        for line in self._proof.look():
+            log.warning("%s", line)
+        forget = self._settings.forget
+        self._on_reading(self._sensor.read(int(forget * 1e9)), [], self._proof.seen)
         if self._events:
             self._events.start()
         if self._http:
             self._http.start(exposition(lambda: self._snapshot), self._healthy, self._ready)
         if self._api:
             await self._api.start()
-        sensor.start()
-        log.info(
-            "ready" if self._snapshot.ready else "not ready: %s", *[] if self._snapshot.ready else [self._ready()[1]]
-        )
+        handlers = self._on_events, self._on_reading, self._on_failure
+        self._thread = _SensorThread(self._sensor, forget, self._loop, *handlers, self._proof)
+        self._thread.start()
+        if self._snapshot.ready:
+            log.info("ready")
+        else:
+            log.warning("not ready: %s", self._ready()[1])
         await self._done.wait()
-        await asyncio.to_thread(sensor.stop)
-        await asyncio.sleep(0)  # what the sensor said last
-        await self._close()
-        if self._failure:
-            raise self._failure
 
     async def _close(self) -> None:
+        ended = await asyncio.to_thread(self._thread.stop) if self._thread else True
+        await asyncio.sleep(0)  # what the sensor said last
         if self._events:
             await asyncio.to_thread(self._events.stop)
         if self._api:
             await self._api.stop()
         if self._http:
             await asyncio.to_thread(self._http.stop)
-        self._sensor.close()
-        self._cgroup.close()
+        if ended:  # else the process's end closes them, under nobody's hands
+            self._sensor.close()
+            self._cgroup.close()
 
     def _announce(self) -> None:
         watched = "the whole node" if self._cgroup.is_root else self._cgroup.path
@@ -225,22 +263,16 @@ class App:
             log.info("metrics on %s/metrics", self._http.url)
 
     def _drop_capabilities(self) -> None:
-        """Keep what attaching again needs, and in mode netlink what entering namespaces needs."""
+        """Keep what attaching again needs; for an event file, what opening it again needs, whoever owns it by then;
+        in mode netlink what entering namespaces needs."""
         keep = {Capability.BPF, Capability.NET_ADMIN}
+        if self._settings.events not in (None, "-"):
+            keep.add(Capability.DAC_OVERRIDE)
         if not self._sensor.features.conntrack:
             keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
         if Capability.BPF not in capabilities.effective():
             keep.add(Capability.SYS_ADMIN)
         capabilities.drop_all_but(keep)
-
-    def _sees_packets(self) -> bool:
-        """Packets of our own are the proof, where they pass the watched cgroup; elsewhere the kernel's word is."""
-        if not self._inside:
-            return self._sensor.attached
-        if self._sensor.canary():
-            return True
-        log.warning("a datagram sent over loopback was not seen by the programs: is lo up here?")
-        return False
 
     def _on_events(self, events: list[Event]) -> None:
         if not self._events:
@@ -250,17 +282,21 @@ class App:
             process = self._processes.lookup(event.pid, event.finding.process)
             self._events.put(as_json(event, process, self._settings.node, event.time / 1e9 + offset))
 
-    def _on_reading(self, reading: Reading, changes: list[str]) -> None:
+    def _on_reading(self, reading: Reading, changes: list[str], seen: bool) -> None:
         now = time.time()
         for line in changes:
             log.warning("%s", line)
-        for row in self._state.add(reading, self._name_of, now):
+        for row in self._state.add(reading, self._name_of, now, time.monotonic()):
             log.warning("%s", describe(row))
-        attached = all(probe.attached for probe in reading.probes if probe.name in ("ingress", "egress"))
-        if attached and not self._seen:
-            self._seen = self._sees_packets()
-        self._snapshot = self._state.snapshot(attached and self._seen, now)
+        attached = all(probe.attached for probe in reading.probes if probe.name in REQUIRED)
+        was_ready = self._snapshot.ready
+        self._snapshot = self._state.snapshot(attached and seen, now)
+        if self._thread and self._snapshot.ready != was_ready:
+            log.warning("ready again" if self._snapshot.ready else "not ready: %s", *self._reasons())
         self._read_at = time.monotonic()
+
+    def _reasons(self) -> list[str]:
+        return [] if self._snapshot.ready else [self._ready()[1]]
 
     def _name_of(self, increase: Increase) -> str:
         return self._processes.lookup(increase.pid, increase.finding.process).name
@@ -291,16 +327,31 @@ class App:
 
 def describe(row: Row) -> str:
     """A finding in one line."""
+    answered = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
     return (
         f"wrong reply: {row.process} (pid {row.pid}), port {row.port}/udp, was asked at {row.expected} and answered "
-        f"from {row.actual}; cause {row.cause}, conntrack verdict {row.verdict}"
+        f"{answered}; cause {row.cause}, conntrack verdict {row.verdict}"
     )
+
+
+class _Stopped(BaseException):
+    """A signal to stop while the agent is still starting."""
 
 
 def run(settings: Settings) -> None:
     """Run the agent in the foreground until it is told to stop; raises UdpwatchError."""
 
+    def stop(_number: int, _frame: object) -> None:
+        raise _Stopped
+
     async def main() -> None:
         await App(settings).run()
 
-    asyncio.run(main())
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        asyncio.run(main())
+    except _Stopped:
+        log.info("stopped while starting")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXITS,
     )
     doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
-    doctor.add_argument("--cgroup", metavar="PATH", help="as in `udpwatch run`")
-    doctor.add_argument("--btf", metavar="PATH", help="as in `udpwatch run`")
+    for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
+        doctor.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
 
     commands.add_parser(
         "demo",
@@ -58,7 +58,42 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status (argparse itself exits with 2 on wrong usage)."""
+    """Run the command line; returns the exit status."""
+    _fill_standard_streams()
+    try:
+        try:
+            status = _run(arguments)
+        except SystemExit as end:  # argparse's, for --help and wrong usage
+            status = end.code if isinstance(end.code, int) else 1
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of our output went away: nothing more to say, and nothing to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(UdpwatchError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+
+
+def _fill_standard_streams() -> None:
+    """Started without some of descriptors 0 to 2, the next files opened would take their place."""
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  for as long as the process lives
+    if sys.stderr is None:
+        sys.stderr = sys.stdout
+
+
+def _fail(error: UdpwatchError) -> int:
+    print(f"udpwatch: {error}", file=sys.stderr)
+    # What is still buffered for a full disk must not be tried again at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return error.exit_status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="udpwatch: %(message)s", stream=sys.stderr)
     try:
@@ -68,25 +103,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output went away: nothing more to say, and nothing to say it to.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _dispatch(parsed: argparse.Namespace) -> int:
     # Imported per command: `udpwatch --help` needs neither prometheus_client nor the kernel.
+    file = getattr(parsed, "config", None) or os.environ.get("UDPWATCH_CONFIG")
+    config = Path(file) if file else None
     if parsed.command == "run":
         from udpwatch.agent import app  # noqa: PLC0415
 
         flags = {setting.name: getattr(parsed, setting.name) for setting in SETTINGS}
-        config = parsed.config or os.environ.get("UDPWATCH_CONFIG")
-        app.run(resolve(flags, os.environ, Path(config) if config else None))
+        app.run(resolve(flags, os.environ, config))
         return 0
     if parsed.command == "doctor":
         from udpwatch.agent import doctor  # noqa: PLC0415
 
-        settings = resolve({"cgroup": parsed.cgroup, "btf": parsed.btf}, os.environ, None)
+        settings = resolve({"cgroup": parsed.cgroup, "btf": parsed.btf}, os.environ, config)
         report = doctor.examine(settings.cgroup, settings.btf)
         print(doctor.as_json(report) if parsed.json else doctor.as_text(report, sys.stdout.isatty()))
         return 0 if report.works else 77

@@ -52,13 +52,13 @@ def _listen(value: object) -> Address | None:
         return None
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+    if not colon or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise _Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
     return Address(host, int(port))
 
 
 def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not value or "\0" in value:
         raise _Rejected("a text that is not empty")
     return value
 
@@ -136,7 +136,7 @@ SETTINGS = (
     Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
     Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long a request is remembered (conntrack: 30)"),
     Setting("max_peers", _integer(16, 1 << 22), 65_536, "N", "conversations remembered at once; 130 bytes each"),
-    Setting("max_series", _integer(1, 100_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
+    Setting("max_series", _integer(1, 10_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
     Setting("events_per_second", _integer(1, 100_000), 10, "N", "events of one finding; counts are always exact"),
     Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after it was quiet for so long"),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),

@@ -72,8 +72,8 @@ class Namespace:
             done = subprocess.run(
                 command, input=stdin, capture_output=True, text=True, check=False, preexec_fn=self._enter_child
             )
-        except FileNotFoundError:
-            raise CannotRun(f"{command[0]} is missing: install iproute2 and nftables") from None
+        except OSError as error:
+            raise CannotRun(f"cannot run {command[0]} ({error.strerror}): install iproute2 and nftables") from None
         if done.returncode:
             raise UdpwatchError(f"{' '.join(command)} in {self.name}: {(done.stderr or done.stdout).strip()}")
         return done.stdout

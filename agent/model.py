@@ -44,7 +44,7 @@ class Finding:
     cause: Cause
     process: str
     cgroup: int  # id in the v2 hierarchy, 0: not known
-    netns: int  # cookie, 0: not known
+    netns: int  # cookie, inode number where the kernel tells no cookie, 0: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +97,7 @@ class Counters:
     rate_limited: int = 0
     ring_full: int = 0
     unparsed: int = 0
+    crowded: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Reading:
     tracked_peers: int
     evicted_peers: int
     undecided: int  # suspected replies that no conntrack lookup could decide
+    dropped: int = 0  # events for which too many others waited for conntrack's answer
 
 
 @dataclass(frozen=True, slots=True)

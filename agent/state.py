@@ -3,7 +3,7 @@
 Rules
 1. Memory is bounded: a finding past the limit of rows counts under `other`, none is lost.
 2. A row ends when nothing was added to it for `forget` seconds; `other` never ends.
-3. The clock is an argument.
+3. The clocks are arguments: wall time is only shown, rows age by the monotonic one, which nobody sets.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ LOSS_STAGES = {
     "findings_full": "events of wrong replies for which the kernel's table of findings had no room",
     "undecided": "suspected wrong replies that conntrack could not be asked about (mode netlink only)",
     "remember": "peers that could not be remembered",
+    "crowded": "replies outside conntrack that were not judged, because max_peers is too small for so many peers",
     "unparsed": "UDP packets with unreadable headers",
     "queue": "events dropped because their reader was too slow",
     "output": "events that could not be written",
@@ -43,7 +44,8 @@ class _Sum:
     finding: Increase
     name: str
     count: int
-    last: float
+    last: float  # seconds since the epoch
+    touched: float  # monotonic seconds
 
 
 #: process name of an increase; the only enrichment that a row needs so far
@@ -61,10 +63,10 @@ class State:
         self._beyond = 0
         self._counters = Counters()
         self._probes: tuple[Probe, ...] = ()
-        self._tracked = self._evicted = self._undecided = 0
+        self._tracked = self._evicted = self._undecided = self._dropped = 0
         self._lost_here: dict[str, int] = {}
 
-    def add(self, reading: Reading, name_of: NameOf, now: float) -> list[Row]:
+    def add(self, reading: Reading, name_of: NameOf, now: float, monotonic: float) -> list[Row]:
         """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
         fresh = []
         for increase in reading.increases:
@@ -83,16 +85,16 @@ class State:
                 if len(self._sums) >= self._max_series:
                     self._beyond += increase.count
                     continue
-                known = self._sums[key] = _Sum(increase, name, 0, now)
+                known = self._sums[key] = _Sum(increase, name, 0, now, monotonic)
                 fresh.append(known)
             known.finding = increase
             known.count += increase.count
-            known.last = now
+            known.last, known.touched = now, monotonic
         self._counters = reading.counters
         self._probes = reading.probes
         self._tracked, self._evicted = reading.tracked_peers, reading.evicted_peers
-        self._undecided = reading.undecided
-        for idle in [key for key, known in self._sums.items() if now - known.last > self._forget]:
+        self._undecided, self._dropped = reading.undecided, reading.dropped
+        for idle in [key for key, known in self._sums.items() if monotonic - known.touched > self._forget]:
             del self._sums[idle]
         return [_row(known) for known in fresh]
 
@@ -111,6 +113,8 @@ class State:
         lost["findings_full"] += 0 if suspected else counters.overflow
         lost["undecided"] += self._undecided + (counters.overflow if suspected else 0)
         lost["remember"] += counters.unremembered
+        lost["crowded"] += counters.crowded
+        lost["queue"] += self._dropped
         lost["unparsed"] += counters.unparsed
         return Snapshot(
             version=self._about.version,

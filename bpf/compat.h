@@ -2,33 +2,10 @@
 /*
  * Everything that differs between kernels, and nothing else. agent/kernel/features.py finds out by
  * trying what this kernel allows and passes it in as HAVE_* (1 or 0) when the programs are
- * compiled.
+ * compiled, with OFFSET_* of the members of kernel structures where kernel memory may be read.
  */
 #ifndef UDPWATCH_COMPAT_H
 #define UDPWATCH_COMPAT_H
-
-/* bpf_get_netns_cookie() in cgroup_skb: Linux kernel commit c221d3744ad3 ("bpf: cgroups: Add
- * bpf_get_netns_cookie() for cgroup_skb") (in v6.15). Without it the scope is the socket. */
-#if HAVE_NETNS_COOKIE
-#define scope_of(ctx)   bpf_get_netns_cookie(ctx)
-#define netns_of(scope) (scope)
-#else
-#define scope_of(ctx)   bpf_get_socket_cookie(ctx)
-#define netns_of(scope) 0
-#endif
-
-/* bpf_ktime_get_coarse_ns(): Linux kernel commit d05512618056 ("bpf: Add bpf_ktime_get_coarse_ns
- * helper") (in v5.11). A tick's precision is far below the window's. */
-#if HAVE_COARSE_CLOCK
-#define now_ns() bpf_ktime_get_coarse_ns()
-#else
-#define now_ns() bpf_ktime_get_ns()
-#endif
-
-/* Ends a branch that must stay one. Where two branches differ only in an offset, the compiler makes
- * one of them with a computed offset, and the verifier allows arithmetic on a pointer to map or
- * stack memory with anything but constants only to whom CAP_PERFMON is given. */
-#define KEEP_APART(n) asm volatile("" : : "i"(n))
 
 #if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 #define net16(x) __builtin_bswap16(x)
@@ -40,5 +17,84 @@
 
 #define READ_ONCE(x)         (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
+
+/* Ends a branch that must stay one. Where two branches differ only in an offset, the compiler makes
+ * one of them with a computed offset, and the verifier allows arithmetic on a pointer to map or
+ * stack memory with anything but constants only to whom CAP_PERFMON is given. */
+#define KEEP_APART(n) asm volatile("" : : "i"(n))
+
+#if HAVE_KERNEL_READ
+/* By number: bcc puts bpf_probe_read in place of bpf_probe_read_kernel, which these programs may
+ * not call, where /proc/kallsyms does not show it the newer one (without CAP_SYSLOG). */
+static int (*const copy_from_kernel)(void *to, __u32 size, const void *from) = (void *)113;
+
+static __always_inline __u64 read_kernel(__u64 address) {
+    __u64 value = 0;
+    copy_from_kernel(&value, sizeof(value), (void *)address);
+    return value;
+}
+
+static __always_inline __u64 read_net(struct __sk_buff *skb) {
+    return read_kernel(read_kernel((__u64)skb + OFFSET_SKB_SK) + OFFSET_SOCK_NET);
+}
+
+static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
+    return read_kernel(read_net(skb) + OFFSET_NET_INUM);
+}
+#endif
+
+/* The scope of a conversation: the network namespace, by its cookie, else by its address in the
+ * kernel, which leaves the kernel nowhere; where neither can be had, the socket.
+ * bpf_get_netns_cookie() in cgroup_skb: Linux kernel commit c221d3744ad3 ("bpf: cgroups: Add
+ * bpf_get_netns_cookie() for cgroup_skb") (in v6.15). */
+#if HAVE_NETNS_COOKIE
+#define scope_of_skb(skb)    bpf_get_netns_cookie(skb)
+#define scope_of_send(ctx)   bpf_get_netns_cookie(ctx)
+#define netns_of(scope, skb) (scope)
+#elif HAVE_KERNEL_READ
+#define scope_of_skb(skb)    read_net(skb)
+#define scope_of_send(ctx)   read_kernel(read_kernel((__u64)(ctx) + OFFSET_SEND_SK) + OFFSET_SOCK_NET)
+#define netns_of(scope, skb) read_netns_inode(skb)
+#else
+#define scope_of_skb(skb)    bpf_get_socket_cookie(skb)
+#define scope_of_send(ctx)   bpf_get_socket_cookie(ctx)
+#define netns_of(scope, skb) 0
+#endif
+
+/* bpf_ktime_get_coarse_ns(): Linux kernel commit d05512618056 ("bpf: Add bpf_ktime_get_coarse_ns
+ * helper") (in v5.11). A tick's precision is far below the window's. */
+#if HAVE_COARSE_CLOCK
+#define now_ns() bpf_ktime_get_coarse_ns()
+#else
+#define now_ns() bpf_ktime_get_ns()
+#endif
+
+/* The current thread in cgroup_skb: by the helpers, else from its task_struct. */
+#define KNOW_CURRENT (HAVE_CURRENT || HAVE_CURRENT_TASK)
+#if HAVE_CURRENT
+#define current_pid_tgid()  bpf_get_current_pid_tgid()
+#define current_uid()       ((__u32)bpf_get_current_uid_gid())
+#define current_cgroup(skb) bpf_get_current_cgroup_id()
+#if HAVE_CURRENT_COMM
+#define current_comm(to) bpf_get_current_comm(to, COMM_LEN)
+#else
+#define current_comm(to)
+#endif
+#elif HAVE_CURRENT_TASK
+static __always_inline __u64 current_pid_tgid(void) {
+    __u64 task = bpf_get_current_task();
+    return read_kernel(task + OFFSET_TASK_TGID) << 32 | (__u32)read_kernel(task + OFFSET_TASK_PID);
+}
+
+static __always_inline __u32 current_uid(void) {
+    return read_kernel(read_kernel(bpf_get_current_task() + OFFSET_TASK_CRED) + OFFSET_CRED_UID);
+}
+
+#define current_cgroup(skb) bpf_skb_cgroup_id(skb)
+#define current_comm(to)                                                                           \
+    copy_from_kernel(to, COMM_LEN, (void *)(bpf_get_current_task() + OFFSET_TASK_COMM))
+#else
+#define current_pid_tgid() 0ULL
+#endif
 
 #endif

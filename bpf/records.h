@@ -39,7 +39,7 @@ struct flow_key {
     struct address peer;
     __u16 peer_port;
     __u16 port; /* the local socket's */
-    __u32 pad;
+    __u32 link; /* interface index, for a link-local peer */
 };
 
 struct asked {
@@ -52,7 +52,8 @@ struct flow {
     struct asked asked[2];
 };
 
-/* Who sends, and whether it named its source: written by the sendmsg hooks, read on egress. */
+/* Whether a send named its source: written by the sendmsg hooks, read on egress. Who sends is in it
+ * only where egress cannot tell that by itself (see compat.h). */
 struct sender {
     __u64 socket; /* cookie */
     __u64 pid_tgid;
@@ -68,7 +69,7 @@ struct sender {
 struct finding_key {
     struct address expected;
     struct address actual;
-    __u64 netns; /* cookie; 0 where the kernel does not tell it here */
+    __u64 netns; /* cookie, else inode number, else 0 (see compat.h) */
     __u64 cgroup;
     char comm[COMM_LEN];
     __u16 port;
@@ -117,6 +118,7 @@ struct stats {
     __u64 rate_limited; /* events held back */
     __u64 ring_full;    /* events that the ring buffer had no room for */
     __u64 unparsed;     /* UDP headers that were not readable */
+    __u64 crowded;      /* replies outside conntrack not judged: too many peers to remember */
 };
 
 #endif

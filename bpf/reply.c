@@ -33,9 +33,14 @@
 #define PROTO_UDP          17
 #define FAMILY_INET        2
 #define FAMILY_INET6       10
+#define FIRST_EPHEMERAL    32768 /* ip_local_port_range's default; clients live above */
+#define CT_ESTABLISHED     0     /* IP_CT_ESTABLISHED: original direction of an answered flow */
 #define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
 #define CT_UNTRACKED       7 /* IP_CT_UNTRACKED */
-#define CT_INFO_MASK       7ULL /* NFCT_INFOMASK */
+#define CT_INFO_MASK       7ULL       /* NFCT_INFOMASK */
+#define DST_NOREF          1ULL       /* SKB_DST_NOREF */
+#define ROUTE_GROUP        0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
+#define EEXIST             17
 
 /* ---- maps ---- */
 
@@ -53,6 +58,15 @@ BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_PEERS);
 BPF_PERCPU_ARRAY(asked_cache, struct cached, CACHE_SLOTS);
 BPF_PERCPU_ARRAY(right_cache, struct cached, CACHE_SLOTS);
 BPF_ARRAY(epochs, __u64, 1);
+
+/* How many conversations were entered in this window and the one before. */
+struct crowd {
+    __u64 start;
+    __u64 count;
+    __u64 before;
+};
+
+BPF_ARRAY(crowds, struct crowd, 1);
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
@@ -176,18 +190,30 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
     return 0;
 }
 
-/* Nobody can answer from a multicast or broadcast address: such a request asks no address.
- * A looped-back copy of our own broadcast arrives as PACKET_LOOPBACK. A multicast frame that
- * carries a unicast packet is a request like any other (clusters are addressed so). */
-static __always_inline int asks_one_address(struct __sk_buff *skb, const struct packet *packet) {
-    if (skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK)
-        return 0;
+/* Whether a request went to a group: nobody can answer from a multicast or broadcast address.
+ * What is a broadcast address only the route knows; where it cannot be read, the frame tells, which
+ * is wrong for a device without frames (tun) and for clusters that address each other by
+ * broadcast frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
+static __always_inline int asks_group(struct __sk_buff *skb, const struct packet *packet) {
     if (packet->family == FAMILY_INET6)
-        return (net32(packet->destination.word[0]) >> 24) != 0xff;
-    return (net32(packet->destination.word[3]) >> 28) < 14; /* 224/4, 240/4 */
+        return net32(packet->destination.word[0]) >> 24 == 0xff;
+    __u32 address = net32(packet->destination.word[3]);
+    if (address >> 28 >= 14 || address == 0x7fffffff) /* 224/4, 240/4, 127.255.255.255 */
+        return 1;
+#if HAVE_KERNEL_READ
+    __u64 route = read_kernel((__u64)skb + OFFSET_SKB_DST) & ~DST_NOREF;
+    if (route)
+        return ((__u32)read_kernel(route + OFFSET_ROUTE_FLAGS) & ROUTE_GROUP) != 0;
+#endif
+    return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
 }
 
 /* ---- conversations ---- */
+
+/* RFC 4291, section 2.5.6: a link-local peer is another one on each link. */
+static __always_inline int is_link_local(const struct address *address) {
+    return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
+}
 
 static __always_inline __u32 slot_of(const struct flow_key *key) {
     __u64 mix = key->scope ^ key->peer.half[0] ^ key->peer.half[1] * 0x9e3779b97f4a7c15ULL ^
@@ -197,7 +223,7 @@ static __always_inline __u32 slot_of(const struct flow_key *key) {
 
 static __always_inline int same_key(const struct flow_key *a, const struct flow_key *b) {
     return a->scope == b->scope && same(&a->peer, &b->peer) && a->peer_port == b->peer_port &&
-           a->port == b->port;
+           a->port == b->port && a->link == b->link;
 }
 
 static __always_inline __u64 *epoch_counter(void) {
@@ -259,29 +285,58 @@ static __always_inline __u64 after(__u64 now, __u64 other) {
     return now > other ? now : other + 1;
 }
 
-static __always_inline void put_flow(const struct flow_key *key, struct flow *flow, int is_new) {
-    __u64 *epoch;
-
-    if (flows.update((struct flow_key *)key, flow)) {
-        COUNT(unremembered, 1);
-    } else if (is_new) {
-        COUNT(remembered, 1);
-    } else {
-        epoch = epoch_counter();
-        if (epoch)
-            __sync_fetch_and_add(epoch, 1);
-    }
+static __always_inline struct crowd *the_crowd(void) {
+    int zero = 0;
+    return crowds.lookup(&zero);
 }
 
-static __always_inline void remember(struct flow_key *key, const struct address *address,
-                                     __u64 now) {
+static __always_inline void count_new(__u64 now) {
+    struct crowd *crowd = the_crowd();
+
+    COUNT(remembered, 1);
+    if (!crowd)
+        return;
+    if (now - crowd->start > WINDOW_NS) {
+        crowd->before = now - crowd->start > 2 * WINDOW_NS ? 0 : crowd->count;
+        crowd->count = 0;
+        crowd->start = now;
+    }
+    __sync_fetch_and_add(&crowd->count, 1);
+}
+
+/* Whether so many peers come that some are pushed out within the window: then what is remembered
+ * of one may be less than it asked. */
+static __always_inline int is_crowded(__u64 now) {
+    struct crowd *crowd = the_crowd();
+    return crowd && now - crowd->start <= 2 * WINDOW_NS &&
+           crowd->count + crowd->before >= MAX_PEERS / 2;
+}
+
+static __always_inline void next_epoch(void) {
+    __u64 *epoch = epoch_counter();
+    if (epoch)
+        __sync_fetch_and_add(epoch, 1);
+}
+
+enum remembering { AGAIN, SINGLE, SEVERAL };
+
+/* One attempt; AGAIN where another CPU changed the same conversation meanwhile. */
+static __always_inline enum remembering try_remember(struct flow_key *key,
+                                                     const struct address *address, __u64 now) {
     struct flow copy = {};
     struct flow *flow = flows.lookup(key);
+    int failed;
 
     if (!flow) {
         set_asked(&copy.asked[0], address, now);
-        put_flow(key, &copy, 1);
-        return;
+        failed = flows.insert(key, &copy);
+        if (failed == -EEXIST)
+            return AGAIN;
+        if (failed)
+            COUNT(unremembered, 1);
+        else
+            count_new(now);
+        return SINGLE;
     }
     load(&copy, flow);
     __u64 first = copy.asked[0].seen, second = copy.asked[1].seen;
@@ -289,20 +344,49 @@ static __always_inline void remember(struct flow_key *key, const struct address 
         if (second > first || now - first >= REFRESH_NS)
             WRITE_ONCE(flow->asked[0].seen, after(now, second));
         KEEP_APART(3);
-    } else if (is_asked(&copy.asked[1], address)) {
+        return second ? SEVERAL : SINGLE;
+    }
+    if (is_asked(&copy.asked[1], address)) {
         if (first > second || now - second >= REFRESH_NS)
             WRITE_ONCE(flow->asked[1].seen, after(now, first));
         KEEP_APART(4);
-    } else {
-        if (second > first) {
-            set_asked(&copy.asked[0], address, after(now, second));
-            KEEP_APART(5);
-        } else {
-            set_asked(&copy.asked[1], address, after(now, first));
-            KEEP_APART(6);
-        }
-        put_flow(key, &copy, 0);
+        return SEVERAL;
     }
+    if (second > first) {
+        set_asked(&copy.asked[0], address, after(now, second));
+        KEEP_APART(5);
+    } else {
+        set_asked(&copy.asked[1], address, after(now, first));
+        KEEP_APART(6);
+    }
+    if (flows.update(key, &copy))
+        COUNT(unremembered, 1);
+    next_epoch();
+    flow = flows.lookup(key);
+    if (!flow)
+        return SEVERAL;
+    load(&copy, flow);
+    if (is_asked(&copy.asked[0], address) || is_asked(&copy.asked[1], address))
+        return SEVERAL;
+    return AGAIN;
+}
+
+/* 1: the conversation has a single address and may be cached. With two, their order matters. */
+static __always_inline int remember(struct flow_key *key, const struct address *address,
+                                    __u64 now) {
+#pragma unroll
+    for (int attempt = 0; attempt < 3; attempt++) {
+        enum remembering done = try_remember(key, address, now);
+        if (done != AGAIN)
+            return done == SINGLE;
+    }
+    COUNT(unremembered, 1);
+    return 0;
+}
+
+/* A group, which is remembered as the address zero, may be answered from any address. */
+static __always_inline int answers(const struct address *asked, const struct address *source) {
+    return same(asked, source) || (!asked->half[0] && !asked->half[1]);
 }
 
 enum judgement { NOT_A_REPLY, RIGHT, WRONG };
@@ -320,8 +404,8 @@ static __always_inline enum judgement judge(struct flow_key *key, const struct a
     int has_first = is_remembered(first, now), has_second = is_remembered(second, now);
     if (!has_first && !has_second)
         return NOT_A_REPLY;
-    if ((has_first && same(&copy.asked[0].address, source)) ||
-        (has_second && same(&copy.asked[1].address, source)))
+    if ((has_first && answers(&copy.asked[0].address, source)) ||
+        (has_second && answers(&copy.asked[1].address, source)))
         return RIGHT;
     /* What is over its time is also the older of the two. */
     if (second > first) {
@@ -336,15 +420,23 @@ static __always_inline enum judgement judge(struct flow_key *key, const struct a
 
 /* ---- who sends ---- */
 
+/* A slot is a thread's: between the two hooks of one send no other send uses it. Where egress does
+ * not know its thread, it is the socket's, and says who sends as well. */
+static __always_inline __u32 sender_slot(__u64 socket, __u64 pid_tgid) {
+    return (KNOW_CURRENT ? (__u32)pid_tgid : (__u32)socket) & (SENDER_SLOTS - 1);
+}
+
 static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_key *key,
                                         int source_named) {
     __u64 now = now_ns(), socket = bpf_get_socket_cookie(ctx);
-    __u32 slot = slot_of(key), index = socket & (SENDER_SLOTS - 1);
+    __u64 pid_tgid = bpf_get_current_pid_tgid();
+    __u32 slot = slot_of(key), index = sender_slot(socket, pid_tgid);
     struct cached *cached = right_cache.lookup(&slot);
     struct sender *sender;
 
-    /* Only a reply can be a wrong reply. */
-    if (!cached || !is_fresh(cached, key, now)) {
+    /* Only a reply can be a wrong reply. Of a link-local peer's link this hook knows nothing, and
+     * nothing of a connected socket's peer unless the send names it again. */
+    if (key->peer_port && !is_link_local(&key->peer) && (!cached || !is_fresh(cached, key, now))) {
         struct flow *flow = flows.lookup(key);
         if (!flow || (!is_remembered(READ_ONCE(flow->asked[0].seen), now) &&
                       !is_remembered(READ_ONCE(flow->asked[1].seen), now)))
@@ -353,17 +445,20 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     sender = senders.lookup(&index);
     if (!sender)
         return;
-    __u64 pid_tgid = bpf_get_current_pid_tgid();
     __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
+#if KNOW_CURRENT
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause)
         return;
+#endif
     WRITE_ONCE(sender->socket, 0); /* nobody's while it changes */
     sender->pid_tgid = pid_tgid;
     sender->cause = cause;
+#if !KNOW_CURRENT
     sender->uid = bpf_get_current_uid_gid();
     sender->cgroup = bpf_get_current_cgroup_id();
 #if HAVE_SENDER_COMM
     bpf_get_current_comm(sender->comm, COMM_LEN);
+#endif
 #endif
     WRITE_ONCE(sender->socket, socket);
 }
@@ -375,49 +470,58 @@ static __always_inline __u32 segments_of(struct __sk_buff *skb) {
     return skb->gso_segs ? skb->gso_segs : 1;
 }
 
-#if HAVE_CONNTRACK
-static __always_inline __u64 read_kernel(__u64 address) {
-    __u64 value = 0;
-    bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
-    return value;
-}
-#endif
-
 struct identity {
     __u32 tgid, uid;
 };
 
+static __always_inline int leaves_from_own(struct bpf_sock *sk, const struct address *source,
+                                           __u8 family) {
+    /* Volatile: the verifier wants each member of a socket read at an offset of its own. */
+    __u32 own4 = READ_ONCE(sk->src_ip4), own[4];
+    own[0] = READ_ONCE(sk->src_ip6[0]);
+    own[1] = READ_ONCE(sk->src_ip6[1]);
+    own[2] = READ_ONCE(sk->src_ip6[2]);
+    own[3] = READ_ONCE(sk->src_ip6[3]);
+    if (family == FAMILY_INET)
+        return source->word[3] == own4;
+    return source->word[0] == own[0] && source->word[1] == own[1] && source->word[2] == own[2] &&
+           source->word[3] == own[3];
+}
+
 /* Who sends, into key->cause, key->cgroup, key->comm and the identity. */
 static __always_inline struct identity identify(struct __sk_buff *skb, struct bpf_sock *sk,
                                                 struct finding_key *key) {
-    __u64 socket = bpf_get_socket_cookie(skb);
-    __u32 index = socket & (SENDER_SLOTS - 1);
+    /* Egress runs in the sender's context: nothing between udp_sendmsg() and here defers, unless
+     * a rule sends the packet through a user-space queue. */
+    __u64 socket = bpf_get_socket_cookie(skb), pid_tgid = current_pid_tgid();
+    __u32 index = sender_slot(socket, pid_tgid), cause = CAUSE_UNKNOWN;
     struct sender *sender = senders.lookup(&index);
     struct identity who = {};
 
-    key->cause = sk->state == BPF_TCP_ESTABLISHED ? CAUSE_CONNECTED : CAUSE_UNKNOWN;
-    if (key->cause == CAUSE_UNKNOWN && sender && READ_ONCE(sender->socket) == socket) {
-        key->cause = sender->cause;
-        key->cgroup = sender->cgroup;
-        __builtin_memcpy(key->comm, sender->comm, COMM_LEN);
-        who.tgid = sender->pid_tgid >> 32;
-        who.uid = sender->uid;
-        if (READ_ONCE(sender->socket) == socket)
-            return who;
-        /* Another socket took the slot meanwhile. */
-        key->cause = CAUSE_UNKNOWN;
-    }
-#if HAVE_CURRENT
-    /* This hook runs in the sender's context: nothing between udp_sendmsg() and here defers. */
-    key->cgroup = bpf_get_current_cgroup_id();
-    who.tgid = bpf_get_current_pid_tgid() >> 32;
-    who.uid = bpf_get_current_uid_gid();
+#if KNOW_CURRENT
+    if (sender && READ_ONCE(sender->socket) == socket && sender->pid_tgid == pid_tgid)
+        cause = sender->cause;
+    who.tgid = pid_tgid >> 32;
+    who.uid = current_uid();
+    key->cgroup = current_cgroup(skb);
+    current_comm(key->comm);
 #else
     key->cgroup = bpf_skb_cgroup_id(skb);
+    if (sender && READ_ONCE(sender->socket) == socket) {
+        cause = sender->cause;
+        who.tgid = sender->pid_tgid >> 32;
+        who.uid = sender->uid;
+        key->cgroup = sender->cgroup;
+        __builtin_memcpy(key->comm, sender->comm, COMM_LEN);
+        if (READ_ONCE(sender->socket) != socket)
+            cause = CAUSE_UNKNOWN; /* another socket took the slot meanwhile */
+    }
 #endif
-#if HAVE_CURRENT_COMM
-    bpf_get_current_comm(key->comm, COMM_LEN);
-#endif
+    /* The sendmsg hooks do not run for most sends of a connected socket: what is noted is old. */
+    if (sk->state == BPF_TCP_ESTABLISHED &&
+        (cause != CAUSE_EXPLICIT || leaves_from_own(sk, &key->actual, key->family)))
+        cause = CAUSE_CONNECTED;
+    key->cause = cause;
     return who;
 }
 
@@ -459,38 +563,65 @@ static __always_inline void send_event(struct __sk_buff *skb, const struct packe
     event->netns_inode = 0;
     __builtin_memset(event->original, 0, TUPLE_LEN);
     __builtin_memset(event->reply, 0, TUPLE_LEN);
-#if HAVE_CONNTRACK
+#if HAVE_KERNEL_READ
     if (tracked) {
-        bpf_probe_read_kernel(event->original, TUPLE_LEN,
-                              (void *)(tracked + OFFSET_TUPLE_ORIGINAL));
-        bpf_probe_read_kernel(event->reply, TUPLE_LEN, (void *)(tracked + OFFSET_TUPLE_REPLY));
+        copy_from_kernel(event->original, TUPLE_LEN, (void *)(tracked + OFFSET_TUPLE_ORIGINAL));
+        copy_from_kernel(event->reply, TUPLE_LEN, (void *)(tracked + OFFSET_TUPLE_REPLY));
     }
-    __u64 net = read_kernel(read_kernel((__u64)skb + OFFSET_SKB_SK) + OFFSET_SOCK_NET);
-    event->netns_inode = read_kernel(net + OFFSET_NET_INUM);
+    event->netns_inode = read_netns_inode(skb);
 #endif
     events.ringbuf_submit(event, 0);
 }
 
-/* The source is not among the asked addresses; key->expected is filled in. This path may be slow.
- */
+#if HAVE_KERNEL_READ
+/* The source of a tracked packet before NAT touched it. */
+static __always_inline void read_original_source(__u64 tracked, __u8 family, struct address *to) {
+    __u64 tuple = tracked + OFFSET_TUPLE_ORIGINAL;
+    if (family == FAMILY_INET) {
+        set_ip4(to, (__u32)read_kernel(tuple));
+    } else {
+        to->half[0] = read_kernel(tuple);
+        to->half[1] = read_kernel(tuple + 8);
+    }
+}
+#endif
+
+/* The source is not among the asked addresses, or its port is not the socket's; key->expected is
+ * filled in. This path may be slow. */
 static __always_inline void suspect(struct __sk_buff *skb, struct bpf_sock *sk,
-                                    const struct packet *packet, struct finding_key *key,
-                                    __u64 now) {
+                                    const struct packet *packet, struct flow_key *flow,
+                                    struct finding_key *key, __u64 now) {
     __u64 tracked = 0;
 
     key->verdict = VERDICT_UNKNOWN;
-#if HAVE_CONNTRACK
+#if HAVE_KERNEL_READ
     __u64 nfct = read_kernel((__u64)skb + OFFSET_SKB_NFCT);
     __u64 info = nfct & CT_INFO_MASK;
-    key->verdict = VERDICT_UNTRACKED;
     if (info != CT_UNTRACKED)
         tracked = nfct & ~CT_INFO_MASK;
     if (tracked) {
+        struct address source = {}, ignored = {};
         if (info >= CT_REPLY)
             return; /* NAT turned the source back: the peer gets what it asked */
+        if (info == CT_ESTABLISHED) {
+            /* A conversation of our own making, which source NAT gives another address. */
+            read_original_source(tracked, packet->family, &source);
+            if (judge(flow, &source, now, &ignored) != WRONG)
+                return;
+        }
         key->verdict = VERDICT_NEW;
+    } else {
+        if (same(&key->expected, &packet->source))
+            return; /* only the port differs, and no conntrack that could have done it */
+        if (is_crowded(now)) {
+            COUNT(crowded, segments_of(skb));
+            return;
+        }
+        key->verdict = VERDICT_UNTRACKED;
     }
+    key->netns = netns_of(flow->scope, skb);
 #else
+    key->netns = netns_of(flow->scope, skb);
     key->flow.peer = packet->destination;
     key->flow.peer_port = packet->destination_port;
     key->flow.source_port = packet->source_port;
@@ -517,24 +648,32 @@ static __always_inline void suspect(struct __sk_buff *skb, struct bpf_sock *sk,
 int ingress(struct __sk_buff *skb) {
     struct packet packet = {};
     struct flow_key key = {};
+    struct address asked = {};
 
     if (!parse(skb, &packet))
         return 1;
     struct bpf_sock *sk = skb->sk;
-    /* A connected socket's source is frozen, and it receives only what was sent to that. */
-    if (!sk || sk->state == BPF_TCP_ESTABLISHED || !asks_one_address(skb, &packet))
+    if (!sk)
         return 1;
-    key.scope = scope_of(skb);
+    key.scope = scope_of_skb(skb);
     key.peer = packet.source;
     key.peer_port = packet.source_port;
     key.port = packet.destination_port;
-    __u64 now = now_ns();
+    if (is_link_local(&key.peer))
+        key.link = skb->ifindex;
+    __u64 now = now_ns(), epoch = epoch_now();
     __u32 slot = slot_of(&key);
     struct cached *cached = asked_cache.lookup(&slot);
     if (cached_is(cached, &key, &packet.destination, now))
         return 1;
-    remember(&key, &packet.destination, now);
-    cache(cached, &key, &packet.destination, now, epoch_now());
+    /* A client's connected socket receives answers to what it asked: nothing to remember, and
+     * there are many of them. */
+    if (sk->state == BPF_TCP_ESTABLISHED && key.port >= FIRST_EPHEMERAL && !flows.lookup(&key))
+        return 1;
+    if (!asks_group(skb, &packet))
+        asked = packet.destination;
+    if (remember(&key, &asked, now))
+        cache(cached, &key, &packet.destination, now, epoch);
     return 1;
 }
 
@@ -549,37 +688,39 @@ int egress(struct __sk_buff *skb) {
     if (!sk)
         return 1;
     /* The socket's own port, not the packet's: NAT may have rewritten that one by now. */
-    key.scope = scope_of(skb);
+    key.scope = scope_of_skb(skb);
     key.peer = packet.destination;
     key.peer_port = packet.destination_port;
     key.port = sk->src_port;
+    if (is_link_local(&key.peer))
+        key.link = skb->ifindex;
+    int port_kept = packet.source_port == key.port;
     __u64 now = now_ns();
     __u32 slot = slot_of(&key);
     struct cached *cached = right_cache.lookup(&slot);
-    if (!cached_is(cached, &key, &packet.source, now)) {
+    if (!port_kept || !cached_is(cached, &key, &packet.source, now)) {
         __u64 epoch = epoch_now(); /* before the look: a change meanwhile voids what is cached */
-        switch (judge(&key, &packet.source, now, &finding.expected)) {
-        case NOT_A_REPLY:
+        enum judgement judgement = judge(&key, &packet.source, now, &finding.expected);
+        if (judgement == NOT_A_REPLY)
             return 1;
-        case RIGHT:
+        if (judgement == RIGHT && port_kept)
             cache(cached, &key, &packet.source, now, epoch);
-            break;
-        case WRONG:
-            finding.netns = netns_of(key.scope);
-            if (judge(&key, &packet.source, now, &finding.expected) == WRONG)
-                suspect(skb, sk, &packet, &finding, now);
-        }
+        else if (judgement == RIGHT)
+            finding.expected = packet.source;
+        if (!port_kept ||
+            (judgement == WRONG && judge(&key, &packet.source, now, &finding.expected) == WRONG))
+            suspect(skb, sk, &packet, &key, &finding, now);
     }
-    COUNT(checked, 1);
+    COUNT(checked, segments_of(skb));
     return 1;
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx) {
     struct flow_key key = {};
 
-    if (!ctx->sk || !ctx->user_port)
+    if (!ctx->sk)
         return 1;
-    key.scope = scope_of(ctx);
+    key.scope = scope_of_send(ctx);
     set_ip4(&key.peer, ctx->user_ip4);
     key.peer_port = net16(ctx->user_port);
     key.port = ctx->sk->src_port;
@@ -590,9 +731,9 @@ int sendmsg4(struct bpf_sock_addr *ctx) {
 int sendmsg6(struct bpf_sock_addr *ctx) {
     struct flow_key key = {};
 
-    if (!ctx->sk || !ctx->user_port)
+    if (!ctx->sk)
         return 1;
-    key.scope = scope_of(ctx);
+    key.scope = scope_of_send(ctx);
     key.peer.word[0] = ctx->user_ip6[0];
     key.peer.word[1] = ctx->user_ip6[1];
     key.peer.word[2] = ctx->user_ip6[2];

@@ -21,6 +21,7 @@ from enum import IntEnum
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _ATTR_BYTES = 128
 _BATCH = 1024
+_ENOTSUPP = 524  # the kernel's own, in no header of user space
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,6 +37,7 @@ class Command(IntEnum):
     PROG_GET_FD_BY_ID = 13
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
+    MAP_LOOKUP_AND_DELETE_ELEM = 21
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
     ENABLE_STATS = 32
@@ -120,6 +122,28 @@ def map_delete(fd: int, key: bytes) -> bool:
             return False
         raise
     return True
+
+
+def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
+    """Delete ``key`` and return its last value, None where it was not there.
+
+    In one step where the kernel can (Linux kernel commit 3e87f192b405 ("bpf: Add lookup_and_delete_elem support to
+    hashtab") (in v5.14)), in two elsewhere.
+    """
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value = ctypes.create_string_buffer(value_size)
+    try:
+        attribute = _attribute("I4xQQQ", fd, _address(key_buffer), _address(value), 0)
+        bpf(Command.MAP_LOOKUP_AND_DELETE_ELEM, attribute)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, _ENOTSUPP):
+            raise
+        found = map_lookup(fd, key, value_size)
+        map_delete(fd, key)
+        return found
+    return value.raw
 
 
 def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, bytes, bytes]]:

@@ -18,6 +18,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Capability(IntEnum):
     """The ones that udpwatch has a use for (include/uapi/linux/capability.h)."""
 
+    DAC_OVERRIDE = 1
     NET_ADMIN = 12
     SYS_PTRACE = 19
     SYS_ADMIN = 21
@@ -34,6 +35,7 @@ PURPOSE = {
     Capability.NET_ADMIN: "attach them to the cgroup",
     Capability.PERFMON: "read conntrack's entry from the packet",
     Capability.SYS_ADMIN: "without CAP_PERFMON: enter namespaces to ask their conntrack; mount cgroup v2 privately",
+    Capability.DAC_OVERRIDE: "open an event file again that belongs to somebody else by then",
     Capability.SYS_PTRACE: "without CAP_PERFMON: find a process's network namespace",
 }
 

@@ -18,6 +18,7 @@ VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
 
 # Helper numbers: enum bpf_func_id in include/uapi/linux/bpf.h
 _GET_CURRENT_PID_TGID, _GET_CURRENT_UID_GID, _GET_CURRENT_COMM = 14, 15, 16
+_GET_CURRENT_TASK = 35
 _GET_CURRENT_CGROUP_ID = 80
 _PROBE_READ_KERNEL = 113
 _GET_NETNS_COOKIE = 122
@@ -47,12 +48,13 @@ _CONTEXT_AS_THIRD = _instruction(0xBF, 3, 1)
 class Features:
     """What the programs may use; each missing one costs what is written behind it."""
 
-    netns_cookie: bool  # else two sockets of one namespace do not share what they remember
+    netns_cookie: bool  # else, without `conntrack`, two sockets of a namespace do not share what they remember
     coarse_clock: bool  # else the precise clock, some nanoseconds a packet
     current: bool  # else no process for connected sockets
+    current_task: bool  # the same from the task's own structure, where the helpers are refused
     current_comm: bool  # else the name of such a process is only what /proc still says of its id
     sender_comm: bool  # the same for unconnected sockets
-    conntrack: bool  # else conntrack is asked over netlink before a finding is reported
+    conntrack: bool  # kernel memory can be read; else conntrack is asked over netlink before a finding is reported
     offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
     conntrack_reason: str  # why `conntrack` is False
 
@@ -89,6 +91,14 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
         return {
             "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
             "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
+            "OFFSET_SKB_DST": btf.offset("sk_buff", "_skb_refdst"),
+            "OFFSET_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
+            "OFFSET_SEND_SK": btf.offset("bpf_sock_addr_kern", "sk"),
+            "OFFSET_TASK_PID": btf.offset("task_struct", "pid"),
+            "OFFSET_TASK_TGID": btf.offset("task_struct", "tgid"),
+            "OFFSET_TASK_COMM": btf.offset("task_struct", "comm"),
+            "OFFSET_TASK_CRED": btf.offset("task_struct", "cred"),
+            "OFFSET_CRED_UID": btf.offset("cred", "uid.val"),
             "OFFSET_SOCK_NET": btf.offset("sock", "__sk_common.skc_net.net"),
             "OFFSET_NET_INUM": btf.offset("net", "ns.inum"),
             "OFFSET_TUPLE_ORIGINAL": tuples,
@@ -117,6 +127,7 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         netns_cookie=not _helper(_GET_NETNS_COOKIE),
         coarse_clock=not _helper(_KTIME_GET_COARSE_NS),
         current=not current,
+        current_task=not reason and not _helper(_GET_CURRENT_TASK),
         current_comm=not _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS),
         sender_comm=not _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS, _SENDMSG),
         conntrack=not reason,

@@ -6,10 +6,12 @@ Unix socket: one JSON request down, one JSON answer up, descriptors beside it (S
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -75,16 +77,22 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
     """
     capabilities.require()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
+    with ours, theirs, contextlib.ExitStack() as stack:
         ours.settimeout(LOAD_SECONDS)
         request = {"cgroup": cgroup.fd, "path": cgroup.path, "limits": asdict(limits), "btf": str(btf)}
         ours.send(json.dumps(request).encode())
+        # Its words go to a file: compiler and verifier may say more than a pipe holds. -P and the folder: nothing
+        # that lies where udpwatch was started is imported, least of all by root. A session of its own: Ctrl-C is
+        # for us, and we end it.
+        said = stack.enter_context(tempfile.TemporaryFile())
         with subprocess.Popen(
-            [sys.executable, "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
             pass_fds=(theirs.fileno(), cgroup.fd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stderr=said,
+            cwd="/",
+            start_new_session=True,
         ) as child:
             theirs.close()
             try:
@@ -92,19 +100,22 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
             except TimeoutError:
                 child.kill()
                 raise UdpwatchError(f"loading the programs took longer than {LOAD_SECONDS} s") from None
+            except ConnectionError:
+                raw, descriptors = b"", []
             except BaseException:
                 child.kill()
                 raise
-            errors = child.stderr.read() if child.stderr else b""
             child.wait()
+        said.seek(0)
+        errors = said.read().decode(errors="replace")
     if not raw:
-        lines = errors.decode(errors="replace").strip().splitlines()
+        lines = errors.strip().splitlines()
         raise UdpwatchError(
             f"the loader ended with status {child.returncode}: {lines[-1] if lines else 'it said nothing'}"
         )
     answer = json.loads(raw)
     if "error" in answer:
-        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"] + _complaint(errors.decode()))
+        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"] + _complaint(errors))
     return _unpack(answer, descriptors)
 
 

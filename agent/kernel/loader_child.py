@@ -51,8 +51,9 @@ def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
         "HAVE_COARSE_CLOCK": int(found.coarse_clock),
         "HAVE_CURRENT": int(found.current),
         "HAVE_CURRENT_COMM": int(found.current_comm),
+        "HAVE_CURRENT_TASK": int(found.current_task),
         "HAVE_SENDER_COMM": int(found.sender_comm),
-        "HAVE_CONNTRACK": int(found.conntrack),
+        "HAVE_KERNEL_READ": int(found.conntrack),
         **found.offsets,
     }
     # bcc takes kernel headers from here; ours are a shim of a dozen lines each (bpf/include/README.md).

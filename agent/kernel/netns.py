@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -70,13 +71,13 @@ def entered_by_cookie(cookie: int, pid: int) -> Iterator[bool]:
     """Run the body in the namespace with this cookie; False, and no move, where none can be found.
 
     ``pid`` is tried first: the sender is nearly always in it. A cookie of 0 (the kernel did not tell) takes the
-    process's namespace as it is. Other namespaces than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at
-    other users' processes; what may not be looked at is passed over.
+    process's namespace if it has to do with only one. Other namespaces than our own need CAP_SYS_ADMIN, and
+    CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is passed over.
     """
     if cookie and cookie_here() == cookie:
         yield True
         return
-    fd = _open_by_cookie(cookie, pid)
+    fd = _open_by_cookie(cookie, pid) if cookie else _open_only(pid)
     if fd is None:
         yield False
         return
@@ -88,31 +89,42 @@ def entered_by_cookie(cookie: int, pid: int) -> Iterator[bool]:
 
 
 def _open_by_cookie(cookie: int, pid: int) -> int | None:
+    for fd in _distinct(itertools.chain(_of_process(pid), _of_anybody())):
+        with contextlib.suppress(OSError), entered(fd):
+            if cookie_here() == cookie:
+                return os.dup(fd)
+    return None
+
+
+def _open_only(pid: int) -> int | None:
+    """The namespace of a process, None where it has several: nobody tells which one a socket of it is in."""
+    found = None
+    for fd in _distinct(_of_process(pid)):
+        if found is not None:
+            os.close(found)
+            return None
+        found = os.dup(fd)
+    return found
+
+
+def _distinct(paths: Iterable[Path]) -> Iterator[int]:
+    """Each namespace once, as a descriptor that is open until the next one is asked for."""
     seen: set[int] = set()
-    for path in _candidates(pid):
+    for path in paths:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
-            if cookie == 0:
-                return None
             continue
-        if cookie == 0:
-            return fd
         try:
             inode = os.fstat(fd).st_ino
             if inode not in seen:
                 seen.add(inode)
-                with entered(fd):
-                    if cookie_here() == cookie:
-                        return os.dup(fd)
-        except OSError:
-            continue
+                yield fd
         finally:
             os.close(fd)
-    return None
 
 
-def _candidates(pid: int) -> Iterator[Path]:
+def _of_process(pid: int) -> Iterator[Path]:
     process = Path("/proc", str(pid))
     yield process / "ns/net"
     # A process that serves other namespaces than its own (VPN and CNI daemons) is in them with single threads, or
@@ -123,11 +135,14 @@ def _candidates(pid: int) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             if str(held.readlink()).startswith("net:["):
                 yield held
+
+
+def _of_anybody() -> Iterator[Path]:
     for folder in ("/run/netns", "/run/docker/netns"):
         yield from _entries(Path(folder))
-    for other in _entries(Path("/proc")):
-        if other.name.isdigit():
-            yield other / "ns/net"
+    for process in _entries(Path("/proc")):
+        if process.name.isdigit():
+            yield process / "ns/net"
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -32,7 +32,7 @@ class FlowKey(ctypes.Structure):
         ("peer", Address),
         ("peer_port", c_uint16),
         ("port", c_uint16),
-        ("pad", c_uint32),
+        ("link", c_uint32),
     ]
 
 

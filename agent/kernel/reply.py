@@ -10,14 +10,16 @@ Rules
 from __future__ import annotations
 
 import contextlib
-import logging
+import itertools
 import os
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udpwatch.agent.kernel import bpf, records
 from udpwatch.agent.kernel.cgroup import Cgroup
@@ -26,11 +28,13 @@ from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import HOOKS, Limits, Loaded, load
 from udpwatch.agent.model import Counters, Event, Finding, Flow, Increase, Probe, Reading
 
-CANARY_SECONDS = 2.0
+if TYPE_CHECKING:
+    from udpwatch.agent.kernel.conntrack import Conntrack
+
+MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
+CANARY_SECONDS = 0.5
 ASK_SECONDS = 1.0  # of netlink questions in one reading; what is left is asked in the next
 COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every reading
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -39,8 +43,9 @@ class _Known:
 
     finding: Finding
     flow: Flow | None
-    counted: int = 0  # of its count, how many have left as increases
-    wrong: bool | None = None  # None: not decided yet
+    counted: int = 0  # of its count, how many have left as increases, were NAT, or were given up
+    undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
+    answer: bool | None = None  # conntrack's, on what is counted by now
 
 
 def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
@@ -61,11 +66,16 @@ class ReplySensor:
         self._reattached = {hook.name: 0 for hook in HOOKS}
         self._known: dict[bytes, _Known] = {}
         self._undecided = 0
+        self._dropped = 0
+        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+        self._conntrack: Conntrack | None = None
         self._cpus = possible_cpus()
         self._tracked = 0
         self._tracked_at = -COUNT_PEERS_SECONDS
         self._evicted = 0
         self._ring = RingBuffer(loaded.maps["events"])
+        self._poll = select.poll()
+        self._poll.register(self._ring.fileno(), select.POLLIN)
         self.features: Features = loaded.features
         self.bcc_version = loaded.bcc_version
 
@@ -87,16 +97,23 @@ class ReplySensor:
         return self._ring.fileno()
 
     def events(self) -> Iterator[Event]:
-        """The events that are there now; those of suspected replies only once conntrack has confirmed them."""
-        for raw in self._ring.read():
+        """The events that are there now; those of suspected replies once conntrack has confirmed them.
+
+        One whose conversation stays undecided is never given out; it is counted as undecided with it.
+        """
+        waiting, self._waiting = self._waiting, deque(maxlen=MAX_WAITING)
+        for raw in itertools.chain(waiting, self._ring.read()):
             event = records.decode_event(raw)
             if event.flow is None:
                 yield event
                 continue
-            known = self._lookup(raw[: records.FINDING_KEY_BYTES])
-            self._decide(known, event.pid)
-            if known.wrong:
+            answer = self._ask(event.finding, event.flow, event.pid)
+            if answer:
                 yield event
+            elif answer is None and time.monotonic_ns() - event.time < 2 * self._limits.window_ns:
+                if len(self._waiting) == MAX_WAITING:
+                    self._dropped += 1
+                self._waiting.append(raw)
 
     def read(self, forget_ns: int) -> Reading:
         """One reading of everything; elements unused for ``forget_ns`` are taken out of the findings map."""
@@ -108,6 +125,7 @@ class ReplySensor:
             tracked_peers=self._count_peers(now),
             evicted_peers=self._evicted,
             undecided=self._undecided,
+            dropped=self._dropped,
         )
 
     def counters(self) -> Counters:
@@ -202,44 +220,53 @@ class ReplySensor:
             )
         return tuple(probes)
 
-    def _lookup(self, key: bytes) -> _Known:
-        known = self._known.get(key)
-        if known is None:
-            finding, flow = records.decode_finding_key(key)
-            known = self._known[key] = _Known(finding, flow, wrong=None if flow else True)
-        return known
-
-    def _decide(self, known: _Known, pid: int) -> None:
-        if known.wrong is None and known.flow is not None:
+    def _ask(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
+        if self._conntrack is None:
             # Imported where it is needed: pyroute2 takes megabytes that most nodes can do without.
-            from udpwatch.agent.kernel import conntrack  # noqa: PLC0415
+            from udpwatch.agent.kernel.conntrack import Conntrack  # noqa: PLC0415
 
-            known.wrong = conntrack.is_wrong(known.finding, known.flow, pid)
+            self._conntrack = Conntrack()
+        return self._conntrack.is_wrong(finding, flow, pid)
 
     def _increases(self, now: int, forget_ns: int) -> Iterator[Increase]:
-        window = self._limits.window_ns
         ask_until = time.monotonic() + ASK_SECONDS
-        gone = []
+        quiet = []
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
             count, last, pid = records.decode_finding(value)
-            known = self._lookup(key)
-            if time.monotonic() < ask_until:
-                self._decide(known, pid)
-            fresh = count - known.counted
-            idle = now - last
-            if known.wrong is None and idle > 2 * window:
-                known.wrong = False
-                self._undecided += fresh
-            if known.wrong is not None:
-                known.counted = count
-                if known.wrong and fresh:
-                    yield Increase(known.finding, fresh, last, pid)
-                # A decided flow is done with once it is quiet; a finding stays for as long as it is shown.
-                if idle > (2 * window if known.flow else forget_ns):
-                    gone.append(key)
-        for key in gone:
-            bpf.map_delete(self._maps["findings"], key)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = _Known(*records.decode_finding_key(key))
+            yield from self._settle(known, count, last, pid, time.monotonic() < ask_until)
+            # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
+            if known.counted == count and now - last > (2 * self._limits.window_ns if known.flow else forget_ns):
+                quiet.append((key, known))
+        for key, known in quiet:
+            taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+            if taken:
+                yield from self._settle(known, *records.decode_finding(taken), may_ask=False)
             del self._known[key]
+
+    def _settle(self, known: _Known, count: int, last: int, pid: int, may_ask: bool) -> Iterator[Increase]:
+        """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
+        fresh = count - known.counted
+        if not fresh:
+            return
+        if known.flow is None:
+            answer: bool | None = True
+        elif known.answer is False or not may_ask:
+            answer = known.answer
+        else:
+            # A wrong one is asked about anew each time: its entry may have been deleted, and NAT come in since.
+            answer = known.answer = self._ask(known.finding, known.flow, pid)
+        if answer is None:
+            since = known.undecided_since = known.undecided_since or time.monotonic_ns()
+            if time.monotonic_ns() - since <= 2 * self._limits.window_ns:
+                return
+            self._undecided += fresh
+        known.undecided_since = None
+        known.counted = count
+        if answer:
+            yield Increase(known.finding, fresh, last, pid)
 
     def _count_peers(self, now: int) -> int:
         if now - self._tracked_at >= COUNT_PEERS_SECONDS * 1e9:
@@ -252,9 +279,7 @@ class ReplySensor:
 
     def wait(self, seconds: float) -> bool:
         """Block until events are there or the time is over."""
-        with contextlib.closing(select.epoll()) as poll:
-            poll.register(self.fileno(), select.EPOLLIN)
-            return bool(poll.poll(seconds))
+        return bool(self._poll.poll(seconds * 1000))
 
 
 _REQUIRED = {hook.name: hook.required for hook in HOOKS}

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import stat
 import sys
 import threading
 from collections.abc import Callable
@@ -73,6 +74,7 @@ class EventWriter:
         self._lose, self._broken = lose, broken
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
         self._failing = False
+        self._gone = False  # a FIFO's reader
         try:
             self._fd = self._open()
         except OSError as error:
@@ -102,7 +104,11 @@ class EventWriter:
     def _open(self) -> int:
         if self._path is None:
             return sys.stdout.fileno()
-        return os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        # A FIFO that nobody reads must not hold up the start.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(self._path, flags, 0o640)
+        os.set_blocking(fd, True)
+        return fd
 
     def _run(self) -> None:
         while (event := self._queue.get()) is not None:
@@ -110,8 +116,10 @@ class EventWriter:
                 self._write(json.dumps(event, separators=(",", ":")).encode() + b"\n")
             except BrokenPipeError:
                 self._lose("output")
-                self._broken()
-                return
+                if self._path is None:
+                    self._broken()
+                    return
+                self._gone = True
             except OSError as error:
                 self._lose("output")
                 if not self._failing:
@@ -123,23 +131,35 @@ class EventWriter:
                 self._failing = False
 
     def _write(self, line: bytes) -> None:
-        if self._path is not None and not self._is_current():
-            fresh = self._open()
-            os.close(self._fd)
-            self._fd = fresh
+        if self._path is not None and self._is_elsewhere():
+            self._reopen()
         written = 0
         try:
             while written < len(line):
                 written += os.write(self._fd, line[written:])
         except OSError:
-            if written and self._path is not None:  # the disk took half a line: take it back
+            if written and stat.S_ISREG(os.fstat(self._fd).st_mode):  # the disk took half a line: take it back
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise
 
-    def _is_current(self) -> bool:
-        """Whether the open file is still the one at the path (logrotate moves it away)."""
+    def _is_elsewhere(self) -> bool:
+        """Whether the path leads to another file by now, or to none (logrotate moves it away)."""
+        if self._gone:
+            return True
         try:
             here, there = os.fstat(self._fd), os.stat(self._path or "")  # noqa: PTH116
+        except FileNotFoundError:
+            return True
         except OSError:
-            return False
-        return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+            return False  # it may not be looked at; the open one is as good as ever
+        return (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
+
+    def _reopen(self) -> None:
+        try:
+            fresh = self._open()
+        except OSError:
+            if self._gone or os.fstat(self._fd).st_nlink == 0:
+                raise
+            return  # better in the file that was moved away than lost
+        os.close(self._fd)
+        self._fd, self._gone = fresh, False

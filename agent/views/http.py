@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import socketserver
 import threading
+import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,12 +15,15 @@ from udpwatch.agent.views.metrics import CONTENT_TYPE
 
 REQUEST_SECONDS = 10
 MAX_CONNECTIONS = 32
+SLOT_SECONDS = 1.0
 
 #: (status, body) of a health question
 Health = Callable[[], tuple[bool, str]]
 
 
 class _Server(ThreadingHTTPServer):
+    """A thread a connection, MAX_CONNECTIONS at once, none for longer than REQUEST_SECONDS whatever it does."""
+
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
@@ -26,26 +32,57 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily, handler: type[_Handler]) -> None:
         self.address_family = family
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self._begun: dict[int, tuple[float, socket.socket]] = {}
         super().__init__(address, handler)
 
+    def server_bind(self) -> None:
+        """Without the look-up of our own name that HTTPServer adds: DNS may be what is broken here."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
+        """Give the connection a thread; when all are taken, the oldest connection has to go."""
+        assert isinstance(request, socket.socket)  # a stream server's
         if not self._slots.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client)
+            self._end_older_than(-1.0, at_most=1)
+            if not self._slots.acquire(timeout=SLOT_SECONDS):
+                self.shutdown_request(request)
+                return
+        self._begun[id(request)] = (time.monotonic(), request)
+        try:
+            super().process_request(request, client)
+        except BaseException:  # no thread can be had
+            self._forget(request)
+            raise
 
     def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], client: object) -> None:
+        """Answer, in the connection's own thread."""
         try:
             super().process_request_thread(request, client)
         finally:
-            self._slots.release()
+            self._forget(request)
+
+    def service_actions(self) -> None:
+        """Called by the serving loop twice a second."""
+        self._end_older_than(REQUEST_SECONDS, at_most=MAX_CONNECTIONS)
 
     def handle_error(self, request: object, client: object) -> None:
         """A scraper that went away is not our error."""
 
+    def _end_older_than(self, seconds: float, at_most: int) -> None:
+        now = time.monotonic()
+        for begun, connection in sorted(self._begun.copy().values(), key=lambda item: item[0])[:at_most]:
+            if now - begun > seconds:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: object) -> None:
+        if self._begun.pop(id(request), None):
+            self._slots.release()
+
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection a request: nobody holds one for later
     timeout = REQUEST_SECONDS
     server_version = "udpwatch"
     sys_version = ""
@@ -80,9 +117,10 @@ class HttpView:
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self._server = _Server((str(address[0]), int(address[1])), family, self._handler)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
             raise UdpwatchError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; choose another address with "
+                f"cannot listen on {host}:{port} for metrics: {reason}; choose another address with "
                 "--metrics-listen HOST:PORT, or --metrics-listen off"
             ) from None
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -196,7 +198,7 @@ def test_agent_holds_no_compiler_and_few_rights(agent: Agent) -> None:
     assert "LLVM" not in maps
     status = Path(f"/proc/{agent.pid}/status").read_text()
     effective = int(re.findall(r"CapEff:\s+(\w+)", status)[0], 16)
-    assert effective == 1 << 39 | 1 << 12  # CAP_BPF, CAP_NET_ADMIN
+    assert effective == 1 << 39 | 1 << 12 | 1 << 1  # CAP_BPF, CAP_NET_ADMIN; CAP_DAC_OVERRIDE for the event file
     threads = [path.read_text() for path in Path(f"/proc/{agent.pid}/task").glob("*/status")]
     assert {re.findall(r"CapEff:\s+(\w+)", text)[0] for text in threads} == {f"{effective:016x}"}
 
@@ -452,6 +454,7 @@ def test_socket_clients_that_misbehave(agent: Agent) -> None:
     clients[20].setblocking(True)
     for client in clients:
         client.close()
+    assert _connect_until_refused(agent.socket) <= 33
     wait_for(lambda: _answers(agent), "an answer")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(agent.socket))
@@ -468,6 +471,22 @@ def test_socket_clients_that_misbehave(agent: Agent) -> None:
     assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"
 
 
+def _connect_until_refused(path: Path) -> int:
+    """How many clients are answered at the same time."""
+    clients, answered = [], 0
+    for _ in range(50):
+        client = socket.socket(socket.AF_UNIX)
+        client.settimeout(5)
+        client.connect(str(path))
+        clients.append(client)
+        with contextlib.suppress(OSError):
+            client.sendall(b"{}\n")
+            answered += bool(client.recv(100))
+    for client in clients:
+        client.close()
+    return answered
+
+
 def _answers(agent: Agent) -> bool:
     try:
         return bool(agent.snapshot()["ready"])
@@ -476,13 +495,57 @@ def _answers(agent: Agent) -> bool:
 
 
 def test_slow_http_clients(agent: Agent) -> None:
+    """More of them than there are places, idle or a byte now and then: the kubelet still gets its answer."""
     host, port = agent.url.removeprefix("http://").split(":")
-    idle = [socket.create_connection((host, int(port))) for _ in range(31)]
+    slow = []
     try:
+        for number in range(80):
+            slow.append(socket.create_connection((host, int(port))))
+            if number % 2:
+                slow[-1].send(b"GET /metrics HTTP/1.1\r\nX: ")
         assert agent.get("/healthz")[0] == 200
+        for connection in slow:
+            with contextlib.suppress(OSError):
+                connection.send(b"x")
+        assert agent.get("/metrics")[0] == 200
     finally:
-        for connection in idle:
+        for connection in slow:
             connection.close()
+
+
+def test_http_connection_has_an_end(agent: Agent) -> None:
+    """A client that sends a byte a second is cut off, not served for ever."""
+    host, port = agent.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as slow:
+        slow.settimeout(1)
+        begun = time.monotonic()
+        ended = False
+        while not ended:
+            assert time.monotonic() - begun < 30
+            try:
+                slow.send(b"x")
+                ended = slow.recv(100) == b""
+            except TimeoutError:
+                continue
+            except OSError:
+                ended = True
+
+
+def test_threads_run_short_for_a_moment(agent: Agent) -> None:
+    """Refused while no thread can be had, answered again afterwards: no place is lost."""
+    before = resource.prlimit(agent.pid, resource.RLIMIT_AS)
+    size = int(re.findall(r"VmSize:\s+(\d+)", Path(f"/proc/{agent.pid}/status").read_text())[0]) * 1024
+    host, port = agent.url.removeprefix("http://").split(":")
+    resource.prlimit(agent.pid, resource.RLIMIT_AS, (size + 1_000_000, before[1]))  # no room for a thread's stack
+    refused = 0
+    for _ in range(50):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                refused += client.recv(100) == b""
+    resource.prlimit(agent.pid, resource.RLIMIT_AS, before)
+    assert refused > 40
+    assert agent.get("/healthz")[0] == 200
 
 
 def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> None:

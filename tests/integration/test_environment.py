@@ -6,10 +6,13 @@ import contextlib
 import ctypes
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -231,6 +234,10 @@ def test_port_taken(folder: Path) -> None:
         assert_refused(run(folder, f"--metrics-listen={taken}"), 1, taken, "in use", "--metrics-listen")
 
 
+def test_address_that_is_no_name(folder: Path) -> None:
+    assert_refused(run(folder, "--metrics-listen=a..b:80"), 1, "a..b:80", "--metrics-listen")
+
+
 def test_unwritable_socket_folder(folder: Path) -> None:
     assert_refused(run(folder, "--socket=/proc/udpwatch/s"), 1, "/proc/udpwatch/s", "--socket")
 
@@ -310,6 +317,136 @@ def attach_exclusively(program: int, folder: int) -> None:
     assert _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 8, attribute, 128) == 0
 
 
+# ---- how it is started and stopped ----
+
+
+def test_nothing_is_imported_from_where_it_is_started(folder: Path) -> None:
+    """Root starts it in a folder that somebody else can write to."""
+    for name in ("json.py", "bcc.py", "socket.py"):
+        (folder / name).write_text(f"open({str(folder / 'imported')!r}, 'w')\nraise SystemExit(3)\n")
+    code = "import sys; sys.path.remove(''); from udpwatch.agent import cli; sys.exit(cli.main(['doctor']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not (folder / "imported").exists()
+
+
+def test_least_rights(folder: Path) -> None:
+    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are all that it needs, as the documents say."""
+    wrapper = ["setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon"]
+    with Agent(folder, wrapper=wrapper) as agent:
+        assert agent.snapshot()["mode"] == "packet"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("after", [0.1, 0.2, 0.3, 0.4])
+def test_stopped_while_starting(folder: Path, number: int, after: float) -> None:
+    """As the first process of a container, too, whose signals nobody handles by default."""
+    wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    with Agent(folder, "--events=off", wrapper=wrapper, ready=False, cwd=folder) as agent:
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+        child = int(wait_for(lambda: children.read_text().split(), "the agent")[0])
+        wait_for(lambda: Path(f"/proc/{child}/exe").readlink().name.startswith("python"), "Python to run")
+        time.sleep(after)  # somewhere between its first instruction and being ready
+        wait_for(lambda: _handles(child, number), "its handlers")
+        os.kill(child, number)
+        assert agent.process.wait(15) == 0
+        assert not agent.socket.exists()
+        assert not [line for line in agent.said if "Traceback" in line]
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    (caught,) = re.findall(r"SigCgt:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(caught, 16) >> (number - 1) & 1)
+
+
+def test_standard_streams_closed(folder: Path) -> None:
+    for command in (f"doctor <&- >{folder}/out", "doctor >&-", "--help >&-"):
+        shell = f"{' '.join(COMMAND)} {command}"
+        done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, ""), shell
+    assert "udpwatch works here" in (folder / "out").read_text()
+
+
+def test_output_that_cannot_be_written() -> None:
+    for command, status in (("doctor >/dev/full", 1), ("--help >/dev/full", 1)):
+        shell = f"{' '.join(COMMAND)} {command}"
+        done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False)
+        assert (done.returncode, done.stderr) == (status, "udpwatch: No space left on device\n"), shell
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {' '.join(COMMAND)} doctor | true"],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_few_descriptors(folder: Path) -> None:
+    done = run(folder, wrapper=["sh", "-c", 'ulimit -n 12; exec "$@"', "sh"])
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "Too many open files" in done.stderr
+
+
+def test_firewall_that_lets_nothing_in(folder: Path) -> None:
+    """No proof that packets are seen; the agent says so once, answers, and stops when told."""
+    with Lab() as lab:
+        closed = lab.namespace("closed")
+        closed.nft("table inet f { chain i { type filter hook input priority 0; policy drop; }; }")
+        with Agent(folder, "--metrics-listen=off", preexec_fn=closed._enter_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
+            for _ in range(5):
+                assert agent.snapshot()["ready"] is False
+            assert agent.stop() == 0
+            assert len([line for line in agent.said if "was not seen" in line]) == 1
+
+
+def test_loader_that_says_much(folder: Path) -> None:
+    """More than a pipe holds, and not all of it text."""
+    (folder / "bcc").mkdir()
+    (folder / "bcc" / "__init__.py").write_text(
+        "import sys\nsys.stderr.buffer.write(b'\\xff noise\\n' * 100_000)\nraise ImportError('no such thing')\n"
+    )
+    assert_refused(run(folder, env={"PYTHONPATH": str(folder)}), 77, "cannot import bcc", "no such thing")
+
+
+def test_loader_that_dies(folder: Path) -> None:
+    (folder / "bcc").mkdir()
+    words = "import os, sys\nsys.stderr.write('out of order\\n')\nsys.stderr.flush()\nos._exit(3)\n"
+    (folder / "bcc" / "__init__.py").write_text(words)
+    assert_refused(run(folder, env={"PYTHONPATH": str(folder)}), 1, "status 3", "out of order")
+
+
+def test_event_file_of_somebody_else(folder: Path, host: ContainerHost, port: int) -> None:
+    """A folder that only its owner may enter, and logrotate's `create 0640 nobody`."""
+    logs = folder / "logs"
+    logs.mkdir(mode=0o700)
+    os.chown(logs, NOBODY, NOBODY)
+    events = logs / "events"
+
+    def lines() -> int:
+        return len(events.read_text().splitlines()) if events.exists() else 0
+
+    with Agent(folder, f"--events={events}") as agent, host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+        server.sendto(*ask(client, host.ETH0, port, server))
+        wait_for(lambda: lines() == 1, "the first event")
+        events.rename(logs / "events.1")
+        events.touch(mode=0o640)
+        os.chown(events, NOBODY, NOBODY)
+        server.sendto(*ask(client, host.ETH0, port, server))
+        wait_for(lambda: lines() == 1, "an event in the new file")
+        assert agent.metric("udpwatch_events_lost_total", stage="output") == 0
+
+
+def test_doctor_reads_the_settings_file(folder: Path) -> None:
+    (folder / "settings.toml").write_text('cgroup = "/nowhere"\n')
+    done = run_cli("doctor", env={"UDPWATCH_CONFIG": str(folder / "settings.toml")})
+    assert done.returncode == 2
+    assert "/nowhere" in done.stderr
+
+
 # ---- wrong words ----
 
 
@@ -321,6 +458,7 @@ def attach_exclusively(program: int, folder: int) -> None:
         (["--metrics-listen=9953"], ["--metrics-listen", "'9953'", "HOST:PORT"]),
         (["--metrics-listen=[::1]:99999"], ["--metrics-listen", "HOST:PORT"]),
         (["--max-peers=-1"], ["--max-peers", "'-1'", "whole number"]),
+        (["--metrics-listen=127.0.0.1:" + "9" * 5000], ["--metrics-listen", "HOST:PORT"]),
         (["--cgroup=/tmp"], ["cgroup", "/tmp", "not a cgroup v2 folder"]),
         (["--cgroup=/nowhere"], ["cgroup", "/nowhere", "No such file"]),
         (["--config=/nowhere"], ["--config", "/nowhere", "No such file"]),
@@ -428,10 +566,29 @@ def test_demo() -> None:
 
 
 def test_demo_notices_what_does_not_come_out() -> None:
-    """Without the sendmsg hook's word on the cause the demo must not claim success."""
-    done = run_cli("demo", env={"UDPWATCH_WINDOW": "0.1", "UDPWATCH_CGROUP": "/nowhere"})
-    assert done.returncode != 0
-    assert "Traceback" not in done.stderr
+    """With the sendmsg hooks held by another program the cause stays unknown: the demo must not claim success."""
+    with closing(cgroup.find(None)) as root:
+        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
+    path.mkdir()
+    program = _named_program("exclusive")
+    try:
+        with closing(cgroup.find(str(path))) as watched:
+            attach_exclusively(program, watched.fd)
+        join = ["sh", "-e", "-c", f'echo $$ > {path}/cgroup.procs; exec "$@"', "sh"]
+        done = run_cli("demo", wrapper=join, env={"UDPWATCH_CGROUP": str(path)})
+    finally:
+        os.close(program)
+        wait_for(lambda: not (path / "cgroup.procs").read_text(), "the cgroup to be empty")
+        path.rmdir()
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len([line for line in done.stdout.splitlines() if line.startswith("NO  ")]) == 1
+    assert "they are marked NO" in done.stdout
+
+
+def test_two_demos_at_once() -> None:
+    with subprocess.Popen([*COMMAND, "demo"], stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as other:
+        assert run_cli("demo").returncode == 0
+        assert other.wait(30) == 0
 
 
 def test_demo_beside_a_running_agent(agent: Agent) -> None:

@@ -18,6 +18,7 @@ from udpwatch.agent.kernel import bpf, cgroup, loader, records
 
 EXTENSIONS = {0, 43, 44, 51, 60}
 MAX_EXTENSIONS = 6
+GROUP = ipaddress.IPv6Address("::")  # a request that any address may answer
 
 Asked = tuple[str, int, str, int]  # peer, peer's port, local address, local port
 
@@ -81,8 +82,8 @@ def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specifica
             return None
         at = (packet[0] & 15) * 4
         source, destination = (ipaddress.ip_address(packet[i : i + 4]) for i in (12, 16))
-        if destination.is_multicast or int(destination) >> 28 == 15:
-            return None
+        if int(destination) >> 28 >= 14 or destination == ipaddress.IPv4Address("127.255.255.255"):
+            destination = GROUP
     elif packet[0] >> 4 == 6 and len(packet) >= 48:
         following, at = packet[6], 40
         for _ in range(MAX_EXTENSIONS):
@@ -102,7 +103,7 @@ def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specifica
             return None
         source, destination = (ipaddress.ip_address(packet[i : i + 16]) for i in (8, 24))
         if destination.is_multicast:
-            return None
+            destination = GROUP
     else:
         return None
     if at + 4 > len(packet):

@@ -587,6 +587,7 @@ def test_masqueraded_client(watch: Watch, nat_host: ContainerHost, port: int, fa
 
 @both
 def test_notrack(watch: Watch, port: int, family: Family) -> None:
+    """In mode netlink a reply without any entry may have been NAT in a namespace where conntrack works: undecided."""
     with ContainerHost() as lab:
         lab.node.nft(
             f"table inet raw {{"
@@ -597,9 +598,13 @@ def test_notrack(watch: Watch, port: int, family: Family) -> None:
             bound(lab.node, family.inet, family.wildcard, port) as server,
             lab.container.socket(family.inet) as client,
         ):
+            client.sendto(b"tracked", (family.eth0, 9))
             server.sendto(*ask(client, family.eth0, port, server))
+            if watch.sensor.features.mode == "netlink":
+                assert watch.count(port) == 0
+                return
             assert watch.count(port) == 1
-            assert finding_of(watch, port).verdict is verdict_of(watch, Verdict.UNTRACKED)
+            assert finding_of(watch, port).verdict is Verdict.UNTRACKED
             (event,) = watch.events(port)
             assert event.original is None
             assert event.reply is None

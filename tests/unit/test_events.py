@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -94,7 +96,8 @@ def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch:
     os.close(reader)
 
 
-def test_reader_that_goes_away(tmp_path: Path) -> None:
+def test_fifo_whose_reader_goes_away_and_comes_back(tmp_path: Path) -> None:
+    """A log shipper is restarted: what it missed is counted, what comes later arrives."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -102,10 +105,44 @@ def test_reader_that_goes_away(tmp_path: Path) -> None:
     writer = losses.writer(str(pipe))
     writer.start()
     os.close(reader)
-    writer.put({})
-    assert losses.broken.wait(10)
-    assert losses.stages == ["output"]
+    writer.put({"n": 1})
+    writer.put({"n": 2})
+    eventually(lambda: losses.stages == ["output"] * 2)
+    assert not losses.broken.is_set()
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    writer.put({"n": 3})
     writer.stop()
+    assert os.read(reader, 100) == b'{"n":3}\n'
+    os.close(reader)
+
+
+def test_fifo_that_nobody_reads_does_not_hold_up_the_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UdpwatchError, match="cannot write events"):
+        Losses().writer(str(tmp_path / "pipe"))
+
+
+def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
+    """The kernel writes what fits: a size limit of the process is as full as a disk."""
+    path = tmp_path / "events"
+    losses = Losses()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        writer = losses.writer(str(path))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+        writer.start()
+        writer.put({"n": 1})
+        writer.put({"long": "x" * 100})
+        eventually(lambda: losses.stages == ["output"])
+        assert path.read_text() == '{"n":1}\n'
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        writer.put({"n": 2})
+        writer.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert path.read_text() == '{"n":1}\n{"n":2}\n'
 
 
 def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
