@@ -64,11 +64,11 @@ def notes(sensor: ReplySensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
             f"conntrack cannot be read from the packet ({features.conntrack_reason}); each suspected reply is "
             "checked over netlink before it is reported, and the verdict is 'unknown'"
         )
-    if not features.netns_cookie:
+    if features.scope != "netns":
         lines.append(
             "this kernel does not tell a packet's network namespace: an answer through another socket is missed"
         )
-    if not features.current:
+    if not features.sender:
         lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
     lines += [probe.reason for probe in sensor.probes() if not probe.attached]
     return tuple(lines)

@@ -232,8 +232,8 @@ def _sensor(sensor: ReplySensor, watched: cgroup.Cgroup) -> list[Check]:
     conntrack = "its verdict is read from each packet" if found.conntrack else found.conntrack_reason
     checks.append(Check("conntrack read", Status.OK if found.conntrack else Status.WARN, conntrack))
     for name, has, without in (
-        ("netns cookie", found.netns_cookie, "an answer through another socket of the namespace is missed"),
-        ("sender", found.current, "the process behind a connected socket is not known"),
+        ("namespace", found.scope == "netns", "an answer through another socket of it is missed"),
+        ("sender", found.sender, "the process behind a connected socket is not known"),
     ):
         text = "known to the packet programs" if has else f"not known to the packet programs: {without}"
         checks.append(Check(name, Status.OK if has else Status.WARN, text))

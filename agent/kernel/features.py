@@ -59,6 +59,16 @@ class Features:
     conntrack_reason: str  # why `conntrack` is False
 
     @property
+    def scope(self) -> str:
+        """What one conversation is told from another by: "netns", or the "socket" alone."""
+        return "netns" if self.netns_cookie or self.conntrack else "socket"
+
+    @property
+    def sender(self) -> bool:
+        """Whether it is known who sends through a connected socket."""
+        return self.current or self.current_task
+
+    @property
     def mode(self) -> str:
         """One word for metrics and doctor: where conntrack's opinion comes from."""
         return "packet" if self.conntrack else "netlink"
