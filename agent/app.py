@@ -347,8 +347,10 @@ def run(settings: Settings) -> None:
     async def main() -> None:
         await App(settings).run()
 
-    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    before = {}
     try:
+        for number in STOP_SIGNALS:
+            before[number] = signal.signal(number, stop)
         asyncio.run(main())
     except _Stopped:
         log.info("stopped while starting")

@@ -179,7 +179,7 @@ def container() -> Iterator[Sequence[str]]:
     with closing(cgroup.find(None)) as root:
         inner = Path(root.path, f"udpwatch-test-{os.getpid()}")
     inner.mkdir()
-    inside = f'mount -t cgroup2 none {inner.parent}; exec "$@"'
+    inside = f'umount -l {inner.parent}; mount -t cgroup2 none {inner.parent}; exec "$@"'
     script = (
         f"echo $$ > {inner}/cgroup.procs\n"
         f"exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '{inside}' sh \"$@\""
@@ -347,7 +347,7 @@ def test_stopped_while_starting(folder: Path, number: int, after: float) -> None
         os.kill(child, number)
         assert agent.process.wait(15) == 0
         assert not agent.socket.exists()
-        assert not [line for line in agent.said if "Traceback" in line]
+        assert not [line for line in agent.said if "Traceback" in line], agent.said
 
 
 def _handles(pid: int, number: int) -> bool:
