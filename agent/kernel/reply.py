@@ -9,7 +9,6 @@ Rules
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import select
@@ -45,7 +44,7 @@ class _Known:
     flow: Flow | None
     counted: int = 0  # of its count, how many have left as increases, were NAT, or were given up
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
-    answer: bool | None = None  # conntrack's, on what is counted by now
+    translated: bool = False  # conntrack said that it is NAT
 
 
 def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
@@ -102,12 +101,14 @@ class ReplySensor:
         One whose conversation stays undecided is never given out; it is counted as undecided with it.
         """
         waiting, self._waiting = self._waiting, deque(maxlen=MAX_WAITING)
+        ask_until = time.monotonic() + ASK_SECONDS
         for raw in itertools.chain(waiting, self._ring.read()):
             event = records.decode_event(raw)
             if event.flow is None:
                 yield event
                 continue
-            answer = self._ask(event.finding, event.flow, event.pid)
+            may_ask = time.monotonic() < ask_until
+            answer = self._ask(event.finding, event.flow, event.pid) if may_ask else None
             if answer:
                 yield event
             elif answer is None and time.monotonic_ns() - event.time < 2 * self._limits.window_ns:
@@ -179,21 +180,6 @@ class ReplySensor:
             lines.append(f"{hook.name} is attached again")
         return lines
 
-    def program(self, name: str) -> int:
-        """The descriptor of one of the programs; it stays the sensor's."""
-        return self._programs[name]
-
-    @contextlib.contextmanager
-    def detached(self) -> Iterator[None]:
-        """Off its hooks while the body runs (the bench compares with and without)."""
-        for hook in HOOKS:
-            os.close(self._links.pop(hook.name))
-        try:
-            yield
-        finally:
-            for hook in HOOKS:
-                self._links[hook.name] = bpf.link_create(self._programs[hook.name], self._cgroup.fd, hook.attach)
-
     @property
     def attached(self) -> bool:
         """Whether the kernel says that every required program is attached."""
@@ -236,36 +222,35 @@ class ReplySensor:
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = _Known(*records.decode_finding_key(key))
-            yield from self._settle(known, count, last, pid, time.monotonic() < ask_until)
+            if known.flow is None or known.translated or time.monotonic() < ask_until:
+                yield from self._settle(known, count, last, pid)
             # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
             if known.counted == count and now - last > (2 * self._limits.window_ns if known.flow else forget_ns):
                 quiet.append((key, known))
         for key, known in quiet:
             taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
             if taken:
-                yield from self._settle(known, *records.decode_finding(taken), may_ask=False)
+                yield from self._settle(known, *records.decode_finding(taken), is_last=True)
             del self._known[key]
 
-    def _settle(self, known: _Known, count: int, last: int, pid: int, may_ask: bool) -> Iterator[Increase]:
+    def _settle(self, known: _Known, count: int, last: int, pid: int, is_last: bool = False) -> Iterator[Increase]:
         """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
         fresh = count - known.counted
         if not fresh:
             return
-        if known.flow is None:
-            answer: bool | None = True
-        elif known.answer is False or not may_ask:
-            answer = known.answer
-        else:
+        wrong: bool | None = True
+        if known.flow is not None:
             # A wrong one is asked about anew each time: its entry may have been deleted, and NAT come in since.
-            answer = known.answer = self._ask(known.finding, known.flow, pid)
-        if answer is None:
+            wrong = False if known.translated else self._ask(known.finding, known.flow, pid)
+            known.translated = wrong is False
+        if wrong is None:
             since = known.undecided_since = known.undecided_since or time.monotonic_ns()
-            if time.monotonic_ns() - since <= 2 * self._limits.window_ns:
+            if time.monotonic_ns() - since <= 2 * self._limits.window_ns and not is_last:
                 return
             self._undecided += fresh
         known.undecided_since = None
         known.counted = count
-        if answer:
+        if wrong:
             yield Increase(known.finding, fresh, last, pid)
 
     def _count_peers(self, now: int) -> int:

@@ -25,7 +25,6 @@ from agents import Agent
 
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
-from udpwatch.agent.kernel.reply import ReplySensor
 from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 
 ROUNDS = 9
@@ -48,6 +47,35 @@ def packet(source: str, destination: str, source_port: int, destination_port: in
     return bytes(12) + b"\x08\x00" + header + udp
 
 
+def let_go(held: loader.Loaded) -> None:
+    for group in (held.links, held.programs, held.maps):
+        for descriptor in group.values():
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def loaded(watched: cgroup.Cgroup) -> Iterator[loader.Loaded]:
+    """The programs, attached."""
+    held = loader.load(watched, loader.Limits())
+    try:
+        yield held
+    finally:
+        let_go(held)
+
+
+@contextlib.contextmanager
+def detached(held: loader.Loaded, root: int) -> Iterator[None]:
+    """Off their hooks while the body runs."""
+    for link in held.links.values():
+        os.close(link)
+    held.links.clear()
+    try:
+        yield
+    finally:
+        for hook in loader.HOOKS:
+            held.links[hook.name] = bpf.link_create(held.programs[hook.name], root, hook.attach)
+
+
 def programs() -> None:
     """Nanoseconds a packet, net of an empty program (BPF_PROG_TEST_RUN)."""
     print("programs: ns a packet, net of an empty program (median of alternating runs)")
@@ -57,8 +85,8 @@ def programs() -> None:
     empty = bpf.program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, RETURN_1)
     try:
         with contextlib.closing(cgroup.find(str(folder))) as watched:
-            loaded = loader.load(watched, loader.Limits(events_per_second=1))
-            ingress, egress = loaded.programs["ingress"], loaded.programs["egress"]
+            held = loader.load(watched, loader.Limits(events_per_second=1))
+            ingress, egress = held.programs["ingress"], held.programs["egress"]
             # In a test run the socket is a dummy whose port is 0: so is the server's here.
             cases = [
                 ("ingress, known conversation, IPv4", ingress, packet("10.0.0.9", "10.0.0.1", 4444, 0), "<= 60"),
@@ -90,9 +118,7 @@ def programs() -> None:
                 f"{statistics.median(fresh):.0f} ns",
                 "system call noise in it",
             )
-            for group in (loaded.links, loaded.programs, loaded.maps):
-                for descriptor in group.values():
-                    os.close(descriptor)
+            let_go(held)
     finally:
         os.close(empty)
         folder.rmdir()
@@ -104,11 +130,7 @@ def sendmsg() -> None:
     switch = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = switch.read_text()
     empty = bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1)
-    with (
-        contextlib.closing(cgroup.find(None)) as root,
-        contextlib.closing(ReplySensor.open(root, loader.Limits())) as sensor,
-        Lab() as lab,
-    ):
+    with contextlib.closing(cgroup.find(None)) as root, loaded(root) as sensor, Lab() as lab:
         alone = lab.namespace("alone")
         link = bpf.link_create(empty, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
         switch.write_text("1")
@@ -137,7 +159,7 @@ def sendmsg() -> None:
                     for _ in range(20_000):
                         client.sendto(b"x", ("127.0.0.1", 9))
 
-                program = sensor.program("sendmsg4")
+                program = sensor.programs["sendmsg4"]
                 for what, traffic in (
                     ("sends that are answers", replies),
                     ("sends to a peer that never asked", unasked),
@@ -185,14 +207,14 @@ def request_reply() -> None:
     print("questions and answers over loopback, a plain C server: rate with udpwatch / rate without")
     with compiled() as binary, Lab() as lab, contextlib.closing(cgroup.find(None)) as root:
         alone = lab.namespace("alone")
-        with contextlib.closing(ReplySensor.open(root, loader.Limits())) as sensor:
+        with loaded(root) as sensor:
             for how, count, what, reach in (
                 ("two", 60_000, "two processes", ">= 0.97"),
                 ("one", 200_000, "one thread", ""),
             ):
                 without, idle, with_ = [], [], []
                 for _ in range(11):
-                    with sensor.detached():
+                    with detached(sensor, root.fd):
                         without.append(pingpong(binary, alone, how, count))
                         with empty_programs(root.fd):
                             idle.append(pingpong(binary, alone, how, count))
