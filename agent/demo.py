@@ -23,7 +23,8 @@ from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.lab import ContainerHost, die_with_parent
 
 PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP = 56789, 56790, 56791, 56792
-ANSWER_SECONDS = 1.0
+SILENCE_SECONDS = 1.0  # after so long without an answer, none comes
+ANSWER_SECONDS = 5.0  # for what must come, on a slow machine too
 EVENT_SECONDS = 5.0
 READY_SECONDS = 30.0
 _SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
@@ -153,11 +154,17 @@ class _Icmp:
         self._socket.close()
 
 
-def _ask(lab: ContainerHost, address: str, port: int, kind: socket.SocketKind = socket.SOCK_DGRAM) -> tuple[str, int]:
+def _ask(
+    lab: ContainerHost,
+    address: str,
+    port: int,
+    seconds: float = SILENCE_SECONDS,
+    kind: socket.SocketKind = socket.SOCK_DGRAM,
+) -> tuple[str, int]:
     """Ask from the container as a client does: connect, send, wait. (the answer or "", the client's port)."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with lab.container.socket(family, kind) as client:
-        client.settimeout(ANSWER_SECONDS)
+        client.settimeout(seconds)
         client.connect((address, port))
         own_port: int = client.getsockname()[1]
         client.send(b"hello")
@@ -260,7 +267,7 @@ def _right(story: _Story, lab: ContainerHost, asked: str) -> None:
         ("bound to the one address", PORT_BOUND, socket.SOCK_DGRAM),
         ("over TCP", PORT_TCP, socket.SOCK_STREAM),
     ):
-        answer, _ = _ask(lab, asked, port, kind)
+        answer, _ = _ask(lab, asked, port, ANSWER_SECONDS, kind)
         story.check(bool(answer), "client", f"{what}: {'got its answer' if answer else 'got no answer'}")
 
 

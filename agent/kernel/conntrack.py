@@ -33,7 +33,7 @@ class Conntrack:
 
     def __init__(self) -> None:
         self._at_work: set[int] = set()
-        self._missing: dict[tuple[int, int], float] = {}
+        self._missing: dict[int, float] = {}
 
     def is_wrong(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
         """Whether a suspected reply is wrong: True, or False where it was NAT; None: it cannot be told.
@@ -50,18 +50,18 @@ class Conntrack:
         have been deleted or lie in another zone: then nothing is claimed.
         """
         # A namespace that is gone is looked for in all of /proc: not again for each of its replies.
-        place, now = (finding.netns, 0 if finding.netns else pid), time.monotonic()
-        if now < self._missing.get(place, 0):
-            return None
+        now = time.monotonic()
+        everywhere = now >= self._missing.get(finding.netns, 0)
         try:
-            with netns.entered_by_cookie(finding.netns, pid) as found:
+            with netns.entered_by_cookie(finding.netns, pid, everywhere) as found:
                 if found:
                     return self._ask(finding, flow)
         except OSError:
             return None
-        if len(self._missing) >= MAX_NAMESPACES:
-            self._missing.clear()
-        self._missing[place] = now + MISSING_SECONDS
+        if everywhere:
+            if len(self._missing) >= MAX_NAMESPACES:
+                self._missing.clear()
+            self._missing[finding.netns] = now + MISSING_SECONDS
         return None
 
     def _ask(self, finding: Finding, flow: Flow) -> bool | None:

@@ -67,17 +67,18 @@ def cookie_here() -> int:
 
 
 @contextmanager
-def entered_by_cookie(cookie: int, pid: int) -> Iterator[bool]:
+def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterator[bool]:
     """Run the body in the namespace with this cookie; False, and no move, where none can be found.
 
-    ``pid`` is tried first: the sender is nearly always in it. A cookie of 0 (the kernel did not tell) takes the
-    process's namespace if it has to do with only one. Other namespaces than our own need CAP_SYS_ADMIN, and
-    CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is passed over.
+    ``pid`` is tried first: the sender is nearly always in it; then, if ``everywhere``, all of /proc. A cookie of 0
+    (the kernel did not tell) takes the process's namespace if it has to do with only one. Other namespaces than our
+    own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is passed
+    over.
     """
     if cookie and cookie_here() == cookie:
         yield True
         return
-    fd = _open_by_cookie(cookie, pid) if cookie else _open_only(pid)
+    fd = _open_by_cookie(cookie, pid, everywhere) if cookie else _open_only(pid)
     if fd is None:
         yield False
         return
@@ -88,8 +89,8 @@ def entered_by_cookie(cookie: int, pid: int) -> Iterator[bool]:
         os.close(fd)
 
 
-def _open_by_cookie(cookie: int, pid: int) -> int | None:
-    for fd in _distinct(itertools.chain(_of_process(pid), _of_anybody())):
+def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
+    for fd in _distinct(itertools.chain(_of_process(pid), _of_anybody() if everywhere else ())):
         with contextlib.suppress(OSError), entered(fd):
             if cookie_here() == cookie:
                 return os.dup(fd)
