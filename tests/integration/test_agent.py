@@ -136,7 +136,8 @@ def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) ->
 
 def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, port: int) -> None:
     answer_wrongly(host, port, 2, "loud-server")
-    rows = wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the row")
+    assert agent.counted(port, 2) == 2
+    rows = [row for row in agent.snapshot()["rows"] if row["port"] == port]
     assert [(row["process"], row["count"]) for row in rows] == [("loud-server", 2)]
     (line,) = [line for line in agent.said if f"port {port}/udp" in line]
     assert "loud-server" in line
