@@ -9,18 +9,19 @@
  * 3. `flows` elements are replaced whole, except for the clock in them. A reader that is about to
  *    call a reply wrong looks the element up twice and wants the same answer twice, since the
  *    kernel may hand an element to another key while it is being read.
- * 4. Every wrong reply is counted: in its finding, or in stats.overflow.
+ * 4. Every wrong reply is counted: in its finding, or in stats.overflow. What cannot be judged is
+ *    counted too: stats.unremembered, unparsed, crowded.
  *
  * ingress      after DNAT and defragmentation: remember which local address the peer asked.
- * sendmsg4/6   in udp_sendmsg() and udpv6_sendmsg(): remember who sends, and whether it named its
- *              source. They run for unconnected sends only.
+ * sendmsg4/6   in udp_sendmsg() and udpv6_sendmsg(): remember whether the sender named its source.
+ *              They do not run for the plain sends of a connected socket.
  * egress       after POSTROUTING, before segmentation: judge the source that really leaves.
  */
 #include "compat.h"
 #include "records.h"
 
 /* ---- limits and settings: MAX_PEERS, MAX_FINDINGS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND
- * come with the compile, from agent/kernel/reply.py ---- */
+ * come with the compile, from Limits in agent/kernel/loader.py ---- */
 
 #define CACHE_SLOTS        1024 /* a power of two, per CPU and direction */
 #define SENDER_SLOTS       4096 /* a power of two */
