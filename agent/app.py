@@ -156,7 +156,7 @@ class _SensorThread(threading.Thread):
 
 
 class App:
-    """The agent, from `open` to `close`."""
+    """The agent; once made, `run` works and closes it."""
 
     def __init__(self, settings: Settings) -> None:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
@@ -171,7 +171,7 @@ class App:
             self._http: HttpView | None = None
             if settings.metrics_listen:
                 self._http = HttpView(settings.metrics_listen.host, settings.metrics_listen.port)
-                opened.callback(self._http.stop, started=False)
+                opened.callback(self._http.stop)
             self._events: EventWriter | None = None
             if settings.events:
                 self._events = EventWriter(settings.events, self._lose_from_thread, self._reader_gone)
@@ -184,21 +184,19 @@ class App:
             self._cgroup = cgroup.find(settings.cgroup)
             opened.callback(self._cgroup.close)
             self._sensor = ReplySensor.open(self._cgroup, limits(settings), settings.btf or VMLINUX_BTF)
-            opened.pop_all()
-        self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
-        self._state = State(
-            About(
+            opened.callback(self._sensor.close)
+            self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
+            about = About(
                 version=__version__,
                 kernel=os.uname().release,
                 node=settings.node,
                 mode=self._sensor.features.mode,
                 started=self._started,
                 notes=notes(self._sensor, self._cgroup),
-            ),
-            settings.max_series,
-            settings.forget,
-        )
-        self._snapshot: Snapshot = self._state.snapshot(False, self._started)
+            )
+            self._state = State(about, settings.max_series, settings.forget)
+            self._snapshot: Snapshot = self._state.snapshot(False, self._started)
+            opened.pop_all()
 
     async def run(self) -> None:
         """Work until SIGTERM, SIGINT or SIGHUP; raises what ended it otherwise. Everything is closed afterwards."""

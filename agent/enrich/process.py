@@ -7,6 +7,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
+from udpwatch.agent.kernel.records import printable
+
 MAX_PROCESSES = 4096
 KEEP_SECONDS = 60.0  # a process may change its name, and a process id is used again
 
@@ -59,10 +61,7 @@ class Processes:
 
 
 def _name(path: Path) -> str:
-    return "".join(
-        c if c.isprintable() else f"\\x{ord(c):02x}"
-        for c in path.read_bytes().removesuffix(b"\n").decode("utf-8", "backslashreplace")
-    )
+    return printable(path.read_bytes().removesuffix(b"\n"))
 
 
 def _unified_path(path: Path) -> str | None:

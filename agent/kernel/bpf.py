@@ -30,7 +30,6 @@ class Command(IntEnum):
     """enum bpf_cmd."""
 
     MAP_LOOKUP_ELEM = 1
-    MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
     PROG_TEST_RUN = 10
@@ -40,7 +39,6 @@ class Command(IntEnum):
     MAP_LOOKUP_AND_DELETE_ELEM = 21
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
-    ENABLE_STATS = 32
     LINK_DETACH = 34
 
 
@@ -103,13 +101,6 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
             return None
         raise
     return value.raw
-
-
-def map_update(fd: int, key: bytes, value: bytes, flags: int = 0) -> None:
-    """Set ``key`` to ``value``; flags as in bpf(2) (1: only if new, 2: only if there)."""
-    key_buffer = ctypes.create_string_buffer(key, len(key))
-    value_buffer = ctypes.create_string_buffer(value, len(value))
-    bpf(Command.MAP_UPDATE_ELEM, _attribute("I4xQQQ", fd, _address(key_buffer), _address(value_buffer), flags))
 
 
 def map_delete(fd: int, key: bytes) -> bool:

@@ -91,10 +91,6 @@ class ReplySensor:
                 os.close(descriptor)
             group.clear()
 
-    def fileno(self) -> int:
-        """Polls readable when events are there."""
-        return self._ring.fileno()
-
     def events(self) -> Iterator[Event]:
         """The events that are there now; those of suspected replies once conntrack has confirmed them.
 

@@ -96,7 +96,9 @@ class EventWriter:
             self._lose("queue")
 
     def stop(self) -> None:
-        """Write what is queued, for STOP_SECONDS at most."""
+        """Write what is queued, for STOP_SECONDS at most; nothing to do if it has not begun."""
+        if not self._thread.ident:
+            return
         with contextlib.suppress(queue.Full):
             self._queue.put(None, timeout=STOP_SECONDS)
         self._thread.join(STOP_SECONDS)

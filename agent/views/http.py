@@ -114,6 +114,7 @@ class HttpView:
     def __init__(self, host: str, port: int) -> None:
         """Bind; port 0 takes a free one. Raises UdpwatchError when the address cannot be had."""
         self._handler = type("Handler", (_Handler,), {"pages": {}})
+        self._thread: threading.Thread | None = None
         try:
             family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
             self._server = _Server((str(address[0]), int(address[1])), family, self._handler)
@@ -143,10 +144,11 @@ class HttpView:
             "/healthz": lambda: verdict(healthy),
             "/readyz": lambda: verdict(ready),
         }
-        threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        self._thread.start()
 
-    def stop(self, started: bool = True) -> None:
-        """Stop listening; answers under way are finished by their own threads."""
-        if started:
+    def stop(self) -> None:
+        """Stop listening, begun or not; answers under way are finished by their own threads."""
+        if self._thread:  # shutdown() waits for a loop that must have begun
             self._server.shutdown()
         self._server.server_close()

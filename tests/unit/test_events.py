@@ -177,3 +177,8 @@ def test_folder_that_vanishes_is_counted_until_it_is_back(tmp_path: Path) -> Non
 def test_a_target_that_cannot_be() -> None:
     with pytest.raises(UdpwatchError, match="cannot write events to '/nowhere/x'"):
         Losses().writer("/nowhere/x")
+
+
+def test_stopped_before_it_began(tmp_path: Path) -> None:
+    """The agent closes what it opened, also when it never came to start it."""
+    Losses().writer(str(tmp_path / "events")).stop()

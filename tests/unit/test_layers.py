@@ -13,7 +13,7 @@ ALLOWED = {
     "model": set(),
     "errors": set(),
     "kernel": {"model", "errors"},
-    "enrich": {"model", "errors"},
+    "enrich": {"model", "errors", "kernel"},
     "state": {"model", "errors", "enrich"},
     "views": {"model", "errors", "enrich", "state"},
     "config": {"errors"},
