@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
-TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump clang-format
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format
 
 .PHONY: help demo test lint bench golden clean packages-run packages-test
 
