@@ -22,9 +22,9 @@ from udpwatch.agent.enrich.process import Processes
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
-from udpwatch.agent.kernel.loader import HOOKS, Limits
-from udpwatch.agent.kernel.reply import ReplySensor
-from udpwatch.agent.model import Event, Increase, Reading, Row, Snapshot
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.sensor import Sensor
+from udpwatch.agent.model import Cause, Event, Increase, Reading, Row, Snapshot
 from udpwatch.agent.state import About, State
 from udpwatch.agent.views import api
 from udpwatch.agent.views.events import EventWriter, as_json
@@ -32,7 +32,6 @@ from udpwatch.agent.views.http import HttpView
 from udpwatch.agent.views.metrics import exposition
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-REQUIRED = {hook.name for hook in HOOKS if hook.required}
 READ_SECONDS = 0.5
 HEALTH_SECONDS = 2.0
 STOP_SECONDS = 10.0
@@ -51,8 +50,21 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def notes(sensor: ReplySensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
+def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
     """What this machine does not allow and what follows, a line each."""
+    lines = _socket_notes(sensor, watched) if sensor.mode != "function" else []
+    if sensor.mode == "function":
+        lines.append("only conntrack's new flows are looked at: findings count flows, not datagrams")
+    if sensor.forwarded_reason:
+        lines.append(
+            f"wrong replies of machines behind this node are not looked for ({sensor.forwarded_reason}); --forwarded "
+            "reads conntrack's events instead, --no-forwarded ends this message"
+        )
+    lines += [probe.reason for probe in sensor.probes() if not probe.attached]
+    return tuple(lines)
+
+
+def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
     features, lines = sensor.features, []
     if not watched.is_root:
         where = "this container's part of the node" if cgroup.in_own_namespace() else "a part of the node"
@@ -70,15 +82,14 @@ def notes(sensor: ReplySensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
         )
     if not features.sender:
         lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
-    lines += [probe.reason for probe in sensor.probes() if not probe.attached]
-    return tuple(lines)
+    return lines
 
 
 class _Proof:
     """Whether the sensor sees packets: by a datagram of our own, where ours pass the watched cgroup; elsewhere the
     kernel's word that the programs are attached has to do. Once proven, the kernel's word is enough."""
 
-    def __init__(self, sensor: ReplySensor, inside: bool) -> None:
+    def __init__(self, sensor: Sensor, inside: bool) -> None:
         self._sensor, self._inside = sensor, inside
         self._told = False
         self.seen = False
@@ -100,7 +111,7 @@ class _SensorThread(threading.Thread):
 
     def __init__(
         self,
-        sensor: ReplySensor,
+        sensor: Sensor,
         forget: float,
         loop: asyncio.AbstractEventLoop,
         on_events: Callable[[list[Event]], None],
@@ -183,14 +194,16 @@ class App:
                 self._api = api.Api(listener, settings.socket, lambda: self._snapshot)
             self._cgroup = cgroup.find(settings.cgroup)
             opened.callback(self._cgroup.close)
-            self._sensor = ReplySensor.open(self._cgroup, limits(settings), settings.btf or VMLINUX_BTF)
+            self._sensor = Sensor.open(
+                self._cgroup, limits(settings), settings.btf or VMLINUX_BTF, settings.hooks, settings.forwarded
+            )
             opened.callback(self._sensor.close)
             self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
             about = About(
                 version=__version__,
                 kernel=os.uname().release,
                 node=settings.node,
-                mode=self._sensor.features.mode,
+                mode=self._sensor.mode,
                 started=self._started,
                 notes=notes(self._sensor, self._cgroup),
             )
@@ -253,7 +266,7 @@ class App:
             __version__,
             os.uname().release,
             watched,
-            self._sensor.features.mode,
+            self._sensor.mode,
         )
         for note in self._snapshot.notes:
             log.warning("%s", note)
@@ -262,11 +275,11 @@ class App:
 
     def _drop_capabilities(self) -> None:
         """Keep what attaching again needs; for an event file, what opening it again needs, whoever owns it by then;
-        in mode netlink what entering namespaces needs."""
+        where conntrack is asked or listened to over netlink, what entering namespaces needs."""
         keep = {Capability.BPF, Capability.NET_ADMIN}
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
-        if not self._sensor.features.conntrack:
+        if not self._sensor.features.conntrack or self._sensor.listens:
             keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
         if Capability.BPF not in capabilities.effective():
             keep.add(Capability.SYS_ADMIN)
@@ -286,7 +299,7 @@ class App:
             log.warning("%s", line)
         for row in self._state.add(reading, self._name_of, now, time.monotonic()):
             log.warning("%s", describe(row))
-        attached = all(probe.attached for probe in reading.probes if probe.name in REQUIRED)
+        attached = all(probe.attached for probe in reading.probes if probe.required)
         was_ready = self._snapshot.ready
         self._snapshot = self._state.snapshot(attached and seen, now)
         if self._thread and self._snapshot.ready != was_ready:
@@ -297,6 +310,8 @@ class App:
         return [] if self._snapshot.ready else [self._ready()[1]]
 
     def _name_of(self, increase: Increase) -> str:
+        if increase.finding.cause is Cause.FORWARDED:
+            return ""  # another machine's
         return self._processes.lookup(increase.pid, increase.finding.process).name
 
     def _on_failure(self, error: BaseException) -> None:
@@ -326,8 +341,11 @@ class App:
 def describe(row: Row) -> str:
     """A finding in one line."""
     answered = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
+    who = f"{row.process} (pid {row.pid})"
+    if row.cause == Cause.FORWARDED:
+        who = f"a machine behind {row.interface}" if row.interface else "another machine"
     return (
-        f"wrong reply: {row.process} (pid {row.pid}), port {row.port}/udp, was asked at {row.expected} and answered "
+        f"wrong reply: {who}, port {row.port}/udp, was asked at {row.expected} and answered "
         f"{answered}; cause {row.cause}, conntrack verdict {row.verdict}"
     )
 

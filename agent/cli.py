@@ -35,7 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--config", metavar="FILE", help="settings file (TOML: name = value)")
     for setting in SETTINGS:
         default = "" if setting.default is None else f" [{setting.default}]"
-        run.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, help=setting.help + default)
+        if setting.metavar:
+            run.add_argument(setting.flag, dest=setting.name, metavar=setting.metavar, help=setting.help + default)
+        else:
+            switch = argparse.BooleanOptionalAction
+            run.add_argument(setting.flag, dest=setting.name, action=switch, default=None, help=setting.help + default)
 
     doctor = commands.add_parser(
         "doctor",
@@ -119,7 +123,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         from udpwatch.agent import doctor  # noqa: PLC0415
 
         settings = resolve({"cgroup": parsed.cgroup, "btf": parsed.btf}, os.environ, config)
-        report = doctor.examine(settings.cgroup, settings.btf)
+        report = doctor.examine(settings)
         print(doctor.as_json(report) if parsed.json else doctor.as_text(report, sys.stdout.isatty()))
         return 0 if report.works else 77
     from udpwatch.agent import demo  # noqa: PLC0415

@@ -9,10 +9,12 @@ import socket
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udpwatch.agent.errors import UsageError
+from udpwatch.agent.model import Forwarded, Hooks
 
 OFF = "off"
 
@@ -40,6 +42,8 @@ class Settings:
     events_per_second: int
     forget: float  # seconds
     node: str
+    hooks: Hooks
+    forwarded: Forwarded
 
 
 class _Rejected(ValueError):
@@ -107,6 +111,21 @@ def _integer(low: int, high: int) -> Callable[[object], int]:
     return parse
 
 
+_Choice = TypeVar("_Choice", bound=StrEnum)
+
+
+def _choice(kind: type[_Choice]) -> Callable[[object], _Choice]:
+    def parse(value: object) -> _Choice:
+        # TOML's true and false, and the flags' --x and --no-x, are "on" and "off".
+        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+        try:
+            return kind(text)
+        except ValueError:
+            raise _Rejected(" or ".join(kind)) from None
+
+    return parse
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting: how it is called, read, and explained."""
@@ -114,7 +133,7 @@ class Setting:
     name: str
     parse: Callable[[object], Any]
     default: object  # goes through `parse` too; None: not set
-    metavar: str
+    metavar: str  # "": a switch, --x and --no-x
     help: str
 
     @property
@@ -139,6 +158,20 @@ SETTINGS = (
     Setting("max_series", _integer(1, 10_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
     Setting("events_per_second", _integer(1, 100_000), 10, "N", "events of one finding; counts are always exact"),
     Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after it was quiet for so long"),
+    Setting(
+        "hooks",
+        _choice(Hooks),
+        "all",
+        "WHICH",
+        "all: function probes too, where the kernel allows them; cgroup; function",
+    ),
+    Setting(
+        "forwarded",
+        _choice(Forwarded),
+        "auto",
+        "",
+        "look for wrong replies of machines behind this node; auto: where function probes are allowed",
+    ),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )
 

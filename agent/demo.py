@@ -252,7 +252,7 @@ def _wrong(story: _Story, lab: ContainerHost, agent: _Agent, asked: str, other: 
         "",
         f"was asked at {event['expected']}, answered from {event['actual']}",
     )
-    verdict = "new" if agent.mode == "packet" else "unknown"
+    verdict = "unknown" if agent.mode == "netlink" else "new"
     story.check(
         (event["verdict"], event["cause"]) == (verdict, "kernel-chosen"),
         "",

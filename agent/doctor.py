@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import os
-import socket
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,11 +17,14 @@ from enum import StrEnum
 from pathlib import Path
 
 from udpwatch.agent import __version__
+from udpwatch.agent.config import Settings
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
 from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
+from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.loader import HOOKS, Limits
-from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.kernel.sensor import Sensor
+from udpwatch.agent.model import Forwarded, Probe
 
 _WIDTH = 80
 _NAME_WIDTH = 14
@@ -56,12 +58,13 @@ class Report:
     works: bool
 
 
-def examine(cgroup_path: str | None, btf: Path | None) -> Report:
-    """Try everything. Raises UsageError for a cgroup path that is none."""
-    checks = [_kernel(), _lockdown(), _btf(btf or features.VMLINUX_BTF), _capabilities()]
+def examine(settings: Settings) -> Report:
+    """Try everything as `udpwatch run` would with these settings. Raises UsageError for a cgroup path that is none."""
+    btf = settings.btf or features.VMLINUX_BTF
+    checks = [_kernel(), _lockdown(), _btf(btf), _capabilities()]
     mode = None
     try:
-        watched = cgroup.find(cgroup_path)
+        watched = cgroup.find(settings.cgroup)
     except UdpwatchError as error:
         if error.exit_status == 2:
             raise
@@ -70,13 +73,13 @@ def examine(cgroup_path: str | None, btf: Path | None) -> Report:
     with contextlib.closing(watched):
         checks += [_cgroup(watched), _neighbours(watched), _conntrack()]
         try:
-            sensor = ReplySensor.open(watched, Limits(), btf or features.VMLINUX_BTF)
+            sensor = Sensor.open(watched, Limits(), btf, settings.hooks, settings.forwarded)
         except UdpwatchError as error:
             checks.append(Check("sensor", Status.FAIL, str(error)))
         else:
             with contextlib.closing(sensor):
-                mode = sensor.features.mode
-                checks += _sensor(sensor, watched)
+                mode = sensor.mode
+                checks += _sensor(sensor, watched, settings.forwarded)
     works = all(check.status is not Status.FAIL for check in checks)
     return Report(__version__, tuple(checks), mode if works else None, works)
 
@@ -190,33 +193,31 @@ def _program_name(program: int) -> str:
 
 
 def _conntrack() -> Check:
-    # Imported here: it takes a fifth of a second, and only doctor and mode netlink need it.
-    from pyroute2.netlink.exceptions import NetlinkError  # noqa: PLC0415
-    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTSocket  # noqa: PLC0415
-
     try:
-        with NFCTSocket(nfgen_family=socket.AF_INET) as conntrack:
-            entries = conntrack.count()[0].get_attr("CTA_STATS_GLOBAL_ENTRIES")
-    except (NetlinkError, OSError) as error:
-        number = getattr(error, "code", None) or getattr(error, "errno", None) or 0
+        with Table() as table:
+            health = table.health()
+    except OSError as error:
         return Check(
             "conntrack",
             Status.WARN,
-            f"cannot be asked over netlink: {os.strerror(number)}",
+            f"cannot be asked over netlink: {error.strerror}",
             "load nf_conntrack_netlink if this node uses NAT; without NAT nothing is lost",
         )
-    return Check("conntrack", Status.OK, f"answers over netlink; {entries} entries in this namespace")
+    found = f"answers over netlink; {health.entries} of {health.limit} entries in this namespace"
+    if health.dropped or health.insert_failed or health.early_dropped:
+        found += f"; {health.dropped} packets dropped, {health.insert_failed} inserts failed, {health.early_dropped} "
+        found += "entries thrown out early"
+    if health.entries > health.limit * 0.9:
+        return Check("conntrack", Status.WARN, found, "raise net.netfilter.nf_conntrack_max: a full table drops UDP")
+    return Check("conntrack", Status.OK, found)
 
 
-def _sensor(sensor: ReplySensor, watched: cgroup.Cgroup) -> list[Check]:
-    found = sensor.features
-    checks = [Check("bcc", Status.OK, f"{sensor.bcc_version} compiles and loads without kernel headers")]
-    for probe in sensor.probes():
-        if probe.attached:
-            walked = f"; the verifier walked {probe.instructions} instructions" if probe.instructions else ""
-            checks.append(Check(probe.name, Status.OK, f"attached{walked}"))
-        else:
-            checks.append(Check(probe.name, Status.WARN, probe.reason, "causes will be 'unknown' on this hook"))
+def _sensor(sensor: Sensor, watched: cgroup.Cgroup, forwarded: Forwarded) -> list[Check]:
+    checks = [Check("bcc", Status.OK, f"{sensor.bcc_version} compiles without kernel headers")]
+    checks += [_probe(probe) for probe in sensor.probes()]
+    if sensor.settle_instructions:
+        found = f"loaded; the verifier walked {sensor.settle_instructions} instructions"
+        checks.append(Check("settle", Status.OK, found))
     if watched.contains(os.getpid()):
         seen = sensor.canary()
         checks.append(
@@ -229,8 +230,28 @@ def _sensor(sensor: ReplySensor, watched: cgroup.Cgroup) -> list[Check]:
                 "bring lo up in this namespace",
             )
         )
+    if sensor.mode != "function":
+        checks += _sockets(sensor.features)
+    checks.append(_forwarded(sensor, forwarded))
+    return checks
+
+
+def _probe(probe: Probe) -> Check:
+    if probe.attached:
+        how = f" by {probe.how}" if probe.how else ""
+        return Check(probe.name, Status.OK, f"attached{how}; the verifier walked {probe.instructions} instructions")
+    without = {
+        "sendmsg4": "causes will be 'unknown' on this hook",
+        "sendmsg6": "causes will be 'unknown' on this hook",
+        "udp_sendmsg": "events do not tell whether PKTINFO was passed",
+        "udpv6_sendmsg": "events do not tell whether PKTINFO was passed",
+    }
+    return Check(probe.name, Status.WARN, probe.reason, without.get(probe.name, ""))
+
+
+def _sockets(found: features.Features) -> list[Check]:
     conntrack = "its verdict is read from each packet" if found.conntrack else found.conntrack_reason
-    checks.append(Check("conntrack read", Status.OK if found.conntrack else Status.WARN, conntrack))
+    checks = [Check("conntrack read", Status.OK if found.conntrack else Status.WARN, conntrack)]
     for name, has, without in (
         ("namespace", found.scope == "netns", "an answer through another socket of it is missed"),
         ("sender", found.sender, "the process behind a connected socket is not known"),
@@ -238,6 +259,21 @@ def _sensor(sensor: ReplySensor, watched: cgroup.Cgroup) -> list[Check]:
         text = "known to the packet programs" if has else f"not known to the packet programs: {without}"
         checks.append(Check(name, Status.OK if has else Status.WARN, text))
     return checks
+
+
+def _forwarded(sensor: Sensor, forwarded: Forwarded) -> Check:
+    if sensor.listens:
+        return Check("forwarded", Status.OK, "wrong replies of other machines are looked for in conntrack's events")
+    if sensor.sees_forwarded:
+        return Check("forwarded", Status.OK, "wrong replies of other machines are looked for by function probes")
+    if forwarded is Forwarded.OFF:
+        return Check("forwarded", Status.OK, "wrong replies of other machines are not looked for, as it is set")
+    return Check(
+        "forwarded",
+        Status.WARN,
+        f"wrong replies of machines behind this node are not looked for: {sensor.forwarded_reason}",
+        "udpwatch run --forwarded reads conntrack's events over netlink instead; it costs more a flow",
+    )
 
 
 def as_json(report: Report) -> str:
@@ -259,6 +295,7 @@ def as_text(report: Report, colour: bool) -> str:
     meaning = {
         "packet": "udpwatch works here, mode packet: conntrack's verdict is read from each packet.",
         "netlink": "udpwatch works here, mode netlink: conntrack is asked about each suspected reply.",
+        "function": "udpwatch works here, mode function: by conntrack's new flows alone.",
     }
     lines.append(meaning.get(report.mode or "", "udpwatch cannot work here: see the lines marked fail."))
     return "\n".join(lines)

@@ -21,6 +21,23 @@ class Cause(StrEnum):
     EXPLICIT = "explicit"
     CONNECTED = "connected"
     UNKNOWN = "unknown"
+    FORWARDED = "forwarded"
+
+
+class Hooks(StrEnum):
+    """Which programs to attach."""
+
+    ALL = "all"  # function probes where the kernel allows them
+    CGROUP = "cgroup"
+    FUNCTION = "function"
+
+
+class Forwarded(StrEnum):
+    """Whether wrong replies of other machines are looked for."""
+
+    AUTO = "auto"  # by function probes, where the kernel allows them
+    ON = "on"  # else by conntrack's events, which cost more a flow
+    OFF = "off"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +55,14 @@ class Finding:
 
     expected: str  # the newest address that the peer asked
     actual: str  # the source that left
-    port: int  # the local socket's
+    port: int  # the server's
     family: int  # 4 or 6
     verdict: Verdict
     cause: Cause
     process: str
     cgroup: int  # id in the v2 hierarchy, 0: not known
     netns: int  # cookie, inode number where the kernel tells no cookie, 0: not known
+    interface: str = ""  # that another machine's reply came in by; "": a socket's of this node
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +101,8 @@ class Event:
     original: Tuple | None  # the conntrack entry of the reply itself
     reply: Tuple | None
     flow: Flow | None
+    request: Tuple | None = None  # the unanswered flow, as its client began it; of a reply seen from the side
+    pktinfo: bool | None = None  # whether it was sent with IP_PKTINFO or IPV6_PKTINFO; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +118,8 @@ class Counters:
     ring_full: int = 0
     unparsed: int = 0
     crowded: int = 0
+    flows: int = 0
+    candidates: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +128,25 @@ class Probe:
 
     name: str
     attached: bool
+    required: bool  # without it the sensor is none
     reattached: int  # times that the agent had to attach it again
     run_seconds: float  # 0 unless the sysctl kernel.bpf_stats_enabled is 1
     runs: int
-    instructions: int  # that the verifier walked; 0: the kernel does not say
+    instructions: int  # that the verifier walked
     reason: str = ""  # why it is not attached
+    how: str = ""  # "fentry" or "kprobe", of a function probe
+    missed: int = 0  # runs that the kernel left out
+
+
+@dataclass(frozen=True, slots=True)
+class ConntrackHealth:
+    """Conntrack in the agent's own namespace, as far as it explains lost UDP."""
+
+    entries: int
+    limit: int
+    insert_failed: int
+    dropped: int
+    early_dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +158,12 @@ class Reading:
     probes: tuple[Probe, ...]
     tracked_peers: int
     evicted_peers: int
-    undecided: int  # suspected replies that no conntrack lookup could decide
+    undecided: int  # suspected replies that could not be decided
     dropped: int = 0  # events for which too many others waited for conntrack's answer
+    held_back: int = 0  # events of flows above the limit
+    flows: int = 0  # new UDP flows that were looked at
+    overruns: int = 0  # times that conntrack's events came faster than they were read
+    conntrack: ConntrackHealth | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +183,7 @@ class Row:
     count: int
     last: float  # seconds since the epoch
     pid: int
+    interface: str = ""  # a reply of another machine came in by
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,3 +205,5 @@ class Snapshot:
     evicted_peers: int
     lost: dict[str, int]  # stage -> how many events, or peers, were lost there
     probes: tuple[Probe, ...]
+    flows: int = 0  # new UDP flows of conntrack's that were looked at
+    conntrack: ConntrackHealth | None = None

@@ -11,14 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from udpwatch.agent.model import Cause, Counters, Increase, Probe, Reading, Row, Snapshot, Verdict
+from udpwatch.agent.model import Cause, Counters, Increase, Reading, Row, Snapshot, Verdict
 
 #: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
 LOSS_STAGES = {
     "rate_limit": "events held back in the kernel by events_per_second",
     "ring_full": "events that the ring buffer had no room for",
     "findings_full": "events of wrong replies for which the kernel's table of findings had no room",
-    "undecided": "suspected wrong replies that conntrack could not be asked about (mode netlink only)",
+    "undecided": "suspected wrong replies that could not be decided: conntrack's entry was gone, or could not be asked",
+    "flows_full": "new flows that looked like wrong replies of other machines, for which there was no room",
+    "conntrack_overrun": "times that conntrack's events came faster than they were read; its table was read instead",
+    "probe_missed": "runs of function probes that the kernel left out",
     "remember": "peers that could not be remembered",
     "crowded": "replies outside conntrack that were not judged, because max_peers is too small for so many peers",
     "unparsed": "UDP packets with unreadable headers",
@@ -48,6 +51,8 @@ class _Sum:
     touched: float  # monotonic seconds
 
 
+_NOTHING = Reading((), Counters(), (), 0, 0, 0)
+
 #: process name of an increase; the only enrichment that a row needs so far
 NameOf = Callable[[Increase], str]
 
@@ -61,9 +66,7 @@ class State:
         self._forget = forget_seconds
         self._sums: dict[tuple[str, int, str, str, Verdict, Cause], _Sum] = {}
         self._beyond = 0
-        self._counters = Counters()
-        self._probes: tuple[Probe, ...] = ()
-        self._tracked = self._evicted = self._undecided = self._dropped = 0
+        self._reading: Reading | None = None
         self._lost_here: dict[str, int] = {}
 
     def add(self, reading: Reading, name_of: NameOf, now: float, monotonic: float) -> list[Row]:
@@ -90,10 +93,7 @@ class State:
             known.finding = increase
             known.count += increase.count
             known.last, known.touched = now, monotonic
-        self._counters = reading.counters
-        self._probes = reading.probes
-        self._tracked, self._evicted = reading.tracked_peers, reading.evicted_peers
-        self._undecided, self._dropped = reading.undecided, reading.dropped
+        self._reading = reading
         for idle in [key for key, known in self._sums.items() if monotonic - known.touched > self._forget]:
             del self._sums[idle]
         return [_row(known) for known in fresh]
@@ -104,17 +104,21 @@ class State:
 
     def snapshot(self, ready: bool, now: float) -> Snapshot:
         """Everything, as of the last reading."""
-        counters = self._counters
+        reading = self._reading or _NOTHING
+        counters = reading.counters
         # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
         suspected = self._about.mode == "netlink"
         lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
-        lost["rate_limit"] += counters.rate_limited
+        lost["rate_limit"] += counters.rate_limited + reading.held_back
         lost["ring_full"] += counters.ring_full
         lost["findings_full"] += 0 if suspected else counters.overflow
-        lost["undecided"] += self._undecided + (counters.overflow if suspected else 0)
+        lost["undecided"] += reading.undecided + (counters.overflow if suspected else 0)
         lost["remember"] += counters.unremembered
         lost["crowded"] += counters.crowded
-        lost["queue"] += self._dropped
+        lost["queue"] += reading.dropped
+        lost["flows_full"] += counters.candidates
+        lost["conntrack_overrun"] += reading.overruns
+        lost["probe_missed"] += sum(probe.missed for probe in reading.probes)
         lost["unparsed"] += counters.unparsed
         return Snapshot(
             version=self._about.version,
@@ -128,10 +132,12 @@ class State:
             rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
             other=self._beyond + (0 if suspected else counters.overflow),
             checked=counters.checked,
-            tracked_peers=self._tracked,
-            evicted_peers=self._evicted,
+            tracked_peers=reading.tracked_peers,
+            evicted_peers=reading.evicted_peers,
             lost=lost,
-            probes=self._probes,
+            probes=reading.probes,
+            flows=reading.flows,
+            conntrack=reading.conntrack,
         )
 
 
@@ -151,4 +157,5 @@ def _row(known: _Sum) -> Row:
         count=known.count,
         last=known.last,
         pid=known.finding.pid,
+        interface=finding.interface,
     )

@@ -43,6 +43,16 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 }
 #endif
 
+/* A socket's identity within one send: its address in the kernel, where function probes see it too,
+ * else its cookie. */
+#if HAVE_KERNEL_READ
+#define socket_of_skb(skb)  read_kernel((__u64)(skb) + OFFSET_SKB_SK)
+#define socket_of_send(ctx) read_kernel((__u64)(ctx) + OFFSET_SEND_SK)
+#else
+#define socket_of_skb(skb)  bpf_get_socket_cookie(skb)
+#define socket_of_send(ctx) bpf_get_socket_cookie(ctx)
+#endif
+
 /* The scope of a conversation: the network namespace, by its cookie, else by its address in the
  * kernel, which leaves the kernel nowhere; where neither can be had, the socket.
  * bpf_get_netns_cookie() in cgroup_skb: Linux kernel commit c221d3744ad3 ("bpf: cgroups: Add
@@ -96,5 +106,10 @@ static __always_inline __u32 current_uid(void) {
 #else
 #define current_pid_tgid() 0ULL
 #endif
+
+/* The n-th argument of a probed function: fentry has them in a row, a kprobe in the registers of
+ * the calling convention (ARGUMENT_n: index into struct pt_regs, in words). */
+#define argument_by_fentry(ctx, n) ((ctx)[n])
+#define argument_by_kprobe(ctx, n) ((ctx)[ARGUMENT_##n])
 
 #endif

@@ -10,8 +10,9 @@
 #ifndef UDPWATCH_RECORDS_H
 #define UDPWATCH_RECORDS_H
 
-#define COMM_LEN  16
-#define TUPLE_LEN 40 /* struct nf_conntrack_tuple, up to and including dst.dir */
+#define COMM_LEN     16
+#define SENDER_SLOTS 4096 /* a power of two */
+#define TUPLE_LEN    40   /* struct nf_conntrack_tuple, up to and including dst.dir */
 
 enum verdict {
     VERDICT_NEW = 1,       /* conntrack booked the reply as a flow of its own */
@@ -24,6 +25,14 @@ enum cause {
     CAUSE_EXPLICIT = 2,      /* the application named this source (bind or PKTINFO) */
     CAUSE_CONNECTED = 3,     /* connect() froze the source */
     CAUSE_UNKNOWN = 4,       /* the sendmsg hook is not attached, or named no destination */
+    CAUSE_FORWARDED = 5,     /* another machine's: seen from the side, by conntrack's entries */
+};
+
+/* Whether a send came with IP_PKTINFO or IPV6_PKTINFO, which only the function probes can tell. */
+enum pktinfo {
+    PKTINFO_UNKNOWN = 0,
+    PKTINFO_NONE = 1,
+    PKTINFO_PASSED = 2,
 };
 
 struct address {
@@ -52,16 +61,17 @@ struct flow {
     struct asked asked[2];
 };
 
-/* Whether a send named its source: written by the sendmsg hooks, read on egress. Who sends is in it
- * only where egress cannot tell that by itself (see compat.h). */
+/* Whether a send named its source: written by the sendmsg hooks and the function probes, read on
+ * egress. Who sends is in it only where egress cannot tell that by itself (see compat.h). */
 struct sender {
-    __u64 socket; /* cookie */
+    __u64 socket; /* socket_of_*() in compat.h */
     __u64 pid_tgid;
     __u64 cgroup;
     __u32 uid;
     __u32 cause;
     char comm[COMM_LEN];
-    __u64 pad;
+    __u32 pktinfo;
+    __u32 pad;
 };
 
 /* One finding: everything that user space may tell apart, nothing that grows with the clients.
@@ -106,6 +116,77 @@ struct event {
     __u32 netns_inode;        /* 0: not readable */
     __u8 original[TUPLE_LEN]; /* struct nf_conntrack_tuple of the packet's own entry */
     __u8 reply[TUPLE_LEN];    /* all zero: none, or not readable */
+    __u32 pktinfo;
+    __u32 pad;
+};
+
+/* A datagram on the wire that a socket of this node answered wrongly with: conntrack will book it
+ * in every namespace that it passes, and that is no finding of its own. */
+struct told_key {
+    struct address source;
+    struct address peer;
+    __u16 source_port;
+    __u16 peer_port;
+    __u32 pad;
+};
+
+/* ---- conntrack's flows, seen from the side (flows.c) ---- */
+
+#define ENTRY_GONE                                                                                 \
+    0x80000000 /* in `final`: the entry is gone, the other bits are its last status */
+
+/* Who asked, as the server's side sees it: the reply direction of the request's entry. */
+struct request_key {
+    struct address client;
+    __u32 netns; /* inode number */
+    __u16 client_port;
+    __u16 port; /* the server's */
+    __u16 zone;
+    __u16 pad[3];
+};
+
+struct request {
+    struct address server;
+    __u64 seen;  /* 0: this half is free */
+    __u64 entry; /* address of its struct nf_conn; 0: read from a dump, conntrack has to be asked */
+    __u32 final; /* with ENTRY_GONE */
+    __u32 pad;
+};
+
+/* Whom a client asked from one port at one port: the two newest. */
+struct requests {
+    struct request asked[2];
+};
+
+/* A new flow that mirrors an unanswered one. If neither of them has been answered some time later,
+ * it was a wrong reply. */
+struct candidate {
+    struct request_key key;
+    struct request request;
+    struct address actual;
+    __u64 time;
+    __u64 cgroup;
+    __u8 asking[TUPLE_LEN]; /* original direction of the request's entry; zero: not known */
+    __u8 original[TUPLE_LEN];
+    __u8 reply[TUPLE_LEN];
+    char interface[COMM_LEN]; /* it came in by; IFNAMSIZ is as long */
+    char comm[COMM_LEN];      /* and so on: of a local sender */
+    __u32 tgid;
+    __u32 uid;
+    __u32 final; /* with ENTRY_GONE */
+    __u8 family;
+    __u8 cause;
+    __u8 pktinfo;
+    __u8 pad;
+};
+
+/* What `settle` returns. */
+enum settled {
+    SETTLED_NONE = 0, /* there is no such candidate */
+    SETTLED_WRONG = 1,
+    SETTLED_ANSWERED = 2,  /* one of the two was answered: no wrong reply */
+    SETTLED_ASK = 3,       /* the request came from a dump: conntrack has to be asked */
+    SETTLED_UNDECIDED = 4, /* an entry went away unseen */
 };
 
 /* Per-CPU counters; user space adds the CPUs up. */
@@ -119,6 +200,8 @@ struct stats {
     __u64 ring_full;    /* events that the ring buffer had no room for */
     __u64 unparsed;     /* UDP headers that were not readable */
     __u64 crowded;      /* replies outside conntrack not judged: too many peers to remember */
+    __u64 flows;        /* new UDP flows that conntrack booked */
+    __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
 };
 
 #endif

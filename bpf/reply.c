@@ -17,6 +17,7 @@
  *              They do not run for the plain sends of a connected socket.
  * egress       after POSTROUTING, before segmentation: judge the source that really leaves.
  */
+#include "common.h"
 #include "compat.h"
 #include "records.h"
 
@@ -24,23 +25,18 @@
  * come with the compile, from Limits in agent/kernel/loader.py ---- */
 
 #define CACHE_SLOTS        1024 /* a power of two, per CPU and direction */
-#define SENDER_SLOTS       4096 /* a power of two */
 #define REFRESH_NS         (WINDOW_NS / 256)
 #define IP6_EXTENSIONS     6
 #define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51 /* RFC 4302 */
 #define SECOND_NS          1000000000ULL
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
-#define PROTO_UDP          17
-#define FAMILY_INET        2
 #define FAMILY_INET6       10
 #define FIRST_EPHEMERAL    32768 /* ip_local_port_range's default; clients live above */
 #define CT_ESTABLISHED     0     /* IP_CT_ESTABLISHED: original direction of an answered flow */
 #define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
 #define CT_UNTRACKED       7 /* IP_CT_UNTRACKED */
-#define CT_INFO_MASK       7ULL       /* NFCT_INFOMASK */
-#define DST_NOREF          1ULL       /* SKB_DST_NOREF */
-#define ROUTE_GROUP        0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
+#define CT_INFO_MASK       7ULL /* NFCT_INFOMASK */
 #define EEXIST             17
 
 /* ---- maps ---- */
@@ -68,9 +64,10 @@ struct crowd {
 };
 
 BPF_ARRAY(crowds, struct crowd, 1);
-BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
+BPF_TABLE_PUBLIC("array", int, struct sender, senders, SENDER_SLOTS);
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
-BPF_PERCPU_ARRAY(counters, struct stats, 1);
+BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
+BPF_TABLE_PUBLIC("percpu_array", int, struct stats, counters, 1);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
 static __always_inline struct stats *stats_of_this_cpu(void) {
@@ -93,16 +90,6 @@ struct packet {
     __u16 source_port, destination_port;
     __u8 family;
 };
-
-static __always_inline void set_ip4(struct address *to, __u32 address) {
-    to->half[0] = 0;
-    to->word[2] = net32(0xffff);
-    to->word[3] = address;
-}
-
-static __always_inline int same(const struct address *a, const struct address *b) {
-    return a->half[0] == b->half[0] && a->half[1] == b->half[1];
-}
 
 static __always_inline int is_extension(__u8 next) {
     /* RFC 8200, section 4: hop-by-hop, routing, destination options */
@@ -196,15 +183,14 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
  * is wrong for a device without frames (tun) and for clusters that address each other by
  * broadcast frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
 static __always_inline int asks_group(struct __sk_buff *skb, const struct packet *packet) {
-    if (packet->family == FAMILY_INET6)
-        return net32(packet->destination.word[0]) >> 24 == 0xff;
-    __u32 address = net32(packet->destination.word[3]);
-    if (address >> 28 >= 14 || address == 0x7fffffff) /* 224/4, 240/4, 127.255.255.255 */
+    if (is_group(&packet->destination, packet->family))
         return 1;
+    if (packet->family != FAMILY_INET)
+        return 0;
 #if HAVE_KERNEL_READ
-    __u64 route = read_kernel((__u64)skb + OFFSET_SKB_DST) & ~DST_NOREF;
-    if (route)
-        return ((__u32)read_kernel(route + OFFSET_ROUTE_FLAGS) & ROUTE_GROUP) != 0;
+    int known, group = routed_to_group((__u64)skb, &known);
+    if (known)
+        return group;
 #endif
     return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
 }
@@ -265,10 +251,6 @@ static __always_inline void load(struct flow *to, const struct flow *from) {
 #pragma unroll
     for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
         ((__u64 *)to)[i] = words[i];
-}
-
-static __always_inline int is_remembered(__u64 seen, __u64 now) {
-    return seen && (now <= seen || now - seen <= WINDOW_NS);
 }
 
 static __always_inline int is_asked(const struct asked *asked, const struct address *address) {
@@ -421,15 +403,9 @@ static __always_inline enum judgement judge(struct flow_key *key, const struct a
 
 /* ---- who sends ---- */
 
-/* A slot is a thread's: between the two hooks of one send no other send uses it. Where egress does
- * not know its thread, it is the socket's, and says who sends as well. */
-static __always_inline __u32 sender_slot(__u64 socket, __u64 pid_tgid) {
-    return (KNOW_CURRENT ? (__u32)pid_tgid : (__u32)socket) & (SENDER_SLOTS - 1);
-}
-
 static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_key *key,
                                         int source_named) {
-    __u64 now = now_ns(), socket = bpf_get_socket_cookie(ctx);
+    __u64 now = now_ns(), socket = socket_of_send(ctx);
     __u64 pid_tgid = bpf_get_current_pid_tgid();
     __u32 slot = slot_of(key), index = sender_slot(socket, pid_tgid);
     struct cached *cached = right_cache.lookup(&slot);
@@ -451,7 +427,10 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause)
         return;
 #endif
+    __u64 noted = sender->socket;
     WRITE_ONCE(sender->socket, 0); /* nobody's while it changes */
+    if (sender->pid_tgid != pid_tgid || noted != socket)
+        sender->pktinfo = PKTINFO_UNKNOWN; /* else the function probe has said it of this send */
     sender->pid_tgid = pid_tgid;
     sender->cause = cause;
 #if !KNOW_CURRENT
@@ -472,7 +451,7 @@ static __always_inline __u32 segments_of(struct __sk_buff *skb) {
 }
 
 struct identity {
-    __u32 tgid, uid;
+    __u32 tgid, uid, pktinfo;
 };
 
 static __always_inline int leaves_from_own(struct bpf_sock *sk, const struct address *source,
@@ -494,14 +473,16 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
                                                 struct finding_key *key) {
     /* Egress runs in the sender's context: nothing between udp_sendmsg() and here defers, unless
      * a rule sends the packet through a user-space queue. */
-    __u64 socket = bpf_get_socket_cookie(skb), pid_tgid = current_pid_tgid();
+    __u64 socket = socket_of_skb(skb), pid_tgid = current_pid_tgid();
     __u32 index = sender_slot(socket, pid_tgid), cause = CAUSE_UNKNOWN;
     struct sender *sender = senders.lookup(&index);
     struct identity who = {};
 
 #if KNOW_CURRENT
-    if (sender && READ_ONCE(sender->socket) == socket && sender->pid_tgid == pid_tgid)
+    if (sender && READ_ONCE(sender->socket) == socket && sender->pid_tgid == pid_tgid) {
         cause = sender->cause;
+        who.pktinfo = sender->pktinfo;
+    }
     who.tgid = pid_tgid >> 32;
     who.uid = current_uid();
     key->cgroup = current_cgroup(skb);
@@ -561,6 +542,8 @@ static __always_inline void send_event(struct __sk_buff *skb, const struct packe
     event->segments = segments_of(skb);
     event->tgid = who.tgid;
     event->uid = who.uid;
+    event->pktinfo = who.pktinfo;
+    event->pad = 0;
     event->netns_inode = 0;
     __builtin_memset(event->original, 0, TUPLE_LEN);
     __builtin_memset(event->reply, 0, TUPLE_LEN);
@@ -572,6 +555,23 @@ static __always_inline void send_event(struct __sk_buff *skb, const struct packe
     event->netns_inode = read_netns_inode(skb);
 #endif
     events.ringbuf_submit(event, 0);
+}
+
+/* Remember this datagram as a socket's finding, for those who watch conntrack's entries. */
+static __always_inline void tell(const struct packet *packet, __u64 now) {
+#if TELL
+    struct told_key key = {};
+
+    key.source = packet->source;
+    key.peer = packet->destination;
+    key.source_port = packet->source_port;
+    key.peer_port = packet->destination_port;
+    __u64 *seen = told.lookup(&key);
+    if (seen)
+        WRITE_ONCE(*seen, now);
+    else
+        told.update(&key, &now);
+#endif
 }
 
 #if HAVE_KERNEL_READ
@@ -633,6 +633,7 @@ static __always_inline void suspect(struct __sk_buff *skb, struct bpf_sock *sk,
     struct identity who = identify(skb, sk, key);
 
     COUNT(wrong, segments_of(skb));
+    tell(packet, now);
     struct finding *finding = finding_of(key);
     if (!finding) {
         COUNT(overflow, segments_of(skb));

@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import platform
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from enum import IntEnum
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _ATTR_BYTES = 128
 _BATCH = 1024
+_LOG_ALL, _LOG_STATISTICS = 1, 4  # BPF_LOG_LEVEL1, BPF_LOG_STATS in include/linux/bpf_verifier.h
 _ENOTSUPP = 524  # the kernel's own, in no header of user space
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -30,13 +32,17 @@ class Command(IntEnum):
     """enum bpf_cmd."""
 
     MAP_LOOKUP_ELEM = 1
+    MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
     PROG_TEST_RUN = 10
     PROG_GET_FD_BY_ID = 13
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
+    RAW_TRACEPOINT_OPEN = 17
+    BTF_GET_FD_BY_ID = 19
     MAP_LOOKUP_AND_DELETE_ELEM = 21
+    BTF_GET_NEXT_ID = 23
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
     LINK_DETACH = 34
@@ -45,8 +51,11 @@ class Command(IntEnum):
 class ProgramType(IntEnum):
     """enum bpf_prog_type."""
 
+    SOCKET_FILTER = 1
+    KPROBE = 2
     CGROUP_SKB = 8
     CGROUP_SOCK_ADDR = 18
+    TRACING = 26
 
 
 class AttachType(IntEnum):
@@ -56,6 +65,7 @@ class AttachType(IntEnum):
     CGROUP_INET_EGRESS = 1
     CGROUP_UDP4_SENDMSG = 14
     CGROUP_UDP6_SENDMSG = 15
+    TRACE_FENTRY = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,7 @@ class ProgramInfo:
     run_time_ns: int
     run_count: int
     instructions: int
+    missed: int  # runs that the kernel left out, since the program was running on that CPU already
 
 
 def bpf(command: Command, attribute: ctypes.Array[ctypes.c_char], size: int | None = None) -> int:
@@ -101,6 +112,14 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
             return None
         raise
     return value.raw
+
+
+def map_update(fd: int, key: bytes, value: bytes, only_new: bool = False) -> None:
+    """Put ``value`` under ``key``; with ``only_new`` raises FileExistsError where there is one already."""
+    key_buffer = ctypes.create_string_buffer(key, len(key))
+    value_buffer = ctypes.create_string_buffer(value, len(value))
+    addresses = _address(key_buffer), _address(value_buffer)
+    bpf(Command.MAP_UPDATE_ELEM, _attribute("I4xQQQ", fd, *addresses, int(only_new)))  # BPF_NOEXIST
 
 
 def map_delete(fd: int, key: bytes) -> bool:
@@ -193,24 +212,62 @@ def map_count(fd: int, key_size: int, value_size: int) -> int:
     return sum(count for count, _, _ in map_batches(fd, key_size, value_size))
 
 
-def program_load(type_: ProgramType, attach: AttachType, instructions: bytes) -> int:
-    """Load raw instructions under the GPL; returns the program's descriptor."""
+def program_load(
+    type_: ProgramType,
+    attach: AttachType | None,
+    instructions: bytes,
+    name: str = "",
+    function: tuple[int, int] = (0, 0),
+    log: ctypes.Array[ctypes.c_char] | None = None,
+    log_level: int = 0,
+) -> int:
+    """Load instructions under the GPL; returns the program's descriptor.
+
+    ``function``: BTF id of the function that a TRACING program is for, and the descriptor of the module's BTF that
+    the id is in (0: vmlinux). The verifier writes into ``log``, as much as ``log_level`` says.
+    """
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"GPL")
-    attribute = _attribute(
-        "IIQQIIQI4x16xII",
+    raw = struct.pack(
+        "=IIQQIIQII16sIII32xII",
         type_,
         len(instructions) // 8,
         _address(code),
         _address(licence),
+        log_level,
+        len(log) if log else 0,
+        _address(log) if log else 0,
         0,
         0,
+        name.encode()[:15],
         0,
+        attach or 0,
         0,
-        0,
-        attach,
+        *function,
     )
-    return bpf(Command.PROG_LOAD, attribute)
+    return bpf(Command.PROG_LOAD, ctypes.create_string_buffer(raw, _ATTR_BYTES))
+
+
+def program_load_logged(
+    type_: ProgramType, attach: AttachType | None, instructions: bytes, name: str, function: tuple[int, int] = (0, 0)
+) -> tuple[int, int]:
+    """As `program_load`: (descriptor, instructions that the verifier walked). The error of a refused program says
+    what the verifier said last.
+    """
+    log = ctypes.create_string_buffer(1 << 16)
+    try:
+        fd = program_load(type_, attach, instructions, name, function, log, _LOG_STATISTICS)
+    except OSError as error:
+        log = ctypes.create_string_buffer(1 << 24)
+        try:
+            os.close(program_load(type_, attach, instructions, name, function, log, _LOG_ALL))
+        except OSError:
+            said = [line for line in log.value.decode(errors="replace").splitlines() if line.strip()]
+            words = [line for line in said if not line.startswith("processed ")]
+            raise OSError(error.errno, f"{error.strerror}{f' ({words[-1].strip()})' if words else ''}") from None
+        raise
+    walked = re.search(rb"processed (\d+) insns", log.value)
+    return fd, int(walked.group(1)) if walked else 0
 
 
 def program_test_run(fd: int, packet: bytes, repeat: int) -> tuple[int, int]:
@@ -251,6 +308,7 @@ def program_info(fd: int) -> ProgramInfo:
         run_time_ns=struct.unpack_from("=Q", info, 192)[0],
         run_count=struct.unpack_from("=Q", info, 200)[0],
         instructions=struct.unpack_from("=I", info, 216)[0],
+        missed=struct.unpack_from("=Q", info, 208)[0],
     )
 
 
@@ -272,3 +330,26 @@ def link_cgroup_id(link: int) -> int:
     info = _info(link, 32)
     cgroup: int = struct.unpack_from("=Q", info, 16)[0]
     return cgroup
+
+
+def tracing_attach(program: int) -> int:
+    """Attach a TRACING program to the function it was loaded for; attached as long as the descriptor is open."""
+    return bpf(Command.RAW_TRACEPOINT_OPEN, _attribute("QI4x", 0, program))
+
+
+def module_btf(module: str) -> int:
+    """A descriptor of a loaded module's own BTF (Linux kernel commit 5329722057d4 ("bpf: Assign ID to vmlinux BTF and
+    return extra info for BTF in GET_OBJ_INFO") (in v5.11)); needs CAP_SYS_ADMIN. Raises OSError where it has none.
+    """
+    number = 0
+    while True:
+        attribute = _attribute("II", number, 0)
+        bpf(Command.BTF_GET_NEXT_ID, attribute)  # ENOENT after the last one
+        (number,) = struct.unpack_from("=I", attribute, 4)
+        fd = bpf(Command.BTF_GET_FD_BY_ID, _attribute("I", number))
+        name = ctypes.create_string_buffer(64)
+        info = ctypes.create_string_buffer(struct.pack("=QIIQII", 0, 0, 0, _address(name), len(name), 0))
+        bpf(Command.OBJ_GET_INFO_BY_FD, _attribute("IIQ", fd, 32, _address(info)))
+        if name.value == module.encode():
+            return fd
+        os.close(fd)

@@ -1,31 +1,18 @@
-"""Asking conntrack over netlink, where the packet's own entry may not be read.
-
-Asked rarely (once a suspected flow), so pyroute2's convenience costs nothing that matters.
-"""
+"""Asking conntrack over netlink about suspected replies, where the packet's own entry may not be read."""
 
 from __future__ import annotations
 
-import errno
-import ipaddress
+import contextlib
 import os
-import socket
 import time
-from dataclasses import dataclass
-from pathlib import Path
-
-from pyroute2 import IPRoute
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket
 
 from udpwatch.agent.kernel import netns
-from udpwatch.agent.model import Finding, Flow
+from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Table
+from udpwatch.agent.kernel.netlink import route_to
+from udpwatch.agent.model import Finding, Flow, Tuple
 
 MAX_NAMESPACES = 10_000
 MISSING_SECONDS = 5.0
-RTN_BROADCAST = 3  # include/uapi/linux/rtnetlink.h
-SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
-
-_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class Conntrack:
@@ -49,39 +36,62 @@ class Conntrack:
         Where neither is known, NAT cannot have been at work in a namespace without any entry; elsewhere the entry may
         have been deleted or lie in another zone: then nothing is claimed.
         """
+        try:
+            if finding.netns:
+                return self._ask_in(finding, flow, pid)
+            return self._ask_everywhere(finding, flow, pid)
+        except OSError:
+            return None
+
+    def _ask_in(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
         # A namespace that is gone is looked for in all of /proc: not again for each of its replies.
         now = time.monotonic()
         everywhere = now >= self._missing.get(finding.netns, 0)
-        try:
-            with netns.entered_by_cookie(finding.netns, pid, everywhere) as found:
-                if found:
-                    return self._ask(finding, flow)
-        except OSError:
-            return None
+        with netns.entered_by_cookie(finding.netns, pid, everywhere) as found:
+            if found:
+                # A cookie is never used again, an inode number soon is.
+                return self._ask(finding, flow, finding.netns)
         if everywhere:
             if len(self._missing) >= MAX_NAMESPACES:
                 self._missing.clear()
             self._missing[finding.netns] = now + MISSING_SECONDS
         return None
 
-    def _ask(self, finding: Finding, flow: Flow) -> bool | None:
-        peer = (ipaddress.ip_address(flow.peer), flow.peer_port)
-        family = socket.AF_INET6 if finding.family == 6 else socket.AF_INET
-        # A cookie is never used again, an inode number soon is.
-        here = finding.netns or Path("/proc/thread-self/ns/net").stat().st_ino
-        with NFCTSocket(nfgen_family=family) as table:
-            entry = _lookup(table, family, (flow.peer, flow.peer_port), (finding.actual, flow.source_port))
+    def _ask_everywhere(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
+        """The kernel did not tell the namespace: each that the process has to do with is asked, none may contradict.
+
+        That one of several has no entries says nothing.
+        """
+        with contextlib.ExitStack() as held:
+            namespaces = []
+            for fd in netns.of_process(pid):
+                namespaces.append(os.dup(fd))
+                held.callback(os.close, namespaces[-1])
+            answers = set()
+            for fd in namespaces:
+                with netns.entered(fd):
+                    answers.add(self._ask(finding, flow, os.fstat(fd).st_ino, len(namespaces) > 1))
+        answers.discard(None)
+        return answers.pop() if len(answers) == 1 else None
+
+    def _ask(self, finding: Finding, flow: Flow, here: int, one_of_several: bool = False) -> bool | None:
+        with Table() as table:
+            entry = table.lookup(Tuple(flow.peer, flow.peer_port, finding.actual, flow.source_port))
             if entry:
                 self._remember(here)
-                if entry.opener == peer or _is_broadcast(finding.expected):
+                opener = entry.original
+                if (opener.source, opener.source_port) == (flow.peer, flow.peer_port):
                     return False
-                return not (entry.answered and entry.opener[0] == ipaddress.ip_address(finding.expected))
-            entry = _lookup(table, family, (finding.expected, finding.port), (flow.peer, flow.peer_port))
+                if _is_broadcast(finding.expected):
+                    return False
+                return not (entry.status & SEEN_REPLY and opener.source == finding.expected)
+            entry = table.lookup(Tuple(finding.expected, finding.port, flow.peer, flow.peer_port))
             if entry:
                 self._remember(here)
-                return entry.asked != (ipaddress.ip_address(finding.actual), flow.source_port)
-            if here not in self._at_work and _entries(table) == 0:
-                return not _is_broadcast(finding.expected)
+                asked = entry.original
+                return (asked.destination, asked.destination_port) != (finding.actual, flow.source_port)
+            if here not in self._at_work and table.entries() == 0:
+                return None if one_of_several else not _is_broadcast(finding.expected)
             self._remember(here)
             return None
 
@@ -91,48 +101,7 @@ class Conntrack:
         self._at_work.add(namespace)
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    opener: tuple[_Address, int]  # who sent first
-    asked: tuple[_Address, int]  # to whom
-    answered: bool
-
-
-def _lookup(table: NFCTSocket, family: int, source: tuple[str, int], destination: tuple[str, int]) -> _Entry | None:
-    """The UDP entry of which this is one direction; None where there is none."""
-    wanted = NFCTAttrTuple(
-        family=family,
-        saddr=source[0],
-        daddr=destination[0],
-        proto=socket.IPPROTO_UDP,
-        sport=source[1],
-        dport=destination[1],
-    )
-    try:
-        entries = table.entry("get", tuple_orig=wanted)
-    except NetlinkError as error:
-        if error.code == errno.ENOENT:
-            return None
-        raise OSError(error.code, f"conntrack: {os.strerror(error.code)}") from None
-    for entry in entries:
-        original = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG"))
-        return _Entry(
-            opener=(ipaddress.ip_address(original.saddr), original.sport),
-            asked=(ipaddress.ip_address(original.daddr), original.dport),
-            answered=bool((entry.get_attr("CTA_STATUS") or 0) & SEEN_REPLY),
-        )
-    return None
-
-
 def _is_broadcast(address: str) -> bool:
     """Whether the route to it says so, here: what mode packet reads from the request itself."""
-    if ":" in address:
-        return False
-    with IPRoute() as route:
-        return any(found["type"] == RTN_BROADCAST for found in route.route("get", dst=address))
-
-
-def _entries(table: NFCTSocket) -> int:
-    """How many entries the namespace has."""
-    count: int = table.count()[0].get_attr("CTA_STATS_GLOBAL_ENTRIES")
-    return count
+    route = route_to(address) if ":" not in address else None
+    return route is not None and route.is_group

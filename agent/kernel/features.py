@@ -6,13 +6,16 @@ results reach bpf/compat.h as HAVE_* of the compile. Only this file and that one
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load
 from udpwatch.agent.kernel.libbpf import Btf
+from udpwatch.agent.kernel.probes import Function, try_functions
 
 VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
 
@@ -57,6 +60,10 @@ class Features:
     conntrack: bool  # kernel memory can be read; else conntrack is asked over netlink before a finding is reported
     offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
     conntrack_reason: str  # why `conntrack` is False
+    send_probe: str  # how udp_sendmsg is probed, a `probes.How`; "": not
+    flow_probe: str  # the same for conntrack's functions
+    flow_offsets: dict[str, int]  # for both
+    probes_reason: str  # why one of them is not
 
     @property
     def scope(self) -> str:
@@ -73,6 +80,15 @@ class Features:
         """One word for metrics and doctor: where conntrack's opinion comes from."""
         return "packet" if self.conntrack else "netlink"
 
+    @property
+    def functions(self) -> dict[str, str]:
+        """How each probed function is probed."""
+        found = {function.name: self.send_probe for function in SEND_FUNCTIONS}
+        return found | {function.name: self.flow_probe for function in FLOW_FUNCTIONS}
+
+
+SEND_FUNCTIONS = (Function("udp_sendmsg"), Function("udpv6_sendmsg", "ipv6"))
+FLOW_FUNCTIONS = (Function("__nf_conntrack_confirm", "nf_conntrack"), Function("nf_ct_delete", "nf_conntrack"))
 
 _SKB = (ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS)
 _SENDMSG = (ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG)
@@ -118,6 +134,50 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
         btf.close()
 
 
+def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
+    """OFFSET_* of what the function probes read besides. Raises what `conntrack_offsets` raises."""
+    btf = Btf(path)
+    try:
+        found = {
+            "OFFSET_SKB_IIF": btf.offset("sk_buff", "skb_iif"),
+            "OFFSET_SOCK_RCV_SADDR": btf.offset("sock", "__sk_common.skc_rcv_saddr"),
+            "OFFSET_SOCK_RCV_SADDR6": btf.offset("sock", "__sk_common.skc_v6_rcv_saddr"),
+            "OFFSET_SOCK_STATE": btf.offset("sock", "__sk_common.skc_state"),
+            "OFFSET_MSG_CONTROL": btf.offset("msghdr", "msg_control"),
+            "OFFSET_MSG_CONTROLLEN": btf.offset("msghdr", "msg_controllen"),
+            "OFFSET_CT_STATUS": btf.offset("nf_conn", "status"),
+            "OFFSET_CT_NET": btf.offset("nf_conn", "ct_net.net"),
+            "OFFSET_NET_DEVICES": btf.offset("net", "dev_index_head"),
+            "OFFSET_DEVICE_NODE": btf.offset("net_device", "index_hlist"),
+            "OFFSET_DEVICE_INDEX": btf.offset("net_device", "ifindex"),
+            "OFFSET_DEVICE_NAME": btf.offset("net_device", "name"),
+        }
+        with contextlib.suppress(LookupError):  # CONFIG_NF_CONNTRACK_ZONES
+            found["OFFSET_CT_ZONE"] = btf.offset("nf_conn", "zone.id")
+        return found
+    finally:
+        btf.close()
+
+
+def _try_probes(btf: Path, conntrack: bool) -> dict[str, Any]:
+    """The members of Features that are about function probes."""
+    none: dict[str, Any] = {"send_probe": "", "flow_probe": "", "flow_offsets": {}}
+    if not conntrack:
+        return none | {"probes_reason": "kernel memory cannot be read"}
+    try:
+        offsets = flow_offsets(btf)
+    except (OSError, LookupError) as error:
+        return none | {"probes_reason": f"{btf} does not describe {error.args[0]}"}
+    send, why_not_send = try_functions(SEND_FUNCTIONS, btf)
+    flow, why_not_flow = try_functions(FLOW_FUNCTIONS, btf)
+    return {
+        "send_probe": send or "",
+        "flow_probe": flow or "",
+        "flow_offsets": offsets,
+        "probes_reason": why_not_flow or why_not_send,
+    }
+
+
 def probe(btf: Path = VMLINUX_BTF) -> Features:
     """Try everything. Raises OSError when not even an empty program can be loaded."""
     os.close(program_load(*_SKB, _RETURN_1))
@@ -143,4 +203,5 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         conntrack=not reason,
         offsets=offsets,
         conntrack_reason=reason,
+        **_try_probes(btf, not reason),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from udpwatch.agent.errors import CannotRun
 
-_KIND_STRUCT, _KIND_UNION = 4, 5
+_KIND_STRUCT, _KIND_UNION, _KIND_FUNCTION = 4, 5, 12
 _MODIFIERS = {8, 9, 10, 11, 18}  # typedef, volatile, const, restrict, type tag
 _SAMPLE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
@@ -21,7 +21,7 @@ def _library() -> ctypes.CDLL:
     except OSError as error:
         raise CannotRun(f"cannot load libbpf.so.1 ({error}): install libbpf1") from None
     for name, result, arguments in (
-        ("btf__parse", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p]),
+        ("btf__parse_split", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p]),
         ("btf__free", None, [ctypes.c_void_p]),
         ("btf__find_by_name_kind", ctypes.c_int32, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint32]),
         ("btf__type_by_id", ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_uint32]),
@@ -53,11 +53,14 @@ class _Member(ctypes.Structure):
 class Btf:
     """Type information of a kernel, for the offsets of its structures' members."""
 
-    def __init__(self, path: Path) -> None:
-        """Parse ``path``, normally /sys/kernel/btf/vmlinux; raises OSError when it cannot be read as BTF."""
+    def __init__(self, path: Path, base: Btf | None = None) -> None:
+        """Parse ``path``, normally /sys/kernel/btf/vmlinux; raises OSError when it cannot be read as BTF.
+
+        A module's types build on those of ``base``, which must stay open as long.
+        """
         path.open("rb").close()  # the plain errno, with the path in it, where libbpf would only say "failed"
         self._libbpf = _library()
-        self._btf = self._libbpf.btf__parse(os.fsencode(path), None)
+        self._btf: int | None = self._libbpf.btf__parse_split(os.fsencode(path), base._btf if base else None)
         if not self._btf:
             raise OSError(errno.EINVAL, "not BTF", str(path))
 
@@ -66,6 +69,13 @@ class Btf:
         if self._btf:
             self._libbpf.btf__free(self._btf)
             self._btf = None
+
+    def function(self, name: str) -> int:
+        """The type id of a function; raises LookupError."""
+        type_id: int = self._libbpf.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNCTION)
+        if type_id < 0:
+            raise LookupError(f"function {name}")
+        return type_id
 
     def offset(self, structure: str, path: str) -> int:
         """Bytes from the start of ``struct structure`` to a member, e.g. ("sock", "__sk_common.skc_net.net").

@@ -20,22 +20,35 @@ from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
+from udpwatch.agent.model import Hooks
 
-LOAD_SECONDS = 60  # far above what any machine needs; a child that hangs must not hang the agent
+LOAD_SECONDS = 240  # far above what any machine needs; a child that hangs must not hang the agent
 _MAX_ANSWER = 1 << 20
 _MAX_DESCRIPTORS = 32
 
-MAPS = ("flows", "findings", "counters", "events")
+#: source file -> the maps that the agent reads
+MAPS = {
+    "reply.c": ("flows", "findings", "events", "told", "senders", "counters"),
+    "flows.c": ("requests", "candidates", "senders", "counters"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Hook:
-    """One program and where it is attached; ``required`` ones must be, or the sensor is none."""
+    """A program of reply.c and where it is attached; ``required`` ones must be, or the sensor is none."""
 
     name: str
     type: ProgramType
     attach: AttachType
     required: bool
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionProbe:
+    """A program of flows.c and the kernel function that it is attached to; named after the function."""
+
+    name: str
+    program: str
 
 
 HOOKS = (
@@ -46,15 +59,26 @@ HOOKS = (
 )
 
 
+FUNCTION_PROBES = (
+    FunctionProbe("udp_sendmsg", "send4"),
+    FunctionProbe("udpv6_sendmsg", "send6"),
+    FunctionProbe("__nf_conntrack_confirm", "confirm"),
+    FunctionProbe("nf_ct_delete", "gone"),
+)
+SETTLE = "settle"  # the program of flows.c that the agent runs itself
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Constants of the compile, bpf/reply.c."""
+    """Constants of the compile, bpf/reply.c and bpf/flows.c."""
 
     window_ns: int = 30_000_000_000
     max_peers: int = 65_536
     max_findings: int = 8_192
     events_per_second: int = 10  # of one finding
     ring_pages: int = 64  # a power of two
+    max_candidates: int = 8_192  # new flows that wait for their decision
+    max_told: int = 8_192  # wrong replies of sockets that conntrack may book as new flows, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +88,16 @@ class Loaded:
     maps: dict[str, int]
     programs: dict[str, int]
     links: dict[str, int]
-    refused: dict[str, str]  # hook -> why it could not be attached
+    refused: dict[str, str]  # hook or function -> why it could not be attached
+    instructions: dict[str, int]  # program -> how many the verifier walked
     features: Features
     bcc_version: str
 
 
-def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
-    """Compile, load and attach in a child.
+def load(
+    cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF, hooks: Hooks = Hooks.ALL, forwarded: bool = True
+) -> Loaded:
+    """Compile, load and attach in a child; without ``forwarded`` what passes this node is not looked at.
 
     Raises CannotRun where this machine or user cannot (no bcc, no privilege, no such hooks), UdpwatchError where
     it failed otherwise. The message names the thing and the way out.
@@ -79,7 +106,14 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs, contextlib.ExitStack() as stack:
         ours.settimeout(LOAD_SECONDS)
-        request = {"cgroup": cgroup.fd, "path": cgroup.path, "limits": asdict(limits), "btf": str(btf)}
+        request = {
+            "cgroup": cgroup.fd,
+            "path": cgroup.path,
+            "limits": asdict(limits),
+            "btf": str(btf),
+            "hooks": hooks,
+            "forwarded": forwarded,
+        }
         ours.send(json.dumps(request).encode())
         # Its words go to a file: compiler and verifier may say more than a pipe holds. -P and the folder: nothing
         # that lies where udpwatch was started is imported, least of all by root. A session of its own: Ctrl-C is
@@ -120,8 +154,8 @@ def load(cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF) -> Loaded:
 
 
 def _complaint(said: str) -> str:
-    """What compiler or verifier said in the end, of all that they printed."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("processed ")]
+    """What the compiler said in the end, of all that it printed."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line] or lines[-1:]
     return f" ({errors[0]})" if errors else ""
 
@@ -132,13 +166,14 @@ def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:
     assert isinstance(names, list) and len(names) == len(descriptors)
     for (kind, name), descriptor in zip(names, descriptors, strict=True):
         groups[kind][name] = descriptor
-    features, refused = answer["features"], answer["refused"]
-    assert isinstance(features, dict) and isinstance(refused, dict)
+    features, refused, instructions = answer["features"], answer["refused"], answer["instructions"]
+    assert isinstance(features, dict) and isinstance(refused, dict) and isinstance(instructions, dict)
     return Loaded(
         maps=groups["map"],
         programs=groups["program"],
         links=groups["link"],
         refused=refused,
+        instructions=instructions,
         features=Features(**features),
         bcc_version=str(answer["bcc_version"]),
     )

@@ -5,10 +5,12 @@ python3 -m udpwatch.agent.kernel.loader_child FD
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import inspect
 import json
 import os
+import resource
 import socket
 import sys
 from dataclasses import asdict
@@ -17,8 +19,10 @@ from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import capabilities, features
-from udpwatch.agent.kernel.bpf import link_create
-from udpwatch.agent.kernel.loader import HOOKS, MAPS, Hook, Limits
+from udpwatch.agent.kernel.bpf import ProgramType, link_create, program_load_logged
+from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, MAPS, SETTLE, Hook, Limits
+from udpwatch.agent.kernel.probes import How, Target, argument_registers
+from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
 
@@ -38,15 +42,22 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
+def _compile(bcc: Any, source: str, request: dict[str, Any], found: features.Features) -> Any:
+    limits = Limits(**request["limits"])
+    sockets = request["hooks"] != Hooks.FUNCTION
     constants = {
         "WINDOW_NS": f"{limits.window_ns}ULL",
         "MAX_PEERS": limits.max_peers,
         # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers),
+        "MAX_CANDIDATES": limits.max_candidates,
+        "MAX_TOLD": limits.max_told,
         "EVENTS_PER_SECOND": limits.events_per_second,
         "RING_PAGES": limits.ring_pages,
         "PAGE_SIZE": os.sysconf("SC_PAGE_SIZE"),
+        "TELL": int(request["forwarded"]),
+        "FORWARDED": int(request["forwarded"]),
+        "HAVE_SOCKETS": int(sockets),
         "HAVE_NETNS_COOKIE": int(found.netns_cookie),
         "HAVE_COARSE_CLOCK": int(found.coarse_clock),
         "HAVE_CURRENT": int(found.current),
@@ -54,23 +65,19 @@ def _compile(bcc: Any, limits: Limits, found: features.Features) -> Any:
         "HAVE_CURRENT_TASK": int(found.current_task),
         "HAVE_SENDER_COMM": int(found.sender_comm),
         "HAVE_KERNEL_READ": int(found.conntrack),
+        "SEND_BY_FENTRY": int(found.send_probe == How.FENTRY),
+        "FLOW_BY_FENTRY": int(found.flow_probe == How.FENTRY),
+        **argument_registers(),
         **found.offsets,
+        **found.flow_offsets,
     }
     # bcc takes kernel headers from here; ours are a shim of a dozen lines each (bpf/include/README.md).
     os.environ["BCC_KERNEL_SOURCE"] = str(SOURCES)
     flags = [f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in constants.items())]
     try:
-        return bcc.BPF(src_file=str(SOURCES / "reply.c"), cflags=flags)
+        return bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
     except Exception as error:  # bcc raises plain Exception
-        raise UdpwatchError(f"cannot compile reply.c or create its maps: {error}") from None
-
-
-def _load(bcc: Any, module: Any, hook: Hook) -> int:
-    try:
-        descriptor: int = module.load_func(hook.name, int(hook.type), attach_type=int(hook.attach)).fd
-    except Exception as error:  # bcc raises plain Exception; the verifier's words went to standard error
-        raise UdpwatchError(f"the kernel refuses the program {hook.name}: {error}") from None
-    return descriptor
+        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}") from None
 
 
 def _attach(hook: Hook, program: int, cgroup: int, path: str) -> int:
@@ -88,47 +95,105 @@ def _attach(hook: Hook, program: int, cgroup: int, path: str) -> int:
         raise UdpwatchError(reason) from None
 
 
-def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+class _Answer:
+    """What the agent will be given: descriptors with their names, and why others are missing."""
+
+    def __init__(self) -> None:
+        self.names: list[tuple[str, str]] = []
+        self.descriptors: list[int] = []
+        self.refused: dict[str, str] = {}
+        self.instructions: dict[str, int] = {}
+
+    def add(self, kind: str, name: str, descriptor: int) -> None:
+        if (kind, name) not in self.names:
+            self.names.append((kind, name))
+            self.descriptors.append(descriptor)
+
+    def add_maps(self, module: Any, source: str) -> None:
+        for name in MAPS[source]:
+            # The ring buffer's table is known under its name as bytes only.
+            self.add("map", name, module[name if name != "events" else name.encode()].map_fd)
+
+
+def _load_hooks(module: Any, request: dict[str, Any], answer: _Answer) -> None:
+    for hook in HOOKS:
+        try:
+            try:
+                code = module.dump_func(hook.name)
+                program, answer.instructions[hook.name] = program_load_logged(hook.type, hook.attach, code, hook.name)
+            except OSError as error:
+                raise UdpwatchError(f"the kernel refuses the program {hook.name}: {error.strerror}") from None
+            answer.add("program", hook.name, program)
+            answer.add("link", hook.name, _attach(hook, program, request["cgroup"], request["path"]))
+        except UdpwatchError as error:
+            if hook.required:
+                raise
+            answer.refused[hook.name] = str(error)
+    answer.add_maps(module, "reply.c")
+
+
+def _load_probes(module: Any, request: dict[str, Any], found: features.Features, answer: _Answer) -> None:
+    alone = request["hooks"] == Hooks.FUNCTION
+    wanted = [each for each in FUNCTION_PROBES if found.functions[each.name]]
+    if not request["forwarded"] and not alone:
+        wanted = [each for each in wanted if each.name in {one.name for one in features.SEND_FUNCTIONS}]
+    for each in wanted:
+        function = next(one for one in features.SEND_FUNCTIONS + features.FLOW_FUNCTIONS if one.name == each.name)
+        try:
+            with Target(function, How(found.functions[each.name]), Path(request["btf"])) as target:
+                program, answer.instructions[each.name] = target.load(module.dump_func(each.program), each.program)
+                answer.add("program", each.name, program)
+                answer.add("link", each.name, target.attach(program))
+        except (OSError, LookupError) as error:
+            answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
+    if found.flow_probe:
+        code = module.dump_func(SETTLE)
+        program, answer.instructions[SETTLE] = program_load_logged(ProgramType.SOCKET_FILTER, None, code, SETTLE)
+        answer.add("program", SETTLE, program)
+    answer.add_maps(module, "flows.c")
+
+
+def _probe(request: dict[str, Any]) -> features.Features:
     try:
-        found = features.probe(Path(request["btf"]))
+        return features.probe(Path(request["btf"]))
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
             raise CannotRun("the kernel does not permit us BPF programs (EPERM): see `udpwatch doctor`") from None
         raise CannotRun(
             f"this kernel has no cgroup_skb programs ({error.strerror}): CONFIG_CGROUP_BPF is needed"
         ) from None
+
+
+def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+    found = _probe(request)
     bcc = _import_bcc()
-    module = _compile(bcc, Limits(**request["limits"]), found)
-    names: list[tuple[str, str]] = []
-    descriptors: list[int] = []
-    refused: dict[str, str] = {}
-    for hook in HOOKS:
-        try:
-            program = _load(bcc, module, hook)
-            names.append(("program", hook.name))
-            descriptors.append(program)
-            link = _attach(hook, program, request["cgroup"], request["path"])
-        except UdpwatchError as error:
-            if hook.required:
-                raise
-            refused[hook.name] = str(error)
-            continue
-        names.append(("link", hook.name))
-        descriptors.append(link)
-    for name in MAPS:
-        names.append(("map", name))
-        descriptors.append(module[name].map_fd if name != "events" else module[name.encode()].map_fd)
-    answer = {
-        "descriptors": names,
+    hooks = Hooks(request["hooks"])
+    if hooks is Hooks.FUNCTION and not found.flow_probe:
+        raise CannotRun(f"this kernel does not allow function probes ({found.probes_reason}): use --hooks all")
+    answer = _Answer()
+    modules = []  # a map lives as long as the module that made it
+    if hooks is not Hooks.FUNCTION:
+        modules.append(_compile(bcc, "reply.c", request, found))
+        _load_hooks(modules[-1], request, answer)
+    if hooks is not Hooks.CGROUP and (found.send_probe or found.flow_probe):
+        modules.append(_compile(bcc, "flows.c", request, found))
+        _load_probes(modules[-1], request, found, answer)
+    words = {
+        "descriptors": answer.names,
         "features": asdict(found),
-        "refused": refused,
+        "refused": answer.refused,
+        "instructions": answer.instructions,
         "bcc_version": bcc.__version__,
     }
-    return answer, descriptors
+    return words, answer.descriptors
 
 
 def main() -> None:
     """Answer one request and end, without bcc's clean-up at exit (it would detach nothing, and takes time)."""
+    # Before Linux kernel commit 97306be45fbe ("Merge branch 'switch to memcg-based memory accounting'") (in v5.11)
+    # maps and programs count as locked memory.
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     channel = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(channel.recv(1 << 16))
     try:

@@ -31,9 +31,15 @@ def setns(fd: int) -> None:
 
 @contextmanager
 def entered(fd: int) -> Iterator[None]:
-    """Run the body in another network namespace; only the calling thread moves, and it comes back."""
+    """Run the body in another network namespace; only the calling thread moves, and it comes back.
+
+    Into the one where it is already it does not move: that would need CAP_SYS_ADMIN, too.
+    """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
+        if os.fstat(fd).st_ino == os.fstat(home).st_ino:
+            yield
+            return
         setns(fd)
         try:
             yield
@@ -70,15 +76,14 @@ def cookie_here() -> int:
 def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterator[bool]:
     """Run the body in the namespace with this cookie; False, and no move, where none can be found.
 
-    ``pid`` is tried first: the sender is nearly always in it; then, if ``everywhere``, all of /proc. A cookie of 0
-    (the kernel did not tell) takes the process's namespace if it has to do with only one. Other namespaces than our
-    own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is passed
-    over.
+    ``pid`` is tried first: the sender is nearly always in it; then, if ``everywhere``, all of /proc. Other namespaces
+    than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is
+    passed over.
     """
-    if cookie and cookie_here() == cookie:
+    if cookie_here() == cookie:
         yield True
         return
-    fd = _open_by_cookie(cookie, pid, everywhere) if cookie else _open_only(pid)
+    fd = _open_by_cookie(cookie, pid, everywhere)
     if fd is None:
         yield False
         return
@@ -89,23 +94,22 @@ def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterato
         os.close(fd)
 
 
+def of_process(pid: int) -> Iterator[int]:
+    """Each namespace that a process has to do with, as a descriptor that is open until the next one is asked for."""
+    return _distinct(_of_process(pid))
+
+
+def everywhere() -> Iterator[int]:
+    """Each namespace that can be found, our own first, as a descriptor that is open until the next one is asked for."""
+    yield from _distinct(itertools.chain([Path("/proc/thread-self/ns/net")], _of_anybody()))
+
+
 def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
     for fd in _distinct(itertools.chain(_of_process(pid), _of_anybody() if everywhere else ())):
         with contextlib.suppress(OSError), entered(fd):
             if cookie_here() == cookie:
                 return os.dup(fd)
     return None
-
-
-def _open_only(pid: int) -> int | None:
-    """The namespace of a process, None where it has several: nobody tells which one a socket of it is in."""
-    found = None
-    for fd in _distinct(_of_process(pid)):
-        if found is not None:
-            os.close(found)
-            return None
-        found = os.dup(fd)
-    return found
 
 
 def _distinct(paths: Iterable[Path]) -> Iterator[int]:

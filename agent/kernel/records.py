@@ -17,7 +17,8 @@ COMM_LEN = 16
 TUPLE_LEN = 40
 
 VERDICTS = {1: Verdict.NEW, 2: Verdict.UNTRACKED, 3: Verdict.UNKNOWN}
-CAUSES = {1: Cause.KERNEL_CHOSEN, 2: Cause.EXPLICIT, 3: Cause.CONNECTED, 4: Cause.UNKNOWN}
+CAUSES = {1: Cause.KERNEL_CHOSEN, 2: Cause.EXPLICIT, 3: Cause.CONNECTED, 4: Cause.UNKNOWN, 5: Cause.FORWARDED}
+PKTINFO = {0: None, 1: False, 2: True}
 _FAMILIES = {2: 4, 10: 6}  # AF_INET, AF_INET6
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
@@ -99,6 +100,75 @@ class EventRecord(ctypes.Structure):
         ("netns_inode", c_uint32),
         ("original", c_uint8 * TUPLE_LEN),
         ("reply", c_uint8 * TUPLE_LEN),
+        ("pktinfo", c_uint32),
+        ("pad", c_uint32),
+    ]
+
+
+class ToldKey(ctypes.Structure):
+    """struct told_key."""
+
+    _fields_ = [
+        ("source", Address),
+        ("peer", Address),
+        ("source_port", c_uint16),
+        ("peer_port", c_uint16),
+        ("pad", c_uint32),
+    ]
+
+
+class RequestKey(ctypes.Structure):
+    """struct request_key."""
+
+    _fields_ = [
+        ("client", Address),
+        ("netns", c_uint32),
+        ("client_port", c_uint16),
+        ("port", c_uint16),
+        ("zone", c_uint16),
+        ("pad", c_uint16 * 3),
+    ]
+
+
+class RequestRecord(ctypes.Structure):
+    """struct request."""
+
+    _fields_ = [
+        ("server", Address),
+        ("seen", c_uint64),
+        ("entry", c_uint64),
+        ("final", c_uint32),
+        ("pad", c_uint32),
+    ]
+
+
+class RequestsRecord(ctypes.Structure):
+    """struct requests."""
+
+    _fields_ = [("asked", RequestRecord * 2)]
+
+
+class CandidateRecord(ctypes.Structure):
+    """struct candidate."""
+
+    _fields_ = [
+        ("key", RequestKey),
+        ("request", RequestRecord),
+        ("actual", Address),
+        ("time", c_uint64),
+        ("cgroup", c_uint64),
+        ("asking", c_uint8 * TUPLE_LEN),
+        ("original", c_uint8 * TUPLE_LEN),
+        ("reply", c_uint8 * TUPLE_LEN),
+        ("interface", c_char * COMM_LEN),
+        ("comm", c_char * COMM_LEN),
+        ("tgid", c_uint32),
+        ("uid", c_uint32),
+        ("final", c_uint32),
+        ("family", c_uint8),
+        ("cause", c_uint8),
+        ("pktinfo", c_uint8),
+        ("pad", c_uint8),
     ]
 
 
@@ -113,6 +183,8 @@ FLOW_BYTES = ctypes.sizeof(FlowValue)
 FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
 FINDING_BYTES = ctypes.sizeof(FindingValue)
 EVENT_BYTES = ctypes.sizeof(EventRecord)
+CANDIDATE_KEY_BYTES = 8
+CANDIDATE_BYTES = ctypes.sizeof(CandidateRecord)
 STATS_BYTES = ctypes.sizeof(StatsRecord)
 
 
@@ -202,7 +274,63 @@ def decode_event(raw: bytes) -> Event:
         original=decode_tuple(bytes(record.original)),
         reply=decode_tuple(bytes(record.reply)),
         flow=flow,
+        pktinfo=PKTINFO[record.pktinfo],
     )
+
+
+def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:
+    """struct told_key of a datagram on the wire."""
+    source, to = Address(*encode_address(actual)), Address(*encode_address(peer))
+    return bytes(ToldKey(source, to, port, peer_port))
+
+
+def encode_request_key(netns: int, zone: int, client: str, client_port: int, port: int) -> bytes:
+    """struct request_key."""
+    return bytes(RequestKey(Address(*encode_address(client)), netns, client_port, port, zone))
+
+
+def encode_requests(asked: list[tuple[str, int]]) -> bytes:
+    """struct requests from (server, when: monotonic nanoseconds), two at most, whose entries are not known."""
+    record = RequestsRecord()
+    for half, (server, seen) in zip(record.asked, asked, strict=False):
+        half.server, half.seen = Address(*encode_address(server)), seen
+    return bytes(record)
+
+
+def decode_candidate(raw: bytes) -> tuple[Event, int]:
+    """struct candidate: (the event it will be if it was a wrong reply, the zone it is in)."""
+    record = CandidateRecord.from_buffer_copy(raw)
+    key = record.key
+    peer = decode_address(bytes(key.client))
+    finding = Finding(
+        expected=decode_address(bytes(record.request.server)),
+        actual=decode_address(bytes(record.actual)),
+        port=key.port,
+        family=_FAMILIES[record.family],
+        verdict=Verdict.NEW,
+        cause=CAUSES[record.cause],
+        process=printable(record.comm),
+        cgroup=record.cgroup,
+        netns=key.netns,
+        interface=printable(record.interface),
+    )
+    event = Event(
+        finding=finding,
+        time=record.time,
+        count=0,
+        peer=peer,
+        peer_port=key.client_port,
+        segments=1,
+        pid=record.tgid,
+        uid=record.uid,
+        netns_inode=key.netns,
+        original=decode_tuple(bytes(record.original)),
+        reply=decode_tuple(bytes(record.reply)),
+        flow=None,
+        request=decode_tuple(bytes(record.asking)),
+        pktinfo=PKTINFO[record.pktinfo],
+    )
+    return event, key.zone
 
 
 def decode_counters(raw: bytes) -> Counters:

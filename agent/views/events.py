@@ -22,7 +22,7 @@ from typing import Any
 
 from udpwatch.agent.enrich.process import Process
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Event
+from udpwatch.agent.model import Cause, Event
 
 MAX_QUEUED = 10_000
 STOP_SECONDS = 2.0
@@ -47,10 +47,13 @@ def as_json(event: Event, process: Process, node: str, time: float) -> dict[str,
         "conntrack": {
             "original": asdict(event.original) if event.original else None,
             "reply": asdict(event.reply) if event.reply else None,
+            "request": asdict(event.request) if event.request else None,
         },
         "pid": event.pid or None,
-        "process": process.name,
+        "process": None if finding.cause is Cause.FORWARDED else process.name,
         "uid": event.uid if event.pid else None,
+        "pktinfo": event.pktinfo,
+        "interface": finding.interface or None,
         "netns": event.netns_inode,
         "cgroup": process.cgroup,
         "container": None,

@@ -72,13 +72,27 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "Runs of this program; stays 0 unless the sysctl kernel.bpf_stats_enabled is 1.",
         labels=["probe"],
     )
+    missed = CounterMetricFamily(
+        "udpwatch_probe_missed",
+        "Runs of this function probe that the kernel left out, since the CPU was in a probe already.",
+        labels=["probe"],
+    )
     for probe in snapshot.probes:
         attached.add_metric([probe.name], int(probe.attached))
         reattached.add_metric([probe.name], probe.reattached)
         seconds.add_metric([probe.name], probe.run_seconds)
         runs.add_metric([probe.name], probe.runs)
-    yield from (attached, reattached, seconds, runs)
+        if probe.how:
+            missed.add_metric([probe.name], probe.missed)
+    yield from (attached, reattached, seconds, runs, missed)
 
+    yield CounterMetricFamily(
+        "udpwatch_flows_checked",
+        "New UDP flows booked by conntrack in which wrong replies of other machines were looked for; stays 0 where "
+        "they are not looked for (udpwatch doctor).",
+        value=snapshot.flows,
+    )
+    yield from _conntrack(snapshot)
     yield GaugeMetricFamily(
         "udpwatch_tracked_peers",
         "Conversations (peer, peer port, local port) remembered at present.",
@@ -97,6 +111,39 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
     yield info
+
+
+def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
+    """Absent where conntrack is not loaded."""
+    health = snapshot.conntrack
+    if health is None:
+        return
+    yield GaugeMetricFamily(
+        "udpwatch_conntrack_entries",
+        "Conntrack entries in the agent's network namespace. At the limit new UDP flows are dropped.",
+        value=health.entries,
+    )
+    yield GaugeMetricFamily(
+        "udpwatch_conntrack_limit",
+        "Conntrack entries allowed there (net.netfilter.nf_conntrack_max).",
+        value=health.limit,
+    )
+    yield CounterMetricFamily(
+        "udpwatch_conntrack_insert_failed",
+        "New flows whose packet was dropped since another packet had booked the same flow: UDP clients that send two "
+        "questions at once from one socket lose one (two DNS questions, for A and AAAA, are the usual case).",
+        value=health.insert_failed,
+    )
+    yield CounterMetricFamily(
+        "udpwatch_conntrack_dropped",
+        "Packets dropped since conntrack could not book their flow: its table was full, or memory was short.",
+        value=health.dropped,
+    )
+    yield CounterMetricFamily(
+        "udpwatch_conntrack_early_drop",
+        "Entries not yet answered that were thrown out for new ones, since the table was full.",
+        value=health.early_dropped,
+    )
 
 
 def exposition(snapshot: Callable[[], Snapshot], process: bool = True) -> Callable[[], bytes]:

@@ -11,10 +11,11 @@ import pytest
 from agents import Agent, temporary
 
 from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.kernel.sensor import Sensor
 from udpwatch.agent.lab import ContainerHost
-from udpwatch.agent.model import Event, Finding
+from udpwatch.agent.model import Event, Finding, Forwarded, Hooks
 
 FOREVER_NS = 1 << 62
 PATIENCE_SECONDS = 5.0
@@ -24,9 +25,15 @@ _ports = count(20_000)
 class Watch:
     """A sensor, and all that it has found so far by local port. Each test has ports of its own."""
 
-    def __init__(self, limits: Limits = Limits(), btf: Path | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits = Limits(),
+        btf: Path = VMLINUX_BTF,
+        hooks: Hooks = Hooks.ALL,
+        forwarded: Forwarded = Forwarded.AUTO,
+    ) -> None:
         self.cgroup = cgroup.find(None)
-        self.sensor = ReplySensor.open(self.cgroup, limits, *([btf] if btf else []))
+        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded)
         self._findings: dict[Finding, int] = {}
         self._events: list[Event] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from udpwatch.agent.app import describe
@@ -11,6 +12,7 @@ from udpwatch.agent.doctor import Check, Report, Status, as_text
 from udpwatch.agent.enrich.process import Process
 from udpwatch.agent.model import (
     Cause,
+    ConntrackHealth,
     Event,
     Finding,
     Probe,
@@ -56,11 +58,14 @@ SNAPSHOT = Snapshot(
     evicted_peers=3,
     lost=dict.fromkeys(LOSS_STAGES, 0) | {"rate_limit": 5},
     probes=(
-        Probe("ingress", True, 0, 0.25, 1000, 600),
-        Probe("egress", True, 1, 0.5, 2000, 700),
-        Probe("sendmsg4", True, 0, 0.0, 0, 300),
-        Probe("sendmsg6", False, 0, 0.0, 0, 300, "cannot attach sendmsg6"),
+        Probe("ingress", True, True, 0, 0.25, 1000, 600),
+        Probe("egress", True, True, 1, 0.5, 2000, 700),
+        Probe("sendmsg4", True, False, 0, 0.0, 0, 300),
+        Probe("sendmsg6", False, False, 0, 0.0, 0, 300, "cannot attach sendmsg6"),
+        Probe("__nf_conntrack_confirm", True, False, 0, 0.125, 500, 2000, how="kprobe", missed=2),
     ),
+    flows=77,
+    conntrack=ConntrackHealth(1200, 65536, 3, 5, 7),
 )
 EVENTS = (
     Event(
@@ -90,6 +95,24 @@ EVENTS = (
         original=None,
         reply=None,
         flow=None,
+        pktinfo=False,
+    ),
+    Event(
+        finding=Finding(
+            "10.2.0.5", "10.2.0.6", 53, 4, Verdict.NEW, Cause.FORWARDED, "", 0, 4026532300, interface="vnet3"
+        ),
+        time=2_000_000_000,
+        count=1,
+        peer="10.1.0.9",
+        peer_port=40002,
+        segments=1,
+        pid=0,
+        uid=0,
+        netns_inode=4026532300,
+        original=Tuple("10.2.0.6", 53, "10.1.0.9", 40002),
+        reply=Tuple("10.1.0.9", 40002, "10.2.0.6", 53),
+        flow=None,
+        request=Tuple("10.1.0.9", 40002, "10.2.0.5", 53),
     ),
 )
 
@@ -106,7 +129,11 @@ def test_golden_metrics() -> None:
 
 
 def test_golden_events() -> None:
-    processes = (Process("plain-server", "/system.slice/plain.service"), Process("unknown", None))
+    processes = (
+        Process("plain-server", "/system.slice/plain.service"),
+        Process("unknown", None),
+        Process("unknown", None),
+    )
     lines = [
         json.dumps(as_json(event, process, "node-1", 1_800_000_000 + event.time / 1e9))
         for event, process in zip(EVENTS, processes, strict=True)
@@ -115,7 +142,8 @@ def test_golden_events() -> None:
 
 
 def test_golden_log_line() -> None:
-    compare("finding.txt", describe(ROW) + "\n")
+    forwarded = replace(ROW, process="", cause="forwarded", interface="vnet3", pid=0)
+    compare("finding.txt", "".join(describe(row) + "\n" for row in (ROW, forwarded)))
 
 
 def test_golden_doctor() -> None:

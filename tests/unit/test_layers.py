@@ -16,7 +16,7 @@ ALLOWED = {
     "enrich": {"model", "errors", "kernel"},
     "state": {"model", "errors", "enrich"},
     "views": {"model", "errors", "enrich", "state"},
-    "config": {"errors"},
+    "config": {"model", "errors"},
     "servers": set(),
     "lab": {"errors", "kernel"},
 }

@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 from udpwatch.agent.kernel import records
 from udpwatch.agent.kernel.records import (
     Asked,
+    CandidateRecord,
     EventRecord,
     FindingKey,
     FindingValue,
     FlowKey,
     FlowValue,
+    RequestKey,
+    RequestRecord,
+    RequestsRecord,
     StatsRecord,
+    ToldKey,
 )
 from udpwatch.agent.model import Cause, Counters, Flow, Tuple, Verdict
 
@@ -31,13 +36,20 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct finding_key": FindingKey,
     "struct finding": FindingValue,
     "struct event": EventRecord,
+    "struct told_key": ToldKey,
+    "struct request_key": RequestKey,
+    "struct request": RequestRecord,
+    "struct requests": RequestsRecord,
+    "struct candidate": CandidateRecord,
     "struct stats": StatsRecord,
 }
 
 
 ENUM_VALUES = [
     *("VERDICT_NEW", "VERDICT_UNTRACKED", "VERDICT_UNKNOWN", "CAUSE_KERNEL_CHOSEN", "CAUSE_EXPLICIT"),
-    *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "TUPLE_LEN", "COMM_LEN"),
+    *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "CAUSE_FORWARDED", "PKTINFO_UNKNOWN", "PKTINFO_NONE", "PKTINFO_PASSED"),
+    *("SETTLED_NONE", "SETTLED_WRONG", "SETTLED_ANSWERED", "SETTLED_ASK", "SETTLED_UNDECIDED"),
+    *("TUPLE_LEN", "COMM_LEN"),
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from udpwatch.agent.model import Cause, Counters, Finding, Increase, Reading, Verdict
+from typing import Any
+
+from udpwatch.agent.model import Cause, Counters, Finding, Increase, Probe, Reading, Verdict
 from udpwatch.agent.state import LOSS_STAGES, About, State
 
 
@@ -10,8 +12,8 @@ def finding(port: int = 53, process: str = "dns", cgroup: int = 1) -> Finding:
     return Finding("10.0.0.2", "10.0.0.1", port, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, process, cgroup, 1)
 
 
-def reading(*increases: Increase, counters: Counters = Counters(), undecided: int = 0) -> Reading:
-    return Reading(increases, counters, (), 0, 0, undecided)
+def reading(*increases: Increase, counters: Counters = Counters(), **others: Any) -> Reading:
+    return Reading(increases, counters, **({"probes": (), "undecided": 0} | others), tracked_peers=0, evicted_peers=0)
 
 
 def state(max_series: int = 10, forget: float = 60, mode: str = "packet") -> State:
@@ -61,16 +63,21 @@ def test_quiet_rows_end_and_make_room() -> None:
 
 def test_losses_are_summed_by_stage() -> None:
     summed = state()
-    counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, crowded=9)
-    summed.add(reading(counters=counters, undecided=6), name_of, 0, 0)
+    counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, crowded=9, candidates=8)
+    probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
+    lost = {"undecided": 6, "overruns": 10, "held_back": 20}
+    summed.add(reading(counters=counters, probes=(probe,), **lost), name_of, 0, 0)
     summed.lose("queue")
     summed.lose("output", 7)
     snapshot = summed.snapshot(True, 0)
     assert snapshot.lost == {
-        "rate_limit": 2,
+        "rate_limit": 22,
         "ring_full": 3,
         "findings_full": 1,
         "undecided": 6,
+        "flows_full": 8,
+        "conntrack_overrun": 10,
+        "probe_missed": 11,
         "remember": 4,
         "crowded": 9,
         "unparsed": 5,

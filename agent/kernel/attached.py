@@ -1,0 +1,96 @@
+"""The programs on their hooks: whether they are still there, and attaching them again."""
+
+from __future__ import annotations
+
+import os
+
+from udpwatch.agent.kernel import bpf
+from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, SETTLE, Loaded
+from udpwatch.agent.model import Probe
+
+_REQUIRED = {hook.name: hook.required for hook in HOOKS}
+
+
+class Attached:
+    """Owns the programs and links that the loader handed over. Health is asked of the kernel, never remembered."""
+
+    def __init__(self, cgroup: Cgroup, loaded: Loaded) -> None:
+        self._cgroup = cgroup
+        self._programs, self._links = loaded.programs, loaded.links
+        self._refused = dict(loaded.refused)
+        self._instructions = loaded.instructions
+        self._how = loaded.features.functions
+        wanted = loaded.programs.keys() | loaded.refused.keys()
+        self._hooks = [hook for hook in HOOKS if hook.name in wanted]
+        self._functions = [function.name for function in FUNCTION_PROBES if function.name in wanted]
+        self._reattached = {hook.name: 0 for hook in self._hooks}
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        for group in (self._links, self._programs):
+            for descriptor in group.values():
+                os.close(descriptor)
+            group.clear()
+
+    def keep(self) -> list[str]:
+        """Ask the kernel about every link and attach again what somebody detached; a line for each change.
+
+        Function probes are nobody's but ours: only their descriptors' end detaches them.
+        """
+        lines = []
+        for hook in self._hooks:
+            link = self._links.get(hook.name)
+            if link is None or bpf.link_cgroup_id(link):
+                continue
+            if hook.name not in self._refused:
+                lines.append(f"{hook.name} was detached from {self._cgroup.path} by somebody else")
+            try:
+                fresh = bpf.link_create(self._programs[hook.name], self._cgroup.fd, hook.attach)
+            except OSError as error:
+                reason = f"cannot attach {hook.name} again: {error.strerror}"
+                if self._refused.get(hook.name) != reason:
+                    lines.append(reason)
+                self._refused[hook.name] = reason
+                continue
+            os.close(link)
+            self._links[hook.name] = fresh
+            self._refused.pop(hook.name, None)
+            self._reattached[hook.name] += 1
+            lines.append(f"{hook.name} is attached again")
+        return lines
+
+    @property
+    def complete(self) -> bool:
+        """Whether the kernel says that every required program is attached."""
+        return all(probe.attached for probe in self.probes() if probe.required)
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Every program, as the kernel reports it now."""
+        hooks = [self._probe(hook.name, self._is_linked(hook.name)) for hook in self._hooks]
+        return (*hooks, *(self._probe(name, name in self._links) for name in self._functions))
+
+    def settle_instructions(self) -> int:
+        """How many the verifier walked of the program that is attached to nothing."""
+        return self._instructions.get(SETTLE, 0)
+
+    def _is_linked(self, name: str) -> bool:
+        link = self._links.get(name)
+        return link is not None and bpf.link_cgroup_id(link) != 0
+
+    def _probe(self, name: str, attached: bool) -> Probe:
+        program = self._programs.get(name)
+        info = bpf.program_info(program) if program is not None else None
+        return Probe(
+            name=name,
+            attached=attached,
+            # Without the cgroup hooks, conntrack's flows are all there is.
+            required=_REQUIRED.get(name, not self._hooks and name == "__nf_conntrack_confirm"),
+            reattached=self._reattached.get(name, 0),
+            run_seconds=info.run_time_ns / 1e9 if info else 0.0,
+            runs=info.run_count if info else 0,
+            instructions=self._instructions.get(name, 0),
+            reason="" if attached else self._refused.get(name, "detached"),
+            how=self._how.get(name, ""),
+            missed=info.missed if info else 0,
+        )

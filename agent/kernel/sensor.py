@@ -1,0 +1,198 @@
+"""Everything that watches the kernel, as one: the sockets' replies, conntrack's flows, the programs on their hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from udpwatch.agent.kernel import bpf, records
+from udpwatch.agent.kernel.attached import Attached
+from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.ctnetlink import Table
+from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
+from udpwatch.agent.kernel.flows import FlowSensor, ListenedFlows, ProbedFlows
+from udpwatch.agent.kernel.loader import Limits, Loaded, load
+from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
+
+CANARY_SECONDS = 0.5
+HEALTH_SECONDS = 2.0
+
+
+def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
+    """How many values an element of a per-CPU map has: one more than the highest possible CPU number."""
+    return int(path.read_text().strip().replace(",", "-").split("-")[-1]) + 1
+
+
+class Sensor:
+    """Owns all descriptors. Not thread-safe: one thread reads."""
+
+    def __init__(self, cgroup: Cgroup, limits: Limits, loaded: Loaded, forwarded: Forwarded) -> None:
+        self._maps = loaded.maps
+        self._attached = Attached(cgroup, loaded)
+        self._cpus = possible_cpus()
+        self._replies = ReplySensor(loaded.maps, limits) if "findings" in loaded.maps else None
+        self._flows: FlowSensor | None = None
+        self.forwarded_reason = ""  # why replies of other machines are not seen
+        self._health: ConntrackHealth | None = None
+        self._health_at = -HEALTH_SECONDS
+        self._table: Table | None = None
+        self.features: Features = loaded.features
+        self.bcc_version = loaded.bcc_version
+        self._watch_flows(loaded, limits, forwarded)
+
+    @classmethod
+    def open(
+        cls,
+        cgroup: Cgroup,
+        limits: Limits,
+        btf: Path = VMLINUX_BTF,
+        hooks: Hooks = Hooks.ALL,
+        forwarded: Forwarded = Forwarded.AUTO,
+    ) -> Sensor:
+        """Load and attach. Raises what `loader.load` raises."""
+        if hooks is not Hooks.CGROUP:
+            _load_conntrack()
+        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF)
+        return cls(cgroup, limits, loaded, forwarded)
+
+    def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
+        told = self._maps.get("told")
+        if {"__nf_conntrack_confirm", "nf_ct_delete"} <= loaded.links.keys():
+            self._flows = FlowSensor(ProbedFlows(loaded, limits), told, limits)
+        elif forwarded is Forwarded.ON:
+            try:
+                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None), told, limits)
+            except OSError as error:
+                self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
+        elif forwarded is Forwarded.AUTO:
+            self.forwarded_reason = loaded.features.probes_reason or "its function probes are not attached"
+
+    @property
+    def mode(self) -> str:
+        """One word for metrics and doctor: where conntrack's opinion comes from."""
+        return self.features.mode if self._replies else "function"
+
+    @property
+    def listens(self) -> bool:
+        """Whether conntrack's events are read over netlink."""
+        return self._flows is not None and self._flows.flows is not None
+
+    @property
+    def sees_forwarded(self) -> bool:
+        return self._flows is not None
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        for part in (self._replies, self._flows, self._table, self._attached):
+            if part:
+                part.close()
+        for descriptor in self._maps.values():
+            os.close(descriptor)
+        self._maps.clear()
+
+    def wait(self, seconds: float) -> None:
+        """Block until there is something to read, or the time is over."""
+        poll = select.poll()
+        descriptors = [self._replies.fileno()] if self._replies else []
+        for descriptor in descriptors + (self._flows.filenos() if self._flows else []):
+            poll.register(descriptor, select.POLLIN)
+        poll.poll(seconds * 1000)
+
+    def events(self) -> Iterator[Event]:
+        """The events of all that was found since the last call."""
+        parts = [part.events() for part in (self._replies, self._flows) if part]
+        return itertools.chain.from_iterable(parts)
+
+    def read(self, forget_ns: int) -> Reading:
+        """One reading of everything; findings that were quiet for ``forget_ns`` are forgotten."""
+        parts = [part.increases(forget_ns) for part in (self._replies, self._flows) if part]
+        increases = tuple(itertools.chain.from_iterable(parts))
+        counters = self.counters()
+        replies, flows = self._replies, self._flows
+        return Reading(
+            increases=increases,
+            counters=counters,
+            probes=self.probes(),
+            tracked_peers=replies.count_peers(counters.remembered) if replies else 0,
+            evicted_peers=replies.evicted if replies else 0,
+            undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
+            dropped=replies.dropped if replies else 0,
+            held_back=flows.held_back if flows else 0,
+            overruns=flows.overruns if flows else 0,
+            flows=counters.flows if flows is None or flows.flows is None else flows.flows,
+            conntrack=self._conntrack_health(),
+        )
+
+    def counters(self) -> Counters:
+        """The programs' own counters."""
+        raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
+        return records.decode_counters(raw or b"")
+
+    def canary(self) -> bool:
+        """Send a datagram and an answer over loopback and see whether both cgroup programs saw them.
+
+        False also where this process's own packets do not pass the watched cgroup, or loopback is down. Where there
+        are function probes only, the kernel's word that they are attached has to do.
+        """
+        if not self._replies:
+            return self.attached
+        before = self.counters()
+        try:
+            with (
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+            ):
+                for end in (client, server):
+                    end.bind(("127.0.0.1", 0))
+                    end.settimeout(CANARY_SECONDS)
+                client.sendto(b"udpwatch", server.getsockname())
+                server.sendto(*server.recvfrom(16))
+                client.recvfrom(16)
+        except OSError:
+            return False
+        after = self.counters()
+        return after.remembered > before.remembered and after.checked > before.checked
+
+    def keep_attached(self) -> list[str]:
+        """Attach again what somebody detached; a line for each change."""
+        return self._attached.keep()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the kernel says that every required program is attached."""
+        return self._attached.complete
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Every program, as the kernel reports it now."""
+        return self._attached.probes()
+
+    @property
+    def settle_instructions(self) -> int:
+        """How many the verifier walked of the program that decides about flows; 0: it is not loaded."""
+        return self._attached.settle_instructions()
+
+    def _conntrack_health(self) -> ConntrackHealth | None:
+        now = time.monotonic()
+        if now - self._health_at >= HEALTH_SECONDS:
+            self._health_at = now
+            try:
+                # A question would make the kernel load conntrack; where it is not, there is nothing to know.
+                if self._table is None and Path("/proc/sys/net/netfilter/nf_conntrack_max").exists():
+                    self._table = Table()
+                self._health = self._table.health() if self._table else None
+            except OSError:
+                self._health = None
+        return self._health
+
+
+def _load_conntrack() -> None:
+    """Only functions that are there can be probed, and conntrack may be a module that nothing has asked for yet."""
+    with contextlib.suppress(OSError), Table() as table:
+        table.entries()

@@ -1,0 +1,54 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/* What reply.c and flows.c both do. No map is used here: bcc rewrites map calls in the main file
+ * only. */
+#ifndef UDPWATCH_COMMON_H
+#define UDPWATCH_COMMON_H
+
+#include "compat.h"
+#include "records.h"
+
+#define PROTO_UDP   17
+#define FAMILY_INET 2
+#define ROUTE_GROUP 0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
+#define DST_NOREF   1ULL       /* SKB_DST_NOREF */
+
+static __always_inline void set_ip4(struct address *to, __u32 address) {
+    to->half[0] = 0;
+    to->word[2] = net32(0xffff);
+    to->word[3] = address;
+}
+
+static __always_inline int same(const struct address *a, const struct address *b) {
+    return a->half[0] == b->half[0] && a->half[1] == b->half[1];
+}
+
+/* IPv4: 224/4, 240/4 and 127.255.255.255; IPv6: ff00::/8. */
+static __always_inline int is_group(const struct address *address, __u8 family) {
+    __u32 first = net32(address->word[0]), last = net32(address->word[3]);
+    if (family == FAMILY_INET)
+        return last >> 28 >= 14 || last == 0x7fffffff;
+    return first >> 24 == 0xff;
+}
+
+#if HAVE_KERNEL_READ
+/* Whether the route of an IPv4 packet leads to a group: only it knows what is a broadcast address.
+ * 0 also where the packet has no route; then *known is 0. */
+static __always_inline int routed_to_group(__u64 skb, int *known) {
+    __u64 route = read_kernel(skb + OFFSET_SKB_DST) & ~DST_NOREF;
+    *known = route != 0;
+    return route && (__u32)read_kernel(route + OFFSET_ROUTE_FLAGS) & ROUTE_GROUP;
+}
+#endif
+
+static __always_inline int is_remembered(__u64 seen, __u64 now) {
+    return seen && (now <= seen || now - seen <= WINDOW_NS);
+}
+
+/* A slot is a thread's: between the hooks of one send no other send uses it. Where egress does not
+ * know its thread, it is the socket's, and says who sends as well. */
+static __always_inline __u32 sender_slot(__u64 socket, __u64 pid_tgid) {
+    __u64 mixed = KNOW_CURRENT ? pid_tgid : socket * 0x9e3779b97f4a7c15ULL >> 40;
+    return mixed & (SENDER_SLOTS - 1);
+}
+
+#endif

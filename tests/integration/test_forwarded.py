@@ -1,0 +1,407 @@
+"""Wrong replies of machines behind the node, seen in conntrack's flows: by function probes where the kernel allows
+them, by conntrack's events everywhere. The machines are packets on tun devices: no socket here has a part in it.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+from conftest import Watch, ask
+from router import Machine, Router, inhabit
+
+from udpwatch.agent.kernel import flows
+from udpwatch.agent.kernel.ctnetlink import Listener
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.model import Cause, Event, Finding, Forwarded, Hooks, Tuple, Verdict
+
+#: by family: client, the server's address that is asked, the one it answers from, another server
+V4 = ("10.1.0.9", "10.2.0.5", "10.2.0.6", "10.2.0.7")
+V6 = ("fd00:1::9", "fd00:2::5", "fd00:2::6", "fd00:2::7")
+both = pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_grace() -> Iterator[None]:
+    """Half a second to answer a call: the tests' machines answer at once."""
+    before, flows.GRACE_SECONDS = flows.GRACE_SECONDS, 0.5
+    yield
+    flows.GRACE_SECONDS = before
+
+
+@pytest.fixture(scope="module")
+def router() -> Iterator[Router]:
+    with Router() as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=["probes", "events"])
+def how(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(scope="module")
+def open_watch(how: str) -> Callable[..., Watch]:
+    """A sensor of the wanted kind; where the kernel does not allow it the test is skipped."""
+
+    def open_one(limits: Limits = Limits()) -> Watch:
+        if how == "events":
+            return Watch(limits, hooks=Hooks.CGROUP, forwarded=Forwarded.ON)
+        watch = Watch(limits)
+        if not watch.sensor.sees_forwarded:
+            reason = watch.sensor.forwarded_reason
+            watch.close()
+            pytest.skip(f"function probes are not allowed here ({reason}): `make test-kernels` boots kernels that do")
+        return watch
+
+    return open_one
+
+
+@pytest.fixture(scope="module")
+def sides(open_watch: Callable[..., Watch], router: Router) -> Iterator[Watch]:
+    """A sensor that was there before the router's first packet."""
+    with closing(open_watch()) as watch:
+        assert watch.sensor.listens == (not watch.sensor.probes()[-1].how)
+        yield watch
+
+
+def settled(watch: Watch, port: int) -> dict[Finding, int]:
+    """The findings once everything that is under way has been decided."""
+    watch.read()
+    time.sleep(flows.GRACE_SECONDS + 0.1)  # the grace itself
+    return watch.findings(port)
+
+
+# ---- wrong replies ----
+
+
+@both
+def test_a_machine_behind_the_node(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    client, asked, other, _ = family
+    router.ask(client, 4444, asked, port)
+    router.answer(other, port, client, 4444)
+    ((finding, count),) = settled(sides, port).items()
+    assert count == 1
+    assert (finding.expected, finding.actual, finding.port) == (asked, other, port)
+    assert (finding.verdict, finding.cause) == (Verdict.NEW, Cause.FORWARDED)
+    assert (finding.process, finding.interface) == ("", "right")
+    (event,) = sides.events(port)
+    assert event.request == Tuple(client, 4444, asked, port)
+    assert event.original == Tuple(other, port, client, 4444)
+    assert event.reply == Tuple(client, 4444, other, port)
+    assert (event.peer, event.peer_port, event.pid) == (client, 4444, 0)
+    assert event.netns_inode == router.node.inode
+
+
+@both
+def test_flows_are_counted_not_datagrams(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    client, asked, other, _ = family
+    for client_port in (4444, 4445, 4446):
+        router.ask(client, client_port, asked, port)
+        for _ in range(5):
+            router.answer(other, port, client, client_port)
+    ((_, count),) = settled(sides, port).items()
+    assert count == 3
+    assert sorted(event.count for event in sides.events(port)) == [1, 2, 3]
+    router.ask(client, 4447, asked, port)
+    router.answer(other, port, client, 4447)
+    assert sum(settled(sides, port).values()) == 4
+
+
+def test_a_server_behind_dnat(sides: Watch, router: Router, port: int) -> None:
+    """What its machine was asked is where NAT led; the client asked the service address."""
+    client, asked, other, _ = V4
+    router.node.nft(
+        f"table ip dnat{port} {{ chain d {{ type nat hook prerouting priority dstnat;"
+        f" ip daddr 10.99.0.9 udp dport 7999 dnat to {asked}:{port}; }}; }}"
+    )
+    router.left.send(client, 4444, "10.99.0.9", 7999)
+    assert router.right.receive() == (client, 4444, asked, port)
+    router.answer(other, port, client, 4444)
+    ((finding, count),) = settled(sides, port).items()
+    assert (finding.expected, finding.actual, count) == (asked, other, 1)
+    (event,) = sides.events(port)
+    assert event.request == Tuple(client, 4444, "10.99.0.9", 7999)
+    # and a right answer is translated back, and is no finding
+    router.left.send(client, 4445, "10.99.0.9", 7999)
+    router.right.receive()
+    router.right.send(asked, port, client, 4445)
+    assert router.left.receive() == ("10.99.0.9", 7999, client, 4445)
+    assert sum(settled(sides, port).values()) == 1
+
+
+def test_a_client_here_is_answered_wrongly(sides: Watch, router: Router, port: int) -> None:
+    with router.node.socket() as client:
+        client.bind(("10.2.0.1", 0))
+        client.sendto(b"question", ("10.2.0.5", port))
+        source, source_port, _, _ = router.right.receive()
+        router.right.send("10.2.0.6", port, source, source_port)
+        ((finding, count),) = settled(sides, port).items()
+        assert (finding.expected, finding.actual, finding.cause, count) == ("10.2.0.5", "10.2.0.6", Cause.FORWARDED, 1)
+
+
+def test_asked_before_the_agent_started(open_watch: Callable[..., Watch], port: int) -> None:
+    """Entries that are there already are read once at the start; so are answered ones, and left alone."""
+    patient = Limits(window_ns=600_000_000_000)  # loading takes longer than conntrack waits, under emulation
+    with Router() as router:
+        router.node.sysctl("net/netfilter/nf_conntrack_udp_timeout", "600")
+        client, asked, other, _ = V4
+        for client_port in (4444, 4445):
+            router.ask(client, client_port, asked, port)
+        router.answer(asked, port, client, 4445)
+        with closing(open_watch(patient)) as watch:
+            router.answer(other, port, client, 4444)
+            router.answer(other, port, client, 4445)
+            ((finding, count),) = settled(watch, port).items()
+            assert (finding.expected, finding.actual, count) == (asked, other, 1)
+            (event,) = watch.events(port)
+            assert event.request == Tuple(client, 4444, asked, port)
+
+
+def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) -> None:
+    """Where it was seen to go, its last status counts; where not, nothing is claimed and that is counted."""
+    client, asked, other, _ = V4
+    before = sides.sensor.read(1 << 62).undecided
+    router.ask(client, 4444, asked, port)
+    router.answer(other, port, client, 4444)
+    sides.read()
+    router.node.run(["conntrack", "-D", "-p", "udp", "--orig-port-src", str(port)])
+    found = settled(sides, port)
+    if sides.sensor.listens:
+        assert not found
+        assert sides.sensor.read(1 << 62).undecided == before + 1
+    else:
+        assert list(found.values()) == [1]
+
+
+# ---- what only looks like one ----
+
+
+@both
+def test_ten_thousand_right_flows(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    client, asked, _, _ = family
+    before = sides.sensor.read(1 << 62).flows
+    for number in range(10_000):
+        router.ask(client, 20_000 + number, asked, port)
+        router.answer(asked, port, client, 20_000 + number)
+        if number % 1000 == 0:
+            sides.read()
+    assert not settled(sides, port)
+    assert sides.sensor.read(1 << 62).flows >= before + 10_000
+
+
+@both
+def test_a_resolver_tries_the_next_server(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    """DNS: the first server is down, the second answers, from a port for each and from one port for both."""
+    client, first, second, third = family
+    for number in range(200):
+        router.ask(client, 20_000 + number, first, port)
+        router.ask(client, 30_000 + number, second, port)
+        router.answer(second, port, client, 30_000 + number)
+    for number in range(200):
+        router.ask(client, 40_000 + number, first, port)
+        router.ask(client, 40_000 + number, third, port)
+        router.answer(third, port, client, 40_000 + number)
+    assert not settled(sides, port)
+
+
+def test_a_late_answer_to_a_port_used_again(open_watch: Callable[..., Watch], port: int) -> None:
+    """The entry of the first question is gone when its answer comes, and the port asks somebody else by then."""
+    client, first, second, _ = V4
+    with Router() as router, closing(open_watch()) as watch:
+        router.ask(client, 4444, first, port)
+        watch.read()
+        router.node.run(["conntrack", "-D", "-p", "udp", "--orig-port-dst", str(port)])
+        router.ask(client, 4444, second, port)
+        router.answer(first, port, client, 4444)
+        assert not settled(watch, port)
+
+
+@both
+def test_peers_that_call_each_other(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    """One port for everything, as DHT, WireGuard and games have: some calls stay unanswered, others are answered."""
+    peer, _, _, _ = family
+    base = peer.rpartition("1:")[0] if ":" in peer else "10.2.1."
+    others = [f"fd00:2::{number:x}" if ":" in peer else f"{base}{number}" for number in range(16, 116)]
+    for number, other in enumerate(others):
+        router.ask(peer, port, other, port)
+        if number % 2:
+            router.answer(other, port, peer, port)
+        stranger = others[(number + 50) % len(others)] + ("1" if ":" in peer else "")
+        router.right.send(stranger, port, peer, port)
+        router.left.receive()
+        if number % 3 == 0:
+            router.left.send(peer, port, stranger, port)
+            router.right.receive()
+    router.right.drain()
+    assert not settled(sides, port)
+
+
+@both
+def test_a_server_that_calls_its_client(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+    """SIP's way: one proxy is down, the other one calls the same client, which answers."""
+    client, down, other, _ = family
+    router.ask(client, port, down, port)
+    router.answer(other, port, client, port)
+    router.ask(client, port, other, port)
+    assert not settled(sides, port)
+
+
+def test_two_clients_behind_one_nat(sides: Watch, router: Router, port: int) -> None:
+    """Their translator gave both the same port, since they ask different servers: whose answer would it be?"""
+    nat, first, second, third = V4
+    router.ask(nat, 4444, first, port)
+    router.ask(nat, 4444, second, port)
+    router.answer(third, port, nat, 4444)
+    assert not settled(sides, port)
+
+
+def test_two_clients_behind_our_nat(sides: Watch, router: Router, port: int) -> None:
+    _, first, second, third = V4
+    router.node.nft(
+        f"table ip nat{port} {{ chain p {{ type nat hook postrouting priority srcnat;"
+        f" ip saddr 10.1.0.0/16 udp dport {port} masquerade; }}; }}"
+    )
+    for client, server in (("10.1.0.9", first), ("10.1.0.10", second)):
+        router.left.send(client, 4444, server, port)
+        assert router.right.receive() == ("10.2.0.1", 4444, server, port)
+    router.right.send(third, port, "10.2.0.1", 4444)
+    assert not settled(sides, port)
+
+
+def test_another_zone(sides: Watch, router: Router, port: int) -> None:
+    """Two tenants with the same addresses."""
+    client, asked, other, _ = V4
+    router.node.nft(
+        f"table ip zone{port} {{ chain z {{ type filter hook prerouting priority raw;"
+        f" iifname left udp dport {port} ct zone set 5; }}; }}"
+    )
+    router.ask(client, 4444, asked, port)
+    router.answer(other, port, client, 4444)
+    assert not settled(sides, port)
+
+
+def test_asked_longer_ago_than_the_window(open_watch: Callable[..., Watch], router: Router, port: int) -> None:
+    client, asked, other, _ = V4
+    with closing(open_watch(Limits(window_ns=300_000_000))) as watch:
+        router.ask(client, 4444, asked, port)
+        watch.read()
+        time.sleep(0.5)  # the scene itself: time goes by
+        router.answer(other, port, client, 4444)
+        assert not settled(watch, port)
+
+
+@pytest.mark.parametrize("group", ["10.1.255.255", "255.255.255.255", "239.1.2.3", "ff15::77"])
+def test_a_group_was_asked(sides: Watch, router: Router, port: int, group: str) -> None:
+    client, _, other, _ = V6 if ":" in group else V4
+    router.left.send(client, 4444, group, port)
+    router.answer(other, port, client, 4444)
+    assert not settled(sides, port)
+
+
+# ---- one fault, one finding ----
+
+
+def test_a_socket_behind_the_node_is_the_sockets_finding(open_watch: Callable[..., Watch], port: int) -> None:
+    """A pod's wrong reply passes the node's conntrack, too."""
+    with ContainerHost() as host, ExitStack() as stack:
+        inhabit(host.node)
+        watch = stack.enter_context(closing(open_watch()))
+        host.container.ip("addr add 172.17.0.4/16 dev eth0")
+        with host.container.socket() as server, host.outside.socket() as client:
+            server.bind(("0.0.0.0", port))
+            host.outside.ip(f"route add 172.17.0.0/16 via {host.ETH0}")
+            server.sendto(*ask(client, "172.17.0.4", port, server))
+            ((finding, count),) = settled(watch, port).items()
+            assert (finding.expected, finding.actual) == ("172.17.0.4", host.CONTAINER)
+            assert (finding.cause, count) == (Cause.KERNEL_CHOSEN, 1)
+            assert len(watch.events(port)) == 1
+
+
+def test_a_socket_on_the_node_is_the_sockets_finding(open_watch: Callable[..., Watch], port: int) -> None:
+    with ContainerHost() as host, ExitStack() as stack:
+        inhabit(host.node)
+        watch = stack.enter_context(closing(open_watch()))
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+            ((finding, count),) = settled(watch, port).items()
+            assert (finding.cause, count) == (Cause.KERNEL_CHOSEN, 1)
+
+
+def test_what_passes_two_namespaces_is_one(open_watch: Callable[..., Watch], port: int) -> None:
+    """The client's own namespace has conntrack at work as well."""
+    with ContainerHost() as host, ExitStack() as stack:
+        inhabit(host.node)
+        inhabit(host.outside)
+        host.outside.nft("table inet t { chain i { type filter hook input priority 0; ct state invalid drop; }; }")
+        watch = stack.enter_context(closing(open_watch()))
+        with host.node.entered():
+            machine = stack.enter_context(closing(Machine("behind")))
+        host.node.ip("addr add 10.8.0.1/24 dev behind", "link set behind up")
+        with host.outside.socket() as client:
+            client.sendto(b"question", ("10.8.0.2", port))
+            source, source_port, _, _ = machine.receive()
+            machine.send("10.8.0.3", port, source, source_port)
+            client.settimeout(5)
+            assert client.recvfrom(100)[1] == ("10.8.0.3", port)
+            ((finding, count),) = settled(watch, port).items()
+            assert (finding.expected, finding.actual, count) == ("10.8.0.2", "10.8.0.3", 1)
+
+
+# ---- conntrack's events ----
+
+
+def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small buffer, and more new flows than it holds: counted, mended by the table itself, right afterwards."""
+    monkeypatch.setattr(flows, "RECEIVE_BYTES", 8192)
+    client, asked, other, _ = V4
+    with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
+        for number in range(500):
+            router.ask(client, 20_000 + number, asked, port)
+            router.answer(other if number == 400 else asked, port, client, 20_000 + number)
+        ((finding, count),) = settled(watch, port).items()
+        assert (finding.actual, count) == (other, 1)
+        overruns = watch.sensor.read(1 << 62).overruns
+        assert overruns >= 1
+        router.ask(client, 4444, asked, port)
+        router.answer(other, port, client, 4444)
+        assert sum(settled(watch, port).values()) == 2
+        assert watch.sensor.read(1 << 62).overruns == overruns
+
+
+def test_events_hold_udp_only(router: Router, port: int) -> None:
+    """The socket filter keeps the rest out of the buffer."""
+    with router.node.entered():
+        listener = Listener(1 << 20)
+    with closing(listener), router.node.socket(kind=socket.SOCK_STREAM) as stream:
+        stream.setblocking(False)
+        stream.connect_ex(("10.2.0.5", port))
+        with socket.socket(fileno=socket.dup(listener.fileno())) as raw:
+            with pytest.raises(BlockingIOError):
+                raw.recv(100)
+        router.ask(V4[0], 4444, V4[1], port)
+        (entry,) = listener.read()
+        assert entry.original == Tuple(V4[0], 4444, V4[1], port)
+
+
+def test_a_namespace_that_comes_later(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
+    client, asked, other, _ = V4
+    with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
+        with Router() as router:
+            watch.read()
+            router.ask(client, 4444, asked, port)
+            router.answer(other, port, client, 4444)
+            assert list(settled(watch, port).values()) == [1]
+            (event,) = watch.events(port)
+            assert isinstance(event, Event)
+        watch.read()
+        listened = len(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
+        watch.read()
+        assert len(watch.sensor._flows._source._namespaces) <= listened  # type: ignore[union-attr]

@@ -1,0 +1,212 @@
+"""Which programs there are and what each finds alone: the cgroup hooks, the function probes, both."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from agents import Agent, run_cli
+from conftest import Watch, ask
+from test_scenes import V4, Family, both, bound, source_control
+
+from udpwatch.agent.kernel import bpf, flows
+from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict
+
+
+def skip_without_probes(watch: Watch) -> None:
+    reason = watch.sensor.features.probes_reason
+    if reason:
+        pytest.skip(f"function probes are not allowed here ({reason}): `make test-kernels` boots kernels that do")
+
+
+@pytest.fixture(scope="module")
+def everything() -> Iterator[Watch]:
+    """All programs."""
+    with closing(Watch()) as watch:
+        skip_without_probes(watch)
+        yield watch
+
+
+@pytest.fixture(scope="module")
+def functions() -> Iterator[Watch]:
+    """No cgroup hook at all."""
+    with closing(Watch(hooks=Hooks.CGROUP)) as watch:
+        skip_without_probes(watch)
+    with closing(Watch(hooks=Hooks.FUNCTION)) as watch:
+        yield watch
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows, "GRACE_SECONDS", 0.5)
+
+
+def the_event(watch: Watch, port: int) -> Event:
+    watch.read()
+    time.sleep(flows.GRACE_SECONDS + 0.1)  # the grace itself
+    assert watch.count(port) == 1
+    (event,) = watch.events(port)
+    return event
+
+
+def test_cgroup_hooks_alone(port: int) -> None:
+    with ContainerHost() as host, closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.OFF)) as watch:
+        assert [probe.name for probe in watch.sensor.probes()] == ["ingress", "egress", "sendmsg4", "sendmsg6"]
+        with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
+            server.sendto(*ask(client, V4.eth0, port, server))
+            event = the_event(watch, port)
+            assert (event.finding.expected, event.finding.actual) == (V4.eth0, V4.docker0)
+            assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, None)
+
+
+@both
+def test_function_probes_alone(functions: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """The demo's wrong reply: the same finding as by the hooks, counted in flows."""
+    assert functions.sensor.mode == "function"
+    for hook in (bpf.AttachType.CGROUP_INET_EGRESS, bpf.AttachType.CGROUP_INET_INGRESS):
+        assert not bpf.program_query(functions.cgroup.fd, hook)
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        question = ask(client, family.eth0, port, server)
+        for _ in range(3):
+            server.sendto(*question)
+        event = the_event(functions, port)
+        finding = event.finding
+        assert (finding.expected, finding.actual, finding.family) == (family.eth0, family.docker0, family.number)
+        assert (finding.verdict, finding.cause, finding.interface) == (Verdict.NEW, Cause.KERNEL_CHOSEN, "")
+        assert finding.process == Path("/proc/thread-self/comm").read_text().strip()
+        assert event.pid == _pid()
+        assert event.pktinfo is False
+        assert event.netns_inode == host.node.inode
+
+
+def _pid() -> int:
+    """As the kernel counts."""
+    return int(Path("/proc/self").readlink().name)
+
+
+@both
+def test_function_probes_alone_and_a_right_server(
+    functions: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], [source_control(family, family.eth0)], 0, peer)
+        functions.read()
+        time.sleep(flows.GRACE_SECONDS + 0.1)  # the grace itself
+        assert not functions.findings(port)
+
+
+@both
+@pytest.mark.parametrize("which", ["everything", "functions"])
+def test_cause_and_pktinfo(
+    request: pytest.FixtureRequest, host: ContainerHost, port: int, family: Family, which: str
+) -> None:
+    """PKTINFO with the wrong address, and a connected socket's plain send, which no cgroup hook sees."""
+    watch: Watch = request.getfixturevalue(which)
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], [source_control(family, family.second)], 0, peer)
+        event = the_event(watch, port)
+        assert (event.finding.cause, event.pktinfo) == (Cause.EXPLICIT, True)
+        assert event.pid == _pid()
+    port += 10_000
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.connect(peer)
+        server.send(data)
+        event = the_event(watch, port)
+        assert (event.finding.cause, event.pktinfo) == (Cause.CONNECTED, False)
+        assert event.pid == _pid()
+
+
+@both
+def test_pktinfo_without_an_address(everything: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """An interface alone: routing still chooses the source."""
+    anything = "0.0.0.0" if family is V4 else "::"
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], [source_control(family, anything)], 0, peer)
+        event = the_event(everything, port)
+        assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, True)
+
+
+def test_an_ipv6_socket_answers_ipv4(functions: Watch, host: ContainerHost, port: int) -> None:
+    dual = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    with bound(host.node, socket.AF_INET6, "::", port, dual) as server, host.container.socket() as client:
+        server.sendto(*ask(client, V4.eth0, port, server))
+        event = the_event(functions, port)
+        assert (event.finding.family, event.finding.cause) == (4, Cause.KERNEL_CHOSEN)
+
+
+def test_every_function_probe_is_attached(everything: Watch) -> None:
+    probes = {probe.name: probe for probe in everything.sensor.probes()}
+    for name in ("udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete"):
+        assert probes[name].attached, probes[name].reason
+        assert probes[name].how in ("fentry", "kprobe")
+        assert probes[name].instructions > 0
+
+
+@pytest.mark.parametrize("hooks", list(Hooks))
+def test_the_demo(hooks: Hooks, everything_allowed: bool) -> None:
+    """By each kind of program alone, as an operator would try it."""
+    if hooks is Hooks.FUNCTION and not everything_allowed:
+        done = run_cli("demo", env={"UDPWATCH_HOOKS": hooks})
+        assert done.returncode == 77
+        assert "does not allow function probes" in done.stderr
+        return
+    done = run_cli("demo", env={"UDPWATCH_HOOKS": hooks})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def everything_allowed() -> bool:
+    with closing(Watch(hooks=Hooks.CGROUP)) as watch:
+        return not watch.sensor.features.probes_reason
+
+
+def test_forwarded_by_an_agent(folder: Path, port: int) -> None:
+    """From the first packet to the metric, the event and the log line."""
+    from router import Router  # noqa: PLC0415  it needs /dev/net/tun
+
+    with Router() as router, Agent(folder, "--forwarded") as agent:
+        router.ask("10.1.0.9", 4444, "10.2.0.5", port)
+        router.answer("10.2.0.6", port, "10.1.0.9", 4444)
+        assert agent.counted(port, 1) == 1
+        labels = {"process": "", "cause": "forwarded", "expected": "10.2.0.5", "actual": "10.2.0.6"}
+        assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), **labels) == 1
+        assert agent.metric("udpwatch_flows_checked_total") >= 1
+        assert agent.metric("udpwatch_conntrack_limit") > 0
+        line = f"wrong reply: a machine behind right, port {port}/udp, was asked at 10.2.0.5 and answered from 10.2.0.6"
+        assert any(line in said for said in agent.said)
+
+
+@pytest.mark.parametrize("flag", ["--no-forwarded", "--forwarded"])
+def test_what_is_said_of_forwarded_replies(folder: Path, flag: str) -> None:
+    with Agent(folder, flag) as agent:
+        assert not any("machines behind this node" in line for line in agent.said)
+
+
+def test_hooks_that_do_not_exist() -> None:
+    done = run_cli("run", "--hooks", "most")
+    assert done.returncode == 2
+    assert "--hooks: 'most' is not accepted; it takes all or cgroup or function" in done.stderr
