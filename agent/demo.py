@@ -26,7 +26,7 @@ PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP = 56789, 56790, 56791, 56792
 SILENCE_SECONDS = 1.0  # after so long without an answer, none comes
 ANSWER_SECONDS = 5.0  # for what must come, on a slow machine too
 EVENT_SECONDS = 5.0
-READY_SECONDS = 30.0
+READY_SECONDS = 240.0  # under emulation it takes a minute
 _SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
 
 _INTRODUCTION = """\

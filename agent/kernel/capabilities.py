@@ -33,7 +33,7 @@ class Capability(IntEnum):
 PURPOSE = {
     Capability.BPF: "load the programs and read their maps",
     Capability.NET_ADMIN: "attach them to the cgroup",
-    Capability.PERFMON: "read conntrack's entry from the packet",
+    Capability.PERFMON: "read conntrack's entry from the packet, probe functions",
     Capability.SYS_ADMIN: "without CAP_PERFMON: enter namespaces to ask their conntrack; mount cgroup v2 privately",
     Capability.DAC_OVERRIDE: "open an event file again that belongs to somebody else by then",
     Capability.SYS_PTRACE: "without CAP_PERFMON: find a process's network namespace",

@@ -22,13 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from agents import Agent
+from router import Router
 
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel.ctnetlink import Listener, Table
+from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS, VMLINUX_BTF
+from udpwatch.agent.kernel.probes import How, Target
 from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 
 ROUNDS = 9
 REPEAT = 300_000
+RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
 RETURN_1 = bytes.fromhex("b7000000010000009500000000000000")
 
 
@@ -127,27 +132,14 @@ def programs() -> None:
 def sendmsg() -> None:
     """The sendmsg hook has no test run: its mean run time by the kernel's own statistics, against an empty one."""
     print("sendmsg4: ns a send, by kernel.bpf_stats_enabled, net of an empty program on the same hook")
-    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
-    before = switch.read_text()
-    empty = bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1)
-    with contextlib.closing(cgroup.find(None)) as root, loaded(root) as sensor, Lab() as lab:
+    with contextlib.closing(cgroup.find(None)) as root, loaded(root) as sensor, Lab() as lab, counted():
         alone = lab.namespace("alone")
+        empty = bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1)
         link = bpf.link_create(empty, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
-        switch.write_text("1")
         try:
             with alone.socket() as server, alone.socket() as client:
                 server.bind(("127.0.0.1", 0))
                 client.bind(("127.0.0.1", 0))
-
-                def mean(fd: int, runs: Callable[[], None]) -> tuple[float, float]:
-                    infos = [bpf.program_info(each) for each in (fd, empty)]
-                    runs()
-                    after = [bpf.program_info(each) for each in (fd, empty)]
-                    ours, base = (
-                        (b.run_time_ns - a.run_time_ns) / max(1, b.run_count - a.run_count)
-                        for a, b in zip(infos, after, strict=True)
-                    )
-                    return ours, base
 
                 def replies() -> None:
                     for _ in range(20_000):
@@ -159,17 +151,110 @@ def sendmsg() -> None:
                     for _ in range(20_000):
                         client.sendto(b"x", ("127.0.0.1", 9))
 
-                program = sensor.programs["sendmsg4"]
                 for what, traffic in (
                     ("sends that are answers", replies),
                     ("sends to a peer that never asked", unasked),
                 ):
-                    figures = [mean(program, traffic) for _ in range(5)]
+                    figures = [means([sensor.programs["sendmsg4"], empty], traffic) for _ in range(5)]
                     line(what, f"{statistics.median(ours - base for ours, base in figures):.0f} ns")
         finally:
-            switch.write_text(before)
             os.close(link)
             os.close(empty)
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[None]:
+    """The kernel keeps programs' run times while the body runs."""
+    switch = Path("/proc/sys/kernel/bpf_stats_enabled")
+    before = switch.read_text()
+    switch.write_text("1")
+    try:
+        yield
+    finally:
+        switch.write_text(before)
+
+
+def function_probes() -> None:
+    """Each function probe has no test run: its mean run time beside an empty probe's on the same function."""
+    print("function probes: ns a run, by kernel.bpf_stats_enabled; an empty probe on the same function; their ratio")
+    with contextlib.closing(cgroup.find(None)) as root, contextlib.ExitStack() as stack:
+        with Table() as table:
+            table.entries()  # the kernel loads conntrack
+        held = stack.enter_context(loaded(root))
+        if held.features.probes_reason:
+            line("not allowed here", held.features.probes_reason, "see `make bench-kernel`")
+            return
+        empty = {}
+        for function in SEND_FUNCTIONS + FLOW_FUNCTIONS:
+            how = How(held.features.functions[function.name])
+            target = stack.enter_context(Target(function, how, VMLINUX_BTF))
+            empty[function.name] = target.load(RETURN_0, "empty")[0]
+            stack.callback(os.close, empty[function.name])
+            stack.callback(os.close, target.attach(empty[function.name]))
+        router = stack.enter_context(Router())
+        stack.enter_context(counted())
+        sides = [router.node.socket(family) for family in (socket.AF_INET, socket.AF_INET6)]
+
+        def sends() -> None:
+            for side, to in zip(sides, ("127.0.0.1", "::1"), strict=True):
+                for _ in range(5_000):
+                    side.sendto(b"x", (to, 9))
+
+        def flows() -> None:
+            for number in range(2_000):
+                router.ask("10.1.0.9", 10_000 + number, "10.2.0.5", 53)
+                router.answer("10.2.0.5", 53, "10.1.0.9", 10_000 + number)
+            router.node.run(["conntrack", "-F"])
+
+        for name, traffic in (
+            ("udp_sendmsg", sends),
+            ("udpv6_sendmsg", sends),
+            ("__nf_conntrack_confirm", flows),
+            ("nf_ct_delete", flows),
+        ):
+            figures = [means([held.programs[name], empty[name]], traffic) for _ in range(5)]
+            ours, base = (statistics.median(column) for column in zip(*figures, strict=True))
+            how = held.features.functions[name]
+            line(f"{name} ({how})", f"{ours:.0f} / {base:.0f} ns, {ours / base:.1f} times")
+        for side in sides:
+            side.close()
+
+
+def means(programs: list[int], traffic: Callable[[], None]) -> list[float]:
+    """Nanoseconds a run of each program during the traffic."""
+    before = [bpf.program_info(each) for each in programs]
+    traffic()
+    after = [bpf.program_info(each) for each in programs]
+    return [
+        (b.run_time_ns - a.run_time_ns) / max(1, b.run_count - a.run_count) for a, b in zip(before, after, strict=True)
+    ]
+
+
+def conntrack_events() -> None:
+    """What `--forwarded` costs where probes are not allowed: the kernel's part a new flow, and the agent's."""
+    print("conntrack's events over netlink")
+    count = 3_000
+    with Router() as router:
+
+        def flows(start: int) -> float:
+            begin = time.perf_counter()
+            for number in range(start, start + count):
+                router.ask("10.1.0.9", 1_024 + number, "10.2.0.5", 53)
+            return (time.perf_counter() - begin) / count * 1e6
+
+        without, with_, read = [], [], []
+        for turn in range(5):
+            without.append(flows(2 * turn * count))
+            with router.node.entered():
+                listener = Listener(32 << 20)
+            with_.append(flows((2 * turn + 1) * count))
+            begin = time.perf_counter()
+            entries = sum(1 for _ in listener.read())
+            read.append((time.perf_counter() - begin) / entries * 1e6)
+            listener.close()
+        extra = statistics.median(b - a for a, b in zip(without, with_, strict=True))
+        line("kernel, a new flow more", f"{extra:.1f} us", f"of {statistics.median(without):.1f} us for all of it")
+        line("agent, decoding an event", f"{statistics.median(read):.1f} us")
 
 
 @contextlib.contextmanager
@@ -272,12 +357,13 @@ def flood() -> None:
             line("  resident memory afterwards", f"{running.resident_kib() / 1024:.1f} MB", "<= 45 MB")
 
 
+PARTS = {part.__name__: part for part in (programs, sendmsg, function_probes, conntrack_events, request_reply, agent)}
+
+
 def main() -> None:
     print(f"kernel {os.uname().release}, {os.cpu_count()} CPUs")
-    programs()
-    sendmsg()
-    request_reply()
-    agent()
+    for name in sys.argv[1:] or PARTS:
+        PARTS[name]()
 
 
 if __name__ == "__main__":

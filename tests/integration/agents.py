@@ -22,7 +22,7 @@ from udpwatch.agent.lab import die_with_parent
 from udpwatch.agent.views.api import ask_snapshot
 
 COMMAND = (sys.executable, "-m", "udpwatch.agent.cli")
-PATIENCE_SECONDS = 20.0
+PATIENCE_SECONDS = 120.0  # under emulation a start takes a minute
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:

@@ -1,0 +1,53 @@
+"""What follows from the kernel's lockdown level, whichever this kernel was booted with."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import closing
+
+import pytest
+from agents import run_cli
+from conftest import Watch, ask
+from test_scenes import V4, bound, finding_of
+
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.model import Forwarded, Verdict
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, dict[str, str]]:
+    """doctor's checks by name."""
+    done = run_cli("doctor", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+@pytest.fixture(scope="module")
+def confidential(report: dict[str, dict[str, str]]) -> bool:
+    return report["lockdown"]["found"].startswith("confidentiality")
+
+
+def test_the_mode(report: dict[str, dict[str, str]], confidential: bool) -> None:
+    with closing(Watch()) as watch:
+        assert watch.sensor.mode == ("netlink" if confidential else "packet")
+        if confidential:
+            assert not watch.sensor.sees_forwarded
+            assert "CAP_PERFMON is missing, or the kernel is locked down" in report["conntrack read"]["found"]
+            assert report["forwarded"]["status"] == "warn"
+
+
+def test_a_wrong_reply_is_found(confidential: bool, port: int) -> None:
+    with ContainerHost() as host, closing(Watch(Limits(), forwarded=Forwarded.ON)) as watch:
+        with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
+            server.sendto(*ask(client, V4.eth0, port, server))
+            assert watch.count(port) == 1
+            finding = finding_of(watch, port)
+            assert (finding.expected, finding.actual) == (V4.eth0, V4.docker0)
+            assert finding.verdict is (Verdict.UNKNOWN if confidential else Verdict.NEW)
+
+
+def test_the_demo_comes_out() -> None:
+    done = run_cli("demo")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,77 @@
+"""Runs on the kernel that is tried, in a guest or natively: asks doctor, runs the tests, writes down what came of it.
+
+``guest.py FOLDER``: FOLDER outlives the guest. request.json in it holds pytest's arguments, and the folders to be
+cached. ``started`` says that the kernel has booted; junit.xml is pytest's; result.json comes last and is there whole or
+not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARE_TAG = "root"
+#: programs and libraries, which every process of every test reads
+HOT = ("/usr/bin", "/usr/sbin", "/usr/lib/python3", "/usr/lib/python3.11", "/usr/lib/x86_64-linux-gnu")
+
+
+def main(folder: Path) -> int:
+    """Nothing here judges: that is the host's. Returns 0 when result.json is written."""
+    (folder / "started").touch()
+    request = json.loads((folder / "request.json").read_text())
+    if request["cached"]:
+        prepare(request["cached"])
+    arguments: list[str] = request["pytest"]
+    result = {
+        "release": os.uname().release,
+        "lockdown": lockdown(),
+        "doctor": doctor(),
+        # None: no tests were asked for.
+        "pytest": int(pytest.main(["-p", "no:cacheprovider", f"--junitxml={folder}/junit.xml", *arguments]))
+        if arguments
+        else None,
+    }
+    unfinished = folder / "result.json.part"
+    unfinished.write_text(json.dumps(result))
+    unfinished.rename(folder / "result.json")
+    return 0
+
+
+def prepare(cached: Sequence[str]) -> None:
+    """Make a guest like a machine: these folders are cached, and /dev/net/tun is there, for which udev cares else."""
+    share = Path("/run/share")
+    share.mkdir()
+    options = "trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro"
+    subprocess.run(["mount", "-t", "9p", "-o", options, SHARE_TAG, share], check=True)
+    for folder in cached:
+        subprocess.run(["mount", "--bind", f"{share}{folder}", folder], check=True)
+    subprocess.run(["modprobe", "tun"], check=True)
+
+
+def lockdown() -> str:
+    """The level as the kernel names it; "none" also where the kernel has no lockdown."""
+    read = "mount -t securityfs none /sys/kernel/security && cat /sys/kernel/security/lockdown"
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", read], capture_output=True, text=True, check=False)
+    return done.stdout.partition("[")[2].partition("]")[0] or "none"
+
+
+def doctor() -> dict[str, Any]:
+    """Its report; raises RuntimeError with what it said where it wrote none."""
+    command = [sys.executable, "-m", "udpwatch.agent.cli", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        report: dict[str, Any] = json.loads(done.stdout)
+    except json.JSONDecodeError:
+        raise RuntimeError(f"udpwatch doctor --json ended with status {done.returncode}: {done.stderr}") from None
+    return report
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,428 @@
+"""`make test-kernels`: the integration suite on Debian's kernels in QEMU, and natively, as one table.
+
+Each kernel boots with virtme-ng, without KVM, on this machine's own root file system, which it cannot change. A guest
+sees a copy of the checkout, so that work may go on in it, and leaves its results in build/kernels. A guest is the
+first process of a process namespace, which ends with this program: nothing is left running, however this ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import tomllib
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guest import HOT, SHARE_TAG
+from packages import SUITES, Kernel, Unavailable, obtain
+
+from udpwatch.agent.lab import die_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "build/kernels"
+BUDGET = Path(__file__).with_name("budget.toml")
+PAGE = ROOT / "docs/kernels.md"
+MARKERS = ("<!-- kernels: begin -->\n", "<!-- kernels: end -->\n")
+
+NATIVE = "native"
+EVERYTHING = ("tests/integration",)
+LOCKDOWN_TESTS: tuple[str, ...] = ()  # none: doctor alone is asked
+
+GUESTS_AT_ONCE = len(os.sched_getaffinity(0))
+GUEST_MEMORY = "2G"
+BOOT_SECONDS = 300  # takes 5 to 30
+RUN_SECONDS = 5400
+FAREWELL_SECONDS = 30
+VERIFIER_LIMIT = 1_000_000
+BUDGET_FACTOR = 1.3
+TAIL_LINES = 40  # of a console
+MESSAGE_LINES = 12  # of a failed test
+
+ONE_CPU = "needs two CPUs, a guest has one"
+#: what cannot run in a guest, and why
+UNFIT = {
+    "tests/integration/test_install.py": "pip needs the network, and what it installs does not depend on the kernel",
+    "tests/integration/test_lookalikes.py::test_order_of_questions_seen_by_two_cpus": ONE_CPU,
+    "tests/integration/test_lookalikes.py::test_two_first_questions_at_the_same_moment": ONE_CPU,
+}
+
+#: One CPU per guest: the threads of two wait for each other, and burn ten times the time where the machine has other
+#: work. The guest's clock counts instructions, 1 ns each: however slow the machine is, to the guest it is equally fast,
+#: and what a test waits for comes in time.
+CLOCK = "-icount shift=0"
+#: The root file system a second time: virtme-ng's mount of it may not be cached, this one is (guest.py).
+SHARE = (
+    f"-fsdev local,id={SHARE_TAG},path=/,security_model=none,readonly=on,multidevs=remap"
+    f" -device virtio-9p-pci,fsdev={SHARE_TAG},mount_tag={SHARE_TAG}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table; tests None: those that were asked for."""
+
+    kernel: str  # of packages.SUITES, or NATIVE
+    lockdown: str | None = "none"  # None: as the machine has it
+    tests: tuple[str, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.kernel if self.lockdown in (None, "none") else f"{self.kernel}-{self.lockdown}"
+
+
+ROWS = (
+    *(Row(kernel) for kernel in SUITES),
+    *(Row(kernel, level, LOCKDOWN_TESTS) for kernel in SUITES for level in ("integrity", "confidentiality")),
+    Row(NATIVE, None),
+)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of a row."""
+
+    row: Row
+    release: str = ""
+    lockdown: str = ""
+    mode: str = ""
+    programs: dict[str, int] = field(default_factory=dict)  # attached -> instructions; 0: the kernel does not say
+    passed: int = 0
+    failed: list[tuple[str, str]] = field(default_factory=list)  # name, end of the message
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    faults: list[str] = field(default_factory=list)  # all but failed tests
+    seconds: float = 0.0
+
+    @property
+    def good(self) -> bool:
+        return not self.faults and not self.failed
+
+    @property
+    def tests(self) -> str:
+        counts = {"passed": self.passed, "failed": len(self.failed), "skipped": len(self.skipped)}
+        nothing = "no result" if self.faults else "none"
+        return ", ".join(f"{count} {what}" for what, count in counts.items() if count) or nothing
+
+
+# ---- running ----
+
+
+async def run_rows(rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str]) -> list[Outcome]:
+    """Guests side by side, then what is native, alone: it has the machine's real time."""
+    slots = asyncio.Semaphore(GUESTS_AT_ONCE)
+
+    async def one(row: Row) -> Outcome:
+        async with slots:
+            return await run(row, kernels.get(row.kernel), row.tests if row.tests is not None else tests)
+
+    async with asyncio.TaskGroup() as group:
+        guests = [group.create_task(one(row)) for row in rows if row.kernel != NATIVE]
+    return [task.result() for task in guests] + [await one(row) for row in rows if row.kernel == NATIVE]
+
+
+async def run(row: Row, kernel: Kernel | None, tests: Sequence[str]) -> Outcome:
+    """Boot (or not, where there is no kernel to boot), wait, read what was left."""
+    print(f"{row.name}: starts", flush=True)
+    begin = time.monotonic()
+    folder = RESULTS / row.name
+    tree = folder / "tree/udpwatch"
+    _copy(tree)
+    unfit = [word for name in UNFIT if kernel for word in ("--deselect", name)]
+    request = {"pytest": ["-v", *unfit, *tests] if tests else [], "cached": []}
+    script = [sys.executable, str(tree / "tests/kernels/guest.py"), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(tree.parent)}
+    if kernel:
+        request["cached"] = [*HOT, sys.prefix, str(tree)]
+        environment["TMPDIR"] = str(folder)  # what vng would leave in /tmp when it is killed
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where vng finds its other half
+        inside = f"cd {shlex.quote(str(tree))} && PYTHONPATH={shlex.quote(str(tree.parent))} {shlex.join(script)}"
+        script = [*_guest(kernel, row.lockdown or "none", folder), "--", inside]
+    (folder / "request.json").write_text(json.dumps(request))
+    problem = await _finish(script, folder, environment, tree)
+    shutil.rmtree(tree.parent)
+    outcome = Outcome(row, faults=[problem] if problem else [], seconds=time.monotonic() - begin)
+    if not problem:
+        read(outcome, folder)
+    print(f"{row.name}: {outcome.tests}, {outcome.seconds:.0f} s", flush=True)
+    return outcome
+
+
+def _copy(tree: Path) -> None:
+    """The checkout without what tools left in it, compiled: a guest would take a hundred times as long."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
+    shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+    subprocess.run([sys.executable, "-m", "compileall", "-q", tree], check=True)
+
+
+def _guest(kernel: Kernel, lockdown: str, folder: Path) -> list[str]:
+    return [
+        *("unshare", "--pid", "--fork", "--kill-child", "--"),
+        *("vng", "--run", str(kernel.image), "--disable-kvm", "--force-9p"),
+        *("--root", "/", "--rwdir", str(folder), "--memory", GUEST_MEMORY, "--cpus", "1", "--verbose"),
+        *("--append", f"mitigations=off{'' if lockdown == 'none' else f' lockdown={lockdown}'}"),
+        f"--qemu-opts={CLOCK} {SHARE}",
+    ]
+
+
+async def _finish(command: list[str], folder: Path, environment: dict[str, str], cwd: Path) -> str | None:
+    """Run to the end, which may be a violent one; what is wrong with that end. All of it is gone on return."""
+    begin = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        cwd=cwd,
+        start_new_session=True,
+        preexec_fn=die_with_parent,
+    )
+    assert process.stdout
+    console = asyncio.create_task(_keep(process.stdout, folder / "console.log"))
+    ended = asyncio.create_task(process.wait())
+    problem = None
+    try:
+        while not ended.done() and not problem:
+            await asyncio.wait([ended], timeout=1)
+            seconds = time.monotonic() - begin
+            if seconds > BOOT_SECONDS and not (folder / "started").exists():
+                problem = f"did not boot within {BOOT_SECONDS} s"
+            elif seconds > RUN_SECONDS:
+                problem = f"did not end within {RUN_SECONDS} s"
+    finally:
+        with suppress(ProcessLookupError):
+            if process.returncode is None:  # natively pytest shall tidy up; a guest has nothing to tidy
+                os.killpg(process.pid, signal.SIGINT)
+                await asyncio.wait([ended], timeout=FAREWELL_SECONDS)
+            os.killpg(process.pid, signal.SIGKILL)
+        await console  # until the last process that could write to it is gone
+        await ended
+    if not problem and not (folder / "result.json").exists():
+        problem = f"ended with status {process.returncode} and left no result"
+    if problem:
+        tail = (folder / "console.log").read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        problem += "; the end of its console:\n" + "\n".join(f"    {line}" for line in tail)
+    return problem
+
+
+async def _keep(source: asyncio.StreamReader, path: Path) -> None:
+    with path.open("wb") as file:
+        while data := await source.read(65536):
+            file.write(data)
+            file.flush()
+
+
+# ---- reading ----
+
+
+def read(outcome: Outcome, folder: Path) -> None:
+    """Fill in what the guest left."""
+    result = json.loads((folder / "result.json").read_text())
+    outcome.release, outcome.lockdown = result["release"], result["lockdown"]
+    outcome.mode = result["doctor"]["mode"] or "none"
+    for check in result["doctor"]["checks"]:
+        if check["found"].startswith("attached"):
+            walked = re.search(r"walked (\d+) instructions", check["found"])
+            outcome.programs[check["name"]] = int(walked.group(1)) if walked else 0
+    if result["pytest"] is not None:
+        _read_tests(outcome, folder / "junit.xml", result["pytest"])
+    outcome.faults += [*_unexpected(outcome), *over_budget(outcome)]
+
+
+def _read_tests(outcome: Outcome, path: Path, status: int) -> None:
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        outcome.faults.append(f"pytest ended with status {status} ({pytest.ExitCode(status).name}); see {path.parent}")
+    if not path.exists():
+        return
+    for case in ET.parse(path).iter("testcase"):  # noqa: S314  # our own pytest wrote it
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if (bad := case.find("failure")) is None and (bad := case.find("error")) is None:
+            if (skip := case.find("skipped")) is None:
+                outcome.passed += 1
+            else:
+                outcome.skipped.append((name, skip.get("message", "")))
+        else:
+            lines = [line for line in (bad.text or "").splitlines() if line.strip()]
+            outcome.failed.append((name, "\n".join(lines[-MESSAGE_LINES:])))
+
+
+def _unexpected(outcome: Outcome) -> Iterator[str]:
+    level = outcome.row.lockdown
+    if level is not None and outcome.lockdown != level:
+        yield f"lockdown is {outcome.lockdown}, though the kernel was started with {level}"
+    mode = "netlink" if outcome.lockdown == "confidentiality" else "packet"
+    if outcome.mode != mode:
+        yield f"udpwatch's mode is {outcome.mode}; with lockdown {outcome.lockdown} it must be {mode}"
+    if not outcome.programs:
+        yield "doctor's report names no program as attached"
+
+
+def over_budget(outcome: Outcome) -> Iterator[str]:
+    """What has no budget, or needs more. A machine's own kernel has none: it may be any."""
+    kernel = outcome.row.kernel
+    if kernel == NATIVE:
+        return
+    for program, count in outcome.programs.items():
+        budget = _budgets()[kernel].get(program)
+        proposal = f"{program} = {_proposal(count):_}"
+        if not count:
+            continue
+        if budget is None:
+            yield f"no budget for {program} on {kernel}: write `{proposal}` to [{kernel}] of {BUDGET.name}"
+        elif count > budget:
+            yield (
+                f"{program} takes {count:,} of the verifier's {VERIFIER_LIMIT:,} instructions on {kernel}, its budget"
+                f" is {budget:,}: make it simpler, or write `{proposal}` to [{kernel}] of {BUDGET.name} and say why"
+            )
+
+
+@cache
+def _budgets() -> dict[str, dict[str, int]]:
+    return tomllib.loads(BUDGET.read_text())
+
+
+def _proposal(count: int) -> int:
+    """With room to grow, two digits of it."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return math.ceil(count * BUDGET_FACTOR / step) * step
+
+
+# ---- showing ----
+
+COLUMNS: dict[str, Callable[[Outcome], str]] = {
+    "kernel": lambda outcome: outcome.release or outcome.row.name,
+    "lockdown": lambda outcome: outcome.lockdown,
+    "mode": lambda outcome: outcome.mode,
+    "attached": lambda outcome: " ".join(outcome.programs),
+    "tests": lambda outcome: outcome.tests,
+    "seconds": lambda outcome: f"{outcome.seconds:.0f}",
+}
+
+
+def as_text(outcomes: Sequence[Outcome]) -> str:
+    """The table, the programs beside their budgets, and all that is wrong."""
+    table = [list(COLUMNS), *([show(outcome) for show in COLUMNS.values()] for outcome in outcomes)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
+    lines += ["", "instructions that the verifier walked, and the budget:"]
+    for outcome in outcomes:
+        budgets = _budgets().get(outcome.row.kernel, {})
+        counts = (
+            f"{program} {count:,} of {budgets.get(program, VERIFIER_LIMIT):,}" if count else f"{program} not known"
+            for program, count in outcome.programs.items()
+        )
+        lines.append(f"  {outcome.row.name}: {', '.join(counts)}")
+    for outcome in outcomes:
+        for reason, number in Counter(reason for _, reason in outcome.skipped).items():
+            lines += ["", f"{outcome.row.name}: skipped, {number}: {reason}"]
+        for name, message in outcome.failed:
+            lines += ["", f"{outcome.row.name}: FAILED {name}", textwrap.indent(message, "    ")]
+        for fault in outcome.faults:
+            lines += ["", f"{outcome.row.name}: FAULT {fault}"]
+    return "\n".join(lines)
+
+
+def as_markdown(outcomes: Sequence[Outcome]) -> str:
+    """The table of docs/kernels.md: what does not differ from machine to machine."""
+    lines = ["| kernel | lockdown | mode | attached | tests |", "|---|---|---|---|---|"]
+    for outcome in outcomes:
+        series = ".".join(outcome.release.split(".")[:2])
+        origin = SUITES.get(outcome.row.kernel, "the machine's own")
+        cells = [
+            f"{series} ({origin})",
+            outcome.lockdown,
+            f"`{outcome.mode}`",
+            " ".join(outcome.programs),
+            outcome.tests,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def document(outcomes: Sequence[Outcome]) -> None:
+    """Put the table where it belongs in the documents."""
+    begin, end = MARKERS
+    before, _, rest = PAGE.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(before + begin + as_markdown(outcomes) + end + after)
+
+
+# ---- the command ----
+
+
+def main() -> int:
+    """Exit status 0: every row came out as it must."""
+    parser = argparse.ArgumentParser(description="run the integration tests on other kernels")
+    names = [*SUITES, NATIVE]
+    parser.add_argument("--kernels", type=str.split, default=names, help=f"default: {' '.join(names)}")
+    parser.add_argument("--tests", type=str.split, default=EVERYTHING, help=f"default: {' '.join(EVERYTHING)}")
+    options = parser.parse_args()
+    kernels, tests = options.kernels or names, options.tests or EVERYTHING
+    if unknown := set(kernels) - set(names):
+        parser.error(f"unknown kernel {' '.join(sorted(unknown))}; there are {' '.join(names)}")
+    if os.geteuid():
+        parser.error("needs root: run `make test-kernels` as root")
+    os.chdir(ROOT)
+    rows = [row for row in ROWS if row.kernel in kernels]
+    try:
+        with only_one():
+            images = {name: obtain(name) for name in SUITES if name in kernels}
+            outcomes = asyncio.run(interruptible(run_rows(rows, images, tests)))
+    except Unavailable as error:
+        print(f"test-kernels: {error}", file=sys.stderr)
+        return 77
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        print("test-kernels: interrupted", file=sys.stderr)
+        return 130
+    print(f"\n{as_text(outcomes)}\n")
+    if any(kernel != NATIVE for kernel in kernels):
+        for name, reason in UNFIT.items():
+            print(f"not run in guests: {name}: {reason}")
+    if rows == list(ROWS) and tuple(tests) == EVERYTHING:
+        document(outcomes)
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+@contextmanager
+def only_one() -> Iterator[None]:
+    """Two at once would write over each other. What the last one left goes."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    folder = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in RESULTS.iterdir():
+            shutil.rmtree(left)
+        yield
+    except BlockingIOError:
+        raise Unavailable(f"another test-kernels is at work in {RESULTS}: wait for its end") from None
+    finally:
+        os.close(folder)
+
+
+async def interruptible(work: Coroutine[Any, Any, list[Outcome]]) -> list[Outcome]:
+    """SIGTERM is as Ctrl-C."""
+    task = asyncio.create_task(work)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
+
+
+if __name__ == "__main__":
+    sys.exit(main())
