@@ -19,7 +19,7 @@ import os
 import struct
 import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
@@ -54,8 +54,6 @@ class _Source(Protocol):
 
     def decided(self, now: int) -> Iterator[Event]: ...
 
-    def filenos(self) -> list[int]: ...
-
     @property
     def flows(self) -> int | None:
         """New UDP flows seen; None where the kernel programs count them."""
@@ -67,11 +65,8 @@ class _Source(Protocol):
 @dataclass(slots=True)
 class _Sum:
     count: int = 0
-    last: int = 0
-    fresh: int = 0
-    pid: int = 0
-    second: int = 0
-    in_second: int = 0
+    second: int = 0  # that in_second counts in
+    in_second: int = 0  # events
 
 
 class FlowSensor:
@@ -80,7 +75,8 @@ class FlowSensor:
     def __init__(self, source: _Source, told: int | None, limits: Limits) -> None:
         """``told``: descriptor of reply.c's map of what sockets were found with; None where there is none."""
         self._source, self._told, self._limits = source, told, limits
-        self._sums: dict[Finding, _Sum] = {}
+        self._fresh: dict[Finding, Increase] = {}
+        self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
         self._seen: OrderedDict[tuple[str, int, str, int], tuple[int | None, int]] = OrderedDict()
         self._events: deque[Event] = deque(maxlen=MAX_WAITING)
         self.held_back = 0  # events above the limit
@@ -97,10 +93,6 @@ class FlowSensor:
     def flows(self) -> int | None:
         return self._source.flows
 
-    def filenos(self) -> list[int]:
-        """Descriptors that become readable when there is something to read."""
-        return self._source.filenos()
-
     def close(self) -> None:
         self._source.close()
 
@@ -110,16 +102,11 @@ class FlowSensor:
         while self._events:
             yield self._events.popleft()
 
-    def increases(self, forget_ns: int) -> Iterator[Increase]:
+    def increases(self) -> Iterable[Increase]:
         """What was added to each finding since the last call."""
         self._take()
-        now = time.monotonic_ns()
-        for finding, known in list(self._sums.items()):
-            if known.fresh:
-                yield Increase(finding, known.fresh, known.last, known.pid)
-                known.fresh = 0
-            elif now - known.last > forget_ns:
-                del self._sums[finding]
+        fresh, self._fresh = self._fresh, {}
+        return fresh.values()
 
     def _take(self) -> None:
         for event in self._source.decided(time.monotonic_ns()):
@@ -145,10 +132,14 @@ class FlowSensor:
         return False
 
     def _add(self, event: Event) -> None:
-        known = self._sums.setdefault(event.finding, _Sum())
+        finding = event.finding
+        before = self._fresh.get(finding)
+        self._fresh[finding] = Increase(finding, before.count + 1 if before else 1, event.time, event.pid)
+        known = self._sums.setdefault(finding, _Sum())
+        self._sums.move_to_end(finding)
+        if len(self._sums) > self._limits.max_findings:
+            self._sums.popitem(last=False)
         known.count += 1
-        known.fresh += 1
-        known.last, known.pid = event.time, event.pid
         second = event.time // 1_000_000_000
         if second != known.second:
             known.second, known.in_second = second, 0
@@ -174,9 +165,6 @@ class ProbedFlows:
         self.undecided = self.overruns = 0
         self.flows = None
         self._read_existing(limits)
-
-    def filenos(self) -> list[int]:
-        return []
 
     def close(self) -> None:
         for table in self._tables.values():
@@ -321,9 +309,6 @@ class ListenedFlows:
         self.undecided = self.overruns = 0
         self.flows: int | None = 0
         self._look_for_namespaces(must=True)
-
-    def filenos(self) -> list[int]:
-        return [each.listener.fileno() for each in self._namespaces.values()]
 
     def close(self) -> None:
         for each in self._namespaces.values():

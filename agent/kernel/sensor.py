@@ -39,6 +39,9 @@ class Sensor:
         self._cpus = possible_cpus()
         self._replies = ReplySensor(loaded.maps, limits) if "findings" in loaded.maps else None
         self._flows: FlowSensor | None = None
+        self._poll = select.poll()
+        if self._replies:
+            self._poll.register(self._replies.fileno(), select.POLLIN)
         self.forwarded_reason = ""  # why replies of other machines are not seen
         self._health: ConntrackHealth | None = None
         self._health_at = -HEALTH_SECONDS
@@ -98,12 +101,8 @@ class Sensor:
         self._maps.clear()
 
     def wait(self, seconds: float) -> None:
-        """Block until there is something to read, or the time is over."""
-        poll = select.poll()
-        descriptors = [self._replies.fileno()] if self._replies else []
-        for descriptor in descriptors + (self._flows.filenos() if self._flows else []):
-            poll.register(descriptor, select.POLLIN)
-        poll.poll(seconds * 1000)
+        """Block until the programs have sent an event up, or the time is over. Flows wait in their own buffers."""
+        self._poll.poll(seconds * 1000)
 
     def events(self) -> Iterator[Event]:
         """The events of all that was found since the last call."""
@@ -112,10 +111,10 @@ class Sensor:
 
     def read(self, forget_ns: int) -> Reading:
         """One reading of everything; findings that were quiet for ``forget_ns`` are forgotten."""
-        parts = [part.increases(forget_ns) for part in (self._replies, self._flows) if part]
+        replies, flows = self._replies, self._flows
+        parts = (replies.increases(forget_ns) if replies else (), flows.increases() if flows else ())
         increases = tuple(itertools.chain.from_iterable(parts))
         counters = self.counters()
-        replies, flows = self._replies, self._flows
         return Reading(
             increases=increases,
             counters=counters,
