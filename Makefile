@@ -7,12 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format
+KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 busybox-static kmod
 
-.PHONY: help demo test lint bench golden clean packages-run packages-test
+.PHONY: help demo test test-kernels lint bench bench-kernel golden clean packages-run packages-test packages-kernels
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
 	@echo "make test    run every test that this machine can run (root)"
+	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; hours; KERNELS=\"5.10 newest\")"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
@@ -24,6 +26,9 @@ demo: packages-run $(VENV)/.run
 test: packages-test $(VENV)/.dev
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
+test-kernels: packages-kernels $(VENV)/.kernels
+	@$(BIN)/python tests/kernels/matrix.py --kernels "$(KERNELS)" --tests "$(KERNEL_TESTS)"
+
 lint: packages-test $(VENV)/.dev build/types/udpwatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,6 +37,9 @@ lint: packages-test $(VENV)/.dev build/types/udpwatch
 
 bench: packages-test $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
+
+bench-kernel: packages-kernels $(VENV)/.kernels
+	@$(BIN)/python tests/kernels/matrix.py --kernels "$(or $(KERNELS),6.12)" --bench "function_probes"
 
 golden: packages-test $(VENV)/.dev
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden
@@ -43,7 +51,8 @@ clean:
 # dpkg is asked first, so that a machine that has everything needs no network.
 packages-run: PACKAGES = $(RUN_PACKAGES)
 packages-test: PACKAGES = $(TEST_PACKAGES)
-packages-run packages-test:
+packages-kernels: PACKAGES = $(KERNEL_PACKAGES)
+packages-run packages-test packages-kernels:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 		[ $$(id -u) = 0 ] || { echo "udpwatch: these Debian packages are missing: $$missing; run this as root to install them" >&2; exit 77; }; \
@@ -62,6 +71,10 @@ $(VENV)/.run: pyproject.toml | packages-run $(VENV)/bin/python
 $(VENV)/.dev: pyproject.toml | packages-test $(VENV)/bin/python
 	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.kernels: pyproject.toml | packages-kernels $(VENV)/bin/python
+	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev,kernels]'
+	@touch $@ $(VENV)/.run $(VENV)/.dev
 
 build/types/udpwatch:
 	@mkdir -p build/types && ln -sfn ../.. $@

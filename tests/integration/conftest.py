@@ -81,10 +81,25 @@ def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     watch.close()
 
 
+#: What mode netlink misses by design where the kernel tells no namespace (before 6.15; docs/kernels.md): the scene, why.
+MISSED_WITHOUT_NAMESPACE = {
+    "test_connected_server_socket": "who sends through a connected socket is not known, nor whose conntrack to ask",
+    "test_connected_second_socket": "the answer leaves through another socket",
+    "test_reuseport_sibling_answers": "the answer leaves through another socket",
+    "test_sibling_bound_to_the_other_address": "the answer leaves through another socket",
+    "test_connected_socket_asked_and_listener_answers": "the answer leaves through another socket",
+    "test_loopback_to_own_addresses": "no conntrack there, but the process is in other namespaces, too",
+    "test_the_two_newest_addresses": "no conntrack there, but the process is in other namespaces, too",
+}
+
+
 @pytest.fixture(params=["packet", "netlink"])
 def watch(request: pytest.FixtureRequest) -> Watch:
     """Every scene is played in both modes and must come out with the same counts."""
     found: Watch = request.getfixturevalue(f"{request.param}_watch")
+    name = request.function.__name__
+    if found.sensor.features.scope == "socket" and name in MISSED_WITHOUT_NAMESPACE:
+        pytest.skip(f"by design, mode netlink without namespaces: {MISSED_WITHOUT_NAMESPACE[name]}")
     return found
 
 

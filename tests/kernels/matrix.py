@@ -45,7 +45,7 @@ MARKERS = ("<!-- kernels: begin -->\n", "<!-- kernels: end -->\n")
 
 NATIVE = "native"
 EVERYTHING = ("tests/integration",)
-LOCKDOWN_TESTS: tuple[str, ...] = ()  # none: doctor alone is asked
+LOCKDOWN_TESTS = ("tests/integration/test_lockdown.py",)
 
 GUESTS_AT_ONCE = len(os.sched_getaffinity(0))
 GUEST_MEMORY = "2G"
@@ -104,7 +104,8 @@ class Outcome:
     release: str = ""
     lockdown: str = ""
     mode: str = ""
-    programs: dict[str, int] = field(default_factory=dict)  # attached -> instructions; 0: the kernel does not say
+    programs: dict[str, int] = field(default_factory=dict)  # name -> instructions that the verifier walked
+    bench: str = ""  # what it printed
     passed: int = 0
     failed: list[tuple[str, str]] = field(default_factory=list)  # name, end of the message
     skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
@@ -125,20 +126,23 @@ class Outcome:
 # ---- running ----
 
 
-async def run_rows(rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str]) -> list[Outcome]:
+async def run_rows(
+    rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str], bench: Sequence[str]
+) -> list[Outcome]:
     """Guests side by side, then what is native, alone: it has the machine's real time."""
     slots = asyncio.Semaphore(GUESTS_AT_ONCE)
 
     async def one(row: Row) -> Outcome:
         async with slots:
-            return await run(row, kernels.get(row.kernel), row.tests if row.tests is not None else tests)
+            chosen = row.tests if row.tests is not None else tests
+            return await run(row, kernels.get(row.kernel), () if bench else chosen, bench)
 
     async with asyncio.TaskGroup() as group:
         guests = [group.create_task(one(row)) for row in rows if row.kernel != NATIVE]
     return [task.result() for task in guests] + [await one(row) for row in rows if row.kernel == NATIVE]
 
 
-async def run(row: Row, kernel: Kernel | None, tests: Sequence[str]) -> Outcome:
+async def run(row: Row, kernel: Kernel | None, tests: Sequence[str], bench: Sequence[str]) -> Outcome:
     """Boot (or not, where there is no kernel to boot), wait, read what was left."""
     print(f"{row.name}: starts", flush=True)
     begin = time.monotonic()
@@ -146,7 +150,7 @@ async def run(row: Row, kernel: Kernel | None, tests: Sequence[str]) -> Outcome:
     tree = folder / "tree/udpwatch"
     _copy(tree)
     unfit = [word for name in UNFIT if kernel for word in ("--deselect", name)]
-    request = {"pytest": ["-v", *unfit, *tests] if tests else [], "cached": []}
+    request = {"pytest": ["-v", *unfit, *tests] if tests else [], "bench": bench, "cached": []}
     script = [sys.executable, str(tree / "tests/kernels/guest.py"), str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(tree.parent)}
     if kernel:
@@ -239,9 +243,10 @@ def read(outcome: Outcome, folder: Path) -> None:
     outcome.release, outcome.lockdown = result["release"], result["lockdown"]
     outcome.mode = result["doctor"]["mode"] or "none"
     for check in result["doctor"]["checks"]:
-        if check["found"].startswith("attached"):
-            walked = re.search(r"walked (\d+) instructions", check["found"])
-            outcome.programs[check["name"]] = int(walked.group(1)) if walked else 0
+        walked = re.search(r"walked (\d+) instructions", check["found"])
+        if walked:
+            outcome.programs[check["name"]] = int(walked.group(1))
+    outcome.bench = result["bench"]
     if result["pytest"] is not None:
         _read_tests(outcome, folder / "junit.xml", result["pytest"])
     outcome.faults += [*_unexpected(outcome), *over_budget(outcome)]
@@ -283,8 +288,6 @@ def over_budget(outcome: Outcome) -> Iterator[str]:
     for program, count in outcome.programs.items():
         budget = _budgets()[kernel].get(program)
         proposal = f"{program} = {_proposal(count):_}"
-        if not count:
-            continue
         if budget is None:
             yield f"no budget for {program} on {kernel}: write `{proposal}` to [{kernel}] of {BUDGET.name}"
         elif count > budget:
@@ -326,10 +329,11 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
     for outcome in outcomes:
         budgets = _budgets().get(outcome.row.kernel, {})
         counts = (
-            f"{program} {count:,} of {budgets.get(program, VERIFIER_LIMIT):,}" if count else f"{program} not known"
+            f"{program} {count:,} of {budgets.get(program, VERIFIER_LIMIT):,}"
             for program, count in outcome.programs.items()
         )
         lines.append(f"  {outcome.row.name}: {', '.join(counts)}")
+    lines += [f"\n{outcome.row.name}: {outcome.bench.strip()}" for outcome in outcomes if outcome.bench]
     for outcome in outcomes:
         for reason, number in Counter(reason for _, reason in outcome.skipped).items():
             lines += ["", f"{outcome.row.name}: skipped, {number}: {reason}"]
@@ -371,9 +375,10 @@ def document(outcomes: Sequence[Outcome]) -> None:
 def main() -> int:
     """Exit status 0: every row came out as it must."""
     parser = argparse.ArgumentParser(description="run the integration tests on other kernels")
-    names = [*SUITES, NATIVE]
+    names = [row.name for row in ROWS]
     parser.add_argument("--kernels", type=str.split, default=names, help=f"default: {' '.join(names)}")
     parser.add_argument("--tests", type=str.split, default=EVERYTHING, help=f"default: {' '.join(EVERYTHING)}")
+    parser.add_argument("--bench", type=str.split, default=(), help="run these parts of tests/bench instead of tests")
     options = parser.parse_args()
     kernels, tests = options.kernels or names, options.tests or EVERYTHING
     if unknown := set(kernels) - set(names):
@@ -381,11 +386,11 @@ def main() -> int:
     if os.geteuid():
         parser.error("needs root: run `make test-kernels` as root")
     os.chdir(ROOT)
-    rows = [row for row in ROWS if row.kernel in kernels]
+    rows = [row for row in ROWS if row.name in kernels]
     try:
         with only_one():
-            images = {name: obtain(name) for name in SUITES if name in kernels}
-            outcomes = asyncio.run(interruptible(run_rows(rows, images, tests)))
+            images = {row.kernel: obtain(row.kernel) for row in rows if row.kernel != NATIVE}
+            outcomes = asyncio.run(interruptible(run_rows(rows, images, tests, options.bench)))
     except Unavailable as error:
         print(f"test-kernels: {error}", file=sys.stderr)
         return 77
@@ -396,7 +401,7 @@ def main() -> int:
     if any(kernel != NATIVE for kernel in kernels):
         for name, reason in UNFIT.items():
             print(f"not run in guests: {name}: {reason}")
-    if rows == list(ROWS) and tuple(tests) == EVERYTHING:
+    if rows == list(ROWS) and tuple(tests) == EVERYTHING and not options.bench:
         document(outcomes)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
