@@ -81,7 +81,7 @@ def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     watch.close()
 
 
-#: What mode netlink misses by design where the kernel tells no namespace (before 6.15; docs/kernels.md): the scene, why.
+#: What mode netlink misses by design where the kernel tells no namespace (before 6.15; docs/kernels.md), and why.
 MISSED_WITHOUT_NAMESPACE = {
     "test_connected_server_socket": "who sends through a connected socket is not known, nor whose conntrack to ask",
     "test_connected_second_socket": "the answer leaves through another socket",
