@@ -32,7 +32,7 @@ test-kernels: packages-kernels $(VENV)/.kernels
 lint: packages-test $(VENV)/.dev build/types/udpwatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent
+	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent -p udpwatch.dns
 	clang-format --dry-run --Werror bpf/*.c bpf/*.h
 
 bench: packages-test $(VENV)/.dev

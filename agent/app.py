@@ -15,9 +15,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udpwatch.agent import __version__
 from udpwatch.agent.config import Settings
+from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.enrich.process import Processes
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
@@ -29,7 +32,10 @@ from udpwatch.agent.state import About, State
 from udpwatch.agent.views import api
 from udpwatch.agent.views.events import EventWriter, as_json
 from udpwatch.agent.views.http import HttpView
-from udpwatch.agent.views.metrics import exposition
+from udpwatch.agent.views.metrics import SnapshotCollector, exposition
+
+if TYPE_CHECKING:
+    from udpwatch.dns.service import Service
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_SECONDS = 0.5
@@ -83,6 +89,19 @@ def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
     if not features.sender:
         lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
     return lines
+
+
+def open_dns(conf: Path | None) -> Service:
+    """The responder, bound; raises UdpwatchError. Imported only where it is wanted: it takes memory."""
+    from udpwatch.dns.errors import DnsError  # noqa: PLC0415
+    from udpwatch.dns.options import read_conf  # noqa: PLC0415
+    from udpwatch.dns.service import Service  # noqa: PLC0415
+    from udpwatch.dns.settings import Settings as DnsSettings  # noqa: PLC0415
+
+    try:
+        return Service(read_conf(conf) if conf else DnsSettings(), __version__)
+    except DnsError as error:
+        raise UdpwatchError(f"--dns: {error}") from None
 
 
 class _Proof:
@@ -198,6 +217,9 @@ class App:
                 self._cgroup, limits(settings), settings.btf or VMLINUX_BTF, settings.hooks, settings.forwarded
             )
             opened.callback(self._sensor.close)
+            self._dns = open_dns(settings.dns_conf) if settings.dns else None
+            if self._dns:
+                opened.callback(self._dns.close)
             self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
             about = About(
                 version=__version__,
@@ -225,6 +247,8 @@ class App:
     async def _run(self) -> None:
         for number in STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._done.set)
+        if self._dns:
+            self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
         self._drop_capabilities()
         self._announce()
         for line in self._proof.look():
@@ -234,19 +258,29 @@ class App:
         if self._events:
             self._events.start()
         if self._http:
-            self._http.start(exposition(lambda: self._snapshot), self._healthy, self._ready)
+            collectors = [SnapshotCollector(lambda: self._snapshot), *([self._dns.collector] if self._dns else [])]
+            self._http.start(exposition(*collectors), self._healthy, self._ready)
+        if self._dns:
+            await self._dns.start()
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_reading, self._on_failure
         self._thread = _SensorThread(self._sensor, forget, self._loop, *handlers, self._proof)
         self._thread.start()
-        if self._snapshot.ready:
+        ready, reason = self._ready()
+        if ready:
             log.info("ready")
         else:
-            log.warning("not ready: %s", self._ready()[1])
+            log.warning("not ready: %s", reason)
         await self._done.wait()
 
+    def _reload_dns(self) -> None:
+        assert self._dns
+        self._reloading = self._loop.create_task(self._dns.reload())
+
     async def _close(self) -> None:
+        if self._dns:
+            await self._dns.stop()
         ended = await asyncio.to_thread(self._thread.stop) if self._thread else True
         await asyncio.sleep(0)  # what the sensor said last
         if self._events:
@@ -279,6 +313,8 @@ class App:
         keep = {Capability.BPF, Capability.NET_ADMIN}
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
+        if self._settings.dns:  # for addresses that come later
+            keep.add(Capability.NET_BIND_SERVICE)
         if not self._sensor.features.conntrack or self._sensor.listens:
             keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
         if Capability.BPF not in capabilities.effective():
@@ -332,6 +368,8 @@ class App:
         return age < STALLED_SECONDS, f"last reading {age:.1f} s ago"
 
     def _ready(self) -> tuple[bool, str]:
+        if self._dns and not self._dns.ready:
+            return False, "dns: the tables are being read, or it is stopping"
         if self._snapshot.ready:
             return True, "ready"
         missing = [f"{probe.name}: {probe.reason}" for probe in self._snapshot.probes if not probe.attached]

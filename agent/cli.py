@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         doctor.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
 
     commands.add_parser(
+        "dns",
+        help="the DNS responder alone, with dnsmasq's options",
+        add_help=False,  # it reads its own words, as dnsmasq does
+    )
+
+    commands.add_parser(
         "demo",
         help="see it at work, in network namespaces of its own",
         description="Build a container host in network namespaces, let a server answer from the wrong address, and "
@@ -98,7 +104,10 @@ def _fail(error: UdpwatchError) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parsed = _parser().parse_args(arguments)
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["dns"]:
+        return _dns(words[1:])
+    parsed = _parser().parse_args(words)
     logging.basicConfig(level=logging.INFO, format="udpwatch: %(message)s", stream=sys.stderr)
     try:
         return _dispatch(parsed)
@@ -107,6 +116,28 @@ def _run(arguments: Sequence[str] | None) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 130
+
+
+def _dns(words: Sequence[str]) -> int:
+    """`udpwatch dns`: dnsmasq's words, and dnsmasq's exit statuses."""
+    from udpwatch.dns.errors import DnsError  # noqa: PLC0415
+    from udpwatch.dns.options import Information, parse  # noqa: PLC0415
+
+    logging.basicConfig(level=logging.INFO, format="udpwatch: %(message)s", stream=sys.stderr)
+    try:
+        settings = parse(words)
+        if isinstance(settings, Information):
+            print(settings.text)
+            return 0
+        from udpwatch.agent import responder  # noqa: PLC0415
+
+        responder.run(settings)
+    except DnsError as error:
+        print(f"udpwatch: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def _dispatch(parsed: argparse.Namespace) -> int:

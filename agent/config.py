@@ -44,6 +44,8 @@ class Settings:
     node: str
     hooks: Hooks
     forwarded: Forwarded
+    dns: bool
+    dns_conf: Path | None
 
 
 class _Rejected(ValueError):
@@ -126,6 +128,14 @@ def _choice(kind: type[_Choice]) -> Callable[[object], _Choice]:
     return parse
 
 
+def _switch(value: object) -> bool:
+    # TOML's true and false, the flags' --x and --no-x, and a variable's text.
+    words = {True: True, False: False, "on": True, "off": False}
+    if value not in words:
+        raise _Rejected("on or off")
+    return words[value]
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting: how it is called, read, and explained."""
@@ -172,6 +182,8 @@ SETTINGS = (
         "",
         "look for wrong replies of machines behind this node; auto: where function probes are allowed",
     ),
+    Setting("dns", _switch, "off", "", "answer this node's DNS queries, too, always from the address that was asked"),
+    Setting("dns_conf", _file, None, "FILE", "how it answers them, in dnsmasq's words (docs/dns-options.md)"),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )
 

@@ -19,6 +19,7 @@ class Capability(IntEnum):
     """The ones that udpwatch has a use for (include/uapi/linux/capability.h)."""
 
     DAC_OVERRIDE = 1
+    NET_BIND_SERVICE = 10
     NET_ADMIN = 12
     SYS_PTRACE = 19
     SYS_ADMIN = 21
@@ -36,6 +37,7 @@ PURPOSE = {
     Capability.PERFMON: "read conntrack's entry from the packet, probe functions",
     Capability.SYS_ADMIN: "without CAP_PERFMON: enter namespaces to ask their conntrack; mount cgroup v2 privately",
     Capability.DAC_OVERRIDE: "open an event file again that belongs to somebody else by then",
+    Capability.NET_BIND_SERVICE: "with --dns: listen on port 53 of addresses that come later",
     Capability.SYS_PTRACE: "without CAP_PERFMON: find a process's network namespace",
 }
 

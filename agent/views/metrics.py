@@ -15,11 +15,14 @@ MISMATCH_LABELS = ("process", "port", "expected", "actual", "verdict", "cause", 
 OTHER = "other"
 
 
-class _Collector(Collector):
+class SnapshotCollector(Collector):
+    """The agent's metrics, for a registry."""
+
     def __init__(self, snapshot: Callable[[], Snapshot]) -> None:
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
+        """All families, of one snapshot."""
         return families(self._snapshot())
 
 
@@ -146,13 +149,14 @@ def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
     )
 
 
-def exposition(snapshot: Callable[[], Snapshot], process: bool = True) -> Callable[[], bytes]:
-    """A function that renders the present snapshot in the Prometheus text format.
+def exposition(*collectors: Collector, process: bool = True) -> Callable[[], bytes]:
+    """A function that renders what the collectors have now in the Prometheus text format.
 
-    With ``process`` the agent's own process_* metrics (memory, CPU time, descriptors) come along.
+    With ``process`` the process_* metrics of this process (memory, CPU time, descriptors) come along.
     """
     registry = CollectorRegistry()
-    registry.register(_Collector(snapshot))
+    for collector in collectors:
+        registry.register(collector)
     if process:
         ProcessCollector(registry=registry)
     return lambda: generate_latest(registry)

@@ -23,7 +23,7 @@ from udpwatch.agent.model import (
 )
 from udpwatch.agent.state import LOSS_STAGES
 from udpwatch.agent.views.events import as_json
-from udpwatch.agent.views.metrics import exposition
+from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -125,7 +125,7 @@ def compare(name: str, text: str) -> None:
 
 
 def test_golden_metrics() -> None:
-    compare("metrics.txt", exposition(lambda: SNAPSHOT, process=False)().decode())
+    compare("metrics.txt", exposition(SnapshotCollector(lambda: SNAPSHOT), process=False)().decode())
 
 
 def test_golden_events() -> None:

@@ -1,0 +1,196 @@
+"""Which sockets there are: on everything, or on the addresses and interfaces that were named, as they come and go.
+
+On everything is one socket per family on the wildcard address, unless another program holds port 53 on one address
+(systemd-resolved does, on 127.0.0.53): then each address gets a socket of its own, but for that one.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from udpwatch.dns import tcp, udp
+from udpwatch.dns.addresses import Local
+from udpwatch.dns.errors import NetworkError
+from udpwatch.dns.settings import Server, Settings
+from udpwatch.dns.tcp import TcpServer
+from udpwatch.dns.udp import UdpSocket, UdpThread
+from udpwatch.dns.zone import pack_address
+
+LOOPBACK = "lo"
+#: what an address may do while it comes or goes; it is tried again
+_PASSING = {errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENXIO}
+_NO_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
+
+log = logging.getLogger(__name__)
+
+_SocketAddress = tuple[str, int] | tuple[str, int, int, int]
+_Pair = tuple[UdpSocket, socket.socket]
+
+
+class Listening:
+    """Keeps the sockets in step with the addresses."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._named = bool(settings.listen_addresses or settings.interfaces or settings.except_interfaces)
+        self._open: dict[_SocketAddress, _Pair] = {}
+        self._told: set[tuple[_SocketAddress, int]] = set()
+        self._wildcard = False
+        self._serve: Callable[[_Pair], None] | None = None
+
+    @property
+    def port(self) -> int:
+        """The port that is listened on; the one that the kernel chose, where 0 was asked for (tests)."""
+        for link, _ in self._open.values():
+            found: int = link.link.getsockname()[1]
+            return found
+        return self._settings.port
+
+    @property
+    def addresses(self) -> list[str]:
+        """Where it listens."""
+        return [address[0] for address in self._open]
+
+    def open(self, locals_: list[Local]) -> None:
+        """The first sockets; raises NetworkError where what was asked for belongs to another program."""
+        if not self._named and self._open_wildcard():
+            self._wildcard = True
+            return
+        self._adjust(locals_, starting=True)
+        for text in self._settings.listen_addresses:
+            if all(local.packed != pack_address(text.partition("%")[0]) for local in locals_):
+                log.warning("%s is no address of this host yet: it is listened on when it comes", text)
+
+    async def serve(self, udp_thread: UdpThread, tcp_server: TcpServer) -> None:
+        """Hand the sockets over, these and all that come."""
+        self._udp, self._tcp = udp_thread, tcp_server
+        for link, listener in self._open.values():
+            udp_thread.add(link)
+            await tcp_server.add(listener)
+        self._handed = set(self._open)
+
+    async def update(self, locals_: list[Local]) -> None:
+        """Addresses have changed."""
+        if self._wildcard:
+            return
+        gone = self._adjust(locals_, starting=False)
+        for link, listener in gone:
+            self._udp.remove(link)
+            self._tcp.remove(listener)
+        for address in self._open.keys() - self._handed:
+            link, listener = self._open[address]
+            self._udp.add(link)
+            await self._tcp.add(listener)
+            log.info("listening on %s", address[0])
+        self._handed = set(self._open)
+
+    def close(self) -> None:
+        """What was not handed over."""
+        if not hasattr(self, "_handed"):
+            for link, listener in self._open.values():
+                link.link.close()
+                listener.close()
+        self._open.clear()
+
+    def is_own(self, server: Server, locals_: list[Local]) -> bool:
+        """Whether asking this server would be asking ourselves."""
+        if server.port != self.port:
+            return False
+        packed = pack_address(server.address.partition("%")[0])
+        loopback = packed[:1] == b"\x7f" and len(packed) == 4
+        if not loopback and all(local.packed != packed for local in locals_):
+            return False
+        return self._wildcard or any(pack_address(address[0].partition("%")[0]) == packed for address in self._open)
+
+    def _open_wildcard(self) -> bool:
+        port = self._settings.port
+        try:
+            for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104  asked for
+                try:
+                    self._open[host, port] = _pair((host, port), family)
+                except OSError as error:
+                    if error.errno not in _NO_FAMILY or family == socket.AF_INET:
+                        raise
+        except OSError as error:
+            for link, listener in self._open.values():
+                link.link.close()
+                listener.close()
+            self._open.clear()
+            if error.errno != errno.EADDRINUSE:
+                raise NetworkError(_refused("every address", port, error)) from None
+            return False
+        return True
+
+    def _wanted(self, locals_: list[Local]) -> dict[_SocketAddress, socket.AddressFamily]:
+        settings, port = self._settings, self._settings.port
+        everything = not settings.listen_addresses and not settings.interfaces
+        named = {pack_address(text.partition("%")[0]) for text in settings.listen_addresses}
+        wanted: dict[_SocketAddress, socket.AddressFamily] = {}
+        for local in locals_:
+            if not local.usable or _matches(local.interface, settings.except_interfaces):
+                continue
+            by_interface = _matches(local.interface, settings.interfaces) or (
+                bool(settings.interfaces) and local.interface == LOOPBACK  # as dnsmasq: this host is always served
+            )
+            if not (everything or by_interface or local.packed in named):
+                continue
+            host = local.text.partition("%")[0]
+            if len(local.packed) == 4:
+                wanted[host, port] = socket.AF_INET
+            else:
+                scope = local.index if local.is_link_local else 0
+                wanted[host, port, 0, scope] = socket.AF_INET6
+        for packed in named:  # any of 127.0.0.0/8 can be bound, though only the first is listed
+            if packed[:1] == b"\x7f" and len(packed) == 4:
+                wanted[socket.inet_ntop(socket.AF_INET, packed), port] = socket.AF_INET
+        return wanted
+
+    def _adjust(self, locals_: list[Local], starting: bool) -> list[_Pair]:
+        """Open what is missing; returns what is to be closed."""
+        wanted = self._wanted(locals_)
+        named = {pack_address(text.partition("%")[0]) for text in self._settings.listen_addresses}
+        for address, family in wanted.items():
+            if address in self._open:
+                continue
+            try:
+                self._open[address] = _pair(address, family)
+            except OSError as error:
+                number = error.errno or 0
+                if starting and (pack_address(address[0]) in named or number not in _PASSING | {errno.EADDRINUSE}):
+                    raise NetworkError(_refused(address[0], self._settings.port, error)) from None
+                if number not in _PASSING and (address, number) not in self._told:
+                    self._told.add((address, number))
+                    log.warning("%s; the other addresses are served", _refused(address[0], self._settings.port, error))
+        if starting and not self._open and self._told:
+            raise NetworkError(
+                f"cannot listen on port {self._settings.port}: other programs have it on every address; stop them, or "
+                "choose another port with --port"
+            )
+        return [self._open.pop(address) for address in list(self._open) if address not in wanted]
+
+
+def _matches(interface: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(interface, pattern) for pattern in patterns)
+
+
+def _refused(address: str, port: int, error: OSError) -> str:
+    way_out = {
+        errno.EADDRINUSE: "another program has it; stop that one, or choose other addresses with --listen-address",
+        errno.EACCES: "CAP_NET_BIND_SERVICE is missing; run this as root, or choose another port with --port",
+    }.get(error.errno or 0, "choose another address with --listen-address")
+    return f"cannot listen on {address} port {port}: {error.strerror}: {way_out}"
+
+
+def _pair(address: _SocketAddress, family: socket.AddressFamily) -> _Pair:
+    link = udp.open_socket(address, family)
+    try:
+        # Port 0 (tests): both on the one that the kernel chose first.
+        chosen = (address[0], link.link.getsockname()[1], *address[2:])
+        return link, tcp.open_socket(chosen, family)
+    except BaseException:
+        link.link.close()
+        raise

@@ -1,0 +1,59 @@
+"""What may be asked, by whom, and which answers are not believed."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+
+from udpwatch.dns.settings import Settings
+from udpwatch.dns.wire import Answer, Type, is_below
+from udpwatch.dns.zone import address_of
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+#: RFC 6303, sections 4.2 to 4.6, and what RFC 6890 adds: reverse look-ups that no public server knows
+PRIVATE = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"),
+        *("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "255.255.255.255/32"),
+        *("::/128", "::1/128", "fc00::/7", "fe80::/10", "2001:db8::/32"),
+    )
+)
+LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+def contains(networks: Iterable[Network], packed: bytes) -> bool:
+    """Whether an address of 4 or 16 octets is in one of the networks; IPv4-mapped ones count as IPv4."""
+    address = ipaddress.ip_address(packed)
+    mapped = getattr(address, "ipv4_mapped", None) or address
+    return any(mapped in network for network in networks if network.version == mapped.version)
+
+
+def is_plain_name(name: bytes) -> bool:
+    """One label, or the root."""
+    return not name[0] or not name[1 + name[0]]
+
+
+def never_forwarded(settings: Settings, name: bytes, kind: int) -> bool:
+    """Whether a question that nobody here can answer ends here, with NXDOMAIN: `--domain-needed`, `--bogus-priv`."""
+    if settings.domain_needed and kind in (Type.A, Type.AAAA) and is_plain_name(name):
+        return True
+    if settings.bogus_priv and name.endswith(b"\x04arpa\x00"):
+        address = address_of(name)
+        return address is not None and contains(PRIVATE, address)
+    return False
+
+
+def rebinds(settings: Settings, answer: Answer) -> bool:
+    """Whether an upstream server says that a name is at a private address (`--stop-dns-rebind`)."""
+    if not settings.stop_dns_rebind or any(is_below(answer.name, domain) for domain in settings.rebind_domains_ok):
+        return False
+    for record in answer.records:
+        size = {Type.A: 4, Type.AAAA: 16}.get(Type(record.type)) if record.type in (Type.A, Type.AAAA) else None
+        if record.section != 1 or size is None or record.end - record.data != size:
+            continue
+        packed = answer.message[record.data : record.end]
+        if contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed)):
+            return True
+    return False

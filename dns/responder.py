@@ -1,0 +1,200 @@
+"""Bytes in, bytes out: what a question gets, from the local names, the cache, or whom it is passed on to. No sockets.
+
+What a question is worth, in order
+1. bytes that are no query: nothing, or FORMERR, never longer than what came (docs/dns.md);
+2. what nobody serves (opcodes, classes, zone transfers): NOTIMP, REFUSED, BADVERS;
+3. local names: every type of a name that exists;
+4. the cache;
+5. an upstream server, if the client wants recursion and there is one; else REFUSED.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from udpwatch.dns import wire
+from udpwatch.dns.cache import Cache, Entry
+from udpwatch.dns.policy import never_forwarded
+from udpwatch.dns.settings import DomainServers, Server, Settings
+from udpwatch.dns.wire import AA, TC, Class, Malformed, Query, Rcode, Type
+from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
+
+TCP_BYTES = 65_535
+MAX_UDP_BYTES = 4096  # whatever the settings say: more has never come through unharmed
+#: for how long a local answer may be given again without a look: until something changes
+FOREVER = float("inf")
+
+_FORMERR_TYPES = {Type.OPT, Type.TKEY, Type.TSIG}  # records of a message, not of a name
+_REFUSED_TYPES = {Type.AXFR, Type.IXFR, Type.MAILA, Type.MAILB}
+_HINFO = 13
+_RFC8482 = b"\x07RFC8482\x00"
+_BIND = b"\x04bind\x00"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer, and what the books say of it."""
+
+    data: bytes
+    source: str  # hosts, config, cache, stale, forward, error
+    rcode: int
+    query: Query | None = None  # None: the question could not be read
+    until: float = 0.0  # monotonic; the same bytes get the same answer until then
+    found: Found | None = None  # for the log
+    entry: Entry | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """A question for upstream servers."""
+
+    query: Query
+    most: int  # octets of the answer
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Nothing may be answered."""
+
+    reason: str
+
+
+@dataclass(slots=True)
+class Upstreams:
+    """Who is asked, in place of the settings and the resolv file; replaced whole when that file changes."""
+
+    default: tuple[Server, ...] = ()
+    domains: tuple[DomainServers, ...] = ()
+    by_domain: dict[bytes, DomainServers] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.by_domain = {each.domain: each for each in self.domains}
+
+    def for_name(self, name: bytes) -> tuple[Server, ...] | None:
+        """The servers of the most specific domain; (): the name is ours alone; None: nobody knows it."""
+        if b"" in self.by_domain and name[0] and not name[1 + name[0]]:
+            return self._servers(self.by_domain[b""])
+        if self.by_domain:
+            for domain in wire.suffixes(name):
+                if (found := self.by_domain.get(domain)) is not None:
+                    return self._servers(found)
+        return self.default or None
+
+    def _servers(self, found: DomainServers) -> tuple[Server, ...] | None:
+        return self.default or None if found.standard else found.servers
+
+
+class Responder:
+    """Answers questions. ``zone`` and ``upstreams`` are put in place from outside, whole."""
+
+    def __init__(self, settings: Settings, zone: Zone, cache: Cache) -> None:
+        self._settings = settings
+        self.zone = zone
+        self.cache = cache
+        self.upstreams = Upstreams()
+        self.version = "udpwatch"
+        #: for servers.bind: "ADDRESS#PORT asked failed" of each
+        self.server_statistics: Callable[[], list[str]] = list
+
+    def respond(self, data: bytes, now: float, tcp: bool = False) -> Reply | Forward | Drop:
+        """What these bytes get. ``now``: monotonic seconds. Never raises, whatever the bytes."""
+        try:
+            query = wire.parse_query(data)
+        except Malformed as error:
+            if error.reason in ("short", "response"):
+                return Drop(error.reason)
+            return Reply(wire.bare(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
+        most = TCP_BYTES if tcp else query.udp_bytes(min(self._settings.edns_packet_max, MAX_UDP_BYTES))
+        refused = self._refusal(data, query)
+        if refused:
+            return refused
+        if query.klass == Class.CH:
+            return self._chaos(query)
+        found = self.zone.find(query.name, query.type)
+        if found:
+            return self._local(query, found, most)
+        entry = self.cache.get(query.key, now)
+        if entry:
+            return from_entry(query, entry, most, now, "cache" if now < entry.expires else "stale")
+        if never_forwarded(self._settings, query.name, query.type):
+            return self._nothing(query, Rcode.NXDOMAIN)
+        servers = self.upstreams.for_name(query.name)
+        if servers == ():  # ours alone: what is not here is nowhere
+            return self._nothing(query, Rcode.NXDOMAIN)
+        if not servers or not query.recursion_desired:
+            return self._nothing(query, Rcode.REFUSED)
+        return Forward(query, most)
+
+    def refuse(self, query: Query, rcode: int) -> Reply:
+        """The answer to a question that was passed on in vain."""
+        return self._nothing(query, rcode)
+
+    def _nothing(self, query: Query, rcode: int) -> Reply:
+        return Reply(wire.message(query, rcode), "error" if rcode != Rcode.NXDOMAIN else "config", rcode, query)
+
+    def _refusal(self, data: bytes, query: Query) -> Reply | None:
+        if query.opcode:
+            return Reply(wire.bare(data, Rcode.NOTIMP), "error", Rcode.NOTIMP, query)
+        if query.edns and query.edns.version:
+            return self._nothing(query, Rcode.BADVERS)  # RFC 6891, section 6.1.3
+        if query.type in _FORMERR_TYPES:
+            return self._nothing(query, Rcode.FORMERR)
+        if query.klass not in (Class.IN, Class.CH) or query.type in _REFUSED_TYPES or query.type == 0:
+            return self._nothing(query, Rcode.REFUSED)
+        return None
+
+    def _local(self, query: Query, found: Found, most: int) -> Reply:
+        rcode = Rcode.NOERROR if found.exists else Rcode.NXDOMAIN
+        source = CONFIG if found.origin == CONFIG else HOSTS
+        records, count = [], 0
+        if query.type == Type.ANY and found.rrsets:
+            first = found.rrsets[0]  # RFC 8482, section 4.1: one RRset will do
+            if first.type not in (Type.A, Type.AAAA):
+                records, count = [wire.record(_HINFO, first.ttl, _RFC8482)], 1
+            found = Found((first,) if not records else (), found.exists, found.origin)
+        for rrset in found.rrsets:
+            owner = b"\xc0\x0c" if rrset.owner == query.name else rrset.owner
+            records += [wire.record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
+            count += len(rrset.data)
+        data = fitted(query, rcode, AA, b"".join(records), (count, 0, 0), most)
+        return Reply(data, source, rcode, query, FOREVER, found)
+
+    def _chaos(self, query: Query) -> Reply:
+        """`version.bind` and the like, as dnsmasq answers them (dnsmasq(8), "cachesize.bind")."""
+        if not self._settings.ident or query.type != Type.TXT or not query.name.endswith(_BIND):
+            return self._nothing(query, Rcode.REFUSED)
+        statistics = self.cache.statistics
+        answers = {
+            b"version": [self.version],
+            b"authors": ["the udpwatch maintainers"],
+            b"copyright": ["Apache-2.0"],
+            b"cachesize": [str(self.cache.max_entries)],
+            b"insertions": [str(statistics.insertions)],
+            b"evictions": [str(statistics.evictions)],
+            b"misses": [str(statistics.misses)],
+            b"hits": [str(statistics.hits)],
+            b"auth": ["0"],
+            b"servers": self.server_statistics(),
+        }
+        label = query.name[1 : 1 + query.name[0]]
+        if len(query.name) != len(label) + 1 + len(_BIND) or label not in answers:
+            return self._nothing(query, Rcode.NOTIMP)
+        text = b"".join(bytes((len(line[:255]),)) + line[:255].encode() for line in answers[label])
+        body = wire.record(Type.TXT, 0, text or b"\0", klass=Class.CH)
+        return Reply(wire.message(query, 0, AA, body, (1, 0, 0)), "config", 0, query)
+
+
+def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int, int, int], most: int) -> bytes:
+    """The response, or where it is too long one that says so (TC) and holds nothing but the question: stub resolvers
+    match it, and come again over TCP (RFC 2181, section 9)."""
+    data = wire.message(query, rcode, flags, body, counts)
+    return data if len(data) <= most else wire.message(query, rcode, flags | TC)
+
+
+def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
+    """An answer of an upstream server for this client; AA and AD are that server's word, and not ours to give."""
+    data = fitted(query, entry.rcode, 0, entry.aged(now, source == "stale"), entry.counts, most)
+    # TTLs are whole seconds: until the next one the same bytes are right.
+    until = min(entry.expires, float(int(now) + 1)) if source == "cache" else 0.0
+    return Reply(data, source, entry.rcode, query, until, entry=entry)

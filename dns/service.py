@@ -1,0 +1,334 @@
+"""The responder at work: tables, upstream servers, sockets, and what keeps each of them up to date.
+
+Two threads: the event loop's, and the one that answers over UDP from memory (udp.py). A table is replaced whole, by one
+assignment, and what was remembered of the old one is forgotten after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from udpwatch.dns import addresses, cache, zone
+from udpwatch.dns.cache import Cache, Entry, Key
+from udpwatch.dns.errors import FileError
+from udpwatch.dns.listen import Listening
+from udpwatch.dns.metrics import DnsCollector, Metrics
+from udpwatch.dns.policy import Network, contains, rebinds
+from udpwatch.dns.querylog import QueryLog
+from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams, from_entry
+from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
+from udpwatch.dns.tcp import TcpServer
+from udpwatch.dns.udp import Pending, UdpThread, peer_of
+from udpwatch.dns.upstream import NoAnswer, Upstream, read_resolv
+from udpwatch.dns.watch import Watch
+from udpwatch.dns.wire import Rcode, name_to_text
+from udpwatch.dns.zone import Zone, unpack_address
+
+STALE_SECONDS = 1.8  # RFC 8767, section 5: the client response timer
+DRAIN_SECONDS = 5.0
+RETRY_SECONDS = 1.0  # for addresses that could not be bound yet
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """One responder; `start`, then `stop`."""
+
+    def __init__(self, settings: Settings, version: str) -> None:
+        """Bind what is to be bound; raises DnsError with nothing left behind."""
+        self._settings = settings
+        self.metrics = Metrics()
+        self._cache = Cache(settings.cache_size, settings.stale_seconds)
+        self._responder = Responder(settings, Zone(settings), self._cache)
+        self._responder.version = f"udpwatch-{version}"
+        self._responder.server_statistics = self._server_statistics
+        self._upstream = Upstream(self.metrics)
+        self._query_log = QueryLog(settings.log_extra) if settings.log_queries else None
+        self._locals = addresses.snapshot()
+        self._networks: list[Network] = self._connected()
+        self._warned_of_policy = False
+        self._in_flight: dict[Key, asyncio.Task[Entry]] = {}
+        self._waiting = 0  # clients' questions on their way
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loading = asyncio.Lock()
+        self.ready = False
+        tell = self._query_log.tell if self._query_log else None
+        self._udp = UdpThread(self._responder, self.metrics, self.admits, self._take_from_thread, tell)
+        self._tcp = TcpServer(self._responder, self.metrics, self.admits, self._ask_over_tcp, tell)
+        self._listening = Listening(settings)
+        try:
+            self._listening.open(self._locals)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def collector(self) -> DnsCollector:
+        """For a registry of prometheus_client."""
+        return DnsCollector(self.metrics, self._cache, lambda: len(self._in_flight))
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._listening.port
+
+    # ---- start, stop ----
+
+    async def start(self) -> None:
+        """Load the tables, then serve. Nothing that is missing keeps it from serving what is there."""
+        self._loop = asyncio.get_running_loop()
+        self._changes = addresses.changes()
+        self._watches = [Watch(self._hosts_files, self._hosts_changed)]
+        if self._settings.resolv and self._settings.poll:
+            self._watches.append(Watch(lambda: list(self._settings.resolv_files), self._resolv_changed))
+        await self._load(missing_ok=True)
+        self._read_upstreams()
+        await self._listening.serve(self._udp, self._tcp)
+        self._udp.start()
+        self._loop.add_reader(self._changes, self._addresses_changed)
+        for watch in self._watches:
+            watch.start()
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
+        self.ready = True
+        where = ", ".join(self._listening.addresses) or "no address yet"
+        log.info("dns: listening on %s, port %d; %d local names", where, self.port, self.metrics.hosts_entries)
+
+    def close(self) -> None:
+        """In place of `stop`, where it never began."""
+        self._udp.stop()
+        self._listening.close()
+
+    async def stop(self) -> None:
+        """Answer what is under way, then close everything."""
+        self.ready = False
+        self._retry.cancel()
+        self._loop.remove_reader(self._changes)
+        self._changes.close()
+        for watch in self._watches:
+            await watch.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=DRAIN_SECONDS)
+        await self._tcp.stop(DRAIN_SECONDS)
+        left = [*self._tasks, *self._in_flight.values()]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.to_thread(self._udp.stop)
+
+    def statistics(self) -> list[str]:
+        """For the log, in dnsmasq's words (SIGUSR1)."""
+        counts, local, sent = self._cache.statistics, 0, 0
+        for (*_, source), cell in list(self.metrics.answered.items()):
+            local, sent = (local, sent + cell[0]) if source == "forward" else (local + cell[0], sent)
+        lines = [
+            f"cache size {self._cache.max_entries}, {counts.evictions}/{counts.insertions} cache insertions re-used "
+            "unexpired cache entries.",
+            f"queries forwarded {sent}, queries answered locally {local}",
+        ]
+        for text in self._server_statistics():
+            server, asked, failed = text.split()
+            lines.append(f"server {server}: queries sent {asked}, retried or failed {failed}")
+        return lines
+
+    def _server_statistics(self) -> list[str]:
+        failed: Counter[str] = Counter()
+        for (server, _), cell in list(self.metrics.upstream_failed.items()):
+            failed[server] += cell[0]
+        return [f"{server} {cell[0]} {failed[server]}" for server, cell in list(self.metrics.upstream_asked.items())]
+
+    # ---- what may change ----
+
+    async def reload(self) -> None:
+        """SIGHUP: forget the cache, read the hosts files, and the resolv file if nobody watches it."""
+        self._cache.clear()
+        await self._load(missing_ok=False)
+        if not self._settings.poll:
+            self._read_upstreams()
+        self._udp.invalidate()
+
+    def _hosts_files(self) -> list[Path]:
+        return [*([ETC_HOSTS] if self._settings.hosts else []), *self._settings.addn_hosts]
+
+    async def _hosts_changed(self) -> None:
+        await self._load(missing_ok=False)
+
+    async def _load(self, missing_ok: bool) -> None:
+        """A new table in place of the old one; the old one stays where a file cannot be read."""
+        async with self._loading:
+            try:
+                table = await asyncio.to_thread(zone.build, self._settings, _complain, missing_ok)
+            except FileError as error:
+                self.metrics.reload_errors[0] += 1
+                log.error("dns: %s; the table before stays in force", error)
+                return
+            self._responder.zone = table
+            self._udp.invalidate()
+            self.metrics.hosts_entries = table.entries
+            self.metrics.reload_time = time.time()
+            self.metrics.reloads[0] += 1
+            if self.ready:
+                log.info("dns: read %d local names", table.entries)
+
+    async def _resolv_changed(self) -> None:
+        self._read_upstreams()
+
+    def _read_upstreams(self) -> None:
+        settings = self._settings
+        found = read_resolv(settings.resolv_files, _complain) if settings.resolv else ()
+        usable: list[Server] = []
+        for server in (*settings.servers, *found):
+            if self._listening.is_own(server, self._locals):
+                log.warning("dns: ignoring nameserver %s: it is this responder itself", server)
+            elif server not in usable:
+                usable.append(server)
+        before = self._responder.upstreams
+        self._responder.upstreams = Upstreams(tuple(usable), settings.domain_servers)
+        if before.default != tuple(usable):
+            self._upstream.forget()
+            self._udp.invalidate()
+            log.info("dns: upstream servers: %s", ", ".join(map(str, usable)) or "none")
+
+    def _addresses_changed(self) -> None:
+        addresses.drain(self._changes)
+        self._spawn(self._refresh_addresses())
+
+    async def _refresh_addresses(self) -> None:
+        self._locals = addresses.snapshot()
+        self._networks = self._connected()
+        await self._listening.update(self._locals)
+        self._udp.readmit()
+
+    def _try_again(self) -> None:
+        """An address that is there, but could not be bound yet, says no second word."""
+        self._spawn(self._listening.update(self._locals))
+        self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
+
+    # ---- who is served ----
+
+    def _connected(self) -> list[Network]:
+        return sorted({local.network for local in self._locals}, key=str)
+
+    def admits(self, peer: bytes) -> bool:
+        """Whether a client (4 or 16 octets) is served: everybody, or directly connected networks (local_service)."""
+        if not self._settings.local_service or contains(self._networks, peer):
+            return True
+        if not self._warned_of_policy:
+            self._warned_of_policy = True
+            log.warning(
+                "dns: ignoring query from non-local network %s (logged only once); --listen-address or --interface "
+                "serves everybody there",
+                unpack_address(peer),
+            )
+        return False
+
+    # ---- questions for others ----
+
+    def _take_from_thread(self, pending: list[Pending]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self._loop.call_soon_threadsafe(self._take, pending)
+
+    def _take(self, pending: list[Pending]) -> None:
+        for each in pending:
+            self._spawn(self._answer(each))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("dns: %s", error, exc_info=error)
+
+    async def _answer(self, pending: Pending) -> None:
+        address, port = peer_of(pending.name)
+        reply = await self._find(pending.forward, address, port)
+        if reply.query:
+            cell = self.metrics.cell("udp", pending.socket.layout.name, reply.query.type, reply.rcode, reply.source)
+            cell[0] += 1
+        self.metrics.duration["forward"].observe(time.monotonic() - pending.received)
+        try:
+            pending.socket.send(reply.data, pending.name, pending.control)
+        except (OSError, ValueError):  # the address, or its socket, has gone meanwhile
+            self.metrics.dropped["send"][0] += 1
+
+    async def _ask_over_tcp(self, forward: Forward, address: str, port: int) -> Reply:
+        begun = time.monotonic()
+        reply = await self._find(forward, address, port)
+        self.metrics.duration["forward"].observe(time.monotonic() - begun)
+        return reply
+
+    async def _find(self, forward: Forward, address: str, port: int) -> Reply:
+        if self._waiting >= self._settings.forward_max:
+            self.metrics.dropped["forward_limit"][0] += 1
+            return self._responder.refuse(forward.query, Rcode.REFUSED)
+        self._waiting += 1
+        try:
+            reply = await self._resolve(forward, address, port)
+        finally:
+            self._waiting -= 1
+        if self._query_log:
+            self._query_log.answer(reply, address, port)
+        return reply
+
+    async def _resolve(self, forward: Forward, address: str, port: int) -> Reply:
+        query, key = forward.query, forward.query.key
+        servers = self._responder.upstreams.for_name(query.name)
+        if not servers:  # they changed since
+            return self._responder.refuse(query, Rcode.REFUSED)
+        if self._query_log:
+            self._query_log.forwarded(query, str(self._upstream.order(servers)[0]), address, port)
+        task = self._fetch(key, servers)
+        done, _ = await asyncio.wait([task], timeout=STALE_SECONDS)
+        if not done:
+            if entry := self._cache.stand_in(key, time.monotonic()):
+                return from_entry(query, entry, forward.most, time.monotonic(), "stale")
+            await asyncio.wait([task])
+        try:
+            entry = task.result()
+        except NoAnswer as error:
+            if old := self._cache.stand_in(key, time.monotonic()):
+                return from_entry(query, old, forward.most, time.monotonic(), "stale")
+            return self._responder.refuse(query, error.rcode)
+        except asyncio.CancelledError:
+            return self._responder.refuse(query, Rcode.SERVFAIL)
+        return from_entry(query, entry, forward.most, entry.stored, "forward")  # new: its TTLs as they came
+
+    def _fetch(self, key: Key, servers: tuple[Server, ...]) -> asyncio.Task[Entry]:
+        """The task that brings and keeps the answer. A question that is under way is not asked again: an attacker must
+        not make us ask it a thousand times and guess at all of them (CVE-2020-25686)."""
+        if task := self._in_flight.get(key):
+            self.metrics.coalesced[0] += 1
+            return task
+        task = self._loop.create_task(self._bring(key, servers))
+        self._in_flight[key] = task
+        task.add_done_callback(lambda done: (self._in_flight.pop(key, None), done.cancelled() or done.exception()))
+        return task
+
+    async def _bring(self, key: Key, servers: tuple[Server, ...]) -> Entry:
+        settings = self._settings
+        try:
+            answer = await self._upstream.ask(key, servers)
+        except NoAnswer as error:
+            if error.rcode == Rcode.SERVFAIL and not self._cache.stand_in(key, time.monotonic()):
+                self._cache.put(key, cache.failure(time.monotonic()))
+            raise
+        if rebinds(settings, answer):
+            log.warning("dns: possible DNS-rebind attack detected: %s", name_to_text(key[0]))
+            raise NoAnswer(Rcode.REFUSED)
+        entry = cache.entry_of(answer, time.monotonic(), settings.neg_ttl, settings.max_ttl, settings.negcache)
+        if entry.expires > entry.stored:
+            self._cache.put(key, entry)
+        return entry
+
+
+def _complain(text: str) -> None:
+    log.warning("dns: %s", text)

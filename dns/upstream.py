@@ -1,0 +1,286 @@
+"""Asking other servers, so that nobody else can answer in their place.
+
+Each attempt has a socket of its own, connected to its server (the kernel then delivers nothing else, and says at once
+when nobody listens), with a source port that the kernel draws and a random id; an answer counts when id, question and
+shape are right (RFC 5452, section 9.1). Of several servers the next one is asked when the one before has failed, or was
+silent for STAGGER_SECONDS: it may still answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from udpwatch.dns import wire
+from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.settings import Server
+from udpwatch.dns.wire import CD, DO, RD, Answer, Malformed, Rcode
+
+ATTEMPT_SECONDS = 3.0
+STAGGER_SECONDS = 0.8
+TOTAL_SECONDS = 4.5  # below the 5 s after which a stub resolver asks again
+ROUNDS = 2  # how often a server is asked at most
+MAX_ATTEMPTS = 8
+MAX_MISMATCHES = 20  # then somebody is guessing: TCP cannot be guessed
+DOWN_AFTER = 2  # time-outs in a row
+DOWN_SECONDS = 10.0  # for which such a server is asked last
+TCP_SECONDS = 3.0
+MAX_NAMESERVERS = 15
+
+Key = tuple[bytes, int, int, int]
+
+_FAILURES = {Rcode.SERVFAIL, Rcode.REFUSED, Rcode.NOTIMP, Rcode.FORMERR}
+_SO_BINDTODEVICE = 25
+
+
+class NoAnswer(Exception):
+    """No server gave an answer that can be passed on; ``rcode`` is what the client is told."""
+
+    def __init__(self, rcode: int = Rcode.SERVFAIL) -> None:
+        super().__init__(rcode)
+        self.rcode = rcode
+
+
+class _Failed(Exception):
+    def __init__(self, reason: str, rcode: int = Rcode.SERVFAIL) -> None:
+        super().__init__(reason)
+        self.reason, self.rcode = reason, rcode
+
+
+@dataclass(slots=True)
+class _Health:
+    timeouts: int = 0
+    down_until: float = 0.0
+
+
+class Upstream:
+    """Asks servers. All of it runs in the event loop's thread."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._health: dict[Server, _Health] = {}
+        self._last_good: Server | None = None
+
+    def forget(self) -> None:
+        """The servers have changed."""
+        self._health.clear()
+        self._last_good = None
+
+    def order(self, servers: tuple[Server, ...]) -> list[Server]:
+        """The server that answered last first, those that are silent last."""
+        now = time.monotonic()
+
+        def rank(server: Server) -> tuple[bool, bool]:
+            health = self._health.get(server)
+            return bool(health and health.down_until > now), server != self._last_good
+
+        return sorted(servers, key=rank)
+
+    async def ask(self, key: Key, servers: tuple[Server, ...]) -> Answer:
+        """The answer of the first server that has one. Raises NoAnswer, within TOTAL_SECONDS."""
+        end = time.monotonic() + TOTAL_SECONDS
+        ordered = self.order(servers)
+        plan = (ordered * ROUNDS)[: max(MAX_ATTEMPTS, len(ordered))]
+        running: dict[asyncio.Task[Answer], Server] = {}
+        worst = NoAnswer()
+        try:
+            while True:
+                left = end - time.monotonic()
+                if plan and left > 0:
+                    server = plan.pop(0)
+                    running[asyncio.create_task(self._attempt(server, key))] = server
+                if not running or left <= 0:
+                    raise worst
+                wait = min(left, STAGGER_SECONDS) if plan else left
+                done, _ = await asyncio.wait(running, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    server = running.pop(task)
+                    try:
+                        answer = task.result()
+                    except _Failed as failed:
+                        self._note_failure(server, failed)
+                        worst = NoAnswer(failed.rcode)
+                    else:
+                        self._health.pop(server, None)
+                        self._last_good = server
+                        return answer
+        finally:
+            for task in running:
+                task.cancel()
+            if running:
+                await asyncio.gather(*running, return_exceptions=True)
+
+    def _note_failure(self, server: Server, failed: _Failed) -> None:
+        self._metrics.upstream_failed[str(server), failed.reason][0] += 1
+        health = self._health.setdefault(server, _Health())
+        if failed.reason in ("timeout", "network"):
+            health.timeouts += 1
+            if health.timeouts >= DOWN_AFTER:
+                health.down_until = time.monotonic() + DOWN_SECONDS
+        if server == self._last_good:
+            self._last_good = None
+
+    async def _attempt(self, server: Server, key: Key) -> Answer:
+        begun = time.perf_counter()
+        self._metrics.upstream_asked[str(server)][0] += 1
+        name, kind, klass, wants = key
+        question = name + struct.pack("!HH", kind, klass)
+        ident = int.from_bytes(os.urandom(2), "big")
+        message = wire.question_message(ident, question, RD | (wants & CD), bool(wants & DO))
+        try:
+            answer = await self._over_udp(server, ident, key, message)
+            if answer is None or answer.truncated:
+                answer = await self._over_tcp(server, ident, key, message)
+        except OSError as error:
+            raise _Failed("timeout" if isinstance(error, TimeoutError) else "network") from None
+        self._metrics.upstream_duration[str(server)].observe(time.perf_counter() - begun)
+        if answer.rcode in _FAILURES:
+            raise _Failed("refused", answer.rcode if answer.rcode == Rcode.REFUSED else Rcode.SERVFAIL)
+        if answer.truncated:
+            raise _Failed("truncated")
+        return answer
+
+    def _judge(self, data: bytes, ident: int, key: Key) -> Answer | None:
+        """The answer to what was asked, or None: then it is somebody else's, or nobody's."""
+        try:
+            answer = wire.parse_answer(data)
+        except Malformed:
+            answer = None
+        if (
+            answer
+            and answer.id == ident
+            and not answer.flags & wire.OPCODE_MASK
+            and (answer.name, answer.type, answer.klass) == key[:3]
+        ):
+            return answer
+        self._metrics.mismatched[0] += 1
+        return None
+
+    async def _over_udp(self, server: Server, ident: int, key: Key, message: bytes) -> Answer | None:
+        """The answer; None after too many wrong ones. Raises OSError, TimeoutError among them."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer | None] = loop.create_future()
+        wrong = 0
+
+        def readable() -> None:
+            nonlocal wrong
+            try:
+                while not future.done():
+                    answer = self._judge(link.recv(65_535), ident, key)
+                    if answer:
+                        future.set_result(answer)
+                        return
+                    wrong += 1
+                    if wrong >= MAX_MISMATCHES:
+                        future.set_result(None)
+            except BlockingIOError:
+                return
+            except OSError as error:  # ICMP: nobody listens there
+                if not future.done():
+                    future.set_exception(error)
+
+        with connected(server, socket.SOCK_DGRAM) as link:
+            link.send(message)
+            loop.add_reader(link, readable)
+            try:
+                async with asyncio.timeout(ATTEMPT_SECONDS):
+                    return await future
+            finally:
+                loop.remove_reader(link)
+
+    async def _over_tcp(self, server: Server, ident: int, key: Key, message: bytes) -> Answer:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(TCP_SECONDS):
+            with unconnected(server, socket.SOCK_STREAM) as link:
+                await loop.sock_connect(link, _sockaddr(server))
+                await loop.sock_sendall(link, struct.pack("!H", len(message)) + message)
+                size = int.from_bytes(await _receive(link, 2), "big")
+                answer = self._judge(await _receive(link, size), ident, key)
+        if not answer:
+            raise _Failed("malformed")
+        return answer
+
+
+async def _receive(link: socket.socket, size: int) -> bytes:
+    loop, data = asyncio.get_running_loop(), b""
+    while len(data) < size:
+        more = await loop.sock_recv(link, size - len(data))
+        if not more:
+            raise ConnectionResetError(errno.ECONNRESET, "closed in the middle of an answer")
+        data += more
+    return data
+
+
+@contextlib.contextmanager
+def _closing_on_error(link: socket.socket):  # type: ignore[no-untyped-def]
+    try:
+        yield link
+    except BaseException:
+        link.close()
+        raise
+
+
+def unconnected(server: Server, kind: socket.SocketKind) -> socket.socket:
+    """A socket from which this server may be asked; raises OSError."""
+    family = socket.AF_INET6 if ":" in server.address else socket.AF_INET
+    link = socket.socket(family, kind | socket.SOCK_NONBLOCK)
+    with _closing_on_error(link):
+        if server.interface:
+            link.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, server.interface.encode() + b"\0")
+        if server.source:
+            link.bind((server.source, 0))
+    return link
+
+
+def connected(server: Server, kind: socket.SocketKind) -> socket.socket:
+    """The same, connected (UDP); raises OSError."""
+    link = unconnected(server, kind)
+    with _closing_on_error(link):
+        link.connect(_sockaddr(server))
+    return link
+
+
+def _sockaddr(server: Server) -> tuple[str, int] | tuple[str, int, int, int]:
+    address, _, zone = server.address.partition("%")
+    if ":" not in address:
+        return address, server.port
+    return address, server.port, 0, socket.if_nametoindex(zone) if zone else 0
+
+
+# ---- the resolv file ----
+
+_NAMESERVER = re.compile(r"^\s*nameserver\s+(\S+)", re.MULTILINE)
+
+
+def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tuple[Server, ...]:
+    """The servers of the newest file (dnsmasq's rule for several); () where there is none to be read."""
+    newest, text = -1, ""
+    for path in files:
+        try:
+            changed = path.stat().st_mtime_ns
+            content = path.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            complain(f"cannot read {path}: {error.strerror}")
+            continue
+        if changed > newest:
+            newest, text = changed, content
+    servers = []
+    for word in _NAMESERVER.findall(text)[:MAX_NAMESERVERS]:
+        address = word.partition("%")[0]
+        try:
+            socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
+        except OSError:
+            complain(f"ignoring nameserver {word!r}: no numeric address")
+            continue
+        if Server(word) not in servers:
+            servers.append(Server(word))
+    return tuple(servers)

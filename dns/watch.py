@@ -1,0 +1,98 @@
+"""Notices when one of a set of files has changed, however it was done: written, replaced, or a link turned elsewhere
+(as Kubernetes does with a ConfigMap). inotify gives the word; what counts is that the files' state is another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from inotify_simple import INotify, flags
+
+SETTLE_SECONDS = 0.1  # for a burst of changes to end
+#: For what inotify does not see: folders that are not there yet, network file systems.
+LOOK_SECONDS = 5.0
+
+_WHAT = flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
+
+State = tuple[tuple[str, int, int, int, int], ...]
+
+
+class Watch:
+    """Watches the files that ``files`` names at the moment; calls ``changed`` in the event loop, one call at a time."""
+
+    def __init__(self, files: Callable[[], list[Path]], changed: Callable[[], Awaitable[None]]) -> None:
+        self._files, self._changed = files, changed
+        self._seen = self._state()
+        self._notify: INotify | None = None
+        with contextlib.suppress(OSError):  # as many instances as this user may have: then looking has to do
+            self._notify = INotify(nonblocking=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._word = asyncio.Event()
+        if self._notify:
+            asyncio.get_running_loop().add_reader(self._notify.fileno(), self._heard)
+            self._mark()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        """End."""
+        if hasattr(self, "_task"):
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self._notify:
+            with contextlib.suppress(RuntimeError):
+                asyncio.get_running_loop().remove_reader(self._notify.fileno())
+            self._notify.close()
+
+    def _heard(self) -> None:
+        assert self._notify
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._notify.fileno(), 65_536):
+                pass
+        self._word.set()
+
+    async def _run(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._word.wait(), LOOK_SECONDS)
+                await asyncio.sleep(SETTLE_SECONDS)
+            self._word.clear()
+            self._mark()
+            state = self._state()
+            if state != self._seen:
+                self._seen = state
+                await self._changed()
+
+    def _mark(self) -> None:
+        """Watch the folders of all files, and of what they are links to. To watch one again changes nothing."""
+        if not self._notify:
+            return
+        folders = {each for path in self._files() for each in (path, path.parent, path.resolve().parent)}
+        for folder in folders:
+            if folder.is_dir():
+                with contextlib.suppress(OSError):
+                    self._notify.add_watch(folder, _WHAT)
+
+    def _state(self) -> State:
+        found = []
+        for path in self._files():
+            try:
+                if path.is_dir():
+                    found += [_stat(each) for each in sorted(path.iterdir())]
+                else:
+                    found.append(_stat(path))
+            except OSError:
+                found.append((str(path), 0, 0, 0, 0))
+        return tuple(found)
+
+
+def _stat(path: Path) -> tuple[str, int, int, int, int]:
+    try:
+        at = path.stat()
+    except OSError:
+        return str(path), 0, 0, 0, 0
+    return str(path), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns

@@ -1,0 +1,498 @@
+"""DNS messages as bytes. Everything that arrives from a network is read here, and nowhere else.
+
+Rules
+1. Nothing raises but Malformed, whatever the bytes are.
+2. Time is linear in the message's size: each step takes at least one byte off what is left to read, except for the
+   jumps of compressed names, of which a message has at most MAX_JUMPS. `Steps` counts, and a test holds it down.
+3. Names are kept as they are on the wire, without compression, in lower case for look-ups (RFC 4343). A label may hold
+   any octet (RFC 2181, section 11).
+4. A message that was received is passed on as it is; only its id, its flags, its TTLs and its OPT record change.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+HEADER_BYTES = 12  # RFC 1035, section 4.1.1
+MAX_NAME_BYTES = 255  # RFC 1035, section 2.3.4
+MAX_LABEL_BYTES = 63
+MAX_JUMPS = 4096  # per message; a real one has a few per record
+MAX_RECORDS = 4096  # 65,535 bytes hold 5,957 of the smallest; no real message comes near
+MIN_UDP_BYTES = 512  # RFC 1035, section 4.2.1
+POINTER = 0xC0
+
+
+class Type(IntEnum):
+    """Record types that are treated differently from others."""
+
+    A = 1
+    NS = 2
+    CNAME = 5
+    SOA = 6
+    PTR = 12
+    MX = 15
+    TXT = 16
+    AAAA = 28
+    SRV = 33
+    OPT = 41
+    SVCB = 64
+    HTTPS = 65
+    TKEY = 249
+    TSIG = 250
+    IXFR = 251
+    AXFR = 252
+    MAILB = 253
+    MAILA = 254
+    ANY = 255
+
+
+class Class(IntEnum):
+    """Classes that are answered."""
+
+    IN = 1
+    CH = 3
+
+
+class Rcode(IntEnum):
+    """RFC 1035, section 4.1.1; BADVERS: RFC 6891, section 6.1.3."""
+
+    NOERROR = 0
+    FORMERR = 1
+    SERVFAIL = 2
+    NXDOMAIN = 3
+    NOTIMP = 4
+    REFUSED = 5
+    BADVERS = 16
+
+
+# Header flags.
+QR, AA, TC, RD, RA, AD, CD = 0x8000, 0x0400, 0x0200, 0x0100, 0x0080, 0x0020, 0x0010
+OPCODE_MASK, RCODE_MASK = 0x7800, 0x000F
+DO = 0x8000  # of OPT's TTL field
+
+_header = struct.Struct("!6H")
+_fixed = struct.Struct("!HHIH")  # of a record, after its name
+_question_end = struct.Struct("!HH")
+_LOWER = bytes.maketrans(bytes(range(65, 91)), bytes(range(97, 123)))
+
+
+class Malformed(Exception):
+    """Bytes that are no proper message. ``reason`` is one of a fixed few words: it becomes a label."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+#: Every `Malformed.reason`; metrics show each from the start.
+REASONS = ("short", "response", "question", "name", "record", "opt", "sections", "trailing")
+
+
+class Steps:
+    """What reading one message has cost: octets looked at, and jumps. For tests, and to end a bomb early."""
+
+    __slots__ = ("jumps", "taken")
+
+    def __init__(self) -> None:
+        self.taken = self.jumps = 0
+
+
+# ---- names ----
+
+
+def lower(name: bytes) -> bytes:
+    """A name in wire format in lower case. Length octets are below 64, so they stay what they are."""
+    return name.translate(_LOWER)
+
+
+def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> int:
+    """The offset behind the name at ``at``; a pointer is not followed. Raises Malformed, also for a pointer where the
+    name may not be ``compressed``.
+    """
+    start = at
+    try:
+        while True:
+            length = data[at]
+            steps.taken += 1
+            if length == 0:
+                at += 1
+                break
+            if length >= POINTER:
+                if not compressed or (length & 0x3F) << 8 | data[at + 1] >= start:
+                    raise Malformed("name")
+                return at + 2
+            if length > MAX_LABEL_BYTES:
+                raise Malformed("name")
+            at += 1 + length
+    except IndexError:
+        raise Malformed("name") from None
+    if at - start > MAX_NAME_BYTES:
+        raise Malformed("name")
+    return at
+
+
+def read_name(data: bytes, at: int, steps: Steps) -> bytes:
+    """The whole name at ``at``, compression undone, case as it is. Raises Malformed.
+
+    A pointer must lead before where the part that it ends began (RFC 1035, section 4.1.4: "a prior occurrence"), so
+    that every chain ends; what jumps a message may cost is limited over all its names.
+    """
+    parts, size, limit = [], 1, at
+    try:
+        while True:
+            length = data[at]
+            steps.taken += 1
+            if length == 0:
+                parts.append(b"\0")
+                return b"".join(parts)
+            if length >= POINTER:
+                target = (length & 0x3F) << 8 | data[at + 1]
+                steps.jumps += 1
+                if target >= limit or steps.jumps > MAX_JUMPS:
+                    raise Malformed("name")
+                at = limit = target
+                continue
+            size += 1 + length
+            if length > MAX_LABEL_BYTES or size > MAX_NAME_BYTES:
+                raise Malformed("name")
+            label = data[at : at + 1 + length]
+            if len(label) <= length:
+                raise Malformed("name")
+            parts.append(label)
+            at += 1 + length
+    except IndexError:
+        raise Malformed("name") from None
+
+
+def name_from_text(text: str) -> bytes:
+    r"""Wire format of a name in zone-file notation (``\.`` and ``\DDD``, RFC 1035, section 5.1); a final dot is
+    optional. Characters outside ASCII are taken as UTF-8. Raises ValueError with what is wrong.
+    """
+    if text in (".", ""):
+        return b"\0"
+    labels, label, raw, at = [], bytearray(), text.encode(), 0
+    while at < len(raw):
+        octet = raw[at]
+        at += 1
+        if octet == 0x5C:  # backslash
+            digits = raw[at : at + 3]
+            if len(digits) == 3 and digits.isdigit() and int(digits) < 256:
+                label.append(int(digits))
+                at += 3
+            elif at < len(raw) and not raw[at : at + 1].isdigit():
+                label.append(raw[at])
+                at += 1
+            else:
+                raise ValueError("a backslash that escapes nothing")
+        elif octet == 0x2E:
+            labels.append(bytes(label))
+            label.clear()
+        else:
+            label.append(octet)
+    if label:
+        labels.append(bytes(label))
+    if any(not part for part in labels):
+        raise ValueError("an empty label")
+    if any(len(part) > MAX_LABEL_BYTES for part in labels):
+        raise ValueError(f"a label of more than {MAX_LABEL_BYTES} octets")
+    name = b"".join(bytes([len(part)]) + part for part in labels) + b"\0"
+    if len(name) > MAX_NAME_BYTES:
+        raise ValueError(f"more than {MAX_NAME_BYTES} octets")
+    return name
+
+
+def name_to_text(name: bytes) -> str:
+    r"""A name for people, without the final dot; dots in labels, backslashes and what is not printable ASCII are
+    escaped, so that it stays on its line in a log."""
+    labels = []
+    at = 0
+    while name[at]:
+        label = name[at + 1 : at + 1 + name[at]]
+        labels.append("".join(_printable(octet) for octet in label))
+        at += 1 + name[at]
+    return ".".join(labels) or "."
+
+
+def _printable(octet: int) -> str:
+    if octet in (0x2E, 0x5C):
+        return f"\\{chr(octet)}"
+    return chr(octet) if 0x21 <= octet <= 0x7E else f"\\{octet:03d}"
+
+
+def suffixes(name: bytes) -> Iterator[bytes]:
+    """The name itself, then each name above it, the root last."""
+    at = 0
+    while name[at]:
+        yield name[at:]
+        at += 1 + name[at]
+    yield name[at:]
+
+
+def is_below(name: bytes, domain: bytes) -> bool:
+    """Whether a name is the domain or in it; both in lower case."""
+    return name.endswith(domain) and any(part == domain for part in suffixes(name))
+
+
+def label_count(name: bytes) -> int:
+    """How many labels, without the root's."""
+    return sum(1 for _ in suffixes(name)) - 1
+
+
+# ---- queries ----
+
+
+@dataclass(frozen=True, slots=True)
+class Edns:
+    """The OPT record of a query (RFC 6891)."""
+
+    udp_bytes: int  # as the client says; below 512 counts as 512
+    version: int
+    dnssec_ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A query that can be answered, or refused in a proper way."""
+
+    id: int
+    flags: int
+    question: bytes  # name, type and class as they came
+    name: bytes  # in lower case
+    type: int
+    klass: int
+    edns: Edns | None
+
+    @property
+    def opcode(self) -> int:
+        """0 for a standard query."""
+        return (self.flags & OPCODE_MASK) >> 11
+
+    @property
+    def recursion_desired(self) -> bool:
+        """Whether somebody else may be asked."""
+        return bool(self.flags & RD)
+
+    @property
+    def key(self) -> tuple[bytes, int, int, int]:
+        """What an answer is kept under: name, type, class, and the flags that change an answer (DO and CD)."""
+        wants = (self.flags & CD) | (DO if self.edns and self.edns.dnssec_ok else 0)
+        return self.name, self.type, self.klass, wants
+
+    def udp_bytes(self, most: int) -> int:
+        """The longest answer that fits over UDP."""
+        return min(max(self.edns.udp_bytes, MIN_UDP_BYTES), most) if self.edns else MIN_UDP_BYTES
+
+
+def parse_query(data: bytes, steps: Steps | None = None) -> Query:
+    """Read a query. Raises Malformed; with reason "short" or "response" nothing may be answered, else FORMERR.
+
+    Only the shape is judged: an opcode, class or type that nobody serves is a proper query all the same. What follows
+    the last record is ignored.
+    """
+    if len(data) < HEADER_BYTES:
+        raise Malformed("short")
+    ident, flags, questions, answers, authorities, additional = _header.unpack_from(data)
+    if flags & QR:
+        raise Malformed("response")
+    steps = steps or Steps()
+    if flags & OPCODE_MASK:  # other opcodes fill the sections as they like
+        return Query(ident, flags, b"", b"\0", 0, 0, None)
+    if questions != 1:  # RFC 9619
+        raise Malformed("question")
+    at = HEADER_BYTES
+    end = skip_name(data, at, steps, compressed=False)  # nothing stands before it that it could point to
+    if end + 4 > len(data):
+        raise Malformed("question")
+    kind, klass = _question_end.unpack_from(data, end)
+    question, name = data[at : end + 4], lower(data[at:end])
+    if answers or authorities:
+        raise Malformed("sections")
+    edns, at = None, end + 4
+    for number in range(additional):
+        if number >= MAX_RECORDS:
+            raise Malformed("record")
+        owner_end = skip_name(data, at, steps)
+        rtype, rclass, ttl, length = _record(data, owner_end)
+        body = owner_end + 10
+        if rtype == Type.OPT:
+            if edns or owner_end != at + 1:  # RFC 6891, section 6.1.1: one, and its owner is the root
+                raise Malformed("opt")
+            _check_options(data, body, length, steps)
+            edns = Edns(rclass, ttl >> 16 & 0xFF, bool(ttl & DO))
+        at = body + length
+    return Query(ident, flags, question, name, kind, klass, edns)
+
+
+def _record(data: bytes, at: int) -> tuple[int, int, int, int]:
+    """Type, class, TTL and length of a record whose name ends at ``at``."""
+    try:
+        fixed: tuple[int, int, int, int] = _fixed.unpack_from(data, at)
+    except struct.error:
+        raise Malformed("record") from None
+    if at + 10 + fixed[3] > len(data):
+        raise Malformed("record")
+    return fixed
+
+
+def _check_options(data: bytes, at: int, length: int, steps: Steps) -> None:
+    """RFC 6891, section 6.1.2: code, length, data, until the record ends exactly."""
+    end = at + length
+    while at < end:
+        steps.taken += 1
+        if at + 4 > end:
+            raise Malformed("opt")
+        at += 4 + (data[at + 2] << 8 | data[at + 3])
+    if at != end:
+        raise Malformed("opt")
+
+
+# ---- answers of others ----
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Where a record stands in a message."""
+
+    section: int  # 1 answer, 2 authority, 3 additional
+    start: int
+    owner_end: int
+    type: int
+    klass: int
+    ttl: int
+    data: int  # offset of its data
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response, read as far as a forwarder has to."""
+
+    message: bytes
+    id: int
+    flags: int
+    name: bytes  # of the question, in lower case
+    question: bytes  # as it came
+    type: int
+    klass: int
+    records: tuple[Record, ...]  # without OPT
+    rcode: int  # with OPT's upper bits
+    body_end: int  # where the records end that are passed on
+    counts: tuple[int, int, int]  # of those
+    steps: Steps = field(default_factory=Steps, compare=False)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether TCP would bring more."""
+        return bool(self.flags & TC)
+
+
+def parse_answer(data: bytes) -> Answer:
+    """Read a response. Raises Malformed.
+
+    The body that is passed on ends before OPT: what stands behind one, a signature of the transport at the most
+    (RFC 8945), means nothing to a client.
+    """
+    if len(data) < HEADER_BYTES:
+        raise Malformed("short")
+    ident, flags, questions, *counts = _header.unpack_from(data)
+    if not flags & QR:
+        raise Malformed("response")
+    if questions != 1 or sum(counts) > MAX_RECORDS:
+        raise Malformed("question" if questions != 1 else "record")
+    steps = Steps()
+    end = skip_name(data, HEADER_BYTES, steps, compressed=False)
+    if end + 4 > len(data):
+        raise Malformed("question")
+    kind, klass = _question_end.unpack_from(data, end)
+    records: list[Record] = []
+    rcode, body_end, at = flags & RCODE_MASK, 0, end + 4
+    for section, count in enumerate(counts, 1):
+        for _ in range(count):
+            owner_end = skip_name(data, at, steps)
+            rtype, rclass, ttl, length = _record(data, owner_end)
+            stop = owner_end + 10 + length
+            if rtype == Type.OPT:
+                if section != 3 or body_end:
+                    raise Malformed("opt")
+                rcode |= ttl >> 24 << 4
+                body_end = at
+            elif not body_end:
+                records.append(Record(section, at, owner_end, rtype, rclass, ttl, owner_end + 10, stop))
+            at = stop
+    kept = tuple(sum(1 for record in records if record.section == section) for section in (1, 2, 3))
+    return Answer(
+        message=data,
+        id=ident,
+        flags=flags,
+        name=lower(data[HEADER_BYTES:end]),
+        question=data[HEADER_BYTES : end + 4],
+        type=kind,
+        klass=klass,
+        records=tuple(records),
+        rcode=rcode,
+        body_end=body_end or at,
+        counts=(kept[0], kept[1], kept[2]),
+        steps=steps,
+    )
+
+
+def rdata_name(answer: Answer, record: Record, skip: int = 0) -> bytes:
+    """The name in a record's data, behind ``skip`` octets, in lower case. Raises Malformed."""
+    if record.data + skip >= record.end:
+        raise Malformed("record")
+    return lower(read_name(answer.message, record.data + skip, answer.steps))
+
+
+def owner(answer: Answer, record: Record) -> bytes:
+    """A record's owner in lower case. Raises Malformed."""
+    return lower(read_name(answer.message, record.start, answer.steps))
+
+
+# ---- making messages ----
+
+
+def response_flags(query_flags: int, rcode: int = 0, flags: int = 0) -> int:
+    """A response's flags: RD and CD copied, RA set, Z, AD and TC of the query never (RFC 6895, section 2.1)."""
+    return QR | RA | (query_flags & (RD | CD)) | flags | (rcode & RCODE_MASK)
+
+
+def message(
+    query: Query, rcode: int = 0, flags: int = 0, body: bytes = b"", counts: tuple[int, int, int] = (0, 0, 0)
+) -> bytes:
+    """A response: header, the question as the client wrote it, ``body``, and OPT where the client sent one."""
+    answers, authorities, additional = counts
+    ours = opt(rcode) if query.edns else b""
+    header = _header.pack(
+        query.id,
+        response_flags(query.flags, rcode, flags),
+        1,
+        answers,
+        authorities,
+        additional + (1 if ours else 0),
+    )
+    return b"".join((header, query.question, body, ours))
+
+
+def opt(rcode: int = 0, dnssec_ok: bool = False, udp_bytes: int = 1232) -> bytes:
+    """Our OPT record: what we take over UDP without fragments (RFC 9715), version 0, no options."""
+    return struct.pack("!BHHBBHH", 0, Type.OPT, udp_bytes, rcode >> 4, 0, DO if dnssec_ok else 0, 0)
+
+
+def bare(data: bytes, rcode: int) -> bytes:
+    """A response to what could not be read: twelve octets, never longer than what came."""
+    ident, flags = struct.unpack_from("!HH", data)
+    kept = response_flags(flags & ~CD, rcode, flags & OPCODE_MASK)
+    return _header.pack(ident, kept, 0, 0, 0, 0)
+
+
+def record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = b"\xc0\x0c", klass: int = Class.IN) -> bytes:
+    """One record; its owner is the question's name unless given."""
+    return b"".join((owner_name, _fixed.pack(kind, klass, ttl, len(rdata)), rdata))
+
+
+def question_message(ident: int, question: bytes, flags: int, dnssec_ok: bool) -> bytes:
+    """A query of our own, with EDNS."""
+    return _header.pack(ident, flags, 1, 0, 0, 1) + question + opt(0, dnssec_ok)

@@ -1,0 +1,307 @@
+"""The local names: hosts files and the records of the settings, as one table, built whole and never changed.
+
+Rules
+1. A reader has the old table or the new one, never a mixture: `build` makes a new one, its caller puts it in place.
+2. A name that exists has an answer for every type, if an empty one (NODATA): asked for what it does not have, it is
+   never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the whole name.
+3. A bad line is reported with file and number, and skipped. A file that cannot be read is an error of the whole: the
+   caller keeps the table that it has.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import socket
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from udpwatch.dns.errors import FileError
+from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
+from udpwatch.dns.wire import Type, lower, name_from_text, name_to_text, suffixes
+
+CNAME_CHAIN = 10  # dnsmasq's; longer ones are a loop
+HOSTS, CONFIG = "hosts", "config"
+MAX_FILE_BYTES = 1 << 30
+MAX_COMPLAINTS = 20  # per file; the rest is one line
+DEV_NULL = os.makedev(1, 3)  # stands for an empty table
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of an editor on another system
+CHANGING_TRIES, CHANGING_SECONDS = 20, 0.05  # a file that is written to while it is read
+
+#: what a line of a log says
+Complain = Callable[[str], None]
+
+_PLAIN_NAME = re.compile(rb"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
+_ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
+_FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
+_REVERSE_4 = b"\x07in-addr\x04arpa\x00"
+_REVERSE_6 = b"\x03ip6\x04arpa\x00"
+_HEX = b"0123456789abcdef"
+
+
+@dataclass(frozen=True, slots=True)
+class Rrset:
+    """Records of one name and type."""
+
+    owner: bytes  # wire format
+    type: int
+    ttl: int  # seconds
+    data: tuple[bytes, ...]  # each as on the wire, names uncompressed
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What is known here of a question. No records: NODATA, or NXDOMAIN where ``exists`` is False."""
+
+    rrsets: tuple[Rrset, ...]
+    exists: bool
+    origin: str  # a hosts file's name where queries are logged, else HOSTS; or CONFIG
+
+
+class Zone:
+    """All local names. Made by `build`; nothing changes it afterwards."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._ttl = settings.local_ttl
+        #: name -> addresses one behind the other; 60 bytes a name less than a list
+        self._addresses: dict[int, dict[bytes, bytes]] = {Type.A: {}, Type.AAAA: {}}
+        self._reverse: dict[bytes, bytes] = {}  # packed address -> name
+        self._records: dict[bytes, dict[int, list[StaticRecord]]] = {}
+        self._own_ttl: dict[bytes, int] = {}  # of names from host-record
+        self._wild: dict[bytes, list[str | None]] = {}
+        self._origins: dict[bytes, str] = {}  # name -> "config", or, where queries are logged, a file
+        self.entries = 0  # names and aliases read
+
+    def find(self, name: bytes, kind: int) -> Found | None:
+        """What is known of a name (wire format, lower case); None: nothing, somebody else may."""
+        chain: list[Rrset] = []
+        at = name
+        for _ in range(CNAME_CHAIN):
+            found = self._find(at, kind)
+            if found is None:
+                return None  # an alias of what is not known here is no answer
+            if not found.rrsets or found.rrsets[0].type != Type.CNAME or kind in (Type.CNAME, Type.ANY):
+                return Found((*chain, *found.rrsets), found.exists, found.origin)
+            chain += found.rrsets
+            at = found.rrsets[0].data[0]
+        return Found((), True, CONFIG)
+
+    def _find(self, name: bytes, kind: int) -> Found | None:
+        rrsets = [
+            Rrset(name, each, self._own_ttl.get(name, self._ttl), _split(packed, _ADDRESS_BYTES[Type(each)]))
+            for each, table in self._addresses.items()
+            if (packed := table.get(name))
+        ]
+        origin = self._origins.get(name, HOSTS)
+        for each, records in self._records.get(name, {}).items():
+            ttl = next((record.ttl for record in records if record.ttl is not None), self._ttl)
+            rrsets.append(Rrset(name, each, ttl, tuple(record.data for record in records)))
+        if rrsets:
+            wanted = [rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)]
+            if not wanted:
+                wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
+            return Found(tuple(wanted), True, origin)
+        if name.endswith((_REVERSE_4, _REVERSE_6)) and (address := address_of(name)) in self._reverse:
+            target = self._reverse[address]
+            ttl = self._own_ttl.get(target, self._ttl)
+            pointers = (Rrset(name, Type.PTR, ttl, (target,)),) if kind in (Type.PTR, Type.ANY) else ()
+            return Found(pointers, True, self._origins.get(target, HOSTS))
+        return self._find_wild(name, kind)
+
+    def _find_wild(self, name: bytes, kind: int) -> Found | None:
+        if not self._wild:
+            return None
+        for domain in suffixes(name):
+            if (addresses := self._wild.get(domain)) is None:
+                continue
+            packed = [pack_address(address) for address in addresses if address is not None]
+            if not packed:
+                return Found((), False, CONFIG)
+            rrsets = []
+            for each, size in _ADDRESS_BYTES.items():
+                data = tuple(one for one in packed if len(one) == size)
+                if data and kind in (each, Type.ANY):
+                    rrsets.append(Rrset(name, each, self._ttl, data))
+            return Found(tuple(rrsets), True, CONFIG)
+        return None
+
+    # ---- building ----
+
+    def _add_host(self, packed: bytes, names: list[bytes], origin: str = "") -> None:
+        """Names (wire format, lower case) of an address; the first one is what the address is called."""
+        table = self._addresses[Type.A if len(packed) == 4 else Type.AAAA]
+        for name in names:
+            known = table.get(name)
+            if known is None:
+                table[name] = packed
+            elif packed not in _split(known, len(packed)):
+                table[name] = known + packed
+            if origin:
+                self._origins.setdefault(name, origin)
+        self._reverse.setdefault(packed, names[0])
+        self.entries += len(names)
+
+    def _add_settings(self, settings: Settings) -> None:
+        for host in settings.host_records:
+            for address in host.addresses:
+                self._add_host(pack_address(address), list(host.names), CONFIG)
+            for name in host.names:
+                self._records.setdefault(name, {})  # exists, also without an address
+                if host.ttl is not None:
+                    self._own_ttl[name] = host.ttl
+        for record in settings.records:
+            self._origins.setdefault(record.name, CONFIG)
+            self._records.setdefault(record.name, {}).setdefault(record.type, []).append(record)
+        for wild in settings.addresses:
+            self._wild.setdefault(wild.domain, []).append(wild.address)
+
+
+def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
+    """Read every file. Raises FileError for one that cannot be read, unless ``missing_ok``: then it is complained of.
+
+    ``/etc/hosts`` may be missing always, as for dnsmasq.
+    """
+    zone = Zone(settings)
+    zone._add_settings(settings)
+    domain = settings.domain if settings.expand_hosts else b""
+    for path in hosts_files(settings, complain, missing_ok):
+        try:
+            _read_hosts(zone, path, domain, str(path) if settings.log_queries else "", complain)
+        except FileNotFoundError:
+            if path == ETC_HOSTS:
+                continue
+            _miss(f"cannot read {path}: No such file or directory", complain, missing_ok)
+        except OSError as error:
+            _miss(f"cannot read {path}: {error.strerror or error}", complain, missing_ok)
+    return zone
+
+
+def _miss(text: str, complain: Complain, missing_ok: bool) -> None:
+    if not missing_ok:
+        raise FileError(text)
+    complain(text)
+
+
+def hosts_files(settings: Settings, complain: Complain, missing_ok: bool) -> Iterator[Path]:
+    """Files in the order in which they are read; of a folder, every file whose name does not say that it is none
+    (dnsmasq's rule: ``#file#``, ``.file``, ``file~``)."""
+    if settings.hosts:
+        yield ETC_HOSTS
+    for path in settings.addn_hosts:
+        if not path.is_dir():
+            yield path
+            continue
+        try:
+            inside = sorted(path.iterdir())
+        except OSError as error:
+            _miss(f"cannot read {path}: {error.strerror}", complain, missing_ok)
+            continue
+        for each in inside:
+            if not each.name.startswith((".", "#")) and not each.name.endswith("~") and not each.is_dir():
+                yield each
+
+
+def _read_steady(path: Path) -> bytes:
+    """A file that nobody wrote to meanwhile, whole: a half written one is read again. Raises OSError."""
+    for _ in range(CHANGING_TRIES):
+        # Not blocking: a FIFO must not hold us.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode) and before.st_rdev != DEV_NULL:
+                raise OSError(0, "it is no regular file")
+            if before.st_size > MAX_FILE_BYTES:
+                raise OSError(0, f"it has more than {MAX_FILE_BYTES >> 20} MB")
+            data = file.read(MAX_FILE_BYTES)
+            after = os.fstat(file.fileno())
+        if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+            break
+        time.sleep(CHANGING_SECONDS)
+    return data
+
+
+def _read_hosts(zone: Zone, path: Path, domain: bytes, origin: str, complain: Complain) -> None:
+    bad = 0
+    for number, line in enumerate(io.BytesIO(_read_steady(path).removeprefix(BYTE_ORDER_MARK)), 1):
+        words = line.partition(b"#")[0].split()
+        if not words:
+            continue
+        problem, names = "", []
+        try:
+            packed = pack_address(words[0].decode())
+        except (OSError, ValueError):
+            problem = "address"
+        else:
+            for word in words[1:]:
+                if (name := _host_name(word)) is None:
+                    problem = "name"
+                    continue
+                if domain and name[1 + name[0]] == 0:  # one label
+                    names.append(name[:-1] + domain)
+                names.append(name)
+            if names:
+                zone._add_host(packed, names, origin)
+            elif not problem:
+                problem = "line without a name"
+        if problem:
+            bad += 1
+            if bad <= MAX_COMPLAINTS:
+                complain(f"bad {problem} at {path} line {number}")
+    if bad > MAX_COMPLAINTS:
+        complain(f"{bad - MAX_COMPLAINTS} more bad lines in {path}")
+
+
+def _host_name(word: bytes) -> bytes | None:
+    """Wire format, in lower case; None for what is no host name."""
+    word = word.lower()
+    if _PLAIN_NAME.fullmatch(word) and len(word) < 254:
+        return b"".join([bytes((len(label),)) + label for label in word.split(b".")]) + b"\0"
+    try:
+        text = word.decode()
+        if "\\" in text or "\0" in text:
+            return None
+        name = lower(name_from_text(text))
+    except ValueError:  # UnicodeDecodeError is one
+        return None
+    return name if name != b"\0" else None
+
+
+def _split(packed: bytes, size: int) -> tuple[bytes, ...]:
+    return tuple(packed[at : at + size] for at in range(0, len(packed), size))
+
+
+# ---- addresses as names ----
+
+
+def pack_address(text: str) -> bytes:
+    """4 or 16 octets of a numeric address; raises OSError."""
+    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+
+
+def unpack_address(packed: bytes) -> str:
+    """The numeric address of 4 or 16 octets."""
+    return socket.inet_ntop(_FAMILY[len(packed)], packed)
+
+
+def address_of(name: bytes) -> bytes | None:
+    """The address that a whole reverse name stands for (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
+    labels = name_to_text(name).split(".")
+    if name.endswith(_REVERSE_4) and len(labels) == 6:
+        try:
+            return bytes(_octet(label) for label in reversed(labels[:4]))
+        except ValueError:
+            return None
+    if name.endswith(_REVERSE_6) and len(labels) == 34:
+        digits = "".join(reversed(labels[:32]))
+        if len(digits) == 32 and all(digit in _HEX.decode() for digit in digits):
+            return bytes.fromhex(digits)
+    return None
+
+
+def _octet(label: str) -> int:
+    if not label.isdecimal() or not label.isascii() or (label[0] == "0" and len(label) > 1):
+        raise ValueError(label)
+    return int(label)  # above 255: bytes() raises ValueError
