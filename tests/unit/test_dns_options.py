@@ -1,0 +1,745 @@
+"""Options of `udpwatch dns`: dnsmasq's words, read strictly. The program dnsmasq itself is the second opinion."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udpwatch.dns import options
+from udpwatch.dns.errors import ConfigError, DnsError, FileError
+from udpwatch.dns.options import OPTIONS, REFUSED, Information, Option, parse, read_conf, usage
+from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
+from udpwatch.dns.wire import Type, name_from_text
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENT = ROOT / options.DOCUMENT
+BY_NAME = {option.name: option for option in OPTIONS}
+A, B, C = (name_from_text(text) for text in ("a.example", "b.example", "c.example"))
+needs_dnsmasq = pytest.mark.skipif(not shutil.which("dnsmasq"), reason="needs dnsmasq: install dnsmasq-base")
+
+
+def settings(*words: str) -> Settings:
+    result = parse(words)
+    assert isinstance(result, Settings)
+    return result
+
+
+def rejected(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse(words)
+    message = str(caught.value)
+    assert message.isprintable(), "one line"
+    return message
+
+
+def dnsmasq_test(*words: str) -> str:
+    """What dnsmasq says about words; "" where it accepts them. Without -C it would read its own file."""
+    done = subprocess.run(["dnsmasq", "--test", *words], capture_output=True, text=True, timeout=30, check=False)
+    return "" if done.returncode == 0 else done.stderr.strip()
+
+
+def record(kind: Type, data: bytes, name: bytes = A, ttl: int | None = None) -> dict[str, Any]:
+    return {"records": (StaticRecord(name, kind, data, ttl),)}
+
+
+def servers(*given: Server, domain: bytes = A, standard: bool = False) -> dict[str, Any]:
+    return {"domain_servers": (DomainServers(domain, given, standard),)}
+
+
+def at(*addresses: str | None, domain: bytes = A) -> dict[str, Any]:
+    return {"addresses": tuple(DomainAddress(domain, address) for address in addresses)}
+
+
+NS, NS6 = Server("192.0.2.1"), Server("2001:db8::1")
+
+#: An option with its value, and the fields of Settings that it changes. dnsmasq accepts each, but for OURS.
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("--port=5353", {"port": 5353}),
+    ("--listen-address=192.0.2.1", {"listen_addresses": ("192.0.2.1",), "local_service": False}),
+    (
+        "--listen-address=192.0.2.1, 2001:DB8:0::1,192.0.2.1",
+        {"listen_addresses": ("192.0.2.1", "2001:db8::1"), "local_service": False},
+    ),
+    ("--interface=eth0,veth*", {"interfaces": ("eth0", "veth*"), "local_service": False}),
+    ("--interface=*", {"interfaces": ("*",), "local_service": False}),
+    ("--except-interface=docker0", {"except_interfaces": ("docker0",), "local_service": False}),
+    ("--bind-dynamic", {}),
+    ("--bind-interfaces", {}),
+    ("--local-service", {}),
+    ("--local-service=net", {}),
+    ("--local-service=host", {"local_service": False, "interfaces": ("lo",)}),
+    ("--no-hosts", {"hosts": False}),
+    ("--addn-hosts=/a b/hosts", {"addn_hosts": (Path("/a b/hosts"),)}),
+    ("--hostsdir=/hosts.d", {"addn_hosts": (Path("/hosts.d"),)}),
+    ("--expand-hosts", {"expand_hosts": True}),
+    ("--domain=A.Example.", {"domain": A}),
+    ("--domain-suffix=a.example", {"domain": A}),
+    ("--address=/a.example/192.0.2.1", at("192.0.2.1")),
+    ("--address=/.a.example/192.0.2.1", at("192.0.2.1")),
+    ("--address=/a.example/2001:db8::1", at("2001:db8::1")),
+    ("--address=/a.example/", at(None)),
+    ("--address=/a.example/#", at("0.0.0.0", "::")),
+    ("--address=/#/192.0.2.1", at("192.0.2.1", domain=b"\0")),
+    (
+        "--address=/a.example/b.example/192.0.2.1",
+        {"addresses": (DomainAddress(A, "192.0.2.1"), DomainAddress(B, "192.0.2.1"))},
+    ),
+    ("--host-record=a.example,192.0.2.1", {"host_records": (HostRecord((A,), ("192.0.2.1",)),)}),
+    (
+        "--host-record=a.example, b.example, 2001:db8::1, 192.0.2.1, 60",
+        {"host_records": (HostRecord((A, B), ("2001:db8::1", "192.0.2.1"), 60),)},
+    ),
+    ("--cname=a.example,b.example", record(Type.CNAME, B)),
+    ("--cname=a.example,b.example,60", record(Type.CNAME, B, ttl=60)),
+    (
+        "--cname=a.example,c.example,b.example",
+        {"records": (StaticRecord(A, Type.CNAME, B), StaticRecord(C, Type.CNAME, B))},
+    ),
+    ("--txt-record=a.example", record(Type.TXT, b"\0")),
+    ("--txt-record=a.example,", record(Type.TXT, b"\0")),
+    ("--txt-record=a.example, v=spf1 a -all", record(Type.TXT, b"\x0dv=spf1 a -all")),
+    ("--txt-record=a.example,x,, y", record(Type.TXT, b"\1x\0\2 y")),
+    ("--txt-record=a.example,\u00e9", record(Type.TXT, b"\2\xc3\xa9")),
+    ("--txt-record=a.example," + "x" * 256, record(Type.TXT, b"\xff" + b"x" * 255 + b"\1x")),
+    ("--txt-record=My Printer._ipp._tcp.local,x", record(Type.TXT, b"\1x", b"\x0amy printer\4_ipp\4_tcp\5local\0")),
+    ("--srv-host=a.example,b.example,80,1,2", record(Type.SRV, b"\0\1\0\2\0\x50" + B)),
+    ("--srv-host=a.example,b.example,80,1", record(Type.SRV, b"\0\1\0\0\0\x50" + B)),
+    ("--srv-host=a.example,b.example,80", record(Type.SRV, b"\0\0\0\0\0\x50" + B)),
+    ("--srv-host=a.example,b.example", record(Type.SRV, b"\0\0\0\0\0\1" + B)),
+    ("--srv-host=a.example", record(Type.SRV, b"\0\0\0\0\0\1\0")),
+    ("--srv-host=a.example,,80", record(Type.SRV, b"\0\0\0\0\0\x50\0")),
+    ("--mx-host=a.example,b.example", record(Type.MX, b"\0\1" + B)),
+    ("--mx-host=a.example,b.example,50", record(Type.MX, b"\0\x32" + B)),
+    ("--ptr-record=a.example,b.example", record(Type.PTR, B)),
+    ("--local-ttl=60", {"local_ttl": 60}),
+    ("--no-resolv", {"resolv": False}),
+    ("--resolv-file=/run/resolv.conf", {"resolv_files": (Path("/run/resolv.conf"),)}),
+    ("--no-poll", {"poll": False}),
+    ("--server=192.0.2.1", {"servers": (NS,)}),
+    ("--server=192.0.2.1#5353", {"servers": (replace(NS, port=5353),)}),
+    ("--server=192.0.2.1@192.0.2.9", {"servers": (replace(NS, source="192.0.2.9"),)}),
+    ("--server=192.0.2.1#53@eth0", {"servers": (replace(NS, interface="eth0"),)}),
+    ("--server=192.0.2.1@eth0@192.0.2.9", {"servers": (replace(NS, source="192.0.2.9", interface="eth0"),)}),
+    ("--server=2001:DB8::1#5353", {"servers": (replace(NS6, port=5353),)}),
+    ("--server=2001:db8::1@2001:db8::9", {"servers": (replace(NS6, source="2001:db8::9"),)}),
+    ("--server=fe80::1%lo#5353", {"servers": (Server("fe80::1%lo", 5353),)}),
+    ("--server=fe80::1@lo", {"servers": (Server("fe80::1%lo", interface="lo"),)}),
+    ("--server=/#/192.0.2.1", {"servers": (NS,)}),
+    ("--server=/a.example/192.0.2.1#54", servers(replace(NS, port=54))),
+    ("--server=/a.example/#", servers(standard=True)),
+    ("--server=/a.example/", servers()),
+    ("--server=//192.0.2.1", servers(NS, domain=b"")),
+    ("--server=//", servers(domain=b"")),
+    (
+        "--server=/a.example/b.example/192.0.2.1",
+        {"domain_servers": (DomainServers(A, (NS,)), DomainServers(B, (NS,)))},
+    ),
+    ("--local=/a.example/", servers()),
+    ("--local=//", servers(domain=b"")),
+    ("--local=/a.example/192.0.2.1", servers(NS)),
+    ("--dns-forward-max=150", {"forward_max": 150}),
+    ("--edns-packet-max=4096", {"edns_packet_max": 4096}),
+    ("--domain-needed", {"domain_needed": True}),
+    ("--bogus-priv", {"bogus_priv": True}),
+    ("--stop-dns-rebind", {"stop_dns_rebind": True}),
+    ("--rebind-localhost-ok", {"rebind_localhost_ok": True}),
+    ("--rebind-domain-ok=a.example", {"rebind_domains_ok": (A,)}),
+    ("--rebind-domain-ok=/a.example/b.example/", {"rebind_domains_ok": (A, B)}),
+    ("--cache-size=150", {"cache_size": 150}),
+    ("--cache-size=0", {"cache_size": 0}),
+    ("--no-negcache", {"negcache": False}),
+    ("--neg-ttl=3600", {"neg_ttl": 3600}),
+    ("--max-ttl=3600", {"max_ttl": 3600}),
+    ("--use-stale-cache", {}),
+    ("--use-stale-cache=60", {"stale_seconds": 60}),
+    ("--use-stale-cache=0", {"stale_seconds": 2**31 - 1}),
+    ("--use-stale-cache=off", {"stale_seconds": 0}),
+    ("--no-round-robin", {}),
+    ("--log-queries", {"log_queries": True}),
+    ("--log-queries=extra", {"log_queries": True, "log_extra": True}),
+    ("--no-ident", {"ident": False}),
+    ("--metrics-listen=off", {"metrics_listen": "off"}),
+    ("--metrics-listen=[::1]:0", {"metrics_listen": "[::1]:0"}),
+    ("--conf-file=/dev/null", {}),
+    ("--conf-dir=/proc/self/task,*.conf", {}),
+    ("--keep-in-foreground", {}),
+    ("--no-daemon", {}),
+]
+#: What dnsmasq does not have.
+OURS = ("--metrics-listen", "--use-stale-cache=off")
+ONE_WORD = [word for word, _ in GOOD]
+
+BAD = [
+    *(f"--port={value}" for value in ("", "0", "65536", "-1", "x", "1.5", "\u0661", "1" * 5000)),
+    *(f"--listen-address={value}" for value in ("", "192.0.2.1,", "192.0.2.256", "010.0.0.1", "host", "fe80::1%lo")),
+    *(f"--interface={value}" for value in ("", "eth0,", "a/b", "eth0:1", "a b", "a*b", "x" * 16, "..", "a\nb")),
+    "--except-interface=",
+    *(f"--local-service={value}" for value in ("on", "host,net")),
+    "--addn-hosts=",
+    "--hostsdir=",
+    *(f"--domain={value}" for value in ("", ".", "#", "a..b", "a.example,192.0.2.0/24", "caf\u00e9.example", "a\tb")),
+    "--domain=" + "x" * 64,
+    "--domain=" + ".".join(["x" * 63] * 4),
+    *(f"--address={value}" for value in ("", "192.0.2.1", "//192.0.2.1", "/*a/192.0.2.1", "/a/b", "/a/::1%lo")),
+    *(f"--host-record={value}" for value in ("", "a", "192.0.2.1", "a,b", "a,192.0.2.1,192.0.2.2", "a,192.0.2.1,1,2")),
+    *(f"--host-record={value}" for value in ("a,192.0.2.1,99999999999", "a..b,192.0.2.1", "a,,192.0.2.1")),
+    *(f"--cname={value}" for value in ("", "a", "a,", "a,1,", "*.a,b", "a,b,a,c", "a,b,99999999999", "a..b,c")),
+    *(f"--txt-record={value}" for value in ("", ",x", "a..b,x", "a," + "x," * 33000)),
+    *(f"--srv-host={value}" for value in ("", "a,b,x", "a,b,1,x", "a,b,1,1,65536", "a,b,1,1,1,1", "a..b", "a,b..c")),
+    *(f"--mx-host={value}" for value in ("", "a", "a,b,x", "a,b,1,1")),
+    *(f"--ptr-record={value}" for value in ("", "a", "a,b,c", "a,")),
+    *(f"--local-ttl={value}" for value in ("", "-1", "2147483648", "1h")),
+    "--resolv-file=",
+    *(
+        f"--server={value}"
+        for value in ("", "#", "/#/", "/#/#", "dns.example", "/a", "/*a/192.0.2.1", "/a../192.0.2.1")
+    ),
+    *(
+        f"--server=192.0.2.1{value}"
+        for value in ("#", "#0", "#65536", "#x", "#1#2", "%lo", "@", "@a/b", "@2001:db8::9")
+    ),
+    *(f"--server=192.0.2.1{value}" for value in ("@192.0.2.9#5353", "@192.0.2.9@eth0", "@eth0@eth1", "@eth0@")),
+    *(
+        f"--server={value}"
+        for value in ("fe80::1", "fe80::1%", "fe80::1#53%lo", "2001:db8::1%lo", "192.0.2.1,192.0.2.2")
+    ),
+    *(f"--local={value}" for value in ("", "192.0.2.1", "a.example", "/#/")),
+    *(f"--dns-forward-max={value}" for value in ("", "0", "x")),
+    *(f"--edns-packet-max={value}" for value in ("", "511", "65536")),
+    *(f"--rebind-domain-ok={value}" for value in ("", "/", "//", "/a//b/")),
+    *(f"--cache-size={value}" for value in ("", "-1", "5000001")),
+    *(f"--neg-ttl={value}" for value in ("", "x")),
+    *(f"--max-ttl={value}" for value in ("", "x")),
+    *(f"--use-stale-cache={value}" for value in ("on", "-1", "x1")),
+    *(f"--log-queries={value}" for value in ("proto", "Extra")),
+    *(f"--metrics-listen={value}" for value in ("", "9953", ":9953", "a:", "a:65536", "Off")),
+    *(f"--conf-file={value}" for value in ("", "-")),
+    *(f"--conf-dir={value}" for value in ("", ",*.conf")),
+]
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(("word", "expected"), GOOD, ids=[word[:60] for word in ONE_WORD])
+def test_good_values(word: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    assert settings(word) == replace(Settings(), **expected)
+    file = tmp_path / "f.conf"
+    file.write_text(word.removeprefix("--") + "\n")
+    assert read_conf(file) == replace(Settings(), **expected), "a file says the same"
+
+
+@pytest.mark.parametrize("word", BAD, ids=[word[:60] for word in BAD])
+def test_bad_values(word: str) -> None:
+    name, _, value = word.partition("=")
+    message = rejected(word)
+    assert message.startswith(f"{name}: ")
+    assert repr(value[:200])[1:-1] in message
+    assert "it takes " in message
+    assert len(message) < 2000
+
+
+def test_every_option_has_a_good_and_a_bad_value() -> None:
+    commands = {"test", "version", "help"}
+    assert {word[2:].partition("=")[0] for word in ONE_WORD} == set(BY_NAME) - commands
+    valued = {option.name for option in OPTIONS if option.value} - {"domain-suffix"}
+    assert {word[2:].partition("=")[0] for word in BAD} == valued
+
+
+def test_every_setting_can_be_set() -> None:
+    assert {name for _, expected in GOOD for name in expected} == {field.name for field in fields(Settings)}
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if not option.value], ids=lambda option: option.name)
+def test_switches_take_no_value(option: Option) -> None:
+    assert rejected(f"--{option.name}=1") == f"--{option.name}: it takes no value, and '1' is one"
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.needs_value], ids=lambda option: option.name)
+def test_a_value_that_is_missing(option: Option, tmp_path: Path) -> None:
+    assert rejected(f"--{option.name}") == f"--{option.name}: it takes a value"
+    assert rejected(f"--{option.name}", "--no-hosts").startswith(f"--{option.name}: it takes a value")
+    file = tmp_path / "f.conf"
+    file.write_text(f"\n{option.name}\n")
+    assert rejected("-C", str(file)) == f"{file} line 2: {option.name}: it takes {option.value}"
+
+
+# ---- several options together ----
+
+
+def test_without_options_all_is_default() -> None:
+    assert settings() == Settings()
+
+
+def test_servers_of_a_domain_add_up_in_their_order() -> None:
+    words = (
+        "--server=/a.example/192.0.2.9",
+        "--server=/b.example/",
+        "--server=/A.Example/192.0.2.1",
+        "-S/a.example/192.0.2.9",
+    )
+    assert settings(*words).domain_servers == (DomainServers(A, (Server("192.0.2.9"), NS)), DomainServers(B, ()))
+
+
+@pytest.mark.parametrize("second", ["/a.example/", "/a.example/#"])
+def test_a_domain_has_servers_or_not(second: str) -> None:
+    message = rejected("--server=/a.example/192.0.2.1", f"--server={second}")
+    assert message.startswith(f"--server: {second!r} is not accepted")
+    assert "a.example" in message
+
+
+def test_an_alias_has_one_target() -> None:
+    assert "a.example has a target already" in rejected("--cname=a.example,b.example", "--cname=A.example,c.example")
+
+
+@pytest.mark.parametrize("targets", [["aa"], ["ab", "ba"], ["ab", "bc", "ca"], ["xa", "ab", "bc", "cb"]])
+def test_aliases_lead_somewhere(targets: list[str]) -> None:
+    assert "--cname: " in rejected(*(f"--cname={alias},{target}" for alias, target in targets))
+
+
+def test_a_chain_of_aliases_is_fine() -> None:
+    words = [f"--cname=n{number},n{number + 1}" for number in range(2000)]
+    assert len(settings(*words).records) == 2000
+    assert len(settings(*reversed(words)).records) == 2000
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_service_without_domain_is_in_ours(order: int) -> None:
+    words = ("--domain=a.example", "--srv-host=_ldap._tcp,b.example,389")[::order]
+    (service,) = settings(*words).records
+    assert service.name == name_from_text("_ldap._tcp.a.example")
+    (alone,) = settings("--srv-host=_ldap._tcp,b.example,389").records
+    assert alone.name == name_from_text("_ldap._tcp")
+
+
+def test_a_service_whose_name_gets_too_long() -> None:
+    domain = ".".join(["x" * 61] * 4)
+    assert rejected(f"--domain={domain}", f"--srv-host={'y' * 10}.z").startswith("--srv-host: yyyyyyyyyy.z is too long")
+
+
+@pytest.mark.parametrize("word", ["-i eth0", "-I eth0", "-a 192.0.2.1"])
+@pytest.mark.parametrize("service", ["--local-service", "--local-service=host"])
+def test_local_service_gives_way(word: str, service: str) -> None:
+    result = settings(service, *word.split())
+    assert not result.local_service
+    assert "lo" not in result.interfaces
+
+
+def test_no_poll_takes_one_resolv_file() -> None:
+    words = ("-n", "-r", "/a", "-r", "/b")
+    assert rejected(*words).startswith("--no-poll: ")
+    assert settings(*words, "-R").resolv_files == (Path("/a"), Path("/b"))
+    assert settings(*words[1:]).resolv_files == (Path("/a"), Path("/b"))
+
+
+ONCE = [option for option in OPTIONS if option.once]
+_VALUES = {"metrics-listen": "off", "local-service": "net", "edns-packet-max": "512"}
+
+
+@pytest.mark.parametrize("option", ONCE, ids=lambda option: option.name)
+def test_once_is_once_and_a_file_wins(option: Option, tmp_path: Path) -> None:
+    word = f"--{option.name}={_VALUES.get(option.name, 7)}"
+    assert rejected(word, word) == f"--{option.name}: given before; it counts once"
+    file = tmp_path / "f.conf"
+    file.write_text(word.removeprefix("--"))
+    settings(word, "-C", str(file))
+    file.write_text(f"{word.removeprefix('--')}\n" * 2)
+    assert rejected("-C", str(file)) == f"{file} line 2: {option.name}: given before; it counts once"
+
+
+def test_a_file_wins_wherever_it_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_text("port=2\ndomain=b.example\n")
+    for words in (("-p1", "-s", "a.example", "-C", str(file)), ("-C", str(file), "-p1", "-s", "a.example")):
+        assert (settings(*words).port, settings(*words).domain) == (2, B)
+
+
+# ---- words ----
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--port 54", {"port": 54}),
+        ("-p54", {"port": 54}),
+        ("-p 54", {"port": 54}),
+        ("-kqp54 -h", {"port": 54, "log_queries": True, "hosts": False}),
+        ("-kqp 54 -h", {"port": 54, "log_queries": True, "hosts": False}),
+        ("-c 10 -C /dev/null -r /r", {"cache_size": 10, "resolv_files": (Path("/r"),)}),
+        ("--cache-size 10 --conf-file /dev/null", {"cache_size": 10}),
+        ("-0 5 -7 /proc/self/task,*.x", {"forward_max": 5}),
+        ("--log-queries --no-hosts --", {"log_queries": True, "hosts": False}),
+        ("--cache-s 10", {"cache_size": 10}),
+        ("--no-res", {"resolv": False}),
+        ("--domain a.example", {"domain": A}),
+        ("--me=off", {"metrics_listen": "off"}),
+    ],
+)
+def test_words_as_getopt_takes_them(words: str, expected: dict[str, Any]) -> None:
+    assert settings(*words.split()) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["hosts"], "'hosts': a word that belongs to no option; see --help"),
+        (["-"], "'-': a word that belongs to no option; see --help"),
+        (["--", "--no-hosts"], "'--no-hosts': a word that belongs to no option; see --help"),
+        (["--log-queries", "extra"], "'extra': a word that belongs to no option; see --help"),
+        (["--local-service", "host"], "'host': a word that belongs to no option; see --help"),
+        (["--nosuch"], "--nosuch: there is no such option; see --help"),
+        (["--a\nb"], "'--a\\nb': there is no such option; see --help"),
+        (["-l"], "--dhcp-leasefile (-l): udpwatch's responder does not have this option of dnsmasq's; see"),
+        (["-kF"], "--dhcp-range (-F): udpwatch's responder does not have this option of dnsmasq's; see"),
+        (["-?"], "-?: there is no such option; see --help"),
+        (["-qextra"], "--selfmx (-e): udpwatch's"),
+        (["--no-p"], "--no-p: this may be --no-poll, --no-ping"),
+        (["--domain-"], "--domain-: this may be --domain-suffix, --domain-needed"),
+        (["--dhcp"], "--dhcp: this may be --dhcp-alternate-port, "),
+        (["--dhcp-ra=x"], "--dhcp-ra: this may be --dhcp-range, --dhcp-rapid-commit"),
+        (["--dhcp-ran=x"], "--dhcp-range: udpwatch's responder does not have this option of dnsmasq's; see"),
+        (["--=x"], "--: this may be "),
+        (["--domain", "\udcff"], "'\\udcff': not UTF-8"),
+        (["-p"], "-p: it takes a value"),
+        (["-p", "-h"], "-p: it takes a value, which '-h' is not"),
+        (["-px"], "-p: 'x' is not accepted; it takes a whole number from 1 to 65535"),
+    ],
+)
+def test_words_that_are_refused(words: list[str], message: str) -> None:
+    assert rejected(*words).startswith(message)
+
+
+def test_empty_words_are_passed_over() -> None:
+    assert settings("", "-h", " ") == replace(Settings(), hosts=False)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_only_dnsmasq_has_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    why = "udpwatch's responder does not have this option of dnsmasq's; see docs/dns-options.md"
+    assert rejected(f"--{name}") == rejected(f"--{name}=x") == f"--{name}: {why}"
+    if REFUSED[name]:
+        assert rejected(f"-{REFUSED[name]}x") == f"--{name} (-{REFUSED[name]}): {why}"
+    file = tmp_path / "f.conf"
+    file.write_text(f"{name}=x\n")
+    assert rejected("-C", str(file)) == f"{file} line 1: {name}: {why}"
+
+
+def test_commands() -> None:
+    assert parse(["--help", "--nosuch"]) == parse(["-w"]) == Information(usage())
+    version = parse(["--version"])
+    assert isinstance(version, Information)
+    assert version == parse(["-v"])
+    assert version.text.startswith("udpwatch ")
+    assert parse(["--test", "-p54"]) == Information("syntax check OK.")
+    assert rejected("--test", "-p0").startswith("-p: ")
+
+
+@pytest.mark.parametrize("name", ["help", "test", "version"])
+def test_commands_are_none_of_a_file(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_text(name)
+    assert rejected("-C", str(file)) == f"{file} line 1: {name}: an option for the command line only"
+
+
+def test_help_names_every_option() -> None:
+    shown = re.findall(r"^(?:-(.), |    )--([\w-]+)", usage(), re.MULTILINE)
+    assert shown == [(option.short, option.name) for option in OPTIONS]
+
+
+# ---- files ----
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", {}),
+        ("# port=1\n  #port=2\n\t\n", {}),
+        ("port = 54 # why\r\n", {"port": 54}),
+        ("\tport=54\t#why", {"port": 54}),
+        ("addn-hosts=/a#b", {"addn_hosts": (Path("/a#b"),)}),
+        ("server=192.0.2.1#54", {"servers": (replace(NS, port=54),)}),
+        ('addn-hosts="/a b #c"', {"addn_hosts": (Path("/a b #c"),)}),
+        ('addn-hosts=/a" "b # "c', {"addn_hosts": (Path("/a b"),)}),
+        ('txt-record=a.example,"x, y" , z', record(Type.TXT, b"\x05x, y \2 z")),
+        ('txt-record=a.example," x","#"', record(Type.TXT, b"\2 x\1#")),
+        ('txt-record=a.example,"\\"\\\\\\t\\n\\e\\b\\r\\x"', record(Type.TXT, b'\x09"\\\t\n\x1b\b\r\\x')),
+        ('host-record="a.example","192.0.2.1"', {"host_records": (HostRecord((A,), ("192.0.2.1",)),)}),
+        ('server="/a.example/192.0.2.1"', servers(NS)),
+        ('port="54"\nmetrics-listen="off"\nlog-queries', {"port": 54, "metrics_listen": "off", "log_queries": True}),
+        ('"port"=54', {"port": 54}),
+        ("ptr-record=_x._tcp.a,\"My, 'page'._x\"", record(Type.PTR, b"\x0amy, 'page'\2_x\0", b"\2_x\4_tcp\1a\0")),
+    ],
+)
+def test_lines(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_bytes(text.encode())
+    assert read_conf(file) == replace(Settings(), **expected)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'domain="a', 'line 1: a missing "'),
+        (b'\n\ndomain="a\\"', 'line 3: a missing "'),
+        (b"domain=\xff", "line 1: not UTF-8"),
+        (b"domain=a\0b", "line 1: a NUL character"),
+        (b"no-hosts=", "line 1: no-hosts: it takes no value, and '' is one"),
+        (b"no-host", "line 1: no-host: there is no such option; see docs/dns-options.md"),
+        (b"--no-hosts", "line 1: --no-hosts: there is no such option; see docs/dns-options.md"),
+        (b"=1", "line 1: : there is no such option; see docs/dns-options.md"),
+        (b'port="\\n"', "line 1: port: '\\n' is not accepted; it takes a whole number from 1 to 65535"),
+        (b"server=/a/1.2.3.4\nlocal=/a/", "line 2: local: '/a/' is not accepted; it takes addresses, '#' or nothing"),
+    ],
+)
+def test_lines_that_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_bytes(data)
+    assert rejected("-C", str(file)).startswith(f"{file} {message}")
+
+
+def test_no_file_is_read_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(_: Path) -> bytes:
+        raise AssertionError
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert settings("-h") == replace(Settings(), hosts=False)
+
+
+def test_files_within_files(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text(f"server=192.0.2.1\nconf-file={b}\nserver=192.0.2.3\n")
+    b.write_text("server=192.0.2.2\n")
+    assert [server.address[-1] for server in read_conf(a).servers] == ["1", "2", "3"]
+    b.write_text("server=x\n")
+    assert rejected("-C", str(a)).startswith(f"{b} line 1: server: 'x'")
+
+
+def test_a_file_counts_once_so_that_circles_end(tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    a.write_text(f"port=54\nconf-file={b}\n")
+    b.write_text(f"conf-file={a}\nconf-file={b}\nconf-dir={tmp_path}\n")
+    assert settings("-C", str(a), "-C", str(b), "-7", str(tmp_path)).port == 54
+
+
+@pytest.mark.parametrize(("count", "fine"), [(options.MAX_DEPTH, True), (options.MAX_DEPTH + 1, False)])
+def test_files_go_so_deep(count: int, fine: bool, tmp_path: Path) -> None:
+    for number in range(1, count):
+        (tmp_path / f"{number}").write_text(f"conf-file={tmp_path}/{number + 1}\n")
+    (tmp_path / f"{count}").write_text("port=54\n")
+    if fine:
+        assert read_conf(tmp_path / "1").port == 54
+    else:
+        assert rejected("-C", f"{tmp_path}/1") == f"conf-file: {tmp_path}/17 is more than 16 files deep"
+
+
+@pytest.mark.parametrize(
+    ("suffixes", "expected"),
+    [
+        ("", ["Z.conf", "a.conf", "b.bak", "c"]),
+        (",*.conf", ["Z.conf", "a.conf"]),
+        (",*.conf,*.bak", ["Z.conf", "a.conf", "b.bak"]),
+        (", .bak , .conf", ["c"]),
+        (",*.conf,Z.conf", ["Z.conf", "a.conf"]),
+        (",*.conf,a.conf", ["Z.conf", "a.conf"]),
+        (",*.conf,.conf", []),
+        (",*,", ["Z.conf", "a.conf", "b.bak", "c"]),
+    ],
+)
+def test_folders(suffixes: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "folder.conf").mkdir()
+    for name in ("c", "b.bak", "a.conf", "Z.conf", ".x.conf", "x.conf~", "#x.conf#"):
+        (tmp_path / name).write_text(f"addn-hosts={name}\n")
+    assert [str(path) for path in settings(f"--conf-dir={tmp_path}{suffixes}").addn_hosts] == expected
+
+
+def _missing(_: Path) -> None:
+    pass
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [_missing, _folder, _loop])
+def test_files_that_cannot_be_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    make(file)
+    for read in (lambda: read_conf(file), lambda: parse(["-C", str(file)])):
+        with pytest.raises(FileError, match=f"^conf-file: cannot read {file}: ") as caught:
+            read()
+        assert caught.value.exit_status == 3
+
+
+@pytest.mark.parametrize("make", [_missing, lambda path: path.write_text(""), _loop])
+def test_folders_that_cannot_be_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    folder = tmp_path / "conf.d"
+    make(folder)
+    with pytest.raises(FileError, match=f"^conf-dir: cannot read {folder}: "):
+        parse([f"--conf-dir={folder}"])
+
+
+def test_a_pipe_is_a_file(tmp_path: Path) -> None:
+    """As in `--conf-file=<(..)`."""
+    reading, writing = os.pipe()
+    os.write(writing, b"port=54\n")
+    os.close(writing)
+    try:
+        assert read_conf(Path(f"/proc/self/fd/{reading}")).port == 54
+    finally:
+        os.close(reading)
+
+
+# ---- dnsmasq's own opinion ----
+
+
+@needs_dnsmasq
+def test_every_option_of_dnsmasq_is_ours_or_refused() -> None:
+    text = subprocess.run(["dnsmasq", "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
+    theirs = {name: short for short, name in re.findall(r"^(?:-(.), |    )--([\w-]+)", text, re.MULTILINE)}
+    ours = {option.name: option.short for option in OPTIONS} | REFUSED
+    assert len(theirs) > 150
+    assert {name: ours.get(name) for name in theirs} == theirs
+    later = {"dhcp-option-pxe", "dhcp-split-relay", "do-0x20-encode", "leasequery", "no-0x20-encode"}
+    hidden = {"dhcp-lease", "domain-suffix", "dnssec-limits"}
+    assert set(ours) - set(theirs) - later - hidden == {"metrics-listen"}
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize(
+    "word", [word for word in ONE_WORD if not word.startswith(OURS) and not word.startswith("--conf-")]
+)
+def test_dnsmasq_accepts_what_we_accept(word: str, tmp_path: Path) -> None:
+    assert dnsmasq_test("-C", "/dev/null", word) == ""
+    file = tmp_path / "f.conf"
+    file.write_text(word.removeprefix("--") + "\n")
+    assert dnsmasq_test("-C", str(file)) == ""
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize(
+    "option",
+    [
+        option
+        for option in OPTIONS
+        if not option.here and option.name not in ("metrics-listen", "conf-file", "conf-dir")
+    ],
+    ids=lambda option: option.name,
+)
+def test_dnsmasq_agrees_about_what_takes_a_value_and_what_comes_once(option: Option, tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    if not option.value:
+        file.write_text(f"{option.name}=1")
+        assert "extraneous parameter" in dnsmasq_test("-C", str(file))
+    elif not option.needs_value:
+        file.write_text(option.name)
+        assert dnsmasq_test("-C", str(file)) == ""
+    word = next(word for word in ONE_WORD if re.match(rf"--{option.name}(=|$)", word))
+    file.write_text(f"{word.removeprefix('--')}\n" * 2)
+    assert ("illegal repeated keyword" in dnsmasq_test("-C", str(file))) is option.once
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-res",
+        "--cache-s=10",
+        "--cache=10",
+        "--no-p",
+        "--domain-",
+        "--dhcp-ra=x",
+        "-kq",
+        "-qextra",
+        "--log-queries x",
+        "x",
+    ],
+)
+def test_dnsmasq_takes_words_apart_as_we_do(words: str) -> None:
+    try:
+        parse(words.split())
+        accepted = True
+    except ConfigError:
+        accepted = False
+    theirs = dnsmasq_test("-C", "/dev/null", *words.split()) == ""
+    assert accepted is theirs or words == "-qextra"  # -e is an option of dnsmasq's
+
+
+# ---- the document ----
+
+
+def rows() -> list[str]:
+    """The document's table."""
+    table = ["| option | short | what it does here | where it differs from dnsmasq |", "|---|---|---|---|"]
+    for option in OPTIONS:
+        cells = (f"`{option.flag}`", f"`-{option.short}`" if option.short else "", option.help, option.differs)
+        table.append("".join(f"| {cell} ".replace("  ", " ") for cell in (c.replace("|", "\\|") for c in cells)) + "|")
+    return table
+
+
+def test_the_document_says_what_the_table_says() -> None:
+    written = [line for line in DOCUMENT.read_text().splitlines() if line.startswith("|")]
+    assert written == rows(), "\n".join(rows())
+
+
+def test_the_document_names_what_is_refused() -> None:
+    listed = DOCUMENT.read_text().partition("## Refused\n")[2]
+    assert re.findall(r"`([\w-]+)`", listed) == list(REFUSED)
+
+
+def test_the_example_of_the_document(tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_text(DOCUMENT.read_text().split("```")[1])
+    assert len(read_conf(file).domain_servers) == 2
+    if shutil.which("dnsmasq"):
+        assert dnsmasq_test("-C", str(file)) == ""
+
+
+# ---- anything ----
+
+_WORDS = st.one_of(
+    st.sampled_from(ONE_WORD),
+    st.sampled_from(BAD),
+    st.builds(
+        "--{}={}".format, st.sampled_from(list(BY_NAME)), st.text('a1.:/,#@%*_-\\" \u00e9\udc41\udcff\0\n', max_size=12)
+    ),
+    st.text(st.characters(), max_size=8),
+)
+
+
+@given(st.lists(_WORDS, max_size=4))
+def test_whatever_the_words_are(words: list[str]) -> None:
+    """Settings, or one line that says why not."""
+    words = [word for word in words if not word.startswith(("--conf-", "-C", "-7"))]
+    try:
+        parse(words)
+    except DnsError as error:
+        assert str(error).isprintable()
+
+
+@given(
+    st.binary(max_size=60)
+    | st.lists(_WORDS, max_size=3).map("\n".join).map(lambda text: text.encode("utf-8", "ignore"))
+)
+def test_whatever_is_in_a_file(data: bytes) -> None:
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data.replace(b"--", b"").replace(b"conf", b""))
+        file.flush()
+        try:
+            read_conf(Path(file.name))
+        except DnsError as error:
+            assert str(error).isprintable()
