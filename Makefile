@@ -9,7 +9,7 @@ RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 busybox-static kmod
 
-.PHONY: help demo test test-kernels lint bench bench-kernel golden clean packages-run packages-test packages-kernels
+.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden clean packages-run packages-test packages-kernels
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; hours; KERNELS=\"5.10 newest\")"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
+	@echo "make fuzz    attack the DNS parser for longer than the tests do"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
 	@echo "make clean   remove the virtual environment and what the tools left"
 
@@ -37,9 +38,13 @@ lint: packages-test $(VENV)/.dev build/types/udpwatch
 
 bench: packages-test $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
+	@$(BIN)/python tests/bench/dns.py
 
 bench-kernel: packages-kernels $(VENV)/.kernels
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(or $(KERNELS),6.12)" --bench "function_probes"
+
+fuzz: packages-test $(VENV)/.dev
+	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/test_dns_fuzz.py
 
 golden: packages-test $(VENV)/.dev
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden

@@ -19,7 +19,7 @@ from udpwatch.dns.wire import REASONS, Rcode, Type
 Cell = list[int]
 
 SOURCES = ("hosts", "config", "cache", "stale", "forward", "error")
-DROP_REASONS = ("policy", "address", "group", "forward_limit", "send", "source")
+DROP_REASONS = ("policy", "group", "source", "send")
 UPSTREAM_FAILURES = ("timeout", "network", "refused", "truncated", "malformed")
 #: seconds; CoreDNS's buckets
 BUCKETS = tuple(0.00025 * 2**power for power in range(16))
@@ -73,6 +73,7 @@ class Metrics:
         self.upstream_asked: defaultdict[str, Cell] = defaultdict(lambda: [0])
         self.upstream_failed: defaultdict[tuple[str, str], Cell] = defaultdict(lambda: [0])
         self.upstream_duration: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.forward_rejects: Cell = [0]
         self.mismatched: Cell = [0]
         self.coalesced: Cell = [0]
         self.reloads: Cell = [0]
@@ -126,9 +127,8 @@ class DnsCollector(Collector):
         )
         yield _counter(
             "dropped",
-            "Questions that got no answer: from networks that are not served (policy), to an address that is not "
-            "listened on (address), to a group (group), or sending failed (send); forward_limit: refused, since too "
-            "many are under way.",
+            "Questions that got no answer: from networks that are not served (policy), asked at a group's address "
+            "(group), from port 0 (source), or sending failed (send).",
             ("reason",),
             {(reason,): cell[0] for reason, cell in self._metrics.dropped.items()},
         )
@@ -185,7 +185,7 @@ class DnsCollector(Collector):
             "forward_rejects",
             "Questions refused because too many were under way to upstream servers.",
             (),
-            {(): metrics.dropped["forward_limit"][0]},
+            {(): metrics.forward_rejects[0]},
         )
         yield _counter(
             "coalesced", "Questions that waited for the answer to the same question.", (), {(): metrics.coalesced[0]}

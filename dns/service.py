@@ -268,7 +268,7 @@ class Service:
 
     async def _find(self, forward: Forward, address: str, port: int) -> Reply:
         if self._waiting >= self._settings.forward_max:
-            self.metrics.dropped["forward_limit"][0] += 1
+            self.metrics.forward_rejects[0] += 1
             return self._responder.refuse(forward.query, Rcode.REFUSED)
         self._waiting += 1
         try:

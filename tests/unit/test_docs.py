@@ -14,8 +14,8 @@ DOCS = ROOT / "docs"
 
 
 def test_every_metric_is_documented_and_the_reverse() -> None:
-    golden = (ROOT / "tests/golden/metrics.txt").read_text()
-    exported = set(re.findall(r"^(udpwatch_\w+?)(?:\{| )", golden, re.MULTILINE))
+    golden = "".join((ROOT / f"tests/golden/{name}.txt").read_text() for name in ("metrics", "dns-metrics"))
+    exported = set(re.findall(r"^(udpwatch_\w+?)(?:_bucket|_count|_sum)?(?:\{| )", golden, re.MULTILINE))
     documented = set(re.findall(r"`(udpwatch_\w+)(?:\{[\w,]+\})?`", (DOCS / "metrics.md").read_text()))
     assert documented == exported
 

@@ -24,6 +24,8 @@ from udpwatch.agent.model import (
 from udpwatch.agent.state import LOSS_STAGES
 from udpwatch.agent.views.events import as_json
 from udpwatch.agent.views.metrics import SnapshotCollector, exposition
+from udpwatch.dns.cache import Cache
+from udpwatch.dns.metrics import DnsCollector, Metrics
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
@@ -126,6 +128,21 @@ def compare(name: str, text: str) -> None:
 
 def test_golden_metrics() -> None:
     compare("metrics.txt", exposition(SnapshotCollector(lambda: SNAPSHOT), process=False)().decode())
+
+
+def test_golden_dns_metrics() -> None:
+    metrics = Metrics()
+    metrics.cell("udp", "1", 1, 0, "hosts")[0] += 3
+    metrics.cell("udp", "2", 28, 3, "forward")[0] += 1
+    metrics.cell("tcp", "1", 65_000, 5, "error")[0] += 1
+    metrics.cell("udp", "1", 1, 0, "cache")[0] += 7
+    metrics.duration["memory"].observe(0.0001, 3)
+    metrics.upstream_asked["10.0.0.2#53"][0] = 2
+    metrics.upstream_failed["10.0.0.2#53", "timeout"][0] = 1
+    metrics.upstream_duration["10.0.0.2#53"].observe(0.02)
+    metrics.hosts_entries, metrics.reload_time = 1000, 1_800_000_000.0
+    text = exposition(DnsCollector(metrics, Cache(100, 60), lambda: 0), process=False)().decode()
+    compare("dns-metrics.txt", text)
 
 
 def test_golden_events() -> None:

@@ -1,0 +1,169 @@
+"""`make bench`, the DNS responder's part: server CPU a query and rate, beside dnsmasq's and unbound's in the same run.
+
+dnsperf asks from one CPU, the server has the other. Rates are what this pair comes to; CPU a query is the server's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+
+from agents import COMMAND, wait_for
+
+from udpwatch.agent.lab import Lab, Namespace
+
+NAMES = 1_000
+ROUNDS = 5
+SECONDS = 3
+PORT, UPSTREAM_PORT = 5300, 5353
+OUTSTANDING = 100
+SERVER_CPU, CLIENT_CPU = "0", str(min(1, (os.cpu_count() or 1) - 1))
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def line(what: str, figure: str, reach: str = "") -> None:
+    print(f"  {what:<52} {figure:>24}  {reach}", flush=True)
+
+
+def hosts_servers(folder: Path) -> dict[str, Sequence[str]]:
+    """The servers with NAMES names in a file."""
+    records = "\n".join(f'  local-data: "{name(n)} 3600 IN A {address(n)}"' for n in range(NAMES))
+    return {
+        "udpwatch": [*COMMAND, "dns", "--no-resolv", *hosts(folder), *OURS],
+        "dnsmasq": ["dnsmasq", "--no-resolv", *hosts(folder), *dnsmasq(folder)],
+        "unbound": unbound(folder, f"server:\n  local-zone: example. transparent\n{records}\n"),
+    }
+
+
+def cache_servers(folder: Path) -> dict[str, Sequence[str]]:
+    """The servers that ask another one, and remember."""
+    upstream = ["--no-resolv", "--no-hosts", f"--server=127.0.0.1#{UPSTREAM_PORT}", f"--cache-size={2 * NAMES}"]
+    forward = f"forward-zone:\n  name: .\n  forward-addr: 127.0.0.1@{UPSTREAM_PORT}\n"
+    return {
+        "udpwatch": [*COMMAND, "dns", *upstream, *OURS],
+        "dnsmasq": ["dnsmasq", *upstream, *dnsmasq(folder)],
+        "unbound": unbound(folder, f"server:\n  do-not-query-localhost: no\n{forward}"),
+    }
+
+
+OURS = (f"--port={PORT}", "--listen-address=127.0.0.1", "--metrics-listen=off")
+
+
+def dnsmasq(folder: Path, port: int = PORT) -> list[str]:
+    where = ["--keep-in-foreground", "--conf-file=/dev/null", f"--pid-file={folder}/pid-{port}", "--user=root"]
+    return [*where, f"--port={port}", "--listen-address=127.0.0.1", "--bind-interfaces"]
+
+
+def unbound(folder: Path, more: str) -> list[str]:
+    path = folder / "unbound.conf"
+    path.write_text(
+        f'server:\n  interface: 127.0.0.1@{PORT}\n  chroot: ""\n  username: ""\n  pidfile: ""\n'
+        f'  directory: "{folder}"\n'
+        f"  num-threads: 1\n  use-syslog: no\n  verbosity: 0\n  module-config: iterator\nremote-control:\n"
+        f"  control-enable: no\n{more}"
+    )
+    return ["unbound", "-d", "-c", str(path)]
+
+
+def hosts(folder: Path) -> list[str]:
+    return ["--no-hosts", f"--addn-hosts={folder}/hosts"]
+
+
+def name(number: int) -> str:
+    return f"name{number}.example"
+
+
+def address(number: int) -> str:
+    return f"10.0.{number // 250}.{number % 250 + 1}"
+
+
+@contextlib.contextmanager
+def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PORT) -> Iterator[int]:
+    """A server; its process id once it answers."""
+    process = subprocess.Popen(
+        ["taskset", "-c", SERVER_CPU, *words],
+        preexec_fn=place._enter_child,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+    )
+    probe = ["dig", "+short", "+tries=1", "+time=1", "@127.0.0.1", "-p", str(port), name(0), "A"]
+    try:
+        wait_for(
+            lambda: address(0) in place.run(["sh", "-c", f"{' '.join(probe)} || true"]), f"{words[0]} to answer", 20
+        )
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of the process and all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
+
+
+def ask(place: Namespace, folder: Path, pid: int) -> tuple[float, float]:
+    """(microseconds of the server's CPU a query, queries a second)."""
+    before = cpu_seconds(pid)
+    words = ["dnsperf", "-s", "127.0.0.1", "-p", str(PORT), "-d", str(folder / "queries"), "-l", str(SECONDS)]
+    said = place.run(["taskset", "-c", CLIENT_CPU, *words, "-c", "4", "-T", "1", "-q", str(OUTSTANDING)])
+    completed = int(re.search(r"Queries completed:\s+(\d+)", said).group(1))  # type: ignore[union-attr]
+    rate = float(re.search(r"Queries per second:\s+([\d.]+)", said).group(1))  # type: ignore[union-attr]
+    return (cpu_seconds(pid) - before) / completed * 1e6, rate
+
+
+def compare(what: str, place: Namespace, folder: Path, servers: dict[str, Sequence[str]]) -> None:
+    print(f"dns, {what}: us of server CPU a query; queries a second (median of {ROUNDS}, alternating)")
+    figures: dict[str, list[tuple[float, float]]] = {server: [] for server in servers}
+    for _ in range(ROUNDS):
+        for server, words in servers.items():
+            with running(place, words, folder) as pid:
+                place.run(["dnsperf", "-s", "127.0.0.1", "-p", str(PORT), "-d", str(folder / "queries"), "-n", "3"])
+                figures[server].append(ask(place, folder, pid))
+    for server, found in figures.items():
+        cpu, rate = (statistics.median(column) for column in zip(*found, strict=True))
+        line(server, f"{cpu:.2f} us   {rate:,.0f}/s", "at or below dnsmasq's" if server == "udpwatch" else "")
+
+
+def forwarding(place: Namespace, folder: Path, servers: dict[str, Sequence[str]]) -> None:
+    """Names that nobody has asked before: each question goes to the upstream server."""
+    print("dns, forwarded: us of server CPU a query; queries a second (5,000 names, each once)")
+    (folder / "fresh").write_text("".join(f"host{number}.wild.example A\n" for number in range(5_000)))
+    for server, words in servers.items():
+        with running(place, words, folder) as pid:
+            before, begin = cpu_seconds(pid), time.perf_counter()
+            load = ["-d", str(folder / "fresh"), "-n", "1", "-c", "4", "-q", "50"]
+            place.run(["taskset", "-c", CLIENT_CPU, "dnsperf", "-s", "127.0.0.1", "-p", str(PORT), *load])
+            seconds = time.perf_counter() - begin
+            line(server, f"{(cpu_seconds(pid) - before) / 5_000 * 1e6:.0f} us   {5_000 / seconds:,.0f}/s")
+
+
+def main() -> None:
+    """All of it."""
+    with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as scratch, Lab() as lab:
+        folder, place = Path(scratch), lab.namespace("alone")
+        folder.chmod(0o755)
+        (folder / "hosts").write_text("".join(f"{address(n)} {name(n)}\n" for n in range(NAMES)))
+        (folder / "queries").write_text("".join(f"{name(n)} A\n" for n in range(NAMES)))
+        compare("names of a hosts file", place, folder, hosts_servers(folder))
+        upstream = [*dnsmasq(folder, UPSTREAM_PORT), "--no-resolv", *hosts(folder), "--local-ttl=3600"]
+        wild = ["--address=/wild.example/10.9.9.9"]
+        with running(place, ["dnsmasq", *upstream, *wild], folder, UPSTREAM_PORT):
+            compare("cache hits", place, folder, cache_servers(folder))
+            forwarding(place, folder, cache_servers(folder))
+
+
+if __name__ == "__main__":
+    main()
