@@ -10,395 +10,32 @@ Rules
 
 from __future__ import annotations
 
-import ipaddress
-import struct
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from udpwatch.dns import wire
-from udpwatch.dns.conffile import folder_files, lines, parts, plain, shown
+from udpwatch.dns import values, wire
+from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
-from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
+from udpwatch.dns.settings import DomainServers, Settings, StaticRecord
+from udpwatch.dns.values import Draft, Information, Read, Rejected
 
 MAX_DEPTH = 16  # conf-file within conf-file
-MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
-MAX_CACHE_SIZE = 5_000_000  # where dnsmasq cuts off
-MAX_INTERFACE_BYTES = 15  # IFNAMSIZ, less its NUL
-ROOT = b"\0"
 DOCUMENT = "docs/dns-options.md"
 
 
-@dataclass(frozen=True, slots=True)
-class Information:
-    """What was asked for instead of a responder: --help, --version or --test. Print it and end with status 0."""
-
-    text: str
-
-
-class _Rejected(ValueError):
-    """What would be accepted."""
-
-
-@dataclass(slots=True)
-class _Domain:
-    """What has been said about who answers for a domain."""
-
-    kind: str  # "servers", "standard" or "ours"
-    servers: dict[Server, None] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
-class _Draft:
-    """What has been read so far. Dictionaries without values keep order and forget repetitions."""
-
-    fields: dict[str, Any] = field(default_factory=dict)  # of Settings, those with one value
-    many: dict[str, dict[Any, None]] = field(default_factory=dict)  # those with several
-    domains: dict[bytes, _Domain] = field(default_factory=dict)
-    cnames: dict[bytes, bytes] = field(default_factory=dict)  # alias: target
-    local_service: str = ""  # "net", "host"; "": nothing said
-    once: dict[str, bool] = field(default_factory=dict)  # options that may come once: whether in a file
-    files: list[Path] = field(default_factory=list)  # to be read next
-    seen: set[tuple[int, int]] = field(default_factory=set)  # device and inode of files that have been read
-    information: Information | None = None
-    test: bool = False
-
-    def add(self, name: str, item: object) -> None:
-        self.many.setdefault(name, {})[item] = None
-
-
-Read = Callable[[_Draft, str], None]
-
-
-# ---- values: each returns what Settings holds, or raises _Rejected ----
-
-
-def _whole(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
-            raise _Rejected(f"a whole number from {low} to {high}")
-        return int(text)
-
-    return read
-
-
-_seconds = _whole(0, MAX_SECONDS)
-_port = _whole(1, 65535)
-_short = _whole(0, 65535)
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise _Rejected("a path")
-    return Path(text)
-
-
-def _name(text: str) -> bytes:
-    """Wire format in lower case. A name outside ASCII is refused: clients ask for its xn-- form, as dnsmasq would."""
-    if not text.isascii():
-        raise _Rejected("names in ASCII; an international one in its xn-- form")
-    if any(character < " " or character == "\x7f" for character in text) or text.strip(" .") == "":
-        raise _Rejected("a name of at least one label, without control characters")
-    try:
-        return wire.lower(wire.name_from_text(text))
-    except ValueError as error:
-        raise _Rejected(f"a name; this one has {error}") from None
-
-
-def _domain(text: str) -> bytes:
-    if text == "#" or "," in text:
-        raise _Rejected("one domain, without a range of addresses, and not '#'")
-    return _name(text)
-
-
-def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        raise _Rejected("an IPv4 or IPv6 address") from None
-    if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
-        raise _Rejected("an address without %interface")
-    return address
-
-
-def _listen_address(text: str) -> str:
-    return str(_address(text))
-
-
-def _device(text: str, star: bool = False) -> str:
-    """An interface's name as the kernel takes it (dev_valid_name)."""
-    bare = text[:-1] if star and text.endswith("*") else text
-    good = bare.isprintable() and not set(bare) & set(" /:*#@%") and bare not in (".", "..")
-    if not good or not text or len(bare.encode()) > MAX_INTERFACE_BYTES:
-        rest = ", or its beginning and *" if star else ""
-        raise _Rejected(f"the name of an interface, at most {MAX_INTERFACE_BYTES} bytes{rest}")
-    return text
-
-
-def _listening_device(text: str) -> str:
-    return _device(text, star=True)
-
-
-def _metrics_listen(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if text != "off" and not (host and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
-        raise _Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
-    return text
-
-
-def _server(text: str) -> Server:
-    """``ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]``."""
-    numeric, _, source = text.partition("@")
-    numeric, hash_, port = (part.strip(" ") for part in numeric.partition("#"))
-    numeric, percent, zone = (part.strip(" ") for part in numeric.partition("%"))
-    address = _address(numeric)
-    interface, origin = "", ""
-    if "#" in source:
-        raise _Rejected("no port to ask from: each question has one of its own")
-    for number, part in enumerate(parts(source, "@") if "@" in text else []):
-        try:
-            asker = ipaddress.ip_address(part)
-        except ValueError:
-            if number:
-                raise _Rejected("@INTERFACE@SOURCE at the end") from None
-            interface = _device(part)
-            continue
-        if origin or number > 1 or asker.version != address.version:
-            raise _Rejected("one source, an address of the server's family")
-        origin = str(asker)
-    if percent or (address.version == 6 and address.is_link_local):
-        zone = zone or interface
-        if not (address.version == 6 and address.is_link_local) or not zone:
-            raise _Rejected("%INTERFACE with a link-local IPv6 address, and only there")
-        numeric = f"{address}%{_device(zone)}"
-    else:
-        numeric = str(address)
-    return Server(numeric, _port(port) if hash_ else 53, origin, interface)
-
-
-def _domains(text: str) -> tuple[list[bytes], str]:
-    """``/DOMAIN/../REST``: the domains and REST. ``#`` is the root, nothing is b""."""
-    *names, rest = parts(text[1:], "/")
-    if not text.startswith("/") or not names:
-        raise _Rejected("/DOMAIN/ in front")
-    domains = []
-    for name in names:
-        if name.startswith("*"):
-            raise _Rejected("whole labels: dnsmasq's *DOMAIN is not to be had here")
-        domains.append(ROOT if name == "#" else _name(name.lstrip(".")) if name else b"")
-    return domains, rest
-
-
-# ---- options with several parts ----
-
-
-def _read_server(draft: _Draft, value: str) -> None:
-    value = plain(value)
-    domains, rest = _domains(value) if value.startswith("/") else ([ROOT], value)
-    kind = {"": "ours", "#": "standard"}.get(rest, "servers")
-    server = _server(rest) if kind == "servers" else None
-    for domain in domains:
-        if domain == ROOT:
-            if server is None:
-                raise _Rejected("an address, or a domain in front of nothing or '#'")
-            draft.add("servers", server)
-            continue
-        entry = draft.domains.setdefault(domain, _Domain(kind))
-        if entry.kind != kind:
-            text = wire.name_to_text(domain) if domain else "//"
-            raise _Rejected(f"addresses, '#' or nothing, one of the three for a domain; {text} has another already")
-        if server is not None:
-            entry.servers[server] = None
-
-
-def _read_local(draft: _Draft, value: str) -> None:
-    if not plain(value).startswith("/"):
-        raise _Rejected("/DOMAIN/; a server for everything is --server")
-    _read_server(draft, value)
-
-
-def _read_address(draft: _Draft, value: str) -> None:
-    domains, rest = _domains(plain(value))
-    if b"" in domains:
-        raise _Rejected("a domain, or '#' for every name; '//' is not to be had here")
-    addresses = {"": (None,), "#": ("0.0.0.0", "::")}.get(rest) or (str(_address(rest)),)  # noqa: S104
-    for domain in domains:
-        for address in addresses:
-            draft.add("addresses", DomainAddress(domain, address))
-
-
-def _read_rebind_domain_ok(draft: _Draft, value: str) -> None:
-    text = plain(value)
-    for name in parts(text.removeprefix("/").removesuffix("/"), "/"):
-        draft.add("rebind_domains_ok", _name(name))
-
-
-def _read_cname(draft: _Draft, value: str) -> None:
-    names = parts(value)
-    ttl = _seconds(names.pop()) if len(names) > 2 and names[-1].isdigit() else None
-    if len(names) < 2:
-        raise _Rejected("ALIAS[,ALIAS..],TARGET[,TTL]")
-    target = _name(names.pop())
-    for name in names:
-        alias = _name(name)
-        if name.startswith("*"):
-            raise _Rejected("aliases without *")
-        if alias in draft.cnames:
-            raise _Rejected(f"an alias once, and {wire.name_to_text(alias)} has a target already")
-        draft.cnames[alias] = target
-        draft.add("records", StaticRecord(alias, wire.Type.CNAME, target, ttl))
-
-
-def _read_txt(draft: _Draft, value: str) -> None:
-    name, comma, text = value.partition(",")
-    data = b""
-    for string in text.lstrip(" ").split(",") if comma else [""]:
-        octets = plain(string).encode()
-        for at in range(0, max(len(octets), 1), 255):  # a longer one goes on in another, as dnsmasq has it
-            piece = octets[at : at + 255]
-            data += bytes([len(piece)]) + piece
-    if len(data) > 65535:
-        raise _Rejected("texts of 65535 octets at most")
-    draft.add("records", StaticRecord(_name(plain(name.strip(" "))), wire.Type.TXT, data))
-
-
-def _read_srv(draft: _Draft, value: str) -> None:
-    name, *rest = parts(value)
-    if len(rest) > 4:
-        raise _Rejected("_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]")
-    target = _name(rest[0]) if rest and rest[0] not in ("", ".") else ROOT
-    port, priority, weight = [_short(number) for number in rest[1:]] + [1, 0, 0][max(len(rest) - 1, 0) :]
-    data = struct.pack("!HHH", priority, weight, port) + target
-    draft.add("records", StaticRecord(_name(name), wire.Type.SRV, data))
-
-
-def _read_mx(draft: _Draft, value: str) -> None:
-    name, *rest = parts(value)
-    if not 1 <= len(rest) <= 2:
-        raise _Rejected("NAME,TARGET[,PREFERENCE]")
-    data = struct.pack("!H", _short(rest[1]) if len(rest) > 1 else 1) + _name(rest[0])
-    draft.add("records", StaticRecord(_name(name), wire.Type.MX, data))
-
-
-def _read_ptr(draft: _Draft, value: str) -> None:
-    names = parts(value)
-    if len(names) != 2:
-        raise _Rejected("NAME,TARGET")
-    draft.add("records", StaticRecord(_name(names[0]), wire.Type.PTR, _name(names[1])))
-
-
-def _read_host_record(draft: _Draft, value: str) -> None:
-    names: list[bytes] = []
-    addresses: dict[int, str] = {}
-    ttl: int | None = None
-    for part in parts(value):
-        if part.isdigit():
-            if ttl is not None:
-                raise _Rejected("one TTL")
-            ttl = _seconds(part)
-            continue
-        try:
-            address = ipaddress.ip_address(part)
-        except ValueError:
-            names.append(_name(part))
-            continue
-        if address.version in addresses:
-            raise _Rejected("one address of a family; another takes another --host-record")
-        addresses[address.version] = str(_address(part))
-    if not names or not addresses:
-        raise _Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL], with a name and an address at least")
-    draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
-
-
-def _read_log_queries(draft: _Draft, value: str) -> None:
-    if value not in ("", "extra"):
-        raise _Rejected("nothing or 'extra'")
-    draft.fields["log_queries"] = True
-    draft.fields["log_extra"] = draft.fields.get("log_extra", False) or value == "extra"
-
-
-def _read_local_service(draft: _Draft, value: str) -> None:
-    if value not in ("", "net", "host"):
-        raise _Rejected("nothing, 'net' or 'host'")
-    draft.local_service = value or "net"
-
-
-def _stale_seconds(text: str) -> int:
-    if text == "off":
-        return 0
-    if not text:
-        return Settings().stale_seconds
-    try:
-        return _seconds(text) or MAX_SECONDS
-    except _Rejected:
-        raise _Rejected(f"seconds up to {MAX_SECONDS}, 0 for no limit, or 'off'") from None
-
-
-def _read_conf_file(draft: _Draft, value: str) -> None:
-    if plain(value) == "-":
-        raise _Rejected("a file; standard input is not read")
-    draft.files.append(_path(plain(value)))
-
-
-def _read_conf_dir(draft: _Draft, value: str) -> None:
-    if not parts(value)[0]:
-        raise _Rejected("FOLDER[,SUFFIX..]")
-    draft.files.extend(folder_files(value))
-
-
-def _help(draft: _Draft, _: str) -> None:
+def _help(draft: Draft, _: str) -> None:
     draft.information = Information(usage())
 
 
-def _version(draft: _Draft, _: str) -> None:
+def _version(draft: Draft, _: str) -> None:
     try:
         version = metadata.version("udpwatch")
     except metadata.PackageNotFoundError:  # a tree that is not installed
         version = "of a tree that is not installed"
     draft.information = Information(f"udpwatch {version}")
-
-
-def _test(draft: _Draft, _: str) -> None:
-    draft.test = True
-
-
-# ---- options with one part ----
-
-
-def _on(name: str, value: bool = True) -> Read:
-    def read(draft: _Draft, _: str) -> None:
-        draft.fields[name] = value
-
-    return read
-
-
-def _one(name: str, parse: Callable[[str], object]) -> Read:
-    def read(draft: _Draft, value: str) -> None:
-        draft.fields[name] = parse(plain(value))
-
-    return read
-
-
-def _each(name: str, parse: Callable[[str], object]) -> Read:
-    def read(draft: _Draft, value: str) -> None:
-        draft.add(name, parse(plain(value)))
-
-    return read
-
-
-def _list(name: str, parse: Callable[[str], object]) -> Read:
-    def read(draft: _Draft, value: str) -> None:
-        for part in parts(value):
-            draft.add(name, parse(part))
-
-    return read
-
-
-def _so_it_is(_: _Draft, __: str) -> None:
-    """For what we do in any case."""
 
 
 # ---- the table ----
@@ -442,90 +79,94 @@ _FOREGROUND = "nothing: udpwatch always stays in the foreground"
 
 OPTIONS = (
     # where it listens
-    _option("-p --port=PORT", _one("port", _port), "listen on this port (53)", "0 is refused", once=True),
+    _option(
+        "-p --port=PORT", values.one("port", values.port_number), "listen on this port (53)", "0 is refused", once=True
+    ),
     _option(
         "-a --listen-address=ADDRESS[,..]",
-        _list("listen_addresses", _listen_address),
+        values.several("listen_addresses", values.listen_address),
         "listen on these addresses; one that does not exist yet is picked up when it comes",
     ),
     _option(
         "-i --interface=NAME[,..]",
-        _list("interfaces", _listening_device),
+        values.several("interfaces", values.listening_device),
         "listen on these interfaces; a final * stands for any rest",
         "a label (eth0:1) is refused",
     ),
     _option(
         "-I --except-interface=NAME[,..]",
-        _list("except_interfaces", _listening_device),
+        values.several("except_interfaces", values.listening_device),
         "do not listen on these interfaces",
         "a label (eth0:1) is refused",
     ),
-    _option("--bind-dynamic", _so_it_is, "nothing: each address has a socket, and comes and goes with it"),
+    _option("--bind-dynamic", values.so_it_is, "nothing: each address has a socket, and comes and goes with it"),
     _option(
         "-z --bind-interfaces",
-        _so_it_is,
+        values.so_it_is,
         "as --bind-dynamic",
         "an address that is missing is no failure; beside --bind-dynamic it is accepted",
     ),
     _option(
         "--local-service[=net|host]",
-        _read_local_service,
+        values.read_local_service,
         "answer hosts of directly connected networks only; host: listen on lo only; without effect where "
         "--interface, --except-interface or --listen-address is given",
         "net is the default",
         once=True,
     ),
     # local names
-    _option("-h --no-hosts", _on("hosts", False), "do not read /etc/hosts"),
+    _option("-h --no-hosts", values.on("hosts", False), "do not read /etc/hosts"),
     _option(
         "-H --addn-hosts=PATH",
-        _each("addn_hosts", _path),
+        values.each("addn_hosts", values.file_path),
         "read this file of hosts, or all of this folder, too; may be repeated",
         "changes are picked up without SIGHUP",
     ),
-    _option("--hostsdir=FOLDER", _each("addn_hosts", _path), "as --addn-hosts"),
-    _option("-E --expand-hosts", _on("expand_hosts"), "names without a dot in hosts files get --domain too"),
+    _option("--hostsdir=FOLDER", values.each("addn_hosts", values.file_path), "as --addn-hosts"),
+    _option("-E --expand-hosts", values.on("expand_hosts"), "names without a dot in hosts files get --domain too"),
     _option(
         "-s --domain=DOMAIN",
-        _one("domain", _domain),
+        values.one("domain", values.domain_name),
         "the domain for --expand-hosts and --srv-host",
         "a range of addresses, and #, are refused: there is no DHCP; the last one counts",
     ),
-    _option("--domain-suffix=DOMAIN", _one("domain", _domain), "as --domain"),
+    _option("--domain-suffix=DOMAIN", values.one("domain", values.domain_name), "as --domain"),
     _option(
         "-A --address=/DOMAIN/[..][ADDRESS|#]",
-        _read_address,
+        values.read_address,
         "a domain, and all below it, at an address; #: 0.0.0.0 and ::; nothing: NXDOMAIN; /#/: every name",
         "//, *DOMAIN and an address without a domain are refused",
     ),
     _option(
         "--host-record=NAME[,..][,IPv4][,IPv6][,TTL]",
-        _read_host_record,
+        values.read_host_record,
         "names at addresses, and the reverse for the first name",
         "a second address of a family, and a record without name or address, are refused",
     ),
-    _option("--cname=ALIAS[,..],TARGET[,TTL]", _read_cname, "aliases of a name", "*.DOMAIN is refused"),
-    _option("-Y --txt-record=NAME[,TEXT..]", _read_txt, "a TXT record; each text is one string, or several of 255"),
+    _option("--cname=ALIAS[,..],TARGET[,TTL]", values.read_cname, "aliases of a name", "*.DOMAIN is refused"),
+    _option(
+        "-Y --txt-record=NAME[,TEXT..]", values.read_txt, "a TXT record; each text is one string, or several of 255"
+    ),
     _option(
         "-W --srv-host=_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]",
-        _read_srv,
+        values.read_srv,
         "an SRV record; without DOMAIN in --domain; without TARGET the service is not offered",
     ),
-    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", _read_mx, "an MX record", "TARGET may not be left out"),
-    _option("--ptr-record=NAME,TARGET", _read_ptr, "a PTR record", "TARGET may not be left out"),
-    _option("-T --local-ttl=SECONDS", _one("local_ttl", _seconds), "TTL of local names (0)", once=True),
+    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", values.read_mx, "an MX record", "TARGET may not be left out"),
+    _option("--ptr-record=NAME,TARGET", values.read_ptr, "a PTR record", "TARGET may not be left out"),
+    _option("-T --local-ttl=SECONDS", values.one("local_ttl", values.seconds), "TTL of local names (0)", once=True),
     # upstream servers
-    _option("-R --no-resolv", _on("resolv", False), "read no resolv file: only --server counts"),
+    _option("-R --no-resolv", values.on("resolv", False), "read no resolv file: only --server counts"),
     _option(
         "-r --resolv-file=FILE",
-        _each("resolv_files", _path),
+        values.each("resolv_files", values.file_path),
         "find upstream servers in this file instead of /etc/resolv.conf; may be repeated",
         "the file may not be left out",
     ),
-    _option("-n --no-poll", _on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
+    _option("-n --no-poll", values.on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
     _option(
         "-S --server=[/DOMAIN/[..]][ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]|#]",
-        _read_server,
+        values.read_server,
         "an upstream server, for some domains or for all; #: those of the rest; nothing: the domain is local; "
         "//: names without a dot",
         "refused: names of servers, *DOMAIN, a port to ask from, and for one domain more than one of servers, # "
@@ -533,65 +174,72 @@ OPTIONS = (
     ),
     _option(
         "--local=/DOMAIN/[..][ADDRESS|#]",
-        _read_local,
+        values.read_local,
         "as --server, most often without an address",
         "a domain is needed",
     ),
     _option(
         "-0 --dns-forward-max=N",
-        _one("forward_max", _whole(1, 65535)),
+        values.one("forward_max", values.whole(1, 65535)),
         "questions under way upstream at the same time (1000)",
         "dnsmasq's default is 150",
         once=True,
     ),
     _option(
         "-P --edns-packet-max=OCTETS",
-        _one("edns_packet_max", _whole(512, 65535)),
+        values.one("edns_packet_max", values.whole(512, 65535)),
         "the longest message over UDP (1232)",
         "less than 512 is refused",
         once=True,
     ),
-    _option("-D --domain-needed", _on("domain_needed"), "do not forward A and AAAA of names without a dot"),
-    _option("-b --bogus-priv", _on("bogus_priv"), "do not forward the reverse of private addresses"),
-    _option("--stop-dns-rebind", _on("stop_dns_rebind"), "refuse private addresses from upstream"),
+    _option("-D --domain-needed", values.on("domain_needed"), "do not forward A and AAAA of names without a dot"),
+    _option("-b --bogus-priv", values.on("bogus_priv"), "do not forward the reverse of private addresses"),
+    _option("--stop-dns-rebind", values.on("stop_dns_rebind"), "refuse private addresses from upstream"),
     _option(
-        "--rebind-localhost-ok", _on("rebind_localhost_ok"), "with --stop-dns-rebind: let 127.0.0.0/8 and ::1 pass"
+        "--rebind-localhost-ok",
+        values.on("rebind_localhost_ok"),
+        "with --stop-dns-rebind: let 127.0.0.0/8 and ::1 pass",
     ),
     _option(
-        "--rebind-domain-ok=[/]DOMAIN[/..]", _read_rebind_domain_ok, "with --stop-dns-rebind: let these domains pass"
+        "--rebind-domain-ok=[/]DOMAIN[/..]",
+        values.read_rebind_domain_ok,
+        "with --stop-dns-rebind: let these domains pass",
     ),
     # the cache
     _option(
         "-c --cache-size=N",
-        _one("cache_size", _whole(0, MAX_CACHE_SIZE)),
+        values.one("cache_size", values.whole(0, values.MAX_CACHE_SIZE)),
         "answers kept (10000); 0: none",
         "dnsmasq's default is 150; answers of every type are kept",
         once=True,
     ),
-    _option("-N --no-negcache", _on("negcache", False), "keep no negative answers"),
+    _option("-N --no-negcache", values.on("negcache", False), "keep no negative answers"),
     _option(
         "--neg-ttl=SECONDS",
-        _one("neg_ttl", _seconds),
+        values.one("neg_ttl", values.seconds),
         "keep negative answers without SOA for this long (0: they are not kept)",
         once=True,
     ),
     _option(
-        "--max-ttl=SECONDS", _one("max_ttl", _seconds), "the longest TTL that a client sees (0: no limit)", once=True
+        "--max-ttl=SECONDS",
+        values.one("max_ttl", values.seconds),
+        "the longest TTL that a client sees (0: no limit)",
+        once=True,
     ),
     _option(
         "--use-stale-cache[=SECONDS|off]",
-        _one("stale_seconds", _stale_seconds),
+        values.one("stale_seconds", values.stale_seconds),
         "let an expired answer stand in while every upstream server is down, for this long (86400; 0: no limit)",
         "on by default, for outages only; off is ours",
         once=True,
     ),
-    _option("--no-round-robin", _so_it_is, "nothing: answers keep their order", "dnsmasq rotates without it"),
+    _option("--no-round-robin", values.so_it_is, "nothing: answers keep their order", "dnsmasq rotates without it"),
     # what it tells
-    _option("-q --log-queries[=extra]", _read_log_queries, "log questions and answers; extra: number and client"),
-    _option("--no-ident", _on("ident", False), "do not answer CHAOS names in bind."),
+    _option("-q --log-queries[=extra]", values.read_log_queries, "log questions and answers; extra: number and client"),
+    _option("--no-ident", values.on("ident", False), "do not answer CHAOS names in bind."),
     _option(
         "--metrics-listen=HOST:PORT|off",
-        _one("metrics_listen", _metrics_listen),
+        values.one("metrics_listen", values.metrics_listen),
         "where Prometheus finds /metrics (127.0.0.1:9953)",
         "dnsmasq has no such option",
         once=True,
@@ -599,18 +247,18 @@ OPTIONS = (
     # how it runs
     _option(
         "-C --conf-file=FILE",
-        _read_conf_file,
+        values.read_conf_file,
         "read options from this file too; may be repeated",
         "without it no file is read, /etc/dnsmasq.conf least of all; - is refused",
     ),
     _option(
         "-7 --conf-dir=FOLDER[,SUFFIX|*SUFFIX..]",
-        _read_conf_dir,
+        values.read_conf_dir,
         "read options from a folder's files, without those that end in SUFFIX, or only those that do",
     ),
-    _option("-k --keep-in-foreground", _so_it_is, _FOREGROUND),
-    _option("-d --no-daemon", _so_it_is, _FOREGROUND, "no debug mode"),
-    _option("--test", _test, "read everything, then say that it is fine or not", here=True),
+    _option("-k --keep-in-foreground", values.so_it_is, _FOREGROUND),
+    _option("-d --no-daemon", values.so_it_is, _FOREGROUND, "no debug mode"),
+    _option("--test", values.test_only, "read everything, then say that it is fine or not", here=True),
     _option("-v --version", _version, "show the version", here=True),
     _option("-w --help", _help, "show this", "`--help dhcp` is not to be had", here=True),
 )
@@ -651,7 +299,7 @@ def parse(arguments: Sequence[str]) -> Settings | Information:
     """Read the words after `udpwatch dns`. Raises ConfigError for a word, or a line of a file, that is not accepted,
     and FileError for a configuration file that cannot be read.
     """
-    draft = _Draft()
+    draft = Draft()
     for word in arguments:
         if any("\ud800" <= character <= "\udfff" for character in word):
             raise ConfigError(f"{word!r}: not UTF-8")
@@ -666,7 +314,7 @@ def parse(arguments: Sequence[str]) -> Settings | Information:
 
 def read_conf(path: Path) -> Settings:
     """Read one configuration file and what it includes. Raises ConfigError and FileError."""
-    draft = _Draft(files=[path])
+    draft = Draft(files=[path])
     _read_files(draft, depth=1)
     return _finish(draft)
 
@@ -743,7 +391,7 @@ def _known(name: str, where: str, see: str) -> Option:
     return _BY_NAME[name]
 
 
-def _read_files(draft: _Draft, depth: int) -> None:
+def _read_files(draft: Draft, depth: int) -> None:
     """Read the files that have been named, and those that they name, each where it is named.
 
     As with dnsmasq, a file counts once, however often it is named; thus a circle ends.
@@ -769,7 +417,7 @@ def _read_files(draft: _Draft, depth: int) -> None:
                 _read_files(draft, depth + 1)
 
 
-def _apply(draft: _Draft, where: str, option: Option, value: str | None, in_file: bool) -> None:
+def _apply(draft: Draft, where: str, option: Option, value: str | None, in_file: bool) -> None:
     """Add one option to the draft. Raises ConfigError, and FileError for a folder."""
     if value is not None and not option.value:
         raise ConfigError(f"{where}: it takes no value, and {_shown(value)} is one")
@@ -781,7 +429,7 @@ def _apply(draft: _Draft, where: str, option: Option, value: str | None, in_file
         draft.once[option.name] = in_file
     try:
         option.read(draft, value or "")
-    except _Rejected as error:
+    except Rejected as error:
         raise ConfigError(f"{where}: {_shown(value or '')} is not accepted; it takes {error}") from None
 
 
@@ -793,7 +441,7 @@ def _shown(value: str) -> str:
 # ---- what depends on several options ----
 
 
-def _finish(draft: _Draft) -> Settings:
+def _finish(draft: Draft) -> Settings:
     """Settings from all that was said. Raises ConfigError for what does not fit together."""
     many = {name: tuple(items) for name, items in draft.many.items()}
     said: dict[str, Any] = draft.fields | many

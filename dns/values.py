@@ -1,0 +1,381 @@
+"""What stands behind an option, read strictly into a draft of the settings.
+
+A reader takes the draft and the option's value, and adds to the one what the other says; it raises Rejected, with what
+would be accepted in its place.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from udpwatch.dns import wire
+from udpwatch.dns.conffile import folder_files, parts, plain
+from udpwatch.dns.settings import DomainAddress, HostRecord, Server, Settings, StaticRecord
+
+MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
+MAX_CACHE_SIZE = 5_000_000  # where dnsmasq cuts off
+MAX_INTERFACE_BYTES = 15  # IFNAMSIZ, less its NUL
+ROOT = b"\0"
+
+
+@dataclass(frozen=True, slots=True)
+class Information:
+    """What was asked for instead of a responder: --help, --version or --test. Print it and end with status 0."""
+
+    text: str
+
+
+class Rejected(ValueError):
+    """What would be accepted."""
+
+
+@dataclass(slots=True)
+class _Domain:
+    """What has been said about who answers for a domain."""
+
+    kind: str  # "servers", "standard" or "ours"
+    servers: dict[Server, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Draft:
+    """What has been read so far. Dictionaries without values keep order and forget repetitions."""
+
+    fields: dict[str, Any] = field(default_factory=dict)  # of Settings, those with one value
+    many: dict[str, dict[Any, None]] = field(default_factory=dict)  # those with several
+    domains: dict[bytes, _Domain] = field(default_factory=dict)
+    cnames: dict[bytes, bytes] = field(default_factory=dict)  # alias: target
+    local_service: str = ""  # "net", "host"; "": nothing said
+    once: dict[str, bool] = field(default_factory=dict)  # options that may come once: whether in a file
+    files: list[Path] = field(default_factory=list)  # to be read next
+    seen: set[tuple[int, int]] = field(default_factory=set)  # device and inode of files that have been read
+    information: Information | None = None
+    test: bool = False
+
+    def add(self, name: str, item: object) -> None:
+        self.many.setdefault(name, {})[item] = None
+
+
+Read = Callable[[Draft, str], None]
+
+
+# ---- values: each returns what Settings holds, or raises Rejected ----
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit() and len(text) <= 10 and low <= int(text) <= high):
+            raise Rejected(f"a whole number from {low} to {high}")
+        return int(text)
+
+    return read
+
+
+seconds = whole(0, MAX_SECONDS)
+port_number = whole(1, 65535)
+_short = whole(0, 65535)
+
+
+def file_path(text: str) -> Path:
+    if not text:
+        raise Rejected("a path")
+    return Path(text)
+
+
+def _name(text: str) -> bytes:
+    """Wire format in lower case. A name outside ASCII is refused: clients ask for its xn-- form, as dnsmasq would."""
+    if not text.isascii():
+        raise Rejected("names in ASCII; an international one in its xn-- form")
+    if any(character < " " or character == "\x7f" for character in text) or text.strip(" .") == "":
+        raise Rejected("a name of at least one label, without control characters")
+    try:
+        return wire.lower(wire.name_from_text(text))
+    except ValueError as error:
+        raise Rejected(f"a name; this one has {error}") from None
+
+
+def domain_name(text: str) -> bytes:
+    if text == "#" or "," in text:
+        raise Rejected("one domain, without a range of addresses, and not '#'")
+    return _name(text)
+
+
+def _address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        raise Rejected("an IPv4 or IPv6 address") from None
+    if isinstance(address, ipaddress.IPv6Address) and address.scope_id:
+        raise Rejected("an address without %interface")
+    return address
+
+
+def listen_address(text: str) -> str:
+    return str(_address(text))
+
+
+def _device(text: str, star: bool = False) -> str:
+    """An interface's name as the kernel takes it (dev_valid_name)."""
+    bare = text[:-1] if star and text.endswith("*") else text
+    good = bare.isprintable() and not set(bare) & set(" /:*#@%") and bare not in (".", "..")
+    if not good or not text or len(bare.encode()) > MAX_INTERFACE_BYTES:
+        rest = ", or its beginning and *" if star else ""
+        raise Rejected(f"the name of an interface, at most {MAX_INTERFACE_BYTES} bytes{rest}")
+    return text
+
+
+def listening_device(text: str) -> str:
+    return _device(text, star=True)
+
+
+def metrics_listen(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if text != "off" and not (host and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
+        raise Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
+    return text
+
+
+def _server(text: str) -> Server:
+    """``ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]``."""
+    numeric, _, source = text.partition("@")
+    numeric, hash_, port = (part.strip(" ") for part in numeric.partition("#"))
+    numeric, percent, zone = (part.strip(" ") for part in numeric.partition("%"))
+    address = _address(numeric)
+    interface, origin = "", ""
+    if "#" in source:
+        raise Rejected("no port to ask from: each question has one of its own")
+    for number, part in enumerate(parts(source, "@") if "@" in text else []):
+        try:
+            asker = ipaddress.ip_address(part)
+        except ValueError:
+            if number:
+                raise Rejected("@INTERFACE@SOURCE at the end") from None
+            interface = _device(part)
+            continue
+        if origin or number > 1 or asker.version != address.version:
+            raise Rejected("one source, an address of the server's family")
+        origin = str(asker)
+    if percent or (address.version == 6 and address.is_link_local):
+        zone = zone or interface
+        if not (address.version == 6 and address.is_link_local) or not zone:
+            raise Rejected("%INTERFACE with a link-local IPv6 address, and only there")
+        numeric = f"{address}%{_device(zone)}"
+    else:
+        numeric = str(address)
+    return Server(numeric, port_number(port) if hash_ else 53, origin, interface)
+
+
+def _domains(text: str) -> tuple[list[bytes], str]:
+    """``/DOMAIN/../REST``: the domains and REST. ``#`` is the root, nothing is b""."""
+    *names, rest = parts(text[1:], "/")
+    if not text.startswith("/") or not names:
+        raise Rejected("/DOMAIN/ in front")
+    domains = []
+    for name in names:
+        if name.startswith("*"):
+            raise Rejected("whole labels: dnsmasq's *DOMAIN is not to be had here")
+        domains.append(ROOT if name == "#" else _name(name.lstrip(".")) if name else b"")
+    return domains, rest
+
+
+# ---- options with several parts ----
+
+
+def read_server(draft: Draft, value: str) -> None:
+    value = plain(value)
+    domains, rest = _domains(value) if value.startswith("/") else ([ROOT], value)
+    kind = {"": "ours", "#": "standard"}.get(rest, "servers")
+    server = _server(rest) if kind == "servers" else None
+    for domain in domains:
+        if domain == ROOT:
+            if server is None:
+                raise Rejected("an address, or a domain in front of nothing or '#'")
+            draft.add("servers", server)
+            continue
+        entry = draft.domains.setdefault(domain, _Domain(kind))
+        if entry.kind != kind:
+            text = wire.name_to_text(domain) if domain else "//"
+            raise Rejected(f"addresses, '#' or nothing, one of the three for a domain; {text} has another already")
+        if server is not None:
+            entry.servers[server] = None
+
+
+def read_local(draft: Draft, value: str) -> None:
+    if not plain(value).startswith("/"):
+        raise Rejected("/DOMAIN/; a server for everything is --server")
+    read_server(draft, value)
+
+
+def read_address(draft: Draft, value: str) -> None:
+    domains, rest = _domains(plain(value))
+    if b"" in domains:
+        raise Rejected("a domain, or '#' for every name; '//' is not to be had here")
+    addresses = {"": (None,), "#": ("0.0.0.0", "::")}.get(rest) or (str(_address(rest)),)  # noqa: S104
+    for domain in domains:
+        for address in addresses:
+            draft.add("addresses", DomainAddress(domain, address))
+
+
+def read_rebind_domain_ok(draft: Draft, value: str) -> None:
+    text = plain(value)
+    for name in parts(text.removeprefix("/").removesuffix("/"), "/"):
+        draft.add("rebind_domains_ok", _name(name))
+
+
+def read_cname(draft: Draft, value: str) -> None:
+    names = parts(value)
+    ttl = seconds(names.pop()) if len(names) > 2 and names[-1].isdigit() else None
+    if len(names) < 2:
+        raise Rejected("ALIAS[,ALIAS..],TARGET[,TTL]")
+    target = _name(names.pop())
+    for name in names:
+        alias = _name(name)
+        if name.startswith("*"):
+            raise Rejected("aliases without *")
+        if alias in draft.cnames:
+            raise Rejected(f"an alias once, and {wire.name_to_text(alias)} has a target already")
+        draft.cnames[alias] = target
+        draft.add("records", StaticRecord(alias, wire.Type.CNAME, target, ttl))
+
+
+def read_txt(draft: Draft, value: str) -> None:
+    name, comma, text = value.partition(",")
+    data = b""
+    for string in text.lstrip(" ").split(",") if comma else [""]:
+        octets = plain(string).encode()
+        for at in range(0, max(len(octets), 1), 255):  # a longer one goes on in another, as dnsmasq has it
+            piece = octets[at : at + 255]
+            data += bytes([len(piece)]) + piece
+    if len(data) > 65535:
+        raise Rejected("texts of 65535 octets at most")
+    draft.add("records", StaticRecord(_name(plain(name.strip(" "))), wire.Type.TXT, data))
+
+
+def read_srv(draft: Draft, value: str) -> None:
+    name, *rest = parts(value)
+    if len(rest) > 4:
+        raise Rejected("_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]")
+    target = _name(rest[0]) if rest and rest[0] not in ("", ".") else ROOT
+    port, priority, weight = [_short(number) for number in rest[1:]] + [1, 0, 0][max(len(rest) - 1, 0) :]
+    data = struct.pack("!HHH", priority, weight, port) + target
+    draft.add("records", StaticRecord(_name(name), wire.Type.SRV, data))
+
+
+def read_mx(draft: Draft, value: str) -> None:
+    name, *rest = parts(value)
+    if not 1 <= len(rest) <= 2:
+        raise Rejected("NAME,TARGET[,PREFERENCE]")
+    data = struct.pack("!H", _short(rest[1]) if len(rest) > 1 else 1) + _name(rest[0])
+    draft.add("records", StaticRecord(_name(name), wire.Type.MX, data))
+
+
+def read_ptr(draft: Draft, value: str) -> None:
+    names = parts(value)
+    if len(names) != 2:
+        raise Rejected("NAME,TARGET")
+    draft.add("records", StaticRecord(_name(names[0]), wire.Type.PTR, _name(names[1])))
+
+
+def read_host_record(draft: Draft, value: str) -> None:
+    names: list[bytes] = []
+    addresses: dict[int, str] = {}
+    ttl: int | None = None
+    for part in parts(value):
+        if part.isdigit():
+            if ttl is not None:
+                raise Rejected("one TTL")
+            ttl = seconds(part)
+            continue
+        try:
+            address = ipaddress.ip_address(part)
+        except ValueError:
+            names.append(_name(part))
+            continue
+        if address.version in addresses:
+            raise Rejected("one address of a family; another takes another --host-record")
+        addresses[address.version] = str(_address(part))
+    if not names or not addresses:
+        raise Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL], with a name and an address at least")
+    draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
+
+
+def read_log_queries(draft: Draft, value: str) -> None:
+    if value not in ("", "extra"):
+        raise Rejected("nothing or 'extra'")
+    draft.fields["log_queries"] = True
+    draft.fields["log_extra"] = draft.fields.get("log_extra", False) or value == "extra"
+
+
+def read_local_service(draft: Draft, value: str) -> None:
+    if value not in ("", "net", "host"):
+        raise Rejected("nothing, 'net' or 'host'")
+    draft.local_service = value or "net"
+
+
+def stale_seconds(text: str) -> int:
+    if text == "off":
+        return 0
+    if not text:
+        return Settings().stale_seconds
+    try:
+        return seconds(text) or MAX_SECONDS
+    except Rejected:
+        raise Rejected(f"seconds up to {MAX_SECONDS}, 0 for no limit, or 'off'") from None
+
+
+def read_conf_file(draft: Draft, value: str) -> None:
+    if plain(value) == "-":
+        raise Rejected("a file; standard input is not read")
+    draft.files.append(file_path(plain(value)))
+
+
+def read_conf_dir(draft: Draft, value: str) -> None:
+    if not parts(value)[0]:
+        raise Rejected("FOLDER[,SUFFIX..]")
+    draft.files.extend(folder_files(value))
+
+
+def test_only(draft: Draft, _: str) -> None:
+    draft.test = True
+
+
+# ---- options with one part ----
+
+
+def on(name: str, value: bool = True) -> Read:
+    def read(draft: Draft, _: str) -> None:
+        draft.fields[name] = value
+
+    return read
+
+
+def one(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        draft.fields[name] = parse(plain(value))
+
+    return read
+
+
+def each(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        draft.add(name, parse(plain(value)))
+
+    return read
+
+
+def several(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        for part in parts(value):
+            draft.add(name, parse(part))
+
+    return read
+
+
+def so_it_is(_: Draft, __: str) -> None:
+    """For what we do in any case."""
