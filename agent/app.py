@@ -99,7 +99,10 @@ def open_dns(conf: Path | None) -> Service:
     from udpwatch.dns.settings import Settings as DnsSettings  # noqa: PLC0415
 
     try:
-        return Service(read_conf(conf) if conf else DnsSettings(), __version__)
+        dns = read_conf(conf) if conf else DnsSettings()
+        if dns.metrics_listen != DnsSettings().metrics_listen:
+            raise UdpwatchError(f"{conf}: metrics-listen is for `udpwatch dns`; the agent has --metrics-listen")
+        return Service(dns, __version__)
     except DnsError as error:
         raise UdpwatchError(f"--dns: {error}") from None
 

@@ -7,11 +7,12 @@ would be accepted in its place.
 from __future__ import annotations
 
 import ipaddress
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import dnslib
 
 from udpwatch.dns import wire
 from udpwatch.dns.conffile import folder_files, parts, plain
@@ -246,15 +247,27 @@ def read_cname(draft: Draft, value: str) -> None:
 
 def read_txt(draft: Draft, value: str) -> None:
     name, comma, text = value.partition(",")
-    data = b""
+    strings: list[bytes] = []
     for string in text.lstrip(" ").split(",") if comma else [""]:
         octets = plain(string).encode()
-        for at in range(0, max(len(octets), 1), 255):  # a longer one goes on in another, as dnsmasq has it
-            piece = octets[at : at + 255]
-            data += bytes([len(piece)]) + piece
+        # A longer one goes on in another, as dnsmasq has it.
+        strings += [octets[at : at + 255] for at in range(0, max(len(octets), 1), 255)]
+    data = _packed(dnslib.TXT(strings))
     if len(data) > 65535:
         raise Rejected("texts of 65535 octets at most")
     draft.add("records", StaticRecord(_name(plain(name.strip(" "))), wire.Type.TXT, data))
+
+
+def _packed(rdata: dnslib.RD) -> bytes:
+    """A record's data as on the wire."""
+    buffer = dnslib.DNSBuffer()
+    rdata.pack(buffer)
+    return bytes(buffer.data)
+
+
+def _label(name: bytes) -> dnslib.DNSLabel:
+    """dnslib's form of a name in wire format, by its labels: from text it would take the name through IDNA."""
+    return dnslib.DNSLabel([part[1 : 1 + part[0]] for part in wire.suffixes(name) if part[0]])
 
 
 def read_srv(draft: Draft, value: str) -> None:
@@ -263,7 +276,7 @@ def read_srv(draft: Draft, value: str) -> None:
         raise Rejected("_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]")
     target = _name(rest[0]) if rest and rest[0] not in ("", ".") else ROOT
     port, priority, weight = [_short(number) for number in rest[1:]] + [1, 0, 0][max(len(rest) - 1, 0) :]
-    data = struct.pack("!HHH", priority, weight, port) + target
+    data = _packed(dnslib.SRV(priority, weight, port, _label(target)))
     draft.add("records", StaticRecord(_name(name), wire.Type.SRV, data))
 
 
@@ -271,7 +284,7 @@ def read_mx(draft: Draft, value: str) -> None:
     name, *rest = parts(value)
     if not 1 <= len(rest) <= 2:
         raise Rejected("NAME,TARGET[,PREFERENCE]")
-    data = struct.pack("!H", _short(rest[1]) if len(rest) > 1 else 1) + _name(rest[0])
+    data = _packed(dnslib.MX(_label(_name(rest[0])), _short(rest[1]) if len(rest) > 1 else 1))
     draft.add("records", StaticRecord(_name(name), wire.Type.MX, data))
 
 
