@@ -121,7 +121,8 @@ def _run(arguments: Sequence[str] | None) -> int:
 def _dns(words: Sequence[str]) -> int:
     """`udpwatch dns`: dnsmasq's words, and dnsmasq's exit statuses."""
     from udpwatch.dns.errors import DnsError  # noqa: PLC0415
-    from udpwatch.dns.options import Information, parse  # noqa: PLC0415
+    from udpwatch.dns.options import parse  # noqa: PLC0415
+    from udpwatch.dns.values import Information  # noqa: PLC0415
 
     logging.basicConfig(level=logging.INFO, format="udpwatch: %(message)s", stream=sys.stderr)
     try:
