@@ -2,7 +2,8 @@
 
 Rules
 1. An answer is kept packed: its code, its records, and where their TTLs stand. A hit copies it and counts the TTLs
-   down; nothing is taken apart.
+   down; nothing is taken apart. How long it is kept is decided by the records that answer its question, by way of its
+   aliases: what else a server writes into it is passed on with it, and is never the answer to another question.
 2. Two queues (segmented LRU): an answer enters the first, and moves to the second when it is asked for again. What has
    to go is the oldest of the first. A flood of names that are asked once, negative or not, pushes out only its like.
 3. Expired answers stay while there is room: they stand in when every upstream server is down (RFC 8767).
@@ -17,16 +18,19 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
-from udpwatch.dns.wire import Answer, Rcode, Type
+from udpwatch.dns.wire import HEADER_BYTES, Answer, Malformed, Rcode, Record, Type, is_below, owner, rdata_name
 
 MAX_BYTES = 32 << 20
 ENTRY_BYTES = 600  # of Python's objects around an answer
 PROTECTED_SHARE = 0.8
 MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
 MAX_NEGATIVE_TTL = 10_800  # RFC 2308, section 5
+MAX_ALIASES = 16  # one after the other; a longer chain is not kept
 FAILURE_SECONDS = 5  # RFC 9520, section 3.2: between 1 s and 5 min
 STALE_TTL = 30  # RFC 8767, section 5.2
 STALE_RETRY_SECONDS = 5.0  # how long a stale answer stands in before the servers are tried again
+
+SOA_BYTES = 22  # two names, five numbers (RFC 1035, section 3.3.13)
 
 _ttl = struct.Struct("!I")
 
@@ -160,7 +164,7 @@ class Cache:
         self._second[key] = entry
         self._second_bytes += entry.size
         while (
-            len(self._second) > max(1, PROTECTED_SHARE * self._max_entries)
+            len(self._second) > PROTECTED_SHARE * self._max_entries
             or self._second_bytes > PROTECTED_SHARE * self._max_bytes
         ):
             oldest, demoted = self._second.popitem(last=False)
@@ -180,41 +184,72 @@ class Cache:
 def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: bool) -> Entry:
     """What to keep of an answer. It expires at once where it must not be kept.
 
-    Positive: the smallest TTL of all records. NXDOMAIN and NODATA: the SOA's TTL or its MINIMUM, whichever is smaller
-    (RFC 2308, section 5), else ``neg_ttl``. A TTL with its top bit set is 0 (RFC 2181, section 8).
+    Positive: the smallest TTL of the records that answer the question, aliases included. NXDOMAIN and NODATA: besides,
+    the SOA's TTL or its MINIMUM, whichever is smaller (RFC 2308, section 5), else ``neg_ttl``.
     """
-    start = len(answer.question) + 12
-    ttls = []
-    for record in answer.records:
-        ttl = 0 if record.ttl >> 31 else min(record.ttl, max_ttl or MAX_TTL, MAX_TTL)
-        ttls.append((record.owner_end + 4 - start, ttl))
+    start, most = len(answer.question) + HEADER_BYTES, min(max_ttl or MAX_TTL, MAX_TTL)
     entry = Entry(
         rcode=answer.rcode,
         body=answer.message[start : answer.body_end],
         counts=answer.counts,
-        ttls=tuple(ttls),
+        ttls=tuple((record.owner_end + 4 - start, min(_seconds(record.ttl), most)) for record in answer.records),
         stored=now,
         expires=now,
     )
     if answer.truncated or answer.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
         return entry
-    if answer.rcode == Rcode.NXDOMAIN or not _answers(answer):
-        lifetime = _negative_ttl(answer, neg_ttl) if negcache else 0
-    else:
-        lifetime = min(ttl for _, ttl in ttls)
-    entry.expires = now + lifetime
+    try:
+        aliases, last, found = _follow(answer)
+        lifetimes = [_seconds(record.ttl) for record in (*aliases, *found)]
+        if answer.rcode == Rcode.NXDOMAIN or not found:
+            lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
+    except Malformed:  # its names cannot be read, as names must be
+        return entry
+    entry.expires = now + min(most, *lifetimes)
     return entry
 
 
-def _answers(answer: Answer) -> bool:
-    return any(r.section == 1 and answer.type in (r.type, Type.ANY) for r in answer.records)
+def _seconds(ttl: int) -> int:
+    """A TTL with its top bit set is 0 (RFC 2181, section 8)."""
+    return 0 if ttl >> 31 else ttl
 
 
-def _negative_ttl(answer: Answer, neg_ttl: int) -> int:
+def _follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
+    """The aliases from the question's name on, the name that they lead to, and its records of the question's type.
+
+    Raises Malformed, also where the aliases have no end.
+    """
+    named: dict[bytes, list[Record]] = {}
+    written: dict[bytes, bytes] = {}  # the same octets, most often a pointer, are the same name: it is read once
     for record in answer.records:
-        if record.section == 2 and record.type == Type.SOA and record.end - record.data >= 20 and not record.ttl >> 31:
+        if record.section == 1 and record.klass == answer.klass:
+            octets = answer.message[record.start : record.owner_end]
+            if octets not in written:
+                written[octets] = owner(answer, record)
+            named.setdefault(written[octets], []).append(record)
+    aliases: list[Record] = []
+    name = answer.name
+    for _ in range(MAX_ALIASES):
+        records = named.get(name, [])
+        found = [record for record in records if answer.type in (record.type, Type.ANY)]
+        alias = next((record for record in records if record.type == Type.CNAME), None)
+        if found or alias is None:
+            return aliases, name, found
+        aliases.append(alias)
+        name = rdata_name(answer, alias)
+    raise Malformed("record")
+
+
+def _negative_ttl(answer: Answer, name: bytes, neg_ttl: int) -> int:
+    for record in answer.records:
+        if (
+            record.section == 2
+            and record.type == Type.SOA
+            and record.end - record.data >= SOA_BYTES
+            and is_below(name, owner(answer, record))
+        ):
             minimum: int = _ttl.unpack_from(answer.message, record.end - 4)[0]
-            return min(record.ttl, minimum & 0x7FFFFFFF, MAX_NEGATIVE_TTL)
+            return min(_seconds(record.ttl), _seconds(minimum), MAX_NEGATIVE_TTL)
     return neg_ttl
 
 

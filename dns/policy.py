@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterable
 
 from udpwatch.dns.settings import Settings
-from udpwatch.dns.wire import Answer, Type, is_below
+from udpwatch.dns.wire import Answer, Type, is_below, suffixes
 from udpwatch.dns.zone import address_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -20,6 +20,8 @@ PRIVATE = tuple(
         *("::/128", "::1/128", "fc00::/7", "fe80::/10", "2001:db8::/32"),
     )
 )
+_ADDRESSES = {(Type.A, 4), (Type.AAAA, 16)}  # type, octets
+_REVERSE_LABELS = 6, 34  # of a whole address in in-addr.arpa, and in ip6.arpa
 LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
@@ -40,8 +42,12 @@ def never_forwarded(settings: Settings, name: bytes, kind: int) -> bool:
     if settings.domain_needed and kind in (Type.A, Type.AAAA) and is_plain_name(name):
         return True
     if settings.bogus_priv and name.endswith(b"\x04arpa\x00"):
-        address = address_of(name)
-        return address is not None and contains(PRIVATE, address)
+        # What stands in front of an address is below it: DNS service discovery asks b._dns-sd._udp.0.1.168.192....
+        parts = tuple(suffixes(name))
+        for labels in _REVERSE_LABELS:
+            address = address_of(parts[-1 - labels]) if len(parts) > labels else None
+            if address is not None and contains(PRIVATE, address):
+                return True
     return False
 
 
@@ -50,8 +56,7 @@ def rebinds(settings: Settings, answer: Answer) -> bool:
     if not settings.stop_dns_rebind or any(is_below(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
     for record in answer.records:
-        size = {Type.A: 4, Type.AAAA: 16}.get(Type(record.type)) if record.type in (Type.A, Type.AAAA) else None
-        if record.section != 1 or size is None or record.end - record.data != size:
+        if record.section != 1 or (record.type, record.end - record.data) not in _ADDRESSES:
             continue
         packed = answer.message[record.data : record.end]
         if contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed)):

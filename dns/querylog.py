@@ -10,14 +10,20 @@ from udpwatch.dns import wire
 from udpwatch.dns.metrics import NAMED_TYPES
 from udpwatch.dns.responder import Forward, Reply
 from udpwatch.dns.wire import Malformed, Query, Rcode, Type, name_to_text
-from udpwatch.dns.zone import unpack_address
+from udpwatch.dns.zone import address_of, unpack_address
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN = 10_000  # questions whose answer has not come
 
-_NODATA = {Type.A: "NODATA-IPv4", Type.AAAA: "NODATA-IPv6"}
-_WORDS = {"cache": "cached", "stale": "cached-stale", "forward": "reply", "config": "config"}
+_WORDS = {"cache": "cached", "stale": "cached-stale", "forward": "reply"}  # "config" for the rest
+#: dnsmasq's names for what is no label of a metric
+_TYPES: dict[int, str] = {
+    **NAMED_TYPES,
+    **{13: "HINFO", 35: "NAPTR", 39: "DNAME", 44: "SSHFP", 52: "TLSA", 64: "SVCB", 99: "SPF", 256: "URI", 257: "CAA"},
+}
+_FAMILIES: dict[int, str] = {Type.A: "NODATA-IPv4", Type.AAAA: "NODATA-IPv6"}
+_OF_FILES = {Type.A, Type.AAAA, Type.PTR}  # what a hosts file can say
 
 
 class QueryLog:
@@ -26,7 +32,8 @@ class QueryLog:
     def __init__(self, extra: bool) -> None:
         """``extra``: each line begins with a serial number and the client (`--log-queries=extra`)."""
         self._extra, self._serials = extra, count(1)
-        self._open: OrderedDict[tuple[str, int], int] = OrderedDict()  # client -> serial number
+        #: client and id of a question -> serial number. One socket may ask twice, as glibc's does: A and AAAA.
+        self._open: OrderedDict[tuple[str, int, int], int] = OrderedDict()
 
     def tell(self, found: Reply | Forward, address: str, port: int) -> None:
         """A question, and its answer where there is one already."""
@@ -39,46 +46,69 @@ class QueryLog:
     def question(self, query: Query, address: str, port: int) -> None:
         """That it came."""
         if self._extra:
-            self._open[address, port] = next(self._serials)
+            self._open[address, port, query.id] = next(self._serials)
             if len(self._open) > MAX_OPEN:
                 self._open.popitem(last=False)
-        self._write(address, port, f"query[{_type(query.type)}] {name_to_text(query.name)} from {address}")
+        self._write(query, address, port, f"query[{_type(query.type)}] {_asked(query)} from {address}")
 
     def forwarded(self, query: Query, server: str, address: str, port: int) -> None:
         """That it was passed on."""
-        self._write(address, port, f"forwarded {name_to_text(query.name)} to {server}")
+        self._write(query, address, port, f"forwarded {_asked(query)} to {server}")
 
     def answer(self, reply: Reply, address: str, port: int) -> None:
         """What the client gets, a line for each record of the answer section."""
-        query = reply.query
-        assert query
-        word = _WORDS.get(reply.source, reply.source)
-        if reply.found and reply.source == "hosts":
-            word = reply.found.origin
-        name, told = name_to_text(query.name), 0
-        try:
-            answer = wire.parse_answer(reply.data)
-            for record in answer.records:
-                if record.section == 1:
-                    owner = name_to_text(wire.owner(answer, record))
-                    self._write(address, port, f"{word} {owner} is {_data(answer, record)}")
-                    told += 1
-        except Malformed:  # an upstream server's records are passed on as they came
-            told = 0
-        if not told:
-            what = _NODATA.get(Type(query.type), "NODATA") if query.type in _NODATA else "NODATA"
-            if reply.rcode != Rcode.NOERROR:
-                what = Rcode(reply.rcode).name if reply.rcode in Rcode.__members__.values() else str(reply.rcode)
-            self._write(address, port, f"{word} {name} is {what}")
+        assert reply.query
+        for text in _lines(reply, reply.query):
+            self._write(reply.query, address, port, text)
 
-    def _write(self, address: str, port: int, text: str) -> None:
+    def _write(self, query: Query, address: str, port: int, text: str) -> None:
         if self._extra:
-            text = f"{self._open.get((address, port), 0)} {address}/{port} {text}"
+            text = f"{self._open.get((address, port, query.id), 0)} {address}/{port} {text}"
         log.info("%s", text)
 
 
+def _lines(reply: Reply, query: Query) -> list[str]:
+    word, name = _WORDS.get(reply.source, "config"), _asked(query)
+    if reply.source == "error":
+        return [f"{'reply' if reply.rcode == Rcode.SERVFAIL else word} error is {_rcode(reply.rcode)}"]
+    file = reply.found.origin if reply.found and reply.source == "hosts" else word
+    lines = []
+    try:
+        answer = wire.parse_answer(reply.data)
+        if answer.truncated:
+            return [f"{word} {name} is truncated"]
+        for record in answer.records:
+            if record.section == 1:
+                told = file if record.type in _OF_FILES else word
+                lines.append(f"{told} {_owner(answer, record, name)} is {_data(answer, record)}")
+    except Malformed:  # an upstream server's records are passed on as they came
+        lines.append(f"{word} {name} is <unreadable>")
+    if not lines or reply.rcode:
+        what = _FAMILIES.get(query.type, "NODATA") if reply.rcode == Rcode.NOERROR else _rcode(reply.rcode)
+        lines.append(f"{word} {name} is {what}")
+    return lines
+
+
+def _asked(query: Query) -> str:
+    """In the case in which it was asked, as dnsmasq has it."""
+    return name_to_text(query.question[:-4] or query.name)
+
+
+def _rcode(rcode: int) -> str:
+    return Rcode(rcode).name if rcode in Rcode.__members__.values() else str(rcode)
+
+
 def _type(kind: int) -> str:
-    return NAMED_TYPES.get(kind, f"type={kind}")
+    return _TYPES.get(kind, f"type={kind}")
+
+
+def _owner(answer: wire.Answer, record: wire.Record, asked: str) -> str:
+    """A reverse name as the address that it stands for."""
+    name = wire.owner(answer, record)
+    packed = address_of(name) if record.type == Type.PTR else None
+    if packed:
+        return unpack_address(packed)
+    return asked if name == answer.name else name_to_text(name)
 
 
 def _data(answer: wire.Answer, record: wire.Record) -> str:

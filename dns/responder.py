@@ -30,6 +30,7 @@ _REFUSED_TYPES = {Type.AXFR, Type.IXFR, Type.MAILA, Type.MAILB}
 _HINFO = 13
 _RFC8482 = b"\x07RFC8482\x00"
 _BIND = b"\x04bind\x00"
+MAX_STRINGS = 200  # of a TXT record: they fit into one
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,6 @@ class Reply:
     query: Query | None = None  # None: the question could not be read
     until: float = 0.0  # monotonic; the same bytes get the same answer until then
     found: Found | None = None  # for the log
-    entry: Entry | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,22 +106,27 @@ class Responder:
                 return Drop(error.reason)
             return Reply(wire.bare(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
         most = TCP_BYTES if tcp else query.udp_bytes(min(self._settings.edns_packet_max, MAX_UDP_BYTES))
-        refused = self._refusal(data, query)
-        if refused:
-            return refused
+        return self._refusal(data, query) or self._known(query, most, now) or self._unknown(query, most)
+
+    def _known(self, query: Query, most: int, now: float) -> Reply | None:
+        """What is in memory."""
         if query.klass == Class.CH:
-            return self._chaos(query)
+            return self._chaos(query, most)
         found = self.zone.find(query.name, query.type)
         if found:
             return self._local(query, found, most)
         entry = self.cache.get(query.key, now)
         if entry:
             return from_entry(query, entry, most, now, "cache" if now < entry.expires else "stale")
+        return None
+
+    def _unknown(self, query: Query, most: int) -> Reply | Forward:
+        """Who else is asked."""
         if never_forwarded(self._settings, query.name, query.type):
             return self._nothing(query, Rcode.NXDOMAIN)
         servers = self.upstreams.for_name(query.name)
         if servers == ():  # ours alone: what is not here is nowhere
-            return self._nothing(query, Rcode.NXDOMAIN)
+            return self._nothing(query, Rcode.NOERROR if self.zone.is_above(query.name) else Rcode.NXDOMAIN)
         if not servers or not query.recursion_desired:
             return self._nothing(query, Rcode.REFUSED)
         return Forward(query, most)
@@ -131,7 +136,8 @@ class Responder:
         return self._nothing(query, rcode)
 
     def _nothing(self, query: Query, rcode: int) -> Reply:
-        return Reply(wire.message(query, rcode), "error" if rcode != Rcode.NXDOMAIN else "config", rcode, query)
+        source = CONFIG if rcode in (Rcode.NOERROR, Rcode.NXDOMAIN) else "error"
+        return Reply(wire.message(query, rcode), source, rcode, query)
 
     def _refusal(self, data: bytes, query: Query) -> Reply | None:
         if query.opcode:
@@ -141,6 +147,8 @@ class Responder:
         if query.type in _FORMERR_TYPES:
             return self._nothing(query, Rcode.FORMERR)
         if query.klass not in (Class.IN, Class.CH) or query.type in _REFUSED_TYPES or query.type == 0:
+            return self._nothing(query, Rcode.REFUSED)
+        if query.signed:  # with a key that cannot be known here: no answer may look as if it had been
             return self._nothing(query, Rcode.REFUSED)
         return None
 
@@ -154,13 +162,13 @@ class Responder:
                 records, count = [wire.record(_HINFO, first.ttl, _RFC8482)], 1
             found = Found((first,) if not records else (), found.exists, found.origin)
         for rrset in found.rrsets:
-            owner = b"\xc0\x0c" if rrset.owner == query.name else rrset.owner
+            owner = wire.TO_QUESTION if rrset.owner == query.name else rrset.owner
             records += [wire.record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
             count += len(rrset.data)
         data = fitted(query, rcode, AA, b"".join(records), (count, 0, 0), most)
         return Reply(data, source, rcode, query, FOREVER, found)
 
-    def _chaos(self, query: Query) -> Reply:
+    def _chaos(self, query: Query, most: int) -> Reply:
         """`version.bind` and the like, as dnsmasq answers them (dnsmasq(8), "cachesize.bind")."""
         if not self._settings.ident or query.type != Type.TXT or not query.name.endswith(_BIND):
             return self._nothing(query, Rcode.REFUSED)
@@ -180,21 +188,24 @@ class Responder:
         label = query.name[1 : 1 + query.name[0]]
         if len(query.name) != len(label) + 1 + len(_BIND) or label not in answers:
             return self._nothing(query, Rcode.NOTIMP)
-        text = b"".join(bytes((len(line[:255]),)) + line[:255].encode() for line in answers[label])
+        strings = [line.encode()[:255] for line in answers[label][:MAX_STRINGS]]
+        text = b"".join(bytes((len(string),)) + string for string in strings)
         body = wire.record(Type.TXT, 0, text or b"\0", klass=Class.CH)
-        return Reply(wire.message(query, 0, AA, body, (1, 0, 0)), "config", 0, query)
+        return Reply(fitted(query, 0, AA, body, (1, 0, 0), most), "config", 0, query)
 
 
 def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int, int, int], most: int) -> bytes:
     """The response, or where it is too long one that says so (TC) and holds nothing but the question: stub resolvers
     match it, and come again over TCP (RFC 2181, section 9)."""
-    data = wire.message(query, rcode, flags, body, counts)
-    return data if len(data) <= most else wire.message(query, rcode, flags | TC)
+    if wire.HEADER_BYTES + len(query.question) + len(body) + (wire.OPT_BYTES if query.edns else 0) > most:
+        return wire.message(query, rcode, flags | TC)
+    return wire.message(query, rcode, flags, body, counts)
 
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
     """An answer of an upstream server for this client; AA and AD are that server's word, and not ours to give."""
-    data = fitted(query, entry.rcode, 0, entry.aged(now, source == "stale"), entry.counts, most)
-    # TTLs are whole seconds: until the next one the same bytes are right.
-    until = min(entry.expires, float(int(now) + 1)) if source == "cache" else 0.0
-    return Reply(data, source, entry.rcode, query, until, entry=entry)
+    rcode = entry.rcode if entry.rcode <= wire.RCODE_MASK or query.edns else Rcode.SERVFAIL  # OPT has the upper bits
+    data = fitted(query, rcode, 0, entry.aged(now, source == "stale"), entry.counts, most)
+    # TTLs are whole seconds: until they count down the same bytes are right.
+    until = min(entry.expires, entry.stored + int(now - entry.stored) + 1) if source == "cache" else 0.0
+    return Reply(data, source, rcode, query, until)

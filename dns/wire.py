@@ -2,8 +2,8 @@
 
 Rules
 1. Nothing raises but Malformed, whatever the bytes are.
-2. Time is linear in the message's size: each step takes at least one byte off what is left to read, except for the
-   jumps of compressed names, of which a message has at most MAX_JUMPS. `Steps` counts, and a test holds it down.
+2. Time is linear in the message's size: to find where its parts stand takes a step an octet at the most, and to read
+   names with their compression undone has a budget for the whole message. `Steps` counts, and a test holds it down.
 3. Names are kept as they are on the wire, without compression, in lower case for look-ups (RFC 4343). A label may hold
    any octet (RFC 2181, section 11).
 4. A message that was received is passed on as it is; only its id, its flags, its TTLs and its OPT record change.
@@ -15,14 +15,19 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import NamedTuple
 
 HEADER_BYTES = 12  # RFC 1035, section 4.1.1
 MAX_NAME_BYTES = 255  # RFC 1035, section 2.3.4
 MAX_LABEL_BYTES = 63
-MAX_JUMPS = 4096  # per message; a real one has a few per record
-MAX_RECORDS = 4096  # 65,535 bytes hold 5,957 of the smallest; no real message comes near
+NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real one takes about 1
+MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes 128 without pointers
+MAX_RECORDS = 512  # of an answer; takes less than a millisecond, and no real one comes near
+MAX_ADDITIONAL = 64  # of a query; a real one has OPT, and a signature
+OPT_BYTES = 11  # without options (RFC 6891, section 6.1.2)
 MIN_UDP_BYTES = 512  # RFC 1035, section 4.2.1
 POINTER = 0xC0
+TO_QUESTION = b"\xc0\x0c"  # a pointer to the question's name, which stands right behind the header
 
 
 class Type(IntEnum):
@@ -88,16 +93,18 @@ class Malformed(Exception):
 
 
 #: Every `Malformed.reason`; metrics show each from the start.
-REASONS = ("short", "response", "question", "name", "record", "opt", "sections", "trailing")
+REASONS = ("short", "response", "question", "name", "record", "opt", "sections")
 
 
 class Steps:
-    """What reading one message has cost: octets looked at, and jumps. For tests, and to end a bomb early."""
+    """What reading one message has cost: labels and options looked at, and jumps; and what its names may still cost."""
 
-    __slots__ = ("jumps", "taken")
+    __slots__ = ("jumps", "left", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        """``size``: octets of the message."""
         self.taken = self.jumps = 0
+        self.left = min(NAME_STEPS_PER_OCTET * size, MAX_NAME_STEPS)
 
 
 # ---- names ----
@@ -110,7 +117,8 @@ def lower(name: bytes) -> bytes:
 
 def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> int:
     """The offset behind the name at ``at``; a pointer is not followed. Raises Malformed, also for a pointer where the
-    name may not be ``compressed``.
+    name may not be ``compressed``, and for one that does not lead back, or leads into the header: its id is not the
+    same for the next client.
     """
     start = at
     try:
@@ -121,16 +129,14 @@ def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> in
                 at += 1
                 break
             if length >= POINTER:
-                if not compressed or (length & 0x3F) << 8 | data[at + 1] >= start:
+                if not compressed or not HEADER_BYTES <= (length & 0x3F) << 8 | data[at + 1] < start:
                     raise Malformed("name")
                 return at + 2
-            if length > MAX_LABEL_BYTES:
-                raise Malformed("name")
             at += 1 + length
+            if length > MAX_LABEL_BYTES or at - start >= MAX_NAME_BYTES:  # the root's octet is still to come
+                raise Malformed("name")
     except IndexError:
         raise Malformed("name") from None
-    if at - start > MAX_NAME_BYTES:
-        raise Malformed("name")
     return at
 
 
@@ -138,20 +144,23 @@ def read_name(data: bytes, at: int, steps: Steps) -> bytes:
     """The whole name at ``at``, compression undone, case as it is. Raises Malformed.
 
     A pointer must lead before where the part that it ends began (RFC 1035, section 4.1.4: "a prior occurrence"), so
-    that every chain ends; what jumps a message may cost is limited over all its names.
+    that every chain ends; what all names of a message may cost together is limited.
     """
     parts, size, limit = [], 1, at
     try:
         while True:
             length = data[at]
             steps.taken += 1
+            steps.left -= 1
+            if steps.left < 0:
+                raise Malformed("name")
             if length == 0:
                 parts.append(b"\0")
                 return b"".join(parts)
             if length >= POINTER:
                 target = (length & 0x3F) << 8 | data[at + 1]
                 steps.jumps += 1
-                if target >= limit or steps.jumps > MAX_JUMPS:
+                if not HEADER_BYTES <= target < limit:
                     raise Malformed("name")
                 at = limit = target
                 continue
@@ -264,6 +273,7 @@ class Query:
     type: int
     klass: int
     edns: Edns | None
+    signed: bool = False  # a TSIG came with it (RFC 8945)
 
     @property
     def opcode(self) -> int:
@@ -297,7 +307,7 @@ def parse_query(data: bytes, steps: Steps | None = None) -> Query:
     ident, flags, questions, answers, authorities, additional = _header.unpack_from(data)
     if flags & QR:
         raise Malformed("response")
-    steps = steps or Steps()
+    steps = steps or Steps(len(data))
     if flags & OPCODE_MASK:  # other opcodes fill the sections as they like
         return Query(ident, flags, b"", b"\0", 0, 0, None)
     if questions != 1:  # RFC 9619
@@ -310,10 +320,10 @@ def parse_query(data: bytes, steps: Steps | None = None) -> Query:
     question, name = data[at : end + 4], lower(data[at:end])
     if answers or authorities:
         raise Malformed("sections")
-    edns, at = None, end + 4
-    for number in range(additional):
-        if number >= MAX_RECORDS:
-            raise Malformed("record")
+    if additional > MAX_ADDITIONAL:
+        raise Malformed("record")
+    edns, signed, at = None, False, end + 4
+    for _ in range(additional):
         owner_end = skip_name(data, at, steps)
         rtype, rclass, ttl, length = _record(data, owner_end)
         body = owner_end + 10
@@ -322,8 +332,9 @@ def parse_query(data: bytes, steps: Steps | None = None) -> Query:
                 raise Malformed("opt")
             _check_options(data, body, length, steps)
             edns = Edns(rclass, ttl >> 16 & 0xFF, bool(ttl & DO))
+        signed |= rtype == Type.TSIG
         at = body + length
-    return Query(ident, flags, question, name, kind, klass, edns)
+    return Query(ident, flags, question, name, kind, klass, edns, signed)
 
 
 def _record(data: bytes, at: int) -> tuple[int, int, int, int]:
@@ -352,8 +363,7 @@ def _check_options(data: bytes, at: int, length: int, steps: Steps) -> None:
 # ---- answers of others ----
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):  # a dataclass would take three times as long to make
     """Where a record stands in a message."""
 
     section: int  # 1 answer, 2 authority, 3 additional
@@ -381,7 +391,7 @@ class Answer:
     rcode: int  # with OPT's upper bits
     body_end: int  # where the records end that are passed on
     counts: tuple[int, int, int]  # of those
-    steps: Steps = field(default_factory=Steps, compare=False)
+    steps: Steps = field(compare=False)
 
     @property
     def truncated(self) -> bool:
@@ -393,7 +403,8 @@ def parse_answer(data: bytes) -> Answer:
     """Read a response. Raises Malformed.
 
     The body that is passed on ends before OPT: what stands behind one, a signature of the transport at the most
-    (RFC 8945), means nothing to a client.
+    (RFC 8945), means nothing to a client. Of a truncated one no record is read: where it was cut is anybody's guess
+    (RFC 2181, section 9).
     """
     if len(data) < HEADER_BYTES:
         raise Malformed("short")
@@ -402,14 +413,14 @@ def parse_answer(data: bytes) -> Answer:
         raise Malformed("response")
     if questions != 1 or sum(counts) > MAX_RECORDS:
         raise Malformed("question" if questions != 1 else "record")
-    steps = Steps()
+    steps = Steps(len(data))
     end = skip_name(data, HEADER_BYTES, steps, compressed=False)
     if end + 4 > len(data):
         raise Malformed("question")
     kind, klass = _question_end.unpack_from(data, end)
     records: list[Record] = []
     rcode, body_end, at = flags & RCODE_MASK, 0, end + 4
-    for section, count in enumerate(counts, 1):
+    for section, count in enumerate(() if flags & TC else counts, 1):
         for _ in range(count):
             owner_end = skip_name(data, at, steps)
             rtype, rclass, ttl, length = _record(data, owner_end)
@@ -439,15 +450,17 @@ def parse_answer(data: bytes) -> Answer:
     )
 
 
-def rdata_name(answer: Answer, record: Record, skip: int = 0) -> bytes:
-    """The name in a record's data, behind ``skip`` octets, in lower case. Raises Malformed."""
-    if record.data + skip >= record.end:
+def rdata_name(answer: Answer, record: Record) -> bytes:
+    """The name that is all of a record's data, in lower case. Raises Malformed."""
+    if skip_name(answer.message, record.data, answer.steps) != record.end:
         raise Malformed("record")
-    return lower(read_name(answer.message, record.data + skip, answer.steps))
+    return lower(read_name(answer.message, record.data, answer.steps))
 
 
 def owner(answer: Answer, record: Record) -> bytes:
     """A record's owner in lower case. Raises Malformed."""
+    if answer.message.startswith(TO_QUESTION, record.start):
+        return answer.name
     return lower(read_name(answer.message, record.start, answer.steps))
 
 
@@ -464,7 +477,7 @@ def message(
 ) -> bytes:
     """A response: header, the question as the client wrote it, ``body``, and OPT where the client sent one."""
     answers, authorities, additional = counts
-    ours = opt(rcode) if query.edns else b""
+    ours = opt(rcode, query.edns.dnssec_ok) if query.edns else b""  # DO is copied (RFC 3225, section 3)
     header = _header.pack(
         query.id,
         response_flags(query.flags, rcode, flags),
@@ -476,9 +489,9 @@ def message(
     return b"".join((header, query.question, body, ours))
 
 
-def opt(rcode: int = 0, dnssec_ok: bool = False, udp_bytes: int = 1232) -> bytes:
+def opt(rcode: int = 0, dnssec_ok: bool = False) -> bytes:
     """Our OPT record: what we take over UDP without fragments (RFC 9715), version 0, no options."""
-    return struct.pack("!BHHBBHH", 0, Type.OPT, udp_bytes, rcode >> 4, 0, DO if dnssec_ok else 0, 0)
+    return struct.pack("!BHHBBHH", 0, Type.OPT, 1232, rcode >> 4, 0, DO if dnssec_ok else 0, 0)
 
 
 def bare(data: bytes, rcode: int) -> bytes:
@@ -488,7 +501,7 @@ def bare(data: bytes, rcode: int) -> bytes:
     return _header.pack(ident, kept, 0, 0, 0, 0)
 
 
-def record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = b"\xc0\x0c", klass: int = Class.IN) -> bytes:
+def record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = TO_QUESTION, klass: int = Class.IN) -> bytes:
     """One record; its owner is the question's name unless given."""
     return b"".join((owner_name, _fixed.pack(kind, klass, ttl, len(rdata)), rdata))
 

@@ -3,7 +3,9 @@
 Rules
 1. A reader has the old table or the new one, never a mixture: `build` makes a new one, its caller puts it in place.
 2. A name that exists has an answer for every type, if an empty one (NODATA): asked for what it does not have, it is
-   never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the whole name.
+   never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the whole name. A name above
+   one that exists (an empty non-terminal, RFC 8020) is somebody else's business, but where this responder has the only
+   word on it (`--local=/DOMAIN/`, `--address=/DOMAIN/`): there it exists, too.
 3. A bad line is reported with file and number, and skipped. A file that cannot be read is an error of the whole: the
    caller keeps the table that it has.
 """
@@ -18,17 +20,20 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from udpwatch.dns.errors import FileError
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
-from udpwatch.dns.wire import Type, lower, name_from_text, name_to_text, suffixes
+from udpwatch.dns.wire import MAX_NAME_BYTES, Type, lower, name_from_text, name_to_text, suffixes
 
 CNAME_CHAIN = 10  # dnsmasq's; longer ones are a loop
 HOSTS, CONFIG = "hosts", "config"
 MAX_FILE_BYTES = 1 << 30
 MAX_COMPLAINTS = 20  # per file; the rest is one line
+MAX_ADDRESSES = 500  # of a name and family: they fit into one message over TCP, and its reader's limits
 DEV_NULL = os.makedev(1, 3)  # stands for an empty table
+FEW_DOMAINS = 8  # up to which a look at the end of a name saves taking it apart
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of an editor on another system
 CHANGING_TRIES, CHANGING_SECONDS = 20, 0.05  # a file that is written to while it is read
 
@@ -73,20 +78,21 @@ class Zone:
         self._records: dict[bytes, dict[int, list[StaticRecord]]] = {}
         self._own_ttl: dict[bytes, int] = {}  # of names from host-record
         self._wild: dict[bytes, list[str | None]] = {}
+        self._above: set[bytes] = set()  # names above others, in the domains that are ours alone
         self._origins: dict[bytes, str] = {}  # name -> "config", or, where queries are logged, a file
         self.entries = 0  # names and aliases read
 
     def find(self, name: bytes, kind: int) -> Found | None:
         """What is known of a name (wire format, lower case); None: nothing, somebody else may."""
-        chain: list[Rrset] = []
+        aliases: list[Rrset] = []
         at = name
         for _ in range(CNAME_CHAIN):
             found = self._find(at, kind)
             if found is None:
                 return None  # an alias of what is not known here is no answer
             if not found.rrsets or found.rrsets[0].type != Type.CNAME or kind in (Type.CNAME, Type.ANY):
-                return Found((*chain, *found.rrsets), found.exists, found.origin)
-            chain += found.rrsets
+                return Found((*aliases, *found.rrsets), found.exists, found.origin)
+            aliases += found.rrsets
             at = found.rrsets[0].data[0]
         return Found((), True, CONFIG)
 
@@ -100,7 +106,7 @@ class Zone:
         for each, records in self._records.get(name, {}).items():
             ttl = next((record.ttl for record in records if record.ttl is not None), self._ttl)
             rrsets.append(Rrset(name, each, ttl, tuple(record.data for record in records)))
-        if rrsets:
+        if rrsets or name in self._records:
             wanted = [rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)]
             if not wanted:
                 wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
@@ -120,7 +126,7 @@ class Zone:
                 continue
             packed = [pack_address(address) for address in addresses if address is not None]
             if not packed:
-                return Found((), False, CONFIG)
+                return Found((), name in self._above, CONFIG)
             rrsets = []
             for each, size in _ADDRESS_BYTES.items():
                 data = tuple(one for one in packed if len(one) == size)
@@ -129,21 +135,30 @@ class Zone:
             return Found(tuple(rrsets), True, CONFIG)
         return None
 
+    def is_above(self, name: bytes) -> bool:
+        """Whether a name, in a domain that is ours alone, has others below it, and so exists."""
+        return name in self._above
+
     # ---- building ----
 
-    def _add_host(self, packed: bytes, names: list[bytes], origin: str = "") -> None:
-        """Names (wire format, lower case) of an address; the first one is what the address is called."""
-        table = self._addresses[Type.A if len(packed) == 4 else Type.AAAA]
+    def _add_host(self, packed: bytes, names: list[bytes], origin: str = "") -> bool:
+        """Names (wire format, lower case) of an address; the first one is what the address is called. False: one has
+        MAX_ADDRESSES already."""
+        table, fits = self._addresses[Type.A if len(packed) == 4 else Type.AAAA], True
         for name in names:
             known = table.get(name)
             if known is None:
                 table[name] = packed
-            elif packed not in _split(known, len(packed)):
+            elif not _holds(known, packed):
+                if len(known) >= MAX_ADDRESSES * len(packed):
+                    fits = False
+                    continue
                 table[name] = known + packed
             if origin:
                 self._origins.setdefault(name, origin)
         self._reverse.setdefault(packed, names[0])
         self.entries += len(names)
+        return fits
 
     def _add_settings(self, settings: Settings) -> None:
         for host in settings.host_records:
@@ -158,6 +173,19 @@ class Zone:
             self._records.setdefault(record.name, {}).setdefault(record.type, []).append(record)
         for wild in settings.addresses:
             self._wild.setdefault(wild.domain, []).append(wild.address)
+
+    def _add_above(self, settings: Settings) -> None:
+        ours = {each.domain for each in settings.domain_servers if not each.servers and not each.standard} - {b""}
+        ours |= {domain for domain, addresses in self._wild.items() if not any(addresses)}
+        if not ours:
+            return
+        ends = tuple(ours) if len(ours) <= FEW_DOMAINS else b""
+        for name in chain(*self._addresses.values(), self._records):
+            if not name.endswith(ends):
+                continue
+            parents = tuple(suffixes(name))
+            highest = max((at for at, parent in enumerate(parents) if parent in ours), default=0)
+            self._above.update(parents[1 : highest + 1])
 
 
 def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
@@ -177,6 +205,7 @@ def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Z
             _miss(f"cannot read {path}: No such file or directory", complain, missing_ok)
         except OSError as error:
             _miss(f"cannot read {path}: {error.strerror or error}", complain, missing_ok)
+    zone._add_above(settings)
     return zone
 
 
@@ -192,17 +221,21 @@ def hosts_files(settings: Settings, complain: Complain, missing_ok: bool) -> Ite
     if settings.hosts:
         yield ETC_HOSTS
     for path in settings.addn_hosts:
-        if not path.is_dir():
-            yield path
-            continue
         try:
-            inside = sorted(path.iterdir())
+            inside = sorted(path.iterdir()) if path.is_dir() else None
         except OSError as error:
             _miss(f"cannot read {path}: {error.strerror}", complain, missing_ok)
             continue
+        if inside is None:
+            yield path
+            continue
         for each in inside:
-            if not each.name.startswith((".", "#")) and not each.name.endswith("~") and not each.is_dir():
+            if not _is_left_out(each.name) and not each.is_dir():
                 yield each
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(".") or name.endswith("~") or (name.startswith("#") and name.endswith("#"))
 
 
 def _read_steady(path: Path) -> bytes:
@@ -215,7 +248,7 @@ def _read_steady(path: Path) -> bytes:
                 raise OSError(0, "it is no regular file")
             if before.st_size > MAX_FILE_BYTES:
                 raise OSError(0, f"it has more than {MAX_FILE_BYTES >> 20} MB")
-            data = file.read(MAX_FILE_BYTES)
+            data = file.read(before.st_size)
             after = os.fstat(file.fileno())
         if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
             break
@@ -229,29 +262,36 @@ def _read_hosts(zone: Zone, path: Path, domain: bytes, origin: str, complain: Co
         words = line.partition(b"#")[0].split()
         if not words:
             continue
-        problem, names = "", []
-        try:
-            packed = pack_address(words[0].decode())
-        except (OSError, ValueError):
-            problem = "address"
-        else:
-            for word in words[1:]:
-                if (name := _host_name(word)) is None:
-                    problem = "name"
-                    continue
-                if domain and name[1 + name[0]] == 0:  # one label
-                    names.append(name[:-1] + domain)
-                names.append(name)
-            if names:
-                zone._add_host(packed, names, origin)
-            elif not problem:
-                problem = "line without a name"
+        problem = _read_line(zone, words, domain, origin)
         if problem:
             bad += 1
             if bad <= MAX_COMPLAINTS:
                 complain(f"bad {problem} at {path} line {number}")
     if bad > MAX_COMPLAINTS:
         complain(f"{bad - MAX_COMPLAINTS} more bad lines in {path}")
+
+
+def _read_line(zone: Zone, words: list[bytes], domain: bytes, origin: str) -> str:
+    """What is wrong with it, or ""; of its names the good ones count."""
+    try:
+        packed = pack_address(words[0].decode())
+    except (OSError, ValueError):
+        return "address"
+    names, problem = [], "" if len(words) > 1 else "line without a name"
+    for word in words[1:]:
+        name = _host_name(word)
+        if name is None:
+            problem = "name"
+            continue
+        if domain and name[1 + name[0]] == 0:  # one label
+            if len(name) - 1 + len(domain) <= MAX_NAME_BYTES:
+                names.append(name[:-1] + domain)
+            else:
+                problem = "name"
+        names.append(name)
+    if names and not zone._add_host(packed, names, origin):
+        return f"line: more than {MAX_ADDRESSES} addresses of a name"
+    return problem
 
 
 def _host_name(word: bytes) -> bytes | None:
@@ -261,12 +301,20 @@ def _host_name(word: bytes) -> bytes | None:
         return b"".join([bytes((len(label),)) + label for label in word.split(b".")]) + b"\0"
     try:
         text = word.decode()
-        if "\\" in text or "\0" in text:
+        if "\\" in text or not text.isprintable():
             return None
         name = lower(name_from_text(text))
     except ValueError:  # UnicodeDecodeError is one
         return None
     return name if name != b"\0" else None
+
+
+def _holds(known: bytes, packed: bytes) -> bool:
+    """Whether an address is among others; a table of a thousand is no reason to take them apart."""
+    at = known.find(packed)
+    while at > 0 and at % len(packed):
+        at = known.find(packed, at + 1)
+    return at >= 0
 
 
 def _split(packed: bytes, size: int) -> tuple[bytes, ...]:
@@ -289,12 +337,12 @@ def unpack_address(packed: bytes) -> str:
 def address_of(name: bytes) -> bytes | None:
     """The address that a whole reverse name stands for (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
     labels = name_to_text(name).split(".")
-    if name.endswith(_REVERSE_4) and len(labels) == 6:
+    if name.endswith(_REVERSE_4) and len(labels) == 6 and labels[4] == "in-addr":
         try:
             return bytes(_octet(label) for label in reversed(labels[:4]))
         except ValueError:
             return None
-    if name.endswith(_REVERSE_6) and len(labels) == 34:
+    if name.endswith(_REVERSE_6) and len(labels) == 34 and labels[32] == "ip6":
         digits = "".join(reversed(labels[:32]))
         if len(digits) == 32 and all(digit in _HEX.decode() for digit in digits):
             return bytes.fromhex(digits)

@@ -1,0 +1,548 @@
+"""What is kept of upstream answers, for how long, in how much memory, and how a client gets it."""
+
+from __future__ import annotations
+
+import random
+import struct
+import threading
+from typing import Any
+
+import dns.message
+import dns_messages as m
+import pytest
+
+from udpwatch.dns import cache
+from udpwatch.dns.cache import ENTRY_BYTES, FAILURE_SECONDS, STALE_RETRY_SECONDS, STALE_TTL, Cache, Entry, entry_of
+from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams, fitted, from_entry
+from udpwatch.dns.settings import HostRecord, Server, Settings, StaticRecord
+from udpwatch.dns.wire import Rcode, lower, name_from_text, parse_answer, parse_query
+from udpwatch.dns.zone import build
+
+NAME, OTHER = "www.example", m.name("other.example")
+ADDRESS = bytes((192, 0, 2, 1))
+KEY = (m.name(NAME), m.A, m.IN, 0)
+
+
+def entry(data: bytes, now: float = 0.0, neg_ttl: int = 0, max_ttl: int = 0, negcache: bool = True) -> Entry:
+    return entry_of(parse_answer(data), now, neg_ttl, max_ttl, negcache)
+
+
+def lifetime(data: bytes, **settings: Any) -> float:
+    made = entry(data, 100.0, **settings)
+    return made.expires - made.stored
+
+
+def address(ttl: int, owner: bytes = m.TO_QUESTION, klass: int = m.IN) -> bytes:
+    return m.record(m.A, ADDRESS, ttl, owner, klass)
+
+
+def alias(ttl: int, target: bytes, owner: bytes = m.TO_QUESTION) -> bytes:
+    return m.record(m.CNAME, target, ttl, owner)
+
+
+def positive(*records: bytes, **more: Any) -> bytes:
+    return m.response(NAME, m.A, records or (address(300),), **more)
+
+
+def negative(*authorities: bytes, rcode: int = 0, answers: tuple[bytes, ...] = ()) -> bytes:
+    return m.response(NAME, m.A, answers, authorities, rcode=rcode)
+
+
+def ttls(data: bytes) -> list[int]:
+    return [record.ttl for record in parse_answer(data).records]
+
+
+def of_size(size: int, expires: float = 1e9, number: int = 0) -> Entry:
+    return Entry(0, bytes(size), (0, 0, 0), ((0, 0),) * number, 0.0, expires)
+
+
+def key(number: int) -> cache.Key:
+    return (b"\x08%08d\0" % number, m.A, m.IN, 0)
+
+
+def counted(kept: Cache) -> tuple[int, int]:
+    """What `bytes` should be, of all and of the second queue."""
+    first, second = (sum(each.size for each in queue.values()) for queue in (kept._first, kept._second))
+    return first + second, second
+
+
+def responder(kept: Cache, **changes: Any) -> Responder:
+    settings = Settings(hosts=False, **changes)
+    made = Responder(settings, build(settings, pytest.fail), kept)
+    made.upstreams = Upstreams((Server("192.0.2.53"),))
+    return made
+
+
+def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Reply:
+    found = made.respond(data, now, tcp)
+    assert isinstance(found, Reply)
+    return found
+
+
+# ---- for how long ----
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (positive(address(300)), 300),
+        (positive(address(300), address(20)), 20),
+        (positive(address(0)), 0),
+        (positive(address(300), address(0)), 0),
+        (positive(address(0x80000000)), 0),
+        (positive(address(0xFFFFFFFF)), 0),
+        (positive(address(0x7FFFFFFF)), cache.MAX_TTL),
+        (positive(alias(50, OTHER), address(300, OTHER)), 50),
+        (positive(alias(500, OTHER), address(300, OTHER)), 300),
+        (positive(address(300, OTHER), alias(500, OTHER)), 300),
+        (positive(alias(500, OTHER), address(300, m.name("OTHER.example"))), 300),
+        # records that are no answer to the question count for nothing
+        (positive(address(300), address(5, OTHER)), 300),
+        (m.response(NAME, m.A, (address(300),), (m.record(m.NS, OTHER, 5),), (address(5, OTHER),)), 300),
+        (positive(address(300), address(5, klass=m.CH)), 300),
+        (positive(address(300, OTHER)), 0),
+        (positive(address(300, klass=m.CH)), 0),
+        (m.response(NAME, m.A, (), (), (address(300),)), 0),
+        (positive(alias(300, OTHER), address(300)), 300),
+        (positive(alias(300, m.name(NAME))), 0),
+        # not kept
+        (positive(flags=m.TC), 0),
+        (positive(rcode=Rcode.SERVFAIL), 0),
+        (positive(rcode=Rcode.REFUSED), 0),
+        (positive(rcode=Rcode.FORMERR), 0),
+        (m.response(NAME, m.A, (address(300),), (), (m.record(m.OPT, b"", 1 << 24, b"\0", 1232),)), 0),
+        # negative: the SOA's TTL or its minimum
+        (negative(m.soa(300, 60)), 60),
+        (negative(m.soa(30, 60)), 30),
+        (negative(m.soa(300, 60), rcode=Rcode.NXDOMAIN), 60),
+        (negative(m.soa(300, 60, m.name("example")), rcode=Rcode.NXDOMAIN), 60),
+        (negative(m.soa(300, 60, b"\0"), rcode=Rcode.NXDOMAIN), 60),
+        (negative(m.soa(900_000, 900_000)), cache.MAX_NEGATIVE_TTL),
+        (negative(m.soa(0x80000001, 60)), 0),
+        (negative(m.soa(300, 0x80000001)), 0),
+        (negative(), 0),
+        (negative(m.soa(300, 60, OTHER), rcode=Rcode.NXDOMAIN), 0),
+        (negative(m.record(m.SOA, bytes(21), 300)), 0),
+        (negative(m.record(m.NS, OTHER, 300)), 0),
+        (negative(m.soa(300, 60), answers=(alias(40, m.name("x.example")),)), 0),
+        (negative(m.soa(300, 60, m.name("example")), answers=(alias(40, m.name("x.example")),)), 40),
+        (negative(m.soa(300, 60, m.name("example")), answers=(alias(90, m.name("x.example")),), rcode=3), 60),
+        # an SOA that is an answer, or additional, says nothing
+        (m.response(NAME, m.A, (m.soa(300, 60),)), 0),
+        (m.response(NAME, m.A, (), (), (m.soa(300, 60),)), 0),
+        # other questions
+        (m.response(NAME, m.ANY, (address(300), m.record(m.TXT, b"\1x", 40))), 40),
+        (m.response(NAME, m.CNAME, (alias(30, OTHER),)), 30),
+        (m.response(NAME, m.SOA, (m.soa(30, 5),)), 30),
+    ],
+)
+def test_how_long_it_is_kept(data: bytes, expected: int) -> None:
+    assert lifetime(data) == expected
+
+
+def test_neg_ttl_is_for_answers_without_soa() -> None:
+    assert lifetime(negative(), neg_ttl=40) == 40
+    assert lifetime(negative(rcode=Rcode.NXDOMAIN), neg_ttl=40) == 40
+    assert lifetime(negative(m.soa(300, 60)), neg_ttl=40) == 60
+    assert lifetime(negative(m.soa(0x80000000, 60)), neg_ttl=40) == 0
+    assert lifetime(positive(), neg_ttl=40) == 300
+
+
+def test_negcache_off() -> None:
+    for data in (negative(m.soa(300, 60)), negative(rcode=Rcode.NXDOMAIN)):
+        assert lifetime(data, negcache=False, neg_ttl=40) == 0
+    assert lifetime(positive(), negcache=False) == 300
+
+
+def test_max_ttl_is_what_a_client_sees() -> None:
+    made = entry(positive(address(300), address(20)), max_ttl=60)
+    reply = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
+    assert ttls(reply.data) == [60, 20]
+    assert lifetime(positive(address(300)), max_ttl=60) == 60
+    assert lifetime(negative(m.soa(300, 200)), max_ttl=60) == 60
+
+
+@pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60])
+def test_chains_of_aliases(length: int) -> None:
+    names = [m.name(NAME), *(m.name(f"n{each}.example") for each in range(length))]
+    links = [alias(100 + each, names[each + 1], names[each]) for each in range(length)]
+    random.Random(1).shuffle(links)  # noqa: S311
+    assert lifetime(positive(*links, address(300, names[-1]))) == (100 if length < cache.MAX_ALIASES else 0)
+
+
+def test_a_loop_of_aliases_is_not_kept() -> None:
+    back = alias(300, m.name(NAME), OTHER)
+    assert lifetime(positive(alias(300, OTHER), back)) == 0
+
+
+def test_names_that_cannot_be_read_are_not_kept() -> None:
+    cut = m.record(m.CNAME, b"\x05oth", 300)
+    assert lifetime(positive(cut)) == 0
+    assert lifetime(positive(m.record(m.CNAME, OTHER + b"x", 300))) == 0
+
+
+# ---- how a client gets it ----
+
+
+def test_ttls_count_down_by_whole_seconds() -> None:
+    kept = Cache(10, 0)
+    kept.put(KEY, entry(positive(address(300), address(10)), 1000.7))
+    made = responder(kept)
+    for now, expected in ((1000.7, [300, 10]), (1001.6, [300, 10]), (1001.71, [299, 9]), (1010.6, [291, 1])):
+        reply = respond(made, m.query(NAME), now)
+        assert (ttls(reply.data), reply.source) == (expected, "cache"), now
+    assert isinstance(made.respond(m.query(NAME), 1010.7), Forward), "expired"
+
+
+def test_until_is_when_they_count_down() -> None:
+    kept = Cache(10, 0)
+    kept.put(KEY, entry(positive(address(3)), 1000.75))
+    made = responder(kept)
+    for now in (1000.75, 1000.9, 1001.5, 1001.75, 1002.0, 1003.7):
+        reply = respond(made, m.query(NAME), now)
+        assert now < reply.until <= now + 1
+        assert respond(made, m.query(NAME), reply.until - 0.001).data == reply.data
+        later = made.respond(m.query(NAME), reply.until)
+        assert isinstance(later, Forward) or later.data != reply.data
+
+
+def test_a_ttl_of_0_is_given_as_0() -> None:
+    made = entry(positive(address(0), address(0xFFFFFFFF)))
+    assert ttls(from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward").data) == [0, 0]
+
+
+def test_opt_and_what_is_behind_it_stay_behind() -> None:
+    behind = m.record(250, b"signature", 0)
+    data = m.response(NAME, m.A, (address(300),), (), (address(30, OTHER), m.opt(m.option(10, bytes(16))), behind))
+    made = entry(data + b"trailing")
+    assert made.body == address(300) + address(30, OTHER)
+    assert made.counts == (1, 0, 1)
+    plain = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "cache").data
+    assert plain == m.header(1, 1, 0, 1, m.QR | m.RD | m.RA) + m.question(NAME) + made.body
+    with_edns = from_entry(parse_query(m.query(NAME, m.A, m.opt())), made, 512, 0.0, "cache").data
+    assert with_edns == m.header(1, 1, 0, 2, m.QR | m.RD | m.RA) + m.question(NAME) + made.body + m.opt()
+
+
+def test_the_upstreams_flags_are_its_own() -> None:
+    made = entry(positive(flags=m.AA | m.AD | m.CD | m.Z | m.RA))
+    reply = from_entry(parse_query(m.query(NAME, flags=m.RD)), made, 512, 0.0, "cache")
+    assert m.flags_of(reply.data) == m.QR | m.RD | m.RA
+
+
+@pytest.mark.parametrize("asked", ["www.example", "WWW.EXAMPLE", "wWw.ExAmPlE"])
+def test_pointers_into_the_question_survive_another_case(asked: str) -> None:
+    kept = Cache(10, 0)
+    below = b"\x03ftp\xc0\x10"  # ftp.example, by way of the question
+    data = m.response("Www.exAmple", m.A, (alias(60, below), address(50, b"\xc0\x29")))
+    answer = parse_answer(data)
+    kept.put((answer.name, m.A, m.IN, 0), entry_of(answer, 0.0, 0, 0, True))
+    reply = respond(responder(kept), m.query(asked), 1.0)
+    assert reply.data[12:].startswith(m.name(asked)), "the case of this client"
+    read = dns.message.from_wire(reply.data)
+    assert [str(rrset).lower() for rrset in read.answer] == [
+        "www.example. 59 in cname ftp.example.",
+        "ftp.example. 49 in a 192.0.2.1",
+    ]
+    assert reply.query
+    assert reply.query.key == KEY
+
+
+def test_do_and_cd_are_other_questions() -> None:
+    queries = [
+        m.query(NAME, m.A, *extra, flags=flags) for flags in (m.RD, m.RD | m.CD) for extra in ((m.opt(flags=m.DO),), ())
+    ]
+    keys = [parse_query(data).key for data in queries]
+    assert len(set(keys)) == 4
+    assert parse_query(m.query(NAME, m.A, m.opt())).key == KEY, "EDNS alone is not"
+    kept = Cache(10, 0)
+    kept.put(keys[0], entry(positive()))
+    made = responder(kept)
+    assert [isinstance(made.respond(data, 0.0), Reply) for data in queries] == [True, False, False, False]
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize(
+    ("edns", "tcp", "most"),
+    [
+        (None, False, 512),
+        (0, False, 512),
+        (512, False, 512),
+        (900, False, 900),
+        (1232, False, 1232),
+        (65535, False, 1232),
+        (None, True, 65535),
+        (512, True, 65535),
+    ],
+)
+def test_what_is_too_long_says_so(edns: int | None, tcp: bool, most: int) -> None:
+    """TC, with the question, which stub resolvers match, and OPT; and nothing else."""
+    extra = () if edns is None else (m.opt(size=edns),)
+    data, ours = m.query(NAME, m.A, *extra), b"" if edns is None else m.opt()
+    room = most - 12 - len(m.question(NAME)) - len(ours)
+    for body, whole in ((room, True), (room + 1, False)):
+        kept = Cache(10, 0)
+        kept.put(KEY, Entry(3, bytes(body), (1, 2, 3), (), 0.0, 100.0))
+        reply = respond(responder(kept), data, 1.0, tcp)
+        flags = m.QR | m.RD | m.RA | 3
+        if whole:
+            assert len(reply.data) == most
+            assert m.flags_of(reply.data) == flags
+            assert m.counts_of(reply.data) == (1, 1, 2, 3 + len(extra))
+        else:
+            assert reply.data == m.header(1, 0, 0, len(extra), flags | m.TC) + m.question(NAME) + ours
+
+
+def test_edns_packet_max_is_the_limit() -> None:
+    kept = Cache(10, 0)
+    kept.put(KEY, Entry(0, bytes(3000), (1, 0, 0), (), 0.0, 100.0))
+    for limit, truncated in ((512, True), (4096, False), (65535, False)):
+        reply = respond(responder(kept, edns_packet_max=limit), m.query(NAME, m.A, m.opt(size=65535)), 1.0)
+        assert bool(m.flags_of(reply.data) & m.TC) == truncated
+
+
+def test_a_count_that_no_header_holds() -> None:
+    """It is not even tried to write it: the body is too long before."""
+    data = fitted(parse_query(m.query(NAME)), 0, 0, bytes(1_600_000), (100_000, 0, 0), 65_535)
+    assert m.flags_of(data) & m.TC
+
+
+def test_local_answers_too_long_are_truncated() -> None:
+    record = StaticRecord(name_from_text(NAME), m.TXT, b"\xff" + bytes(255))
+    made = responder(Cache(0, 0), records=(record,) * 3)
+    reply = respond(made, m.query(NAME, m.TXT), 0.0)
+    assert m.flags_of(reply.data) == m.QR | m.AA | m.TC | m.RD | m.RA
+    assert m.counts_of(reply.data) == (1, 0, 0, 0)
+    assert m.counts_of(respond(made, m.query(NAME, m.TXT), 0.0, True).data) == (1, 3, 0, 0)
+
+
+def test_any_gets_one_kind() -> None:
+    """RFC 8482, section 4.1."""
+    hosts = (HostRecord((name_from_text(NAME),), ("192.0.2.1", "192.0.2.2", "2001:db8::1")),)
+    reply = respond(responder(Cache(0, 0), host_records=hosts), m.query(NAME, m.ANY), 0.0)
+    assert [record.type for record in parse_answer(reply.data).records] == [m.A, m.A]
+
+
+def test_extended_codes_need_opt() -> None:
+    """BADCOOKIE of an upstream server is not NOERROR for a client that cannot read it."""
+    made = Entry(23, b"", (0, 0, 0), (), 0.0, 0.0)
+    plain = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
+    assert (plain.rcode, m.flags_of(plain.data) & 0xF) == (Rcode.SERVFAIL, Rcode.SERVFAIL)
+    reply = from_entry(parse_query(m.query(NAME, m.A, m.opt())), made, 512, 0.0, "forward")
+    assert (reply.rcode, dns.message.from_wire(reply.data).rcode()) == (23, 23)
+
+
+# ---- when servers are down ----
+
+
+def test_failures_are_kept_for_seconds() -> None:
+    kept = Cache(10, 3600)
+    kept.put(KEY, cache.failure(50.0))
+    made = responder(kept)
+    reply = respond(made, m.query(NAME), 50.0 + FAILURE_SECONDS - 0.1)
+    assert reply.rcode == Rcode.SERVFAIL
+    assert reply.until <= 50.0 + FAILURE_SECONDS
+    assert isinstance(made.respond(m.query(NAME), 50.0 + FAILURE_SECONDS), Forward)
+    assert kept.stand_in(KEY, 60.0) is None, "a failure stands in for nothing"
+
+
+def test_an_expired_answer_stands_in() -> None:
+    kept = Cache(10, 1000)
+    kept.put(KEY, entry(positive(address(300), address(3000)), 0.0))
+    made = responder(kept)
+    assert isinstance(made.respond(m.query(NAME), 400.0), Forward)
+    old = kept.stand_in(KEY, 400.0)
+    assert old
+    reply = from_entry(parse_query(m.query(NAME)), old, 512, 400.0, "stale")
+    assert (ttls(reply.data), reply.until) == ([STALE_TTL, STALE_TTL], 0.0)
+    again = respond(made, m.query(NAME), 400.0 + STALE_RETRY_SECONDS - 0.1)
+    assert (again.source, ttls(again.data), again.until) == ("stale", [STALE_TTL, STALE_TTL], 0.0)
+    assert isinstance(made.respond(m.query(NAME), 400.0 + STALE_RETRY_SECONDS), Forward), "the servers get a chance"
+    assert kept.statistics.stale == 2
+    assert kept.stand_in(KEY, 1299.9)
+    assert kept.stand_in(KEY, 1300.0) is None, "too old"
+    kept.put(KEY, entry(positive(address(300)), 1400.0))
+    assert respond(made, m.query(NAME), 1401.0).source == "cache"
+
+
+def test_nothing_stands_in_where_that_is_off() -> None:
+    kept = Cache(10, 0)
+    kept.put(KEY, entry(positive(address(300)), 0.0))
+    assert kept.stand_in(KEY, 300.0) is None
+    assert Cache(10, 100).stand_in(KEY, 0.0) is None
+
+
+# ---- how much ----
+
+
+def test_statistics() -> None:
+    kept = Cache(2, 0)
+    assert kept.get(KEY, 0.0) is None
+    for number in range(3):
+        kept.put(key(number), of_size(10))
+    assert kept.get(key(2), 0.0)
+    told = kept.statistics
+    assert (told.hits, told.misses, told.insertions, told.evictions) == (1, 1, 3, 1)
+
+
+def test_no_cache_keeps_nothing() -> None:
+    kept = Cache(0, 0)
+    kept.put(KEY, of_size(1))
+    assert (len(kept), kept.bytes, kept.get(KEY, 0.0)) == (0, 0, None)
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_tiny_cache_takes_what_is_new(most: int) -> None:
+    """Also after what it holds was asked for."""
+    kept = Cache(most, 0)
+    for number in range(20):
+        kept.put(key(number), of_size(1))
+        assert kept.get(key(number), 0.0), number
+        assert len(kept) <= most
+
+
+def test_an_answer_that_would_fill_it_is_not_kept() -> None:
+    kept = Cache(10, 0, 80_000)
+    kept.put(KEY, of_size(10_000))
+    assert len(kept) == 0
+    kept.put(KEY, of_size(10_000 - ENTRY_BYTES))
+    assert len(kept) == 1
+
+
+def test_it_is_bounded_whatever_happens() -> None:
+    """Puts, overwriting, hits, and clearing, at random; the sums are exact all the while."""
+    draw = random.Random(9)  # noqa: S311
+    kept = Cache(500, 100, 400_000)
+    for step in range(100_000):
+        what, number = draw.random(), key(int(draw.expovariate(1 / 300)))
+        if what < 0.7:
+            kept.put(number, of_size(draw.choice((0, 50, 500, 5000)), draw.choice((0.0, 1e9)), draw.randrange(4)))
+        elif what < 0.95:
+            kept.get(number, 1.0)
+        elif what < 0.9999:
+            kept.stand_in(number, 1.0)
+        else:
+            kept.clear()
+            assert (len(kept), kept.bytes) == (0, 0)
+        assert len(kept) <= 500
+        assert kept.bytes <= 400_000
+        if step % 500 == 0:
+            assert (kept.bytes, kept._second_bytes) == counted(kept)
+            assert not kept._first.keys() & kept._second.keys()
+            assert len(kept._second) <= 400
+    assert (kept.bytes, kept._second_bytes) == counted(kept)
+    assert kept.statistics.evictions
+
+
+@pytest.mark.parametrize("negatives", [False, True], ids=["positive", "negative"])
+def test_a_flood_of_names_pushes_out_only_its_like(negatives: bool) -> None:
+    kept = Cache(1000, 0)
+    for number in range(700):
+        kept.put(key(number), entry(positive(), 0.0))
+        assert kept.get(key(number), 1.0)
+    flood = entry(negative(m.soa(300, 60), rcode=3) if negatives else positive(), 0.0)
+    for number in range(10_000, 110_000):
+        kept.put(key(number), flood)
+    assert all(kept.get(key(number), 2.0) for number in range(700))
+    assert len(kept) == 1000
+
+
+def test_what_is_asked_for_again_stays_longest() -> None:
+    kept = Cache(10, 0)
+    for number in range(12):
+        kept.put(key(number), of_size(1))
+        if number % 2:
+            kept.get(key(number), 0.0)
+    assert kept.keys(100)[-6:] == [key(number) for number in (1, 3, 5, 7, 9, 11)]
+    assert kept.keys(2) == kept.keys(100)[:2]
+
+
+def test_two_threads() -> None:
+    kept, faults, stop = Cache(300, 100, 300_000), [], threading.Event()
+
+    def reads() -> None:
+        draw = random.Random(1)  # noqa: S311
+        try:
+            while not stop.is_set():
+                found = kept.get(key(draw.randrange(500)), 1.0)
+                if found:
+                    found.aged(1.0, False)
+                kept.stand_in(key(draw.randrange(500)), 1.0)
+                kept.keys(10)
+        except Exception as error:
+            faults.append(error)
+
+    reader = threading.Thread(target=reads)
+    reader.start()
+    draw = random.Random(2)  # noqa: S311
+    for step in range(50_000):
+        kept.put(key(draw.randrange(500)), of_size(draw.randrange(4, 3000), draw.choice((0.0, 1e9)), 1))
+        if step % 10_000 == 0:
+            kept.clear()
+    stop.set()
+    reader.join(10)
+    assert faults == []
+    assert (kept.bytes, kept._second_bytes) == counted(kept)
+
+
+# ---- *.bind ----
+
+
+@pytest.mark.parametrize(
+    ("asked", "text"),
+    [
+        ("version.bind", b"udpwatch"),
+        ("VERSION.Bind", b"udpwatch"),
+        ("cachesize.bind", b"2"),
+        ("insertions.bind", b"3"),
+        ("evictions.bind", b"1"),
+        ("hits.bind", b"1"),
+        ("misses.bind", b"1"),
+        ("auth.bind", b"0"),
+    ],
+)
+def test_chaos_names_tell_the_statistics(asked: str, text: bytes) -> None:
+    kept = Cache(2, 0)
+    for number in range(3):
+        kept.put(key(number), of_size(1))
+    kept.get(key(2), 0.0), kept.get(key(77), 0.0)
+    reply = respond(responder(kept), m.query(asked, m.TXT, klass=m.CH), 5.0)
+    rdata = struct.pack("!B", len(text)) + text
+    assert reply.data.endswith(m.record(m.TXT, rdata, 0, klass=m.CH))
+    assert reply.until == 0.0, "figures change"
+    assert m.flags_of(reply.data) & m.AA
+
+
+def test_chaos_servers() -> None:
+    made = responder(Cache(2, 0))
+    made.server_statistics = lambda: ["192.0.2.53#53 7 1", "fe80::1%é#53 1 0"]
+    reply = respond(made, m.query("servers.bind", m.TXT, klass=m.CH), 0.0)
+    strings = [b"192.0.2.53#53 7 1", "fe80::1%é#53 1 0".encode()]
+    assert dns.message.from_wire(reply.data).answer[0][0].strings == tuple(strings)
+    made.server_statistics = lambda: ["é" * 300] * 1000
+    for tcp in (False, True):
+        long = respond(made, m.query("servers.bind", m.TXT, klass=m.CH), 0.0, tcp)
+        assert bool(m.flags_of(long.data) & m.TC) != tcp
+        dns.message.from_wire(long.data, raise_on_truncation=False)
+    made.server_statistics = list
+    assert respond(made, m.query("servers.bind", m.TXT, klass=m.CH), 0.0).data.endswith(b"\0\1\0")
+
+
+@pytest.mark.parametrize(
+    ("asked", "ident", "rcode"),
+    [
+        ("version.bind", False, Rcode.REFUSED),
+        ("unknown.bind", True, Rcode.NOTIMP),
+        ("x.version.bind", True, Rcode.NOTIMP),
+        ("bind", True, Rcode.NOTIMP),
+        ("version.server", True, Rcode.REFUSED),
+        ("xbind", True, Rcode.REFUSED),
+    ],
+)
+def test_other_chaos_names(asked: str, ident: bool, rcode: int) -> None:
+    assert respond(responder(Cache(2, 0), ident=ident), m.query(asked, m.TXT, klass=m.CH), 0.0).rcode == rcode
+
+
+def test_keys_are_in_lower_case() -> None:
+    assert lower(m.name("WWW.Example")) == KEY[0]

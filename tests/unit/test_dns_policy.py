@@ -1,0 +1,261 @@
+"""What is never passed on, who is asked, and which answers are not believed."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import dns_messages as m
+import pytest
+
+from udpwatch.dns.cache import Cache
+from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, is_plain_name, never_forwarded, rebinds
+from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
+from udpwatch.dns.settings import DomainServers, HostRecord, Server, Settings
+from udpwatch.dns.wire import Rcode, is_below, label_count, name_from_text, parse_answer
+from udpwatch.dns.zone import build
+
+DEFAULT, CORP, DEEP = Server("192.0.2.53"), Server("10.0.0.2"), Server("10.0.0.3")
+
+
+def wire(text: str) -> bytes:
+    return name_from_text(text)
+
+
+def asked(settings: Settings, text: str, kind: int = m.A) -> int | str:
+    """The code of the answer, or "forward"."""
+    responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
+    responder.upstreams = Upstreams((DEFAULT,), settings.domain_servers)
+    found = responder.respond(m.query(wire(text), kind), 0.0)
+    if isinstance(found, Forward):
+        return "forward"
+    assert isinstance(found, Reply)
+    return found.rcode
+
+
+# ---- --bogus-priv ----
+
+PRIVATE_NAMES = [
+    *(
+        ip_address(text).reverse_pointer
+        for text in ("10.0.0.1", "10.255.255.255", "127.0.0.1", "0.0.0.0", "169.254.9.9")
+    ),
+    *(ip_address(text).reverse_pointer for text in ("172.16.0.1", "172.31.255.255", "192.168.1.1", "192.0.2.1")),
+    *(ip_address(text).reverse_pointer for text in ("198.51.100.1", "203.0.113.1", "255.255.255.255")),
+    *(
+        ip_address(text).reverse_pointer
+        for text in ("::", "::1", "fd00::1", "fc00::1", "fe80::1", "febf::1", "2001:db8::1")
+    ),
+    # below an address: what DNS service discovery asks
+    "b._dns-sd._udp.0.1.168.192.in-addr.arpa",
+    "lb._dns-sd._udp." + ip_address("fd00::").reverse_pointer,
+]
+PUBLIC_NAMES = [
+    *(
+        ip_address(text).reverse_pointer
+        for text in ("9.255.255.255", "11.0.0.0", "172.15.0.1", "172.32.0.1", "192.167.0.1")
+    ),
+    *(ip_address(text).reverse_pointer for text in ("193.168.0.1", "8.8.8.8", "255.255.255.254", "100.64.0.1")),
+    *(ip_address(text).reverse_pointer for text in ("2001:db9::1", "fec0::1", "::2", "2a00::1")),
+    "b._dns-sd._udp.8.8.8.8.in-addr.arpa",
+    # parts of a reverse name: they lead to zones that exist
+    *("arpa", "in-addr.arpa", "10.in-addr.arpa", "168.192.in-addr.arpa", "1.168.192.in-addr.arpa", "ip6.arpa"),
+    *("1.0.0.10.in-addr.arpa.example", "1.0.0.10.xin-addr.arpa", "01.0.0.10.in-addr.arpa", "x.arpa"),
+    *("1.0.0.10.ip6.arpa", "10.0.0.1", "e164.arpa"),
+]
+
+
+@pytest.mark.parametrize("text", PRIVATE_NAMES)
+def test_private_reverse_names_end_here(text: str) -> None:
+    for kind in (m.PTR, m.A, m.TXT):
+        assert asked(Settings(hosts=False, bogus_priv=True), text, kind) == Rcode.NXDOMAIN
+    assert asked(Settings(hosts=False), text, m.PTR) == "forward"
+
+
+@pytest.mark.parametrize("text", PUBLIC_NAMES)
+def test_other_names_do_not(text: str) -> None:
+    assert asked(Settings(hosts=False, bogus_priv=True), text, m.PTR) == "forward"
+
+
+def test_what_is_in_a_hosts_file_is_answered_all_the_same() -> None:
+    hosts = (HostRecord((wire("a"),), ("10.0.0.1",)),)
+    settings = Settings(hosts=False, bogus_priv=True, host_records=hosts)
+    assert asked(settings, "1.0.0.10.in-addr.arpa", m.PTR) == Rcode.NOERROR
+    assert asked(settings, "2.0.0.10.in-addr.arpa", m.PTR) == Rcode.NXDOMAIN
+
+
+def test_a_long_reverse_name_is_soon_read() -> None:
+    settings = Settings(bogus_priv=True)
+    assert not never_forwarded(settings, b"\x011" * 120 + b"\x07in-addr\x04arpa\x00", m.PTR)
+    assert never_forwarded(settings, b"\x011" * 117 + b"\x0210\x07in-addr\x04arpa\x00", m.PTR)
+    assert not never_forwarded(settings, b"\x03xxx" * 60 + b"\x04arpa\x00", m.PTR)
+
+
+# ---- --domain-needed ----
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "expected"),
+    [
+        ("plain", m.A, Rcode.NXDOMAIN),
+        ("plain", m.AAAA, Rcode.NXDOMAIN),
+        ("plain", m.TXT, "forward"),
+        ("plain", m.HTTPS, "forward"),
+        ("two.labels", m.A, "forward"),
+        ("com", m.NS, "forward"),
+    ],
+)
+def test_plain_names_are_not_passed_on(text: str, kind: int, expected: int | str) -> None:
+    assert asked(Settings(hosts=False, domain_needed=True), text, kind) == expected
+    assert asked(Settings(hosts=False), text, kind) == "forward"
+
+
+def test_is_plain_name() -> None:
+    assert [is_plain_name(name) for name in (b"\0", b"\1a\0", b"\3a.b\0", b"\1a\1b\0")] == [True, True, True, False]
+
+
+# ---- --stop-dns-rebind ----
+
+
+def believed(settings: Settings, *records: bytes, name: str = "www.example", section: int = 1) -> bool:
+    sections: list[tuple[bytes, ...]] = [(), (), ()]
+    sections[section - 1] = records
+    return not rebinds(settings, parse_answer(m.response(name, m.A, *sections)))
+
+
+def address(text: str, owner: bytes = m.TO_QUESTION) -> bytes:
+    packed = ip_address(text).packed
+    return m.record(m.A if len(packed) == 4 else m.AAAA, packed, 60, owner)
+
+
+STOP = Settings(stop_dns_rebind=True)
+LOCAL = ["127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1"]
+INSIDE = ["10.0.0.1", "172.16.5.5", "192.168.0.1", "169.254.169.254", "0.0.0.0", "255.255.255.255"]
+INSIDE += ["fd00::1", "fe80::1", "::", "::ffff:10.0.0.1", "::ffff:169.254.169.254"]
+OUTSIDE = ["8.8.8.8", "172.32.0.1", "2a00::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
+
+
+@pytest.mark.parametrize("text", LOCAL + INSIDE)
+def test_private_addresses_are_not_believed(text: str) -> None:
+    assert not believed(STOP, address(text))
+    assert not believed(STOP, address("8.8.8.8"), address(text)), "not even beside others"
+    assert not believed(STOP, m.record(m.CNAME, m.name("x"), 60), address(text, m.name("x"))), "by way of an alias"
+    assert believed(Settings(), address(text)), "unless told so"
+
+
+@pytest.mark.parametrize("text", OUTSIDE)
+def test_public_addresses_are(text: str) -> None:
+    assert believed(STOP, address(text))
+
+
+def test_loopback_may_be_allowed() -> None:
+    ok = Settings(stop_dns_rebind=True, rebind_localhost_ok=True)
+    assert [believed(ok, address(text)) for text in LOCAL] == [True] * len(LOCAL)
+    assert [believed(ok, address(text)) for text in INSIDE] == [False] * len(INSIDE)
+    assert not believed(ok, address("127.0.0.1"), address("10.0.0.1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("corp.example", True),
+        ("a.b.corp.example", True),
+        ("A.Corp.Example", True),
+        ("xcorp.example", False),
+        ("corp.example.com", False),
+        ("example", False),
+    ],
+)
+def test_domains_may_be_allowed(name: str, expected: bool) -> None:
+    ok = Settings(stop_dns_rebind=True, rebind_domains_ok=(wire("corp.example"),))
+    assert believed(ok, address("10.0.0.1"), name=name) == expected
+
+
+def test_only_addresses_that_are_answers_count() -> None:
+    for section in (2, 3):
+        assert believed(STOP, address("10.0.0.1"), section=section)
+    assert believed(STOP, m.record(m.A, bytes((10, 0, 0, 1, 0)), 60))
+    assert believed(STOP, m.record(m.A, bytes(16), 60))
+    assert believed(STOP, m.record(m.TXT, bytes((10, 0, 0, 1)), 60))
+    assert believed(STOP, m.record(65280, bytes(4), 60)), "a type that has no name here"
+
+
+def test_contains() -> None:
+    assert contains((ip_network("10.0.0.0/8"),), ip_address("::ffff:10.1.1.1").packed)
+    assert not contains(LOOPBACK, ip_address("10.1.1.1").packed)
+    assert len(set(PRIVATE)) == len(PRIVATE)
+
+
+# ---- who is asked ----
+
+
+def upstreams(*domains: tuple[str, tuple[Server, ...], bool]) -> Upstreams:
+    made = (
+        DomainServers(wire(text) if text != "//" else b"", servers, standard) for text, servers, standard in domains
+    )
+    return Upstreams((DEFAULT,), tuple(made))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("google.com", (CORP,)),
+        ("www.google.com", (CORP,)),
+        ("supergoogle.com", (DEFAULT,)),
+        ("google.com.example", (DEFAULT,)),
+        ("com", ()),
+        ("a.deep.google.com", (DEEP,)),
+        ("xdeep.google.com", (CORP,)),
+        ("std.deep.google.com", (DEFAULT,)),
+        ("x.std.deep.google.com", (DEFAULT,)),
+        ("ours.example", ()),
+        ("x.ours.example", ()),
+        ("example", ()),
+        (".", (DEFAULT,)),
+    ],
+)
+def test_the_most_specific_domain_decides_by_whole_labels(text: str, expected: tuple[Server, ...]) -> None:
+    made = upstreams(
+        ("google.com", (CORP,), False),
+        ("deep.google.com", (DEEP,), False),
+        ("std.deep.google.com", (), True),
+        ("ours.example", (), False),
+        ("//", (), False),
+    )
+    assert made.for_name(wire(text)) == expected
+
+
+def test_octets_that_look_like_a_domain_are_none() -> None:
+    made = upstreams(("google.com", (CORP,), False))
+    assert made.for_name(b"\x0dxx\x06google\x03com\x00") == (DEFAULT,)
+    assert made.for_name(b"\x0agoogle.com\x00") == (DEFAULT,)
+
+
+def test_nobody_to_ask() -> None:
+    assert Upstreams().for_name(wire("a.example")) is None
+    standard = Upstreams((), (DomainServers(wire("example"), (), True),))
+    assert standard.for_name(wire("a.example")) is None, "# is the servers that there are"
+
+
+def test_names_of_one_label() -> None:
+    made = upstreams(("//", (CORP,), False), ("lan", (DEEP,), False))
+    assert made.for_name(wire("host")) == (CORP,)
+    assert made.for_name(wire("host.lan")) == (DEEP,)
+    assert made.for_name(wire("host.example")) == (DEFAULT,)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("ours", Rcode.NXDOMAIN), ("a.ours", Rcode.NXDOMAIN), ("a.corp", "forward"), ("b", "forward")],
+)
+def test_a_domain_that_is_ours_alone(text: str, expected: int | str) -> None:
+    domains = (DomainServers(wire("ours"), ()), DomainServers(wire("corp"), (CORP,)))
+    assert asked(Settings(hosts=False, domain_servers=domains), text) == expected
+
+
+def test_names_below_others() -> None:
+    assert is_below(wire("a.b"), wire("b"))
+    assert is_below(wire("b"), wire("b"))
+    assert is_below(wire("b"), b"\0")
+    assert not is_below(wire("ab"), wire("b"))
+    assert not is_below(b"\x04xx\x01b\x00", wire("b"))
+    assert [label_count(name) for name in (b"\0", wire("a"), wire("a.b"))] == [0, 1, 2]
