@@ -424,7 +424,7 @@ def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) ->
 
 
 def test_honest_answers_are_within_the_budget() -> None:
-    """The dearest real names, those of IPv6 reverse look-ups; and an alias with thousands of addresses."""
+    """The dearest real names, those of IPv6 reverse look-ups; and an alias with hundreds of addresses; one record more than may be."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
     answer = parse_answer(m.response(reverse, m.PTR, tuple(names)))
@@ -433,8 +433,10 @@ def test_honest_answers_are_within_the_budget() -> None:
         assert wire.rdata_name(answer, record).endswith(m.name("example.org"))
     alias = m.record(m.CNAME, m.name("a.long.chain.of.names.example.org"), 60)
     at = 12 + len(m.question("www.example")) + 12
-    addresses = (m.record(m.A, bytes(4), 50, pointer(at)),) * 4000
+    addresses = (m.record(m.A, bytes(4), 50, pointer(at)),) * (wire.MAX_RECORDS - 1)
     assert entry_of(parse_answer(m.response("www.example", m.A, (alias, *addresses))), 0.0, 0, 0, True).expires == 50.0
+    with pytest.raises(Malformed):
+        parse_answer(m.response("www.example", m.A, (alias, *addresses, addresses[0])))
 
 
 def test_random_messages_of_every_size() -> None:
