@@ -424,7 +424,7 @@ def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) ->
 
 
 def test_honest_answers_are_within_the_budget() -> None:
-    """The dearest real names, those of IPv6 reverse look-ups; and an alias with hundreds of addresses; one record more than may be."""
+    """The dearest real names, those of IPv6 reverse look-ups; an alias with hundreds of addresses; one too many."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
     answer = parse_answer(m.response(reverse, m.PTR, tuple(names)))
