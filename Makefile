@@ -6,7 +6,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
-TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format dnsutils dnsmasq-base musl-tools busybox-static
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 busybox-static kmod
 
 .PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden clean packages-run packages-test packages-kernels

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import socket
@@ -116,11 +117,12 @@ def changes() -> socket.socket:
 
 
 def drain(link: socket.socket) -> None:
-    """Read all that is there. ENOBUFS says that something was lost: as good as a change."""
+    """Read all that is there. ENOBUFS says that something was lost: as good as a change. Raises OSError."""
     while True:
         try:
             link.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise

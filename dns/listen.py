@@ -7,9 +7,9 @@ On everything is one socket per family on the wildcard address, unless another p
 from __future__ import annotations
 
 import errno
+import ipaddress
 import logging
 import socket
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 from udpwatch.dns import tcp, udp
@@ -37,10 +37,13 @@ class Listening:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._named = bool(settings.listen_addresses or settings.interfaces or settings.except_interfaces)
+        self._addresses = {pack_address(text) for text in settings.listen_addresses}
         self._open: dict[_SocketAddress, _Pair] = {}
+        self._handed: set[_SocketAddress] = set()  # to the servers
+        #: Had by other programs when we began: theirs, also while they restart, until the address itself goes.
+        self._theirs: set[_SocketAddress] = set()
         self._told: set[tuple[_SocketAddress, int]] = set()
         self._wildcard = False
-        self._serve: Callable[[_Pair], None] | None = None
 
     @property
     def port(self) -> int:
@@ -62,37 +65,42 @@ class Listening:
             return
         self._adjust(locals_, starting=True)
         for text in self._settings.listen_addresses:
-            if all(local.packed != pack_address(text.partition("%")[0]) for local in locals_):
+            if all(local.packed != pack_address(text) for local in locals_):
                 log.warning("%s is no address of this host yet: it is listened on when it comes", text)
 
-    async def serve(self, udp_thread: UdpThread, tcp_server: TcpServer) -> None:
+    def serve(self, udp_thread: UdpThread, tcp_server: TcpServer) -> None:
         """Hand the sockets over, these and all that come."""
         self._udp, self._tcp = udp_thread, tcp_server
-        for link, listener in self._open.values():
-            udp_thread.add(link)
-            await tcp_server.add(listener)
-        self._handed = set(self._open)
+        self._hand_over()
 
-    async def update(self, locals_: list[Local]) -> None:
-        """Addresses have changed."""
+    def _hand_over(self) -> list[_SocketAddress]:
+        new = [address for address in self._open if address not in self._handed]
+        for address in new:
+            link, listener = self._open[address]
+            self._handed.add(address)
+            self._udp.add(link)
+            self._tcp.add(listener)
+        return new
+
+    def update(self, locals_: list[Local]) -> bool:
+        """Addresses have changed. False: one of them could not be had yet, and should be tried again."""
         if self._wildcard:
-            return
-        gone = self._adjust(locals_, starting=False)
-        for link, listener in gone:
+            return True
+        gone, complete = self._adjust(locals_, starting=False)
+        for address, (link, listener) in gone.items():
+            self._handed.discard(address)
             self._udp.remove(link)
             self._tcp.remove(listener)
-        for address in self._open.keys() - self._handed:
-            link, listener = self._open[address]
-            self._udp.add(link)
-            await self._tcp.add(listener)
-            log.info("listening on %s", address[0])
-        self._handed = set(self._open)
+            log.info("dns: no longer listening on %s", address[0])
+        for address in self._hand_over():
+            log.info("dns: listening on %s", address[0])
+        return complete
 
     def close(self) -> None:
         """What was not handed over."""
-        if not hasattr(self, "_handed"):
-            for link, listener in self._open.values():
-                link.link.close()
+        for address, (link, listener) in self._open.items():
+            if address not in self._handed:
+                link.close()
                 listener.close()
         self._open.clear()
 
@@ -100,11 +108,15 @@ class Listening:
         """Whether asking this server would be asking ourselves."""
         if server.port != self.port:
             return False
-        packed = pack_address(server.address.partition("%")[0])
-        loopback = packed[:1] == b"\x7f" and len(packed) == 4
-        if not loopback and all(local.packed != packed for local in locals_):
+        text, _, zone = server.address.partition("%")
+        address = ipaddress.ip_address(text)
+        address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 leads to an IPv4 socket
+        if address.is_unspecified:  # Linux connects it to loopback
+            address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+        ours = {local.packed for local in locals_ if not zone or local.interface == zone}
+        if address.packed not in ours and not (address.is_loopback and address.version == 4):
             return False
-        return self._wildcard or any(pack_address(address[0].partition("%")[0]) == packed for address in self._open)
+        return self._wildcard or any(pack_address(each[0]) == address.packed for each in self._open)
 
     def _open_wildcard(self) -> bool:
         port = self._settings.port
@@ -117,7 +129,7 @@ class Listening:
                         raise
         except OSError as error:
             for link, listener in self._open.values():
-                link.link.close()
+                link.close()
                 listener.close()
             self._open.clear()
             if error.errno != errno.EADDRINUSE:
@@ -128,7 +140,6 @@ class Listening:
     def _wanted(self, locals_: list[Local]) -> dict[_SocketAddress, socket.AddressFamily]:
         settings, port = self._settings, self._settings.port
         everything = not settings.listen_addresses and not settings.interfaces
-        named = {pack_address(text.partition("%")[0]) for text in settings.listen_addresses}
         wanted: dict[_SocketAddress, socket.AddressFamily] = {}
         for local in locals_:
             if not local.usable or _matches(local.interface, settings.except_interfaces):
@@ -136,7 +147,7 @@ class Listening:
             by_interface = _matches(local.interface, settings.interfaces) or (
                 bool(settings.interfaces) and local.interface == LOOPBACK  # as dnsmasq: this host is always served
             )
-            if not (everything or by_interface or local.packed in named):
+            if not (everything or by_interface or local.packed in self._addresses):
                 continue
             host = local.text.partition("%")[0]
             if len(local.packed) == 4:
@@ -144,24 +155,26 @@ class Listening:
             else:
                 scope = local.index if local.is_link_local else 0
                 wanted[host, port, 0, scope] = socket.AF_INET6
-        for packed in named:  # any of 127.0.0.0/8 can be bound, though only the first is listed
+        for packed in self._addresses:  # any of 127.0.0.0/8 can be bound, though only the first is listed
             if packed[:1] == b"\x7f" and len(packed) == 4:
                 wanted[socket.inet_ntop(socket.AF_INET, packed), port] = socket.AF_INET
         return wanted
 
-    def _adjust(self, locals_: list[Local], starting: bool) -> list[_Pair]:
-        """Open what is missing; returns what is to be closed."""
-        wanted = self._wanted(locals_)
-        named = {pack_address(text.partition("%")[0]) for text in self._settings.listen_addresses}
+    def _adjust(self, locals_: list[Local], starting: bool) -> tuple[dict[_SocketAddress, _Pair], bool]:
+        """Open what is missing; returns what is to be closed, and whether everything wanted is open."""
+        wanted, complete = self._wanted(locals_), True
+        self._theirs &= wanted.keys()
         for address, family in wanted.items():
-            if address in self._open:
+            if address in self._open or address in self._theirs:
                 continue
             try:
                 self._open[address] = _pair(address, family)
             except OSError as error:
-                number = error.errno or 0
-                if starting and (pack_address(address[0]) in named or number not in _PASSING | {errno.EADDRINUSE}):
-                    raise NetworkError(_refused(address[0], self._settings.port, error)) from None
+                number, complete = error.errno or 0, False
+                if starting and number not in _PASSING:
+                    if pack_address(address[0]) in self._addresses or number != errno.EADDRINUSE:
+                        raise NetworkError(_refused(address[0], self._settings.port, error)) from None
+                    self._theirs.add(address)
                 if number not in _PASSING and (address, number) not in self._told:
                     self._told.add((address, number))
                     log.warning("%s; the other addresses are served", _refused(address[0], self._settings.port, error))
@@ -170,7 +183,7 @@ class Listening:
                 f"cannot listen on port {self._settings.port}: other programs have it on every address; stop them, or "
                 "choose another port with --port"
             )
-        return [self._open.pop(address) for address in list(self._open) if address not in wanted]
+        return {each: self._open.pop(each) for each in list(self._open) if each not in wanted}, complete
 
 
 def _matches(interface: str, patterns: tuple[str, ...]) -> bool:
@@ -192,5 +205,5 @@ def _pair(address: _SocketAddress, family: socket.AddressFamily) -> _Pair:
         chosen = (address[0], link.link.getsockname()[1], *address[2:])
         return link, tcp.open_socket(chosen, family)
     except BaseException:
-        link.link.close()
+        link.close()
         raise

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
+import socket
 import time
 from collections import Counter
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from udpwatch.dns.policy import Network, contains, rebinds
 from udpwatch.dns.querylog import QueryLog
 from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams, from_entry
 from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
-from udpwatch.dns.tcp import TcpServer
+from udpwatch.dns.tcp import MAX_CONNECTIONS, TcpServer
 from udpwatch.dns.udp import Pending, UdpThread, peer_of
 from udpwatch.dns.upstream import NoAnswer, Upstream, read_resolv
 from udpwatch.dns.watch import Watch
@@ -34,6 +37,11 @@ from udpwatch.dns.zone import Zone, unpack_address
 STALE_SECONDS = 1.8  # RFC 8767, section 5: the client response timer
 DRAIN_SECONDS = 5.0
 RETRY_SECONDS = 1.0  # for addresses that could not be bound yet
+SETTLE_SECONDS = 0.05  # for a burst of changes of addresses to end
+#: Questions read from sockets that the event loop has not looked at yet. Beyond that the clients have to ask again: a
+#: flood must find an end somewhere, and what is refused takes the loop's time, too.
+MAX_QUEUED = 4_096
+SOCKETS_PER_QUESTION = 4  # servers that are asked at the same time
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +52,7 @@ class Service:
     def __init__(self, settings: Settings, version: str) -> None:
         """Bind what is to be bound; raises DnsError with nothing left behind."""
         self._settings = settings
+        _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUESTION * settings.forward_max)
         self.metrics = Metrics()
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
         self._responder = Responder(settings, Zone(settings), self._cache)
@@ -57,8 +66,15 @@ class Service:
         self._in_flight: dict[Key, asyncio.Task[Entry]] = {}
         self._waiting = 0  # clients' questions on their way
         self._tasks: set[asyncio.Task[None]] = set()
+        self._queued = self._taken = 0  # questions that the UDP thread handed over, that the loop took
+        self._found_servers: tuple[Server, ...] = ()  # of the resolv file
+        self._own_servers: set[Server] = set()
+        self._refresh_due = False
         self._loading = asyncio.Lock()
-        self.ready = False
+        self._watches: list[Watch] = []
+        self._changes: socket.socket | None = None
+        self._retry: asyncio.TimerHandle | None = None
+        self._serving = False
         tell = self._query_log.tell if self._query_log else None
         self._udp = UdpThread(self._responder, self.metrics, self.admits, self._take_from_thread, tell)
         self._tcp = TcpServer(self._responder, self.metrics, self.admits, self._ask_over_tcp, tell)
@@ -79,6 +95,11 @@ class Service:
         """Where it listens."""
         return self._listening.port
 
+    @property
+    def ready(self) -> bool:
+        """Whether the tables are loaded and questions are answered."""
+        return self._serving and self._udp.is_alive()
+
     # ---- start, stop ----
 
     async def start(self) -> None:
@@ -90,13 +111,13 @@ class Service:
             self._watches.append(Watch(lambda: list(self._settings.resolv_files), self._resolv_changed))
         await self._load(missing_ok=True)
         self._read_upstreams()
-        await self._listening.serve(self._udp, self._tcp)
+        self._listening.serve(self._udp, self._tcp)
         self._udp.start()
         self._loop.add_reader(self._changes, self._addresses_changed)
         for watch in self._watches:
             watch.start()
-        self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
-        self.ready = True
+        self._refresh_soon(SETTLE_SECONDS)  # what changed while the tables were read
+        self._serving = True
         where = ", ".join(self._listening.addresses) or "no address yet"
         log.info("dns: listening on %s, port %d; %d local names", where, self.port, self.metrics.hosts_entries)
 
@@ -106,11 +127,13 @@ class Service:
         self._listening.close()
 
     async def stop(self) -> None:
-        """Answer what is under way, then close everything."""
-        self.ready = False
-        self._retry.cancel()
-        self._loop.remove_reader(self._changes)
-        self._changes.close()
+        """Answer what is under way, then close everything; also where `start` failed, or never began."""
+        self._serving = False
+        if self._retry:
+            self._retry.cancel()
+        if self._changes:
+            self._loop.remove_reader(self._changes)
+            self._changes.close()
         for watch in self._watches:
             await watch.stop()
         if self._tasks:
@@ -121,6 +144,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         await asyncio.to_thread(self._udp.stop)
+        self._listening.close()
 
     def statistics(self) -> list[str]:
         """For the log, in dnsmasq's words (SIGUSR1)."""
@@ -181,34 +205,57 @@ class Service:
 
     def _read_upstreams(self) -> None:
         settings = self._settings
-        found = read_resolv(settings.resolv_files, _complain) if settings.resolv else ()
-        usable: list[Server] = []
-        for server in (*settings.servers, *found):
-            if self._listening.is_own(server, self._locals):
-                log.warning("dns: ignoring nameserver %s: it is this responder itself", server)
-            elif server not in usable:
-                usable.append(server)
-        before = self._responder.upstreams
-        self._responder.upstreams = Upstreams(tuple(usable), settings.domain_servers)
-        if before.default != tuple(usable):
-            self._upstream.forget()
-            self._udp.invalidate()
-            log.info("dns: upstream servers: %s", ", ".join(map(str, usable)) or "none")
+        self._found_servers = read_resolv(settings.resolv_files, _complain) if settings.resolv else ()
+        self._use_upstreams()
+
+    def _use_upstreams(self) -> None:
+        """Ask all servers but ourselves, which depends on our addresses."""
+        settings, before = self._settings, self._responder.upstreams
+        default = self._foreign(tuple(dict.fromkeys((*settings.servers, *self._found_servers))))
+        domains = []
+        for domain in settings.domain_servers:
+            servers = self._foreign(domain.servers)
+            if servers or not domain.servers:  # else as if it had not been said: () would make it ours alone
+                domains.append(replace(domain, servers=servers))
+        if (before.default, before.domains) == (default, tuple(domains)):
+            return
+        self._responder.upstreams = Upstreams(default, tuple(domains))
+        self._upstream.forget()
+        self._udp.invalidate()
+        if before.default != default:
+            log.info("dns: upstream servers: %s", ", ".join(map(str, default)) or "none")
+
+    def _foreign(self, servers: tuple[Server, ...]) -> tuple[Server, ...]:
+        own = {server for server in servers if self._listening.is_own(server, self._locals)}
+        for server in own - self._own_servers:
+            log.warning("dns: ignoring nameserver %s: it is this responder itself", server)
+        self._own_servers = (self._own_servers - set(servers)) | own
+        return tuple(server for server in servers if server not in own)
 
     def _addresses_changed(self) -> None:
+        assert self._changes
         addresses.drain(self._changes)
-        self._spawn(self._refresh_addresses())
+        self._refresh_soon(SETTLE_SECONDS)
+
+    def _refresh_soon(self, seconds: float) -> None:
+        if not self._refresh_due:
+            self._refresh_due = True
+            self._retry = self._loop.call_later(seconds, lambda: self._spawn(self._refresh_addresses()))
 
     async def _refresh_addresses(self) -> None:
-        self._locals = addresses.snapshot()
+        self._refresh_due = False
+        try:
+            self._locals = addresses.snapshot()
+        except OSError as error:
+            log.warning("dns: cannot read this host's addresses: %s", error.strerror)
+            self._refresh_soon(RETRY_SECONDS)
+            return
         self._networks = self._connected()
-        await self._listening.update(self._locals)
+        complete = self._listening.update(self._locals)
         self._udp.readmit()
-
-    def _try_again(self) -> None:
-        """An address that is there, but could not be bound yet, says no second word."""
-        self._spawn(self._listening.update(self._locals))
-        self._retry = self._loop.call_later(RETRY_SECONDS, self._try_again)
+        self._use_upstreams()
+        if not complete:  # an address that is there, but could not be bound yet, says no second word
+            self._refresh_soon(RETRY_SECONDS)
 
     # ---- who is served ----
 
@@ -231,10 +278,15 @@ class Service:
     # ---- questions for others ----
 
     def _take_from_thread(self, pending: list[Pending]) -> None:
+        if self._queued - self._taken > MAX_QUEUED:
+            self.metrics.forward_rejects[0] += len(pending)
+            return
+        self._queued += len(pending)
         with contextlib.suppress(RuntimeError):  # the loop has ended
             self._loop.call_soon_threadsafe(self._take, pending)
 
     def _take(self, pending: list[Pending]) -> None:
+        self._taken += len(pending)
         for each in pending:
             self._spawn(self._answer(each))
 
@@ -285,22 +337,27 @@ class Service:
         if not servers:  # they changed since
             return self._responder.refuse(query, Rcode.REFUSED)
         if self._query_log:
-            self._query_log.forwarded(query, str(self._upstream.order(servers)[0]), address, port)
+            first = self._upstream.order(servers)[0]
+            self._query_log.forwarded(query, first.address if first.port == 53 else str(first), address, port)
         task = self._fetch(key, servers)
         done, _ = await asyncio.wait([task], timeout=STALE_SECONDS)
         if not done:
             if entry := self._cache.stand_in(key, time.monotonic()):
                 return from_entry(query, entry, forward.most, time.monotonic(), "stale")
             await asyncio.wait([task])
+        rcode = int(Rcode.SERVFAIL)
         try:
             entry = task.result()
+            return from_entry(query, entry, forward.most, entry.stored, "forward")  # new: its TTLs as they came
         except NoAnswer as error:
-            if old := self._cache.stand_in(key, time.monotonic()):
-                return from_entry(query, old, forward.most, time.monotonic(), "stale")
-            return self._responder.refuse(query, error.rcode)
+            rcode = error.rcode
         except asyncio.CancelledError:
-            return self._responder.refuse(query, Rcode.SERVFAIL)
-        return from_entry(query, entry, forward.most, entry.stored, "forward")  # new: its TTLs as they came
+            pass  # stopping
+        except Exception:  # a fault of ours: the client must not have to wait for its own time-out
+            log.exception("dns: %s could not be asked for", name_to_text(query.name))
+        if old := self._cache.stand_in(key, time.monotonic()):
+            return from_entry(query, old, forward.most, time.monotonic(), "stale")
+        return self._responder.refuse(query, rcode)
 
     def _fetch(self, key: Key, servers: tuple[Server, ...]) -> asyncio.Task[Entry]:
         """The task that brings and keeps the answer. A question that is under way is not asked again: an attacker must
@@ -328,6 +385,16 @@ class Service:
         if entry.expires > entry.stored:
             self._cache.put(key, entry)
         return entry
+
+
+def _raise_descriptor_limit(wanted: int) -> None:
+    """Let this process open as many files as it may come to need, if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted += soft
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _complain(text: str) -> None:

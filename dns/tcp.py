@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import socket
 import struct
@@ -19,11 +20,17 @@ from udpwatch.dns.responder import Drop, Forward, Reply, Responder
 from udpwatch.dns.zone import pack_address
 
 MAX_CONNECTIONS = 512
-MAX_CONNECTIONS_PER_CLIENT = 64
+MAX_CONNECTIONS_PER_CLIENT = 64  # an IPv6 client is its /64
 IDLE_SECONDS = 10.0  # without a whole question, or without taking an answer
-MAX_QUESTIONS = 1_000  # per connection
 MAX_UNANSWERED = 16  # per connection; then it is not read
+MAX_HELD_BYTES = 16 << 20  # of answers that wait for their clients to take them, over all connections
+READ_AHEAD_BYTES = 4096  # per connection; asyncio takes twice as much
+SEND_BUFFER_BYTES = 128 << 10  # of the kernel's, per connection
 BACKLOG = 256
+ACCEPTED_IN_A_ROW = 64  # before others have their turn
+EXHAUSTED_SECONDS = 0.1  # until the next try to accept, where descriptors have run out
+
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +44,8 @@ class _Connection:
         self.active = asyncio.get_running_loop().time()
         self.unanswered: set[asyncio.Task[None]] = set()
         self.room = asyncio.Semaphore(MAX_UNANSWERED)
+        self.writing = asyncio.Lock()
+        writer.transport.set_write_buffer_limits(high=0)  # what the kernel does not take is waited for
 
     def touch(self) -> None:
         self.active = asyncio.get_running_loop().time()
@@ -55,22 +64,27 @@ class TcpServer:
     ) -> None:
         self._responder, self._metrics, self._admits = responder, metrics, admits
         self._ask, self._tell = ask, tell
-        self._by_client: defaultdict[str, set[_Connection]] = defaultdict(set)
-        self._servers: dict[socket.socket, asyncio.Server] = {}
+        self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
+        self._held_bytes = 0
+        self._listeners: set[socket.socket] = set()
+        self._told_of_exhaustion = False
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def add(self, listener: socket.socket) -> None:
+    def add(self, listener: socket.socket) -> None:
         """Serve a bound socket; it is ours from now on."""
-        self._servers[listener] = await asyncio.start_server(self._accepted, sock=listener, backlog=BACKLOG)
+        self._listeners.add(listener)
+        self._listen(listener)
 
     def remove(self, listener: socket.socket) -> None:
         """Stop listening; open connections go on."""
-        if server := self._servers.pop(listener, None):
-            server.close()
+        if listener in self._listeners:
+            self._listeners.discard(listener)
+            asyncio.get_running_loop().remove_reader(listener)
+            listener.close()
 
     async def stop(self, grace: float) -> None:
         """Stop listening, let answers that are under way go out for ``grace`` seconds, close everything."""
-        for listener in list(self._servers):
+        for listener in list(self._listeners):
             self.remove(listener)
         waiting = {task for group in self._by_client.values() for each in group for task in each.unanswered}
         if waiting:
@@ -79,20 +93,57 @@ class TcpServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _listen(self, listener: socket.socket) -> None:
+        if listener in self._listeners:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def _accept(self, listener: socket.socket) -> None:
+        """Not asyncio's way: without descriptors it logs hundreds of tracebacks a second, and frees nobody's place."""
+        loop = asyncio.get_running_loop()
+        for _ in range(ACCEPTED_IN_A_ROW):
+            try:
+                link, _ = listener.accept()
+            except OSError as error:
+                if error.errno in _EXHAUSTED:
+                    self._without_descriptors(error)
+                    loop.remove_reader(listener)
+                    loop.call_later(EXHAUSTED_SECONDS, self._listen, listener)
+                return  # nobody is waiting, or who did went away
+            link.setblocking(False)
+            task = loop.create_task(self._serve(link))
+            self._tasks.add(task)
+            task.add_done_callback(self._done)
+
+    def _without_descriptors(self, error: OSError) -> None:
+        if not self._told_of_exhaustion:
+            self._told_of_exhaustion = True
+            log.warning("dns: cannot accept a connection: %s (logged only once)", error.strerror)
+        if self._by_client:
+            self._close_idlest(max(self._by_client.values(), key=len))
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            log.error("dns: a connection ended with %r", error, exc_info=error)
+
+    async def _serve(self, link: socket.socket) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=link, limit=READ_AHEAD_BYTES)
+        except BaseException:
+            link.close()
+            raise
         peer = writer.get_extra_info("peername")
         try:
-            if not peer or not self._admits(pack_address(peer[0].partition("%")[0])):
+            if not peer:  # it has gone already
+                return
+            packed = pack_address(peer[0].partition("%")[0])
+            if not self._admits(packed):
                 self._metrics.dropped["policy"][0] += 1
                 return
+            client = packed if len(packed) == 4 else packed[:8]
             connection = _Connection(writer, peer[0], peer[1], "2" if ":" in peer[0] else "1")
-            self._make_room(connection.client)
-            self._by_client[connection.client].add(connection)
+            self._make_room(client)
+            self._by_client[client].add(connection)
             self._metrics.tcp_connections += 1
             try:
                 await self._converse(reader, connection)
@@ -100,9 +151,9 @@ class TcpServer:
                 for task in connection.unanswered:
                     task.cancel()
                 self._metrics.tcp_connections -= 1
-                self._by_client[connection.client].discard(connection)
-                if not self._by_client[connection.client]:
-                    del self._by_client[connection.client]
+                self._by_client[client].discard(connection)
+                if not self._by_client[client]:
+                    del self._by_client[client]
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
             pass  # it went away, or was silent for too long
         finally:
@@ -112,7 +163,7 @@ class TcpServer:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    def _make_room(self, client: str) -> None:
+    def _make_room(self, client: bytes) -> None:
         mine = self._by_client.get(client, set())
         if len(mine) >= MAX_CONNECTIONS_PER_CLIENT:
             self._close_idlest(mine)
@@ -126,7 +177,7 @@ class TcpServer:
         idlest.writer.transport.abort()
 
     async def _converse(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
-        for _ in range(MAX_QUESTIONS):
+        while True:
             async with asyncio.timeout(IDLE_SECONDS):
                 try:
                     size = int.from_bytes(await reader.readexactly(2), "big")
@@ -150,6 +201,7 @@ class TcpServer:
             task = asyncio.get_running_loop().create_task(self._finish(connection, found))
             connection.unanswered.add(task)
             task.add_done_callback(connection.unanswered.discard)
+            task.add_done_callback(self._done)
         if connection.unanswered:  # a half-closed connection still gets its answers (RFC 7766, section 6.2.1)
             await asyncio.wait(connection.unanswered)
 
@@ -167,9 +219,19 @@ class TcpServer:
         else:
             metrics, query = self._metrics, reply.query
             metrics.cell("tcp", connection.family, query.type, reply.rcode, reply.source)[0] += 1
-        connection.writer.write(struct.pack("!H", len(reply.data)) + reply.data)
-        async with asyncio.timeout(IDLE_SECONDS):
-            await connection.writer.drain()
+        self._held_bytes += len(reply.data)
+        try:
+            if self._held_bytes > MAX_HELD_BYTES:
+                raise ConnectionAbortedError
+            async with connection.writing:
+                connection.writer.write(struct.pack("!H", len(reply.data)) + reply.data)
+                async with asyncio.timeout(IDLE_SECONDS):
+                    await connection.writer.drain()
+        except (OSError, TimeoutError):
+            connection.writer.transport.abort()
+            raise
+        finally:
+            self._held_bytes -= len(reply.data)
         connection.touch()
 
 
@@ -180,6 +242,7 @@ def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: so
         link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             link.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted ones inherit it
         link.bind(address)
         link.listen(BACKLOG)
     except BaseException:

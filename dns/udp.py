@@ -126,6 +126,12 @@ class UdpSocket:
         self.link, self.family, self.wildcard = link, family, wildcard
         self.fd = link.fileno()
         self.layout = _LAYOUTS[family]
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Not while another thread is sending: the descriptor may be another file's a moment later."""
+        with self._lock:
+            self.link.close()
 
     def send(self, data: bytes, name: bytes, control: bytes) -> None:
         """Send one answer to a peer (a raw sockaddr) by way of its request's control message; raises OSError."""
@@ -135,7 +141,8 @@ class UdpSocket:
             level, kind = socket.IPPROTO_IP, _IP_PKTINFO
         else:
             address = (*address[:2], *struct.unpack("!I", name[4:8]), *struct.unpack("=I", name[24:28]))
-        self.link.sendmsg([data], [(level, kind, control[self.layout.pktinfo])], _MSG_DONTWAIT, address)
+        with self._lock:
+            self.link.sendmsg([data], [(level, kind, control[self.layout.pktinfo])], _MSG_DONTWAIT, address)
 
 
 def peer_of(name: bytes) -> tuple[str, int]:
@@ -269,10 +276,10 @@ class UdpThread(threading.Thread):
         self._stopping = True
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
-        if self.is_alive():
-            self.join()
-        else:
+        if self.ident is None:  # never started
             self._close()
+        else:
+            self.join()
 
     # ---- the thread ----
 
@@ -285,6 +292,9 @@ class UdpThread(threading.Thread):
                         self._obey()
                     elif (link := self._sockets.get(fd)) is not None:
                         self._serve(link)
+        except BaseException:
+            log.exception("dns: nothing is answered over UDP any more")
+            raise
         finally:
             self._close()
 
@@ -297,14 +307,16 @@ class UdpThread(threading.Thread):
                 self._epoll.register(link.fd, select.EPOLLIN)
             elif self._sockets.pop(link.fd, None):
                 self._epoll.unregister(link.fd)
-                link.link.close()
+                link.close()
 
     def _close(self) -> None:
         for link in (*self._sockets.values(), *(link for add, link in self._orders if add)):
-            link.link.close()
+            link.close()
         self._sockets.clear()
         self._epoll.close()
-        os.close(self._wake)
+        wake, self._wake = self._wake, -1
+        if wake >= 0:
+            os.close(wake)
 
     def _serve(self, link: UdpSocket) -> None:
         batch = self._batches[link.family]
@@ -385,14 +397,14 @@ class UdpThread(threading.Thread):
             return None
         try:
             found = self._responder.respond(packet, now)
-        except Exception:
-            log.exception("a question could not be answered: %s", packet[:64].hex())
+            if self._tell and not isinstance(found, Drop):
+                self._tell(found, *peer_of(name))
+        except Exception:  # a fault of ours must not cost the thread
+            log.exception("dns: a question could not be answered: %s", packet[:64].hex())
             return None
         if isinstance(found, Drop):
             self._metrics.malformed[found.reason][0] += 1
             return None
-        if self._tell:
-            self._tell(found, *peer_of(name))
         if isinstance(found, Reply):
             cell = self._count(found, link.layout)
             cell[0] += 1

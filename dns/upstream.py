@@ -14,6 +14,7 @@ import errno
 import os
 import re
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable
@@ -35,6 +36,7 @@ DOWN_AFTER = 2  # time-outs in a row
 DOWN_SECONDS = 10.0  # for which such a server is asked last
 TCP_SECONDS = 3.0
 MAX_NAMESERVERS = 15
+MAX_RESOLV_BYTES = 1 << 20
 
 Key = tuple[bytes, int, int, int]
 
@@ -261,13 +263,21 @@ def _sockaddr(server: Server) -> tuple[str, int] | tuple[str, int, int, int]:
 _NAMESERVER = re.compile(r"^\s*nameserver\s+(\S+)", re.MULTILINE)
 
 
+def _read(path: Path) -> tuple[int, str]:
+    """When a file was changed, and what is in it; never waits, as for a FIFO's other end. Raises OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISCHR(status.st_mode):  # /dev/null is one of these
+            raise OSError(0, "it is no regular file")
+        return status.st_mtime_ns, file.read(MAX_RESOLV_BYTES).decode(errors="replace")
+
+
 def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tuple[Server, ...]:
     """The servers of the newest file (dnsmasq's rule for several); () where there is none to be read."""
     newest, text = -1, ""
     for path in files:
         try:
-            changed = path.stat().st_mtime_ns
-            content = path.read_text(encoding="utf-8", errors="replace")
+            changed, content = _read(path)
         except OSError as error:
             complain(f"cannot read {path}: {error.strerror}")
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,7 +18,11 @@ LOOK_SECONDS = 5.0
 
 _WHAT = flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
 
-State = tuple[tuple[str, int, int, int, int], ...]
+#: path, device, inode, size, time of the last change of any kind: when it can be read again, it is another state, too
+State = tuple[tuple[str, int, int, int, int, int], ...]
+_MISSING = (0, 0, 0, 0, 0)
+
+log = logging.getLogger(__name__)
 
 
 class Watch:
@@ -61,20 +66,22 @@ class Watch:
                 await asyncio.wait_for(self._word.wait(), LOOK_SECONDS)
                 await asyncio.sleep(SETTLE_SECONDS)
             self._word.clear()
-            self._mark()
-            state = self._state()
-            if state != self._seen:
-                self._seen = state
-                await self._changed()
+            try:
+                self._mark()
+                state = self._state()
+                if state != self._seen:
+                    self._seen = state
+                    await self._changed()
+            except Exception:  # a fault of ours must not end the watch
+                log.exception("dns: a change of files could not be followed")
 
     def _mark(self) -> None:
         """Watch the folders of all files, and of what they are links to. To watch one again changes nothing."""
         if not self._notify:
             return
-        folders = {each for path in self._files() for each in (path, path.parent, path.resolve().parent)}
-        for folder in folders:
-            if folder.is_dir():
-                with contextlib.suppress(OSError):
+        for folder in {each for path in self._files() for each in _folders(path)}:
+            with contextlib.suppress(OSError):
+                if folder.is_dir():
                     self._notify.add_watch(folder, _WHAT)
 
     def _state(self) -> State:
@@ -86,13 +93,23 @@ class Watch:
                 else:
                     found.append(_stat(path))
             except OSError:
-                found.append((str(path), 0, 0, 0, 0))
+                found.append((str(path), *_MISSING))
         return tuple(found)
 
 
-def _stat(path: Path) -> tuple[str, int, int, int, int]:
+def _folders(path: Path) -> set[Path]:
+    """Where something has to happen for this path to lead to something else: its folder, those of the links on the way
+    to it, and the one where it really is."""
+    found = {path, path.parent}
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: links in a circle
+        found |= {each.parent for each in (path, *path.parents) if each.is_symlink()}
+        found.add(path.resolve().parent)
+    return found
+
+
+def _stat(path: Path) -> tuple[str, int, int, int, int, int]:
     try:
         at = path.stat()
     except OSError:
-        return str(path), 0, 0, 0, 0
-    return str(path), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns
+        return str(path), *_MISSING
+    return str(path), at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns

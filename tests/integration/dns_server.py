@@ -1,0 +1,406 @@
+"""A real `udpwatch dns` in a namespace, upstream servers that do what a test tells them, and clients that ask."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import shutil
+import signal
+import socket
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import dns.flags
+import dns.message
+import dns.rcode
+import dns.rdatatype
+import dns.rrset
+import pytest
+from agents import COMMAND, wait_for
+from prometheus_client.parser import text_string_to_metric_families
+
+from udpwatch.agent.lab import Namespace
+
+PORT = 53
+ANSWER_SECONDS = 6.0  # within which a client has an answer or SERVFAIL, whatever the upstream servers do
+SO_RCVBUFFORCE = 33
+METRICS = "127.0.0.1:9953"
+
+
+def needs(program: str, package: str) -> None:
+    """Skip where a program is missing."""
+    if not shutil.which(program):
+        pytest.skip(f"{program} is missing: apt-get install {package}")
+
+
+class Responder:
+    """`udpwatch dns` in a namespace, without the machine's own files; ready when the constructor returns."""
+
+    def __init__(self, namespace: Namespace, *options: str, ready: bool = True, wrapper: tuple[str, ...] = ()) -> None:
+        self.namespace = namespace
+        self.said: list[str] = []
+        files = [] if any(each.startswith("--resolv-file") for each in options) else ["--no-resolv"]
+        self.process = namespace.popen([*wrapper, *COMMAND, "dns", "--no-hosts", *files, *options])
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        if ready:
+            try:
+                wait_for(lambda: self.has_said("ready") or self.process.poll() is not None, "udpwatch dns to be ready")
+                assert self.process.poll() is None, self.said
+            except BaseException:
+                self.stop(signal.SIGKILL)
+                raise
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said.append(line.decode().rstrip("\n"))
+
+    def has_said(self, text: str) -> bool:
+        """Whether a line is this, or has this in it."""
+        return any(text in line for line in list(self.said))
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Ask its HTTP view, in its namespace: (status, body)."""
+        with self.namespace.entered():
+            try:
+                with urllib.request.urlopen(f"http://{METRICS}{path}", timeout=30) as answer:
+                    return answer.status, answer.read().decode()
+            except urllib.error.HTTPError as error:
+                with error:
+                    return error.code, error.read().decode()
+
+    def metric(self, name: str, **labels: str) -> int:
+        """The sum of the series udpwatch_dns_NAME that carry these labels."""
+        status, text = self.get("/metrics")
+        assert status == 200
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        named = [sample for sample in samples if sample.name == f"udpwatch_dns_{name}"]
+        assert named, f"no series of udpwatch_dns_{name}"
+        return int(sum(sample.value for sample in named if labels.items() <= sample.labels.items()))
+
+    def reload(self) -> None:
+        """SIGHUP, until it has been obeyed."""
+        before = self.metric("hosts_reloads_total") + self.metric("hosts_reload_errors_total")
+        self.process.send_signal(signal.SIGHUP)
+        wait_for(
+            lambda: self.metric("hosts_reloads_total") + self.metric("hosts_reload_errors_total") > before, "a reload"
+        )
+
+    def resident_kib(self) -> int:
+        """Of the process."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
+        assert found
+        return int(found.group(1))
+
+    def descriptors(self) -> int:
+        """Open files."""
+        return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop and wait; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        status = self.process.wait(60)
+        self._reader.join(5)
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe
+            pipe.close()
+        return status
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        healthy = self.process.poll() is None
+        self.stop(signal.SIGKILL)
+        assert healthy, self.said
+        for line in self.said:
+            assert "Traceback" not in line and "never retrieved" not in line, "\n".join(self.said)
+
+
+#: What a fake server sends for a message, in order; None: nothing
+Script = Callable[["Asked"], bytes | list[bytes] | None]
+
+
+class Asked:
+    """A question that reached a fake server."""
+
+    def __init__(self, data: bytes, peer: tuple[str, int], tcp: bool, link: socket.socket) -> None:
+        self.data, self.peer, self.tcp, self.link = data, peer, tcp, link
+        self.id = int.from_bytes(data[:2], "big")
+
+    @functools.cached_property
+    def message(self) -> dns.message.Message:
+        return dns.message.from_wire(self.data)
+
+    @property
+    def name(self) -> str:
+        return self.message.question[0].name.to_text()
+
+    @property
+    def type(self) -> str:
+        return dns.rdatatype.to_text(self.message.question[0].rdtype)
+
+    def reply(self, *records: str, rcode: int = 0, authority: tuple[str, ...] = ()) -> dns.message.Message:
+        """A response; records as "TTL TYPE DATA"."""
+        response = dns.message.make_response(self.message, recursion_available=True)
+        response.set_rcode(rcode)
+        for section, lines in ((response.answer, records), (response.authority, authority)):
+            for line in lines:
+                ttl, kind, data = line.split(" ", 2)
+                section.append(dns.rrset.from_text(self.name, int(ttl), "IN", kind, data))
+        return response
+
+    def answer(self, *records: str, rcode: int = 0, authority: tuple[str, ...] = ()) -> bytes:
+        """The same, as bytes."""
+        return self.reply(*records, rcode=rcode, authority=authority).to_wire()
+
+
+def right(asked: Asked) -> bytes:
+    """What an honest server says: A of every name, nothing else."""
+    if asked.type == "A":
+        return asked.answer("300 A 192.0.2.80")
+    return asked.answer(authority=("300 SOA ns. admin. 1 2 3 4 300",))
+
+
+class FakeServer:
+    """A name server over UDP and TCP that follows a script; keeps all that it was asked."""
+
+    def __init__(self, namespace: Namespace, address: str, script: Script = right, port: int = PORT) -> None:
+        self.address, self.port, self.script, self.namespace = address, port, script, namespace
+        self.asked: list[Asked] = []
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        self.udp = namespace.socket(family)
+        self.udp.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 1 << 22)
+        self.tcp = namespace.socket(family, socket.SOCK_STREAM)
+        self.tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            name = sockaddr(namespace, address, port)[1]
+            self.udp.bind(name)
+            self.tcp.bind(name)
+        except OSError:
+            self.udp.close()
+            self.tcp.close()
+            raise
+        self.tcp.listen(64)
+        self._closing = False
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._udp, self._tcp)]
+        for thread in self._threads:
+            thread.start()
+
+    def _udp(self) -> None:
+        while not self._closing:
+            try:
+                data, peer = self.udp.recvfrom(65_535)
+            except OSError:
+                return
+            if self._closing:
+                return
+            asked = Asked(data, peer[:2], False, self.udp)
+            self.asked.append(asked)
+            with contextlib.suppress(OSError):
+                for message in _list(self.script(asked)):
+                    self.udp.sendto(message, peer)
+
+    def _tcp(self) -> None:
+        while True:
+            try:
+                link, peer = self.tcp.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._converse, args=(link, peer), daemon=True).start()
+
+    def _converse(self, link: socket.socket, peer: tuple[str, int]) -> None:
+        with link, contextlib.suppress(OSError):
+            link.settimeout(10)
+            while data := receive_message(link):
+                asked = Asked(data, peer[:2], True, link)
+                self.asked.append(asked)
+                answers = _list(self.script(asked))
+                for message in answers:
+                    link.sendall(struct.pack("!H", len(message)) + message)
+                if not answers:
+                    return
+
+    def names(self, tcp: bool | None = None) -> list[str]:
+        """What it was asked for."""
+        return [each.name for each in list(self.asked) if tcp is None or each.tcp == tcp]
+
+    def close(self) -> None:
+        """End."""
+        self._closing = True
+        for link in (self.udp, self.tcp):
+            with contextlib.suppress(OSError):
+                link.shutdown(socket.SHUT_RDWR)
+        self.tcp.close()
+        with self.namespace.entered():
+            with socket.socket(self.udp.family, socket.SOCK_DGRAM) as waker, contextlib.suppress(OSError):
+                waker.sendto(b"", sockaddr(self.namespace, self.address, self.port)[1])
+        self._threads[0].join(5)
+        self.udp.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _list(said: bytes | list[bytes] | None) -> list[bytes]:
+    return [] if said is None else said if isinstance(said, list) else [said]
+
+
+# ---- clients ----
+
+
+def sockaddr(namespace: Namespace, address: str, port: int = PORT) -> tuple[socket.AddressFamily, tuple]:
+    """Family and socket address of a numeric address, its %zone as the namespace knows it."""
+    with namespace.entered():
+        family, *_, name = socket.getaddrinfo(address, port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+    return family, name
+
+
+@contextlib.contextmanager
+def connected(
+    namespace: Namespace, address: str, kind: socket.SocketKind = socket.SOCK_DGRAM, port: int = PORT
+) -> Iterator[socket.socket]:
+    """A socket that takes answers of this address only: the kernel refuses any other's."""
+    family, name = sockaddr(namespace, address, port)
+    with namespace.socket(family, kind) as link:
+        link.settimeout(ANSWER_SECONDS)
+        link.connect(name)
+        yield link
+
+
+def ask(
+    namespace: Namespace,
+    address: str,
+    name: str,
+    kind: str = "A",
+    tcp: bool = False,
+    port: int = PORT,
+    seconds: float = ANSWER_SECONDS,
+) -> dns.message.Message:
+    """Ask and take the answer, over a connected socket; raises TimeoutError."""
+    query = dns.message.make_query(name, kind)
+    with connected(namespace, address, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, port) as link:
+        link.settimeout(seconds)
+        if tcp:
+            send_message(link, query.to_wire())
+            data = receive_message(link)
+        else:
+            link.send(query.to_wire())
+            data = link.recv(65_535)
+    response = dns.message.from_wire(data)
+    assert query.is_response(response), response
+    return response
+
+
+def texts(response: dns.message.Message) -> list[str]:
+    """The data of the answer section, sorted."""
+    return sorted(item.to_text() for rrset in response.answer for item in rrset)
+
+
+def rcode(response: dns.message.Message) -> str:
+    """Its code's name."""
+    return dns.rcode.to_text(response.rcode())
+
+
+def send_message(link: socket.socket, data: bytes) -> None:
+    """One message over TCP."""
+    link.sendall(struct.pack("!H", len(data)) + data)
+
+
+def receive_message(link: socket.socket) -> bytes:
+    """One message over TCP; b"" at the end of the connection."""
+    size = receive(link, 2)
+    return receive(link, int.from_bytes(size, "big")) if len(size) == 2 else b""
+
+
+def receive(link: socket.socket, size: int) -> bytes:
+    """So many bytes, or fewer at the end of the connection."""
+    data = b""
+    while len(data) < size and (more := link.recv(size - len(data))):
+        data += more
+    return data
+
+
+def bare_query(name: str, ident: int = 0, kind: int = 1) -> bytes:
+    """A question as bytes, fast."""
+    labels = b"".join(bytes((len(label),)) + label.encode() for label in name.split(".")) + b"\0"
+    return struct.pack("!HHHHHH", ident, 0x0100, 1, 0, 0, 0) + labels + struct.pack("!HH", kind, 1)
+
+
+class Load:
+    """A client that asks one question after the other, and counts answers; a thread of its own."""
+
+    def __init__(self, namespace: Namespace, address: str, *names: str) -> None:
+        self._names = names
+        self.asked = self.answered = 0
+        self.wrong: list[str] = []
+        self.check: Callable[[dict[str, dns.message.Message]], str] = lambda answers: ""
+        family, name = sockaddr(namespace, address)
+        self._link = namespace.socket(family)
+        self._link.settimeout(ANSWER_SECONDS)
+        self._link.connect(name)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stopping.is_set():
+            answers = {}
+            for name in self._names:
+                query = dns.message.make_query(name, "A")
+                self.asked += 1
+                try:
+                    self._link.send(query.to_wire())
+                    answers[name] = dns.message.from_wire(self._link.recv(65_535))
+                except OSError as error:
+                    self.wrong.append(f"{name}: {error!r}")
+                    continue
+                if query.is_response(answers[name]):
+                    self.answered += 1
+                else:
+                    self.wrong.append(f"{name}: another question's answer")
+            if problem := self.check(answers):
+                self.wrong.append(problem)
+
+    def stop(self) -> None:
+        """End, and see that each question had its answer."""
+        self._stopping.set()
+        self._thread.join(30)
+        self._link.close()
+        assert not self.wrong, self.wrong[:5]
+        assert self.answered == self.asked > 0
+
+    def has_asked(self, more: int) -> None:
+        """Wait until so many more questions have been asked."""
+        goal = self.asked + more
+        wait_for(lambda: self.asked >= goal or self.wrong, f"{more} more questions")
+
+
+def write(path: Path, *lines: str) -> Path:
+    """A file whole, by rename."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text("".join(f"{line}\n" for line in lines))
+    new.rename(path)
+    return path
+
+
+def environment(**variables: str) -> tuple[str, ...]:
+    """A wrapper for `Responder`."""
+    return ("env", *(f"{name}={value}" for name, value in variables.items()))
+
+
+def elapsed(since: float) -> float:
+    """Seconds since a time of time.monotonic()."""
+    return time.monotonic() - since

@@ -1,0 +1,359 @@
+"""`udpwatch dns` as its users meet it: their clients, dnsmasq as a second opinion, the process."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import dns.flags
+import dns.message
+import pytest
+from agents import run_cli, wait_for
+from dns_server import Asked, FakeServer, Responder, ask, needs, rcode, right, texts, write
+
+from udpwatch.agent.lab import Lab, Namespace
+
+NODE, NODE_6, CLIENT = "10.1.0.1", "fd01::1", "10.1.0.2"
+LOOKUP = r"""
+#include <arpa/inet.h>
+#include <netdb.h>
+#include <stdio.h>
+#include <string.h>
+
+int main(int argc, char **argv)
+{
+    struct addrinfo hints, *found;
+    char text[64];
+    int error;
+
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    error = getaddrinfo(argv[1], 0, &hints, &found);
+    if (error)
+        return printf("%s\n", gai_strerror(error)), 1;
+    for (; found; found = found->ai_next) {
+        void *at = found->ai_family == AF_INET ? (void *)&((struct sockaddr_in *)found->ai_addr)->sin_addr
+                               : (void *)&((struct sockaddr_in6 *)found->ai_addr)->sin6_addr;
+        puts(inet_ntop(found->ai_family, at, text, sizeof text));
+    }
+    return argc - 2;
+}
+"""
+
+
+def nothing_there(asked: Asked) -> bytes:
+    """An upstream server that has never heard of our names: as the one on the Internet."""
+    if "test" in asked.name:
+        return asked.answer(rcode=3, authority=("300 SOA ns. admin. 1 2 3 4 300",))
+    return right(asked)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Iterator[tuple[Namespace, Namespace]]:
+    with Lab() as built:
+        node, client = built.namespace("node"), built.namespace("client")
+        built.link(node, "eth0", client, "eth0")
+        node.ip(f"addr add {NODE}/24 dev eth0", f"addr add {NODE_6}/64 dev eth0 nodad")
+        client.ip(f"addr add {CLIENT}/24 dev eth0", "addr add fd01::2/64 dev eth0 nodad")
+        yield node, client
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)  # dnsmasq gives up root
+        write(path / "hosts", "10.0.0.1 four.test four", "fd00::2 six.test", "10.0.0.3 both.test", "fd00::3 both.test")
+        (path / "nsswitch.conf").write_text("hosts: dns\n")
+        for number, server in (("4", NODE), ("6", NODE_6)):
+            (path / f"resolv{number}").write_text(f"nameserver {server}\noptions timeout:6 attempts:1\n")
+        (path / "resolv-tcp").write_text(f"nameserver {NODE}\noptions use-vc\n")
+        yield path
+
+
+@pytest.fixture(scope="module")
+def upstream(lab: tuple[Namespace, Namespace]) -> Iterator[FakeServer]:
+    with FakeServer(lab[0], "127.0.0.99", nothing_there, port=5300) as server:
+        yield server
+
+
+OPTIONS = [
+    *("--server=127.0.0.99#5300", "--local=/lan/", "--address=/wild.test/10.0.0.9", "--address=/no.test/"),
+    *("--cname=alias.test,four.test", '--txt-record=text.test,two words,"quoted"', "--domain=test", "--expand-hosts"),
+    *("--srv-host=_http._tcp.test,four.test,80,1,2", "--mx-host=mail.test,four.test,10", "--bogus-priv"),
+    *("--ptr-record=9.9.9.10.in-addr.arpa,pointer.test", "--host-record=host.test,10.0.0.8,fd00::8"),
+    *("--domain-needed", "--local-ttl=60"),
+]
+
+
+@pytest.fixture(scope="module")
+def responder(lab: tuple[Namespace, Namespace], folder: Path, upstream: FakeServer) -> Iterator[Responder]:
+    with Responder(lab[0], f"--addn-hosts={folder}/hosts", *OPTIONS) as running:
+        yield running
+
+
+def resolve(namespace: Namespace, folder: Path, resolv: str, *command: str) -> list[str]:
+    """Run a command with a resolv.conf of its own; the words that it says."""
+    script = (
+        f"mount --bind {folder}/{resolv} /etc/resolv.conf && "
+        f'mount --bind {folder}/nsswitch.conf /etc/nsswitch.conf && exec "$@"'
+    )
+    return namespace.run(["unshare", "--mount", "sh", "-c", script, "sh", *command]).split()
+
+
+# ---- clients ----
+
+
+@pytest.mark.parametrize("server", [NODE, NODE_6])
+@pytest.mark.parametrize("transport", ["+notcp", "+tcp"])
+def test_dig(lab: tuple[Namespace, Namespace], responder: Responder, server: str, transport: str) -> None:
+    needs("dig", "dnsutils")
+
+    def dig(*words: str) -> list[str]:
+        return lab[1].run(["dig", f"@{server}", transport, "+short", "+time=6", "+tries=1", *words]).splitlines()
+
+    assert dig("four.test") == ["10.0.0.1"]
+    assert dig("four.test", "AAAA") == []
+    assert dig("six.test", "AAAA") == ["fd00::2"]
+    assert dig("-x", "10.0.0.1") == ["four.test."]
+    assert dig("-x", "fd00::2") == ["six.test."]
+    assert dig("alias.test") == ["four.test.", "10.0.0.1"]
+    assert dig("text.test", "TXT") == ['"two words" "\\"quoted\\""']
+    assert dig("_http._tcp.test", "SRV") == ["1 2 80 four.test."]
+    assert dig("www.example") == ["192.0.2.80"]
+    assert dig("version.bind", "CH", "TXT")[0].startswith('"udpwatch-')
+    for flags in ("+dnssec", "+cookie", "+nsid", "+subnet=192.0.2.0/24", "+noedns", "+bufsize=512", "+padding=64"):
+        full = lab[1].run(["dig", f"@{server}", transport, "+time=6", "+tries=1", flags, "four.test"])
+        assert "status: NOERROR" in full and "10.0.0.1" in full and "WARNING" not in full, full
+
+
+@pytest.mark.parametrize("server", [NODE, NODE_6])
+def test_nslookup(lab: tuple[Namespace, Namespace], responder: Responder, server: str) -> None:
+    needs("nslookup", "dnsutils")
+    assert "Address: 10.0.0.1" in lab[1].run(["nslookup", "four.test.", server])
+    both = lab[1].run(["nslookup", "both.test.", server])
+    assert "Address: 10.0.0.3" in both and "Address: fd00::3" in both
+    assert "name = four.test." in lab[1].run(["nslookup", "10.0.0.1", server])
+
+
+@pytest.mark.parametrize("server", [NODE, NODE_6])
+def test_busybox(lab: tuple[Namespace, Namespace], responder: Responder, server: str) -> None:
+    needs("busybox", "busybox-static")
+    said = lab[1].run(["busybox", "nslookup", "four.test", server])
+    assert "10.0.0.1" in said and "NXDOMAIN" not in said  # busybox asks for AAAA, too
+    assert "fd00::3" in lab[1].run(["busybox", "nslookup", "both.test", server])
+
+
+@pytest.mark.parametrize("resolv", ["resolv4", "resolv6", "resolv-tcp"])
+def test_glibc(lab: tuple[Namespace, Namespace], responder: Responder, folder: Path, resolv: str) -> None:
+    def getent(*words: str) -> list[str]:
+        return resolve(lab[1], folder, resolv, "getent", *words)
+
+    assert getent("ahostsv4", "four.test")[0] == "10.0.0.1"
+    assert set(getent("ahosts", "four.test")) == {"10.0.0.1", "STREAM", "DGRAM", "RAW", "four.test"}
+    assert getent("ahosts", "six.test")[0] == "fd00::2"
+    assert {"10.0.0.3", "fd00::3"} <= set(getent("ahosts", "both.test"))
+    assert getent("hosts", "10.0.0.1") == ["10.0.0.1", "four.test"]
+    assert getent("ahostsv4", "alias.test")[0] == "10.0.0.1"
+    assert getent("ahostsv4", "www.example")[0] == "192.0.2.80"
+
+
+@pytest.mark.parametrize("resolv", ["resolv4", "resolv6"])
+def test_musl(lab: tuple[Namespace, Namespace], responder: Responder, folder: Path, resolv: str) -> None:
+    """A name that has only A: what musl hears of AAAA, if it is an error, is the end of the whole name."""
+    needs("musl-gcc", "musl-tools")
+    program = folder / "lookup"
+    (folder / "lookup.c").write_text(LOOKUP)
+    subprocess.run(["musl-gcc", "-static", "-o", program, folder / "lookup.c"], check=True)
+    assert resolve(lab[1], folder, resolv, str(program), "four.test") == ["10.0.0.1"]
+    assert resolve(lab[1], folder, resolv, str(program), "six.test") == ["fd00::2"]
+    assert sorted(resolve(lab[1], folder, resolv, str(program), "both.test")) == ["10.0.0.3", "fd00::3"]
+    assert resolve(lab[1], folder, resolv, str(program), "wild.test") == ["10.0.0.9"]
+    assert resolve(lab[1], folder, resolv, str(program), "www.example") == ["192.0.2.80"]
+
+
+# ---- a second opinion ----
+
+QUESTIONS = [
+    *(("four.test", "A"), ("FOUR.test", "A"), ("four", "A"), ("six.test", "AAAA"), ("both.test", "A")),
+    *(("both.test", "AAAA"), ("alias.test", "A"), ("alias.test", "CNAME"), ("text.test", "TXT")),
+    *(("_http._tcp.test", "SRV"), ("mail.test", "MX"), ("wild.test", "A"), ("deep.below.wild.test", "A")),
+    *(("no.test", "A"), ("below.no.test", "AAAA"), ("host.test", "A"), ("host.test", "AAAA"), ("x.lan", "A")),
+    *(("x.lan", "TXT"), ("www.example", "A"), ("www.example", "AAAA"), ("gone.test", "A"), ("plain", "A")),
+    *(("1.0.0.10.in-addr.arpa", "PTR"), ("9.9.9.10.in-addr.arpa", "PTR"), ("7.7.7.10.in-addr.arpa", "PTR")),
+    *(("8.0.0.10.in-addr.arpa", "PTR"), ("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA")),
+    *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A")),
+    ("2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa", "PTR"),
+]
+#: A name that exists has an answer for every type here. dnsmasq asks upstream, and makes of an NXDOMAIN for a name that
+#: it has itself a NOERROR, with that server's SOA; without an upstream server it says REFUSED.
+NO_DATA = [("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA"), ("text.test", "A"), ("mail.test", "A")]
+NO_DATA += [("alias.test", "AAAA")]
+#: We never claim authority for what others said, nor for names that we only refuse to look for.
+WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa"}
+
+
+@pytest.fixture(scope="module")
+def dnsmasq(folder: Path) -> Iterator[Namespace]:
+    needs("dnsmasq", "dnsmasq-base")
+    with Lab() as built:
+        node = built.namespace("dnsmasq")
+        with FakeServer(node, "127.0.0.99", nothing_there, port=5300):
+            words = [f"--addn-hosts={folder}/hosts", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", *OPTIONS]
+            process = node.popen(["dnsmasq", "--keep-in-foreground", "--no-round-robin", "--pid-file", *words])
+            try:
+                wait_for(lambda: process.poll() is not None or _answers(node), "dnsmasq")
+                assert process.poll() is None, process.communicate()
+                yield node
+            finally:
+                process.kill()
+                process.communicate()
+
+
+def _answers(node: Namespace) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ask(node, "127.0.0.1", "four.test"))
+    return False
+
+
+@pytest.mark.parametrize(("name", "kind"), QUESTIONS)
+def test_as_dnsmasq(
+    lab: tuple[Namespace, Namespace], responder: Responder, dnsmasq: Namespace, name: str, kind: str
+) -> None:
+    ours, theirs = ask(lab[1], NODE, name, kind), ask(dnsmasq, "127.0.0.1", name, kind)
+    assert ours.flags & dns.flags.RA and theirs.flags & dns.flags.RA
+    if (name, kind) in NO_DATA:
+        assert rcode(ours) == "NOERROR" and ours.flags & dns.flags.AA
+        assert rcode(theirs) == "NOERROR"
+        return
+    assert rcode(ours) == rcode(theirs)
+    assert texts(ours) == texts(theirs)
+    if name != "www.example":  # that one counts down
+        assert [each.ttl for each in ours.answer] == [each.ttl for each in theirs.answer]
+    if name not in WITHOUT_AUTHORITY:
+        assert ours.flags & dns.flags.AA == theirs.flags & dns.flags.AA
+
+
+def test_without_upstream(folder: Path) -> None:
+    """dnsmasq's own way to break musl's clients."""
+    needs("dnsmasq", "dnsmasq-base")
+    options = ["--no-resolv", f"--addn-hosts={folder}/hosts"]
+    with Lab() as built:
+        node, other = built.namespace("node"), built.namespace("dnsmasq")
+        process = other.popen(["dnsmasq", "-k", "--no-hosts", "--conf-file=/dev/null", "--pid-file", *options])
+        try:
+            wait_for(lambda: _answers(other), "dnsmasq")
+            assert rcode(ask(other, "127.0.0.1", "four.test", "AAAA")) == "REFUSED"
+        finally:
+            process.kill()
+            process.communicate()
+        with Responder(node, *options):
+            assert rcode(ask(node, "127.0.0.1", "four.test", "AAAA")) == "NOERROR"
+
+
+# ---- the process ----
+
+
+def test_ready_once_loaded(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
+    lines = [f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(300_000)]
+    hosts = write(tmp_path / "hosts", *lines)
+    with Lab() as built:
+        node = built.namespace("node")
+        responder = Responder(node, f"--addn-hosts={hosts}", ready=False)
+        seen: set[int] = set()
+
+        def look() -> bool:
+            with contextlib.suppress(OSError):
+                seen.add(responder.get("/readyz")[0])
+            return 200 in seen
+
+        wait_for(look, "it to be ready")
+        assert seen == {503, 200}
+        assert texts(ask(node, "127.0.0.1", "host299999.test")) == ["10.4.147.223"]
+        assert responder.stop() == 0, responder.said
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (["--no-such-option"], 1, "--no-such-option"),
+        (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "does not have this option"),
+        (["--port=99999"], 1, "port"),
+        (["--conf-file=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
+        (["--conf-dir=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
+        (["--test"], 0, None),
+        (["--version"], 0, None),
+    ],
+)
+def test_exit_statuses(words: list[str], status: int, said: str | None) -> None:
+    done = run_cli("dns", *words)
+    assert done.returncode == status
+    if said:
+        assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_no_permission(lab: tuple[Namespace, Namespace]) -> None:
+    wrapper = ("setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service")
+    with Lab() as built:
+        responder = Responder(built.namespace("node"), ready=False, wrapper=wrapper)
+        assert responder.process.wait(60) == 2
+        responder.stop()
+        assert "CAP_NET_BIND_SERVICE is missing" in responder.said[-1] and len(responder.said) == 1
+
+
+def test_log_of_queries(lab: tuple[Namespace, Namespace], folder: Path) -> None:
+    with Lab() as built:
+        node = built.namespace("node")
+        with FakeServer(node, "127.0.0.99", port=5300):
+            options = (f"--addn-hosts={folder}/hosts", "--log-queries", "--server=127.0.0.99#5300", "--local=/lan/")
+            with Responder(node, *options) as responder:
+                for name, kind in [("four.test", "A"), ("www.example", "A"), ("www.example", "A"), ("x.lan", "A")]:
+                    ask(node, "127.0.0.1", name, kind)
+                ask(node, "127.0.0.1", "four.test", "AAAA", tcp=True)
+                wait_for(lambda: responder.has_said("NODATA-IPv6"), "the last line")
+                said = [line.removeprefix("udpwatch: ") for line in responder.said]
+                first = said.index("query[A] four.test from 127.0.0.1")
+                assert said[first:] == [
+                    "query[A] four.test from 127.0.0.1",
+                    f"{folder}/hosts four.test is 10.0.0.1",
+                    "query[A] www.example from 127.0.0.1",
+                    "forwarded www.example to 127.0.0.99#5300",  # the port where it is not 53, as dnsmasq
+                    "reply www.example is 192.0.2.80",
+                    "query[A] www.example from 127.0.0.1",
+                    "cached www.example is 192.0.2.80",
+                    "query[A] x.lan from 127.0.0.1",
+                    "config x.lan is NXDOMAIN",
+                    "query[AAAA] four.test from 127.0.0.1",
+                    "config four.test is NODATA-IPv6",
+                ]
+
+
+def test_metrics(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
+    before = responder.metric("responses_total", source="hosts")
+    ask(lab[1], NODE, "four.test")
+    ask(lab[1], NODE, "four.test", tcp=True)
+    ask(lab[1], NODE_6, "four.test")
+    assert responder.metric("responses_total", source="hosts") == before + 3
+    assert responder.get("/healthz")[0] == 200
+
+
+def test_statistics_on_request(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
+    ask(lab[1], NODE, "www.example")
+    responder.process.send_signal(signal.SIGUSR1)
+    wait_for(lambda: responder.has_said("server 127.0.0.99#5300: queries sent"), "the statistics")
+    assert responder.has_said("cache size 10000, 0/")
+
+
+def test_interrupted_at_any_time(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
+    """SIGTERM while the table is being read."""
+    lines = [f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(300_000)]
+    hosts = write(tmp_path / "hosts", *lines)
+    with Lab() as built:
+        responder = Responder(built.namespace("node"), f"--addn-hosts={hosts}", ready=False)
+        wait_for(lambda: responder.has_said("metrics on"), "it to read")
+        assert responder.stop() == 0
+        assert not any("Traceback" in line for line in responder.said), responder.said
