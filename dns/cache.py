@@ -199,7 +199,7 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
     if answer.truncated or answer.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
         return entry
     try:
-        aliases, last, found = _follow(answer)
+        aliases, last, found = follow(answer)
         lifetimes = [_seconds(record.ttl) for record in (*aliases, *found)]
         if answer.rcode == Rcode.NXDOMAIN or not found:
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
@@ -214,7 +214,7 @@ def _seconds(ttl: int) -> int:
     return 0 if ttl >> 31 else ttl
 
 
-def _follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
+def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
     """The aliases from the question's name on, the name that they lead to, and its records of the question's type.
 
     Raises Malformed, also where the aliases have no end.

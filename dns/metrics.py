@@ -183,7 +183,7 @@ class DnsCollector(Collector):
         )
         yield _counter(
             "forward_rejects",
-            "Questions refused because too many were under way to upstream servers.",
+            "Questions refused because too many were under way to upstream servers; in a flood, dropped.",
             (),
             {(): metrics.forward_rejects[0]},
         )

@@ -96,6 +96,8 @@ class Responder:
         self.version = "udpwatch"
         #: for servers.bind: "ADDRESS#PORT asked failed" of each
         self.server_statistics: Callable[[], list[str]] = list
+        #: for hits.bind and misses.bind: questions answered here, and passed on
+        self.totals: Callable[[], tuple[int, int]] = lambda: (0, 0)
 
     def respond(self, data: bytes, now: float, tcp: bool = False) -> Reply | Forward | Drop:
         """What these bytes get. ``now``: monotonic seconds. Never raises, whatever the bytes."""
@@ -180,8 +182,8 @@ class Responder:
             b"cachesize": [str(self.cache.max_entries)],
             b"insertions": [str(statistics.insertions)],
             b"evictions": [str(statistics.evictions)],
-            b"misses": [str(statistics.misses)],
-            b"hits": [str(statistics.hits)],
+            b"misses": [str(self.totals()[1])],
+            b"hits": [str(self.totals()[0])],
             b"auth": ["0"],
             b"servers": self.server_statistics(),
         }

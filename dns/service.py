@@ -57,7 +57,7 @@ class Service:
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
         self._responder = Responder(settings, Zone(settings), self._cache)
         self._responder.version = f"udpwatch-{version}"
-        self._responder.server_statistics = self._server_statistics
+        self._responder.server_statistics, self._responder.totals = self._server_statistics, self._totals
         self._upstream = Upstream(self.metrics)
         self._query_log = QueryLog(settings.log_extra) if settings.log_queries else None
         self._locals = addresses.snapshot()
@@ -148,9 +148,7 @@ class Service:
 
     def statistics(self) -> list[str]:
         """For the log, in dnsmasq's words (SIGUSR1)."""
-        counts, local, sent = self._cache.statistics, 0, 0
-        for (*_, source), cell in list(self.metrics.answered.items()):
-            local, sent = (local, sent + cell[0]) if source == "forward" else (local + cell[0], sent)
+        counts, (local, sent) = self._cache.statistics, self._totals()
         lines = [
             f"cache size {self._cache.max_entries}, {counts.evictions}/{counts.insertions} cache insertions re-used "
             "unexpired cache entries.",
@@ -160,6 +158,13 @@ class Service:
             server, asked, failed = text.split()
             lines.append(f"server {server}: queries sent {asked}, retried or failed {failed}")
         return lines
+
+    def _totals(self) -> tuple[int, int]:
+        """Questions answered here, and passed on, as dnsmasq counts hits and misses."""
+        found = [0, 0]
+        for (*_, source), cell in list(self.metrics.answered.items()):
+            found[source == "forward"] += cell[0]
+        return found[0], found[1]
 
     def _server_statistics(self) -> list[str]:
         failed: Counter[str] = Counter()
@@ -342,8 +347,8 @@ class Service:
         task = self._fetch(key, servers)
         done, _ = await asyncio.wait([task], timeout=STALE_SECONDS)
         if not done:
-            if entry := self._cache.stand_in(key, time.monotonic()):
-                return from_entry(query, entry, forward.most, time.monotonic(), "stale")
+            if old := self._stand_in(forward):
+                return old
             await asyncio.wait([task])
         rcode = int(Rcode.SERVFAIL)
         try:
@@ -355,9 +360,13 @@ class Service:
             pass  # stopping
         except Exception:  # a fault of ours: the client must not have to wait for its own time-out
             log.exception("dns: %s could not be asked for", name_to_text(query.name))
-        if old := self._cache.stand_in(key, time.monotonic()):
-            return from_entry(query, old, forward.most, time.monotonic(), "stale")
-        return self._responder.refuse(query, rcode)
+        return self._stand_in(forward) or self._responder.refuse(query, rcode)
+
+    def _stand_in(self, forward: Forward) -> Reply | None:
+        now = time.monotonic()
+        entry = self._cache.stand_in(forward.query.key, now)
+        source = "cache" if entry and now < entry.expires else "stale"  # somebody else may have had an answer meanwhile
+        return from_entry(forward.query, entry, forward.most, now, source) if entry else None
 
     def _fetch(self, key: Key, servers: tuple[Server, ...]) -> asyncio.Task[Entry]:
         """The task that brings and keeps the answer. A question that is under way is not asked again: an attacker must

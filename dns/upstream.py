@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from udpwatch.dns import wire
+from udpwatch.dns.cache import follow
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.settings import Server
 from udpwatch.dns.wire import CD, DO, RD, Answer, Malformed, Rcode
@@ -40,7 +41,9 @@ MAX_RESOLV_BYTES = 1 << 20
 
 Key = tuple[bytes, int, int, int]
 
-_FAILURES = {Rcode.SERVFAIL, Rcode.REFUSED, Rcode.NOTIMP, Rcode.FORMERR}
+_ANSWERS = {Rcode.NOERROR, Rcode.NXDOMAIN}
+#: what a server says that does not know EDNS (RFC 6891, section 7)
+_NO_EDNS = {Rcode.FORMERR, Rcode.NOTIMP}
 _SO_BINDTODEVICE = 25
 
 
@@ -110,7 +113,7 @@ class Upstream:
                         answer = task.result()
                     except _Failed as failed:
                         self._note_failure(server, failed)
-                        worst = NoAnswer(failed.rcode)
+                        worst = NoAnswer(Rcode.REFUSED if failed.rcode == Rcode.REFUSED else Rcode.SERVFAIL)
                     else:
                         self._health.pop(server, None)
                         self._last_good = server
@@ -134,36 +137,49 @@ class Upstream:
     async def _attempt(self, server: Server, key: Key) -> Answer:
         begun = time.perf_counter()
         self._metrics.upstream_asked[str(server)][0] += 1
-        name, kind, klass, wants = key
-        question = name + struct.pack("!HH", kind, klass)
-        ident = int.from_bytes(os.urandom(2), "big")
-        message = wire.question_message(ident, question, RD | (wants & CD), bool(wants & DO))
         try:
-            answer = await self._over_udp(server, ident, key, message)
-            if answer is None or answer.truncated:
-                answer = await self._over_tcp(server, ident, key, message)
+            try:
+                answer = await self._exchange(server, key, wire.opt(0, bool(key[3] & DO)))
+            except _Failed as failed:
+                if failed.rcode not in _NO_EDNS:
+                    raise
+                answer = await self._exchange(server, key, b"")
+            follow(answer)
         except OSError as error:
             raise _Failed("timeout" if isinstance(error, TimeoutError) else "network") from None
+        except Malformed:
+            raise _Failed("malformed") from None
         self._metrics.upstream_duration[str(server)].observe(time.perf_counter() - begun)
-        if answer.rcode in _FAILURES:
-            raise _Failed("refused", answer.rcode if answer.rcode == Rcode.REFUSED else Rcode.SERVFAIL)
+        return answer
+
+    async def _exchange(self, server: Server, key: Key, edns: bytes) -> Answer:
+        """An answer that can be passed on. Raises OSError, TimeoutError among them, and _Failed."""
+        name, kind, klass, wants = key
+        ident = int.from_bytes(os.urandom(2), "big")
+        question = name + struct.pack("!HH", kind, klass)
+        message = wire.question_message(ident, question, RD | (wants & CD), edns)
+        answer = await self._over_udp(server, ident, key, message)
+        if answer is None or answer.truncated:
+            answer = await self._over_tcp(server, ident, key, message)
+        if answer.rcode not in _ANSWERS:
+            raise _Failed("refused", answer.rcode)
         if answer.truncated:
             raise _Failed("truncated")
         return answer
 
     def _judge(self, data: bytes, ident: int, key: Key) -> Answer | None:
-        """The answer to what was asked, or None: then it is somebody else's, or nobody's."""
-        try:
-            answer = wire.parse_answer(data)
-        except Malformed:
-            answer = None
-        if (
-            answer
-            and answer.id == ident
-            and not answer.flags & wire.OPCODE_MASK
-            and (answer.name, answer.type, answer.klass) == key[:3]
-        ):
-            return answer
+        """The answer to what was asked, or None: then it is somebody else's, or nobody's. Raises _Failed for a server's
+        word that it could not read the question."""
+        if data[:2] == ident.to_bytes(2, "big"):
+            if (rcode := wire.refusal_of(data, ident)) is not None:
+                raise _Failed("refused", rcode)
+            try:
+                answer = wire.parse_answer(data)
+            except Malformed:
+                pass
+            else:
+                if (answer.name, answer.type, answer.klass) == key[:3] and not answer.flags & wire.OPCODE_MASK:
+                    return answer
         self._metrics.mismatched[0] += 1
         return None
 
@@ -186,7 +202,7 @@ class Upstream:
                         future.set_result(None)
             except BlockingIOError:
                 return
-            except OSError as error:  # ICMP: nobody listens there
+            except (OSError, _Failed) as error:  # OSError: ICMP says that nobody listens there
                 if not future.done():
                     future.set_exception(error)
 

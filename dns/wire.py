@@ -506,6 +506,15 @@ def record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = TO_QUESTION, k
     return b"".join((owner_name, _fixed.pack(kind, klass, ttl, len(rdata)), rdata))
 
 
-def question_message(ident: int, question: bytes, flags: int, dnssec_ok: bool) -> bytes:
-    """A query of our own, with EDNS."""
-    return _header.pack(ident, flags, 1, 0, 0, 1) + question + opt(0, dnssec_ok)
+def question_message(ident: int, question: bytes, flags: int, edns: bytes) -> bytes:
+    """A query of our own; ``edns``: its OPT record, or nothing."""
+    return _header.pack(ident, flags, 1, 0, 0, 1 if edns else 0) + question + edns
+
+
+def refusal_of(data: bytes, ident: int) -> int | None:
+    """The code of a response without a question, as servers give it that could not read ours; None: it is not one."""
+    if len(data) < HEADER_BYTES:
+        return None
+    found, flags, questions, *_ = _header.unpack_from(data)
+    rcode: int = flags & RCODE_MASK
+    return rcode if found == ident and flags & QR and not questions and rcode else None

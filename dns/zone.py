@@ -250,7 +250,8 @@ def _read_steady(path: Path) -> bytes:
                 raise OSError(0, f"it has more than {MAX_FILE_BYTES >> 20} MB")
             data = file.read(before.st_size)
             after = os.fstat(file.fileno())
-        if (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns):
+        unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
+        if unchanged and time.time() - after.st_mtime > CHANGING_SECONDS:  # not just truncated, to be written anew
             break
         time.sleep(CHANGING_SECONDS)
     return data

@@ -317,6 +317,33 @@ def test_nobody_listens(scene: Scene) -> None:
         assert rcode(scene.ask("icmp.example")) == "SERVFAIL"
 
 
+def test_a_server_that_does_not_know_edns(scene: Scene) -> None:
+    """FORMERR in twelve octets, as old servers say it: the question is put again without OPT, at once."""
+
+    def old(asked: Asked) -> bytes:
+        if asked.message.edns >= 0:
+            return asked.data[:2] + b"\x80\x01" + bytes(8)
+        return right(asked)
+
+    with FakeServer(scene.servers, FIRST, old) as server, responder(scene):
+        begun = time.monotonic()
+        assert texts(scene.ask("old.example")) == GOOD
+        assert time.monotonic() - begun < 2.5  # nobody waited for a time-out
+        assert server.names() == ["old.example.", "old.example."]
+
+
+def test_a_refusal_without_a_question(scene: Scene) -> None:
+    """It is a refusal, not a forgery: the next server is asked at once."""
+    with (
+        FakeServer(scene.servers, FIRST, lambda asked: asked.data[:2] + b"\x80\x05" + bytes(8)),
+        FakeServer(scene.servers, SECOND),
+        responder(scene, servers=(FIRST, SECOND)) as running,
+    ):
+        assert texts(scene.ask("refused.example")) == GOOD
+        assert running.metric("upstream_mismatched_responses_total") == 0
+        assert running.metric("upstream_failures_total", reason="refused") == 1
+
+
 def test_no_such_host(scene: Scene) -> None:
     """Nobody has the address, and nobody says so; later the kernel does."""
     with FakeServer(scene.servers, SECOND), responder(scene, servers=("10.2.0.200", SECOND)):
