@@ -27,7 +27,7 @@ from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.sensor import Sensor
-from udpwatch.agent.model import Cause, Event, Increase, Reading, Row, Snapshot
+from udpwatch.agent.model import Cause, Event, Increase, Reading, Row, Sender, Snapshot
 from udpwatch.agent.state import About, State
 from udpwatch.agent.views import api
 from udpwatch.agent.views.events import EventWriter, as_json
@@ -329,14 +329,14 @@ class App:
             return
         offset = time.time() - time.monotonic()
         for event in events:
-            process = self._processes.lookup(event.pid, event.finding.process)
-            self._events.put(as_json(event, process, self._settings.node, event.time / 1e9 + offset))
+            sender = self._sender_of(event)
+            self._events.put(as_json(event, sender, self._settings.node, event.time / 1e9 + offset))
 
     def _on_reading(self, reading: Reading, changes: list[str], seen: bool) -> None:
         now = time.time()
         for line in changes:
             log.warning("%s", line)
-        for row in self._state.add(reading, self._name_of, now, time.monotonic()):
+        for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
             log.warning("%s", describe(row))
         attached = all(probe.attached for probe in reading.probes if probe.required)
         was_ready = self._snapshot.ready
@@ -348,10 +348,11 @@ class App:
     def _reasons(self) -> list[str]:
         return [] if self._snapshot.ready else [self._ready()[1]]
 
-    def _name_of(self, increase: Increase) -> str:
-        if increase.finding.cause is Cause.FORWARDED:
-            return ""  # another machine's
-        return self._processes.lookup(increase.pid, increase.finding.process).name
+    def _sender_of(self, seen: Increase | Event) -> Sender:
+        if seen.finding.cause is Cause.FORWARDED:
+            return Sender("")  # another machine's
+        process = self._processes.lookup(seen.pid, seen.finding.process)
+        return Sender(process.name, seen.pid, cgroup=process.cgroup or "")
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error
@@ -382,7 +383,7 @@ class App:
 def describe(row: Row) -> str:
     """A finding in one line."""
     answered = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
-    who = f"{row.process} (pid {row.pid})"
+    who = f"{row.sender.process} (pid {row.sender.pid})"
     if row.cause == Cause.FORWARDED:
         who = f"a machine behind {row.interface}" if row.interface else "another machine"
     return (

@@ -76,6 +76,22 @@ class Increase:
 
 
 @dataclass(frozen=True, slots=True)
+class Sender:
+    """Who sent a reply, as far as it is known; "": not known."""
+
+    process: str  # name of the main thread
+    pid: int = 0
+    executable: str = ""  # path
+    command: str = ""  # command line, arguments quoted as a shell would take them
+    cgroup: str = ""  # path, of the v2 hierarchy where there is one
+    runtime: str = ""  # docker, containerd, cri-o, podman
+    container_id: str = ""
+    container: str = ""  # its name; else the first 12 digits of its id
+    namespace: str = ""
+    pod: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Tuple:
     """One direction of a conntrack entry."""
 
@@ -170,19 +186,16 @@ class Reading:
 class Row:
     """A finding with its numbers, as the views show it."""
 
-    process: str
+    sender: Sender  # the newest one: several processes, of one name and container, may be behind a row
     port: int
     expected: str
     actual: str
     verdict: str
     cause: str
-    namespace: str
-    pod: str
-    container: str
     family: int
     count: int
+    first: float  # seconds since the epoch
     last: float  # seconds since the epoch
-    pid: int
     interface: str = ""  # a reply of another machine came in by
 
 

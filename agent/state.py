@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from udpwatch.agent.model import Cause, Counters, Increase, Reading, Row, Snapshot, Verdict
+from udpwatch.agent.model import Cause, Counters, Increase, Reading, Row, Sender, Snapshot, Verdict
 
 #: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
 LOSS_STAGES = {
@@ -44,17 +44,19 @@ class About:
 
 @dataclass(slots=True)
 class _Sum:
-    finding: Increase
-    name: str
+    increase: Increase
+    sender: Sender
     count: int
-    last: float  # seconds since the epoch
+    first: float  # seconds since the epoch
+    last: float
     touched: float  # monotonic seconds
 
 
 _NOTHING = Reading((), Counters(), (), 0, 0, 0)
 
-#: process name of an increase; the only enrichment that a row needs so far
-NameOf = Callable[[Increase], str]
+#: who is behind an increase
+SenderOf = Callable[[Increase], Sender]
+_Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
 
 class State:
@@ -64,19 +66,21 @@ class State:
         self._about = about
         self._max_series = max_series
         self._forget = forget_seconds
-        self._sums: dict[tuple[str, int, str, str, Verdict, Cause], _Sum] = {}
+        self._sums: dict[_Key, _Sum] = {}
         self._beyond = 0
         self._reading: Reading | None = None
         self._lost_here: dict[str, int] = {}
 
-    def add(self, reading: Reading, name_of: NameOf, now: float, monotonic: float) -> list[Row]:
+    def add(self, reading: Reading, sender_of: SenderOf, now: float, monotonic: float) -> list[Row]:
         """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
         fresh = []
         for increase in reading.increases:
-            name = name_of(increase)
-            finding = increase.finding
+            sender, finding = sender_of(increase), increase.finding
             key = (
-                name,
+                sender.process,
+                sender.namespace,
+                sender.pod,
+                sender.container,
                 finding.port,
                 finding.expected,
                 finding.actual,
@@ -88,9 +92,9 @@ class State:
                 if len(self._sums) >= self._max_series:
                     self._beyond += increase.count
                     continue
-                known = self._sums[key] = _Sum(increase, name, 0, now, monotonic)
+                known = self._sums[key] = _Sum(increase, sender, 0, now, now, monotonic)
                 fresh.append(known)
-            known.finding = increase
+            known.increase, known.sender = increase, sender
             known.count += increase.count
             known.last, known.touched = now, monotonic
         self._reading = reading
@@ -142,20 +146,17 @@ class State:
 
 
 def _row(known: _Sum) -> Row:
-    finding = known.finding.finding
+    finding = known.increase.finding
     return Row(
-        process=known.name,
+        sender=known.sender,
         port=finding.port,
         expected=finding.expected,
         actual=finding.actual,
         verdict=str(finding.verdict),
         cause=str(finding.cause),
-        namespace="",
-        pod="",
-        container="",
         family=finding.family,
         count=known.count,
+        first=known.first,
         last=known.last,
-        pid=known.finding.pid,
         interface=finding.interface,
     )

@@ -20,9 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from udpwatch.agent.enrich.process import Process
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Cause, Event
+from udpwatch.agent.model import Event, Sender
 
 MAX_QUEUED = 10_000
 STOP_SECONDS = 2.0
@@ -30,7 +29,7 @@ STOP_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
-def as_json(event: Event, process: Process, node: str, time: float) -> dict[str, Any]:
+def as_json(event: Event, sender: Sender, node: str, time: float) -> dict[str, Any]:
     """The object of one event; the names are a promise (docs/events.md). ``time``: seconds since the epoch."""
     finding = event.finding
     return {
@@ -50,15 +49,15 @@ def as_json(event: Event, process: Process, node: str, time: float) -> dict[str,
             "request": asdict(event.request) if event.request else None,
         },
         "pid": event.pid or None,
-        "process": None if finding.cause is Cause.FORWARDED else process.name,
+        "process": sender.process or None,
         "uid": event.uid if event.pid else None,
         "pktinfo": event.pktinfo,
         "interface": finding.interface or None,
         "netns": event.netns_inode,
-        "cgroup": process.cgroup,
-        "container": None,
-        "namespace": None,
-        "pod": None,
+        "cgroup": sender.cgroup or None,
+        "container": sender.container or None,
+        "namespace": sender.namespace or None,
+        "pod": sender.pod or None,
         "healed": False,
         "count": event.count,
     }

@@ -36,8 +36,9 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         labels=MISMATCH_LABELS,
     )
     for row in snapshot.rows:
-        labels = (row.process, str(row.port), row.expected, row.actual, row.verdict, row.cause)
-        wrong.add_metric([*labels, row.namespace, row.pod, row.container], row.count)
+        sender = row.sender
+        labels = (sender.process, str(row.port), row.expected, row.actual, row.verdict, row.cause)
+        wrong.add_metric([*labels, sender.namespace, sender.pod, sender.container], row.count)
     wrong.add_metric([OTHER] * len(MISMATCH_LABELS), snapshot.other)
     yield wrong
 

@@ -140,7 +140,7 @@ def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, po
     answer_wrongly(host, port, 2, "loud-server")
     assert agent.counted(port, 2) == 2
     rows = [row for row in agent.snapshot()["rows"] if row["port"] == port]
-    assert [(row["process"], row["count"]) for row in rows] == [("loud-server", 2)]
+    assert [(row["sender"]["process"], row["count"]) for row in rows] == [("loud-server", 2)]
     (line,) = [line for line in agent.said if f"port {port}/udp" in line]
     assert "loud-server" in line
     assert f"was asked at {host.ETH0} and answered from {host.DOCKER0}" in line

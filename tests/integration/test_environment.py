@@ -286,7 +286,7 @@ def test_exclusive_program_on_the_hook(folder: Path, host: ContainerHost, port: 
                     wait_for(lambda: _sent(client, process), "the server")
                 assert agent.counted(port, 1) == 1
                 (row,) = agent.snapshot()["rows"]
-                assert (row["cause"], row["process"]) == ("unknown", "in-cgroup")
+                assert (row["cause"], row["sender"]["process"]) == ("unknown", "in-cgroup")
         finally:
             os.close(program)
     wait_for(lambda: not (path / "cgroup.procs").read_text(), "the cgroup to be empty")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from udpwatch.agent.app import describe
 from udpwatch.agent.doctor import Check, Report, Status, as_text
-from udpwatch.agent.enrich.process import Process
 from udpwatch.agent.model import (
     Cause,
     ConntrackHealth,
@@ -17,6 +16,7 @@ from udpwatch.agent.model import (
     Finding,
     Probe,
     Row,
+    Sender,
     Snapshot,
     Tuple,
     Verdict,
@@ -30,19 +30,18 @@ from udpwatch.dns.metrics import DnsCollector, Metrics
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 ROW = Row(
-    process="openvpn",
+    sender=Sender(
+        "openvpn", 4242, "/usr/sbin/openvpn", "openvpn --config server.conf", "/system.slice/openvpn.service"
+    ),
     port=1194,
     expected="172.16.13.13",
     actual="172.17.0.1",
     verdict="new",
     cause="kernel-chosen",
-    namespace="",
-    pod="",
-    container="",
     family=4,
     count=23,
+    first=1_800_000_000.0,
     last=1_800_000_000.0,
-    pid=4242,
 )
 SNAPSHOT = Snapshot(
     version="0.1.0",
@@ -87,7 +86,7 @@ EVENTS = (
     Event(
         finding=Finding("fd00::2", "fd00::1", 53, 6, Verdict.UNTRACKED, Cause.CONNECTED, "", 1, 0),
         time=1_500_000_000,
-        count=7,
+        count=23,
         peer="fd00::3",
         peer_port=40001,
         segments=1,
@@ -146,20 +145,20 @@ def test_golden_dns_metrics() -> None:
 
 
 def test_golden_events() -> None:
-    processes = (
-        Process("plain-server", "/system.slice/plain.service"),
-        Process("unknown", None),
-        Process("unknown", None),
+    senders = (
+        Sender("plain-server", 4242, cgroup="/kubepods/a", container="dns", namespace="shop", pod="dns-7c9"),
+        Sender("unknown"),
+        Sender(""),
     )
     lines = [
-        json.dumps(as_json(event, process, "node-1", 1_800_000_000 + event.time / 1e9))
-        for event, process in zip(EVENTS, processes, strict=True)
+        json.dumps(as_json(event, sender, "node-1", 1_800_000_000 + event.time / 1e9))
+        for event, sender in zip(EVENTS, senders, strict=True)
     ]
     compare("events.jsonl", "\n".join(lines) + "\n")
 
 
 def test_golden_log_line() -> None:
-    forwarded = replace(ROW, process="", cause="forwarded", interface="vnet3", pid=0)
+    forwarded = replace(ROW, sender=Sender(""), cause="forwarded", interface="vnet3")
     compare("finding.txt", "".join(describe(row) + "\n" for row in (ROW, forwarded)))
 
 

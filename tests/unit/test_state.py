@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from udpwatch.agent.model import Cause, Counters, Finding, Increase, Probe, Reading, Verdict
+from udpwatch.agent.model import Cause, Counters, Finding, Increase, Probe, Reading, Sender, Verdict
 from udpwatch.agent.state import LOSS_STAGES, About, State
 
 
@@ -20,44 +20,44 @@ def state(max_series: int = 10, forget: float = 60, mode: str = "packet") -> Sta
     return State(About("1", "6", "node", mode, 0, ()), max_series, forget)
 
 
-def name_of(increase: Increase) -> str:
-    return increase.finding.process
+def sender_of(increase: Increase) -> Sender:
+    return Sender(increase.finding.process, increase.pid)
 
 
 def test_adds_up_and_tells_what_is_new() -> None:
     summed = state()
-    assert [row.port for row in summed.add(reading(Increase(finding(), 3, 0, 7)), name_of, 1, 1)] == [53]
-    assert summed.add(reading(Increase(finding(), 2, 0, 8)), name_of, 2, 2) == []
+    assert [row.port for row in summed.add(reading(Increase(finding(), 3, 0, 7)), sender_of, 1, 1)] == [53]
+    assert summed.add(reading(Increase(finding(), 2, 0, 8)), sender_of, 2, 2) == []
     (row,) = summed.snapshot(True, 3).rows
-    assert (row.count, row.pid, row.last) == (5, 8, 2)
+    assert (row.count, row.sender.pid, row.last) == (5, 8, 2)
 
 
 def test_findings_that_labels_do_not_tell_apart_are_one_row() -> None:
     summed = state()
-    summed.add(reading(Increase(finding(cgroup=1), 3, 0, 7), Increase(finding(cgroup=2), 4, 0, 8)), name_of, 1, 1)
+    summed.add(reading(Increase(finding(cgroup=1), 3, 0, 7), Increase(finding(cgroup=2), 4, 0, 8)), sender_of, 1, 1)
     assert [row.count for row in summed.snapshot(True, 1).rows] == [7]
 
 
 def test_past_the_limit_nothing_is_lost() -> None:
     summed = state(max_series=2)
     for port in range(10):
-        summed.add(reading(Increase(finding(port), port, 0, 7)), name_of, 1, 1)
+        summed.add(reading(Increase(finding(port), port, 0, 7)), sender_of, 1, 1)
     snapshot = summed.snapshot(True, 1)
     assert len(snapshot.rows) == 2
     assert sum(row.count for row in snapshot.rows) + snapshot.other == sum(range(10))
     # A finding that has its row keeps it.
-    summed.add(reading(Increase(finding(1), 100, 0, 7)), name_of, 2, 2)
+    summed.add(reading(Increase(finding(1), 100, 0, 7)), sender_of, 2, 2)
     assert summed.snapshot(True, 2).rows[0].count == 101
 
 
 def test_quiet_rows_end_and_make_room() -> None:
     summed = state(max_series=1, forget=60)
-    summed.add(reading(Increase(finding(1), 1, 0, 7)), name_of, 0, 0)
-    summed.add(reading(), name_of, 60, 60)
+    summed.add(reading(Increase(finding(1), 1, 0, 7)), sender_of, 0, 0)
+    summed.add(reading(), sender_of, 60, 60)
     assert len(summed.snapshot(True, 60).rows) == 1
-    summed.add(reading(), name_of, 61, 61)
+    summed.add(reading(), sender_of, 61, 61)
     assert summed.snapshot(True, 61).rows == ()
-    summed.add(reading(Increase(finding(2), 1, 0, 7)), name_of, 62, 62)
+    summed.add(reading(Increase(finding(2), 1, 0, 7)), sender_of, 62, 62)
     assert [row.port for row in summed.snapshot(True, 62).rows] == [2]
 
 
@@ -66,7 +66,7 @@ def test_losses_are_summed_by_stage() -> None:
     counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, crowded=9, candidates=8)
     probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
     lost = {"undecided": 6, "overruns": 10, "held_back": 20}
-    summed.add(reading(counters=counters, probes=(probe,), **lost), name_of, 0, 0)
+    summed.add(reading(counters=counters, probes=(probe,), **lost), sender_of, 0, 0)
     summed.lose("queue")
     summed.lose("output", 7)
     snapshot = summed.snapshot(True, 0)
@@ -91,7 +91,7 @@ def test_losses_are_summed_by_stage() -> None:
 def test_what_was_only_suspected_is_no_finding() -> None:
     """In mode netlink the kernel's overflow may be NAT: undecided, not wrong."""
     summed = state(mode="netlink")
-    summed.add(reading(counters=Counters(overflow=9)), name_of, 0, 0)
+    summed.add(reading(counters=Counters(overflow=9)), sender_of, 0, 0)
     snapshot = summed.snapshot(True, 0)
     assert snapshot.other == 0
     assert snapshot.lost["undecided"] == 9
@@ -99,8 +99,8 @@ def test_what_was_only_suspected_is_no_finding() -> None:
 
 def test_a_wall_clock_that_jumps_ends_and_keeps_nothing() -> None:
     summed = state(forget=60)
-    summed.add(reading(Increase(finding(), 1, 0, 7)), name_of, now=1e9, monotonic=0)
-    summed.add(reading(), name_of, now=2e9, monotonic=1)
+    summed.add(reading(Increase(finding(), 1, 0, 7)), sender_of, now=1e9, monotonic=0)
+    summed.add(reading(), sender_of, now=2e9, monotonic=1)
     assert len(summed.snapshot(True, 2e9).rows) == 1
-    summed.add(reading(), name_of, now=1, monotonic=61)
+    summed.add(reading(), sender_of, now=1, monotonic=61)
     assert summed.snapshot(True, 1).rows == ()
