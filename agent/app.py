@@ -15,17 +15,17 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from udpwatch.agent import __version__
 from udpwatch.agent.config import Settings
-from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.enrich.process import Processes
-from udpwatch.agent.kernel import capabilities, cgroup
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.kernel.features import VMLINUX_BTF
-from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.replay import Replay
 from udpwatch.agent.kernel.sensor import Sensor
 from udpwatch.agent.model import Cause, Event, Increase, Reading, Row, Sender, Snapshot
 from udpwatch.agent.state import About, State
@@ -33,6 +33,7 @@ from udpwatch.agent.views import api
 from udpwatch.agent.views.events import EventWriter, as_json
 from udpwatch.agent.views.http import HttpView
 from udpwatch.agent.views.metrics import SnapshotCollector, exposition
+from udpwatch.agent.watching import Proof, watch_kernel, watch_recording
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
@@ -44,51 +45,6 @@ STOP_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
 
 log = logging.getLogger(__name__)
-
-
-def limits(settings: Settings) -> Limits:
-    """The kernel programs' limits that follow from the settings."""
-    return Limits(
-        window_ns=int(settings.window * 1e9),
-        max_peers=settings.max_peers,
-        max_findings=max(8_192, 2 * settings.max_series),
-        events_per_second=settings.events_per_second,
-    )
-
-
-def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
-    """What this machine does not allow and what follows, a line each."""
-    lines = _socket_notes(sensor, watched) if sensor.mode != "function" else []
-    if sensor.mode == "function":
-        lines.append("only conntrack's new flows are looked at: findings count flows, not datagrams")
-    if sensor.forwarded_reason:
-        lines.append(
-            f"wrong replies of machines behind this node are not looked for ({sensor.forwarded_reason}); --forwarded "
-            "reads conntrack's events instead, --no-forwarded ends this message"
-        )
-    lines += [probe.reason for probe in sensor.probes() if not probe.attached]
-    return tuple(lines)
-
-
-def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
-    features, lines = sensor.features, []
-    if not watched.is_root:
-        where = "this container's part of the node" if cgroup.in_own_namespace() else "a part of the node"
-        lines.append(
-            f"only {where} is watched: {watched.path} is not the root of cgroup v2; give the host's with --cgroup"
-        )
-    if not features.conntrack:
-        lines.append(
-            f"conntrack cannot be read from the packet ({features.conntrack_reason}); each suspected reply is "
-            "checked over netlink before it is reported, and the verdict is 'unknown'"
-        )
-    if features.scope != "netns":
-        lines.append(
-            "this kernel does not tell a packet's network namespace: an answer through another socket is missed"
-        )
-    if not features.sender:
-        lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
-    return lines
 
 
 def open_dns(conf: Path | None) -> Service:
@@ -107,39 +63,18 @@ def open_dns(conf: Path | None) -> Service:
         raise UdpwatchError(f"--dns: {error}") from None
 
 
-class _Proof:
-    """Whether the sensor sees packets: by a datagram of our own, where ours pass the watched cgroup; elsewhere the
-    kernel's word that the programs are attached has to do. Once proven, the kernel's word is enough."""
-
-    def __init__(self, sensor: Sensor, inside: bool) -> None:
-        self._sensor, self._inside = sensor, inside
-        self._told = False
-        self.seen = False
-
-    def look(self) -> list[str]:
-        """Try once, if it is not proven yet; the line to say when it failed for the first time."""
-        if not self.seen:
-            self.seen = self._sensor.canary() if self._inside else self._sensor.attached
-        if self.seen or self._told:
-            return []
-        self._told = True
-        return [
-            "a datagram sent over loopback was not seen by the programs: is lo up here, and let in by the firewall?"
-        ]
-
-
 class _SensorThread(threading.Thread):
     """Reads the sensor and hands what it read to the main thread."""
 
     def __init__(
         self,
-        sensor: Sensor,
+        sensor: Sensor | Replay,
         forget: float,
         loop: asyncio.AbstractEventLoop,
         on_events: Callable[[list[Event]], None],
         on_reading: Callable[[Reading, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
-        proof: _Proof,
+        proof: Proof,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
         self._sensor, self._forget_ns, self._loop = sensor, int(forget * 1e9), loop
@@ -193,7 +128,8 @@ class App:
 
     def __init__(self, settings: Settings) -> None:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
-        capabilities.require()
+        if not settings.replay:
+            capabilities.require()
         self._settings = settings
         self._started = time.time()
         self._processes = Processes()
@@ -210,27 +146,23 @@ class App:
                 self._events = EventWriter(settings.events, self._lose_from_thread, self._reader_gone)
             self._api: api.Api | None = None
             if settings.socket:
-                listener = api.bind(settings.socket)
+                listener = api.bind(settings.socket, settings.socket_group)
                 opened.callback(settings.socket.unlink, missing_ok=True)
                 opened.callback(listener.close)
-                self._api = api.Api(listener, settings.socket, lambda: self._snapshot)
-            self._cgroup = cgroup.find(settings.cgroup)
-            opened.callback(self._cgroup.close)
-            self._sensor = Sensor.open(
-                self._cgroup, limits(settings), settings.btf or VMLINUX_BTF, settings.hooks, settings.forwarded
-            )
-            opened.callback(self._sensor.close)
+                self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor)
+            self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings)
+            self._sensor = self._watching.sensor
+            opened.callback(self._watching.close)
             self._dns = open_dns(settings.dns_conf) if settings.dns else None
             if self._dns:
                 opened.callback(self._dns.close)
-            self._proof = _Proof(self._sensor, self._cgroup.contains(os.getpid()))
             about = About(
                 version=__version__,
                 kernel=os.uname().release,
                 node=settings.node,
                 mode=self._sensor.mode,
                 started=self._started,
-                notes=notes(self._sensor, self._cgroup),
+                notes=self._watching.notes,
             )
             self._state = State(about, settings.max_series, settings.forget)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
@@ -254,10 +186,10 @@ class App:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
         self._drop_capabilities()
         self._announce()
-        for line in self._proof.look():
+        for line in self._watching.proof.look():
             log.warning("%s", line)
         forget = self._settings.forget
-        self._on_reading(self._sensor.read(int(forget * 1e9)), [], self._proof.seen)
+        self._on_reading(self._sensor.read(int(forget * 1e9)), [], self._watching.proof.seen)
         if self._events:
             self._events.start()
         if self._http:
@@ -268,7 +200,7 @@ class App:
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_reading, self._on_failure
-        self._thread = _SensorThread(self._sensor, forget, self._loop, *handlers, self._proof)
+        self._thread = _SensorThread(self._sensor, forget, self._loop, *handlers, self._watching.proof)
         self._thread.start()
         ready, reason = self._ready()
         if ready:
@@ -293,16 +225,14 @@ class App:
         if self._http:
             await asyncio.to_thread(self._http.stop)
         if ended:  # else the process's end closes them, under nobody's hands
-            self._sensor.close()
-            self._cgroup.close()
+            self._watching.close()
 
     def _announce(self) -> None:
-        watched = "the whole node" if self._cgroup.is_root else self._cgroup.path
         log.info(
             "udpwatch %s on kernel %s watches %s (mode %s)",
             __version__,
             os.uname().release,
-            watched,
+            self._watching.what,
             self._sensor.mode,
         )
         for note in self._snapshot.notes:
@@ -311,26 +241,25 @@ class App:
             log.info("metrics on %s/metrics", self._http.url)
 
     def _drop_capabilities(self) -> None:
-        """Keep what attaching again needs; for an event file, what opening it again needs, whoever owns it by then;
-        where conntrack is asked or listened to over netlink, what entering namespaces needs."""
-        keep = {Capability.BPF, Capability.NET_ADMIN}
+        """Keep what the sensor goes on to need; for an event file, what opening it again needs, whoever owns it by
+        then; for the responder, what listening on addresses that come later needs."""
+        if self._watching.capabilities is None:
+            return
+        keep = set(self._watching.capabilities)
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
-        if self._settings.dns:  # for addresses that come later
+        if self._dns:
             keep.add(Capability.NET_BIND_SERVICE)
-        if not self._sensor.features.conntrack or self._sensor.listens:
-            keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
-        if Capability.BPF not in capabilities.effective():
-            keep.add(Capability.SYS_ADMIN)
         capabilities.drop_all_but(keep)
 
     def _on_events(self, events: list[Event]) -> None:
-        if not self._events:
-            return
-        offset = time.time() - time.monotonic()
+        offset = 0.0 if self._settings.replay else time.time() - time.monotonic()  # a recording has wall time
         for event in events:
-            sender = self._sender_of(event)
-            self._events.put(as_json(event, sender, self._settings.node, event.time / 1e9 + offset))
+            told = as_json(event, self._sender_of(event), self._settings.node, event.time / 1e9 + offset)
+            if self._events:
+                self._events.put(told)
+            if self._api:
+                self._api.publish(told)
 
     def _on_reading(self, reading: Reading, changes: list[str], seen: bool) -> None:
         now = time.time()
@@ -349,10 +278,26 @@ class App:
         return [] if self._snapshot.ready else [self._ready()[1]]
 
     def _sender_of(self, seen: Increase | Event) -> Sender:
+        if isinstance(self._sensor, Replay):
+            return self._sensor.sender_of(seen)
         if seen.finding.cause is Cause.FORWARDED:
             return Sender("")  # another machine's
         process = self._processes.lookup(seen.pid, seen.finding.process)
         return Sender(process.name, seen.pid, cgroup=process.cgroup or "")
+
+    def _doctor(self) -> dict[str, Any]:
+        """What the agent says of itself to whoever asks its socket."""
+        snapshot = self._snapshot
+        return {
+            "version": snapshot.version,
+            "kernel": snapshot.kernel,
+            "mode": snapshot.mode,
+            "ready": self._ready()[0],
+            "reason": self._ready()[1],
+            "notes": snapshot.notes,
+            "capabilities": sorted(map(str, capabilities.effective())),
+            "probes": [asdict(probe) for probe in snapshot.probes],
+        }
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error

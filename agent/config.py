@@ -44,6 +44,8 @@ class Settings:
     node: str
     hooks: Hooks
     forwarded: Forwarded
+    socket_group: str | None
+    replay: Path | None
     dns: bool
     dns_conf: Path | None
 
@@ -161,6 +163,7 @@ SETTINGS = (
     ),
     Setting("events", _text, None, "FILE", "write each event as a JSON line to FILE, '-' for standard output"),
     Setting("socket", _path_or_off, "/run/udpwatch/udpwatch.sock", "PATH", "the agent's Unix socket; 'off': none"),
+    Setting("socket_group", _text, None, "GROUP", "who may use that socket beside root: a group's name or number"),
     Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 folder (default: the whole node)"),
     Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
     Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long a request is remembered (conntrack: 30)"),
@@ -184,6 +187,7 @@ SETTINGS = (
     ),
     Setting("dns", _switch, "off", "", "answer this node's DNS queries, too, always from the address that was asked"),
     Setting("dns_conf", _file, None, "FILE", "how it answers them, in dnsmasq's words (docs/dns-options.md)"),
+    Setting("replay", _file, None, "FILE", "play events that --events wrote, instead of watching; needs no root"),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )
 

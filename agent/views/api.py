@@ -1,18 +1,28 @@
-"""The agent's Unix socket: newline-delimited JSON, one question a line, one answer a line.
+"""The agent's Unix socket: newline-delimited JSON, one question a line, one answer a line (docs/events.md).
 
-Question {"get": "snapshot"}, answer {"v": 1, "snapshot": {...}}; anything else is answered {"v": 1, "error": "..."}.
+    {"get": "snapshot"}              {"v": 1, "snapshot": {...}}
+    {"get": "doctor"}                {"v": 1, "doctor": {...}}
+    {"get": "events", "limit": 10}   {"v": 1, "events": [...]}: the newest ones, the newest last
+    {"follow": "events"}             {"v": 1, "following": "events"}, then {"v": 1, "event": {...}} for each, and
+                                     {"v": 1, "lost": 3} where this reader was too slow for so many
+
+Anything else is answered {"v": 1, "error": "..."}. A reader that is slow, or never reads, loses events of its own and
+keeps nobody waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import grp
 import json
 import os
 import socket
 import stat
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +34,13 @@ MODE = 0o660
 MAX_CLIENTS = 32
 MAX_LINE = 64 * 1024
 IDLE_SECONDS = 60.0
+KEPT_EVENTS = 1_000
+MAX_WAITING_EVENTS = 1_000  # per follower
 
 
-def bind(path: Path) -> socket.socket:
-    """A listening socket at ``path``, mode 0660. A stale one is replaced, a live one is refused.
-
-    Raises UdpwatchError.
+def bind(path: Path, group: str | None = None) -> socket.socket:
+    """A listening socket at ``path``, mode 0660, for ``group`` (a name or number). A stale one is replaced, a live one
+    is refused. Raises UdpwatchError.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -41,6 +52,8 @@ def bind(path: Path) -> socket.socket:
         beside.unlink(missing_ok=True)
         listener.bind(str(beside))
         beside.chmod(MODE)
+        if group is not None:
+            os.chown(beside, -1, _group_id(group))
         beside.rename(path)
         listener.listen(MAX_CLIENTS)
     except OSError as error:
@@ -53,6 +66,15 @@ def bind(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def _group_id(group: str) -> int:
+    if group.isdecimal():
+        return int(group)
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise UdpwatchError(f"--socket-group: there is no group {group!r} here; give another, or its number") from None
 
 
 def _is_live(path: Path) -> bool:
@@ -72,13 +94,46 @@ def _is_live(path: Path) -> bool:
     return True
 
 
+class _Follower:
+    """One reader's events that wait to be sent."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[bytes] = deque()
+        self.lost = 0
+        self.word = asyncio.Event()
+
+    def put(self, line: bytes) -> None:
+        if len(self.waiting) >= MAX_WAITING_EVENTS:
+            self.lost += 1
+        else:
+            self.waiting.append(line)
+        self.word.set()
+
+    def take(self) -> bytes:
+        lines = b"".join(self.waiting)
+        self.waiting.clear()
+        if self.lost:
+            lines += _line({"lost": self.lost})
+            self.lost = 0
+        self.word.clear()
+        return lines
+
+
 class Api:
     """Answers questions on a socket made by `bind`."""
 
-    def __init__(self, listener: socket.socket, path: Path, snapshot: Callable[[], Snapshot]) -> None:
-        self._listener, self._path, self._snapshot = listener, path, snapshot
+    def __init__(
+        self,
+        listener: socket.socket,
+        path: Path,
+        snapshot: Callable[[], Snapshot],
+        doctor: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._listener, self._path, self._snapshot, self._doctor = listener, path, snapshot, doctor
         self._inode = path.lstat().st_ino
         self._clients: set[asyncio.Task[None]] = set()
+        self._followers: set[_Follower] = set()
+        self._events: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -96,6 +151,14 @@ class Api:
             if self._path.lstat().st_ino == self._inode:
                 self._path.unlink()
 
+    def publish(self, event: dict[str, Any]) -> None:
+        """Keep an event, and pass it to all who follow; never blocks."""
+        self._events.append(event)
+        if self._followers:
+            line = _line({"event": event})
+            for follower in self._followers:
+                follower.put(line)
+
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         if task is None or len(self._clients) >= MAX_CLIENTS:
@@ -106,31 +169,54 @@ class Api:
             # A client that asks and never reads stops at its full buffer and is dropped with the time.
             with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.CancelledError):
                 while line := await asyncio.wait_for(reader.readline(), IDLE_SECONDS):
-                    writer.write(json.dumps({"v": VERSION, **self._answer(line)}).encode() + b"\n")
-                    await asyncio.wait_for(writer.drain(), IDLE_SECONDS)
+                    question = _question(line)
+                    if question == {"follow": "events"}:
+                        await self._follow(reader, writer)
+                        break
+                    await _write(writer, _line(self._answer(question)))
         finally:
             self._clients.discard(task)
             writer.transport.abort()
 
-    def _answer(self, line: bytes) -> dict[str, Any]:
+    async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        follower = _Follower()
+        self._followers.add(follower)
+        gone = asyncio.ensure_future(reader.read(1))  # its end, or a word that nobody asked for
         try:
-            question = json.loads(line)
-        except (ValueError, RecursionError):
-            return {"error": "not JSON"}
-        if question == {"get": "snapshot"}:
-            return {"snapshot": asdict(self._snapshot())}
-        return {"error": 'ask {"get": "snapshot"}'}
+            await _write(writer, _line({"following": "events"}))
+            while not gone.done():
+                word = asyncio.ensure_future(follower.word.wait())
+                await asyncio.wait([gone, word], return_when=asyncio.FIRST_COMPLETED)
+                word.cancel()
+                await _write(writer, follower.take())
+        finally:
+            gone.cancel()
+            self._followers.discard(follower)
+
+    def _answer(self, question: object) -> dict[str, Any]:
+        match question:
+            case {"get": "snapshot", **rest} if not rest:
+                return {"snapshot": asdict(self._snapshot())}
+            case {"get": "doctor", **rest} if not rest:
+                return {"doctor": self._doctor()}
+            case {"get": "events", "limit": int(limit), **rest} if not rest and limit >= 0:
+                return {"events": list(islice(self._events, max(0, len(self._events) - limit), None))}
+            case None:
+                return {"error": "not JSON"}
+        return {"error": 'ask {"get": "snapshot"}, "doctor", {"get": "events", "limit": 10} or {"follow": "events"}'}
 
 
-def ask_snapshot(path: Path, seconds: float = 5.0) -> dict[str, Any]:
-    """Ask a running agent for its snapshot; raises OSError when there is none, UdpwatchError when it objects."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
-        client.settimeout(seconds)
-        client.connect(str(path))
-        client.sendall(b'{"get": "snapshot"}\n')
-        with client.makefile("rb") as lines:
-            answer = json.loads(lines.readline() or b"{}")
-    if "snapshot" not in answer:
-        raise UdpwatchError(f"{path}: {answer.get('error', 'no answer')}")
-    snapshot: dict[str, Any] = answer["snapshot"]
-    return snapshot
+def _question(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _line(answer: dict[str, Any]) -> bytes:
+    return json.dumps({"v": VERSION, **answer}, separators=(",", ":")).encode() + b"\n"
+
+
+async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
+    writer.write(data)
+    await asyncio.wait_for(writer.drain(), IDLE_SECONDS)

@@ -13,13 +13,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.lab import die_with_parent
-from udpwatch.agent.views.api import ask_snapshot
+from udpwatch.agent.views.client import Client
 
 COMMAND = (sys.executable, "-m", "udpwatch.agent.cli")
 PATIENCE_SECONDS = 120.0  # under emulation a start takes a minute
@@ -116,7 +117,8 @@ class Agent:
         return count
 
     def snapshot(self) -> dict[str, Any]:
-        return ask_snapshot(self.socket)
+        with Client(self.socket) as client:
+            return asdict(client.snapshot())
 
     def resident_kib(self) -> int:
         status = Path(f"/proc/{self.pid}/status").read_text()

@@ -1,0 +1,186 @@
+"""Recorded events in place of the kernel: for tests, screens and bug reports, without root and without a kernel.
+
+A recording is a file that `udpwatch run --events FILE` wrote. It is played at the pace at which it was written, without
+its longer pauses. Senders come from the recording too: their processes are of another machine, or gone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from udpwatch.agent.errors import UsageError
+from udpwatch.agent.kernel.records import printable
+from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Reading, Sender, Tuple, Verdict
+
+MAX_LINE = 65_536
+MAX_PAUSE_SECONDS = 1.0
+MAX_SENDERS = 100_000
+
+log = logging.getLogger(__name__)
+
+
+class Replay:
+    """Stands in for `sensor.Sensor`: the same questions, answered from a file."""
+
+    mode = "replay"
+    listens = False
+    attached = True
+    forwarded_reason = ""
+
+    def __init__(self, path: Path) -> None:
+        """Open the recording; raises UsageError where there is none, or its first line is no event."""
+        self._path = path
+        try:
+            self._file: TextIO | None = path.open(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UsageError(f"--replay: cannot read {str(path)!r}: {error.strerror}") from None
+        self._number = self._bad = self._wrong = 0
+        self._senders: dict[Sender, int] = {}
+        self._by_number: list[Sender] = []
+        self._counts: dict[Finding, int] = {}
+        self._increases: list[Increase] = []
+        self._begun = time.monotonic()
+        self._position = 0.0  # seconds of the recording that have been played
+        self._last: float | None = None  # seconds since the epoch, of the event before
+        self._next: tuple[float, Event] | None = None
+        self._next = self._read_next()
+        if self._next is None:
+            self.close()
+            raise UsageError(f"--replay: {str(path)!r} holds no event; `udpwatch run --events FILE` writes them")
+
+    def sender_of(self, seen: Increase | Event) -> Sender:
+        """Who it was, as recorded."""
+        return self._by_number[seen.finding.cgroup]
+
+    def wait(self, seconds: float) -> None:
+        """Until the next event is due, or the time is over."""
+        due = self._next[0] - (time.monotonic() - self._begun) if self._next else seconds
+        time.sleep(max(0.0, min(seconds, due)))
+
+    def events(self) -> Iterator[Event]:
+        """What is due by now."""
+        while self._next and self._next[0] <= time.monotonic() - self._begun:
+            event = self._next[1]
+            self._add(event)
+            self._next = self._read_next()
+            yield event
+
+    def read(self, _forget_ns: int) -> Reading:
+        """What came since the last call."""
+        increases, self._increases = tuple(self._increases), []
+        # What was right was not recorded: as many replies as are known.
+        counters = Counters(checked=self._wrong, wrong=self._wrong, unparsed=self._bad)
+        return Reading(increases, counters, (), 0, 0, 0)
+
+    def canary(self) -> bool:
+        """There is nothing that could be blind."""
+        return True
+
+    def keep_attached(self) -> list[str]:
+        """Nothing is attached."""
+        return []
+
+    def probes(self) -> tuple[Probe, ...]:
+        """None."""
+        return ()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _add(self, event: Event) -> None:
+        before = self._counts.get(event.finding, 0)
+        self._counts[event.finding] = event.count
+        # Events are samples, their counts are not; a count that fell is that of an agent that was started again.
+        more = event.count - before if event.count > before else event.count
+        self._wrong += more
+        self._increases.append(Increase(event.finding, more, event.time, event.pid))
+
+    def _read_next(self) -> tuple[float, Event] | None:
+        """The next event and the second at which it is due."""
+        while self._file and (line := self._file.readline(MAX_LINE)):
+            self._number += 1
+            if not line.strip():
+                continue
+            try:
+                told = json.loads(line)
+                at = datetime.fromisoformat(told["time"]).timestamp()
+                event = self._event(told, at)
+            except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
+                self._bad += 1
+                log.warning("%s line %d is no event (%s): skipped", self._path, self._number, error)
+                continue
+            if self._last is not None:
+                self._position += min(max(at - self._last, 0.0), MAX_PAUSE_SECONDS)
+            self._last = at
+            return self._position, event
+        return None
+
+    def _event(self, told: dict[str, Any], at: float) -> Event:
+        cause = Cause(told["cause"])
+        sender = Sender(
+            process="" if cause is Cause.FORWARDED else _text(told["process"]) or "unknown",
+            pid=int(told["pid"] or 0),
+            cgroup=_text(told["cgroup"]),
+            container=_text(told["container"]),
+            namespace=_text(told["namespace"]),
+            pod=_text(told["pod"]),
+        )
+        finding = Finding(
+            expected=_text(told["expected"]),
+            actual=_text(told["actual"]),
+            port=int(told["port"]),
+            family=int(told["family"]),
+            verdict=Verdict(told["verdict"]),
+            cause=cause,
+            process=sender.process,
+            cgroup=self._number_of(sender),
+            netns=int(told["netns"] or 0),
+            interface=_text(told["interface"]),
+        )
+        conntrack = told["conntrack"]
+        return Event(
+            finding=finding,
+            time=int(at * 1e9),
+            count=int(told["count"]),
+            peer=_text(told["peer"]),
+            peer_port=int(told["peer_port"]),
+            segments=1,
+            pid=sender.pid,
+            uid=int(told["uid"] or 0),
+            netns_inode=told["netns"],
+            original=_tuple(conntrack["original"]),
+            reply=_tuple(conntrack["reply"]),
+            flow=None,
+            request=_tuple(conntrack["request"]),
+            pktinfo=told["pktinfo"],
+        )
+
+    def _number_of(self, sender: Sender) -> int:
+        number = self._senders.get(sender)
+        if number is None:
+            if len(self._by_number) >= MAX_SENDERS:
+                raise ValueError(f"more than {MAX_SENDERS} different senders")
+            number = self._senders[sender] = len(self._by_number)
+            self._by_number.append(sender)
+        return number
+
+
+def _text(value: object) -> str:
+    return printable(str(value).encode()) if value is not None else ""
+
+
+def _tuple(told: dict[str, Any] | None) -> Tuple | None:
+    if told is None:
+        return None
+    return Tuple(
+        _text(told["source"]), int(told["source_port"]), _text(told["destination"]), int(told["destination_port"])
+    )
