@@ -137,7 +137,7 @@ class Replay:
         finding = Finding(
             expected=_text(told["expected"]),
             actual=_text(told["actual"]),
-            port=int(told["port"]),
+            port=_whole(told["port"], 65_535),
             family=int(told["family"]),
             verdict=Verdict(told["verdict"]),
             cause=cause,
@@ -150,7 +150,7 @@ class Replay:
         return Event(
             finding=finding,
             time=int(at * 1e9),
-            count=int(told["count"]),
+            count=_whole(told["count"], 1 << 63),
             peer=_text(told["peer"]),
             peer_port=int(told["peer_port"]),
             segments=1,
@@ -176,6 +176,12 @@ class Replay:
 
 def _text(value: object) -> str:
     return printable(str(value).encode()) if value is not None else ""
+
+
+def _whole(value: object, most: int) -> int:
+    if not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{value!r:.40} is no number up to {most}")
+    return value
 
 
 def _tuple(told: dict[str, Any] | None) -> Tuple | None:

@@ -1,0 +1,130 @@
+"""The agent's socket: followers that read, that are slow, that never read."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+from agents import Agent, run_cli, wait_for
+from conftest import ask
+
+from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.views.client import Client
+
+
+def answer_wrongly(host: ContainerHost, port: int, times: int) -> None:
+    with host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+        question = ask(client, host.ETH0, port, server)
+        for _ in range(times):
+            server.sendto(*question)
+
+
+def test_a_follower_hears_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
+    with Client(agent.socket, 30) as client:
+        told = client.follow()
+        client._socket.settimeout(60)  # nothing may come: then the test shall fail, not wait
+        answer_wrongly(host, port, 2)
+        heard = [next(told)["event"] for _ in range(2)]
+    assert [(event["port"], event["count"]) for event in heard] == [(port, 1), (port, 2)]
+    with Client(agent.socket, 30) as client:
+        assert [event for event in client.events(1000) if event["port"] == port] == heard
+        assert len(client.events(1)) == 1
+        assert client.events(0) == []
+
+
+def test_a_follower_that_never_reads(folder: Path, host: ContainerHost, port: int) -> None:
+    """It loses what is its own, is told so, and keeps nobody waiting."""
+    with Agent(folder, "--events-per-second=100000") as agent, Client(agent.socket, 60) as lazy:
+        told = lazy.follow()
+        with Client(agent.socket, 60) as other, host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            question = ask(client, host.ETH0, port, server)
+            for count in range(1, 5_001):
+                server.sendto(*question)
+                if count % 250 == 0:  # no more than the ring buffer holds
+                    wait_for(lambda count=count: (kept := other.events(1)) and kept[0]["count"] == count, "the event")
+            assert agent.counted(port, 5_000) == 5_000
+        heard, lost = 0, 0
+        while heard + lost < 5_000:
+            answer = next(told)
+            heard += "event" in answer
+            lost += answer.get("lost", 0)
+        assert lost > 0
+
+
+def test_followers_that_go_away(agent: Agent, host: ContainerHost, port: int) -> None:
+    for _ in range(40):
+        client = Client(agent.socket, 30)
+        client.follow()
+        client.close()
+    answer_wrongly(host, port, 1)
+    wait_for(lambda: agent.wrong(port) == 1, "the count")
+    descriptors = Path(f"/proc/{agent.pid}/fd")
+    wait_for(lambda: len(list(descriptors.iterdir())) < 60, "the connections to be closed")
+
+
+def test_words_that_are_none(agent: Agent) -> None:
+    questions = [b"{}", b"[1]", b'{"get":"events"}', b'{"get":"events","limit":-1}', b'{"get":"events","limit":true}']
+    questions += [b'{"get":"snapshot","more":1}', b'{"follow":"everything"}', b"7", b'"x"']
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(agent.socket))
+        with client.makefile("rwb") as lines:
+            for question in questions:
+                lines.write(question + b"\n")
+                lines.flush()
+                answer = json.loads(lines.readline())
+                assert answer["v"] == 1
+                assert ("error" in answer) == (question != b'{"get":"events","limit":true}'), question
+
+
+def test_doctor_of_a_running_agent(agent: Agent) -> None:
+    with Client(agent.socket, 30) as client:
+        report = client.doctor()
+    assert report["ready"] is True
+    assert "CAP_BPF" in report["capabilities"]
+    assert "CAP_SYS_ADMIN" not in report["capabilities"] or report["mode"] == "netlink"
+    assert {"ingress", "egress"} <= {probe["name"] for probe in report["probes"]}
+
+
+def test_group_of_the_socket(folder: Path) -> None:
+    with Agent(folder, "--socket-group=nogroup") as agent:
+        assert agent.socket.stat().st_gid == 65534
+        assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"
+    done = run_cli("run", f"--socket={folder}/other", "--metrics-listen=off", "--socket-group=nobody-has-it")
+    assert done.returncode == 1
+    assert "--socket-group: there is no group 'nobody-has-it' here" in done.stderr
+
+
+def test_replay_needs_no_root(folder: Path, host: ContainerHost, port: int) -> None:
+    """Recorded by a real agent, played by nobody: the same findings, with the same counts."""
+    with Agent(folder, "--events-per-second=1000") as agent:
+        answer_wrongly(host, port, 23)
+        wait_for(lambda: agent.events_file.read_text().count("\n") >= 23, "the events")
+        assert agent.counted(port, 23) == 23
+        (before,) = [row for row in agent.snapshot()["rows"] if row["port"] == port]
+        agent.stop()
+    folder.chmod(0o777)
+    agent.events_file.chmod(0o644)
+    recorded = folder / "recorded.jsonl"
+    agent.events_file.rename(recorded)
+
+    def nobody() -> None:
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+    reachable = subprocess.run(
+        ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "test", "-r", __file__], check=False
+    )
+    as_nobody = {"preexec_fn": nobody} if reachable.returncode == 0 else {}  # the checkout may be root's alone
+    with Agent(folder, f"--replay={recorded}", **as_nobody) as played:
+        wait_for(lambda: played.wrong(port) == 23, "what was recorded")
+        (after,) = [row for row in played.snapshot()["rows"] if row["port"] == port]
+        assert played.snapshot()["mode"] == "replay"
+        same = ("port", "expected", "actual", "verdict", "cause", "family", "count")
+        assert {key: after[key] for key in same} == {key: before[key] for key in same}
+        assert after["sender"]["process"] == before["sender"]["process"]
