@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from udpwatch.agent import __version__
 from udpwatch.agent.config import Settings
-from udpwatch.agent.enrich.process import Processes
+from udpwatch.agent.enrich.sender import Roots, Senders
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
@@ -132,7 +132,6 @@ class App:
             capabilities.require()
         self._settings = settings
         self._started = time.time()
-        self._processes = Processes()
         self._failure: BaseException | None = None
         self._done = asyncio.Event()
         self._read_at = time.monotonic()
@@ -164,7 +163,8 @@ class App:
                 started=self._started,
                 notes=self._watching.notes,
             )
-            self._state = State(about, settings.max_series, settings.forget)
+            self._senders = Senders(Roots(cgroup=self._watching.cgroups))
+            self._state = State(about, settings.max_series, settings.forget, self._senders.has_ended)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 
@@ -280,10 +280,7 @@ class App:
     def _sender_of(self, seen: Increase | Event) -> Sender:
         if isinstance(self._sensor, Replay):
             return self._sensor.sender_of(seen)
-        if seen.finding.cause is Cause.FORWARDED:
-            return Sender("")  # another machine's
-        process = self._processes.lookup(seen.pid, seen.finding.process)
-        return Sender(process.name, seen.pid, cgroup=process.cgroup or "")
+        return self._senders.lookup(seen)
 
     def _doctor(self) -> dict[str, Any]:
         """What the agent says of itself to whoever asks its socket."""

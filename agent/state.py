@@ -2,7 +2,8 @@
 
 Rules
 1. Memory is bounded: a finding past the limit of rows counts under `other`, none is lost.
-2. A row ends when nothing was added to it for `forget` seconds; `other` never ends.
+2. A row ends when nothing was added to it for `forget` seconds, that of a pod or container that has ended after
+   ENDED_SECONDS. Its count goes with it, as a counter goes with its process; `other` never ends, nor grows by it.
 3. The clocks are arguments: wall time is only shown, rows age by the monotonic one, which nobody sets.
 """
 
@@ -30,6 +31,10 @@ LOSS_STAGES = {
 }
 
 
+ENDED_SECONDS = 60.0  # longer than Prometheus takes between two scrapes: it fetches the last count
+LOOK_SECONDS = 5.0  # how often it is looked whether pods and containers have ended
+
+
 @dataclass(frozen=True, slots=True)
 class About:
     """What does not change while the agent runs."""
@@ -50,20 +55,31 @@ class _Sum:
     first: float  # seconds since the epoch
     last: float
     touched: float  # monotonic seconds
+    ended: float | None = None  # monotonic seconds when its pod or container was first seen to have ended
 
 
 _NOTHING = Reading((), Counters(), (), 0, 0, 0)
 
 #: who is behind an increase
 SenderOf = Callable[[Increase], Sender]
+#: whether a sender's pod or container has ended; the time is monotonic seconds
+HasEnded = Callable[[Sender, float], bool]
 _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
 
 class State:
     """The agent's memory of what was found."""
 
-    def __init__(self, about: About, max_series: int, forget_seconds: float) -> None:
+    def __init__(
+        self,
+        about: About,
+        max_series: int,
+        forget_seconds: float,
+        has_ended: HasEnded = lambda _sender, _now: False,
+    ) -> None:
         self._about = about
+        self._has_ended = has_ended
+        self._next_look = 0.0
         self._max_series = max_series
         self._forget = forget_seconds
         self._sums: dict[_Key, _Sum] = {}
@@ -96,11 +112,33 @@ class State:
                 fresh.append(known)
             known.increase, known.sender = increase, sender
             known.count += increase.count
-            known.last, known.touched = now, monotonic
+            known.last, known.touched, known.ended = now, monotonic, None
         self._reading = reading
-        for idle in [key for key, known in self._sums.items() if monotonic - known.touched > self._forget]:
+        self._look_who_ended(monotonic)
+        for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
             del self._sums[idle]
         return [_row(known) for known in fresh]
+
+    def _look_who_ended(self, monotonic: float) -> None:
+        if monotonic < self._next_look:
+            return
+        self._next_look = monotonic + LOOK_SECONDS
+        answers: dict[str, bool] = {}  # many rows have one container
+        for known in self._sums.values():
+            sender = known.sender
+            if not sender.container_id:
+                continue
+            if sender.container_id not in answers:
+                answers[sender.container_id] = self._has_ended(sender, monotonic)
+            if not answers[sender.container_id]:
+                known.ended = None  # it was only started anew
+            elif known.ended is None:
+                known.ended = monotonic
+
+    def _is_over(self, known: _Sum, monotonic: float) -> bool:
+        if known.ended is not None and monotonic - known.ended > ENDED_SECONDS:
+            return True
+        return monotonic - known.touched > self._forget
 
     def lose(self, stage: str, count: int = 1) -> None:
         """Count events lost above the kernel; ``stage`` is one of LOSS_STAGES."""

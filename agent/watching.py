@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from udpwatch.agent.config import Settings
 from udpwatch.agent.kernel import capabilities, cgroup
@@ -25,6 +26,7 @@ class Watching:
     notes: tuple[str, ...]  # what this machine does not allow and what follows, a line each
     close: Callable[[], None]
     capabilities: frozenset[Capability] | None  # that it goes on to need; None: it never had any
+    cgroups: Path | None = None  # the tree of cgroups that it watches
 
 
 def watch_kernel(settings: Settings) -> Watching:
@@ -48,6 +50,7 @@ def watch_kernel(settings: Settings) -> Watching:
         notes=notes(sensor, watched),
         close=close,
         capabilities=_needed(sensor),
+        cgroups=Path(f"/proc/self/fd/{watched.fd}"),  # its mount may be nobody else's
     )
 
 

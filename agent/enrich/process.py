@@ -1,24 +1,33 @@
-"""From what the kernel saw of the sender (a thread's name and a process id) to the process."""
+"""From what the kernel saw of the sender (a thread's name and a process id) to the process.
+
+Of a process that has exited since, the thread's name is all that is left; its cgroup's id is in the finding.
+"""
 
 from __future__ import annotations
 
-import time
-from collections import OrderedDict
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.kernel.records import printable
 
 MAX_PROCESSES = 4096
 KEEP_SECONDS = 60.0  # a process may change its name, and a process id is used again
+MAX_COMMAND_BYTES = 1024  # of the command line; Java's have many thousand
+_CUT = "…"
+_DELETED = " (deleted)"  # the kernel adds it to the path of a cgroup that is gone
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What is known of a sender."""
+    """What is known of a sender; "" and (): not known."""
 
     name: str
-    cgroup: str | None  # path in the v2 hierarchy, None where it cannot be told any more
+    executable: str = ""
+    command: str = ""
+    cgroups: tuple[str, ...] = ()  # its path in each hierarchy: v2 first, then systemd's, then the other ones of v1
 
 
 class Processes:
@@ -26,46 +35,67 @@ class Processes:
 
     def __init__(self, proc_root: Path = Path("/proc")) -> None:
         self._proc = proc_root
-        self._cache: OrderedDict[tuple[int, str], tuple[float, Process]] = OrderedDict()
+        self._cache: Cache[tuple[int, str, int], Process] = Cache(MAX_PROCESSES, KEEP_SECONDS)
 
-    def lookup(self, pid: int, comm: str, now: float | None = None) -> Process:
-        """The process behind a thread's name.
+    def lookup(self, pid: int, comm: str, cgroup: int, now: float) -> Process:
+        """The process behind a thread's name. ``now``: monotonic seconds.
 
         The kernel reports the name of the thread that sent. The process is called after its main thread; that one
         is taken if one of the process's threads still has the reported name, else the id may already belong to
-        somebody else, and the reported name stands.
+        somebody else, and the reported name stands. The cgroup's id only tells processes apart that had the same id
+        one after the other.
         """
-        now = time.monotonic() if now is None else now
-        cached = self._cache.get((pid, comm))
-        if cached and now - cached[0] < KEEP_SECONDS:
-            return cached[1]
-        process = self._read(pid, comm)
-        self._cache[pid, comm] = (now, process)
-        self._cache.move_to_end((pid, comm))
-        if len(self._cache) > MAX_PROCESSES:
-            self._cache.popitem(last=False)
-        return process
+        key = pid, comm, cgroup
+        return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm), now)
 
     def _read(self, pid: int, comm: str) -> Process:
         folder = self._proc / str(pid)
-        unknown = Process(comm or "unknown", None)
+        unknown = Process(comm or "unknown")
         if not pid:
             return unknown
         try:
             main = _name(folder / "comm")
             if main != comm and comm and not any(_name(t / "comm") == comm for t in (folder / "task").iterdir()):
                 return unknown
-            return Process(main, _unified_path(folder / "cgroup"))
+            cgroups = _cgroups(folder / "cgroup")
         except OSError:
             return unknown
+        arguments = _arguments(folder / "cmdline")
+        return Process(main, _executable(folder / "exe", arguments), _command(arguments), cgroups)
 
 
 def _name(path: Path) -> str:
     return printable(path.read_bytes().removesuffix(b"\n"))
 
 
-def _unified_path(path: Path) -> str | None:
-    for line in path.read_text(errors="backslashreplace").splitlines():
-        if line.startswith("0::"):
-            return line[3:]
-    return None
+def _cgroups(path: Path) -> tuple[str, ...]:
+    """The paths of /proc/PID/cgroup, each once; lines are ID:CONTROLLERS:PATH."""
+    lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).splitlines()]
+    order = {"": 0, "name=systemd": 1}
+    lines = sorted((line for line in lines if len(line) == 3), key=lambda line: order.get(line[1], 2))
+    return tuple(dict.fromkeys(line[2].removesuffix(_DELETED) for line in lines))
+
+
+def _arguments(path: Path) -> list[bytes]:
+    """The arguments, as far as MAX_COMMAND_BYTES go; none of a kernel thread and of a process that is just ending."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_COMMAND_BYTES + 1)
+    except OSError:
+        return []
+    whole = len(raw) <= MAX_COMMAND_BYTES
+    raw = raw[:MAX_COMMAND_BYTES].rstrip(b"\0")
+    return (raw if whole else raw + _CUT.encode()).split(b"\0") if raw else []
+
+
+def _command(arguments: list[bytes]) -> str:
+    return shlex.join(map(printable, arguments))
+
+
+def _executable(link: Path, arguments: list[bytes]) -> str:
+    """The program's path: the kernel's word where it may be asked (CAP_SYS_PTRACE, for most processes), else that of
+    the process: its first argument, if that is a path."""
+    try:
+        return printable(os.fsencode(link.readlink()).removesuffix(_DELETED.encode()))
+    except OSError:
+        return printable(arguments[0]) if arguments and arguments[0].startswith(b"/") else ""

@@ -9,6 +9,8 @@ import pytest
 from udpwatch.agent.enrich import process
 from udpwatch.agent.enrich.process import Process, Processes
 
+JAVA = Process("java", cgroups=("/pods/a",))
+
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
@@ -16,53 +18,112 @@ def proc(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(root: Path, pid: int, name: str, threads: dict[int, str], cgroup: str) -> None:
+def make(root: Path, pid: int, name: str, threads: dict[int, str], cgroup: str, cmdline: bytes = b"") -> Path:
     folder = root / str(pid)
     folder.mkdir()
     (folder / "comm").write_text(name + "\n")
     (folder / "cgroup").write_text(cgroup)
+    (folder / "cmdline").write_bytes(cmdline)
     for thread, comm in threads.items():
         (folder / "task" / str(thread)).mkdir(parents=True)
         (folder / "task" / str(thread) / "comm").write_text(comm + "\n")
+    return folder
+
+
+def look(root: Path, pid: int, comm: str) -> Process:
+    return Processes(root).lookup(pid, comm, 1, 0)
 
 
 def test_main_thread_gives_the_name(proc: Path) -> None:
-    assert Processes(proc).lookup(7, "java", 0) == Process("java", "/pods/a")
-    assert Processes(proc).lookup(7, "worker-1", 0) == Process("java", "/pods/a")
+    assert look(proc, 7, "java") == JAVA
+    assert look(proc, 7, "worker-1") == JAVA
 
 
 def test_no_name_from_the_kernel(proc: Path) -> None:
-    assert Processes(proc).lookup(7, "", 0).name == "java"
+    assert look(proc, 7, "").name == "java"
 
 
 def test_an_id_that_belongs_to_somebody_else_by_now(proc: Path) -> None:
-    assert Processes(proc).lookup(7, "named", 0) == Process("named", None)
+    assert look(proc, 7, "named") == Process("named")
 
 
 def test_a_process_that_is_gone(proc: Path) -> None:
-    assert Processes(proc).lookup(99, "named", 0) == Process("named", None)
-    assert Processes(proc).lookup(0, "", 0) == Process("unknown", None)
+    assert look(proc, 99, "named") == Process("named")
+    assert look(proc, 0, "") == Process("unknown")
 
 
-def test_hybrid_hierarchy(tmp_path: Path) -> None:
-    make(tmp_path, 7, "a", {7: "a"}, "5:memory:/docker/x\n0::/unified/y\n")
-    make(tmp_path, 8, "b", {8: "b"}, "5:memory:/docker/x\n")
-    assert Processes(tmp_path).lookup(7, "a", 0).cgroup == "/unified/y"
-    assert Processes(tmp_path).lookup(8, "b", 0).cgroup is None
+def test_a_process_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
+    folder = make(tmp_path, 7, "java", {7: "java"}, "")
+    (folder / "cgroup").unlink()
+    assert look(tmp_path, 7, "java") == Process("java")
+    (folder / "cgroup").write_text("0::/a\n")
+    (folder / "cmdline").unlink()
+    assert look(tmp_path, 7, "java") == Process("java", cgroups=("/a",))
+
+
+@pytest.mark.parametrize(
+    ("lines", "paths"),
+    [
+        ("0::/a\n", ("/a",)),
+        ("", ()),
+        ("0::/\n", ("/",)),
+        ("5:memory:/docker/x\n0::/unified/y\n", ("/unified/y", "/docker/x")),
+        ("9:memory:/m\n1:name=systemd:/s\n2:cpu,cpuacct:/m\n", ("/s", "/m")),
+        ("0::/a:b:c\n", ("/a:b:c",)),
+        ("0::/a (deleted)\n", ("/a",)),
+        ("nonsense\n0::/a\n", ("/a",)),
+    ],
+    ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd"],
+)
+def test_hierarchies(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
+    make(tmp_path, 7, "a", {7: "a"}, lines)
+    assert look(tmp_path, 7, "a").cgroups == paths
+
+
+def test_command_line(tmp_path: Path) -> None:
+    folder = make(tmp_path, 7, "a", {7: "a"}, "", b"/usr/sbin/a\0--name\0two words\0\0")
+    (folder / "exe").symlink_to("/opt/a-1.2")
+    found = look(tmp_path, 7, "a")
+    assert found.command == "/usr/sbin/a --name 'two words'"
+    assert found.executable == "/opt/a-1.2"
+
+
+def test_executable_that_may_not_be_read(tmp_path: Path) -> None:
+    """The process's own word is taken where the kernel's is not to be had, if it is a path."""
+    make(tmp_path, 7, "a", {7: "a"}, "", b"/usr/sbin/a\0-x\0")
+    make(tmp_path, 8, "b", {8: "b"}, "", b"b: worker process")
+    assert look(tmp_path, 7, "a").executable == "/usr/sbin/a"
+    assert look(tmp_path, 8, "b").executable == ""
+
+
+def test_executable_that_was_replaced(tmp_path: Path) -> None:
+    (make(tmp_path, 7, "a", {7: "a"}, "") / "exe").symlink_to("/opt/a (deleted)")
+    assert look(tmp_path, 7, "a").executable == "/opt/a"
+
+
+def test_long_command_lines_are_cut(tmp_path: Path) -> None:
+    make(tmp_path, 7, "a", {7: "a"}, "", b"java\0" + b"x" * 100_000)
+    command = look(tmp_path, 7, "a").command
+    assert len(command) <= process.MAX_COMMAND_BYTES + len("java '…'")
+    assert "…" in command
 
 
 def test_cache_ages_and_is_bounded(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes(proc)
-    assert processes.lookup(7, "java", 0).name == "java"
+    assert processes.lookup(7, "java", 1, 0).name == "java"
     (proc / "7" / "comm").write_text("renamed\n")
-    assert processes.lookup(7, "java", process.KEEP_SECONDS - 1).name == "java"
-    assert processes.lookup(7, "java", process.KEEP_SECONDS + 1).name == "renamed"
+    assert processes.lookup(7, "java", 1, process.KEEP_SECONDS - 1).name == "java"
+    assert processes.lookup(7, "java", 2, 0).name == "renamed"
+    assert processes.lookup(7, "java", 1, process.KEEP_SECONDS + 1).name == "renamed"
     monkeypatch.setattr(process, "MAX_PROCESSES", 5)
+    processes = Processes(proc)
     for pid in range(100, 200):
-        processes.lookup(pid, "x", 100)
-    assert len(processes._cache) <= 6
+        processes.lookup(pid, "x", 1, 100)
+    assert len(processes._cache) == 5
 
 
 def test_names_that_would_write_to_the_terminal(tmp_path: Path) -> None:
-    make(tmp_path, 7, "a\x1b]0;x\x07", {7: "a"}, "")
-    assert Processes(tmp_path).lookup(7, "", 0).name == "a\\x1b]0;x\\x07"
+    make(tmp_path, 7, "a\x1b]0;x\x07", {7: "a"}, "", b"a\x1b[2J\0\xff\0")
+    found = look(tmp_path, 7, "")
+    assert found.name == "a\\x1b]0;x\\x07"
+    assert found.command == r"'a\x1b[2J' '\xff'"

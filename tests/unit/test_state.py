@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from udpwatch.agent.model import Cause, Counters, Finding, Increase, Probe, Reading, Sender, Verdict
-from udpwatch.agent.state import LOSS_STAGES, About, State
+from udpwatch.agent.state import ENDED_SECONDS, LOOK_SECONDS, LOSS_STAGES, About, State
+from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 
 
 def finding(port: int = 53, process: str = "dns", cgroup: int = 1) -> Finding:
@@ -104,3 +107,113 @@ def test_a_wall_clock_that_jumps_ends_and_keeps_nothing() -> None:
     assert len(summed.snapshot(True, 2e9).rows) == 1
     summed.add(reading(), sender_of, now=1, monotonic=61)
     assert summed.snapshot(True, 1).rows == ()
+
+
+def ten_thousand() -> tuple[Increase, ...]:
+    """Distinct findings, each with another count."""
+    return tuple(Increase(finding(number, f"p{number % 7}"), number + 1, 0, 7) for number in range(10_000))
+
+
+def test_ten_thousand_findings() -> None:
+    """Series stop at the limit, `other` holds the rest, the sum is exact: as Prometheus reads it."""
+    summed = state(max_series=1_000, forget=1e6)
+    total = 10_000 * 10_001 // 2
+    for round_ in range(1, 4):
+        summed.add(reading(*ten_thousand()), sender_of, round_, round_)
+        snapshot = summed.snapshot(True, round_)
+        assert len(snapshot.rows) == 1_000
+        text = exposition(SnapshotCollector(lambda snapshot=snapshot: snapshot), process=False)().decode()
+        values = {
+            sample.labels["port"]: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "udpwatch_reply_source_mismatch_total"
+        }
+        assert len(values) == 1_001
+        assert sum(values.values()) == total * round_
+        assert values["other"] == snapshot.other == sum(range(1_001, 10_001)) * round_
+
+
+# ---- pods and containers that end ----
+
+
+class Containers:
+    """Those that have ended; counts how often it is asked."""
+
+    def __init__(self) -> None:
+        self.ended: set[str] = set()
+        self.asked = 0
+
+    def has_ended(self, sender: Sender, _now: float) -> bool:
+        self.asked += 1
+        return sender.container_id in self.ended
+
+    def sender_of(self, increase: Increase) -> Sender:
+        """Of findings below port 1000 it is a container, named after the process."""
+        name = increase.finding.process
+        return Sender(name, increase.pid, container_id=name if increase.finding.port < 1000 else "")
+
+
+def ports(summed: State) -> list[int]:
+    return sorted(row.port for row in summed.snapshot(True, 0).rows)
+
+
+def with_containers(forget: float = 1e6, max_series: int = 10) -> tuple[State, Containers]:
+    containers = Containers()
+    summed = State(About("1", "6", "node", "packet", 0, ()), max_series, forget, containers.has_ended)
+    increases = [Increase(finding(port, name), 1, 0, 7) for port, name in ((1, "a"), (2, "a"), (3, "b"), (1003, "a"))]
+    summed.add(reading(*increases), containers.sender_of, 0, 0)
+    return summed, containers
+
+
+def test_a_series_ends_some_time_after_its_pod() -> None:
+    summed, containers = with_containers()
+    containers.ended = {"a"}
+    summed.add(reading(), containers.sender_of, 0, 10)
+    summed.add(reading(), containers.sender_of, 0, 10 + ENDED_SECONDS)
+    assert ports(summed) == [1, 2, 3, 1003]
+    summed.add(reading(), containers.sender_of, 0, 11 + ENDED_SECONDS)
+    assert ports(summed) == [3, 1003]
+    assert summed.snapshot(True, 0).other == 0
+
+
+def test_a_container_that_is_started_anew_keeps_its_series() -> None:
+    summed, containers = with_containers()
+    containers.ended = {"a"}
+    summed.add(reading(), containers.sender_of, 0, 10)
+    containers.ended = set()
+    summed.add(reading(), containers.sender_of, 0, 10 + LOOK_SECONDS)
+    summed.add(reading(), containers.sender_of, 0, 11 + ENDED_SECONDS)
+    assert ports(summed) == [1, 2, 3, 1003]
+
+
+def test_an_answer_that_comes_after_the_end_gives_its_series_time() -> None:
+    """The last answers of a container may be read after it has ended; Prometheus is to fetch them."""
+    summed, containers = with_containers()
+    containers.ended = {"a"}
+    summed.add(reading(), containers.sender_of, 0, 10)
+    summed.add(reading(Increase(finding(1, "a"), 1, 0, 7)), containers.sender_of, 0, 60)
+    summed.add(reading(), containers.sender_of, 0, 11 + ENDED_SECONDS)
+    assert ports(summed) == [1, 3, 1003]
+    summed.add(reading(), containers.sender_of, 0, 200)
+    assert ports(summed) == [3, 1003]
+
+
+def test_series_that_end_make_room() -> None:
+    summed, containers = with_containers(max_series=4)
+    summed.add(reading(Increase(finding(9, "b"), 5, 0, 7)), containers.sender_of, 0, 1)
+    assert summed.snapshot(True, 0).other == 5
+    containers.ended = {"a"}
+    summed.add(reading(), containers.sender_of, 0, 10)
+    summed.add(reading(), containers.sender_of, 0, 100)
+    summed.add(reading(Increase(finding(9, "b"), 5, 0, 7)), containers.sender_of, 0, 101)
+    assert ports(summed) == [3, 9, 1003]
+    assert summed.snapshot(True, 0).other == 5
+
+
+def test_it_is_looked_seldom_and_once_a_container() -> None:
+    summed, containers = with_containers()
+    containers.asked = 0
+    for tenth in range(100, 300):
+        summed.add(reading(), containers.sender_of, 0, tenth / 10)
+    assert containers.asked == 2 * 20 / LOOK_SECONDS

@@ -1,0 +1,70 @@
+"""From a cgroup's path to the container: every runtime writes its container's id into it.
+
+Paths look like these (64 hexadecimal digits stand for ID, and the innermost one counts: containers are nested):
+
+    /docker/ID                                                              Docker, cgroupfs driver
+    /system.slice/docker-ID.scope                                           Docker, systemd driver
+    /kubepods.slice/kubepods-podUID.slice/cri-containerd-ID.scope           containerd; UID with _ for -
+    /system.slice/containerd.service/kubepods-podUID.slice:cri-containerd:ID  the same, when it has no systemd driver
+    /kubepods/burstable/podUID/ID                                           kubelet's cgroupfs driver, any runtime
+    /kubepods.slice/kubepods-podUID.slice/crio-ID.scope                     CRI-O; crun adds /container
+    /machine.slice/libpod-ID.scope                                          podman; it may add /container
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_PATHS = 4096
+RUNTIMES = {
+    "docker": "docker",
+    "cri-containerd": "containerd",
+    "nerdctl": "containerd",
+    "crio": "cri-o",
+    "libpod": "podman",
+    "libpod-payload": "podman",
+}
+_CONTAINER = re.compile(r"(?:(?P<runtime>[a-z-]+)-)?(?P<id>[0-9a-f]{64})(?:\.scope)?")
+_POD = re.compile(r"(?:.*-)?pod(?P<uid>[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?")
+_MONITOR = "conmon"  # the process beside the container, in a cgroup of its own: crio-conmon-ID.scope
+
+
+@dataclass(frozen=True, slots=True)
+class Container:
+    """What a path tells of a container; "": nothing."""
+
+    id: str = ""
+    runtime: str = ""
+    pod_uid: str = ""
+    cgroup: str = ""  # the pod's folder, else the container's: what ends with it
+
+
+@lru_cache(MAX_PATHS)
+def parse(path: str) -> Container:
+    """The innermost container of a cgroup's path; an empty one where the path names none."""
+    parts = path.split("/")
+    for end in range(len(parts), 0, -1):
+        *front, name = parts[end - 1].split(":")
+        if front and front[-1]:  # SLICE:RUNTIME:ID
+            name = f"{front[-1]}-{name}"
+        found = _CONTAINER.fullmatch(name)
+        if not found:
+            continue
+        prefix = found["runtime"] or ("docker" if parts[end - 2] == "docker" else "")
+        if prefix.endswith(_MONITOR):
+            return Container()
+        uid, cgroup = _pod(parts[:end])
+        return Container(found["id"], RUNTIMES.get(prefix, ""), uid, cgroup or "/".join(parts[:end]))
+    return Container()
+
+
+def _pod(parts: list[str]) -> tuple[str, str]:
+    """(uid of the pod that a path leads through, the folder that is the pod's alone); "": none."""
+    for end in range(len(parts), 0, -1):
+        name, *behind = parts[end - 1].split(":")
+        found = _POD.fullmatch(name)
+        if found:
+            return found["uid"].replace("_", "-"), "" if behind else "/".join(parts[:end])
+    return "", ""

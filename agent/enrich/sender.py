@@ -1,0 +1,119 @@
+"""Who sent a reply: process, container, pod and their names, put together from the single lookups."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from udpwatch.agent.enrich.cache import Cache
+from udpwatch.agent.enrich.cgroups import Cgroups
+from udpwatch.agent.enrich.container import Container, parse
+from udpwatch.agent.enrich.docker import DockerNames
+from udpwatch.agent.enrich.pod import Pod, Pods
+from udpwatch.agent.enrich.process import Processes
+from udpwatch.agent.enrich.runtime import Runtime, Runtimes
+from udpwatch.agent.kernel.records import printable
+from udpwatch.agent.model import Cause, Event, Increase, Sender
+
+MAX_SENDERS = 8192
+KEEP_SECONDS = 60.0
+RETRY_SECONDS = 1.0  # a name may come a moment after its container
+SHORT_ID = 12  # digits, as docker ps shows them
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """Where the lookups read; the defaults are a host's own."""
+
+    proc: Path = Path("/proc")
+    log: Path = Path("/var/log")
+    docker: Path = Path("/var/lib/docker")
+    cgroup: Path | None = None  # a mount of cgroup v2
+
+
+class Senders:
+    """Looks up who is behind findings and events."""
+
+    def __init__(self, roots: Roots = Roots()) -> None:
+        self._processes = Processes(roots.proc)
+        self._cgroups = Cgroups(roots.cgroup)
+        self._runtimes = Runtimes(roots.proc)
+        self._pods = Pods(roots.log)
+        self._docker = DockerNames(roots.docker)
+        self._cache: Cache[tuple[int, str, int], Sender] = Cache(MAX_SENDERS, KEEP_SECONDS)
+
+    def lookup(self, seen: Increase | Event, now: float | None = None) -> Sender:
+        """The sender of a reply. Ask soon: of a process that has exited less is known. ``now``: monotonic seconds."""
+        finding = seen.finding
+        if finding.cause is Cause.FORWARDED:
+            return Sender("")  # another machine's
+        now = time.monotonic() if now is None else now
+        key = seen.pid, finding.process, finding.cgroup
+        known = self._cache.get(key, now)
+        if known:
+            return known
+        sender, complete = self._look(*key, now)
+        return self._cache.put(key, sender, now, KEEP_SECONDS if complete else RETRY_SECONDS)
+
+    def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
+        process = self._processes.lookup(pid, comm, number, now)
+        paths = list(process.cgroups)
+        # Relative to this process's own cgroup namespace ("/../..") it leads nowhere; by its id it does.
+        if not paths or "/.." in paths[0]:
+            by_id = self._cgroups.path(number, now)
+            paths = [by_id, *paths] if by_id else paths
+        path = next((path for path in paths if parse(path).id), paths[0] if paths else "")
+        container, runtime = parse(path), Runtime()
+        if process.cgroups and path != "/":
+            runtime = self._runtimes.lookup(pid, path, now)
+        container = _agreed(container, runtime, path)
+        pod, name = self._names(container, runtime, now)
+        if container.cgroup:
+            self._cgroups.watch(container.cgroup, now)
+        sender = Sender(
+            process=process.name,
+            pid=pid,
+            executable=process.executable,
+            command=process.command,
+            cgroup=printable(os.fsencode(path)),
+            runtime=container.runtime,
+            container_id=container.id,
+            container=name or container.id[:SHORT_ID],
+            namespace=pod.namespace,
+            pod=pod.pod,
+        )
+        return sender, bool(name if container.id else path)
+
+    def _names(self, container: Container, runtime: Runtime, now: float) -> tuple[Pod, str]:
+        """(the pod, the container's name). Kubernetes' names go before those that a runtime made up for it."""
+        pod = self._pods.lookup(container.id, container.pod_uid) or Pod("", "")
+        name = pod.container or runtime.container
+        if not name and not pod.pod and container.id and container.runtime in ("docker", ""):
+            name = self._docker.lookup(container.id, now)
+        return pod, name
+
+    def has_ended(self, sender: Sender, now: float) -> bool:
+        """Whether the sender's pod, or its container where it is in none, has ended as far as can be seen.
+
+        A pod lives as long as anything in it does, its sandbox at least; not everybody removes its empty cgroup.
+        """
+        container = parse(sender.cgroup)
+        folder = container.cgroup or _folder(sender.cgroup, sender.container_id)
+        return bool(folder) and self._cgroups.gone(folder, now, when_empty=container.id not in folder)
+
+
+def _agreed(container: Container, runtime: Runtime, path: str) -> Container:
+    """What the path tells, and what only the runtime's arguments do."""
+    if container.id:
+        return replace(container, runtime=container.runtime or runtime.name)
+    if runtime.container_id:  # a name instead of a number: ctr lets its user choose
+        return Container(runtime.container_id, runtime.name, "", _folder(path, runtime.container_id))
+    return container
+
+
+def _folder(path: str, container_id: str) -> str:
+    """The cgroup that is called like the container; "": none."""
+    front, found, _ = f"{path}/".partition(f"/{container_id}/")
+    return f"{front}/{container_id}" if container_id and found else ""

@@ -1,0 +1,110 @@
+"""What container runtimes leave on the machine itself: cgroups above all, which no namespace keeps apart."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from agents import wait_for
+
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_PARENTS = ("docker", "kubepods", "udpwatch-test")  # below which the tests' runtimes make cgroups
+
+
+def cgroup_folders() -> set[Path]:
+    """Every cgroup, of every hierarchy."""
+    return {Path(at) for at, _folders, _files in os.walk(CGROUPS)}
+
+
+def remove_cgroups(since: set[Path]) -> None:
+    """Remove what the tests' runtimes have made since there were only these, once nothing runs there any more."""
+    mine = [folder for folder in cgroup_folders() - since if _is_of_a_test(folder)]
+    for folder in sorted(mine, key=lambda path: -len(path.parts)):
+        wait_for(lambda folder=folder: _removed(folder), f"{folder} to be empty")
+
+
+def _is_of_a_test(folder: Path) -> bool:
+    """Whether it is one of CGROUP_PARENTS or below one, in the only hierarchy (v2) or in one of them (v1, hybrid)."""
+    return any(part in CGROUP_PARENTS for part in folder.relative_to(CGROUPS).parts[:2])
+
+
+def _removed(folder: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, OSError):
+        folder.rmdir()
+    return not folder.exists()
+
+
+def first_pid(container_id: str) -> int:
+    """The container's first process, as the machine numbers it: not as the daemon in its namespace does."""
+
+    def find() -> int:
+        found = [int(line) for line in _members(container_id)]
+        return min(found, default=0)
+
+    pid: int = wait_for(find, f"a process in the cgroup of {container_id}")
+    return pid
+
+
+def _members(container_id: str) -> Iterator[str]:
+    for folder in cgroup_folders():
+        if folder.name == container_id:
+            with contextlib.suppress(OSError):
+                yield from (folder / "cgroup.procs").read_text().split()
+
+
+def ip_in(pid: int, *lines: str) -> None:
+    """Lines for ip(8) in a process's network namespace."""
+    command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "-batch", "-"]
+    done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def name_pod(log: Path, namespace: str, pod: str, uid: str, container: str, container_id: str) -> None:
+    """What kubelet makes under /var/log for a container that it has started."""
+    folder = log / "pods" / f"{namespace}_{pod}_{uid}" / container
+    folder.mkdir(parents=True)
+    (folder / "0.log").touch()
+    (log / "containers").mkdir(exist_ok=True)
+    link = log / "containers" / f"{pod}_{namespace}_{container}-{container_id}.log"
+    link.symlink_to(f"/var/log/pods/{folder.parent.name}/{container}/0.log")
+
+
+def left_behind(*folders: Path) -> dict[str, Any]:
+    """All that a runtime leaves on a machine, as far as it is there now; with the processes and mounts that have to do
+    with these folders."""
+    links = {line.split(": ")[1] for line in _output("ip", "-o", "link").splitlines()}
+    places = ("/var/lib/docker", "/var/lib/containerd", "/run/docker", "/run/containerd", "/etc/docker", "/etc/cni")
+    return {
+        "links": {link for link in links if link.startswith(("docker", "br-", "veth"))},
+        "rules": _output("nft", "list", "ruleset"),
+        "forwarding": Path("/proc/sys/net/ipv4/ip_forward").read_text(),
+        "keys": Path("/proc/sys/kernel/keys/root_maxkeys").read_text(),
+        "places": {place for place in places if Path(place).exists()},
+        "cgroups": {str(path) for path in cgroup_folders() if path.name in CGROUP_PARENTS},
+        "mounts": [line for line in Path("/proc/self/mounts").read_text().splitlines() if _about(line, folders)],
+        "processes": [pid for folder in folders for pid in processes_of(folder)],
+    }
+
+
+def processes_of(folder: Path) -> list[int]:
+    """The processes with the folder in their command line."""
+    return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in _text(path)]
+
+
+def _about(text: str, folders: Sequence[Path]) -> bool:
+    return any(str(folder) in text for folder in folders)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,371 @@
+"""Who it was, in the containers of a real Docker and a real containerd, and on the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agents import Agent, temporary, wait_for
+from machine import cgroup_folders, first_pid, ip_in, left_behind, name_pod, remove_cgroups
+from runtimes import SERVER, Containerd, Docker, build_server, image_tar
+from test_environment import in_mount_namespace
+
+from udpwatch.agent.enrich.sender import Roots, Senders
+from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.model import Cause, Finding, Increase, Verdict
+
+NODE, SECOND, OUTSIDE = "172.16.13.13", "172.16.13.14", "172.16.13.1"
+INSIDE = "10.99.0.1"  # the second address of a container
+POD_UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"
+OTHER_UID = "1e6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a90"
+COUNTER = "udpwatch_reply_source_mismatch_total"
+_ports = count(31_000)
+
+
+@pytest.fixture
+def port() -> int:
+    """Not of the other tests' ports: the agent sees the whole machine, other test runs on it too."""
+    return next(_ports)
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """A folder for all of it; in the end the machine must be as it was."""
+    with temporary() as name:
+        place = Path(name)
+        (place / "log").mkdir()
+        for runtime in "docker", "containerd":
+            (place / runtime).mkdir()
+        before, cgroups = left_behind(place), cgroup_folders()
+        yield place
+        remove_cgroups(cgroups)
+        assert left_behind(place) == before
+    assert not place.exists()
+
+
+@pytest.fixture(scope="module")
+def lab(place: Path) -> Iterator[Lab]:
+    """``outside`` 172.16.13.1 -- eth0 172.16.13.13, 172.16.13.14 ``node``."""
+    assert place
+    with Lab() as lab:
+        node, outside = lab.namespace("node"), lab.namespace("outside")
+        lab.link(node, "eth0", outside, "eth0")
+        node.ip(f"addr add {NODE}/24 dev eth0", f"addr add {SECOND}/24 dev eth0")
+        outside.ip(f"addr add {OUTSIDE}/24 dev eth0")
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def node(lab: Lab) -> Namespace:
+    return lab._namespaces[0]
+
+
+@pytest.fixture(scope="module")
+def outside(lab: Lab) -> Namespace:
+    return lab._namespaces[1]
+
+
+@pytest.fixture(scope="module")
+def server(place: Path) -> Path:
+    return build_server(place)
+
+
+@pytest.fixture(scope="module")
+def image(place: Path, server: Path) -> Path:
+    return image_tar(place, server)
+
+
+@pytest.fixture(scope="module")
+def docker(place: Path, node: Namespace, image: Path) -> Iterator[Docker]:
+    with Docker(place / "docker", node) as daemon:
+        daemon.import_image(image)
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def containerd(place: Path, node: Namespace, image: Path) -> Iterator[Containerd]:
+    with Containerd(place / "containerd", node) as daemon:
+        daemon.import_image(image)
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def agent(place: Path) -> Iterator[Agent]:
+    """An agent whose /var/log and /var/lib/docker are of our own making."""
+    script = (
+        f"mount --bind {place}/log /var/log\nmount -t tmpfs none /var/lib\nmkdir /var/lib/docker\n"
+        f"mount --bind {Docker.root_in(place / 'docker')} /var/lib/docker"
+    )
+    with Agent(place, wrapper=in_mount_namespace(script)) as agent:
+        yield agent
+
+
+def listening(pid: int, port: int) -> None:
+    """Wait until a process's network namespace has a socket on the port."""
+    wait_for(lambda: f":{port:04X} " in Path(f"/proc/{pid}/net/udp").read_text(), f"a server on port {port}")
+
+
+def answered_from(client: Namespace, asked: str, port: int) -> str:
+    """Ask once; the address that the answer came from."""
+    with client.socket() as socket:
+        socket.settimeout(10)
+        socket.sendto(b"x", (asked, port))
+        source: str = socket.recvfrom(100)[1][0]
+        return source
+
+
+def row_of(agent: Agent, port: int) -> dict[str, Any]:
+    """The one finding on a port, as soon as it is there."""
+    (row,) = wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding")
+    assert row["count"] == 1
+    assert isinstance(row, dict)
+    return row
+
+
+def event_of(agent: Agent, port: int) -> dict[str, Any]:
+    """The one event on a port."""
+
+    def read() -> list[dict[str, Any]]:
+        lines = agent.events_file.read_text().splitlines() if agent.events_file.exists() else []
+        return [event for event in map(json.loads, lines) if event["port"] == port]
+
+    (event,) = wait_for(read, "the event")
+    assert isinstance(event, dict)
+    return event
+
+
+def assert_names(agent: Agent, port: int, runtime: str, container_id: str, **names: str) -> None:
+    """Snapshot, metrics and event agree on who it was."""
+    sender = row_of(agent, port)["sender"]
+    labels = {"process": SERVER, "container": "", "namespace": "", "pod": ""} | names
+    assert {label: sender[label] for label in labels} == labels
+    assert (sender["runtime"], sender["container_id"]) == (runtime, container_id)
+    assert sender["command"] == f"{sender['executable']} {port}"
+    assert Path(sender["executable"]).name == SERVER
+    assert agent.metric(COUNTER, port=str(port), **labels) == 1
+    event = event_of(agent, port)
+    assert {label: event[label] for label in labels} == {label: text or None for label, text in labels.items()}
+    assert (event["pid"], event["cgroup"]) == (sender["pid"], sender["cgroup"])
+    assert container_id in event["cgroup"]
+
+
+def give_second_address(node: Namespace, pid: int, first: str) -> None:
+    """A container with its own network gets another address, and the node a way to it."""
+    ip_in(pid, f"addr add {INSIDE}/32 dev lo")
+    node.ip(f"route replace {INSIDE}/32 via {first}")
+
+
+def ask_inside(node: Namespace, pid: int, first: str, port: int) -> None:
+    """The node asks the container at its second address."""
+    give_second_address(node, pid, first)
+    listening(pid, port)
+    assert answered_from(node, INSIDE, port) == first
+
+
+def ask_from_outside(outside: Namespace, pid: int, port: int) -> None:
+    """Another machine asks the node at its second address."""
+    listening(pid, port)
+    assert answered_from(outside, SECOND, port) == NODE
+
+
+# ---- Docker ----
+
+
+def test_docker_own_network(agent: Agent, docker: Docker, node: Namespace, port: int) -> None:
+    container = docker.run(f"own-{port}", f"/{SERVER}", str(port))
+    ask_inside(node, first_pid(container), docker.address(container), port)
+    assert_names(agent, port, "docker", container, container=f"own-{port}")
+
+
+def test_docker_host_network(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    container = docker.run(f"host-{port}", f"/{SERVER}", str(port), flags=["--network=host"])
+    ask_from_outside(outside, first_pid(container), port)
+    assert_names(agent, port, "docker", container, container=f"host-{port}")
+
+
+def test_docker_started_in_a_running_container(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    container = docker.run(f"exec-{port}", "/bin/busybox", "sleep", "3600", flags=["--network=host"])
+    docker.call("exec", "--detach", container, f"/{SERVER}", str(port))
+    ask_from_outside(outside, first_pid(container), port)
+    assert_names(agent, port, "docker", container, container=f"exec-{port}")
+
+
+def test_pod_under_docker(agent: Agent, docker: Docker, node: Namespace, place: Path, port: int) -> None:
+    """Cgroups and names as kubelet makes them, with its cgroupfs driver."""
+    flags = [f"--cgroup-parent=/kubepods/besteffort/pod{POD_UID}"]
+    container = docker.run(f"k8s_dns_dns-7c9_shop_{port}", f"/{SERVER}", str(port), flags=flags)
+    name_pod(place / "log", "shop", "dns-7c9", POD_UID, "dns", container)
+    ask_inside(node, first_pid(container), docker.address(container), port)
+    assert_names(agent, port, "docker", container, container="dns", namespace="shop", pod="dns-7c9")
+
+
+# ---- containerd ----
+
+
+def own_id(port: int) -> str:
+    """As kubelet and nerdctl choose them; ctr leaves it to its user."""
+    return f"{port:064x}"
+
+
+def give_network(node: Namespace, pid: int, port: int) -> str:
+    """What a network plugin does; the container's address."""
+    net = f"10.88.{port % 256}"
+    node.ip(
+        f"link add ctr{port} type veth peer name eth0 netns {pid}",
+        f"link set ctr{port} up",
+        f"addr add {net}.1/24 dev ctr{port}",
+    )
+    ip_in(pid, "link set eth0 up", f"addr add {net}.2/24 dev eth0")
+    return f"{net}.2"
+
+
+def test_containerd_own_network(agent: Agent, containerd: Containerd, node: Namespace, port: int) -> None:
+    container = containerd.run(own_id(port), f"/{SERVER}", str(port))
+    pid = first_pid(container)
+    ask_inside(node, pid, give_network(node, pid, port), port)
+    assert_names(agent, port, "containerd", container, container=container[:12])
+
+
+def test_containerd_host_network(agent: Agent, containerd: Containerd, outside: Namespace, port: int) -> None:
+    container = containerd.run(f"named-{port}", f"/{SERVER}", str(port), flags=["--net-host"])
+    ask_from_outside(outside, first_pid(container), port)
+    assert_names(agent, port, "containerd", container, container=f"named-{port}")
+
+
+def test_pod_under_containerd(agent: Agent, containerd: Containerd, node: Namespace, place: Path, port: int) -> None:
+    uid = "9b0f3c2d" * 4  # a static pod's
+    flags = [f"--cgroup=/kubepods/burstable/pod{uid}/{own_id(port)}"]
+    container = containerd.run(own_id(port), f"/{SERVER}", str(port), flags=flags)
+    name_pod(place / "log", "kube-system", "dns-node-1", uid, "cache", container)
+    pid = first_pid(container)
+    ask_inside(node, pid, give_network(node, pid, port), port)
+    names = {"container": "cache", "namespace": "kube-system", "pod": "dns-node-1"}
+    assert_names(agent, port, "containerd", container, **names)
+
+
+# ---- the host itself ----
+
+
+def test_on_the_host(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
+    with node.popen([str(server), str(port)]) as process:
+        ask_from_outside(outside, process.pid, port)
+        assert_names(agent, port, "", "")
+        assert row_of(agent, port)["sender"]["pid"] == process.pid
+        process.kill()
+
+
+ODD = 'a"b\\[red]<b>\x1b[2J\n'
+
+
+def test_odd_name(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
+    """A program may be called anything: its name does no harm in labels, JSON and the log."""
+    odd = server.with_name(ODD)
+    odd.hardlink_to(server)
+    shown = ODD[:15].replace("\x1b", r"\x1b").replace("\n", r"\x0a")
+    with node.popen([str(odd), str(port)]) as process:
+        ask_from_outside(outside, process.pid, port)
+        assert row_of(agent, port)["sender"]["process"] == shown
+        assert agent.metric(COUNTER, port=str(port), process=shown) == 1
+        assert event_of(agent, port)["process"] == shown
+        assert row_of(agent, port)["sender"]["executable"].endswith(r"\x1b[2J\x0a")
+        (line,) = wait_for(lambda: [line for line in agent.said if f"port {port}/udp" in line], "the line")
+        assert line.isprintable()
+        process.kill()
+
+
+# ---- processes that have exited by the time they are looked up ----
+
+
+def server_pid(container: str, port: int) -> int:
+    """The process that serves at present."""
+
+    def find() -> int:
+        wanted = f"/{SERVER}\0{port}\0"
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if (folder / "cmdline").read_text().startswith(wanted) and container in (folder / "cgroup").read_text():
+                    return int(folder.name)
+            except OSError:
+                continue
+        return 0
+
+    pid: int = wait_for(find, "the server")
+    return pid
+
+
+@pytest.mark.parametrize("network", ["bridge", "host"])
+def test_short_lived_in_a_container(
+    agent: Agent, docker: Docker, node: Namespace, outside: Namespace, port: int, network: str
+) -> None:
+    """It answers once and exits while the agent cannot look."""
+    loop = f"while :; do /{SERVER} {port} 1; done"
+    container = docker.run(f"short-{port}", "/bin/sh", "-c", loop, flags=[f"--network={network}"])
+    pid = server_pid(container, port)
+    os.kill(agent.pid, signal.SIGSTOP)
+    try:
+        if network == "host":
+            ask_from_outside(outside, pid, port)
+        else:
+            ask_inside(node, pid, docker.address(container), port)
+        wait_for(lambda: not Path(f"/proc/{pid}").exists(), "its end")
+    finally:
+        os.kill(agent.pid, signal.SIGCONT)
+    sender = row_of(agent, port)["sender"]
+    assert (sender["process"], sender["pid"], sender["command"]) == (SERVER, pid, "")
+    assert (sender["container"], sender["container_id"]) == (f"short-{port}", container)
+    assert event_of(agent, port)["container"] == f"short-{port}"
+
+
+def test_short_lived_container(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    """The container ends with the process. Until its runtime has cleared up, which takes a moment, all is there."""
+    container = docker.run(f"brief-{port}", f"/{SERVER}", str(port), "1", flags=["--network=host"])
+    pid = first_pid(container)
+    shim = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    os.kill(shim, signal.SIGSTOP)
+    try:
+        ask_from_outside(outside, pid, port)
+        sender = row_of(agent, port)["sender"]
+    finally:
+        os.kill(shim, signal.SIGCONT)
+    assert (sender["process"], sender["container"], sender["container_id"]) == (SERVER, f"brief-{port}", container)
+
+
+def test_short_lived_on_the_host(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
+    with node.popen([str(server), str(port), "1"]) as process:
+        os.kill(agent.pid, signal.SIGSTOP)
+        try:
+            ask_from_outside(outside, process.pid, port)
+            assert process.wait(30) == 0
+        finally:
+            os.kill(agent.pid, signal.SIGCONT)
+    sender = row_of(agent, port)["sender"]
+    assert (sender["process"], sender["pid"], sender["container"]) == (SERVER, process.pid, "")
+    assert event_of(agent, port)["process"] == SERVER
+
+
+# ---- the end of a container ----
+
+
+@pytest.mark.parametrize("parent", ["", f"/kubepods/besteffort/pod{OTHER_UID}"], ids=["container", "pod"])
+def test_a_container_that_is_removed_has_ended(docker: Docker, port: int, parent: str) -> None:
+    """As against one that is stopped and started anew."""
+    flags = [f"--cgroup-parent={parent}"] if parent else []
+    container = docker.run(f"end-{port}", f"/{SERVER}", str(port), flags=flags)
+    with closing(cgroup.find(None)) as tree:
+        senders = Senders(Roots(cgroup=Path(f"/proc/self/fd/{tree.fd}")))
+        finding = Finding("10.0.0.2", "10.0.0.1", port, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, SERVER, 0, 0)
+        sender = senders.lookup(Increase(finding, 1, 0, first_pid(container)))
+        assert sender.container_id == container
+        docker.call("restart", "--time=0", container)
+        assert not senders.has_ended(sender, time.monotonic())
+        docker.call("rm", "--force", container)
+        wait_for(lambda: senders.has_ended(sender, time.monotonic()), "its end")

@@ -1,0 +1,172 @@
+"""Docker's names, the runtime's watching process, and cgroups by their ids: on trees of our own making."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from udpwatch.agent.enrich import cgroups, docker
+from udpwatch.agent.enrich.cgroups import Cgroups
+from udpwatch.agent.enrich.docker import DockerNames
+from udpwatch.agent.enrich.runtime import Runtime, Runtimes
+
+ID = "3f2a" * 16
+
+# ---- Docker's names ----
+
+
+def state(root: Path, content: bytes, number: str = ID) -> Path:
+    folder = root / "containers" / number
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.v2.json").write_bytes(content)
+    return root
+
+
+def test_docker_name(tmp_path: Path) -> None:
+    names = DockerNames(state(tmp_path, json.dumps({"ID": ID, "Name": "/web-1"}).encode()))
+    assert names.lookup(ID, 0) == "web-1"
+    state(tmp_path, b'{"Name": "/web-2"}')
+    assert names.lookup(ID, docker.KEEP_SECONDS - 1) == "web-1"
+    assert names.lookup(ID, docker.KEEP_SECONDS + 1) == "web-2"
+    assert names.lookup("4" * 64, 0) == ""
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"Name": 7}', b'{"Name": null}', b"\xff\xfe", b"[" * 200_000],
+    ids=["empty", "cut", "list", "null", "nameless", "number", "null name", "bytes", "deep"],
+)
+def test_docker_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+    assert DockerNames(state(tmp_path, content)).lookup(ID, 0) == ""
+
+
+def test_docker_file_too_large(tmp_path: Path) -> None:
+    content = {"Name": "/web-1", "Env": "x" * docker.MAX_FILE_BYTES}
+    assert DockerNames(state(tmp_path, json.dumps(content).encode())).lookup(ID, 0) == ""
+
+
+def test_docker_name_that_would_write_to_the_terminal(tmp_path: Path) -> None:
+    content = json.dumps({"Name": "/a\x1b[2J\ud800\u202e"}).encode()
+    assert DockerNames(state(tmp_path, content)).lookup(ID, 0) == r"a\x1b[2J\ud800\x202e"
+
+
+# ---- the process that watches over a container ----
+
+SHIM = ["/usr/bin/containerd-shim-runc-v2", "-namespace", "moby", "-id", ID, "-address", "/run/containerd/c.sock"]
+CONMON = ["/usr/bin/conmon", "--api-version", "1", "-c", ID, "-u", ID, "-r", "/usr/bin/crun", "-n"]
+WATCHERS = {
+    "docker": (SHIM, Runtime("docker", ID)),
+    "ctr": ([*SHIM[:2], "default", "-id", "five"], Runtime("containerd", "five")),
+    "kubernetes": ([*SHIM[:2], "k8s.io", "-id", "5" * 64], Runtime("containerd")),
+    "podman": ([*CONMON, "web", "--full-attach"], Runtime("podman", ID, "web")),
+    "cri-o": ([*CONMON, "k8s_dns_dns-7c9_shop_uid_0"], Runtime("cri-o", ID)),
+}
+
+
+def process(root: Path, pid: int, parent: int, name: str, arguments: list[str]) -> None:
+    folder = root / str(pid)
+    folder.mkdir()
+    (folder / "stat").write_text(f"{pid} ({name}) S {parent} {pid} {pid} 0 -1 4194560")
+    (folder / "cmdline").write_text("\0".join(arguments) + "\0")
+
+
+def host(root: Path, watcher: list[str]) -> Path:
+    """systemd, the watching process, the container's first process with a hostile name, the server."""
+    process(root, 1, 0, "systemd", ["/sbin/init"])
+    process(root, 10, 1, Path(watcher[0]).name[:15], watcher)
+    process(root, 11, 10, "a) S 1 (b", ["sh"])
+    process(root, 12, 11, "server", ["server"])
+    return root
+
+
+@pytest.mark.parametrize(("watcher", "runtime"), WATCHERS.values(), ids=WATCHERS)
+def test_runtimes(tmp_path: Path, watcher: list[str], runtime: Runtime) -> None:
+    assert Runtimes(host(tmp_path, watcher)).lookup(12, f"/default/five/{ID}", 0) == runtime
+
+
+def test_a_process_that_only_calls_itself_so(tmp_path: Path) -> None:
+    assert Runtimes(host(tmp_path, SHIM)).lookup(12, f"/docker/{'4' * 64}", 0) == Runtime()
+
+
+def test_no_container(tmp_path: Path) -> None:
+    host(tmp_path, ["/usr/bin/supervisor"])
+    assert Runtimes(tmp_path).lookup(12, "/a", 0) == Runtime()
+    assert Runtimes(tmp_path).lookup(99, "/b", 0) == Runtime()
+    process(tmp_path, 20, 20, "own parent", [])
+    assert Runtimes(tmp_path).lookup(20, "/c", 0) == Runtime()
+
+
+def test_a_runtime_is_remembered_after_the_process_has_gone(tmp_path: Path) -> None:
+    runtimes = Runtimes(host(tmp_path, SHIM))
+    assert runtimes.lookup(12, f"/docker/{ID}", 0).name == "docker"
+    assert runtimes.lookup(99, f"/docker/{ID}", 1).name == "docker"
+
+
+# ---- cgroups by their ids ----
+
+
+def test_path_of_an_id(tmp_path: Path) -> None:
+    (tmp_path / "docker" / ID).mkdir(parents=True)
+    tree = Cgroups(tmp_path)
+    assert tree.path((tmp_path / "docker").stat().st_ino, 0) == "/docker"
+    assert tree.path((tmp_path / "docker" / ID).stat().st_ino, 0) == f"/docker/{ID}"
+
+
+def test_a_cgroup_that_has_gone_since(tmp_path: Path) -> None:
+    folder = tmp_path / ID
+    folder.mkdir()
+    number = folder.stat().st_ino
+    tree = Cgroups(tmp_path)
+    assert tree.path(number, 0) == f"/{ID}"
+    folder.rmdir()
+    assert tree.path(number, 1e6) == f"/{ID}"
+
+
+def test_unknown_ids_cost_one_walk_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = Cgroups(tmp_path)
+    assert tree.path(1 << 60, 0) == ""
+    monkeypatch.setattr(Cgroups, "_walk", None)
+    assert tree.path(1 << 60, 1e6) == ""
+    assert tree.path(0, 1e6) == ""
+
+
+def test_walks_take_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((100.0, 101.0, 200.0, 201.0))  # a walk takes a second
+    monkeypatch.setattr(cgroups.time, "monotonic", lambda: next(clock))
+    tree = Cgroups(tmp_path)
+    assert tree.path(1 << 60, 100) == ""
+    (tmp_path / "new").mkdir()
+    number = (tmp_path / "new").stat().st_ino
+    assert tree.path(number, 108) == ""
+    assert tree.path(number, 109) == "/new"
+
+
+def test_a_tree_too_large_to_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cgroups, "MAX_CGROUPS", 10)
+    for number in range(50):
+        (tmp_path / str(number)).mkdir()
+    tree = Cgroups(tmp_path)
+    assert tree.path(1 << 60, 0) == ""
+    assert len(tree._paths) <= 10
+
+
+def test_no_cgroups_here() -> None:
+    for root in (None, Path("/nowhere")):
+        assert Cgroups(root).path(7, 0) == ""
+        assert not Cgroups(root).gone("/a", 0)
+
+
+def test_whether_a_cgroup_has_ended(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    tree = Cgroups(tmp_path)
+    for path in ("/a", "/b", "/../a", "/\0"):
+        tree.watch(path, 0)
+    assert not tree.gone("/a", 1)
+    (tmp_path / "a").rmdir()
+    assert tree.gone("/a", 2)
+    # Of what was never seen nobody knows.
+    assert not any(tree.gone(path, 2) for path in ("/b", "/../a", "/\0", "/never"))
+    (tmp_path / "a").mkdir()
+    assert not tree.gone("/a", 3)

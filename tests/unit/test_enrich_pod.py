@@ -1,0 +1,95 @@
+"""Kubernetes' names, from names of folders as kubelet makes them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from udpwatch.agent.enrich import pod
+from udpwatch.agent.enrich.pod import Pod, Pods
+
+ID, OTHER = "3f2a" * 16, "77aa" * 16
+UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    add(tmp_path, "shop", "dns-7c9", UID, {"dns": ID})
+    return tmp_path
+
+
+def add(root: Path, namespace: str, name: str, uid: str, containers: dict[str, str]) -> None:
+    """What kubelet does for a pod."""
+    (root / "containers").mkdir(exist_ok=True)
+    for container, number in containers.items():
+        folder = root / "pods" / f"{namespace}_{name}_{uid}" / container
+        folder.mkdir(parents=True)
+        (folder / "0.log").touch()
+        (root / "containers" / f"{name}_{namespace}_{container}-{number}.log").symlink_to(folder / "0.log")
+
+
+def test_by_the_containers_id(log: Path) -> None:
+    assert Pods(log).lookup(ID, "") == Pod("shop", "dns-7c9", "dns")
+    assert Pods(log).lookup(OTHER, "") is None
+    assert Pods(log).lookup("", "") is None
+
+
+def test_by_the_pods_id(log: Path) -> None:
+    """The container's own name only where there is no choice."""
+    assert Pods(log).lookup(OTHER, UID) == Pod("shop", "dns-7c9", "dns")
+    add(log, "shop", "two", "9b0f3c2d" * 4, {"a": "1" * 64, "b": "2" * 64})
+    assert Pods(log).lookup(OTHER, "9b0f3c2d" * 4) == Pod("shop", "two", "")
+
+
+def test_names_with_hyphens(log: Path) -> None:
+    add(log, "kube-system", "kube-proxy-x-1", "a" * 32, {"kube-proxy-2": OTHER})
+    assert Pods(log).lookup(OTHER, "") == Pod("kube-system", "kube-proxy-x-1", "kube-proxy-2")
+
+
+def test_no_kubernetes_here(tmp_path: Path) -> None:
+    assert Pods(tmp_path).lookup(ID, UID) is None
+    assert Pods(Path("/dev/null")).lookup(ID, UID) is None
+
+
+def test_only_what_kubelet_writes(log: Path) -> None:
+    for name in ("x", f"a_b_c_d-{OTHER}.log", f"-{OTHER}.log", f"a_b_c-{OTHER}.txt", f"a_b_c-{OTHER[:30]}.log"):
+        (log / "containers" / name).touch()
+    assert Pods(log).lookup(OTHER, "") is None
+
+
+def test_pods_that_come_and_go(log: Path) -> None:
+    """Also when they come so soon that the folder's time does not tell."""
+    pods = Pods(log, clock=lambda: 0)
+    assert pods.lookup(OTHER, "") is None
+    add(log, "shop", "new", "b" * 32, {"new": OTHER})
+    os.utime(log / "containers", ns=(1, 1))
+    assert pods.lookup(OTHER, "") == Pod("shop", "new", "new")
+    for path in (log / "containers").iterdir():
+        path.unlink()
+    assert pods.lookup(OTHER, "") == Pod("shop", "new", "new")
+    assert pods.lookup("4" * 64, "") is None  # reads the folder again
+    assert pods.lookup(OTHER, "") is None
+
+
+def test_a_folder_that_did_not_change_is_not_read_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pods = Pods(log, clock=lambda: 1e12)
+    assert pods.lookup(OTHER, "") is None
+    monkeypatch.setattr(os, "scandir", None)
+    for _ in range(3):
+        assert pods.lookup(OTHER, "") is None
+    assert pods.lookup(ID, "") == Pod("shop", "dns-7c9", "dns")
+
+
+def test_more_files_than_a_node_can_have(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pod, "MAX_NAMES", 10)
+    for number in range(100):
+        add(log, "shop", f"pod{number}", f"{number:032d}", {"c": f"{number:064d}"})
+    pods = Pods(log)
+    assert sum(pods.lookup(f"{number:064d}", "") is not None for number in range(100)) <= 10
+
+
+def test_names_that_would_do_harm_on_a_screen(log: Path) -> None:
+    (log / "containers" / os.fsdecode(b"a\x1b[31m_[red]<b>\x9b_\xffc\xe2\x80\xae-" + OTHER.encode() + b".log")).touch()
+    assert Pods(log).lookup(OTHER, "") == Pod(r"[red]<b>\x9b", r"a\x1b[31m", r"\xffc\x202e")
