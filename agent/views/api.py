@@ -20,11 +20,11 @@ import os
 import socket
 import stat
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Snapshot
@@ -92,6 +92,8 @@ def _is_live(path: Path) -> bool:
         except OSError:
             return True
     return True
+
+_Result = TypeVar("_Result")
 
 
 class _Follower:
@@ -168,7 +170,7 @@ class Api:
         try:
             # A client that asks and never reads stops at its full buffer and is dropped with the time.
             with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.CancelledError):
-                while line := await asyncio.wait_for(reader.readline(), IDLE_SECONDS):
+                while line := await _within(reader.readline()):
                     question = _question(line)
                     if question == {"follow": "events"}:
                         await self._follow(reader, writer)
@@ -219,4 +221,10 @@ def _line(answer: dict[str, Any]) -> bytes:
 
 async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
     writer.write(data)
-    await asyncio.wait_for(writer.drain(), IDLE_SECONDS)
+    await _within(writer.drain())
+
+
+async def _within(waited_for: Coroutine[Any, Any, _Result]) -> _Result:
+    """Not wait_for(): before Python 3.12 that one loses a cancellation that comes together with the result."""
+    async with asyncio.timeout(IDLE_SECONDS):
+        return await waited_for

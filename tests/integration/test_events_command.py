@@ -1,0 +1,323 @@
+"""`udpwatch events` and `udpwatch explain` beside a real agent."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+from agents import COMMAND, Agent, run_cli, wait_for
+from conftest import ask
+from jsonschema import Draft202012Validator
+
+from udpwatch.agent.lab import ContainerHost, die_with_parent
+from udpwatch.agent.views.client import Client
+
+SCHEMA = Path(__file__).resolve().parents[2] / "docs/event.schema.json"
+PATIENCE_SECONDS = 60
+
+
+def answer_wrongly(
+    host: ContainerHost, port: int, name: str = "wrong-server", times: int = 1, v6: bool = False
+) -> None:
+    """A process on the node answers the container from the wrong address."""
+    kind = socket.AF_INET6 if v6 else socket.AF_INET
+    with host.node.socket(kind) as server, host.container.socket(kind) as client:
+        server.bind(("::" if v6 else "0.0.0.0", port))
+        question = ask(client, host.ETH0_6 if v6 else host.ETH0, port, server)
+
+        def serve() -> None:
+            for _ in range(times):
+                server.sendto(*question)
+
+        assert host.node.spawn(name, serve).wait() == 0
+
+
+def kept(agent: Agent, port: int, count: int) -> list[dict[str, Any]]:
+    """The port's events, once the agent keeps so many."""
+
+    def events() -> list[dict[str, Any]] | None:
+        with Client(agent.socket, PATIENCE_SECONDS) as client:
+            found = [event for event in client.events(1000) if event["port"] == port]
+        return found if len(found) >= count else None
+
+    found: list[dict[str, Any]] = wait_for(events, f"{count} events")
+    return found
+
+
+class Command:
+    """`udpwatch events`, running."""
+
+    def __init__(self, agent: Agent, *words: str, stdout: int = subprocess.PIPE, **environment: str) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, "events", f"--connect={agent.socket}", *words],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=die_with_parent,
+            env={**os.environ, **environment},
+        )
+
+    @property
+    def out(self) -> IO[str]:
+        assert self.process.stdout
+        return self.process.stdout
+
+    def line(self) -> str:
+        """Its next line."""
+        assert select.select([self.out], [], [], PATIENCE_SECONDS)[0], "no line came"
+        return self.out.readline()
+
+    def end(self, number: int | None = None) -> tuple[int, str]:
+        """Its exit status and its complaints; after a signal, or by itself."""
+        if number is not None:
+            self.process.send_signal(number)
+        _, complaints = self.process.communicate(timeout=PATIENCE_SECONDS)
+        return self.process.returncode, complaints
+
+
+@contextmanager
+def following(agent: Agent, *words: str, **options: Any) -> Iterator[Command]:
+    command = Command(agent, *words, **options)
+    try:
+        yield command
+    finally:
+        command.process.kill()
+        command.process.wait()
+        for stream in (command.process.stdout, command.process.stderr):
+            if stream:
+                stream.close()
+
+
+def test_a_wrong_reply_shows_while_it_happens(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, "first")
+    kept(agent, port, 1)
+    with following(agent, "--since=1h", f"--port={port}") as command:
+        assert " first " in command.line()  # what is kept comes after the following began
+        answer_wrongly(host, port, "second")
+        words = command.line().split()
+        assert words[1:8] == ["second", str(port), host.ETH0, "->", host.DOCKER0, "new", "kernel-chosen"]
+        assert words[8] == host.CONTAINER
+        assert command.end(signal.SIGINT) == (130, "")
+
+
+def test_filters(agent: Agent, host: ContainerHost, port: int) -> None:
+    for name in ("alpha-1", "alpha-2", "beta"):
+        answer_wrongly(host, port, name)
+    kept(agent, port, 3)
+
+    def shown(*words: str) -> list[str]:
+        done = run_cli("events", f"--connect={agent.socket}", "--no-follow", "--json", f"--port={port}", *words)
+        assert (done.returncode, done.stderr) == (0, "")
+        return [json.loads(line)["process"] for line in done.stdout.splitlines()]
+
+    assert shown() == ["alpha-1", "alpha-2", "beta"]
+    assert shown("--process=alpha-2") == ["alpha-2"]
+    assert shown("--process=alpha-*", "--verdict=new") == ["alpha-1", "alpha-2"]
+    assert shown("--verdict=untracked") == []
+    assert shown("--pod=none") == []
+    assert shown("--namespace=none") == []
+    assert shown("--since=1h") == ["alpha-1", "alpha-2", "beta"]
+
+
+def test_since_a_time(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, "earlier")
+    first = kept(agent, port, 1)[0]["time"]
+
+    def later() -> bool:
+        """Until the clock is another one in milliseconds."""
+        answer_wrongly(host, port, "later")
+        return bool(kept(agent, port, 2)[-1]["time"] > first)
+
+    wait_for(later, "a later event")
+    events = kept(agent, port, 2)
+    done = run_cli("events", f"--connect={agent.socket}", f"--since={events[-1]['time']}", "--no-follow", "--json")
+    told = [event for event in map(json.loads, done.stdout.splitlines()) if event["port"] == port]
+    assert [event["process"] for event in told] == ["later"] * len(told)
+    assert events[-1] in told
+
+
+@pytest.mark.parametrize("words", [["--since=yesterday"], ["--port=0"], ["--port=x"], ["--verdict=bad"]])
+def test_wrong_usage(words: list[str]) -> None:
+    done = run_cli("events", *words)
+    assert done.returncode == 2
+    assert words[0].partition("=")[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_real_events_are_valid(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port)
+    answer_wrongly(host, port, v6=True)
+    kept(agent, port, 2)
+    done = run_cli("events", f"--connect={agent.socket}", "--json", "--no-follow")
+    validator = Draft202012Validator(json.loads(SCHEMA.read_text()), format_checker=Draft202012Validator.FORMAT_CHECKER)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {event["family"] for event in events if event["port"] == port} == {4, 6}
+    for event in (*events, *map(json.loads, agent.events_file.read_text().splitlines())):
+        validator.validate(event)
+
+
+def test_a_reader_that_is_slow(folder: Path, host: ContainerHost, port: int) -> None:
+    """Its agent waits for nobody, and it says how much it misses."""
+    sent = 6_000
+    with (
+        Agent(folder, "--events-per-second=100000") as agent,
+        following(agent, "--since=1h", f"--port={port}", "--json") as command,
+        Client(agent.socket, PATIENCE_SECONDS) as other,
+        host.node.socket() as server,
+        host.container.socket() as client,
+    ):
+        server.bind(("0.0.0.0", port))
+        question = ask(client, host.ETH0, port, server)
+
+        def arrived(count: int) -> bool:
+            """Whether the agent has that event, or has lost it: other tests' events may fill the ring buffer."""
+            told = [event["count"] for event in other.events(1_000) if event["port"] == port]
+            return told[-1:] == [count] or agent.wrong(port) >= count
+
+        server.sendto(*question)
+        heard, said = [command.line()], list[str]()  # it follows
+        for count in range(2, sent + 1):
+            server.sendto(*question)
+            if count % 250 == 0:  # no more than the ring buffer holds
+                wait_for(lambda count=count: arrived(count), "the event")
+        # Now it reads on, in threads: neither of its pipes must hold the other up.
+        assert command.process.stderr
+        readers = [
+            threading.Thread(target=lines.extend, args=(stream,), daemon=True)
+            for stream, lines in ((command.out, heard), (command.process.stderr, said))
+        ]
+        for reader in readers:
+            reader.start()
+
+        def caught_up() -> bool:
+            server.sendto(*question)
+            return bool(json.loads(heard[-1])["count"] > sent)
+
+        wait_for(caught_up, "an event that came when it read on")
+        command.process.send_signal(signal.SIGINT)
+        assert command.process.wait(PATIENCE_SECONDS) == 130
+        for reader in readers:
+            reader.join(PATIENCE_SECONDS)
+        counts = [json.loads(line)["count"] for line in heard]
+        assert counts == sorted(set(counts))
+        assert missing(said) > 0
+        others = [line for line in agent.events_file.read_text().splitlines() if json.loads(line)["port"] != port]
+        if not others and not agent.metric("udpwatch_events_lost_total"):
+            assert counts[-1] - len(counts) == missing(said)
+
+
+def missing(said: list[str]) -> int:
+    """How many events `udpwatch events` complains of."""
+    found = [
+        re.fullmatch(r"udpwatch: (\d+) events are missing here: this reader was too slow\n", line) for line in said
+    ]
+    assert all(found), said
+    return sum(int(each[1]) for each in found if each)
+
+
+def test_agent_that_ends(folder: Path, host: ContainerHost, port: int) -> None:
+    with Agent(folder) as agent:
+        answer_wrongly(host, port)
+        with following(agent, "--since=1h") as command:
+            command.line()
+            agent.stop()
+            status, complaints = command.end()
+    assert status == 1
+    assert complaints == f"udpwatch: {agent.socket}: the agent has ended the connection; its own log says why\n"
+
+
+def test_no_agent(folder: Path) -> None:
+    for command in ("events", "explain"):
+        done = run_cli(command, f"--connect={folder}/none")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "no agent answers on" in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_no_permission(agent: Agent) -> None:
+    done = run_cli(
+        "events", f"--connect={agent.socket}", wrapper=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    )
+    if "No module" in done.stderr or "Permission denied" in done.stderr:
+        pytest.skip("another user may not read this checkout")
+    assert done.returncode == 1
+    assert "may not be opened by this user" in done.stderr
+
+
+def test_our_own_reader_goes_away(agent: Agent, host: ContainerHost, port: int) -> None:
+    """As `udpwatch events | head -1`."""
+    answer_wrongly(host, port)
+    kept(agent, port, 1)
+    with following(agent, "--since=1h", f"--port={port}") as command:
+        command.line()
+        command.out.close()
+        answer_wrongly(host, port)
+        assert command.process.wait(PATIENCE_SECONDS) == 0
+        assert command.process.stderr
+        assert command.process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("no_colour", ["", "1"])
+def test_on_a_terminal(agent: Agent, host: ContainerHost, port: int, no_colour: str) -> None:
+    answer_wrongly(host, port)
+    kept(agent, port, 1)
+    ours, theirs = pty.openpty()
+    try:
+        command = Command(agent, f"--port={port}", "--no-follow", stdout=theirs, NO_COLOR=no_colour)
+        assert command.end() == (0, "")
+        shown = os.read(ours, 10_000).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    head, line = shown.splitlines()
+    assert "ASKED" in head
+    assert ("\x1b[" in line) == (no_colour == "")
+    assert "wrong-server" in line
+
+
+def test_names_do_no_harm(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, "\x1b[2J\u202e[red]")
+    kept(agent, port, 1)
+    for words in (["events", "--no-follow", f"--port={port}"], ["explain", str(port)]):
+        done = run_cli(*words, f"--connect={agent.socket}", env={"PYTHONIOENCODING": "ascii"})
+        assert done.returncode == 0
+        assert "[red]" in done.stdout
+        assert all(line.replace("\t", "").isprintable() for line in done.stdout.splitlines())
+
+
+def test_explain_names_the_addresses_and_the_cure(agent: Agent, host: ContainerHost, port: int) -> None:
+    answer_wrongly(host, port, "openvpn", times=3)
+    assert agent.counted(port, 3) == 3
+    done = run_cli("explain", str(port), f"--connect={agent.socket}")
+    assert (done.returncode, done.stderr) == (0, "")
+    text = " ".join(done.stdout.split())
+    assert f"was asked at {host.ETH0}, port {port}/udp, and answered from {host.DOCKER0}, 3 times so far." in text
+    assert f"routing chose {host.DOCKER0}" in text
+    assert "Conntrack booked it as a new flow" in text
+    assert " multihome https://github.com/OpenVPN/openvpn/issues/476" in text
+    told = json.loads(run_cli("explain", "openvpn", "--json", f"--connect={agent.socket}").stdout)
+    (finding,) = (each for each in told["findings"] if each["port"] == port)
+    assert (finding["expected"], finding["actual"], finding["count"]) == (host.ETH0, host.DOCKER0, 3)
+    assert finding["remedy"]["config"] == "multihome"
+
+
+def test_explain_what_was_not_found(agent: Agent, folder: Path) -> None:
+    done = run_cli("explain", "no-such", f"--connect={agent.socket}")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "no wrong reply of 'no-such' was seen so far" in done.stderr
+    for path in (agent.socket, folder / "none"):  # a known server's cure needs no agent
+        done = run_cli("explain", "Unbound", f"--connect={path}")
+        assert done.returncode == 0
+        assert "interface-automatic: yes" in done.stdout

@@ -1,0 +1,220 @@
+"""`udpwatch events`: lines that stay aligned, what is wanted, the kept events and the followed ones."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import UTC
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_golden import GOLDEN, compare
+
+from udpwatch.agent.errors import UdpwatchError, UsageError
+from udpwatch.agent.views.follow import NoAgent, Wanted, events, moment
+from udpwatch.agent.views.lines import Lines, server_of
+
+EVENTS: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
+EVENT = EVENTS[0]
+
+
+def test_golden_lines() -> None:
+    told = [
+        *EVENTS,
+        EVENT | {"process": "openvpn", "pod": None, "namespace": None, "container": None, "port": 1194},
+        EVENT | {"process": "unbound", "pod": None, "container": "dns", "port": 53},
+        EVENT | {"expected": "2001:db8:1:2:3:4:5:6", "actual": "2001:db8:1:2:3:4:5:7", "peer": "2001:db8::9"},
+        EVENT | {"cause": "explicit", "verdict": "untracked", "port": 53},
+    ]
+    lines = Lines(False, UTC)
+    shown = [lines.line(event) for event in told]
+    again = [lines.line(event) for event in told]
+    compare("event-lines.txt", "\n".join([*shown, "", lines.head(), *again]) + "\n")
+
+
+def test_a_small_network_fits_80_columns() -> None:
+    lines = Lines(False, UTC)
+    event = EVENT | {"process": "openvpn", "pod": None, "container": None, "port": 1194}
+    assert len(lines.line(event)) <= 80
+
+
+def test_columns_stay_aligned() -> None:
+    lines = Lines(False, UTC)
+    for event in EVENTS:
+        lines.line(event)
+    starts = {lines.line(event).index("->") for event in EVENTS} | {lines.head().index("->")}
+    assert len(starts) == 1
+
+
+def test_colour_moves_nothing() -> None:
+    plain, painted = Lines(False, UTC), Lines(True, UTC)
+    for event in EVENTS:
+        bare = plain.line(event)
+        coloured = painted.line(event)
+        assert "\x1b" not in bare
+        for style in ("1", "2", "31", "33", "0"):
+            coloured = coloured.replace(f"\x1b[{style}m", "")
+        assert coloured.rstrip() == bare
+
+
+def test_server() -> None:
+    assert server_of(EVENT) == "plain-server@shop/dns-7c9"
+    assert server_of(EVENTS[2]) == "by vnet3"
+    assert server_of(EVENT | {"pod": None, "namespace": None}) == "plain-server@dns"
+    assert server_of(EVENT | {"namespace": None}) == "plain-server@dns-7c9"
+    assert server_of({"process": "openvpn"}) == "openvpn"
+    assert server_of({"pod": "x"}) == "-@x"
+    assert server_of({}) == "-"
+
+
+def test_names_do_no_harm() -> None:
+    nasty = "\x1b[2J\r\n\u202e[red]x"
+    line = Lines(False, UTC).line(dict.fromkeys(EVENT, nasty))
+    assert line.isprintable()
+    assert "[red]x" in line
+
+
+def test_an_event_that_lacks_everything() -> None:
+    assert Lines(False, UTC).line({}).count("-") == 8 + 1  # of "->"
+
+
+def test_wanted() -> None:
+    assert Wanted().has(EVENT)
+    assert Wanted(pod="dns-7c9", namespace="shop", port=56789, process="plain-server", verdict="new").has(EVENT)
+    assert Wanted(pod="dns-*").has(EVENT)
+    assert not Wanted(pod="dns").has(EVENT)
+    assert not Wanted(pod="*").has(EVENTS[1])  # it is in none
+    for other in (Wanted(pod="x"), Wanted(namespace="x"), Wanted(port=1), Wanted(process="x"), Wanted(verdict="x")):
+        assert not other.has(EVENT)
+    assert Wanted(process="a[1]").has({"process": "a[1]"})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0", 1e9),
+        ("90", 1e9 - 90),
+        ("90s", 1e9 - 90),
+        ("1.5m", 1e9 - 90),
+        ("2h", 1e9 - 7200),
+        ("1d", 1e9 - 86400),
+        ("2001-09-09T01:46:40Z", 1e9),
+        ("2001-09-09T03:46:40.5+02:00", 1e9 + 0.5),
+    ],
+)
+def test_since(text: str, expected: float) -> None:
+    assert moment(text, 1e9) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "-5", "5 m", "m", "1e3", "nan", "٣", "2001-09-09T01:46:40", "99-99", "1" * 99]
+)
+def test_since_that_is_no_time(text: str) -> None:
+    with pytest.raises(UsageError, match="--since"):
+        moment(text, 1e9)
+
+
+class Talk:
+    """Stands for client.Client."""
+
+    def __init__(self, kept: list[dict[str, Any]], words: list[dict[str, Any]]) -> None:
+        self._kept, self._words = kept, words
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        return self._kept[-limit:]
+
+    def follow(self) -> Iterator[dict[str, Any]]:
+        return iter(self._words)
+
+
+def numbered(count: int, seconds: int = 0) -> dict[str, Any]:
+    return EVENT | {"count": count, "time": f"2027-01-15T08:00:{seconds:02}.000Z"}
+
+
+def told(kept: list[dict[str, Any]], words: list[Any], since: float | None, follow: bool = True) -> list[Any]:
+    """What comes out: counts of events, "lost", and at the end what it stopped with."""
+    out: list[Any] = []
+    talk = Talk(kept, words)
+    try:
+        for word in events(Path("/x"), Wanted(process="plain-server"), since, follow, lambda _: talk):  # type: ignore[arg-type,return-value]
+            out.append(word["event"]["count"] if "event" in word else "lost")
+    except UdpwatchError:
+        out.append("gone")
+    return out
+
+
+def test_what_is_kept_comes_first_and_nothing_twice() -> None:
+    kept = [numbered(at) for at in (1, 2, 3)]
+    words = [{"event": numbered(2)}, {"event": numbered(3)}, {"v": 1, "lost": 7}, {"event": numbered(4)}]
+    assert told(kept, words, since=0.0) == [1, 2, 3, "lost", 4, "gone"]
+
+
+def test_same_event_later_is_another_one() -> None:
+    """Once something new has come, what is told again is told."""
+    assert told([numbered(1)], [{"event": numbered(2)}, {"event": numbered(1)}], since=0.0) == [1, 2, 1, "gone"]
+    assert told([numbered(1), numbered(1)], [{"event": numbered(1)}] * 3, since=0.0) == [1, 1, 1, "gone"]
+
+
+def test_since_leaves_the_older_ones_out() -> None:
+    kept = [numbered(1, 10), numbered(2, 20), numbered(3, 30)]
+    since = moment("2027-01-15T08:00:20Z", 0)
+    assert told(kept, [{"event": numbered(2, 20)}, {"event": numbered(4, 40)}], since) == [2, 3, 4, "gone"]
+
+
+def test_not_followed() -> None:
+    kept = [numbered(1), numbered(2), EVENTS[1]]
+    assert told(kept, [], None, follow=False) == [1, 2]
+    assert told(kept, [], 4e9, follow=False) == []
+
+
+def test_only_followed() -> None:
+    assert told([numbered(1)], [{"event": EVENTS[1]}, {"event": numbered(2)}], None) == [2, "gone"]
+
+
+def test_an_agent_that_ends_in_the_middle_of_a_line() -> None:
+    def words() -> Iterator[dict[str, Any]]:
+        yield {"event": numbered(1)}
+        json.loads('{"event": {"ti')
+
+    talk = Talk([], [])
+    talk.follow = words  # type: ignore[method-assign]
+    heard = events(Path("/x"), Wanted(), None, True, lambda _: talk)  # type: ignore[arg-type,return-value]
+    assert next(heard)["event"]["count"] == 1
+    with pytest.raises(UdpwatchError, match="has ended the connection"):
+        next(heard)
+
+
+def test_a_socket_where_something_else_speaks(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+
+        def speak() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"220 mail.example.org ESMTP\r\n")
+
+        speaker = threading.Thread(target=speak, daemon=True)
+        speaker.start()
+        with pytest.raises(UdpwatchError, match=r"--connect|has ended the connection"):
+            list(events(tmp_path / "s", Wanted(), None, False))
+        speaker.join(10)
+
+
+def test_where_there_is_no_agent(tmp_path: Path) -> None:
+    with pytest.raises(NoAgent, match=r"no agent answers on .*; name|udpwatch run"):
+        next(events(tmp_path / "none", Wanted(), None, True))
+    (tmp_path / "file").touch()
+    with pytest.raises(NoAgent):
+        next(events(tmp_path / "file", Wanted(), None, True))
+    with pytest.raises(UdpwatchError, match="--connect"):
+        next(events(tmp_path / ("x" * 200), Wanted(), None, True))

@@ -1,0 +1,82 @@
+"""docs/event.schema.json: every event that the agent writes is valid, and what is broken is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+from test_docs import DOCS
+from test_golden import EVENTS, GOLDEN
+
+from udpwatch.agent.model import Cause, Sender, Verdict
+from udpwatch.agent.views.events import as_json
+
+SCHEMA = json.loads((DOCS / "event.schema.json").read_text())
+VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)
+LINES: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize("event", LINES, ids=lambda event: event["cause"])
+def test_golden_events_are_valid(event: dict[str, Any]) -> None:
+    VALIDATOR.validate(event)
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.finding.cause)
+@pytest.mark.parametrize(
+    "sender", [Sender(""), Sender("a", 1, "/b", "c", "/d", "docker", "e", "f", "g", "h")], ids=["nobody", "all"]
+)
+def test_whatever_is_known_of_the_sender(event: Any, sender: Sender) -> None:
+    if event.finding.cause == Cause.FORWARDED and sender.process:
+        return  # another machine's has none here
+    VALIDATOR.validate(as_json(event, sender, "node-1", 1_800_000_000.123))
+
+
+def test_every_verdict_and_cause_is_known() -> None:
+    assert SCHEMA["properties"]["verdict"]["enum"] == [str(verdict) for verdict in Verdict]
+    assert SCHEMA["properties"]["cause"]["enum"] == [str(cause) for cause in Cause]
+    for cause in set(Cause) - {Cause.FORWARDED}:
+        event = replace(EVENTS[0], finding=replace(EVENTS[0].finding, cause=cause))
+        VALIDATOR.validate(as_json(event, Sender("x", 1), "node-1", 0.0))
+
+
+def test_keys_stand_in_the_order_of_the_events() -> None:
+    assert list(SCHEMA["properties"]) == list(LINES[0]) == SCHEMA["required"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"extra": 1},
+        {"expected": "localhost"},
+        {"actual": "300.1.1.1"},
+        {"port": 65536},
+        {"port": "53"},
+        {"port": True},
+        {"time": "2027-01-15 08:00:00"},
+        {"verdict": "right"},
+        {"cause": "forwarded"},
+        {"interface": "eth0"},
+        {"pid": 0},
+        {"process": ""},
+        {"count": 0},
+        {"healed": None},
+        {"conntrack": None},
+        {"conntrack": {"original": None, "reply": None}},
+        {"conntrack": {"original": {"source": "10.0.0.1"}, "reply": None, "request": None}},
+    ],
+    ids=str,
+)
+def test_what_is_broken_is_not_valid(change: dict[str, Any]) -> None:
+    assert not VALIDATOR.is_valid(LINES[0] | change)
+
+
+@pytest.mark.parametrize("key", LINES[0])
+def test_no_key_may_be_missing(key: str) -> None:
+    assert not VALIDATOR.is_valid({name: value for name, value in LINES[0].items() if name != key})

@@ -1,0 +1,211 @@
+"""`udpwatch explain`: three sentences with the addresses of the case, and the cure that fits."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from test_golden import ROW, compare
+
+from udpwatch.agent.enrich.remedy import FILE, Code, codes, find, named, remedies
+from udpwatch.agent.model import Cause, Row, Sender, Verdict
+from udpwatch.agent.views.explain import advice, as_object, matching, of_remedy, short, why
+from udpwatch.agent.views.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text
+
+ESCAPE = "\x1b"
+ROW_6 = replace(ROW, sender=Sender("dns", 7), port=53, expected="fd00:13::13", actual="fd00:17::1", family=6)
+
+
+def of(process: str, executable: str = "") -> Row:
+    return replace(ROW, sender=Sender(process, 7, executable))
+
+
+def test_golden_explain() -> None:
+    rows = (
+        ROW,
+        replace(of("snmpd"), port=161, expected="fd00::2", actual="fd00::9", family=6, verdict="untracked", count=7),
+        replace(of("iperf3"), port=5201, cause="connected", verdict="unknown", count=3),
+        replace(of("relay"), port=7777, cause="connected", count=2),
+        replace(of("relay"), port=7778, cause="explicit", count=2),
+        replace(of("relay"), port=7779, cause="unknown", count=1),
+        replace(ROW, sender=Sender(""), cause="forwarded", interface="vnet3", count=1),
+        replace(ROW, sender=Sender("game", 8, pod="game-0", namespace="play"), actual=ROW.expected, count=1),
+        replace(ROW, sender=Sender("openvpn", 9, container="vpn"), expected="172.16.13.14", count=1),
+    )
+    compare("explain.txt", rows_text(rows, False) + "\n")
+
+
+@pytest.mark.parametrize("cause", Cause)
+@pytest.mark.parametrize("verdict", Verdict)
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("mended_by_nat", [False, True])
+def test_three_sentences_with_the_addresses(cause: Cause, verdict: Verdict, family: int, mended_by_nat: bool) -> None:
+    row = replace(ROW if family == 4 else ROW_6, cause=str(cause), verdict=str(verdict))
+    if mended_by_nat:
+        row = replace(row, actual=row.expected)
+    sentences = why(row)
+    assert len(sentences) == 3
+    for sentence in sentences:
+        assert re.fullmatch(r"\S.*\.\)?", sentence)
+        assert not re.search(r"\. [A-Z]", sentence)
+    assert row.expected in sentences[0]
+    assert row.actual in sentences[0]
+    assert f"port {row.port}/udp" in sentences[0]
+    assert advice(row).do
+
+
+def test_a_sender_that_is_not_known() -> None:
+    for nobody in (Sender(""), Sender("unknown")):
+        assert why(replace(ROW, sender=nobody))[0].startswith("A process that is not known was asked at 172.16.13.13,")
+    assert why(replace(ROW, cause="forwarded"))[0].startswith("Another machine was asked at")
+
+
+def test_the_cure_of_a_known_server() -> None:
+    todo = advice(of("openvpn"))
+    assert (todo.server, todo.config) == ("OpenVPN", "multihome")
+    assert todo.source == "https://github.com/OpenVPN/openvpn/issues/476"
+    assert advice(of("unbound")).config == "interface-automatic: yes"
+    assert advice(of("iperf3")).config == "iperf3 -s -B 172.16.13.13"
+
+
+def test_the_line_has_the_addresses_of_the_case() -> None:
+    snmpd = replace(of("snmpd"), port=161)
+    assert advice(snmpd).config == "agentAddress udp:172.16.13.13:161"
+    assert advice(replace(snmpd, expected="fd00::2", family=6)).config == "agentAddress udp6:[fd00::2]:161"
+    haproxy = replace(of("haproxy"), expected="fd00::2", family=6, port=443)
+    assert advice(haproxy).config == "bind quic6@[fd00::2]:443 ssl crt CERTIFICATE alpn h3"
+
+
+def test_no_placeholder_is_left() -> None:
+    for remedy in remedies():
+        for row in (ROW, ROW_6, None):
+            assert not re.search(r"\{\w*\}", of_remedy(remedy, row).config), remedy.name
+
+
+def test_names_are_found_as_the_kernel_cuts_them() -> None:
+    assert find(Sender("dnscrypt-proxy")) is named("dnscrypt-proxy")
+    assert find(Sender("srt-live-transm")) is named("srt (LIBSRT)")
+    assert find(Sender("node-MainThread")) is named("node")
+    python = named("Python")
+    assert python
+    assert find(Sender("python3.11")) is python
+    assert find(Sender("my-service", 1, "/usr/bin/python3.11")) is python
+    assert find(Sender("worker", 1, "/usr/bin/node (deleted)")) is named("node")
+    assert find(Sender("certbot", 1, "/usr/bin/python3.11")) is named("certbot-dns-standalone")
+    for unknown in ("", "open", "openvpn2", "node_exporter", "nodes", "unknown"):
+        assert find(Sender(unknown)) is None
+    assert named("no such server") is None
+
+
+def test_a_setting_is_no_cure_for_what_the_server_chose_itself() -> None:
+    for cause in (Cause.EXPLICIT, Cause.FORWARDED):
+        todo = advice(replace(of("openvpn"), cause=str(cause)))
+        assert (todo.server, todo.config) == ("", "")
+
+
+def test_unknown_servers_get_code_in_every_language() -> None:
+    assert advice(of("my-server")).languages == ("C", "Go", "Python", "Rust", "Node.js")
+    assert advice(of("python3")).languages == ("Python",)
+    text = rows_text([of("one"), of("other")], False)
+    for code in codes():
+        assert text.count(f"In {code.language}:") == 1
+        assert all(line in text for line in code.text.splitlines())
+
+
+def test_the_file_is_sound() -> None:
+    names = [name for remedy in remedies() for name in remedy.processes]
+    assert len(set(names)) == len(names)
+    text = FILE.read_text()
+    for remedy in remedies():
+        assert remedy.do.endswith(".")
+        assert remedy.code in ("", *(code.language for code in codes()))
+    for each in (*remedies(), *codes()):
+        link = urlsplit(each.source)
+        assert link.scheme == "https"
+        if link.netloc == "github.com":
+            assert re.fullmatch(r"/[\w.-]+/[\w.-]+/(issues|pull)/\d+", link.path), each.source
+    assert all(line.isprintable() for line in text.replace("\t", "").splitlines())
+
+
+def test_matching() -> None:
+    rows = [replace(of("a"), count=1), replace(of("openvpn"), count=5), replace(of("c"), port=53, count=9)]
+    assert [row.count for row in matching(rows, None)] == [9, 5, 1]
+    assert [row.count for row in matching(rows, "53")] == [9]
+    assert [row.count for row in matching(rows, "openvpn")] == [5]
+    assert [row.count for row in matching(rows, "open*")] == [5]
+    assert matching(rows, "OpenVPN") == []
+    assert matching([replace(ROW, sender=Sender("x", pod="vpn-0"))], "vpn-*")
+    assert matching([replace(ROW, sender=Sender("x[1]"))], "x[1]")
+    assert matching([replace(ROW, sender=Sender(""))], "") == []
+
+
+def test_a_cure_is_told_once_and_rows_are_bounded() -> None:
+    rows = [replace(ROW, sender=Sender("openvpn", 100 + at), port=1000 + at) for at in range(MAX_ROWS + 5)]
+    text = rows_text(rows, False)
+    assert text.count("multihome") == 1
+    assert text.count("was asked at") == MAX_ROWS
+    assert "5 more" in text
+    assert len(rows_object(rows)["findings"]) == MAX_ROWS + 5
+
+
+def test_short_is_for_a_pane() -> None:
+    assert short(ROW).splitlines()[1:] == ["multihome", "https://github.com/OpenVPN/openvpn/issues/476"]
+    assert short(ROW).startswith("OpenVPN: ")
+    for row in (of("my-server"), replace(ROW, cause="forwarded"), replace(ROW, cause="explicit"), of("quilkin")):
+        assert 1 <= len(short(row).splitlines()) <= 3
+
+
+def test_json_twin() -> None:
+    told = as_object(ROW)
+    assert told["why"] == list(why(ROW))
+    assert told["remedy"]["config"] == "multihome"
+    assert told["pod"] is None
+    everything = rows_object([of("my-server")])
+    assert set(everything["code"]) == {"C", "Go", "Python", "Rust", "Node.js"}
+
+
+def test_colour_and_width() -> None:
+    rows = [ROW, of("my-server"), replace(of("x"), cause="connected")]
+    assert ESCAPE not in rows_text(rows, False)
+    assert ESCAPE in rows_text(rows, True)
+    assert max(map(len, rows_text([ROW], False).splitlines())) <= 80
+    known = named("unbound")
+    assert known
+    assert "interface-automatic: yes" in remedy_text(known, False)
+
+
+def test_names_do_no_harm() -> None:
+    nasty = "a\x1b[2Jb\u202ec\n[red]"
+    sender = Sender(nasty, 1, pod=nasty, namespace=nasty)
+    rows = [
+        replace(ROW, sender=sender),
+        replace(ROW, sender=Sender(nasty, container=nasty)),
+        replace(ROW, cause="forwarded", interface=nasty),
+    ]
+    text = rows_text(rows, False)
+    assert all(line.isprintable() for line in text.replace("\t", "").splitlines())
+    assert "\n[red]" not in text
+
+
+@pytest.mark.parametrize("code", codes(), ids=lambda code: code.language)
+def test_code_is_sound(code: Code, tmp_path: Path) -> None:
+    """As far as a machine without network can tell; tests/integration/test_cures.py asks the programs."""
+    suffix, command = {
+        "C": (".c", ["gcc", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]),
+        "Go": (".go", ["gofmt", "-l"]),  # it needs golang.org/x/net to be built
+        "Python": (".py", [sys.executable, "-m", "py_compile"]),
+        "Rust": (".rs", ["rustfmt", "--check", "--edition", "2021"]),  # it needs the crate nix to be built
+        "Node.js": (".js", ["node", "--check"]),
+    }[code.language]
+    if not shutil.which(command[0]):
+        pytest.skip(f"{command[0]} is not installed")
+    path = tmp_path / f"answer{suffix}"
+    path.write_text(code.text)
+    done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
