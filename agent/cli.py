@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import json
 import logging
 import os
+import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from udpwatch.agent import __version__
+from udpwatch.agent import __version__, asking
 from udpwatch.agent.config import SETTINGS, resolve
 from udpwatch.agent.errors import UdpwatchError
+
+if TYPE_CHECKING:
+    from udpwatch.agent.views.top import sources
+    from udpwatch.agent.views.top.rows import Key
 
 _EXITS = "exit status: 0 fine, 1 it failed, 2 wrong usage, 77 this machine cannot run it"
 
@@ -51,6 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
         doctor.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
 
+    _add_top(commands)
+
+    asking.add_commands(commands, _EXITS)
+
     commands.add_parser(
         "dns",
         help="the DNS responder alone, with dnsmasq's options",
@@ -65,6 +79,33 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXITS,
     )
     return parser
+
+
+def _add_top(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    top = commands.add_parser(
+        "top",
+        help="live view of the servers that answer wrongly",
+        description="Attach to the agent that runs here; where none does, start one for as long as this runs (root). "
+        "Without a terminal: a line for each row that changed, every interval.",
+        epilog=_EXITS,
+    )
+    where = top.add_mutually_exclusive_group()
+    where.add_argument("--connect", metavar="SOCKET", help="the agent's socket [/run/udpwatch/udpwatch.sock]")
+    where.add_argument("--prometheus", metavar="URL", help="all nodes that this Prometheus knows, instead")
+    where.add_argument("--replay", metavar="FILE", help="play what `udpwatch run --events FILE` wrote, instead")
+    top.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="between two looks [1]")
+    top.add_argument("--once", action="store_true", help="one table, with rates over one interval")
+    top.add_argument("--json", action="store_true", help="JSON: one object an interval, or one with --once")
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it takes a number from 0.1 to 3600")
+    return seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,9 +199,71 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         report = doctor.examine(settings)
         print(doctor.as_json(report) if parsed.json else doctor.as_text(report, sys.stdout.isatty()))
         return 0 if report.works else 77
+    if parsed.command == "top":
+        return _top(parsed)
+    if parsed.command in asking.COMMANDS:
+        return _answer(parsed)
     from udpwatch.agent import demo  # noqa: PLC0415
 
     return demo.run(sys.stdout)
+
+
+def _answer(parsed: argparse.Namespace) -> int:
+    """`events` and `explain`."""
+    terminal = sys.stdout.isatty()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name is any text, and not every terminal speaks UTF-8
+    for said in asking.answer(parsed, terminal, terminal and not os.environ.get("NO_COLOR")):
+        print(said.text, file=sys.stderr if said.aside else sys.stdout, flush=True)
+    return 0
+
+
+def _top(parsed: argparse.Namespace) -> int:
+    def end(*_: object) -> NoReturn:
+        sys.exit(0)
+
+    # Whatever ends it, it cleans up.
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with contextlib.closing(_source(parsed)) as source:
+            return _show(source, parsed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _source(parsed: argparse.Namespace) -> sources.Source:
+    from udpwatch.agent import lab  # noqa: PLC0415
+    from udpwatch.agent.views.top import sources  # noqa: PLC0415
+
+    if parsed.prometheus:
+        from udpwatch.agent.views.top.prometheus import PrometheusSource  # noqa: PLC0415
+
+        return PrometheusSource(parsed.prometheus)
+    if parsed.replay:
+        return sources.open_replay(parsed.replay, lab.die_with_parent)
+    return sources.open_agent(parsed.connect, lab.die_with_parent)
+
+
+def _show(source: sources.Source, parsed: argparse.Namespace) -> int:
+    """A table or an object, once; lines or objects, without end; the screen."""
+    from udpwatch.agent.views import explain  # noqa: PLC0415
+    from udpwatch.agent.views.top import text  # noqa: PLC0415
+
+    if parsed.once:
+        look = text.once(source, parsed.interval)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(json.dumps(text.as_json(look)) if parsed.json else text.table(look, width, source.name))
+        return 0
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if terminal and not parsed.json:
+        return text.interactive(source, parsed.interval, explain.short)
+    seen: dict[Key, int] = {}
+    for look in text.looks(source, parsed.interval, lambda line: print(f"udpwatch: {line}", file=sys.stderr)):
+        for line in [json.dumps(text.as_json(look))] if parsed.json else text.changes(look, seen):
+            print(line)
+        sys.stdout.flush()
+    return 0
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def _is_live(path: Path) -> bool:
             return True
     return True
 
+
 _Result = TypeVar("_Result")
 
 

@@ -6,6 +6,7 @@ import json
 import socket
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -83,9 +84,16 @@ class Client:
 
 def shaped(kind: type[_Shape], told: Any) -> _Shape:
     """A frozen dataclass of the model from what asdict() and JSON made of it; unknown keys are passed over."""
+    of: Any = kind  # to mypy a type variable's type is not hashable
+    hints = _hints(of)
+    return kind(**{name: _value(hints[name], value) for name, value in told.items() if name in hints})
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; to find them out takes longer than to fill them in."""
     hints = get_type_hints(kind)
-    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-    return kind(**{name: _value(hints[name], value) for name, value in told.items() if name in known})
+    return {field.name: hints[field.name] for field in fields(kind)}
 
 
 def _value(hint: Any, told: Any) -> Any:

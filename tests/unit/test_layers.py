@@ -20,7 +20,7 @@ ALLOWED = {
     "servers": set(),
     "lab": {"errors", "kernel"},
 }
-WIRING = {"app", "cli", "demo", "doctor", "responder", "watching", "__init__"}
+WIRING = {"app", "asking", "cli", "demo", "doctor", "responder", "watching", "__init__"}
 DNS = AGENT.parent / "dns"
 
 

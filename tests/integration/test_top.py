@@ -1,0 +1,426 @@
+"""`udpwatch top` in a real terminal (tmux), against real agents, and against a real Prometheus that scrapes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from agents import COMMAND, Agent, run_cli, wait_for
+from conftest import ask
+
+from udpwatch.agent.lab import ContainerHost, die_with_parent
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
+MANY = 5_000
+
+
+class Terminal:
+    """A real terminal of 80x24 that runs one command; its screen as characters."""
+
+    def __init__(self, folder: Path, *command: str, **environment: str) -> None:
+        if not shutil.which("tmux"):
+            pytest.skip("needs tmux: apt-get install tmux")
+        self._server = str(folder / "tmux.sock")
+        self._log = folder / "stderr"
+        words = [f"{name}={value}" for name, value in environment.items()]
+        # A shell as a user's: what it finds of its terminal afterwards is what a user would.
+        script = (
+            'before=$(stty -g); "$@"; status=$?; [ "$(stty -g)" = "$before" ] && echo "restored, status $status"; cat'
+        )
+        run = ["sh", "-c", script, "sh", "env", *words, *command]
+        self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", *run)
+
+    def _tmux(self, *words: str) -> str:
+        command = ["tmux", "-S", self._server, *words]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C.UTF-8"}
+        )
+        return done.stdout
+
+    def press(self, *keys: str) -> None:
+        """Keys by tmux's names."""
+        self._tmux("send-keys", *keys)
+
+    def resize(self, width: int, height: int) -> None:
+        """Another size of the window."""
+        self._tmux("resize-window", "-x", str(width), "-y", str(height))
+
+    @property
+    def lines(self) -> list[str]:
+        """The screen."""
+        return self._tmux("capture-pane", "-p", "-N").split("\n")[:-1]
+
+    @property
+    def text(self) -> str:
+        """The screen, as one text."""
+        return "\n".join(self.lines)
+
+    def ask(self, what: str) -> str:
+        """One of tmux's variables of the pane."""
+        return self._tmux("display-message", "-p", f"#{{{what}}}").strip()
+
+    @property
+    def pid(self) -> int:
+        """The command's."""
+        shell = self.ask("pane_pid")
+        children = Path(f"/proc/{shell}/task/{shell}/children")
+        return int(wait_for(lambda: children.read_text().split(), "the command to start")[0])
+
+    def shows(self, *words: str) -> str:
+        """The screen, once all the words are on it."""
+
+        def there() -> str:
+            text = self.text
+            return text if all(word in text for word in words) else ""
+
+        try:
+            shown: str = wait_for(there, f"{words} on the screen", 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it shows:\n{self.text}") from None
+        return shown
+
+    def hides(self, word: str) -> None:
+        """Wait until a word is gone."""
+        wait_for(lambda: word not in self.text, f"{word!r} to leave the screen", 60)
+
+    def ended(self) -> int:
+        """Wait for the command's end; its exit status. The terminal is as it was before."""
+        status = re.search(r"restored, status (\d+)", self.shows("restored, status "))
+        assert status
+        modes = {name: self.ask(name) for name in ("alternate_on", "cursor_flag", "mouse_any_flag", "keypad_flag")}
+        assert modes == {"alternate_on": "0", "cursor_flag": "1", "mouse_any_flag": "0", "keypad_flag": "0"}
+        return int(status.group(1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(subprocess.CalledProcessError):
+            self._tmux("kill-server")
+
+
+def top(*words: str) -> list[str]:
+    return [*COMMAND, "top", *words]
+
+
+@pytest.fixture
+def port() -> int:
+    """A port that no other run of the tests on this machine uses: an agent sees them all."""
+    return 40_000 + (os.getpid() * 7 + next(_ports)) % 20_000
+
+
+_ports = count()
+
+
+def only(terminal: Terminal, port: int) -> None:
+    """Show the rows of this port alone, since the whole machine is watched."""
+    terminal.shows("q quit", "s ago")
+    search(terminal, str(port))
+    terminal.shows("No row has these words")
+
+
+def search(terminal: Terminal, words: str) -> None:
+    """Filter by these words."""
+    terminal.press("/")
+    terminal.shows("words that a row must have")
+    terminal.press(*words)
+    terminal.shows(f" {words} ")
+    terminal.press("Enter")
+
+
+@contextlib.contextmanager
+def wrong_server(host: ContainerHost, port: int) -> Iterator[Callable[[int], None]]:
+    """A server that answers wrongly; called with a number, so many times."""
+    with host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+
+        def answer(times: int) -> None:
+            for _ in range(times):
+                server.sendto(*ask(client, host.ETH0, port, server))
+
+        yield answer
+
+
+def row_of(text: str, port: int) -> list[str]:
+    """The words of the row of a port."""
+    return next((line.split() for line in text.splitlines() if re.search(rf" {port} 1", line)), [])
+
+
+def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
+    with wrong_server(host, port) as answer, Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
+        only(terminal, port)
+        answer(23)
+        row = row_of(terminal.shows(f" {port} {host.ETH0}"), port)
+        assert row[2:6] == [str(port), host.ETH0, host.DOCKER0, "new"]
+        wait_for(lambda: row_of(terminal.text, port)[-2] == "23", "the total")
+        assert len(terminal.lines) == 24
+
+        terminal.press("Enter")
+        terminal.shows("remedy")
+        terminal.resize(200, 50)
+        terminal.shows("kernel-chosen", "pod or container", f"conntrack {host.DOCKER0}:{port} > {host.CONTAINER}")
+        text = terminal.text
+        assert len(text.splitlines()) == 50
+        assert max(map(len, text.splitlines())) == 200
+        terminal.press("Enter")
+        terminal.hides("remedy")
+        terminal.resize(80, 24)
+        terminal.shows("total last")
+
+        terminal.press("c")
+        terminal.shows("counted since", "No row has these words")
+        answer(2)
+        wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "2", "what came since the clear")
+        terminal.press("/")
+        terminal.press(*"nothing")
+        terminal.shows("No row has these words")
+        terminal.press(*["BSpace"] * 7, "Enter")
+        terminal.press("p")
+        terminal.shows("paused at")
+        answer(1)
+        agent.counted(port, 26)
+        assert row_of(terminal.text, port)[-2] == "2"
+        terminal.press("p")
+        wait_for(lambda: row_of(terminal.text, port)[-2] == "3", "what came since the pause")
+        terminal.press("?")
+        terminal.shows("sort by the next column")
+        terminal.press("Escape")
+        terminal.hides("sort by the next column")
+        terminal.press("s")
+        terminal.shows("total▼")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+def test_an_agent_that_is_stopped_and_started(folder: Path, host: ContainerHost, port: int) -> None:
+    agent = Agent(folder)
+    try:
+        with wrong_server(host, port) as answer, Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
+            only(terminal, port)
+            answer(5)
+            terminal.shows(f" {port} {host.ETH0}")
+            agent.stop()
+            terminal.shows("not connected: retrying", f" {port} {host.ETH0}")
+            agent = Agent(folder)
+            terminal.shows("No row has these words")
+            answer(3)
+            wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "3", "the new agent's count")
+            agent.stop(signal.SIGKILL)
+            terminal.shows("not connected: retrying")
+            terminal.press("s")
+            terminal.shows("total▼")
+            terminal.press("q")
+            assert terminal.ended() == 0
+    finally:
+        agent.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_restores_the_terminal(folder: Path, number: signal.Signals) -> None:
+    with Terminal(folder, *top("--replay", str(GOLDEN))) as terminal:
+        terminal.shows("q quit", "plain-server")
+        (child,) = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
+        os.kill(terminal.pid, number)
+        assert terminal.ended() == 0
+        wait_for(lambda: not Path(f"/proc/{child}").exists(), "its agent to end")
+
+
+@pytest.mark.parametrize("milliseconds", [300, 500, 700, 900, 1100, 1300])
+def test_a_signal_at_any_time_of_its_start(folder: Path, milliseconds: int) -> None:
+    with Terminal(folder, *top("--replay", str(GOLDEN))) as terminal:
+        time.sleep(milliseconds / 1000)  # no condition marks these moments
+        os.kill(terminal.pid, signal.SIGTERM)
+        terminal.ended()
+
+
+def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
+    code = (
+        "from udpwatch.agent.views.top import screen; import sys; from udpwatch.agent.cli import main\n"
+        "screen.TopApp.action_sort = lambda self: 1 / 0\n"
+        f"sys.exit(main(['top', '--replay', {str(GOLDEN)!r}]))"
+    )
+    with Terminal(folder, sys.executable, "-P", "-c", code) as terminal:
+        terminal.shows("q quit", "plain-server")
+        terminal.press("s")
+        assert terminal.ended() == 1
+        assert "ZeroDivisionError" in terminal.text
+
+
+def test_its_own_agent_when_none_runs(folder: Path, host: ContainerHost, port: int) -> None:
+    if Path("/run/udpwatch/udpwatch.sock").exists():
+        pytest.skip("an agent runs here")
+    with wrong_server(host, port) as answer, Terminal(folder, *top()) as terminal:
+        only(terminal, port)
+        answer(4)
+        terminal.shows(f" {port} {host.ETH0}")
+        (child,) = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
+        os.kill(terminal.pid, signal.SIGKILL)
+        wait_for(lambda: not Path(f"/proc/{child}").exists(), "its agent to end")
+    assert not list(Path("/tmp").glob("udpwatch-top-*"))
+
+
+def test_nobody_can_do_it_without_root_and_without_an_agent() -> None:
+    if Path("/run/udpwatch/udpwatch.sock").exists():
+        pytest.skip("an agent runs here")
+    done = run_cli("top", "--once", wrapper=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+    assert done.returncode == 77
+    assert "start `udpwatch run` as root" in done.stderr
+
+
+def test_a_socket_that_is_not_for_us(agent: Agent, folder: Path) -> None:
+    folder.chmod(0o755)
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    done = run_cli("top", "--once", "--connect", str(agent.socket), wrapper=nobody)
+    assert done.returncode == 77
+    assert "may not be opened" in done.stderr
+
+
+def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
+    if not shutil.which("jq"):
+        pytest.skip("needs jq: apt-get install jq")
+    with wrong_server(host, port) as answer:
+        answer(7)
+        agent.counted(port, 7)
+    done = run_cli("top", "--once", "--json", "--connect", str(agent.socket))
+    assert (done.returncode, done.stderr) == (0, "")
+    query = f'.findings[] | select(.port == {port}) | "\\(.expected) \\(.actual) \\(.verdict) \\(.total)"'
+    found = subprocess.run(["jq", "-r", query], input=done.stdout, capture_output=True, text=True, check=True).stdout
+    assert found == f"{host.ETH0} {host.DOCKER0} new 7\n"
+    table = run_cli("top", "--once", "--connect", str(agent.socket))
+    assert row_of(table.stdout, port)[-2] == "7"
+
+
+# ---- many at once ----
+
+
+def burst(path: Path, seconds: int) -> None:
+    """A recording in which MANY servers answer wrongly, all of them every second."""
+    told = json.loads(GOLDEN.read_text().splitlines()[0])
+    begin = datetime(2027, 1, 15, 8, tzinfo=UTC)
+    with path.open("w") as file:
+        for second in range(seconds):
+            told["time"] = (begin + timedelta(seconds=second)).isoformat(timespec="milliseconds")
+            for number in range(MANY):
+                told |= {"port": 1024 + number, "process": f"srv-{number % 97}", "pod": f"pod-{number}"}
+                file.write(json.dumps(told | {"count": (second + 1) * (1 + number % 9)}) + "\n")
+
+
+def test_a_burst_still_answers_keys(folder: Path) -> None:
+    burst(folder / "burst.jsonl", 20)
+    with Terminal(folder, *top("--replay", str(folder / "burst.jsonl"))) as terminal:
+        terminal.shows(f"of {MANY}")
+        took = []
+        for order in ("total▼", "last▼", "process▲", "pod▲", "port▲", "/s▼"):
+            begun = time.monotonic()
+            terminal.press("s")
+            terminal.shows(order)
+            took.append(time.monotonic() - begun)
+        print(f"a key is answered within {min(took):.2f} to {max(took):.2f} s while {MANY} rows change each second")
+        terminal.press("G")
+        terminal.shows(f"{MANY - 18}-{MANY} of {MANY}")
+        terminal.press("/")
+        terminal.press(*"pod-4321")
+        terminal.shows("1-1 of 1", "5345 ")
+        terminal.press("Escape")
+        terminal.resize(200, 50)
+        terminal.shows("pod or container", f"of {MANY}")
+        terminal.press("q")
+        assert terminal.ended() == 0
+
+
+# ---- the cluster ----
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Prometheus:
+    """A real one, on loopback, that scrapes each second."""
+
+    def __init__(self, folder: Path, targets: Sequence[str]) -> None:
+        if not shutil.which("prometheus"):
+            pytest.skip("needs prometheus: apt-get install prometheus")
+        config = folder / "prometheus.yml"
+        config.write_text(
+            "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
+            f"scrape_configs: [{{job_name: udpwatch, static_configs: [{{targets: {json.dumps(list(targets))}}}]}}]\n"
+        )
+        listen = f"127.0.0.1:{free_port()}"
+        self.url = f"http://{listen}"
+        self._log = (folder / "prometheus.log").open("w")
+        self._process = subprocess.Popen(
+            ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}",
+             f"--web.listen-address={listen}"],
+            stdout=self._log, stderr=self._log, preexec_fn=die_with_parent,
+        )  # fmt: skip
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+
+def cluster(url: str) -> dict[str, Any]:
+    done = run_cli("top", "--once", "--json", "--prometheus", url)
+    told: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {"findings": [], "nodes": []}
+    return told
+
+
+def test_a_cluster(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
+    """Two nodes: a real one, and one that replays a recording."""
+    second = folder / "second"
+    second.mkdir()
+    with Agent(second, f"--replay={GOLDEN}") as replay, wrong_server(host, port) as answer:
+        nodes = [each.url.removeprefix("http://") for each in (agent, replay)]
+        with Prometheus(folder, nodes) as prometheus:
+            answer(5)
+            agent.counted(port, 5)
+
+            def totals() -> dict[tuple[str, int], int]:
+                found = cluster(prometheus.url)["findings"]
+                return {(each["node"], each["port"]): each["total"] for each in found}
+
+            wait_for(lambda: totals().get((nodes[0], port)) == 5, "the real node's finding")
+            wait_for(lambda: (nodes[1], 56789) in totals(), "the replaying node's finding")
+            with Terminal(folder, *top("--prometheus", prometheus.url)) as terminal:
+                terminal.shows("2 nodes", prometheus.url, "node ", nodes[0][:8])
+                search(terminal, str(port))
+                answer(20)
+                wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "25", "the total", 60)
+                terminal.resize(200, 50)
+                assert row_of(terminal.shows(nodes[0], "kernel-chosen"), port)[0] == nodes[0]
+                terminal.press("Escape")
+                terminal.shows(nodes[1])
+                search(terminal, "dns-7c9")
+                terminal.shows(nodes[1], "shop/dns-7c9")
+                terminal.press("Enter")
+                terminal.shows("remedy", "Prometheus keeps none")
+                agent.stop()
+                prometheus.__exit__()
+                terminal.shows("not connected: retrying")
+                terminal.press("q")
+                assert terminal.ended() == 0
+    gone = run_cli("top", "--once", "--prometheus", prometheus.url)
+    assert gone.returncode == 1
+    assert "Connection refused" in gone.stderr

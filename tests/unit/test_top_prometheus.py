@@ -1,0 +1,149 @@
+"""The cluster as Prometheus tells it, and what a server may say that is not Prometheus."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from udpwatch.agent.errors import UsageError
+from udpwatch.agent.views.top import prometheus
+from udpwatch.agent.views.top.prometheus import PrometheusSource, look_of
+from udpwatch.agent.views.top.rows import Order, rows
+
+MISMATCH = "udpwatch_reply_source_mismatch_total"
+
+
+def mismatch(instance: str, port: str = "53", **labels: str) -> dict[str, str]:
+    known = {"process": "dnsd", "expected": "10.0.0.1", "actual": "10.0.0.2", "verdict": "new", "cause": "explicit"}
+    return {"__name__": MISMATCH, "instance": instance, "port": port, **known, **labels}
+
+
+def test_a_row_per_node_and_finding() -> None:
+    totals = [
+        ({"__name__": "udpwatch_build_info", "instance": "a:9953", "mode": "packet", "kernel": "6.1"}, 1.0),
+        ({"__name__": "udpwatch_replies_checked_total", "instance": "a:9953"}, 100.0),
+        ({"__name__": "udpwatch_replies_checked_total", "instance": "b:9953"}, 10.0),
+        ({"__name__": "udpwatch_events_lost_total", "instance": "b:9953", "stage": "queue"}, 3.0),
+        (mismatch("a:9953"), 7.0),
+        (mismatch("b:9953", pod="exporter", exported_pod="dns-0", exported_namespace="shop"), 9.0),
+        (mismatch("b:9953", "other", process="other"), 5.0),
+    ]
+    rates = [(mismatch("a:9953"), 0.5), (mismatch("b:9953", "other"), 2.0)]
+    look, seen = look_of(1000.0, totals, rates, [({}, 4.0)], {})
+    shown = [(line.key.node, line.key.port, line.where, line.rate, line.total) for line in rows(look, Order.TOTAL)]
+    assert shown == [("b:9953", 53, "shop/dns-0", 0.0, 9), ("a:9953", 53, "", 0.5, 7)]
+    assert (look.wrong, look.checked, len(look.snapshots)) == (2.5, 4.0, 2)
+    assert [(each.other, each.checked, each.mode, each.lost) for each in look.snapshots] == [
+        (0, 100, "packet", {}),
+        (5, 10, "", {"queue": 3}),
+    ]
+    # Prometheus does not say when a counter grew: known once we saw it grow.
+    assert [row.last for each in look.snapshots for row in each.rows] == [0.0, 0.0]
+    again, _ = look_of(1015.0, [(mismatch("a:9953"), 8.0)], rates, [], seen)
+    assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
+
+
+Answer = Callable[[BaseHTTPRequestHandler], None]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], str]]:
+    """A server on loopback that answers as told; its URL."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                answer(self)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def say(status: int, body: bytes) -> Answer:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+def test_no_findings_are_an_answer_and_a_path_and_a_password_reach_the_server(serve: Callable[[Answer], str]) -> None:
+    asked = []
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        asked.append((handler.path, handler.headers["Authorization"]))
+        say(200, json.dumps({"status": "success", "data": {"resultType": "vector", "result": []}}).encode())(handler)
+
+    url = serve(answer).replace("http://", "http://me:p%40ss@") + "/prom/"
+    source = PrometheusSource(url)
+    look = source.read()
+    assert (look.snapshots, look.wrong, look.cluster) == ((), 0.0, True)
+    assert set(asked) == {("/prom/api/v1/query", "Basic bWU6cEBzcw==")}
+    assert "p%40ss" not in source.name
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (200, b"<html>a router</html>", "no answer of Prometheus' HTTP API"),
+        (200, b"[]", "no answer of Prometheus' HTTP API"),
+        (200, b'{"status": "success", "data": {"resultType": "scalar", "result": [1, "2"]}}', "not a vector"),
+        (200, b"x" * 2000, "more than 0 MiB"),
+        (422, b'{"status": "error", "error": "query timed out"}', "422 query timed out"),
+        (503, b"<html>", "503 Service Unavailable"),
+    ],
+)
+def test_what_is_no_prometheus(
+    serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, reason: str
+) -> None:
+    monkeypatch.setattr(prometheus, "MAX_REPLY_BYTES", 1000)
+    with pytest.raises(OSError, match=reason):
+        PrometheusSource(serve(say(status, body))).read()
+
+
+def test_who_trickles_is_left(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "TIMEOUT_SECONDS", 0.3)
+    gone = threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.send_response(200)
+        handler.end_headers()
+        try:
+            while not gone.wait(0.02):
+                handler.wfile.write(b" ")
+        except OSError:
+            pass
+
+    with pytest.raises(OSError, match="longer than"):
+        PrometheusSource(serve(answer)).read()
+    gone.set()
+
+
+def test_nobody_answers() -> None:
+    with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
+        PrometheusSource("http://127.0.0.1:9").read()
+
+
+@pytest.mark.parametrize("url", ["", "prometheus:9090", "file:///etc/passwd", "http://", "ftp://x"])
+def test_a_url_that_is_none(url: str) -> None:
+    with pytest.raises(UsageError, match="http://HOST:PORT"):
+        PrometheusSource(url)

@@ -1,0 +1,453 @@
+"""The screen of `udpwatch top`, driven by Textual's pilot: each key, each state, and a golden one at 80x24."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_top_rows import NOW, look, row
+
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import replay
+from udpwatch.agent.kernel.replay import Replay
+from udpwatch.agent.model import Row, Sender
+from udpwatch.agent.state import About, State
+from udpwatch.agent.views import explain
+from udpwatch.agent.views.top.feed import News
+from udpwatch.agent.views.top.rows import Look, Meter, key_of
+from udpwatch.agent.views.top.screen import TopApp
+from udpwatch.agent.views.top.sources import Source
+from udpwatch.agent.views.top.widgets import Findings, Lines
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+THREE = (row("aaa", 3, 5), row("bbb", 1, 7, pod="web-0", namespace="shop"), row("ccc", 2, 6))
+
+
+def screen(app: TopApp) -> list[str]:
+    """What is on the screen, line by line."""
+    strips = app.screen._compositor.render_strips()
+    return ["".join(segment.text for segment in strip).rstrip() for strip in strips]
+
+
+def drive(
+    play: Callable[[TopApp, Any], Awaitable[None]],
+    *found: Row,
+    size: tuple[int, int] = (80, 24),
+    app: TopApp | None = None,
+) -> TopApp:
+    """Run a screen that was told two looks, the second one a second later, and play on it."""
+    app = app or TopApp(None, clock=lambda: NOW + 1, name="test")
+    found = found or THREE
+
+    async def run() -> None:
+        async with app.run_test(size=size) as pilot:
+            meter = Meter()
+            app.take(News(meter.add(look(0, *(replace(each, count=1) for each in found)))))
+            app.take(News(meter.add(look(1, *found))))
+            await pilot.pause()
+            await play(app, pilot)
+
+    asyncio.run(run())
+    return app
+
+
+def processes(app: TopApp) -> str:
+    return " ".join(line.split()[0] for line in app.query_one(Findings).text)
+
+
+def selected(app: TopApp) -> str:
+    line = app.query_one(Findings).selected
+    return line.key.process if line else ""
+
+
+def test_s_sorts_by_the_next_column_and_r_turns_it_round() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        seen = []
+        for _ in range(6):
+            arrow = next(word for word in screen(app)[3].split() if word[-1] in "▼▲")
+            seen.append((arrow, processes(app)))
+            await pilot.press("s")
+        assert seen == [
+            ("/s▼", "bbb ccc aaa"),
+            ("total▼", "bbb ccc aaa"),
+            ("last▼", "bbb ccc aaa"),
+            ("process▲", "aaa bbb ccc"),
+            ("pod▲", "ccc aaa bbb"),
+            ("port▲", "bbb ccc aaa"),
+        ]
+        await pilot.press("r")
+        assert processes(app) == "aaa ccc bbb"
+
+    drive(play)
+
+
+def test_the_selected_row_stays_selected() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        assert selected(app) == "bbb"
+        await pilot.press("j", "down", "j")
+        assert selected(app) == "aaa"
+        await pilot.press("k")
+        assert selected(app) == "ccc"
+        for _ in range(6):
+            await pilot.press("s")
+            assert selected(app) == "ccc"
+        app.take(News(look(2, row("zzz", 9, 100), *THREE)))
+        assert selected(app) == "ccc"
+        app.take(News(look(3, *THREE[:2])))
+        assert selected(app) in {"aaa", "bbb"}
+        await pilot.press("G")
+        assert selected(app) == "aaa"
+        await pilot.press("g")
+        app.take(News(look(4, row("zzz", 9, 100), *THREE)))
+        assert selected(app) == "zzz"
+
+    drive(play)
+
+
+def test_slash_filters_while_it_is_typed() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("slash", *"bb")
+        assert processes(app) == "bbb"
+        assert "1-1 of 1" in screen(app)[-1]
+        await pilot.press("enter", "s", "j")
+        assert processes(app) == "bbb"
+        await pilot.press("escape")
+        assert processes(app) == "bbb ccc aaa"
+        await pilot.press("slash", *"nothing q")
+        assert processes(app) == ""
+        assert "No row has these words" in screen(app)[5]
+        await pilot.press("escape")
+        assert len(processes(app).split()) == 3
+
+    drive(play)
+
+
+def test_p_holds_the_screen() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("p")
+        assert "paused at" in screen(app)[0]
+        app.take(News(look(2, *THREE, row("new", 9))))
+        assert "new" not in processes(app)
+        await pilot.press("p")
+        assert "new" in processes(app)
+
+    drive(play)
+
+
+def test_c_counts_from_now() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("c")
+        assert "counted since" in screen(app)[1]
+        assert "total 0" in screen(app)[1]
+        assert processes(app) == ""
+        assert "No wrong reply since" in screen(app)[5]
+        app.take(News(look(2, *THREE[:2], row("ccc", 2, 16))))
+        await pilot.pause()
+        assert processes(app) == "ccc"
+        assert "total 10" in screen(app)[1]
+        await pilot.press("C")
+        assert "total 28" in screen(app)[1]
+
+    drive(play)
+
+
+def test_enter_tells_about_a_row() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("j", "enter")
+        await pilot.pause()
+        text = "\n".join(screen(app))
+        for fact in ("ccc, port 2/udp", "pid 4242", "asked     172.16.13.13", "remedy", "events    ..."):
+            assert fact in text, text
+        assert len(app.query_one(Findings).text) == 3
+        line = app.query_one(Findings).selected
+        assert line
+        event = json.loads((GOLDEN / "events.jsonl").read_text().splitlines()[0]) | {"peer": "\x1b[2J[b]"}
+        app.take(News(look(2, *THREE), subject=line.key, events=(event,)))
+        await pilot.pause()
+        text = "\n".join(screen(app))
+        assert "conntrack 172.17.0.1:56789 > 172.17.0.3:40000" in text, text
+        await pilot.press("k")
+        assert "bbb, port 1/udp" in "\n".join(screen(app))
+        assert "events    ..." in "\n".join(screen(app))
+        await pilot.press("right_square_bracket", "left_square_bracket", "escape")
+        await pilot.pause()
+        assert "port 1/udp" not in "\n".join(screen(app))
+
+    drive(play)
+
+
+def test_the_remedy_comes_from_outside() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("enter")
+        await pilot.pause()
+        assert "multihome" in "\n".join(screen(app))
+
+    drive(play, row("openvpn"), app=TopApp(None, remedy=explain.short, name="test"))
+
+
+def test_question_mark_helps_and_any_key_goes_back() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("question_mark")
+        await pilot.pause()
+        text = "\n".join(screen(app))
+        assert "sort by the next column" in text
+        await pilot.press("j", "k", "q")
+        await pilot.pause()
+        assert app.is_running
+        assert "sort by the next column" not in "\n".join(screen(app))
+
+    drive(play)
+
+
+@pytest.mark.parametrize("key", ["q", "ctrl+c", "ctrl+q"])
+def test_q_quits(key: str) -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press(key)
+        await pilot.pause()
+        assert not app.is_running
+
+    assert drive(play).return_value is None
+
+
+def test_trouble_is_shown_until_it_is_over() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        app.take(News(trouble="Connection refused"))
+        await pilot.pause()
+        assert "not connected: retrying" in screen(app)[0]
+        assert "Connection refused" in screen(app)[1]
+        assert len(processes(app).split()) == 3
+        app.take(News(look(2, *THREE)))
+        await pilot.pause()
+        assert "not connected" not in "\n".join(screen(app))
+
+    drive(play)
+
+
+def test_what_cannot_be_mended_ends_it() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        app.take(News(failure=UdpwatchError("its agent has ended")))
+        await pilot.pause()
+
+    assert str(drive(play).return_value) == "its agent has ended"
+
+
+def test_every_size_is_used() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        for width, height in ((200, 50), (80, 24), (40, 10), (20, 5), (300, 100), (80, 24)):
+            await pilot.resize_terminal(width, height)
+            await pilot.press("enter")
+            await pilot.pause()
+            lines = screen(app)
+            assert len(lines) == height
+            assert all(len(line) <= width for line in lines)
+            await pilot.press("enter")
+            await pilot.pause()
+        assert len(app.query_one(Findings).text) == 19
+
+    drive(play, *(row(f"srv-{number:03}", number, number) for number in range(1, 200)))
+
+
+def test_names_do_no_harm() -> None:
+    async def play(app: TopApp, pilot: Any) -> None:
+        await pilot.press("j", "enter")
+        await pilot.pause()
+        text = "\n".join(screen(app))
+        assert "[red]" in text
+        assert "[/bold" in text
+        assert "\x1b" not in text
+        assert "\u202e" not in text
+        await pilot.press("question_mark")
+        await pilot.pause()
+
+    nasty = [
+        row("[red]\x1b[2Jx", 1),
+        row("\u202egnp", 2, pod="[/bold]"),
+        row("漢字漢字漢字漢字", 3),
+        row("\udc80", 4),
+        row("", 5),
+    ]
+    drive(play, *nasty, size=(200, 50))
+    drive(play, *nasty, size=(150, 24))
+
+
+def test_five_thousand_rows_at_once() -> None:
+    """Each look changes all of them; a key is answered between two of them, and only rows in sight are drawn."""
+    many = [row(f"srv-{number}", number, number) for number in range(1, 5001)]
+
+    async def play(app: TopApp, pilot: Any) -> None:
+        meter = Meter()
+        for second in range(2, 5):
+            app.take(News(meter.add(look(second, *(replace(each, count=each.count * second) for each in many)))))
+            begun = time.monotonic()
+            await pilot.press("j")
+            took = time.monotonic() - begun
+        await pilot.press("G")
+        await pilot.pause()
+        assert "of 5000" in screen(app)[-1]
+        assert selected(app) == "srv-1"
+        assert took < 10  # a slow machine's; a table of widgets takes minutes
+
+    drive(play, *many)
+
+
+def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    async def play(app: TopApp, pilot: Any) -> None:
+        colours = set()
+        for strip in app.screen._compositor.render_strips():
+            for segment in strip:
+                if segment.style and segment.style.color:
+                    colours.add(segment.style.color.name)
+        assert colours <= {"default"}
+        reversed_ = [segment for strip in app.screen._compositor.render_strips() for segment in strip
+                     if segment.style and segment.style.reverse and segment.text.startswith("bbb")]  # fmt: skip
+        assert reversed_
+
+    drive(play)
+
+
+class Slow:
+    """A source that answers when it is told to."""
+
+    name = "slow"
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.subjects = 0
+
+    def read(self) -> Look:
+        self.asked += 1
+        if self.asked == 2:
+            raise ConnectionRefusedError(111, "Connection refused")
+        return look(self.asked, row(count=self.asked))
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        self.subjects += 1
+        return []
+
+    def close(self) -> None:
+        pass
+
+
+def test_the_feed_asks_and_asks_again() -> None:
+    source = Slow()
+
+    async def run() -> None:
+        checked: Source = source
+        app = TopApp(checked, 0.02)
+        async with app.run_test(size=(80, 24)) as pilot:
+            while source.asked < 5:
+                await pilot.pause(0.01)
+            assert processes(app) == "openvpn"
+            await pilot.press("enter")
+            while not source.subjects:
+                await pilot.pause(0.01)
+            await pilot.press("q")
+
+    asyncio.run(run())
+
+
+# Golden
+
+
+def recording() -> list[str]:
+    told = json.loads((GOLDEN / "events.jsonl").read_text().splitlines()[0])
+    servers: list[dict[str, Any]] = [
+        {"process": "openvpn", "port": 1194, "namespace": None, "pod": None, "container": None},
+        {"process": "unbound", "port": 53, "namespace": "kube-system", "pod": "node-dns-x2x9k", "container": "dns",
+         "expected": "169.254.20.10", "actual": "10.244.1.7", "count": 1204},
+        {"process": "snmpd", "port": 161, "namespace": None, "pod": None, "container": "metrics",
+         "verdict": "untracked", "expected": "fd00:13::13", "actual": "fd00:17::1", "family": 6,
+         "cause": "connected", "count": 7},
+        {"process": None, "pid": None, "port": 53, "namespace": None, "pod": None, "container": None,
+         "expected": "10.2.0.5", "actual": "10.2.0.6", "cause": "forwarded", "interface": "vnet3", "count": 3},
+        {"process": "syslog [bold]\x1b[31m", "port": 514, "namespace": None, "pod": None, "container": None,
+         "verdict": "unknown", "cause": "explicit", "count": 1},
+    ]  # fmt: skip
+    lines = []
+    for second in (0, 1, 2):
+        for server in servers:
+            count = server.get("count", 23) * (second + 1)
+            at = {"time": f"2027-01-15T08:00:{second:02}.000Z", "count": count}
+            lines.append(json.dumps(told | server | at))
+    return lines
+
+
+def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
+    """A recording, through everything above the kernel, a look a second."""
+    now = 0.0
+    monkeypatch.setattr(replay.time, "monotonic", lambda: now)
+    played = Replay(path)
+    state = State(About("0.1.0", "6.1.0-18-amd64", "node-1", played.mode, NOW, ()), 1000, 3600)
+    meter, seen = Meter(), []
+    for second in range(3):
+        now = float(second)
+        list(played.events())
+        state.add(played.read(0), played.sender_of, NOW + second, now)
+        snapshot = state.snapshot(True, NOW + second)
+        seen.append(meter.add(Look(snapshot.time, (snapshot,))))
+    played.close()
+    monkeypatch.undo()
+    return seen
+
+
+def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text("\n".join(recording()) + "\n")
+    looks = replayed(path, monkeypatch)
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    shown: list[str] = []
+
+    async def run() -> None:
+        app = TopApp(None, remedy=explain.short, clock=lambda: NOW + 2.5, name="test")
+        async with app.run_test(size=(80, 24)) as pilot:
+            for seen in looks:
+                app.take(News(seen))
+            await pilot.pause()
+            shown.extend(screen(app))
+            await pilot.press("j", "enter")
+            await pilot.pause()
+            mine = [json.loads(line) for line in reversed(recording()) if "openvpn" in line]
+            line = app.query_one(Findings).selected
+            assert line
+            app.take(News(looks[-1], subject=line.key, events=tuple(mine)))
+            await pilot.pause()
+            shown.append("-" * 80)
+            shown.extend(screen(app))
+
+    asyncio.run(run())
+    monkeypatch.undo()
+    time.tzset()
+    text = "\n".join(shown) + "\n"
+    golden = GOLDEN / "top-80x24.txt"
+    if os.environ.get("UDPWATCH_GOLDEN") == "write":
+        golden.write_text(text)
+    assert text == golden.read_text(), f"{golden} differs: `make golden` rewrites it"
+
+
+def test_lines_scroll_within_what_there_is() -> None:
+    async def run() -> None:
+        app = TopApp(None, name="test")
+        async with app.run_test(size=(80, 24)):
+            keys = app.query_one("#banner", Lines)
+            keys.show([[(str(number), "fact")] for number in range(10)])
+            keys.scroll_lines(100)
+            assert "9" in screen(app)[2]
+            keys.scroll_lines(-100)
+            assert "0" in screen(app)[0]
+
+    asyncio.run(run())
+
+
+def test_the_sender_of_a_row_makes_its_key() -> None:
+    changed = replace(row(), sender=Sender("openvpn", 1))
+    assert key_of("n", changed) == key_of("n", row())
