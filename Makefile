@@ -6,10 +6,12 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_PACKAGES := python3-bpfcc python3-venv iproute2 nftables
-TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format dnsutils dnsmasq-base musl-tools busybox-static
-KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 busybox-static kmod
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format util-linux \
+	dnsutils dnsmasq-base musl-tools busybox-static docker.io containerd tmux jq prometheus
+BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
+KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 kmod
 
-.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden clean packages-run packages-test packages-kernels
+.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden screens clean packages-run packages-test packages-bench packages-kernels
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
@@ -19,6 +21,7 @@ help:
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make fuzz    attack the DNS parser for longer than the tests do"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
+	@echo "make screens photograph udpwatch top for the README (RECORD=1: a new recording first)"
 	@echo "make clean   remove the virtual environment and what the tools left"
 
 demo: packages-run $(VENV)/.run
@@ -36,7 +39,7 @@ lint: packages-test $(VENV)/.dev build/types/udpwatch
 	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent -p udpwatch.dns
 	clang-format --dry-run --Werror bpf/*.c bpf/*.h
 
-bench: packages-test $(VENV)/.dev
+bench: packages-bench $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
 	@$(BIN)/python tests/bench/dns.py
 
@@ -49,6 +52,10 @@ fuzz: packages-test $(VENV)/.dev
 golden: packages-test $(VENV)/.dev
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden
 
+screens: packages-run $(VENV)/.run
+	@$(if $(RECORD),$(BIN)/python -P tests/golden/record.py)
+	@$(BIN)/python -P tests/golden/screens.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
@@ -56,8 +63,9 @@ clean:
 # dpkg is asked first, so that a machine that has everything needs no network.
 packages-run: PACKAGES = $(RUN_PACKAGES)
 packages-test: PACKAGES = $(TEST_PACKAGES)
+packages-bench: PACKAGES = $(BENCH_PACKAGES)
 packages-kernels: PACKAGES = $(KERNEL_PACKAGES)
-packages-run packages-test packages-kernels:
+packages-run packages-test packages-bench packages-kernels:
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done); \
 	if [ -n "$$missing" ]; then \
 		[ $$(id -u) = 0 ] || { echo "udpwatch: these Debian packages are missing: $$missing; run this as root to install them" >&2; exit 77; }; \
