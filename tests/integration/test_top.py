@@ -187,7 +187,7 @@ def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: Con
         wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "2", "what came since the clear")
         terminal.press("/")
         terminal.press(*"nothing")
-        terminal.shows("No row has these words")
+        terminal.shows("nothing", "No row has these words")
         terminal.press(*["BSpace"] * 7, "Enter")
         terminal.press("p")
         terminal.shows("paused at")
