@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from test_top_rows import NOW, look, row
+from textual import events
+from textual.widgets import Input
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import replay
@@ -125,6 +127,29 @@ def test_slash_filters_while_it_is_typed() -> None:
         assert "No row has these words" in screen(app)[5]
         await pilot.press("escape")
         assert len(processes(app).split()) == 3
+
+    drive(play)
+
+
+def test_words_typed_in_one_burst_are_all_heard() -> None:
+    """A fast typist, a slow machine, a paste: the keys are there before the first of them was looked at."""
+
+    async def play(app: TopApp, pilot: Any) -> None:
+        def burst(*keys: str) -> None:
+            for each in keys:
+                key = "slash" if each == "/" else each
+                character = each if len(each) == 1 else None
+                app.post_message(events.Key(key, character))
+
+        burst("/", *"web", "enter", "s")
+        await pilot.pause(0.1)
+        assert processes(app) == "bbb"  # shop/web-0
+        assert app.query_one(Input).value == "web"
+        assert app.query_one(Input).display
+        burst("/", *"-0/x")  # replaces what was selected; a slash is a letter here
+        await pilot.pause(0.1)
+        assert app.query_one(Input).value == "-0/x"
+        assert processes(app) == ""
 
     drive(play)
 

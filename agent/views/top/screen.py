@@ -45,7 +45,9 @@ class TopApp(App[UdpwatchError | None]):
         Binding("q,ctrl+c", "quit", priority=False),
         Binding("s", "sort"),
         Binding("r", "reverse"),
-        Binding("slash", "filter"),
+        # These move the focus: they come first, or keys that are typed already would go where it was before.
+        Binding("slash", "filter", priority=True),
+        Binding("enter", "keep_filter", priority=True),
         Binding("escape", "close"),
         Binding("p", "pause"),
         Binding("c", "clear"),
@@ -213,6 +215,13 @@ class TopApp(App[UdpwatchError | None]):
         self._backwards = not self._backwards
         self._draw()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
+        """A slash and Enter mean something else while words are typed, and over the help."""
+        if action not in ("filter", "keep_filter"):
+            return True
+        typing = isinstance(self.focused, Input)
+        return len(self.screen_stack) == 1 and typing == (action == "keep_filter")
+
     def action_filter(self) -> None:
         """Ask for words."""
         field = self.query_one(Input)
@@ -220,13 +229,15 @@ class TopApp(App[UdpwatchError | None]):
         self.screen.set_focus(field)  # at once: focus() comes after the keys that are typed already
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter while it is typed."""
+        """Filter while it is typed; the last letters may come after Enter."""
         self._words = event.value
+        event.input.display = bool(event.value) or event.input.has_focus
         self._draw()
 
-    def on_input_submitted(self) -> None:
+    def action_keep_filter(self) -> None:
         """Keep the words and go back to the table."""
-        self.query_one(Input).display = bool(self._words)
+        field = self.query_one(Input)
+        field.display = bool(field.value)
         self.screen.set_focus(self.query_one(Findings))
 
     def action_close(self) -> None:
