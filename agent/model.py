@@ -218,5 +218,6 @@ class Snapshot:
     evicted_peers: int
     lost: dict[str, int]  # stage -> how many events, or peers, were lost there
     probes: tuple[Probe, ...]
+    healed: int = 0  # replies whose source was set right; 0 as long as nobody heals
     flows: int = 0  # new UDP flows of conntrack's that were looked at
     conntrack: ConntrackHealth | None = None

@@ -101,6 +101,20 @@ def test_the_same_reading_again_changes_nothing() -> None:
     assert (third.rates, third.history) == (second.rates, second.history)
 
 
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "total 1   findings 1   lost 0"),
+        ({"healed": 7}, "total 1   healed 7   findings 1   lost 0"),
+        ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
+    ],
+    ids=["quiet", "healed", "beyond"],
+)
+def test_the_numbers_of_a_node(changes: dict[str, Any], told: str) -> None:
+    lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
+    assert told in "".join(text for text, _ in lines[1])
+
+
 def test_a_clock_that_was_set_back_does_no_harm() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10)))
