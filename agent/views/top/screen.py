@@ -45,9 +45,8 @@ class TopApp(App[UdpwatchError | None]):
         Binding("q,ctrl+c", "quit", priority=False),
         Binding("s", "sort"),
         Binding("r", "reverse"),
-        # These move the focus: they come first, or keys that are typed already would go where it was before.
+        # It moves the focus: it comes first, or keys that are typed already would go where that was before.
         Binding("slash", "filter", priority=True),
-        Binding("enter", "keep_filter", priority=True),
         Binding("escape", "close"),
         Binding("p", "pause"),
         Binding("c", "clear"),
@@ -216,11 +215,8 @@ class TopApp(App[UdpwatchError | None]):
         self._draw()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """A slash and Enter mean something else while words are typed, and over the help."""
-        if action not in ("filter", "keep_filter"):
-            return True
-        typing = isinstance(self.focused, Input)
-        return len(self.screen_stack) == 1 and typing == (action == "keep_filter")
+        """A slash is a letter while words are typed, and nothing over the help."""
+        return action != "filter" or (len(self.screen_stack) == 1 and not isinstance(self.focused, Input))
 
     def action_filter(self) -> None:
         """Ask for words."""
@@ -229,12 +225,11 @@ class TopApp(App[UdpwatchError | None]):
         self.screen.set_focus(field)  # at once: focus() comes after the keys that are typed already
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter while it is typed; the last letters may come after Enter."""
+        """Filter while it is typed."""
         self._words = event.value
-        event.input.display = bool(event.value) or event.input.has_focus
         self._draw()
 
-    def action_keep_filter(self) -> None:
+    def on_input_submitted(self) -> None:
         """Keep the words and go back to the table."""
         field = self.query_one(Input)
         field.display = bool(field.value)
