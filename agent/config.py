@@ -48,6 +48,7 @@ class Settings:
     replay: Path | None
     dns: bool
     dns_conf: Path | None
+    cache: Path | None
 
 
 class _Rejected(ValueError):
@@ -147,6 +148,7 @@ class Setting:
     default: object  # goes through `parse` too; None: not set
     metavar: str  # "": a switch, --x and --no-x
     help: str
+    systemd: str = ""  # variable in which systemd gives a unit its own folders (systemd.exec(5)), instead of `default`
 
     @property
     def flag(self) -> str:
@@ -188,6 +190,14 @@ SETTINGS = (
     Setting("dns", _switch, "off", "", "answer this node's DNS queries, too, always from the address that was asked"),
     Setting("dns_conf", _file, None, "FILE", "how it answers them, in dnsmasq's words (docs/dns-options.md)"),
     Setting("replay", _file, None, "FILE", "play events that --events wrote, instead of watching; needs no root"),
+    Setting(
+        "cache",
+        _path_or_off,
+        "/var/cache/udpwatch",
+        "DIR",
+        "keep the compiled programs in DIR: the next start compiles nothing; 'off'",
+        systemd="CACHE_DIRECTORY",
+    ),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )
 
@@ -204,6 +214,8 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], fil
             source = setting.variable
         elif (value := from_file.get(setting.name)) is not None:
             source = f"{file}: {setting.name}"
+        elif setting.systemd and (value := environment.get(setting.systemd)):
+            source, value = setting.systemd, value.split(":")[0]
         else:
             source, value = setting.flag, setting.default
         try:

@@ -56,6 +56,7 @@ class _Agent:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={"UDPWATCH_CACHE": "off", **os.environ},  # nothing shall be left behind
             preexec_fn=die_with_parent,
         )
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()

@@ -213,7 +213,7 @@ def _conntrack() -> Check:
 
 
 def _sensor(sensor: Sensor, watched: cgroup.Cgroup, forwarded: Forwarded) -> list[Check]:
-    checks = [Check("bcc", Status.OK, f"{sensor.bcc_version} compiles without kernel headers")]
+    checks = [Check("bcc", Status.OK, f"{sensor.compiler} compiles without kernel headers")]
     checks += [_probe(probe) for probe in sensor.probes()]
     if sensor.settle_instructions:
         found = f"loaded; the verifier walked {sensor.settle_instructions} instructions"

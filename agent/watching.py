@@ -34,7 +34,7 @@ def watch_kernel(settings: Settings) -> Watching:
     watched = cgroup.find(settings.cgroup)
     try:
         btf = settings.btf or VMLINUX_BTF
-        sensor = Sensor.open(watched, limits(settings), btf, settings.hooks, settings.forwarded)
+        sensor = Sensor.open(watched, limits(settings), btf, settings.hooks, settings.forwarded, settings.cache)
     except BaseException:
         watched.close()
         raise

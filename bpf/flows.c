@@ -48,15 +48,10 @@
 #define flow_argument argument_by_kprobe
 #endif
 
-/* ---- maps; those that reply.c has are its own ---- */
+/* ---- maps; the first two are reply.c's as well: what has the same name is the same map ---- */
 
-#if HAVE_SOCKETS
-BPF_TABLE("extern", int, struct sender, senders, SENDER_SLOTS);
-BPF_TABLE("extern", int, struct stats, counters, 1);
-#else
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
-#endif
 BPF_TABLE("lru_hash", struct request_key, struct requests, requests, MAX_PEERS);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
 /* Too large for the stack. A program is not run again on a CPU on which it is running. */

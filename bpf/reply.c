@@ -64,10 +64,10 @@ struct crowd {
 };
 
 BPF_ARRAY(crowds, struct crowd, 1);
-BPF_TABLE_PUBLIC("array", int, struct sender, senders, SENDER_SLOTS);
+BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
-BPF_TABLE_PUBLIC("percpu_array", int, struct stats, counters, 1);
+BPF_PERCPU_ARRAY(counters, struct stats, 1);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
 static __always_inline struct stats *stats_of_this_cpu(void) {

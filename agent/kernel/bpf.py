@@ -31,6 +31,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Command(IntEnum):
     """enum bpf_cmd."""
 
+    MAP_CREATE = 0
     MAP_LOOKUP_ELEM = 1
     MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
@@ -69,6 +70,18 @@ class AttachType(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class MapDefinition:
+    """What a map is created with; the type is enum bpf_map_type, a ring buffer's entries are its bytes."""
+
+    name: str
+    type: int
+    key_bytes: int
+    value_bytes: int
+    max_entries: int
+    flags: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProgramInfo:
     """What the kernel says of a loaded program; run times stay 0 unless kernel.bpf_stats_enabled is 1."""
 
@@ -99,6 +112,28 @@ def _attribute(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
 
 def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
+
+
+def map_create(definition: MapDefinition) -> int:
+    """Create a map; returns its descriptor."""
+    raw = struct.pack(
+        "=IIIIIII16s",
+        definition.type,
+        definition.key_bytes,
+        definition.value_bytes,
+        definition.max_entries,
+        definition.flags,
+        0,
+        0,
+        definition.name.encode()[:15],
+    )
+    return bpf(Command.MAP_CREATE, ctypes.create_string_buffer(raw, _ATTR_BYTES))
+
+
+def map_definition(fd: int, name: str) -> MapDefinition:
+    """What a map was created with (struct bpf_map_info), under a name that the kernel may have cut."""
+    kind, _id, *sizes = struct.unpack_from("=6I", _info(fd, 24))
+    return MapDefinition(name, kind, *sizes)
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Loading, seen from the agent: a child process imports bcc, compiles, loads, attaches, and hands over descriptors.
+"""Loading, seen from the agent: a child process compiles, loads, attaches, and hands over descriptors.
 
 LLVM (over 100 MB) and the right to load programs are then no part of the long-lived process. The two talk over a
 Unix socket: one JSON request down, one JSON answer up, descriptors beside it (SCM_RIGHTS).
@@ -28,8 +28,8 @@ _MAX_DESCRIPTORS = 32
 
 #: source file -> the maps that the agent reads
 MAPS = {
-    "reply.c": ("flows", "findings", "events", "told", "senders", "counters"),
-    "flows.c": ("requests", "candidates", "senders", "counters"),
+    "reply.c": {"flows", "findings", "events", "told", "senders", "counters"},
+    "flows.c": {"requests", "candidates", "senders", "counters"},
 }
 
 
@@ -91,13 +91,19 @@ class Loaded:
     refused: dict[str, str]  # hook or function -> why it could not be attached
     instructions: dict[str, int]  # program -> how many the verifier walked
     features: Features
-    bcc_version: str
+    compiler: str  # with its version
 
 
 def load(
-    cgroup: Cgroup, limits: Limits, btf: Path = VMLINUX_BTF, hooks: Hooks = Hooks.ALL, forwarded: bool = True
+    cgroup: Cgroup,
+    limits: Limits,
+    btf: Path = VMLINUX_BTF,
+    hooks: Hooks = Hooks.ALL,
+    forwarded: bool = True,
+    cache: Path | None = None,
 ) -> Loaded:
-    """Compile, load and attach in a child; without ``forwarded`` what passes this node is not looked at.
+    """Compile, load and attach in a child; without ``forwarded`` what passes this node is not looked at. Nothing is
+    compiled whose object is in ``cache`` (objects.py).
 
     Raises CannotRun where this machine or user cannot (no bcc, no privilege, no such hooks), UdpwatchError where
     it failed otherwise. The message names the thing and the way out.
@@ -110,9 +116,10 @@ def load(
             "cgroup": cgroup.fd,
             "path": cgroup.path,
             "limits": asdict(limits),
-            "btf": str(btf),
+            "btf": str(btf.absolute()),
             "hooks": hooks,
             "forwarded": forwarded,
+            "cache": str(cache.absolute()) if cache else "",
         }
         ours.send(json.dumps(request).encode())
         # Its words go to a file: compiler and verifier may say more than a pipe holds. -P and the folder: nothing
@@ -175,5 +182,5 @@ def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:
         refused=refused,
         instructions=instructions,
         features=Features(**features),
-        bcc_version=str(answer["bcc_version"]),
+        compiler=str(answer["compiler"]),
     )

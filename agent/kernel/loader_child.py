@@ -1,4 +1,5 @@
-"""The loading child: the only module that imports bcc. Started by loader.py, ends as soon as it has answered.
+"""The loading child: the only module that imports bcc, when something must be compiled. Started by loader.py, ends as
+soon as it has answered.
 
 python3 -m udpwatch.agent.kernel.loader_child FD
 """
@@ -6,6 +7,7 @@ python3 -m udpwatch.agent.kernel.loader_child FD
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import inspect
 import json
@@ -13,14 +15,16 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.kernel import capabilities, features
-from udpwatch.agent.kernel.bpf import ProgramType, link_create, program_load_logged
+from udpwatch.agent.kernel import capabilities, features, objects
+from udpwatch.agent.kernel.bpf import ProgramType, link_create, map_create, map_definition, program_load_logged
 from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, MAPS, SETTLE, Hook, Limits
+from udpwatch.agent.kernel.objects import Cache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_registers
 from udpwatch.agent.model import Hooks
 
@@ -42,10 +46,10 @@ def _import_bcc() -> Any:
     return bcc
 
 
-def _compile(bcc: Any, source: str, request: dict[str, Any], found: features.Features) -> Any:
+def _constants(request: dict[str, Any], found: features.Features) -> dict[str, object]:
+    """What the source files are compiled with."""
     limits = Limits(**request["limits"])
-    sockets = request["hooks"] != Hooks.FUNCTION
-    constants = {
+    return {
         "WINDOW_NS": f"{limits.window_ns}ULL",
         "MAX_PEERS": limits.max_peers,
         # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
@@ -57,7 +61,7 @@ def _compile(bcc: Any, source: str, request: dict[str, Any], found: features.Fea
         "PAGE_SIZE": os.sysconf("SC_PAGE_SIZE"),
         "TELL": int(request["forwarded"]),
         "FORWARDED": int(request["forwarded"]),
-        "HAVE_SOCKETS": int(sockets),
+        "HAVE_SOCKETS": int(request["hooks"] != Hooks.FUNCTION),
         "HAVE_NETNS_COOKIE": int(found.netns_cookie),
         "HAVE_COARSE_CLOCK": int(found.coarse_clock),
         "HAVE_CURRENT": int(found.current),
@@ -71,13 +75,36 @@ def _compile(bcc: Any, source: str, request: dict[str, Any], found: features.Fea
         **found.offsets,
         **found.flow_offsets,
     }
+
+
+def _compile(source: str, constants: Mapping[str, object]) -> Object:
+    """bcc's part, and all of it. Raises CannotRun where there is no bcc, UdpwatchError where the compile fails."""
+    bcc = _import_bcc()
     # bcc takes kernel headers from here; ours are a shim of a dozen lines each (bpf/include/README.md).
     os.environ["BCC_KERNEL_SOURCE"] = str(SOURCES)
     flags = [f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in constants.items())]
     try:
-        return bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
+        module = bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
     except Exception as error:  # bcc raises plain Exception
         raise UdpwatchError(f"cannot compile {source} or create its maps: {error}") from None
+    lib = bcc.libbcc.lib
+    lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
+    lib.bpf_table_fd_id.restype, lib.bpf_table_fd_id.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t)
+    lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
+    # bcc has created the maps in order to compile; they go with it, and the loader creates its own.
+    tables = {
+        lib.bpf_table_fd_id(module.module, number): lib.bpf_table_name(module.module, number).decode()
+        for number in range(lib.bpf_num_tables(module.module))
+    }
+    indices = {fd: index for index, fd in enumerate(tables)}
+    programs = [lib.bpf_function_name(module.module, n) for n in range(lib.bpf_num_functions(module.module))]
+    compiled = Object(
+        compiler=f"bcc {bcc.__version__}",
+        maps=tuple(map_definition(fd, name) for fd, name in tables.items()),
+        programs={name.decode(): name_maps(module.dump_func(name), indices) for name in programs},
+    )
+    module.cleanup()
+    return compiled
 
 
 def _attach(hook: Hook, program: int, cgroup: int, path: str) -> int:
@@ -105,21 +132,40 @@ class _Answer:
         self.instructions: dict[str, int] = {}
 
     def add(self, kind: str, name: str, descriptor: int) -> None:
-        if (kind, name) not in self.names:
-            self.names.append((kind, name))
-            self.descriptors.append(descriptor)
-
-    def add_maps(self, module: Any, source: str) -> None:
-        for name in MAPS[source]:
-            # The ring buffer's table is known under its name as bytes only.
-            self.add("map", name, module[name if name != "events" else name.encode()].map_fd)
+        self.names.append((kind, name))
+        self.descriptors.append(descriptor)
 
 
-def _load_hooks(module: Any, request: dict[str, Any], answer: _Answer) -> None:
+def _obtain(source: str, request: dict[str, Any], constants: Mapping[str, object]) -> Object:
+    """One source file, compiled now or before."""
+    cache = Cache(Path(request["cache"]) if request["cache"] else None)
+    key = objects.key(SOURCES, source, constants)
+    compiled = cache.get(key)
+    if compiled is None:
+        compiled = _compile(source, constants)
+        cache.put(key, compiled)
+    return compiled
+
+
+def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
+    """Program -> instructions that can be loaded. ``maps`` (name -> descriptor) holds those of other objects, and gets
+    what this one has besides: what has the same name is the same map.
+    """
+    for definition in compiled.maps:
+        if definition.name not in maps:
+            try:
+                maps[definition.name] = map_create(definition)
+            except OSError as error:
+                raise UdpwatchError(f"cannot create the map {definition.name}: {error.strerror}") from None
+    numbers = dict(enumerate(maps[definition.name] for definition in compiled.maps))
+    return {name: name_maps(code, numbers) for name, code in compiled.programs.items()}
+
+
+def _load_hooks(programs: dict[str, bytes], request: dict[str, Any], answer: _Answer) -> None:
     for hook in HOOKS:
         try:
             try:
-                code = module.dump_func(hook.name)
+                code = programs[hook.name]
                 program, answer.instructions[hook.name] = program_load_logged(hook.type, hook.attach, code, hook.name)
             except OSError as error:
                 raise UdpwatchError(f"the kernel refuses the program {hook.name}: {error.strerror}") from None
@@ -129,10 +175,11 @@ def _load_hooks(module: Any, request: dict[str, Any], answer: _Answer) -> None:
             if hook.required:
                 raise
             answer.refused[hook.name] = str(error)
-    answer.add_maps(module, "reply.c")
 
 
-def _load_probes(module: Any, request: dict[str, Any], found: features.Features, answer: _Answer) -> None:
+def _load_probes(
+    programs: dict[str, bytes], request: dict[str, Any], found: features.Features, answer: _Answer
+) -> None:
     alone = request["hooks"] == Hooks.FUNCTION
     wanted = [each for each in FUNCTION_PROBES if found.functions[each.name]]
     if not request["forwarded"] and not alone:
@@ -141,16 +188,16 @@ def _load_probes(module: Any, request: dict[str, Any], found: features.Features,
         function = next(one for one in features.SEND_FUNCTIONS + features.FLOW_FUNCTIONS if one.name == each.name)
         try:
             with Target(function, How(found.functions[each.name]), Path(request["btf"])) as target:
-                program, answer.instructions[each.name] = target.load(module.dump_func(each.program), each.program)
+                program, answer.instructions[each.name] = target.load(programs[each.program], each.program)
                 answer.add("program", each.name, program)
                 answer.add("link", each.name, target.attach(program))
         except (OSError, LookupError) as error:
             answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
     if found.flow_probe:
-        code = module.dump_func(SETTLE)
-        program, answer.instructions[SETTLE] = program_load_logged(ProgramType.SOCKET_FILTER, None, code, SETTLE)
+        program, answer.instructions[SETTLE] = program_load_logged(
+            ProgramType.SOCKET_FILTER, None, programs[SETTLE], SETTLE
+        )
         answer.add("program", SETTLE, program)
-    answer.add_maps(module, "flows.c")
 
 
 def _probe(request: dict[str, Any]) -> features.Features:
@@ -166,24 +213,27 @@ def _probe(request: dict[str, Any]) -> features.Features:
 
 def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     found = _probe(request)
-    bcc = _import_bcc()
     hooks = Hooks(request["hooks"])
     if hooks is Hooks.FUNCTION and not found.flow_probe:
         raise CannotRun(f"this kernel does not allow function probes ({found.probes_reason}): use --hooks all")
-    answer = _Answer()
-    modules = []  # a map lives as long as the module that made it
+    constants = _constants(request, found)
+    answer, maps, read = _Answer(), dict[str, int](), set[str]()
     if hooks is not Hooks.FUNCTION:
-        modules.append(_compile(bcc, "reply.c", request, found))
-        _load_hooks(modules[-1], request, answer)
+        compiled = _obtain("reply.c", request, constants)
+        _load_hooks(_link(compiled, maps), request, answer)
+        read |= MAPS["reply.c"]
     if hooks is not Hooks.CGROUP and (found.send_probe or found.flow_probe):
-        modules.append(_compile(bcc, "flows.c", request, found))
-        _load_probes(modules[-1], request, found, answer)
+        compiled = _obtain("flows.c", request, constants)
+        _load_probes(_link(compiled, maps), request, found, answer)
+        read |= MAPS["flows.c"]
+    for name in sorted(read):
+        answer.add("map", name, maps[name])
     words = {
         "descriptors": answer.names,
         "features": asdict(found),
         "refused": answer.refused,
         "instructions": answer.instructions,
-        "bcc_version": bcc.__version__,
+        "compiler": compiled.compiler,
     }
     return words, answer.descriptors
 

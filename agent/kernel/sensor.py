@@ -47,7 +47,7 @@ class Sensor:
         self._health_at = -HEALTH_SECONDS
         self._table: Table | None = None
         self.features: Features = loaded.features
-        self.bcc_version = loaded.bcc_version
+        self.compiler = loaded.compiler
         self._watch_flows(loaded, limits, forwarded)
 
     @classmethod
@@ -58,11 +58,12 @@ class Sensor:
         btf: Path = VMLINUX_BTF,
         hooks: Hooks = Hooks.ALL,
         forwarded: Forwarded = Forwarded.AUTO,
+        cache: Path | None = None,
     ) -> Sensor:
         """Load and attach. Raises what `loader.load` raises."""
         if hooks is not Hooks.CGROUP:
             _load_conntrack()
-        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF)
+        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache)
         return cls(cgroup, limits, loaded, forwarded)
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:

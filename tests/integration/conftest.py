@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from itertools import count
@@ -22,6 +23,14 @@ PATIENCE_SECONDS = 5.0
 _ports = count(20_000)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all sensors and agents of this run keep compiled programs; as long as it lasts, and no longer."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["UDPWATCH_CACHE"] = str(folder)
+    return folder
+
+
 class Watch:
     """A sensor, and all that it has found so far by local port. Each test has ports of its own."""
 
@@ -33,7 +42,7 @@ class Watch:
         forwarded: Forwarded = Forwarded.AUTO,
     ) -> None:
         self.cgroup = cgroup.find(None)
-        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded)
+        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded, Path(os.environ["UDPWATCH_CACHE"]))
         self._findings: dict[Finding, int] = {}
         self._events: list[Event] = []
 

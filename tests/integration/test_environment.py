@@ -153,12 +153,84 @@ def test_kernel_without_btf(folder: Path, host: ContainerHost, port: int) -> Non
 
 def test_bcc_missing(folder: Path) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages")
-    assert_refused(run(folder, wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+    assert_refused(run(folder, "--cache=off", wrapper=wrapper), 77, "bcc", "python3-bpfcc")
 
 
 def test_bcc_is_an_empty_folder(folder: Path) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
-    assert_refused(run(folder, wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+    assert_refused(run(folder, "--cache=off", wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+
+
+# ---- compiled before ----
+
+WITHOUT_BCC = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
+
+
+def _compile_into(cache: Path, folder: Path) -> list[Path]:
+    """Start once; the files that this left."""
+    with Agent(folder, f"--cache={cache}"):
+        return sorted(cache.iterdir())
+
+
+def test_second_start_needs_no_bcc(folder: Path, host: ContainerHost, port: int) -> None:
+    _compile_into(folder / "cache", folder)
+    with Agent(folder, f"--cache={folder}/cache", wrapper=WITHOUT_BCC) as agent:
+        with host.node.socket() as server, host.container.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, host.ETH0, port, server))
+        assert agent.counted(port, 1) == 1
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--window=29", "--max-peers=1024", "--events-per-second=9"],
+)
+def test_other_settings_are_compiled_anew(folder: Path, flag: str) -> None:
+    _compile_into(folder / "cache", folder)
+    done = run(folder, f"--cache={folder}/cache", flag, wrapper=WITHOUT_BCC)
+    assert_refused(done, 77, "cannot import bcc")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda path: path.write_bytes(path.read_bytes().replace(b"b7", b"b6", 1)),
+        lambda path: os.chown(path, NOBODY, NOBODY),
+        lambda path: path.chmod(0o666),
+        lambda path: path.parent.chmod(0o777),
+    ],
+    ids=["damaged", "another owner", "others may write", "others may write to the folder"],
+)
+def test_what_others_could_have_written_is_compiled_anew(folder: Path, spoil: Callable[[Path], object]) -> None:
+    """Root would load it into the kernel."""
+    cache = folder / "cache"
+    before = _compile_into(cache, folder)
+    spoil(before[0])
+    done = run(folder, f"--cache={cache}", wrapper=WITHOUT_BCC)
+    assert_refused(done, 77, "cannot import bcc")
+    assert _compile_into(cache, folder) == before
+    if cache.stat().st_mode & 0o002 == 0:
+        with Agent(folder, f"--cache={cache}", wrapper=WITHOUT_BCC):
+            pass
+
+
+@pytest.mark.parametrize("place", ["read-only", "/proc/nowhere"])
+def test_cache_that_cannot_be_written(folder: Path, place: str) -> None:
+    """Nothing is said: it works, a compile later."""
+    cache = folder / place
+    (folder / "read-only").mkdir()
+    wrapper = in_mount_namespace(f"mount -t tmpfs -o ro none {folder}/read-only")
+    with Agent(folder, f"--cache={cache}", wrapper=wrapper) as agent:
+        assert not [line for line in agent.said if "cache" in line]
+
+
+def test_folder_that_systemd_gives(folder: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "UDPWATCH_CACHE"}
+    with Agent(folder, env={**environment, "CACHE_DIRECTORY": f"{folder}/cache:{folder}/other"}):
+        assert list((folder / "cache").iterdir())
+
+
+# ---- cgroup v2 ----
 
 
 def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: int) -> None:
@@ -404,14 +476,16 @@ def test_loader_that_says_much(folder: Path) -> None:
     (folder / "bcc" / "__init__.py").write_text(
         "import sys\nsys.stderr.buffer.write(b'\\xff noise\\n' * 100_000)\nraise ImportError('no such thing')\n"
     )
-    assert_refused(run(folder, env={"PYTHONPATH": str(folder)}), 77, "cannot import bcc", "no such thing")
+    assert_refused(
+        run(folder, "--cache=off", env={"PYTHONPATH": str(folder)}), 77, "cannot import bcc", "no such thing"
+    )
 
 
 def test_loader_that_dies(folder: Path) -> None:
     (folder / "bcc").mkdir()
     words = "import os, sys\nsys.stderr.write('out of order\\n')\nsys.stderr.flush()\nos._exit(3)\n"
     (folder / "bcc" / "__init__.py").write_text(words)
-    assert_refused(run(folder, env={"PYTHONPATH": str(folder)}), 1, "status 3", "out of order")
+    assert_refused(run(folder, "--cache=off", env={"PYTHONPATH": str(folder)}), 1, "status 3", "out of order")
 
 
 def test_event_file_of_somebody_else(folder: Path, host: ContainerHost, port: int) -> None:
@@ -544,7 +618,8 @@ def test_doctor_without_perfmon() -> None:
     assert "add CAP_PERFMON" in done.stdout
 
 
-def test_doctor_without_bcc() -> None:
+def test_doctor_without_bcc(agent: Agent) -> None:
+    """It tries the compiler, whatever the agent beside it has kept."""
     done = run_cli("doctor", wrapper=in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages"))
     assert done.returncode == 77
     assert "python3-bpfcc" in done.stdout

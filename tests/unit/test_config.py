@@ -25,6 +25,15 @@ def test_order_of_strength(tmp_path: Path) -> None:
     assert (settings.window, settings.max_peers, settings.node) == (3, 100, "variable")
 
 
+def test_systemds_cache_folder_is_a_default() -> None:
+    """The first of CacheDirectory=, unless somebody says otherwise."""
+    systemd = {"CACHE_DIRECTORY": "/var/cache/a:/var/cache/b"}
+    assert resolve({}, systemd, None).cache == Path("/var/cache/a")
+    assert resolve({}, systemd | {"UDPWATCH_CACHE": "off"}, None).cache is None
+    assert resolve({"cache": "/c"}, systemd, None).cache == Path("/c")
+    assert resolve({}, {}, None).cache == Path("/var/cache/udpwatch")
+
+
 def test_every_setting_has_a_field_and_the_reverse() -> None:
     assert {setting.name for setting in SETTINGS} == set(Settings.__dataclass_fields__)
 
