@@ -107,9 +107,4 @@ static __always_inline __u32 current_uid(void) {
 #define current_pid_tgid() 0ULL
 #endif
 
-/* The n-th argument of a probed function: fentry has them in a row, a kprobe in the registers of
- * the calling convention (ARGUMENT_n: index into struct pt_regs, in words). */
-#define argument_by_fentry(ctx, n) ((ctx)[n])
-#define argument_by_kprobe(ctx, n) ((ctx)[ARGUMENT_##n])
-
 #endif

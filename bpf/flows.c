@@ -22,7 +22,9 @@
 #include "records.h"
 
 /* ---- limits and settings: MAX_PEERS, MAX_CANDIDATES, WINDOW_NS and FORWARDED come with the
- * compile, from Limits in agent/kernel/loader.py ---- */
+ * compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the place of a function's
+ * n-th argument in the context, which fentry and kprobes do not share (agent/kernel/probes.py) ----
+ */
 
 #define SOL_IP          0
 #define SOL_IPV6        41
@@ -36,17 +38,6 @@
 #define CT_INFO_MASK    7ULL /* NFCT_INFOMASK */
 #define DEVICE_BUCKETS  256  /* NETDEV_HASHENTRIES */
 #define DEVICES         8    /* of one bucket looked at */
-
-#if SEND_BY_FENTRY
-#define send_argument argument_by_fentry
-#else
-#define send_argument argument_by_kprobe
-#endif
-#if FLOW_BY_FENTRY
-#define flow_argument argument_by_fentry
-#else
-#define flow_argument argument_by_kprobe
-#endif
 
 /* ---- maps; the first two are reply.c's as well: what has the same name is the same map ---- */
 
@@ -130,16 +121,18 @@ static __always_inline void note(__u64 socket, int bound, __u64 message) {
 }
 
 int send4(__u64 *ctx) {
-    __u64 socket = send_argument(ctx, 0);
-    note(socket, (__u32)read_kernel(socket + OFFSET_SOCK_RCV_SADDR) != 0, send_argument(ctx, 1));
+    __u64 socket = ctx[SEND4_ARGUMENT_0];
+    note(socket, (__u32)read_kernel(socket + OFFSET_SOCK_RCV_SADDR) != 0, ctx[SEND4_ARGUMENT_1]);
     return 0;
 }
 
+#ifdef OFFSET_SOCK_RCV_SADDR6 /* the kernel has IPv6 */
 int send6(__u64 *ctx) {
-    __u64 socket = send_argument(ctx, 0), own = socket + OFFSET_SOCK_RCV_SADDR6;
-    note(socket, read_kernel(own) || read_kernel(own + 8), send_argument(ctx, 1));
+    __u64 socket = ctx[SEND6_ARGUMENT_0], own = socket + OFFSET_SOCK_RCV_SADDR6;
+    note(socket, read_kernel(own) || read_kernel(own + 8), ctx[SEND6_ARGUMENT_1]);
     return 0;
 }
+#endif
 
 /* ---- conntrack's entries ---- */
 
@@ -315,7 +308,7 @@ int confirm(__u64 *ctx) {
     struct request_key key = {};
     struct address server = {}, source = {};
     struct tuple original, reply;
-    __u64 skb = flow_argument(ctx, 0);
+    __u64 skb = ctx[CONFIRM_ARGUMENT_0];
     __u64 entry = read_kernel(skb + OFFSET_SKB_NFCT) & ~CT_INFO_MASK;
     int zero = 0, known_route;
 
@@ -383,7 +376,7 @@ int gone(__u64 *ctx) {
     struct request_key key = {};
     struct address server = {};
     struct tuple reply;
-    __u64 entry = flow_argument(ctx, 0);
+    __u64 entry = ctx[GONE_ARGUMENT_0];
 
     read_tuple(&reply, entry, OFFSET_TUPLE_REPLY);
     if (reply.protocol != PROTO_UDP)

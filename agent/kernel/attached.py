@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS
 from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, SETTLE, Loaded
+from udpwatch.agent.kernel.probes import How
 from udpwatch.agent.model import Probe
 
+MODULES = Path("/sys/module")
 _REQUIRED = {hook.name: hook.required for hook in HOOKS}
 
 
@@ -25,6 +29,12 @@ class Attached:
         self._hooks = [hook for hook in HOOKS if hook.name in wanted]
         self._functions = [function.name for function in FUNCTION_PROBES if function.name in wanted]
         self._reattached = {hook.name: 0 for hook in self._hooks}
+        # fentry holds the function's module; a kprobe does not, and ends with it without a word.
+        self._modules = {
+            function.name: (function.module, _loaded_at(function.module))
+            for function in SEND_FUNCTIONS + FLOW_FUNCTIONS
+            if self._how[function.name] == How.KPROBE and function.name in self._links and function.module
+        }
 
     def close(self) -> None:
         """Detach and free everything."""
@@ -36,9 +46,9 @@ class Attached:
     def keep(self) -> list[str]:
         """Ask the kernel about every link and attach again what somebody detached; a line for each change.
 
-        Function probes are nobody's but ours: only their descriptors' end detaches them.
+        A function probe whose module was unloaded is gone: to attach it again takes rights that were given up.
         """
-        lines = []
+        lines = self._let_go_of_modules()
         for hook in self._hooks:
             link = self._links.get(hook.name)
             if link is None or bpf.link_cgroup_id(link):
@@ -58,6 +68,18 @@ class Attached:
             self._refused.pop(hook.name, None)
             self._reattached[hook.name] += 1
             lines.append(f"{hook.name} is attached again")
+        return lines
+
+    def _let_go_of_modules(self) -> list[str]:
+        """Detach from modules that are not what they were; a line for each such probe."""
+        lines = []
+        for name, (module, loaded_at) in list(self._modules.items()):
+            if _loaded_at(module) == loaded_at:
+                continue
+            del self._modules[name]
+            os.close(self._links.pop(name))
+            self._refused[name] = f"{name} is not probed any more: its module {module} was unloaded; restart udpwatch"
+            lines.append(self._refused[name])
         return lines
 
     @property
@@ -94,3 +116,11 @@ class Attached:
             how=self._how.get(name, ""),
             missed=info.missed if info else 0,
         )
+
+
+def _loaded_at(module: str) -> int:
+    """A number that another loading of the module does not have; 0 where it is not loaded, nor a part of the kernel."""
+    try:
+        return (MODULES / module).stat().st_ino
+    except OSError:
+        return 0

@@ -60,10 +60,9 @@ class Features:
     conntrack: bool  # kernel memory can be read; else conntrack is asked over netlink before a finding is reported
     offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
     conntrack_reason: str  # why `conntrack` is False
-    send_probe: str  # how udp_sendmsg is probed, a `probes.How`; "": not
-    flow_probe: str  # the same for conntrack's functions
-    flow_offsets: dict[str, int]  # for both
-    probes_reason: str  # why one of them is not
+    functions: dict[str, str]  # function -> how it is probed, a `probes.How`; "": not
+    functions_reason: dict[str, str]  # function -> why it is not; only of those that are not
+    flow_offsets: dict[str, int]  # for the programs on them
 
     @property
     def scope(self) -> str:
@@ -81,10 +80,15 @@ class Features:
         return "packet" if self.conntrack else "netlink"
 
     @property
-    def functions(self) -> dict[str, str]:
-        """How each probed function is probed."""
-        found = {function.name: self.send_probe for function in SEND_FUNCTIONS}
-        return found | {function.name: self.flow_probe for function in FLOW_FUNCTIONS}
+    def flow_probes(self) -> bool:
+        """Whether conntrack's functions can be probed: all of them, or none is."""
+        return all(self.functions[function.name] for function in FLOW_FUNCTIONS)
+
+    @property
+    def probes_reason(self) -> str:
+        """Why one of the functions is not probed, conntrack's first; "": all are."""
+        reasons = (self.functions_reason.get(function.name, "") for function in FLOW_FUNCTIONS + SEND_FUNCTIONS)
+        return next(filter(None, reasons), "")
 
 
 SEND_FUNCTIONS = (Function("udp_sendmsg"), Function("udpv6_sendmsg", "ipv6"))
@@ -141,7 +145,6 @@ def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
         found = {
             "OFFSET_SKB_IIF": btf.offset("sk_buff", "skb_iif"),
             "OFFSET_SOCK_RCV_SADDR": btf.offset("sock", "__sk_common.skc_rcv_saddr"),
-            "OFFSET_SOCK_RCV_SADDR6": btf.offset("sock", "__sk_common.skc_v6_rcv_saddr"),
             "OFFSET_SOCK_STATE": btf.offset("sock", "__sk_common.skc_state"),
             "OFFSET_MSG_CONTROL": btf.offset("msghdr", "msg_control"),
             "OFFSET_MSG_CONTROLLEN": btf.offset("msghdr", "msg_controllen"),
@@ -152,6 +155,8 @@ def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
             "OFFSET_DEVICE_INDEX": btf.offset("net_device", "ifindex"),
             "OFFSET_DEVICE_NAME": btf.offset("net_device", "name"),
         }
+        with contextlib.suppress(LookupError):  # CONFIG_IPV6
+            found["OFFSET_SOCK_RCV_SADDR6"] = btf.offset("sock", "__sk_common.skc_v6_rcv_saddr")
         with contextlib.suppress(LookupError):  # CONFIG_NF_CONNTRACK_ZONES
             found["OFFSET_CT_ZONE"] = btf.offset("nf_conn", "zone.id")
         return found
@@ -161,21 +166,25 @@ def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
 
 def _try_probes(btf: Path, conntrack: bool) -> dict[str, Any]:
     """The members of Features that are about function probes."""
-    none: dict[str, Any] = {"send_probe": "", "flow_probe": "", "flow_offsets": {}}
+    names = [function.name for function in SEND_FUNCTIONS + FLOW_FUNCTIONS]
+    reason = ""
+    offsets, functions, reasons = dict[str, int](), dict[str, str](), dict[str, str]()
     if not conntrack:
-        return none | {"probes_reason": "kernel memory cannot be read"}
-    try:
-        offsets = flow_offsets(btf)
-    except (OSError, LookupError) as error:
-        return none | {"probes_reason": f"{btf} does not describe {error.args[0]}"}
-    send, why_not_send = try_functions(SEND_FUNCTIONS, btf)
-    flow, why_not_flow = try_functions(FLOW_FUNCTIONS, btf)
-    return {
-        "send_probe": send or "",
-        "flow_probe": flow or "",
-        "flow_offsets": offsets,
-        "probes_reason": why_not_flow or why_not_send,
-    }
+        reason = "kernel memory cannot be read"
+    else:
+        try:
+            offsets = flow_offsets(btf)
+        except (OSError, LookupError) as error:
+            reason = f"{btf} does not describe {error.args[0]}"
+    if reason:
+        none = {"functions": dict.fromkeys(names, ""), "functions_reason": dict.fromkeys(names, reason)}
+        return none | {"flow_offsets": {}}
+    # Each send function by itself: a kernel without IPv6 has one of them. Of conntrack's, one is of no use.
+    for group in (*((function,) for function in SEND_FUNCTIONS), FLOW_FUNCTIONS):
+        how, reason = try_functions(group, btf)
+        functions |= {function.name: how or "" for function in group}
+        reasons |= {function.name: reason for function in group if not how}
+    return {"functions": functions, "functions_reason": reasons, "flow_offsets": offsets}
 
 
 def probe(btf: Path = VMLINUX_BTF) -> Features:

@@ -25,7 +25,7 @@ from udpwatch.agent.kernel import capabilities, features, objects
 from udpwatch.agent.kernel.bpf import ProgramType, link_create, map_create, map_definition, program_load_logged
 from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, MAPS, SETTLE, Hook, Limits
 from udpwatch.agent.kernel.objects import Cache, Object, name_maps
-from udpwatch.agent.kernel.probes import How, Target, argument_registers
+from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
@@ -69,9 +69,11 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "HAVE_CURRENT_TASK": int(found.current_task),
         "HAVE_SENDER_COMM": int(found.sender_comm),
         "HAVE_KERNEL_READ": int(found.conntrack),
-        "SEND_BY_FENTRY": int(found.send_probe == How.FENTRY),
-        "FLOW_BY_FENTRY": int(found.flow_probe == How.FENTRY),
-        **argument_registers(),
+        **{
+            f"{each.program.upper()}_ARGUMENT_{number}": index
+            for each in FUNCTION_PROBES
+            for number, index in enumerate(argument_indices(found.functions[each.name]))
+        },
         **found.offsets,
         **found.flow_offsets,
     }
@@ -181,10 +183,14 @@ def _load_probes(
     programs: dict[str, bytes], request: dict[str, Any], found: features.Features, answer: _Answer
 ) -> None:
     alone = request["hooks"] == Hooks.FUNCTION
-    wanted = [each for each in FUNCTION_PROBES if found.functions[each.name]]
-    if not request["forwarded"] and not alone:
-        wanted = [each for each in wanted if each.name in {one.name for one in features.SEND_FUNCTIONS}]
-    for each in wanted:
+    sends = {function.name for function in features.SEND_FUNCTIONS}
+    for each in FUNCTION_PROBES:
+        if not found.functions[each.name]:
+            if each.name in sends:  # what follows from the others is said where flows are
+                answer.refused[each.name] = f"cannot probe {each.name}: {found.functions_reason[each.name]}"
+            continue
+        if each.name not in sends and not request["forwarded"] and not alone:
+            continue
         function = next(one for one in features.SEND_FUNCTIONS + features.FLOW_FUNCTIONS if one.name == each.name)
         try:
             with Target(function, How(found.functions[each.name]), Path(request["btf"])) as target:
@@ -193,7 +199,7 @@ def _load_probes(
                 answer.add("link", each.name, target.attach(program))
         except (OSError, LookupError) as error:
             answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
-    if found.flow_probe:
+    if found.flow_probes:
         program, answer.instructions[SETTLE] = program_load_logged(
             ProgramType.SOCKET_FILTER, None, programs[SETTLE], SETTLE
         )
@@ -214,7 +220,7 @@ def _probe(request: dict[str, Any]) -> features.Features:
 def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     found = _probe(request)
     hooks = Hooks(request["hooks"])
-    if hooks is Hooks.FUNCTION and not found.flow_probe:
+    if hooks is Hooks.FUNCTION and not found.flow_probes:
         raise CannotRun(f"this kernel does not allow function probes ({found.probes_reason}): use --hooks all")
     constants = _constants(request, found)
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
@@ -222,7 +228,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         compiled = _obtain("reply.c", request, constants)
         _load_hooks(_link(compiled, maps), request, answer)
         read |= MAPS["reply.c"]
-    if hooks is not Hooks.CGROUP and (found.send_probe or found.flow_probe):
+    if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("flows.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)
         read |= MAPS["flows.c"]

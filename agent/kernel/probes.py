@@ -48,10 +48,12 @@ class Function:
     module: str = ""
 
 
-def argument_registers() -> dict[str, int]:
-    """ARGUMENT_n of the compile, for kprobes; empty where they are not known for this architecture."""
-    registers = _ARGUMENT_REGISTERS.get(platform.machine(), ())
-    return {f"ARGUMENT_{number}": index for number, index in enumerate(registers)}
+def argument_indices(how: str) -> tuple[int, ...]:
+    """Where a probed function's first arguments are in its program's context, in words: fentry has them in a row, a
+    kprobe in the registers of the calling convention.
+    """
+    in_a_row = (0, 1, 2)
+    return _ARGUMENT_REGISTERS.get(platform.machine(), in_a_row) if how == How.KPROBE else in_a_row
 
 
 def try_functions(functions: tuple[Function, ...], vmlinux: Path) -> tuple[How | None, str]:

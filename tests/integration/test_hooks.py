@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -9,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agents import Agent, run_cli
+from agents import Agent, run_cli, wait_for
 from conftest import Watch, ask
 from test_scenes import V4, Family, both, bound, source_control
 
@@ -164,6 +166,43 @@ def test_every_function_probe_is_attached(everything: Watch) -> None:
         assert probes[name].attached, probes[name].reason
         assert probes[name].how in ("fentry", "kprobe")
         assert probes[name].instructions > 0
+
+
+#: the loader's view of a kernel that was built without IPv6
+NO_IPV6 = """
+from udpwatch.agent.kernel import libbpf, probes
+
+real_offset, real_target = libbpf.Btf.offset, probes.Target.__init__
+
+def offset(btf, structure, member):
+    if "v6" in member:
+        raise LookupError(f"{structure}.{member}")
+    return real_offset(btf, structure, member)
+
+def target(self, function, how, vmlinux):
+    if "v6" in function.name:
+        raise LookupError(function.name)
+    real_target(self, function, how, vmlinux)
+
+libbpf.Btf.offset, probes.Target.__init__ = offset, target
+"""
+
+
+@pytest.mark.usefixtures("everything")
+def test_a_kernel_without_ipv6(folder: Path, host: ContainerHost, port: int) -> None:
+    """One function less, and nothing else."""
+    (folder / "sitecustomize.py").write_text(NO_IPV6)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    with Agent(folder, env={**os.environ, "PYTHONPATH": path}) as agent:
+        probes = {probe["name"]: probe for probe in agent.snapshot()["probes"]}
+        assert [name for name, probe in probes.items() if not probe["attached"]] == ["udpv6_sendmsg"]
+        assert probes["udpv6_sendmsg"]["reason"].startswith("cannot probe udpv6_sendmsg: fentry: no udpv6_sendmsg")
+        with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
+            server.sendto(*ask(client, V4.eth0, port, server))
+            assert agent.counted(port, 1) == 1
+        wait_for(agent.events_file.exists, "the event file")
+        (event,) = wait_for(agent.events_file.read_text().splitlines, "the event")
+        assert json.loads(event)["pktinfo"] is False
 
 
 @pytest.mark.parametrize("hooks", list(Hooks))

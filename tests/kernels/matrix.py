@@ -45,7 +45,10 @@ MARKERS = ("<!-- kernels: begin -->\n", "<!-- kernels: end -->\n")
 
 NATIVE = "native"
 EVERYTHING = ("tests/integration",)
-LOCKDOWN_TESTS = ("tests/integration/test_lockdown.py",)
+LOCKDOWN_TESTS = (
+    "tests/integration/test_modules.py",
+    "tests/integration/test_lockdown.py",
+)  # before conntrack is in use
 
 GUESTS_AT_ONCE = len(os.sched_getaffinity(0))
 GUEST_MEMORY = "2G"

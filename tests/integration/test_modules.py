@@ -1,0 +1,50 @@
+"""conntrack as a module that is unloaded while its functions are probed. Skipped where it is none, or in use."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from agents import Agent, wait_for
+
+CONNTRACK = ("__nf_conntrack_confirm", "nf_ct_delete")
+
+
+def unload() -> bool:
+    """Whether the kernel let it go."""
+    modules = ["nf_conntrack_netlink", "nf_conntrack"]
+    return not any(subprocess.run(["rmmod", each], capture_output=True, check=False).returncode for each in modules)
+
+
+@pytest.fixture
+def _a_module_that_nothing_uses() -> None:
+    if (
+        not Path("/sys/module/nf_conntrack/initstate").exists()
+        and subprocess.run(
+            ["modprobe", "--dry-run", "--first-time", "nf_conntrack"], capture_output=True, check=False
+        ).returncode
+    ):
+        pytest.skip("conntrack is built into this kernel: `make test-kernels` boots kernels where it is a module")
+    if Path("/sys/module/nf_conntrack/initstate").exists() and not unload():
+        pytest.skip("conntrack is in use: run this test alone")
+
+
+@pytest.mark.usefixtures("_a_module_that_nothing_uses")
+def test_conntrack_unloaded_while_it_is_probed(folder: Path) -> None:
+    """fentry holds the module. A kprobe does not: the kernel ends it silently, so it is noticed, said and measured."""
+    with Agent(folder) as agent:
+        probes = {probe["name"]: probe for probe in agent.snapshot()["probes"]}
+        if not all(probes[name]["attached"] for name in CONNTRACK):
+            pytest.skip("function probes are not allowed here")
+        held = probes["nf_ct_delete"]["how"] == "fentry"
+        assert unload() != held
+        if held:
+            assert all(agent.metric("udpwatch_probe_attached", probe=name) == 1 for name in CONNTRACK)
+            return
+        for name in CONNTRACK:
+            wait_for(lambda name=name: agent.metric("udpwatch_probe_attached", probe=name) == 0, f"{name} to be missed")
+            assert any(f"{name} is not probed any more: its module nf_conntrack was unl" in line for line in agent.said)
+        subprocess.run(["modprobe", "nf_conntrack"], check=True)  # another one, in which nothing is probed
+        assert all(agent.metric("udpwatch_probe_attached", probe=name) == 0 for name in CONNTRACK)
+        assert agent.metric("udpwatch_probe_attached", probe="egress") == 1
