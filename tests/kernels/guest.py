@@ -1,8 +1,8 @@
 """Runs on the kernel that is tried, in a guest or natively: asks doctor, runs the tests, writes down what came of it.
 
 ``guest.py FOLDER``: FOLDER outlives the guest. request.json in it holds pytest's arguments, and the folders to be
-cached. ``started`` says that the kernel has booted; junit.xml is pytest's; result.json comes last and is there whole or
-not at all.
+cached. ``started`` says that the kernel has booted; tests.jsonl gets a line for each test as it ends; result.json comes
+last and is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main(folder: Path) -> int:
         "doctor": doctor(),
         "bench": bench(request["bench"]) if request["bench"] else "",
         # None: no tests were asked for.
-        "pytest": int(pytest.main(["-p", "no:cacheprovider", f"--junitxml={folder}/junit.xml", *arguments]))
+        "pytest": int(pytest.main(["-p", "no:cacheprovider", *arguments], [Record(folder / "tests.jsonl")]))
         if arguments
         else None,
     }
@@ -44,6 +44,21 @@ def main(folder: Path) -> int:
     unfinished.write_text(json.dumps(result))
     unfinished.rename(folder / "result.json")
     return 0
+
+
+class Record:
+    """A plugin of pytest: what came of each test is known at once, also of a guest that dies."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """A test that fails in its teardown as well has two lines."""
+        if report.passed and report.when != "call":
+            return
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        line = {"name": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "message": reason}
+        print(json.dumps(line), file=self._file, flush=True)
 
 
 def prepare(cached: Sequence[str]) -> None:

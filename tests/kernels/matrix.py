@@ -1,7 +1,8 @@
 """`make test-kernels`: the integration suite on Debian's kernels in QEMU, and natively, as one table.
 
 Each kernel boots with virtme-ng, without KVM, on this machine's own root file system, which it cannot change. A guest
-sees a copy of the checkout, so that work may go on in it, and leaves its results in build/kernels. A guest is the
+sees a copy of the checkout, so that work may go on in it, and leaves its results in build/kernels; with --resume, what
+passed there before and can have changed by nothing since is not run again. A guest is the
 first process of a process namespace, which ends with this program: nothing is left running, however this ends.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -22,7 +24,6 @@ import sys
 import textwrap
 import time
 import tomllib
-import xml.etree.ElementTree as ET
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -99,6 +100,19 @@ ROWS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Test:
+    """What came of a test: "passed", "failed" with the end of the message, "skipped" with the reason."""
+
+    name: str
+    outcome: str
+    message: str
+
+    @property
+    def file(self) -> str:
+        return self.name.partition("::")[0]
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came of a row."""
@@ -109,15 +123,25 @@ class Outcome:
     mode: str = ""
     programs: dict[str, int] = field(default_factory=dict)  # name -> instructions that the verifier walked
     bench: str = ""  # what it printed
-    passed: int = 0
-    failed: list[tuple[str, str]] = field(default_factory=list)  # name, end of the message
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # name, reason
+    results: list[Test] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # all but failed tests
     seconds: float = 0.0
 
     @property
     def good(self) -> bool:
         return not self.faults and not self.failed
+
+    @property
+    def passed(self) -> int:
+        return sum(test.outcome == "passed" for test in self.results)
+
+    @property
+    def failed(self) -> list[Test]:
+        return [test for test in self.results if test.outcome == "failed"]
+
+    @property
+    def skipped(self) -> list[Test]:
+        return [test for test in self.results if test.outcome == "skipped"]
 
     @property
     def tests(self) -> str:
@@ -130,28 +154,41 @@ class Outcome:
 
 
 async def run_rows(
-    rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str], bench: Sequence[str]
+    rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str], bench: Sequence[str], resume: bool
 ) -> list[Outcome]:
-    """Guests side by side, then what is native, alone: it has the machine's real time."""
+    """Guests side by side, then what is native, alone: it has the machine's real time. All see the tree of now."""
+    tree = RESULTS / "tree/udpwatch"
+    _copy(tree)
+    digests = state(tree)
     slots = asyncio.Semaphore(GUESTS_AT_ONCE)
 
     async def one(row: Row) -> Outcome:
+        kernel = kernels.get(row.kernel)
+        kept = Kept(row.name, kernel.release if kernel else os.uname().release, digests)
+        chosen = () if bench else _files(tree, row.tests if row.tests is not None else tests, kernel)
+        known = kept.read(Outcome(row)) if resume and not bench else Outcome(row)
+        left = [each for each in chosen if each not in {test.file for test in known.results}]
+        if known.release and not left:
+            print(f"{row.name}: as before", flush=True)
+            return known
         async with slots:
-            chosen = row.tests if row.tests is not None else tests
-            return await run(row, kernels.get(row.kernel), () if bench else chosen, bench)
+            outcome = await run(row, kernel, tree, left, bench)
+        if not bench:
+            kept.write(outcome)
+        outcome.results += known.results
+        return outcome
 
     async with asyncio.TaskGroup() as group:
         guests = [group.create_task(one(row)) for row in rows if row.kernel != NATIVE]
     return [task.result() for task in guests] + [await one(row) for row in rows if row.kernel == NATIVE]
 
 
-async def run(row: Row, kernel: Kernel | None, tests: Sequence[str], bench: Sequence[str]) -> Outcome:
+async def run(row: Row, kernel: Kernel | None, tree: Path, tests: Sequence[str], bench: Sequence[str]) -> Outcome:
     """Boot (or not, where there is no kernel to boot), wait, read what was left."""
     print(f"{row.name}: starts", flush=True)
     begin = time.monotonic()
     folder = RESULTS / row.name
-    tree = folder / "tree/udpwatch"
-    _copy(tree)
+    folder.mkdir()
     unfit = [word for name in UNFIT if kernel for word in ("--deselect", name)]
     request = {"pytest": ["-v", *unfit, *tests] if tests else [], "bench": bench, "cached": []}
     script = [sys.executable, str(tree / "tests/kernels/guest.py"), str(folder)]
@@ -164,12 +201,17 @@ async def run(row: Row, kernel: Kernel | None, tests: Sequence[str], bench: Sequ
         script = [*_guest(kernel, row.lockdown or "none", folder), "--", inside]
     (folder / "request.json").write_text(json.dumps(request))
     problem = await _finish(script, folder, environment, tree)
-    shutil.rmtree(tree.parent)
     outcome = Outcome(row, faults=[problem] if problem else [], seconds=time.monotonic() - begin)
     if not problem:
         read(outcome, folder)
     print(f"{row.name}: {outcome.tests}, {outcome.seconds:.0f} s", flush=True)
     return outcome
+
+
+def _files(tree: Path, tests: Sequence[str], kernel: Kernel | None) -> list[str]:
+    """Folders as the test files in them; single tests as they are."""
+    found = [str(path.relative_to(tree)) for each in tests for path in sorted((tree / each).glob("test_*.py"))]
+    return [each for each in found if not kernel or each not in UNFIT] + [each for each in tests if ".py" in each]
 
 
 def _copy(tree: Path) -> None:
@@ -237,6 +279,82 @@ async def _keep(source: asyncio.StreamReader, path: Path) -> None:
             file.flush()
 
 
+# ---- keeping ----
+
+
+def state(tree: Path) -> dict[str, str]:
+    """Test file -> digest of all that its outcome depends on: the program, what tests share, itself, and the test files
+    that it imports. "": of the first two alone.
+    """
+    tests = {path.stem: path for path in (tree / "tests/integration").glob("test_*.py")}
+    shared = [tree / "pyproject.toml", tree / "tests/conftest.py", tree / "tests/kernels/guest.py"]
+    for folder in (tree / part for part in ("agent", "bpf", "dns", "tests/integration")):
+        shared += [path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")]
+    common = _digest([path for path in shared if path not in tests.values()])
+    digests = {"": common}
+    for path in tests.values():
+        imported = [tests[name] for name in re.findall(r"from (test_\w+) import", path.read_text())]
+        digests[str(path.relative_to(tree))] = common + _digest([path, *imported])
+    return digests
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What came of a row before, test file by test file: true as long as nothing changes that it depends on."""
+
+    row: str
+    release: str
+    digests: dict[str, str]
+
+    @property
+    def _path(self) -> Path:
+        return RESULTS / f"{self.row}.json"
+
+    def _load(self) -> dict[str, Any]:
+        nothing: dict[str, Any] = {"machine": {}, "files": {}}
+        try:
+            kept: dict[str, Any] = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return nothing
+        return kept if kept["release"] == self.release else nothing
+
+    def read(self, outcome: Outcome) -> Outcome:
+        """Fill in what still holds; without ``release`` where not even what doctor said does."""
+        kept = self._load()
+        machine = kept["machine"]
+        if machine.get("digest") == self.digests[""]:
+            outcome.release, outcome.lockdown, outcome.mode = self.release, machine["lockdown"], machine["mode"]
+            outcome.programs = machine["programs"]
+            outcome.faults = [*_unexpected(outcome), *over_budget(outcome)]
+        for file, results in kept["files"].items():
+            if results["digest"] == self.digests.get(file):
+                outcome.results += [Test(*each) for each in results["tests"]]
+        return outcome
+
+    def write(self, outcome: Outcome) -> None:
+        """Keep the files of which every test was run and none failed."""
+        if not outcome.release:
+            return
+        kept = self._load()
+        machine = {"lockdown": outcome.lockdown, "mode": outcome.mode, "programs": outcome.programs}
+        kept["release"], kept["machine"] = self.release, {"digest": self.digests[""], **machine}
+        request = json.loads((RESULTS / self.row / "request.json").read_text())
+        for file in set(request["pytest"]) & self.digests.keys():
+            tests = [test for test in outcome.results if test.file == file]
+            if tests and not any(test.outcome == "failed" for test in tests):
+                results = [(test.name, test.outcome, test.message) for test in tests]
+                kept["files"][file] = {"digest": self.digests[file], "tests": results}
+        self._path.write_text(json.dumps(kept))
+
+
 # ---- reading ----
 
 
@@ -251,7 +369,7 @@ def read(outcome: Outcome, folder: Path) -> None:
             outcome.programs[check["name"]] = int(walked.group(1))
     outcome.bench = result["bench"]
     if result["pytest"] is not None:
-        _read_tests(outcome, folder / "junit.xml", result["pytest"])
+        _read_tests(outcome, folder / "tests.jsonl", result["pytest"])
     outcome.faults += [*_unexpected(outcome), *over_budget(outcome)]
 
 
@@ -260,16 +378,13 @@ def _read_tests(outcome: Outcome, path: Path, status: int) -> None:
         outcome.faults.append(f"pytest ended with status {status} ({pytest.ExitCode(status).name}); see {path.parent}")
     if not path.exists():
         return
-    for case in ET.parse(path).iter("testcase"):  # noqa: S314  # our own pytest wrote it
-        name = f"{case.get('classname')}::{case.get('name')}"
-        if (bad := case.find("failure")) is None and (bad := case.find("error")) is None:
-            if (skip := case.find("skipped")) is None:
-                outcome.passed += 1
-            else:
-                outcome.skipped.append((name, skip.get("message", "")))
-        else:
-            lines = [line for line in (bad.text or "").splitlines() if line.strip()]
-            outcome.failed.append((name, "\n".join(lines[-MESSAGE_LINES:])))
+    found: dict[str, Test] = {}
+    for line in map(json.loads, path.read_text().splitlines()):
+        known = found.get(line["name"])
+        if known is None or known.outcome != "failed":
+            said = [part for part in line["message"].splitlines() if part.strip()]
+            found[line["name"]] = Test(line["name"], line["outcome"], "\n".join(said[-MESSAGE_LINES:]))
+    outcome.results += found.values()
 
 
 def _unexpected(outcome: Outcome) -> Iterator[str]:
@@ -338,10 +453,10 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
         lines.append(f"  {outcome.row.name}: {', '.join(counts)}")
     lines += [f"\n{outcome.row.name}: {outcome.bench.strip()}" for outcome in outcomes if outcome.bench]
     for outcome in outcomes:
-        for reason, number in Counter(reason for _, reason in outcome.skipped).items():
+        for reason, number in Counter(test.message for test in outcome.skipped).items():
             lines += ["", f"{outcome.row.name}: skipped, {number}: {reason}"]
-        for name, message in outcome.failed:
-            lines += ["", f"{outcome.row.name}: FAILED {name}", textwrap.indent(message, "    ")]
+        for test in outcome.failed:
+            lines += ["", f"{outcome.row.name}: FAILED {test.name}", textwrap.indent(test.message, "    ")]
         for fault in outcome.faults:
             lines += ["", f"{outcome.row.name}: FAULT {fault}"]
     return "\n".join(lines)
@@ -381,6 +496,9 @@ def main() -> int:
     names = [row.name for row in ROWS]
     parser.add_argument("--kernels", type=str.split, default=names, help=f"default: {' '.join(names)}")
     parser.add_argument("--tests", type=str.split, default=EVERYTHING, help=f"default: {' '.join(EVERYTHING)}")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not run again what passed, where nothing has changed since"
+    )
     parser.add_argument("--bench", type=str.split, default=(), help="run these parts of tests/bench instead of tests")
     options = parser.parse_args()
     kernels, tests = options.kernels or names, options.tests or EVERYTHING
@@ -393,7 +511,7 @@ def main() -> int:
     try:
         with only_one():
             images = {row.kernel: obtain(row.kernel) for row in rows if row.kernel != NATIVE}
-            outcomes = asyncio.run(interruptible(run_rows(rows, images, tests, options.bench)))
+            outcomes = asyncio.run(interruptible(run_rows(rows, images, tests, options.bench, options.resume)))
     except Unavailable as error:
         print(f"test-kernels: {error}", file=sys.stderr)
         return 77
@@ -411,13 +529,14 @@ def main() -> int:
 
 @contextmanager
 def only_one() -> Iterator[None]:
-    """Two at once would write over each other. What the last one left goes."""
+    """Two at once would write over each other. What the last one left goes, but for what is kept."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     folder = os.open(RESULTS, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         for left in RESULTS.iterdir():
-            shutil.rmtree(left)
+            if left.is_dir():
+                shutil.rmtree(left)
         yield
     except BlockingIOError:
         raise Unavailable(f"another test-kernels is at work in {RESULTS}: wait for its end") from None
