@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,13 +63,20 @@ class Record:
 
 
 def prepare(cached: Sequence[str]) -> None:
-    """Make a guest like a machine: these folders are cached, and /dev/net/tun is there, for which udev cares else."""
+    """Make a guest like a machine: these folders are cached, and /dev/net/tun is there, for which udev cares else.
+
+    What costs time under emulation goes: the kernel's messages on a serial line, and the search for the checkout in each
+    start of Python, which PYTHONPATH names.
+    """
+    subprocess.run(["dmesg", "--console-level", "alert"], check=True)
     share = Path("/run/share")
     share.mkdir()
     options = "trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro"
     subprocess.run(["mount", "-t", "9p", "-o", options, SHARE_TAG, share], check=True)
     for folder in cached:
         subprocess.run(["mount", "--bind", f"{share}{folder}", folder], check=True)
+    for search in Path(sysconfig.get_path("purelib")).glob("__editable__*.pth"):
+        subprocess.run(["mount", "--bind", "/dev/null", search], check=True)
     subprocess.run(["modprobe", "tun"], check=True)
 
 
