@@ -92,7 +92,7 @@ class Agent:
     def get(self, path: str) -> tuple[int, str]:
         """An HTTP request: (status, body)."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=10) as answer:
+            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -155,7 +155,7 @@ def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
         [*wrapper, *COMMAND, *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
         stdin=subprocess.DEVNULL,
         env={**os.environ, **options.pop("env", {})},

@@ -14,7 +14,7 @@ from udpwatch.agent.lab import Lab, Namespace
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001
-_PATIENCE_SECONDS = 5.0
+_PATIENCE_SECONDS = 30.0
 
 
 class Machine:

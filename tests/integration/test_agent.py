@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, wait_for
-from conftest import Watch, ask
+from conftest import PATIENCE_SECONDS, Watch, ask
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
@@ -45,7 +45,7 @@ def answer_wrongly(host: ContainerHost, port: int, times: int, name: str = "wron
                 server.sendto(*server.recvfrom(100))
 
         process = host.node.spawn(name, serve)
-        client.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
         for _ in range(times):
             client.sendto(b"x", (host.ETH0, port))
             assert client.recvfrom(100)[1][0] == host.DOCKER0
@@ -481,7 +481,7 @@ def _connect_until_refused(path: Path) -> int:
     clients, answered = [], 0
     for _ in range(50):
         client = socket.socket(socket.AF_UNIX)
-        client.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
         client.connect(str(path))
         clients.append(client)
         with contextlib.suppress(OSError):
@@ -585,7 +585,7 @@ def test_a_thread_is_named_by_its_process(agent: Agent, host: ContainerHost, por
             thread.join()
 
         process = host.node.spawn("runtime", serve)
-        client.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
         client.sendto(b"x", (host.ETH0, port))
         client.recvfrom(100)
         (event,) = wait_for(lambda: event_lines(agent, port), "the event")

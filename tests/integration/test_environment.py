@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from agents import COMMAND, Agent, run_cli, wait_for
-from conftest import ask
+from conftest import PATIENCE_SECONDS, ask
 
 from udpwatch.agent import cli
 from udpwatch.agent.kernel import bpf, cgroup
@@ -109,8 +109,8 @@ def test_without_perfmon_conntrack_is_asked(folder: Path, port: int) -> None:
             assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.said)
             with host.node.socket() as server, host.outside.socket() as client, host.container.socket() as inside:
                 server.bind(("0.0.0.0", port))
-                client.settimeout(5)
-                server.settimeout(5)
+                client.settimeout(PATIENCE_SECONDS)
+                server.settimeout(PATIENCE_SECONDS)
                 for _ in range(3):
                     client.sendto(b"x", ("10.99.0.9", port))
                     server.sendto(*server.recvfrom(100))

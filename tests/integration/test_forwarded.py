@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
 import pytest
-from conftest import Watch, ask
+from conftest import PATIENCE_SECONDS, Watch, ask
 from router import Machine, Router, inhabit
 
 from udpwatch.agent.kernel import flows
@@ -348,7 +348,7 @@ def test_what_passes_two_namespaces_is_one(open_watch: Callable[..., Watch], por
             client.sendto(b"question", ("10.8.0.2", port))
             source, source_port, _, _ = machine.receive()
             machine.send("10.8.0.3", port, source, source_port)
-            client.settimeout(5)
+            client.settimeout(PATIENCE_SECONDS)
             assert client.recvfrom(100)[1] == ("10.8.0.3", port)
             ((finding, count),) = settled(watch, port).items()
             assert (finding.expected, finding.actual, count) == ("10.8.0.2", "10.8.0.3", 1)

@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import SECOND, Watch, ask
+from conftest import PATIENCE_SECONDS, SECOND, Watch, ask
 from test_scenes import V4, Family, both, bound, finding_of, source_control
 
 from udpwatch.agent.kernel.loader import Limits
@@ -175,7 +175,7 @@ def test_broadcast_over_a_device_without_frames(watch: Watch, port: int) -> None
         try:
             lab.node.ip("addr add 10.8.0.1/24 brd + dev tun9", "link set tun9 up")
             with bound(lab.node, socket.AF_INET, "0.0.0.0", port) as server:
-                server.settimeout(5)
+                server.settimeout(PATIENCE_SECONDS)
                 os.write(tun, datagram("10.8.0.2", 5555, "10.8.0.255", port))
                 server.sendto(*server.recvfrom(100))
                 assert watch.count(port) == 0
@@ -226,7 +226,7 @@ def test_listener_and_connected_socket_each_answer_right(
         worker.connect(("10.1.0.9", asking.getsockname()[1]))
         listener.sendto(*ask(asking, A, port, listener))
         asking.sendto(b"x", (B, port))
-        worker.settimeout(5)
+        worker.settimeout(PATIENCE_SECONDS)
         worker.send(worker.recv(100))
         assert watch.count(port) == 0
 
@@ -244,7 +244,7 @@ def test_connected_socket_asked_and_listener_answers(
         client.connect((family.eth0, port))
         peer = client.getsockname()
         worker.connect(peer[:2])
-        worker.settimeout(5)
+        worker.settimeout(PATIENCE_SECONDS)
         client.send(b"x")
         listener.sendto(worker.recv(100), peer)
         assert watch.count(port) == 1
@@ -273,7 +273,7 @@ def test_one_link_local_peer_on_each_of_three_links(watch: Watch, port: int) -> 
         questions = []
         with bound(node, socket.AF_INET6, "::", port) as server:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
-            server.settimeout(5)
+            server.settimeout(PATIENCE_SECONDS)
             for number in range(3):
                 peer = lab.namespace(f"peer{number}")
                 lab.link(node, f"eth{number}", peer, "eth0")
@@ -319,8 +319,8 @@ def test_two_first_questions_at_the_same_moment(
     """A new client asks A on one CPU and B on the other: neither question is forgotten."""
     server, client = pair
     with bound(server, socket.AF_INET, A, port) as at_a, bound(server, socket.AF_INET, B, port) as at_b:
-        at_a.settimeout(5)
-        at_b.settimeout(5)
+        at_a.settimeout(PATIENCE_SECONDS)
+        at_b.settimeout(PATIENCE_SECONDS)
         for _ in range(2_000):
             with client.socket() as asking:
                 barrier = threading.Barrier(2)
@@ -414,7 +414,7 @@ def test_a_process_that_becomes_another(packet_watch: Watch, host: ContainerHost
             os.execv("/usr/bin/python3", ["python3", "-c", code, str(server.fileno())])  # noqa: S606
 
         process = host.node.spawn("before-exec", become)
-        client.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
         for _ in range(2):
             client.sendto(b"x", (host.ETH0, port))
             client.recvfrom(100)

@@ -12,7 +12,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 
 import pytest
-from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch, ask
+from conftest import PATIENCE_SECONDS, SECOND, SECOND_6, VIP, VIP_6, Watch, ask
 
 from udpwatch.agent import servers
 from udpwatch.agent.kernel.loader import Limits
@@ -280,8 +280,8 @@ def test_datagram_larger_than_the_mtu(watch: Watch, host: ContainerHost, port: i
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
     ):
-        client.settimeout(5)
-        server.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
+        server.settimeout(PATIENCE_SECONDS)
         client.sendto(bytes(6000), (family.eth0, port))  # arrives in fragments, is judged whole
         data, peer = server.recvfrom(65535)
         assert len(data) == 6000
@@ -359,7 +359,7 @@ def test_pktinfo_server(watch: Watch, host: ContainerHost, port: int, family: Fa
         servers.want_pktinfo(server)
         server.bind((family.wildcard, port))
         process = host.node.spawn("pktinfo", lambda: servers.with_pktinfo(server))
-        client.settimeout(5)
+        client.settimeout(PATIENCE_SECONDS)
         for address in (family.eth0, family.docker0, family.second, family.vip):
             client.sendto(b"x", (address, port))
             assert client.recvfrom(100)[1][0] == address
@@ -520,8 +520,8 @@ def test_dnat(watch: Watch, nat_host: ContainerHost, family: Family, asked: int,
         nat_host.outside.socket(family.inet) as client,
     ):
         for _ in range(3):
-            server.settimeout(5)
-            client.settimeout(5)
+            server.settimeout(PATIENCE_SECONDS)
+            client.settimeout(PATIENCE_SECONDS)
             client.sendto(b"x", (service(family), asked))
             server.sendto(*server.recvfrom(100))
             assert client.recvfrom(100)[1][:2] == (service(family), asked)
@@ -537,8 +537,8 @@ def test_redirect(watch: Watch, nat_host: ContainerHost, family: Family, address
         nat_host.outside.socket(family.inet) as client,
     ):
         asked = getattr(family, address)
-        server.settimeout(5)
-        client.settimeout(5)
+        server.settimeout(PATIENCE_SECONDS)
+        client.settimeout(PATIENCE_SECONDS)
         client.sendto(b"x", (asked, 6000))
         server.sendto(*server.recvfrom(100))
         assert client.recvfrom(100)[1][:2] == (asked, 6000)
@@ -553,7 +553,7 @@ def test_wrong_reply_behind_dnat(watch: Watch, nat_host: ContainerHost, family: 
         bound(nat_host.node, family.inet, family.wildcard, 8888) as server,
         nat_host.container.socket(family.inet) as client,
     ):
-        server.settimeout(5)
+        server.settimeout(PATIENCE_SECONDS)
         client.sendto(b"x", (service(family), 7777))
         server.sendto(*server.recvfrom(100))
         assert watch.count(8888) == before + 1

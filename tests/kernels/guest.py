@@ -65,8 +65,8 @@ class Record:
 def prepare(cached: Sequence[str]) -> None:
     """Make a guest like a machine: these folders are cached, and /dev/net/tun is there, for which udev cares else.
 
-    What costs time under emulation goes: the kernel's messages on a serial line, and the search for the checkout in each
-    start of Python, which PYTHONPATH names.
+    What costs time under emulation goes: the kernel's messages on a serial line, and the search for the checkout in
+    each start of Python, which PYTHONPATH names.
     """
     subprocess.run(["dmesg", "--console-level", "alert"], check=True)
     share = Path("/run/share")
