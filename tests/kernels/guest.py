@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import os
+import site
 import subprocess
 import sys
-import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,8 @@ class Record:
 def prepare(cached: Sequence[str]) -> None:
     """Make a guest like a machine: these folders are cached, and /dev/net/tun is there, for which udev cares else.
 
-    What costs time under emulation goes: the kernel's messages on a serial line, and the search for the checkout in
-    each start of Python, which PYTHONPATH names.
+    What costs time under emulation goes: the kernel's messages on a serial line, and what .pth files add to each start
+    of Python; PYTHONPATH names the checkout.
     """
     subprocess.run(["dmesg", "--console-level", "alert"], check=True)
     share = Path("/run/share")
@@ -75,8 +75,8 @@ def prepare(cached: Sequence[str]) -> None:
     subprocess.run(["mount", "-t", "9p", "-o", options, SHARE_TAG, share], check=True)
     for folder in cached:
         subprocess.run(["mount", "--bind", f"{share}{folder}", folder], check=True)
-    for search in Path(sysconfig.get_path("purelib")).glob("__editable__*.pth"):
-        subprocess.run(["mount", "--bind", "/dev/null", search], check=True)
+    for added in (path for folder in site.getsitepackages() for path in Path(folder).glob("*.pth")):
+        subprocess.run(["mount", "--bind", "/dev/null", added], check=True)
     subprocess.run(["modprobe", "tun"], check=True)
 
 
