@@ -105,7 +105,7 @@ ROWS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Test:
+class Case:
     """What came of a test: "passed", "failed" with the end of the message, "skipped" with the reason."""
 
     name: str
@@ -127,7 +127,7 @@ class Outcome:
     mode: str = ""
     programs: dict[str, int] = field(default_factory=dict)  # name -> instructions that the verifier walked
     bench: str = ""  # what it printed
-    results: list[Test] = field(default_factory=list)
+    results: list[Case] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # all but failed tests
     seconds: float = 0.0
 
@@ -140,11 +140,11 @@ class Outcome:
         return sum(test.outcome == "passed" for test in self.results)
 
     @property
-    def failed(self) -> list[Test]:
+    def failed(self) -> list[Case]:
         return [test for test in self.results if test.outcome == "failed"]
 
     @property
-    def skipped(self) -> list[Test]:
+    def skipped(self) -> list[Case]:
         return [test for test in self.results if test.outcome == "skipped"]
 
     @property
@@ -349,7 +349,7 @@ class Kept:
             outcome.faults = [*_unexpected(outcome), *over_budget(outcome)]
         for file, results in kept["files"].items():
             if results["digest"] == self.digests.get(file):
-                outcome.results += [Test(*each) for each in results["tests"]]
+                outcome.results += [Case(*each) for each in results["tests"]]
         return outcome
 
     def write(self, outcome: Outcome) -> None:
@@ -391,12 +391,12 @@ def _read_tests(outcome: Outcome, path: Path, status: int) -> None:
         outcome.faults.append(f"pytest ended with status {status} ({pytest.ExitCode(status).name}); see {path.parent}")
     if not path.exists():
         return
-    found: dict[str, Test] = {}
+    found: dict[str, Case] = {}
     for line in map(json.loads, path.read_text().splitlines()):
         known = found.get(line["name"])
         if known is None or known.outcome != "failed":
             said = [part for part in line["message"].splitlines() if part.strip()]
-            found[line["name"]] = Test(line["name"], line["outcome"], "\n".join(said[-MESSAGE_LINES:]))
+            found[line["name"]] = Case(line["name"], line["outcome"], "\n".join(said[-MESSAGE_LINES:]))
     outcome.results += found.values()
 
 

@@ -1,0 +1,97 @@
+"""The kernel matrix's memory: what passed is not run again as long as nothing changes that it depends on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
+
+import matrix
+from matrix import Case, Kept, Outcome, Row, state
+
+ROW = Row("6.12")
+ONE, OTHER = "tests/integration/test_one.py", "tests/integration/test_other.py"
+FILES = {
+    "pyproject.toml": "",
+    "agent/app.py": "",
+    "bpf/reply.c": "",
+    "docs/kernels.md": "",
+    "tests/conftest.py": "",
+    "tests/kernels/guest.py": "",
+    "tests/integration/conftest.py": "",
+    ONE: "from test_other import helper",
+    OTHER: "",
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path)
+    for name, content in FILES.items():
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return tmp_path / "tree"
+
+
+def kept(tree: Path, release: str = "6.12.1") -> Kept:
+    return Kept(ROW.name, release, state(tree))
+
+
+def remembered(tree: Path, release: str = "6.12.1") -> tuple[set[str], bool]:
+    """(the files whose results still hold, whether the machine's facts do)."""
+    outcome = kept(tree, release).read(Outcome(ROW))
+    return {test.file for test in outcome.results}, bool(outcome.release)
+
+
+def run(tree: Path, *failing: str) -> None:
+    """As if both files had been run."""
+    folder = tree.parent / ROW.name
+    folder.mkdir(exist_ok=True)
+    (folder / "request.json").write_text(json.dumps({"pytest": ["-v", ONE, OTHER]}))
+    results = [Case(f"{file}::test", "failed" if file in failing else "passed", "") for file in (ONE, OTHER)]
+    kept(tree).write(Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", results=results))
+
+
+def test_what_passed_is_remembered(tree: Path) -> None:
+    assert remembered(tree) == (set(), False)
+    run(tree)
+    assert remembered(tree) == ({ONE, OTHER}, True)
+    assert remembered(tree, release="6.12.2") == (set(), False)
+
+
+def test_what_failed_is_not(tree: Path) -> None:
+    run(tree, ONE)
+    assert remembered(tree) == ({OTHER}, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "left"),
+    [
+        ("docs/kernels.md", ({ONE, OTHER}, True)),
+        (ONE, ({OTHER}, True)),
+        (OTHER, (set(), True)),  # the other one imports it
+        ("tests/integration/conftest.py", (set(), False)),
+        ("tests/kernels/guest.py", (set(), False)),
+        ("agent/app.py", (set(), False)),
+        ("bpf/reply.c", (set(), False)),
+    ],
+)
+def test_what_a_change_makes_void(tree: Path, changed: str, left: tuple[set[str], bool]) -> None:
+    run(tree)
+    with (tree / changed).open("a") as file:
+        file.write("\n")
+    assert remembered(tree) == left
+
+
+def test_single_tests_are_no_whole_file(tree: Path) -> None:
+    folder = tree.parent / ROW.name
+    folder.mkdir()
+    (folder / "request.json").write_text(json.dumps({"pytest": ["-v", f"{ONE}::test"]}))
+    results = [Case(f"{ONE}::test", "passed", "")]
+    kept(tree).write(Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", results=results))
+    assert remembered(tree) == (set(), True)
