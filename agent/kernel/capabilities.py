@@ -56,6 +56,11 @@ def may_load(have: Collection[Capability]) -> bool:
     return Capability.NET_ADMIN in have and (Capability.BPF in have or Capability.SYS_ADMIN in have)
 
 
+def may_read_memory(have: Collection[Capability]) -> bool:
+    """Whether programs may see kernel pointers and memory: CAP_PERFMON (or CAP_SYS_ADMIN)."""
+    return Capability.PERFMON in have or Capability.SYS_ADMIN in have
+
+
 def require() -> None:
     """Raise CannotRun unless programs can be loaded and attached, before anything else is begun."""
     have = effective()

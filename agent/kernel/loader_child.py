@@ -170,6 +170,11 @@ def _load_hooks(programs: dict[str, bytes], request: dict[str, Any], answer: _An
                 code = programs[hook.name]
                 program, answer.instructions[hook.name] = program_load_logged(hook.type, hook.attach, code, hook.name)
             except OSError as error:
+                if error.errno == errno.EACCES and not capabilities.may_read_memory(capabilities.effective()):
+                    raise CannotRun(
+                        f"this kernel takes the program {hook.name} only from whom has CAP_PERFMON ({error.strerror}): "
+                        "add CAP_PERFMON"
+                    ) from None
                 raise UdpwatchError(f"the kernel refuses the program {hook.name}: {error.strerror}") from None
             answer.add("program", hook.name, program)
             answer.add("link", hook.name, _attach(hook, program, request["cgroup"], request["path"]))

@@ -468,9 +468,10 @@ def test_socket_clients_that_misbehave(agent: Agent) -> None:
             lines.write(question)
             lines.flush()
             assert "error" in json.loads(lines.readline())
-        lines.write(b"x" * 100_000 + b"\n")  # longer than a line may be: the connection is closed
-        lines.flush()
-        assert lines.readline() == b""
+        # Longer than a line may be: the connection is closed, maybe before all of it was written.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            client.sendall(b"x" * 100_000 + b"\n")
+            assert lines.readline() == b""
         lines.close()
     assert agent.get("/healthz")[0] == 200
     assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"

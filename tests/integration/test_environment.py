@@ -7,6 +7,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agents import COMMAND, Agent, run_cli, wait_for
+from agents import COMMAND, Agent, run_cli, temporary, wait_for
 from conftest import PATIENCE_SECONDS, ask
 
 from udpwatch.agent import cli
@@ -91,21 +92,38 @@ def test_root_without_a_needed_capability(folder: Path, missing: Capability) -> 
     assert_refused(run(folder, preexec_fn=without(*drop)), 77, str(missing), "doctor")
 
 
-def test_without_perfmon_conntrack_is_asked(folder: Path, port: int) -> None:
+@pytest.fixture(scope="module")
+def without_perfmon() -> Callable[[], None]:
+    """For preexec_fn. Before Linux kernel commits d75e30dddf73 ("bpf: Fix issue in verifying allow_ptr_leaks") (in
+    v6.6) and ab125ed3ec1c ("bpf: fix check for attempt to corrupt spilled pointer") (in v6.8) the verifier takes no
+    such programs from whom CAP_PERFMON is missing; that this is said is asserted.
+    """
+    drop = without(Capability.PERFMON, Capability.SYS_ADMIN)
+    done = run_cli("doctor", preexec_fn=drop)
+    assert "add CAP_PERFMON" in done.stdout
+    if done.returncode == 0:
+        assert "mode netlink" in done.stdout
+        return drop
+    assert done.returncode == 77
+    assert "this kernel takes the program ingress only from whom has CAP_PERFMON" in " ".join(done.stdout.split())
+    with temporary() as folder:
+        assert_refused(run(Path(folder), preexec_fn=drop), 77, "CAP_PERFMON", "ingress")
+    pytest.skip("by design: this kernel's verifier needs CAP_PERFMON (docs/kernels.md)")
+
+
+def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None], folder: Path, port: int) -> None:
     """Runs all the same, says what it costs, finds the wrong reply and not the translated one."""
     with ContainerHost() as host:
         host.node.nft(
             "table inet service { chain prerouting { type nat hook prerouting priority dstnat;"
             f" ip daddr 10.99.0.9 udp dport {port} dnat ip to {host.ETH0}:{port}; }}; }}"
         )
-        drop = without(Capability.PERFMON, Capability.SYS_ADMIN)
 
         def enter_node() -> None:
             host.node._enter_child()
-            drop()
+            without_perfmon()
 
-        with Agent(folder, preexec_fn=enter_node, ready=False) as agent:
-            wait_for(lambda: "udpwatch: ready" in agent.said, "the agent to be ready")
+        with Agent(folder, preexec_fn=enter_node) as agent:
             assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.said)
             with host.node.socket() as server, host.outside.socket() as client, host.container.socket() as inside:
                 server.bind(("0.0.0.0", port))
@@ -122,10 +140,11 @@ def test_without_perfmon_conntrack_is_asked(folder: Path, port: int) -> None:
             assert agent.snapshot()["lost"]["undecided"] == 0
 
 
-def test_without_perfmon_other_namespaces_are_not_guessed(folder: Path, host: ContainerHost, port: int) -> None:
+def test_without_perfmon_other_namespaces_are_not_guessed(
+    without_perfmon: Callable[[], None], folder: Path, host: ContainerHost, port: int
+) -> None:
     """What cannot be asked is counted as undecided and never reported."""
-    drop = without(Capability.PERFMON, Capability.SYS_ADMIN)
-    with Agent(folder, "--window=0.5", preexec_fn=drop) as agent:
+    with Agent(folder, "--window=0.5", preexec_fn=without_perfmon) as agent:
         with host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
             server.sendto(*ask(client, host.ETH0, port, server))
@@ -166,29 +185,30 @@ def test_bcc_is_an_empty_folder(folder: Path) -> None:
 WITHOUT_BCC = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
 
 
-def _compile_into(cache: Path, folder: Path) -> list[Path]:
-    """Start once; the files that this left."""
-    with Agent(folder, f"--cache={cache}"):
-        return sorted(cache.iterdir())
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Path]:
+    """A cache as one start leaves it."""
+    with temporary() as folder, Agent(Path(folder), f"--cache={folder}/cache"):
+        yield Path(folder, "cache")
 
 
-def test_second_start_needs_no_bcc(folder: Path, host: ContainerHost, port: int) -> None:
-    _compile_into(folder / "cache", folder)
-    with Agent(folder, f"--cache={folder}/cache", wrapper=WITHOUT_BCC) as agent:
+@pytest.fixture
+def kept(compiled: Path, folder: Path) -> Path:
+    """One's own copy of it."""
+    return shutil.copytree(compiled, folder / "cache")
+
+
+def test_second_start_needs_no_bcc(kept: Path, folder: Path, host: ContainerHost, port: int) -> None:
+    with Agent(folder, f"--cache={kept}", wrapper=WITHOUT_BCC) as agent:
         with host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
             server.sendto(*ask(client, host.ETH0, port, server))
         assert agent.counted(port, 1) == 1
 
 
-@pytest.mark.parametrize(
-    "flag",
-    ["--window=29", "--max-peers=1024", "--events-per-second=9"],
-)
-def test_other_settings_are_compiled_anew(folder: Path, flag: str) -> None:
-    _compile_into(folder / "cache", folder)
-    done = run(folder, f"--cache={folder}/cache", flag, wrapper=WITHOUT_BCC)
-    assert_refused(done, 77, "cannot import bcc")
+@pytest.mark.parametrize("flag", ["--window=29", "--max-peers=1024", "--events-per-second=9"])
+def test_other_settings_are_compiled_anew(kept: Path, folder: Path, flag: str) -> None:
+    assert_refused(run(folder, f"--cache={kept}", flag, wrapper=WITHOUT_BCC), 77, "cannot import bcc")
 
 
 @pytest.mark.parametrize(
@@ -201,17 +221,18 @@ def test_other_settings_are_compiled_anew(folder: Path, flag: str) -> None:
     ],
     ids=["damaged", "another owner", "others may write", "others may write to the folder"],
 )
-def test_what_others_could_have_written_is_compiled_anew(folder: Path, spoil: Callable[[Path], object]) -> None:
+def test_what_others_could_have_written_is_not_used(kept: Path, folder: Path, spoil: Callable[[Path], object]) -> None:
     """Root would load it into the kernel."""
-    cache = folder / "cache"
-    before = _compile_into(cache, folder)
-    spoil(before[0])
-    done = run(folder, f"--cache={cache}", wrapper=WITHOUT_BCC)
-    assert_refused(done, 77, "cannot import bcc")
-    assert _compile_into(cache, folder) == before
-    if cache.stat().st_mode & 0o002 == 0:
-        with Agent(folder, f"--cache={cache}", wrapper=WITHOUT_BCC):
-            pass
+    for path in kept.iterdir():
+        spoil(path)
+    assert_refused(run(folder, f"--cache={kept}", wrapper=WITHOUT_BCC), 77, "cannot import bcc")
+
+
+def test_what_is_not_used_is_compiled_anew(kept: Path, folder: Path) -> None:
+    for path in kept.iterdir():
+        path.chmod(0o666)
+    with Agent(folder, f"--cache={kept}"):
+        assert {path.stat().st_mode & 0o777 for path in kept.iterdir()} == {0o600}
 
 
 @pytest.mark.parametrize("place", ["read-only", "/proc/nowhere"])
@@ -609,13 +630,6 @@ def test_doctor_without_rights() -> None:
     assert "udpwatch cannot work here" in done.stdout
     assert "CAP_NET_ADMIN" in done.stdout
     assert done.stderr == ""
-
-
-def test_doctor_without_perfmon() -> None:
-    done = run_cli("doctor", preexec_fn=without(Capability.PERFMON, Capability.SYS_ADMIN))
-    assert done.returncode == 0, done.stdout
-    assert "mode netlink" in done.stdout
-    assert "add CAP_PERFMON" in done.stdout
 
 
 def test_doctor_without_bcc(agent: Agent) -> None:
