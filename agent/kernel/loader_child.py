@@ -158,7 +158,7 @@ def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
             try:
                 maps[definition.name] = map_create(definition)
             except OSError as error:
-                raise UdpwatchError(f"cannot create the map {definition.name}: {error.strerror}") from None
+                raise UdpwatchError(f"cannot create the map {definition.name}: {_reason(error)}") from None
     numbers = dict(enumerate(maps[definition.name] for definition in compiled.maps))
     return {name: name_maps(code, numbers) for name, code in compiled.programs.items()}
 
@@ -211,12 +211,24 @@ def _load_probes(
         answer.add("program", SETTLE, program)
 
 
+def _reason(error: OSError) -> str:
+    """The kernel's word, and what may be behind it."""
+    reason = error.strerror or "refused"
+    # See main(): we may not raise the limit.
+    if error.errno == errno.EPERM and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        reason += (
+            "; before Linux 5.11 what we load counts as locked memory: add CAP_SYS_RESOURCE, or raise that limit "
+            "(systemd: LimitMEMLOCK=infinity)"
+        )
+    return reason
+
+
 def _probe(request: dict[str, Any]) -> features.Features:
     try:
         return features.probe(Path(request["btf"]))
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
-            raise CannotRun("the kernel does not permit us BPF programs (EPERM): see `udpwatch doctor`") from None
+            raise CannotRun(f"the kernel does not permit us BPF programs: {_reason(error)}") from None
         raise CannotRun(
             f"this kernel has no cgroup_skb programs ({error.strerror}): CONFIG_CGROUP_BPF is needed"
         ) from None

@@ -148,6 +148,11 @@ def temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="udpwatch-test-")
 
 
+def before_all(folder: Path) -> dict[str, str]:
+    """Environment in which modules in ``folder`` come before all others."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
 def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end."""
     wrapper = options.pop("wrapper", ())

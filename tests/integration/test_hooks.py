@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agents import Agent, run_cli, wait_for
+from agents import Agent, before_all, run_cli, wait_for
 from conftest import Watch, ask
 from test_scenes import V4, Family, both, bound, source_control
 
@@ -192,8 +192,7 @@ libbpf.Btf.offset, probes.Target.__init__ = offset, target
 def test_a_kernel_without_ipv6(folder: Path, host: ContainerHost, port: int) -> None:
     """One function less, and nothing else."""
     (folder / "sitecustomize.py").write_text(NO_IPV6)
-    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
-    with Agent(folder, env={**os.environ, "PYTHONPATH": path}) as agent:
+    with Agent(folder, env={**os.environ, **before_all(folder)}) as agent:
         probes = {probe["name"]: probe for probe in agent.snapshot()["probes"]}
         assert [name for name, probe in probes.items() if not probe["attached"]] == ["udpv6_sendmsg"]
         assert probes["udpv6_sendmsg"]["reason"].startswith("cannot probe udpv6_sendmsg: fentry: no udpv6_sendmsg")
