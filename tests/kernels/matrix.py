@@ -46,10 +46,8 @@ MARKERS = ("<!-- kernels: begin -->\n", "<!-- kernels: end -->\n")
 
 NATIVE = "native"
 EVERYTHING = ("tests/integration",)
-LOCKDOWN_TESTS = (
-    "tests/integration/test_modules.py",
-    "tests/integration/test_lockdown.py",
-)  # before conntrack is in use
+MODULE_TESTS = "tests/integration/test_modules.py"  # they come first: before anything uses conntrack
+LOCKDOWN_TESTS = (MODULE_TESTS, "tests/integration/test_lockdown.py")
 
 GUESTS_AT_ONCE = len(os.sched_getaffinity(0))
 GUEST_MEMORY = "2G"
@@ -214,7 +212,8 @@ async def run(row: Row, kernel: Kernel | None, tree: Path, tests: Sequence[str],
 def _files(tree: Path, tests: Sequence[str], kernel: Kernel | None) -> list[str]:
     """Folders as the test files in them; single tests as they are."""
     found = [str(path.relative_to(tree)) for each in tests for path in sorted((tree / each).glob("test_*.py"))]
-    return [each for each in found if not kernel or each not in UNFIT] + [each for each in tests if ".py" in each]
+    chosen = [each for each in found if not kernel or each not in UNFIT] + [each for each in tests if ".py" in each]
+    return sorted(chosen, key=lambda each: each != MODULE_TESTS)
 
 
 def _environment(tree: Path) -> dict[str, str]:
