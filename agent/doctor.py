@@ -287,8 +287,10 @@ def as_text(report: Report, colour: bool) -> str:
     lines = []
     for check in report.checks:
         body = textwrap.wrap(check.found, _WIDTH - _NAME_WIDTH - 8) or [""]
-        lines.append(f"{paint(check.status)}  {check.name:<{_NAME_WIDTH}}  {body[0]}")
-        lines += [" " * (_NAME_WIDTH + 8) + line for line in body[1:]]
+        # A name that is too long for its column has a line of its own.
+        beside = body.pop(0) if len(check.name) <= _NAME_WIDTH else ""
+        lines.append(f"{paint(check.status)}  {check.name:<{_NAME_WIDTH}}  {beside}".rstrip())
+        lines += [" " * (_NAME_WIDTH + 8) + line for line in body]
         for index, line in enumerate(textwrap.wrap(check.change, _WIDTH - _NAME_WIDTH - 11)):
             lines.append(" " * (_NAME_WIDTH + 8) + ("-> " if index == 0 else "   ") + line)
     lines.append("")
