@@ -26,6 +26,7 @@ from udpwatch.agent.lab import ContainerHost, die_with_parent
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
 MANY = 5_000
+ENVIRONMENT = os.environ | {"LC_ALL": "C.UTF-8"}
 
 
 class Terminal:
@@ -42,14 +43,16 @@ class Terminal:
             'before=$(stty -g); "$@"; status=$?; [ "$(stty -g)" = "$before" ] && echo "restored, status $status"; cat'
         )
         run = ["sh", "-c", script, "sh", "env", *words, *command]
-        self._tmux("-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", *run)
+        # Not a daemon: when these tests are killed it is, too, and what runs in it is hung up on.
+        self._process = subprocess.Popen(
+            ["tmux", "-S", self._server, "-f", "/dev/null", "-D"], env=ENVIRONMENT, preexec_fn=die_with_parent
+        )
+        wait_for(Path(self._server).exists, "tmux to listen")
+        self._tmux("new-session", "-d", "-x", "80", "-y", "24", *run)
 
     def _tmux(self, *words: str) -> str:
         command = ["tmux", "-S", self._server, *words]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, env=os.environ | {"LC_ALL": "C.UTF-8"}
-        )
-        return done.stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
 
     def press(self, *keys: str) -> None:
         """Keys by tmux's names."""
@@ -109,8 +112,8 @@ class Terminal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self._tmux("kill-server")
+        self._process.kill()
+        self._process.wait()
 
 
 def top(*words: str) -> list[str]:
