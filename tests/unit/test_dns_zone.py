@@ -316,6 +316,7 @@ def test_etc_hosts_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_file_under_the_pen_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, waits = tmp_path / "hosts", []
     path.write_text("192.0.2.1 half")
+    os.utime(path, (1_000_000_000, 1_000_000_000))  # at rest since long ago, but for its size
     states = iter([1, 2, 3])
 
     def fstat(descriptor: int) -> os.stat_result:
