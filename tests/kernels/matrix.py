@@ -60,7 +60,6 @@ TAIL_LINES = 40  # of a console
 MESSAGE_LINES = 12  # of a failed test
 
 ONE_CPU = "needs two CPUs, a guest has one"
-SLOW = "takes up to seven minutes without KVM; that short-lived namespaces and processes count is in other tests, too"
 ANYWHERE = "what it shows does not depend on the kernel, and takes long without KVM"
 #: what cannot run in a guest, and why
 UNFIT = {
@@ -70,7 +69,6 @@ UNFIT = {
         for name in ("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "top")
     },
     "tests/integration/test_containers.py": "Docker and containerd take minutes to start under emulation",
-    "tests/integration/test_agent.py::test_thousand_namespaces_under_load": SLOW,
     "tests/integration/test_lookalikes.py::test_order_of_questions_seen_by_two_cpus": ONE_CPU,
     "tests/integration/test_lookalikes.py::test_two_first_questions_at_the_same_moment": ONE_CPU,
 }
