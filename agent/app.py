@@ -267,9 +267,8 @@ class App:
             log.warning("%s", line)
         for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
             log.warning("%s", describe(row))
-        attached = all(probe.attached for probe in reading.probes if probe.required)
         was_ready = self._snapshot.ready
-        self._snapshot = self._state.snapshot(attached and seen, now)
+        self._snapshot = self._state.snapshot(seen, now)
         if self._thread and self._snapshot.ready != was_ready:
             log.warning("ready again" if self._snapshot.ready else "not ready: %s", *self._reasons())
         self._read_at = time.monotonic()
@@ -287,6 +286,7 @@ class App:
         snapshot = self._snapshot
         return {
             "version": snapshot.version,
+            "pid": os.getpid(),
             "kernel": snapshot.kernel,
             "mode": snapshot.mode,
             "ready": self._ready()[0],
@@ -318,8 +318,9 @@ class App:
             return False, "dns: the tables are being read, or it is stopping"
         if self._snapshot.ready:
             return True, "ready"
-        missing = [f"{probe.name}: {probe.reason}" for probe in self._snapshot.probes if not probe.attached]
-        return False, "; ".join(missing) or "no packet of our own was seen yet"
+        probes = self._snapshot.probes
+        missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
+        return False, "; ".join(missing) or "the last datagram of our own was not seen by the programs"
 
 
 def describe(row: Row) -> str:

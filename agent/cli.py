@@ -54,12 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser(
         "doctor",
         help="what this machine allows, and what to change",
-        description="Try everything that udpwatch needs and say what follows. Exit status 77: it cannot run here.",
+        description="Try everything that udpwatch needs and say what follows. Exit status 77: it cannot run here. With "
+        "--agent ask the agent that runs here instead: exit status 0 if it is ready, 1 if not.",
         epilog=_EXITS,
     )
+    doctor.add_argument("--agent", action="store_true", help="what the running agent says of itself; nothing is tried")
     doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
     for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
         doctor.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
+    doctor.add_argument("--connect", metavar="SOCKET", help="the agent's socket [/run/udpwatch/udpwatch.sock]")
 
     _add_top(commands)
 
@@ -195,10 +198,11 @@ def _dispatch(parsed: argparse.Namespace) -> int:
     if parsed.command == "doctor":
         from udpwatch.agent import doctor  # noqa: PLC0415
 
-        settings = resolve({"cgroup": parsed.cgroup, "btf": parsed.btf}, os.environ, config)
-        report = doctor.examine(settings)
+        flags = {"cgroup": parsed.cgroup, "btf": parsed.btf, "socket": parsed.connect}
+        settings = resolve(flags, os.environ, config)
+        report = doctor.ask(settings.socket) if parsed.agent else doctor.examine(settings)
         print(doctor.as_json(report) if parsed.json else doctor.as_text(report, sys.stdout.isatty()))
-        return 0 if report.works else 77
+        return 0 if report.works else 1 if parsed.agent else 77
     if parsed.command == "top":
         return _top(parsed)
     if parsed.command in asking.COMMANDS:

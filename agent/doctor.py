@@ -1,7 +1,8 @@
 """`udpwatch doctor`: tries what udpwatch needs and says what works, what does not, what follows, what to change.
 
 Everything is tried, nothing is concluded from a version number: the programs are really loaded and attached for a
-moment, and a datagram of our own must be seen by them.
+moment, and a datagram of our own must be seen by them. The agent that runs here is asked what it has, and what it has
+kept of its capabilities; with --agent it alone.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 import os
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from udpwatch.agent import __version__
 from udpwatch.agent.config import Settings
@@ -25,6 +27,8 @@ from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.loader import HOOKS, Limits
 from udpwatch.agent.kernel.sensor import Sensor
 from udpwatch.agent.model import Forwarded, Probe
+from udpwatch.agent.views.client import Client, shaped
+from udpwatch.agent.views.follow import NoAgent, reaching
 
 _WIDTH = 80
 _NAME_WIDTH = 14
@@ -56,6 +60,41 @@ class Report:
     checks: tuple[Check, ...]
     mode: str | None  # None: it cannot work
     works: bool
+    running: bool = False  # it is about an agent that runs, not about what one could do
+
+
+def ask(path: Path | None) -> Report:
+    """What the agent that answers on this socket says of itself; it works if it is ready. Raises UdpwatchError."""
+    if path is None:
+        raise UdpwatchError("the agent has no socket, as it is set: ask its /readyz, or name a socket with --connect")
+    with reaching(path), Client(path) as client:
+        told = client.doctor()
+    checks = [_agent(told)]
+    checks += [Check("note", Status.WARN, note) for note in told["notes"]]
+    checks += [_probe(shaped(Probe, probe)) for probe in told["probes"]]
+    return Report(told["version"], tuple(checks), told["mode"], told["ready"], running=True)
+
+
+def _agent(told: dict[str, Any]) -> Check:
+    kept = " ".join(told["capabilities"]) or "no capability"
+    found = f"{told['version']}, process {told['pid']}, mode {told['mode']}, has kept {kept}"
+    if told["ready"]:
+        return Check("agent", Status.OK, f"ready: {found}")
+    return Check("agent", Status.FAIL, f"not ready ({told['reason']}): {found}", "read its log")
+
+
+def _running(path: Path | None) -> Check:
+    """A line about the agent that runs; that it is not ready does not say that this machine cannot run one."""
+    if path is None:
+        return Check("agent", Status.OK, "has no socket, as it is set")
+    try:
+        with reaching(path), Client(path) as client:
+            check = _agent(client.doctor())
+    except NoAgent:
+        return Check("agent", Status.OK, f"none answers on {path}")
+    except UdpwatchError as error:
+        return Check("agent", Status.WARN, str(error))
+    return check if check.status is Status.OK else replace(check, status=Status.WARN)
 
 
 def examine(settings: Settings) -> Report:
@@ -80,6 +119,7 @@ def examine(settings: Settings) -> Report:
             with contextlib.closing(sensor):
                 mode = sensor.mode
                 checks += _sensor(sensor, watched, settings.forwarded)
+    checks.append(_running(settings.socket))
     works = all(check.status is not Status.FAIL for check in checks)
     return Report(__version__, tuple(checks), mode if works else None, works)
 
@@ -299,7 +339,10 @@ def as_text(report: Report, colour: bool) -> str:
         "netlink": "udpwatch works here, mode netlink: conntrack is asked about each suspected reply.",
         "function": "udpwatch works here, mode function: by conntrack's new flows alone.",
     }
-    lines.append(meaning.get(report.mode or "", "udpwatch cannot work here: see the lines marked fail."))
+    if report.running:
+        lines.append("The agent works." if report.works else "The agent does not work: see the line marked fail.")
+    else:
+        lines.append(meaning.get(report.mode or "", "udpwatch cannot work here: see the lines marked fail."))
     return "\n".join(lines)
 
 

@@ -180,6 +180,7 @@ class Reading:
     flows: int = 0  # new UDP flows that were looked at
     overruns: int = 0  # times that conntrack's events came faster than they were read
     conntrack: ConntrackHealth | None = None
+    udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,3 +222,5 @@ class Snapshot:
     healed: int = 0  # replies whose source was set right; 0 as long as nobody heals
     flows: int = 0  # new UDP flows of conntrack's that were looked at
     conntrack: ConntrackHealth | None = None
+    udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
+    seen: bool = True  # the last datagram of our own was seen by the programs

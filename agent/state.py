@@ -144,8 +144,8 @@ class State:
         """Count events lost above the kernel; ``stage`` is one of LOSS_STAGES."""
         self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
-    def snapshot(self, ready: bool, now: float) -> Snapshot:
-        """Everything, as of the last reading."""
+    def snapshot(self, seen: bool, now: float) -> Snapshot:
+        """Everything, as of the last reading; ``seen``: whether the programs saw the last datagram of our own."""
         reading = self._reading or _NOTHING
         counters = reading.counters
         # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
@@ -169,7 +169,7 @@ class State:
             mode=self._about.mode,
             started=self._about.started,
             time=now,
-            ready=ready,
+            ready=self._reading is not None and seen and all(p.attached for p in reading.probes if p.required),
             notes=self._about.notes,
             rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
             other=self._beyond + (0 if suspected else counters.overflow),
@@ -180,6 +180,8 @@ class State:
             probes=reading.probes,
             flows=reading.flows,
             conntrack=reading.conntrack,
+            udp_sent=reading.udp_sent,
+            seen=seen,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.replay import Replay
 from udpwatch.agent.kernel.sensor import Sensor
+
+PROOF_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +123,22 @@ def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
 
 class Proof:
     """Whether the sensor sees packets: by a datagram of our own, where ours pass the watched cgroup; elsewhere the
-    kernel's word that the programs are attached has to do. Once proven, the kernel's word is enough."""
+    kernel's word that the programs are attached has to do."""
 
     def __init__(self, sensor: Sensor | Replay, inside: bool) -> None:
         self._sensor, self._inside = sensor, inside
         self._told = False
+        self._due = 0.0
         self.seen = False
 
     def look(self) -> list[str]:
-        """Try once, if it is not proven yet; the line to say when it failed for the first time."""
-        if not self.seen:
-            self.seen = self._sensor.canary() if self._inside else self._sensor.attached
+        """Try once, PROOF_SECONDS after the last time that it was seen; the line to say when it is not any more."""
+        if self.seen and time.monotonic() < self._due:
+            return []
+        self.seen = self._sensor.canary() if self._inside else self._sensor.attached
+        self._due = time.monotonic() + PROOF_SECONDS
         if self.seen or self._told:
+            self._told = not self.seen
             return []
         self._told = True
         return [

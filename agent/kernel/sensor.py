@@ -19,6 +19,7 @@ from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.flows import FlowSensor, ListenedFlows, ProbedFlows
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
 from udpwatch.agent.kernel.reply import ReplySensor
+from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
 
 CANARY_SECONDS = 0.5
@@ -128,6 +129,7 @@ class Sensor:
             overruns=flows.overruns if flows else 0,
             flows=counters.flows if flows is None or flows.flows is None else flows.flows,
             conntrack=self._conntrack_health(),
+            udp_sent=udp_sent(),
         )
 
     def counters(self) -> Counters:

@@ -90,6 +90,20 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
             missed.add_metric([probe.name], probe.missed)
     yield from (attached, reattached, seconds, runs, missed)
 
+    yield GaugeMetricFamily(
+        "udpwatch_self_test_passed",
+        "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), 0 if not: "
+        "then udpwatch is blind.",
+        value=int(snapshot.seen),
+    )
+    if snapshot.udp_sent is not None:
+        yield CounterMetricFamily(
+            "udpwatch_udp_sent_datagrams",
+            "UDP datagrams sent in the agent's network namespace, by the kernel's own count: if it grows and "
+            "udpwatch_replies_checked_total does not, udpwatch is blind.",
+            value=snapshot.udp_sent,
+        )
+
     yield CounterMetricFamily(
         "udpwatch_flows_checked",
         "New UDP flows booked by conntrack in which wrong replies of other machines were looked for; stays 0 where "

@@ -21,6 +21,7 @@ import pytest
 from agents import Agent, wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
 
+from udpwatch.agent import watching
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.loader import HOOKS, Limits
@@ -298,6 +299,23 @@ def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
             server.bind(("0.0.0.0", port))
             server.sendto(*ask(client, host.ETH0, port, server))
         assert watch.events(port)[-1].count == 501
+
+
+def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen."""
+    monkeypatch.setattr(watching, "PROOF_SECONDS", 0.0)
+    proof = watching.Proof(packet_watch.sensor, True)
+    with Lab() as lab:
+        place = lab.namespace("place")
+        for _ in range(2):
+            with place.entered():
+                assert (proof.look(), proof.seen) == ([], True)
+            place.ip("link set lo down")
+            with place.entered():
+                said = proof.look()
+                assert ("was not seen" in said[0], proof.seen) == (True, False)
+                assert (proof.look(), proof.seen) == ([], False)
+            place.ip("link set lo up")
 
 
 def test_map_of_peers_full(host: ContainerHost, port: int) -> None:

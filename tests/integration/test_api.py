@@ -11,7 +11,7 @@ from pathlib import Path
 from agents import Agent, run_cli, wait_for
 from conftest import ask
 
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.lab import ContainerHost, Lab
 from udpwatch.agent.views.client import Client
 
 
@@ -88,6 +88,37 @@ def test_doctor_of_a_running_agent(agent: Agent) -> None:
     assert "CAP_BPF" in report["capabilities"]
     assert "CAP_SYS_ADMIN" not in report["capabilities"] or report["mode"] == "netlink"
     assert {"ingress", "egress"} <= {probe["name"] for probe in report["probes"]}
+
+
+def test_doctor_asks_the_agent(agent: Agent) -> None:
+    """What it has kept of its capabilities is shown, by itself and beside what this machine allows."""
+    here = f"--connect={agent.socket}"
+    done = run_cli("doctor", "--agent", here)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"process {agent.pid}, mode packet, has kept CAP_BPF CAP_DAC_OVERRIDE CAP_NET_ADMIN" in " ".join(
+        done.stdout.split()
+    )
+    assert done.stdout.endswith("\nThe agent works.\n")
+    report = json.loads(run_cli("doctor", "--json", here).stdout)
+    (check,) = [check for check in report["checks"] if check["name"] == "agent"]
+    assert check["status"] == "ok" and "has kept" in check["found"]
+    agent.stop()
+    done = run_cli("doctor", "--agent", here)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"no agent answers on {agent.socket}" in done.stderr
+
+
+def test_doctor_of_an_agent_that_is_not_ready(folder: Path) -> None:
+    """Its own loopback is down: it may load and attach everything, and sees nothing of itself."""
+    with Lab() as lab:
+        silent = lab.namespace("silent")
+        silent.ip("link set lo down")
+        with Agent(folder, "--metrics-listen=off", preexec_fn=silent._enter_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
+            done = run_cli("doctor", "--agent", f"--connect={agent.socket}")
+    assert done.returncode == 1
+    assert "not ready (the last datagram of our own was not seen by the programs)" in " ".join(done.stdout.split())
+    assert "The agent does not work" in done.stdout
 
 
 def test_group_of_the_socket(folder: Path) -> None:

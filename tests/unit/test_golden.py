@@ -67,6 +67,7 @@ SNAPSHOT = Snapshot(
     ),
     flows=77,
     conntrack=ConntrackHealth(1200, 65536, 3, 5, 7),
+    udp_sent=4000,
 )
 EVENTS = (
     Event(

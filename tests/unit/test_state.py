@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -33,6 +34,18 @@ def test_adds_up_and_tells_what_is_new() -> None:
     assert summed.add(reading(Increase(finding(), 2, 0, 8)), sender_of, 2, 2) == []
     (row,) = summed.snapshot(True, 3).rows
     assert (row.count, row.sender.pid, row.last) == (5, 8, 2)
+
+
+def test_ready_is_who_sees() -> None:
+    summed = state()
+    assert not summed.snapshot(True, 0).ready  # nothing was read yet
+    ingress = Probe("ingress", True, True, 0, 0.0, 0, 1)
+    optional = Probe("sendmsg4", False, False, 0, 0.0, 0, 1)
+    summed.add(reading(probes=(ingress, optional)), sender_of, 1, 1)
+    assert summed.snapshot(True, 1).ready
+    assert not summed.snapshot(False, 1).ready
+    summed.add(reading(probes=(replace(ingress, attached=False), optional)), sender_of, 2, 2)
+    assert not summed.snapshot(True, 2).ready
 
 
 def test_findings_that_labels_do_not_tell_apart_are_one_row() -> None:
