@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,14 +123,45 @@ class _SensorThread(threading.Thread):
         return not self.is_alive()
 
 
+class Stopped(BaseException):
+    """A signal to stop while the agent is still starting."""
+
+
+class Starting:
+    """Signals to stop until the event loop takes them: noted, and acted on only where nothing is half done. Raised
+    anywhere, they leave a socket behind whose removal was the next line, or get lost in a destructor."""
+
+    def __init__(self) -> None:
+        self.to_be_stopped = self._may_raise = False
+
+    def note(self, _number: int, _frame: object) -> None:
+        """A signal's handler."""
+        self.to_be_stopped = True
+        if self._may_raise:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Around what may take long and leaves nothing behind: raises Stopped at a signal that came, or comes."""
+        try:
+            self._may_raise = True
+            if self.to_be_stopped:
+                raise Stopped
+            yield
+        finally:
+            self._may_raise = False
+        if self.to_be_stopped:
+            raise Stopped
+
+
 class App:
     """The agent; once made, `run` works and closes it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, starting: Starting) -> None:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
         if not settings.replay:
             capabilities.require()
-        self._settings = settings
+        self._settings, self._starting = settings, starting
         self._started = time.time()
         self._failure: BaseException | None = None
         self._done = asyncio.Event()
@@ -149,7 +180,8 @@ class App:
                 opened.callback(settings.socket.unlink, missing_ok=True)
                 opened.callback(listener.close)
                 self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor)
-            self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings)
+            with starting.interruptible():
+                self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings)
             self._sensor = self._watching.sensor
             opened.callback(self._watching.close)
             self._dns = open_dns(settings.dns_conf) if settings.dns else None
@@ -184,6 +216,8 @@ class App:
             self._loop.add_signal_handler(number, self._done.set)
         if self._dns:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
+        if self._starting.to_be_stopped:
+            self._done.set()
         self._drop_capabilities()
         self._announce()
         for line in self._watching.proof.look():
@@ -335,25 +369,19 @@ def describe(row: Row) -> str:
     )
 
 
-class _Stopped(BaseException):
-    """A signal to stop while the agent is still starting."""
-
-
 def run(settings: Settings) -> None:
     """Run the agent in the foreground until it is told to stop; raises UdpwatchError."""
-
-    def stop(_number: int, _frame: object) -> None:
-        raise _Stopped
+    starting = Starting()
 
     async def main() -> None:
-        await App(settings).run()
+        await App(settings, starting).run()
 
     before = {}
     try:
         for number in STOP_SIGNALS:
-            before[number] = signal.signal(number, stop)
+            before[number] = signal.signal(number, starting.note)
         asyncio.run(main())
-    except _Stopped:
+    except Stopped:
         log.info("stopped while starting")
     finally:
         for number, handler in before.items():

@@ -22,7 +22,7 @@ import pytest
 from agents import COMMAND, Agent, before_all, run_cli, temporary, wait_for
 from conftest import PATIENCE_SECONDS, ask
 
-from udpwatch.agent import cli
+from udpwatch.agent import app, cli  # noqa: F401  app: cli would import it as nobody
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.capabilities import Capability
@@ -453,7 +453,7 @@ def test_stopped_while_starting(folder: Path, number: int, after: float) -> None
         wait_for(lambda: _handles(child, signal.SIGHUP), "its handlers")  # the last one that it installs
         time.sleep(after)  # somewhere between that and being ready
         os.kill(child, number)
-        assert agent.process.wait(15) == 0
+        assert agent.process.wait(PATIENCE_SECONDS) == 0
         assert not agent.socket.exists()
         assert not [line for line in agent.said if "Traceback" in line], agent.said
 
