@@ -136,6 +136,7 @@ class Counters:
     crowded: int = 0
     flows: int = 0
     candidates: int = 0
+    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

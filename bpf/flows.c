@@ -39,10 +39,13 @@
 #define DEVICE_BUCKETS  256  /* NETDEV_HASHENTRIES */
 #define DEVICES         8    /* of one bucket looked at */
 
-/* ---- maps; the first two are reply.c's as well: what has the same name is the same map ---- */
+/* ---- maps; the first three are reply.c's as well: what has the same name is the same map ---- */
 
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
+#if HAVE_SOCKETS
+BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
+#endif
 BPF_TABLE("lru_hash", struct request_key, struct requests, requests, MAX_PEERS);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
 /* Too large for the stack. A program is not run again on a CPU on which it is running. */
@@ -231,6 +234,8 @@ static __always_inline void remember(struct request_key *key, const struct addre
         fresh.asked[0] = asked;
         if (requests.update(key, &fresh))
             COUNT(unremembered, 1);
+        else
+            COUNT(requests, 1);
         return;
     }
     /* In place: two CPUs at once leave one of two true stories. */
@@ -284,6 +289,23 @@ static __always_inline void identify(struct candidate *to, __u64 socket) {
 }
 #endif
 
+/* Whether a socket of this node was found with this datagram: its own program ran before. */
+static __always_inline int is_told(const struct request_key *key, const struct address *source,
+                                   __u64 now) {
+#if HAVE_SOCKETS
+    struct told_key wire = {};
+
+    wire.source = *source;
+    wire.peer = key->client;
+    wire.source_port = key->port;
+    wire.peer_port = key->client_port;
+    __u64 *seen = told.lookup(&wire);
+    return seen && is_remembered(*seen, now);
+#else
+    return 0;
+#endif
+}
+
 /* The one request that this flow may answer wrongly; NULL if it does not look so. */
 static __always_inline struct request *mirrored(struct requests *known,
                                                 const struct request_key *key,
@@ -296,6 +318,8 @@ static __always_inline struct request *mirrored(struct requests *known,
     }
     /* Who was ever asked may come late, or call by itself. */
     if (same(&newest->server, source) || (other->seen && same(&other->server, source)))
+        return 0;
+    if (!(newest->server.half[0] | newest->server.half[1])) /* a group */
         return 0;
     if (!is_remembered(newest->seen, now) || is_remembered(other->seen, now))
         return 0;
@@ -322,11 +346,14 @@ int confirm(__u64 *ctx) {
     __u8 family = original.layer3;
     __u64 now = bpf_ktime_get_ns(); /* these programs may not ask the coarse clock */
     widen(&key.client, original.destination, family);
-    /* A group cannot answer, whoever answers in its place. */
-    if (is_group(&key.client, family) ||
-        (family == FAMILY_INET && routed_to_group(skb, &known_route)) ||
-        status_of(entry) & EXPECTED)
+    if (status_of(entry) & EXPECTED)
         return 0;
+    if (is_group(&key.client, family) ||
+        (family == FAMILY_INET && routed_to_group(skb, &known_route))) {
+        key_of_flow(&key, &source, &reply, entry);
+        remember(&key, &server, entry, now); /* `server` is zero */
+        return 0;
+    }
 
     /* Whom does it mirror? As the one who asked would be known: by where this flow goes. */
     widen(&source, original.source, family);
@@ -339,6 +366,8 @@ int confirm(__u64 *ctx) {
         struct requests *known = requests.lookup(&key);
         struct request *request = known ? mirrored(known, &key, &source, now) : 0;
         struct candidate *candidate = request ? scratch.lookup(&zero) : 0;
+        if (candidate && is_told(&key, &source, now))
+            return 0;
         if (candidate) {
             __builtin_memset(candidate, 0, sizeof(*candidate));
             candidate->key = key;
@@ -360,7 +389,8 @@ int confirm(__u64 *ctx) {
                 identify(candidate, read_kernel(skb + OFFSET_SKB_SK));
             }
 #endif
-            if (candidates.update(&entry, candidate))
+            /* One that waits under the same address is another entry's, which has gone. */
+            if (candidates.insert(&entry, candidate))
                 COUNT(candidates, 1);
             return 0;
         }

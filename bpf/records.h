@@ -153,7 +153,8 @@ struct request {
     __u32 pad;
 };
 
-/* Whom a client asked from one port at one port: the two newest. */
+/* Whom a client asked from one port at one port: the two newest. A group is the address zero:
+ * whoever answers is right. */
 struct requests {
     struct request asked[2];
 };
@@ -202,6 +203,7 @@ struct stats {
     __u64 crowded;      /* replies outside conntrack not judged: too many peers to remember */
     __u64 flows;        /* new UDP flows that conntrack booked */
     __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
+    __u64 requests;     /* clients entered into `requests` */
 };
 
 #endif

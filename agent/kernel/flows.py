@@ -16,6 +16,7 @@ import errno
 import ipaddress
 import itertools
 import os
+import resource
 import struct
 import time
 from collections import OrderedDict, deque
@@ -35,9 +36,13 @@ GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
 MAX_REQUESTS = 65_536  # remembered of conntrack's events
 MAX_WAITING = 8_192
+COUNT_SECONDS = 10.0  # walking a whole map is not done at every reading
 RECEIVE_BYTES = 32 << 20  # holds 30,000 events (a quarter of it what they are, the rest the kernel's bookkeeping)
 LOOK_SECONDS = 5.0  # for namespaces that have come or gone
+READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
+ANYBODY = ""  # in place of the server, where a group was asked: whoever answers is right
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
+_EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
 
 class _Settled(IntEnum):
@@ -59,6 +64,11 @@ class _Source(Protocol):
         """New UDP flows seen; None where the kernel programs count them."""
         ...
 
+    def evicted(self, entered: int) -> int: ...
+
+    @property
+    def unheard(self) -> tuple[str, ...]: ...
+
     def close(self) -> None: ...
 
 
@@ -69,11 +79,27 @@ class _Sum:
     in_second: int = 0  # events
 
 
+class Told:
+    """reply.c's map of the datagrams that sockets of this node were found with."""
+
+    def __init__(self, descriptor: int | None, window_ns: int) -> None:
+        """None: there is no such map, nothing was told."""
+        self._descriptor, self._window_ns = descriptor, window_ns
+
+    def has(self, event: Event) -> bool:
+        """Whether the event is about a datagram that has been told."""
+        if self._descriptor is None:
+            return False
+        finding = event.finding
+        wire = records.encode_told(finding.actual, finding.port, event.peer, event.peer_port)
+        seen = bpf.map_lookup(self._descriptor, wire, 8)
+        return seen is not None and struct.unpack("=Q", seen)[0] > event.time - 2 * self._window_ns
+
+
 class FlowSensor:
     """Adds up what its source has decided. Not thread-safe: one thread reads."""
 
-    def __init__(self, source: _Source, told: int | None, limits: Limits) -> None:
-        """``told``: descriptor of reply.c's map of what sockets were found with; None where there is none."""
+    def __init__(self, source: _Source, told: Told, limits: Limits) -> None:
         self._source, self._told, self._limits = source, told, limits
         self._fresh: dict[Finding, Increase] = {}
         self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
@@ -92,6 +118,15 @@ class FlowSensor:
     @property
     def flows(self) -> int | None:
         return self._source.flows
+
+    def evicted(self, entered: int) -> int:
+        """Clients that had to make room for others; ``entered``: how many the kernel's programs have remembered."""
+        return self._source.evicted(entered)
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Where flows are not seen, and why, a line each."""
+        return self._source.unheard
 
     def close(self) -> None:
         self._source.close()
@@ -116,14 +151,11 @@ class FlowSensor:
     def _is_another_ones(self, event: Event) -> bool:
         """Whether a socket's finding, or another namespace's, is about the same datagram."""
         finding = event.finding
+        if self._told.has(event):
+            return True
         wire = (finding.actual, finding.port, event.peer, event.peer_port)
-        oldest = event.time - 2 * self._limits.window_ns
-        if self._told is not None:
-            seen = bpf.map_lookup(self._told, records.encode_told(*wire), 8)
-            if seen and struct.unpack("=Q", seen)[0] > oldest:
-                return True
         known = self._seen.get(wire)
-        if known and known[0] != event.netns_inode and known[1] > oldest:
+        if known and known[0] != event.netns_inode and known[1] > event.time - 2 * self._limits.window_ns:
             return True
         self._seen[wire] = (event.netns_inode, event.time)
         self._seen.move_to_end(wire)
@@ -164,6 +196,9 @@ class ProbedFlows:
         self._keep_tables_until = time.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
         self.undecided = self.overruns = 0
         self.flows = None
+        self.unheard = ()
+        self._entered = self._evicted = 0
+        self._counted_at = -COUNT_SECONDS
         self._read_existing(limits)
 
     def close(self) -> None:
@@ -172,11 +207,18 @@ class ProbedFlows:
         self._tables.clear()
 
     def decided(self, now: int) -> Iterator[Event]:
-        """The candidates whose time has come and that were wrong replies; all of these are taken out."""
-        for key, raw in bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES):
-            event, zone = records.decode_candidate(raw)
+        """The candidates whose time has come and that were wrong replies; all of these are taken out.
+
+        The oldest first: what passes several namespaces was booked first in that of its sender, who is known there.
+        """
+        candidates = [
+            (key, *records.decode_candidate(raw))
+            for key, raw in bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES)
+        ]
+        for key, candidate, zone in sorted(candidates, key=lambda each: each[1].time):
+            event = candidate
             if now - event.time < GRACE_SECONDS * 1e9:
-                continue
+                break
             # An Ethernet header that nobody looks at, and the key as the "packet".
             outcome, _ = bpf.program_test_run(self._settle, bytes(14) + key + bytes(42), 1)
             bpf.map_delete(self._candidates, key)
@@ -190,33 +232,43 @@ class ProbedFlows:
         if self._tables and now > self._keep_tables_until:
             self.close()
 
+    def evicted(self, entered: int) -> int:
+        """Nothing ever deletes from this map: what was entered and is not there has been evicted."""
+        now = time.monotonic()
+        if now - self._counted_at >= COUNT_SECONDS:
+            self._counted_at = now
+            there = bpf.map_count(self._requests, records.REQUEST_KEY_BYTES, records.REQUESTS_BYTES)
+            self._evicted = max(self._evicted, entered + self._entered - there)
+        return self._evicted
+
     def _read_existing(self, limits: Limits) -> None:
-        for number, fd in enumerate(netns.everywhere()):
-            if number >= MAX_NAMESPACES:
-                return
-            with contextlib.suppress(OSError), netns.entered(fd):
-                self._read_namespace(os.fstat(fd).st_ino, limits)
+        with contextlib.suppress(OSError):  # no more descriptors to be had: what comes next is seen all the same
+            for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
+                with contextlib.suppress(OSError), netns.entered(fd):
+                    self._read_namespace(os.fstat(fd).st_ino, limits)
 
     def _read_namespace(self, inode: int, limits: Limits) -> None:
         table = Table()
         asked: dict[bytes, list[tuple[str, int]]] = {}
-        now = time.monotonic_ns()
+        now, timeout = time.monotonic_ns(), _timeout()
         try:
             for entry in table.dump():
-                seen = now - _age(entry)
+                seen = now - _age(entry, timeout)
                 if entry.status & SEEN_REPLY or now - seen > limits.window_ns:
                     continue
                 reply = entry.reply
-                if _is_group(entry.original.destination) or _is_broadcast(reply.source):
-                    continue
                 key = records.encode_request_key(
                     inode, entry.zone, reply.destination, reply.destination_port, reply.source_port
                 )
-                asked.setdefault(key, []).append((reply.source, seen))
+                if len(asked) >= limits.max_peers and key not in asked:
+                    continue
+                is_group = _is_group(entry.original.destination) or _is_broadcast(reply.source)
+                asked.setdefault(key, []).append((ANYBODY if is_group else reply.source, seen))
             for key, servers in asked.items():
                 newest = sorted(servers, key=lambda server: -server[1])[:2]
                 with contextlib.suppress(FileExistsError):  # the probe was faster, and knows more
                     bpf.map_update(self._requests, key, records.encode_requests(newest), only_new=True)
+                    self._entered += 1
         except BaseException:
             table.close()
             raise
@@ -226,12 +278,16 @@ class ProbedFlows:
             table.close()
 
 
-def _age(entry: Entry) -> int:
-    """Nanoseconds since an unanswered entry was last refreshed, by the namespace's timeout."""
+def _timeout() -> int:
+    """Seconds that conntrack keeps an unanswered UDP entry in the calling thread's namespace."""
     try:
-        timeout = int(_TIMEOUT.read_text())
+        return int(_TIMEOUT.read_text())
     except (OSError, ValueError):
-        timeout = 30
+        return 30
+
+
+def _age(entry: Entry, timeout: int) -> int:
+    """Nanoseconds since an unanswered entry was last refreshed; whole seconds, as conntrack tells it."""
     return max(0, timeout - (entry.timeout or 0)) * 1_000_000_000
 
 
@@ -272,19 +328,25 @@ class _Asked:
 
     servers: list[tuple[str, int]]
 
+    @property
+    def newest(self) -> int:
+        return self.servers[-1][1]
+
 
 class _Namespace:
-    """One namespace that is listened to."""
+    """One namespace that is listened to: three descriptors."""
 
     def __init__(self, fd: int, inode: int) -> None:
-        self.fd, self.inode = os.dup(fd), inode
-        try:
+        self.inode = inode
+        with contextlib.ExitStack() as opened:
+            self.fd = os.dup(fd)
+            opened.callback(os.close, self.fd)
             with netns.entered(fd):
                 self.table = Table()
+                opened.callback(self.table.close)
                 self.listener = Listener(RECEIVE_BYTES)
-        except OSError:
-            os.close(self.fd)
-            raise
+                self.is_silent = _is_silent()
+            opened.pop_all()
 
     def close(self) -> None:
         self.listener.close()
@@ -292,15 +354,36 @@ class _Namespace:
         os.close(self.fd)
 
 
+def _is_silent() -> bool:
+    """Whether the calling thread's namespace is set to have no events; a kernel without that setting always has."""
+    try:
+        return _EVENTS.read_text().strip() == "0"
+    except OSError:
+        return False
+
+
+def _allow_descriptors() -> None:
+    """As many as MAX_NAMESPACES take, beside what the agent opens otherwise, as far as this process may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 3 * MAX_NAMESPACES + 1024
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 class ListenedFlows:
     """Candidates from conntrack's events, where function probes are not allowed."""
 
-    def __init__(self, limits: Limits, sockets: bool) -> None:
+    def __init__(self, limits: Limits, sockets: bool, told: Told) -> None:
         """Listen in every namespace there is; ``sockets``: what a socket of this node sends is somebody else's matter.
 
         Raises OSError where not even our own namespace can be listened to.
         """
-        self._window_ns, self._sockets = limits.window_ns, sockets
+        self._window_ns, self._sockets, self._told = limits.window_ns, sockets, told
+        self._evicted = 0
+        self._missing = 0  # namespaces that could not be listened to at the last look
+        self._missing_reason = ""
         self._namespaces: dict[int, _Namespace] = {}
         self._asked: OrderedDict[tuple[int, int, str, int, int], _Asked] = OrderedDict()
         self._waiting: deque[tuple[Event, int]] = deque()
@@ -308,6 +391,7 @@ class ListenedFlows:
         self._looked = 0.0
         self.undecided = self.overruns = 0
         self.flows: int | None = 0
+        _allow_descriptors()
         self._look_for_namespaces(must=True)
 
     def close(self) -> None:
@@ -319,8 +403,11 @@ class ListenedFlows:
         """Read what is there; then the candidates whose time has come and that were wrong replies."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look_for_namespaces()
+        until = time.monotonic() + READ_SECONDS
         for each in self._namespaces.values():
-            self._read(each)
+            self._read(each, until)
+        while self._asked and now - next(iter(self._asked.values())).newest > 2 * self._window_ns:
+            self._asked.popitem(last=False)
         while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9:
             event, zone = self._waiting.popleft()
             namespace = self._namespaces.get(event.netns_inode or 0)
@@ -349,89 +436,136 @@ class ListenedFlows:
 
     def _look_for_namespaces(self, must: bool = False) -> None:
         self._looked = time.monotonic()
-        there = set()
-        for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
-            inode = os.fstat(fd).st_ino
-            there.add(inode)
-            if inode in self._namespaces:
-                continue
-            try:
-                self._namespaces[inode] = _Namespace(fd, inode)
-            except OSError:
-                if must and not self._namespaces:
-                    raise
-                continue
-            self._resynchronise(self._namespaces[inode])
+        there: set[int] = set()
+        self._missing = 0
+        try:
+            for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
+                inode = os.fstat(fd).st_ino
+                there.add(inode)
+                if inode not in self._namespaces:
+                    self._listen(fd, inode, must)
+        except OSError as error:  # no more descriptors to be had: which ones there are is not known
+            if must and not self._namespaces:
+                raise
+            self._miss(error)
+            return
         for inode in self._namespaces.keys() - there:
             self._namespaces.pop(inode).close()
 
-    def _read(self, namespace: _Namespace) -> None:
+    def _listen(self, fd: int, inode: int, must: bool) -> None:
+        try:
+            self._namespaces[inode] = _Namespace(fd, inode)
+        except OSError as error:
+            if must and not self._namespaces:
+                raise
+            self._miss(error)
+            return
+        self._take_table(self._namespaces[inode], 1)
+
+    def _miss(self, error: OSError) -> None:
+        self._missing += 1
+        self._missing_reason = error.strerror or str(error)
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Where flows are not seen, and why, a line each."""
+        lines = []
+        if silent := sum(each.is_silent for each in self._namespaces.values()):
+            lines.append(f"in {silent} network namespaces net.netfilter.nf_conntrack_events is 0")
+        if self._missing:
+            lines.append(f"{self._missing} network namespaces cannot be listened to: {self._missing_reason}")
+        return tuple(lines)
+
+    def evicted(self, _entered: int) -> int:
+        """Clients that had to make room for others within the window."""
+        return self._evicted
+
+    def _read(self, namespace: _Namespace, until: float) -> None:
         while True:
             try:
                 for entry in namespace.listener.read():
                     assert self.flows is not None
                     self.flows += 1
                     now = time.monotonic_ns()
-                    if not self._judge(namespace.inode, entry, now):
+                    if not self._judge(namespace.inode, entry, now, 0):
                         self._remember(namespace.inode, entry, now)
+                    if time.monotonic() > until:
+                        return
             except Overrun:
                 self.overruns += 1
-                self._resynchronise(namespace)
+                self._take_table(namespace, 0)
                 continue
             except OSError as error:
                 if error.errno != errno.EINTR:
                     return
             return
 
-    def _resynchronise(self, namespace: _Namespace) -> None:
-        """Take the table as it is: first everybody's requests, then who mirrors one."""
+    def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
+        """Take the table as it is: first everybody's requests, then who mirrors one that came ``later_ns`` before it.
+
+        Ages are whole seconds. What was there before we listened counts only if it is of a later second than what it
+        mirrors; else it may as well have come first. After an overrun most is of the same one.
+        """
+        with contextlib.suppress(OSError):
+            for entry, seen in self._unanswered(namespace):
+                self._remember(namespace.inode, entry, seen)
+            for entry, seen in self._unanswered(namespace):
+                self._judge(namespace.inode, entry, seen, later_ns)
+
+    def _unanswered(self, namespace: _Namespace) -> Iterator[tuple[Entry, int]]:
+        """The unanswered entries of its table, each with the time when it was last refreshed. Raises OSError."""
+        with netns.entered(namespace.fd):
+            timeout = _timeout()
         now = time.monotonic_ns()
-        try:
-            with netns.entered(namespace.fd):
-                unanswered = [
-                    (entry, now - _age(entry)) for entry in namespace.table.dump() if not entry.status & SEEN_REPLY
-                ]
-        except OSError:
-            return
-        unanswered.sort(key=lambda pair: pair[1])
-        for entry, seen in unanswered:
-            self._remember(namespace.inode, entry, seen)
-        for entry, seen in unanswered:
-            judged = self._judged.get((namespace.inode, entry.zone, entry.original))
-            if judged is None or now - judged > 2 * self._window_ns:
-                self._judge(namespace.inode, entry, seen)
+        for entry in namespace.table.dump():
+            age = _age(entry, timeout)
+            if not entry.status & SEEN_REPLY and age <= 2 * self._window_ns:
+                yield entry, now - age
 
     def _remember(self, inode: int, entry: Entry, seen: int) -> None:
-        if entry.status & EXPECTED or _is_group(entry.original.destination):
+        if entry.status & EXPECTED:
             return
         reply = entry.reply
+        server = ANYBODY if _is_group(entry.original.destination) else reply.source
         key = (inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
         known = self._asked.setdefault(key, _Asked([]))
-        others = [each for each in known.servers if each[0] != reply.source]
-        known.servers = [*others[-1:], (reply.source, seen)]
+        others = [each for each in known.servers if each[0] != server]
+        # A table is in no order; what is known of the same server may be newer.
+        seen = max([seen, *(when for who, when in known.servers if who == server)])
+        known.servers = sorted([*others, (server, seen)], key=lambda each: each[1])[-2:]
         self._asked.move_to_end(key)
         if len(self._asked) > MAX_REQUESTS:
             self._asked.popitem(last=False)
+            self._evicted += 1
 
-    def _judge(self, inode: int, entry: Entry, seen: int) -> bool:
-        """Whether an entry mirrors the one request that it may answer wrongly; then it is a candidate."""
-        flow = entry.original
-        known = self._asked.get((inode, entry.zone, flow.destination, flow.destination_port, flow.source_port))
-        if known is None or entry.status & EXPECTED:
+    def _judge(self, inode: int, entry: Entry, seen: int, later_ns: int) -> bool:
+        """Whether an entry mirrors the one request that it may answer wrongly; then it is a candidate, for once."""
+        expected = self._mirrored(inode, entry, seen, later_ns)
+        if not expected:
             return False
-        if any(server == flow.source for server, _ in known.servers):
-            return False
-        in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
-        if len(in_time) != 1 or in_time[0] != known.servers[-1][0]:
-            return False
+        now, identity = time.monotonic_ns(), (inode, entry.zone, entry.original)
+        event = self._candidate(inode, entry, expected)
+        if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._told.has(event):
+            return True
         if len(self._waiting) >= MAX_WAITING:
             self.undecided += 1
             return True
-        self._judged[inode, entry.zone, flow] = time.monotonic_ns()
+        self._judged[identity] = now
+        self._judged.move_to_end(identity)
         if len(self._judged) > MAX_WAITING:
             self._judged.popitem(last=False)
-        self._waiting.append((self._candidate(inode, entry, in_time[0]), entry.zone))
+        self._waiting.append((event, entry.zone))
         return True
+
+    def _mirrored(self, inode: int, entry: Entry, seen: int, later_ns: int) -> str:
+        """The address that should have answered instead, of a request ``later_ns`` before this entry; "" for none."""
+        flow = entry.original
+        known = self._asked.get((inode, entry.zone, flow.destination, flow.destination_port, flow.source_port))
+        if known is None or entry.status & EXPECTED or any(server == flow.source for server, _ in known.servers):
+            return ""
+        in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
+        expected, asked = known.servers[-1]  # ANYBODY is "", too
+        return expected if in_time == [expected] and seen - asked >= later_ns else ""
 
     @staticmethod
     def _candidate(inode: int, entry: Entry, expected: str) -> Event:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import itertools
 import os
 import socket
@@ -100,7 +101,10 @@ def of_process(pid: int) -> Iterator[int]:
 
 
 def everywhere() -> Iterator[int]:
-    """Each namespace that can be found, our own first, as a descriptor that is open until the next one is asked for."""
+    """Each namespace that can be found, our own first, as a descriptor that is open until the next one is asked for.
+
+    Raises OSError (EMFILE, ENFILE) where there are no descriptors left to look with.
+    """
     yield from _distinct(itertools.chain([Path("/proc/thread-self/ns/net")], _of_anybody()))
 
 
@@ -118,8 +122,10 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
     for path in paths:
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            continue
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise
+            continue  # it is gone, or not for us to see
         try:
             inode = os.fstat(fd).st_ino
             if inode not in seen:
@@ -153,5 +159,7 @@ def _of_anybody() -> Iterator[Path]:
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         return []

@@ -183,6 +183,8 @@ FLOW_BYTES = ctypes.sizeof(FlowValue)
 FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
 FINDING_BYTES = ctypes.sizeof(FindingValue)
 EVENT_BYTES = ctypes.sizeof(EventRecord)
+REQUEST_KEY_BYTES = ctypes.sizeof(RequestKey)
+REQUESTS_BYTES = ctypes.sizeof(RequestsRecord)
 CANDIDATE_KEY_BYTES = 8
 CANDIDATE_BYTES = ctypes.sizeof(CandidateRecord)
 STATS_BYTES = ctypes.sizeof(StatsRecord)
@@ -290,10 +292,11 @@ def encode_request_key(netns: int, zone: int, client: str, client_port: int, por
 
 
 def encode_requests(asked: list[tuple[str, int]]) -> bytes:
-    """struct requests from (server, when: monotonic nanoseconds), two at most, whose entries are not known."""
+    """struct requests from (server, "" for a group; when: monotonic nanoseconds), two at most, whose entries are not
+    known."""
     record = RequestsRecord()
     for half, (server, seen) in zip(record.asked, asked, strict=False):
-        half.server, half.seen = Address(*encode_address(server)), seen
+        half.server, half.seen = Address(*encode_address(server or "::")), seen
     return bytes(record)
 
 

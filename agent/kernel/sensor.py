@@ -16,7 +16,7 @@ from udpwatch.agent.kernel.attached import Attached
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
-from udpwatch.agent.kernel.flows import FlowSensor, ListenedFlows, ProbedFlows
+from udpwatch.agent.kernel.flows import FlowSensor, ListenedFlows, ProbedFlows, Told
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
 from udpwatch.agent.kernel.reply import ReplySensor
 from udpwatch.agent.kernel.snmp import udp_sent
@@ -68,12 +68,12 @@ class Sensor:
         return cls(cgroup, limits, loaded, forwarded)
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
-        told = self._maps.get("told")
+        told = Told(self._maps.get("told"), limits.window_ns)
         if {"__nf_conntrack_confirm", "nf_ct_delete"} <= loaded.links.keys():
             self._flows = FlowSensor(ProbedFlows(loaded, limits), told, limits)
         elif forwarded is Forwarded.ON:
             try:
-                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None), told, limits)
+                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None, told), told, limits)
             except OSError as error:
                 self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
         elif forwarded is Forwarded.AUTO:
@@ -92,6 +92,11 @@ class Sensor:
     @property
     def sees_forwarded(self) -> bool:
         return self._flows is not None
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Where conntrack's events are listened to in vain, and why, a line each."""
+        return self._flows.unheard if self._flows else ()
 
     def close(self) -> None:
         """Detach and free everything."""
@@ -122,7 +127,7 @@ class Sensor:
             counters=counters,
             probes=self.probes(),
             tracked_peers=replies.count_peers(counters.remembered) if replies else 0,
-            evicted_peers=replies.evicted if replies else 0,
+            evicted_peers=(replies.evicted if replies else 0) + (flows.evicted(counters.requests) if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             dropped=replies.dropped if replies else 0,
             held_back=flows.held_back if flows else 0,

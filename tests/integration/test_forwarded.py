@@ -4,6 +4,8 @@ them, by conntrack's events everywhere. The machines are packets on tun devices:
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +18,7 @@ from router import Machine, Router, inhabit
 from udpwatch.agent.kernel import flows
 from udpwatch.agent.kernel.ctnetlink import Listener
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.lab import ContainerHost, Lab
 from udpwatch.agent.model import Cause, Event, Finding, Forwarded, Hooks, Tuple, Verdict
 
 #: by family: client, the server's address that is asked, the one it answers from, another server
@@ -304,6 +306,36 @@ def test_a_group_was_asked(sides: Watch, router: Router, port: int, group: str) 
     assert not settled(sides, port)
 
 
+@pytest.mark.parametrize("group", ["10.2.255.255", "255.255.255.255", "224.0.0.251", "ff02::fb"])
+@pytest.mark.parametrize("first", ["server", "group"])
+def test_a_group_and_a_server_were_asked(sides: Watch, router: Router, port: int, group: str, first: str) -> None:
+    """From one port, as mDNS does (RFC 6762, section 5.4): whoever answers is right."""
+    _, asked, other, _ = V6 if ":" in group else V4
+    here, family = ("fd00:2::1", socket.AF_INET6) if ":" in group else ("10.2.0.1", socket.AF_INET)
+    with router.node.socket(family) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"right")
+        client.bind((here, 0))
+        for server in (asked, group) if first == "server" else (group, asked):
+            client.sendto(b"question", (server, port))
+            source, source_port, _, _ = router.right.receive()
+        router.right.send(other, port, source, source_port)
+        assert not settled(sides, port)
+
+
+def test_who_called_before_the_agent_started(open_watch: Callable[..., Watch], port: int) -> None:
+    """One way each, nobody was answered, and the agent sees both flows at once: which one was first counts."""
+    client, asked, other, _ = V4
+    patient = Limits(window_ns=600_000_000_000)  # loading takes longer than conntrack waits, under emulation
+    with Router() as router:
+        router.node.sysctl("net/netfilter/nf_conntrack_udp_timeout", "600")
+        router.answer(other, port, client, 4444)
+        time.sleep(1.2)  # the scene itself: conntrack tells ages in seconds
+        router.ask(client, 4444, asked, port)
+        with closing(open_watch(patient)) as watch:
+            assert not settled(watch, port)
+
+
 # ---- one fault, one finding ----
 
 
@@ -354,17 +386,53 @@ def test_what_passes_two_namespaces_is_one(open_watch: Callable[..., Watch], por
             assert (finding.expected, finding.actual, count) == ("10.8.0.2", "10.8.0.3", 1)
 
 
+def test_many_of_a_pods_wrong_replies(open_watch: Callable[..., Watch], port: int) -> None:
+    """More than are kept in mind as its socket's until they are decided, each to another port of its client."""
+    with ContainerHost() as host, ExitStack() as stack:
+        inhabit(host.node)
+        watch = stack.enter_context(closing(open_watch(Limits(max_told=1024))))
+        host.container.ip("addr add 172.17.0.4/16 dev eth0")
+        host.outside.ip(f"route add 172.17.0.0/16 via {host.ETH0}")
+        with host.container.socket() as server:
+            server.bind(("0.0.0.0", port))
+            for number in range(3000):
+                with host.outside.socket() as client:
+                    server.sendto(*ask(client, "172.17.0.4", port, server))
+                if number % 200 == 0:
+                    watch.read()
+        found = settled(watch, port)
+        assert {finding.cause for finding in found} == {Cause.KERNEL_CHOSEN}
+        assert sum(found.values()) == 3000
+
+
+def test_clients_that_had_to_make_room(
+    open_watch: Callable[..., Watch], router: Router, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of them than are remembered: counted, so that a blind eye is known of."""
+    monkeypatch.setattr(flows, "COUNT_SECONDS", 0.0)
+    monkeypatch.setattr(flows, "MAX_REQUESTS", 256)
+    client, asked, _, _ = V4
+    with closing(open_watch(Limits(max_peers=256))) as watch:
+        before = watch.sensor.read(1 << 62).evicted_peers
+        for number in range(1000):
+            router.ask(client, 20_000 + number, asked, port)
+        assert watch.sensor.read(1 << 62).evicted_peers - before >= 1000 - 256
+
+
 # ---- conntrack's events ----
 
 
-def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small buffer, and more new flows than it holds: counted, mended by the table itself, right afterwards."""
+@pytest.mark.parametrize("wrong", [0, 400])
+def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """A small buffer, and more new flows than it holds: counted, mended by the table itself, right afterwards. What
+    the buffer still held stands in the table as well.
+    """
     monkeypatch.setattr(flows, "RECEIVE_BYTES", 8192)
     client, asked, other, _ = V4
     with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
         for number in range(500):
             router.ask(client, 20_000 + number, asked, port)
-            router.answer(other if number == 400 else asked, port, client, 20_000 + number)
+            router.answer(other if number == wrong else asked, port, client, 20_000 + number)
         ((finding, count),) = settled(watch, port).items()
         assert (finding.actual, count) == (other, 1)
         overruns = watch.sensor.read(1 << 62).overruns
@@ -405,3 +473,40 @@ def test_a_namespace_that_comes_later(port: int, monkeypatch: pytest.MonkeyPatch
         listened = len(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
         watch.read()
         assert len(watch.sensor._flows._source._namespaces) <= listened  # type: ignore[union-attr]
+
+
+def test_a_namespace_without_events(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody has turned them off: nothing will ever come, and that is said."""
+    inhabit(router.node)
+    router.node.sysctl("net/netfilter/nf_conntrack_events", "0")
+    try:
+        with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
+            (said,) = watch.sensor.unheard
+            assert said == "in 1 network namespaces net.netfilter.nf_conntrack_events is 0"
+    finally:
+        router.node.sysctl("net/netfilter/nf_conntrack_events", "1")
+
+
+def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is listened to stays so; who is not is said, and listened to once there are descriptors again."""
+    monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
+    with ExitStack() as stack:
+        watch = stack.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
+        lab = stack.enter_context(Lab())
+        for number in range(3):
+            inhabit(lab.namespace(f"later-{number}"))
+        known = set(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 3, hard))
+        try:
+            watch.read()
+            assert known <= set(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
+            (said,) = watch.sensor.unheard
+            assert "cannot be listened to: Too many open files" in said
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        watch.read()
+        assert watch.sensor.unheard == ()
+        assert len(set(watch.sensor._flows._source._namespaces) - known) >= 3  # type: ignore[union-attr]

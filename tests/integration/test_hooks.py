@@ -15,7 +15,7 @@ from agents import Agent, before_all, run_cli, wait_for
 from conftest import Watch, ask
 from test_scenes import V4, Family, both, bound, source_control
 
-from udpwatch.agent.kernel import bpf, flows
+from udpwatch.agent.kernel import bpf, cgroup, flows
 from udpwatch.agent.lab import ContainerHost
 from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict
 
@@ -39,8 +39,12 @@ def functions() -> Iterator[Watch]:
     """No cgroup hook at all."""
     with closing(Watch(hooks=Hooks.CGROUP)) as watch:
         skip_without_probes(watch)
-    with closing(Watch(hooks=Hooks.FUNCTION)) as watch:
-        yield watch
+    with closing(cgroup.find(None)) as root:
+        kinds = (bpf.AttachType.CGROUP_INET_EGRESS, bpf.AttachType.CGROUP_INET_INGRESS)
+        before = [bpf.program_query(root.fd, kind) for kind in kinds]  # the tests' other sensors
+        with closing(Watch(hooks=Hooks.FUNCTION)) as watch:
+            assert [bpf.program_query(root.fd, kind) for kind in kinds] == before
+            yield watch
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +74,6 @@ def test_cgroup_hooks_alone(port: int) -> None:
 def test_function_probes_alone(functions: Watch, host: ContainerHost, port: int, family: Family) -> None:
     """The demo's wrong reply: the same finding as by the hooks, counted in flows."""
     assert functions.sensor.mode == "function"
-    for hook in (bpf.AttachType.CGROUP_INET_EGRESS, bpf.AttachType.CGROUP_INET_INGRESS):
-        assert not bpf.program_query(functions.cgroup.fd, hook)
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
@@ -150,6 +152,26 @@ def test_pktinfo_without_an_address(everything: Watch, host: ContainerHost, port
         server.sendmsg([data], [source_control(family, anything)], 0, peer)
         event = the_event(everything, port)
         assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, True)
+
+
+def test_function_probes_alone_and_conntrack_in_both_namespaces(
+    functions: Watch, host: ContainerHost, port: int
+) -> None:
+    """A pod's wrong reply is booked in its own namespace and on the node; its sender is known in the first."""
+    host.container.ip("addr add 172.17.0.4/16 dev eth0")
+    host.container.nft("table inet here { chain o { type filter hook output priority 0; ct state invalid drop; }; }")
+    host.outside.ip(f"route add 172.17.0.0/16 via {host.ETH0}")
+    try:
+        with host.container.socket() as server, host.outside.socket() as client:
+            server.bind(("0.0.0.0", port))
+            server.sendto(*ask(client, "172.17.0.4", port, server))
+            event = the_event(functions, port)
+            assert (event.finding.cause, event.netns_inode) == (Cause.KERNEL_CHOSEN, host.container.inode)
+            assert event.pid == _pid()
+    finally:
+        host.container.ip("addr del 172.17.0.4/16 dev eth0")
+        host.container.nft("delete table inet here")
+        host.outside.ip(f"route del 172.17.0.0/16 via {host.ETH0}")
 
 
 def test_an_ipv6_socket_answers_ipv4(functions: Watch, host: ContainerHost, port: int) -> None:
