@@ -34,7 +34,7 @@ from udpwatch.agent.model import Cause, Event, Finding, Increase, Tuple, Verdict
 
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
-MAX_REQUESTS = 65_536  # remembered of conntrack's events
+MAX_REQUESTS = 32_768  # remembered of conntrack's events, about 600 bytes each
 MAX_WAITING = 8_192
 COUNT_SECONDS = 10.0  # walking a whole map is not done at every reading
 RECEIVE_BYTES = 32 << 20  # holds 30,000 events (a quarter of it what they are, the rest the kernel's bookkeeping)
