@@ -1,0 +1,197 @@
+"""The fleet: which nodes, namespaces and servers answer wrongly, since when, and what it costs."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders.dashboard import Row
+from grafana_foundation_sdk.models.dashboard import Dashboard
+from parts import (
+    AGENT,
+    AGENTS,
+    FINDING_LABELS,
+    FLEET,
+    MISMATCH,
+    ORANGE,
+    RED,
+    SCOPE,
+    SERVER,
+    SERVER_LABELS,
+    WHERE,
+    WHERE_LEGEND,
+    Column,
+    board,
+    chosen,
+    count,
+    grown,
+    increase,
+    lines,
+    link,
+    number,
+    of_culprits,
+    per_second,
+    rate,
+    rows,
+)
+
+WRONG = f"{MISMATCH}{{{chosen('namespace')}}}"
+#: without the series that takes what is beyond an agent's limit: it names no server
+NAMED = f'{MISMATCH}{{{chosen("namespace")}, port!="other"}}'
+CHECKED = f"udpwatch_replies_checked_total{{{SCOPE}}}"
+IN_TIME = grown(WRONG, "$__range")
+NAMED_IN_TIME = grown(NAMED, "$__range")
+BLIND = (
+    f'min by ({WHERE}) (udpwatch_probe_attached{{{SCOPE}, probe=~"ingress|egress"}}) == 0'
+    f" or min by ({WHERE}) (udpwatch_self_test_passed{{{SCOPE}}}) == 0"
+)
+
+
+def since(selector: str, labels: str) -> str:
+    """When a wrong reply was first seen within the dashboard's time, in ms since 1970: then the counter was born."""
+    return f"1000 * min by ({labels}) (min_over_time(timestamp({selector})[$__range:$__interval]))"
+
+
+def last(selector: str, labels: str) -> str:
+    """When the counter last grew, or was born, in ms since 1970."""
+    growing = f"timestamp(increase({selector}[$__rate_interval]) > 0)"
+    return (
+        f"1000 * max by ({labels}) (max_over_time({growing}[$__range:$__interval])"
+        f" or min_over_time(timestamp({selector})[$__range:$__interval]))"
+    )
+
+
+def dashboard() -> Dashboard:
+    """Built anew at each call."""
+    by_server = f"{WHERE}, {FINDING_LABELS}"
+    to_server = link(SERVER, "instance", "namespace", "process", "port")
+    return board(
+        FLEET,
+        "udpwatch / Fleet",
+        "Which nodes, namespaces and servers answer UDP from another address than the one that was asked.",
+        number(
+            "Servers that answered wrongly",
+            "Processes with a port whose replies left from another address than the one that was asked, within the "
+            "time chosen above. Each is a row of the last table; a server on five nodes counts five times.",
+            count(f"sum by ({WHERE}, {SERVER_LABELS}) ({NAMED_IN_TIME}) > 0"),
+            steps=[(1, RED)],
+        ),
+        number(
+            "Nodes with such servers",
+            "Agents that found at least one wrong reply within the time chosen above.",
+            count(f"sum by ({WHERE}) ({IN_TIME}) > 0"),
+            steps=[(1, RED)],
+        ),
+        number(
+            "Wrong replies",
+            "Replies that clients did not get within the time chosen above, since they left from the wrong address. "
+            "Those of machines behind a node count in flows.",
+            f"sum({IN_TIME})",
+            steps=[(1, RED)],
+            decimals=0,
+        ),
+        number(
+            "Share of replies that was wrong",
+            "Wrong replies among all UDP replies that the chosen nodes sent within the time chosen above.",
+            f"sum({IN_TIME}) / (sum({increase(CHECKED)}) > 0)",
+            unit="percentunit",
+            steps=[(0.000001, ORANGE), (0.01, RED)],
+        ),
+        number(
+            "Agents",
+            "Agents that Prometheus knows now.",
+            f"count({AGENTS})",
+        ),
+        number(
+            "Blind agents",
+            "Agents whose programs at the root cgroup are detached, or that did not see their own test datagram: what "
+            "happens on their nodes is not seen. See the dashboard of the agents.",
+            count(BLIND),
+            steps=[(1, RED)],
+        ),
+        Row("Over time"),
+        lines(
+            "Wrong replies by node",
+            "Replies a second that clients did not get, by the node that sent them.",
+            "cps",
+            (f"sum by ({WHERE}) ({per_second(WRONG)}) > 0", WHERE_LEGEND),
+            stacked=True,
+        ),
+        lines(
+            "Share of replies that is wrong, by node",
+            "Wrong replies among all UDP replies of a node. At 100 % its only UDP server answers nobody.",
+            "percentunit",
+            (
+                f"sum by ({WHERE}) ({per_second(WRONG)}) / (sum by ({WHERE}) ({rate(CHECKED)}) > 0) > 0",
+                WHERE_LEGEND,
+            ),
+            steps=[(0.01, RED)],
+        ),
+        lines(
+            "Wrong replies by namespace",
+            "The namespace of the pod that answers; without a name: processes in no pod, and machines behind a node.",
+            "cps",
+            (f"sum by (namespace) ({per_second(WRONG)}) > 0", "{{namespace}}"),
+            stacked=True,
+        ),
+        lines(
+            "Wrong replies by cause",
+            "kernel-chosen: bound to all addresses, routing chose the source; explicit: the application chose it; "
+            "connected: connect() froze it; forwarded: another machine's reply, in flows.",
+            "cps",
+            (f"sum by (cause) ({per_second(WRONG)}) > 0", "{{cause}}"),
+            stacked=True,
+        ),
+        Row("Where"),
+        rows(
+            "Nodes",
+            "Nodes with wrong replies within the time chosen above, the worst first. A click leads to their agent.",
+            WHERE,
+            Column("wrong replies", f"sum by ({WHERE}) ({IN_TIME})"),
+            Column(
+                "share of replies",
+                f"sum by ({WHERE}) ({IN_TIME}) / (sum by ({WHERE}) ({increase(CHECKED)}) > 0)",
+                "percentunit",
+                [(0.01, RED)],
+            ),
+            Column(
+                "servers",
+                f"count by ({WHERE}) (sum by ({WHERE}, {SERVER_LABELS}) ({NAMED_IN_TIME}) > 0)",
+                width=90,
+            ),
+            Column("since", since(NAMED, WHERE), "dateTimeAsIso", width=170),
+            links=[("The agent of this node", link(AGENT, "instance"))],
+            only="wrong replies",
+            sort="wrong replies",
+            width=14,
+        ),
+        rows(
+            "Namespaces",
+            "Namespaces with wrong replies within the time chosen above, the worst first. The empty one stands for "
+            "processes in no pod.",
+            "namespace",
+            Column("wrong replies", f"sum by (namespace) ({IN_TIME})"),
+            Column(
+                "servers",
+                f"count by (namespace) (sum by ({WHERE}, {SERVER_LABELS}) ({NAMED_IN_TIME}) > 0)",
+                width=90,
+            ),
+            Column("since", since(NAMED, "namespace"), "dateTimeAsIso", width=170),
+            links=[("Its servers", link(SERVER, "namespace"))],
+            only="wrong replies",
+            sort="wrong replies",
+            width=10,
+        ),
+        rows(
+            "Servers",
+            "Servers that answered wrongly within the time chosen above: asked at expected, answered from actual. "
+            "since: first seen within that time. A click leads to the server.",
+            by_server,
+            Column("wrong replies", f"sum by ({by_server}) ({NAMED_IN_TIME})"),
+            Column("a second", f"sum by ({by_server}) ({per_second(NAMED)})", "cps", [(0.000001, RED)], 100),
+            Column("since", since(NAMED, by_server), "dateTimeAsIso", width=170),
+            Column("last", last(NAMED, by_server), "dateTimeAsIso", width=170),
+            links=[("This server", to_server)],
+            only="wrong replies",
+            sort="wrong replies",
+            height=12,
+        ),
+        variables=of_culprits("namespace"),
+    )

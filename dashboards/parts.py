@@ -1,0 +1,360 @@
+"""What the dashboards share: variables, links, the kinds of panel, and the expressions that need care.
+
+Rule 1: a panel has a title, a description for whoever is on call, a unit, and the datasource that the reader chose.
+Rule 2: every expression keeps to SCOPE, so that a choice made at the top holds for the whole dashboard.
+Rule 3: `cluster` and `node` are labels that a Prometheus may or may not add (docs/monitoring.md); `instance` is always
+there. A matcher of a label that is missing takes `.*`, which is what All stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from grafana_foundation_sdk.builders import common, prometheus, stat, table, text, timeseries
+from grafana_foundation_sdk.builders import dashboard as builder
+from grafana_foundation_sdk.models import common as kinds
+from grafana_foundation_sdk.models import dashboard as model
+from grafana_foundation_sdk.models.prometheus import PromQueryFormat
+
+Panel = stat.Panel | table.Panel | text.Panel | timeseries.Panel
+#: (expression, legend)
+Query = tuple[str, str]
+
+FLEET, SERVER, RESPONDER, AGENT = "udpwatch-fleet", "udpwatch-server", "udpwatch-dns", "udpwatch-agent"
+TAG = "udpwatch"
+DATASOURCE = model.DataSourceRef(type_val="prometheus", uid="${datasource}")
+
+SCOPE = 'cluster=~"$cluster", node=~"$node", instance=~"$instance"'
+WHERE = "cluster, node, instance"
+#: as a legend
+WHERE_LEGEND = "{{cluster}} {{node}} {{instance}}"
+#: one agent among the targets of a Prometheus
+TARGET = "cluster, job, instance"
+MISMATCH = "udpwatch_reply_source_mismatch_total"
+SERVER_LABELS = "namespace, pod, container, process, port"
+FINDING_LABELS = f"{SERVER_LABELS}, expected, actual, verdict, cause"
+AGENTS = f"udpwatch_build_info{{{SCOPE}}}"
+
+GREEN, ORANGE, RED, BLUE = "green", "orange", "red", "blue"
+Steps = Sequence[tuple[float, str]]
+
+
+# ---- expressions ----
+
+
+def grown(selector: str, window: str) -> str:
+    """By how much counters grew within a window, those included that were born in it.
+
+    A finding's counter is born with its first value, often 1: for Prometheus that is no increase.
+    """
+    return f"(({selector} unless {selector} offset {window}) or increase({selector}[{window}]))"
+
+
+def per_second(selector: str) -> str:
+    """The same as a rate.
+
+    Where the agent itself was not there a window ago, its counters are not young, only Prometheus' knowledge of them.
+    """
+    window = "$__rate_interval"
+    born = f"({selector} unless {selector} offset {window}) and on ({TARGET}) {AGENTS} offset {window}"
+    return f"({born} or increase({selector}[{window}])) * 1000 / $__rate_interval_ms"
+
+
+def rate(selector: str) -> str:
+    """Per second, of counters that are there from an agent's start."""
+    return f"rate({selector}[$__rate_interval])"
+
+
+def increase(selector: str) -> str:
+    """Within the dashboard's time, of counters that are there from an agent's start."""
+    return f"increase({selector}[$__range])"
+
+
+def count(expression: str) -> str:
+    """How many there are: 0 only where an agent looked, else no data."""
+    return f"count({expression}) or 0 * count({AGENTS})"
+
+
+def of_agents(selector: str) -> str:
+    """A metric that other programs have, too."""
+    return f"{selector} and on ({TARGET}) {AGENTS}"
+
+
+# ---- panels ----
+
+
+def _queries(queries: Iterable[Query], instant: bool = False, as_table: bool = False) -> list[prometheus.Dataquery]:
+    found = []
+    for letter, (expression, legend) in zip("ABCDEFGH", queries, strict=False):
+        query = prometheus.Dataquery().expr(expression).ref_id(letter).datasource(DATASOURCE)
+        query = query.instant() if instant else query.range()
+        if as_table:
+            query = query.format(PromQueryFormat.TABLE)
+        elif legend:
+            query = query.legend_format(legend)
+        found.append(query)
+    return found
+
+
+def _thresholds(steps: Steps, base: str = GREEN) -> builder.ThresholdsConfig:
+    values = [model.Threshold(None, base), *(model.Threshold(value, color) for value, color in steps)]
+    return builder.ThresholdsConfig().mode(model.ThresholdsMode.ABSOLUTE).steps(values)
+
+
+def number(
+    title: str,
+    description: str,
+    expression: str,
+    unit: str = "short",
+    steps: Steps = (),
+    base: str = GREEN,
+    width: int = 4,
+    decimals: int | None = None,
+) -> stat.Panel:
+    """One number, coloured by its thresholds."""
+    panel = (
+        stat.Panel()
+        .title(title)
+        .description(description)
+        .datasource(DATASOURCE)
+        .unit(unit)
+        .no_value("no data")
+        .thresholds(_thresholds(steps, base))
+        .color_mode(kinds.BigValueColorMode.VALUE)
+        .graph_mode(kinds.BigValueGraphMode.NONE)
+        .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
+        .span(width)
+        .height(4)
+    )
+    if decimals is not None:
+        panel = panel.decimals(decimals)
+    return panel.targets(list(_queries([(expression, "")], instant=True)))
+
+
+def lines(
+    title: str,
+    description: str,
+    unit: str,
+    *queries: Query,
+    steps: Steps = (),
+    stacked: bool = False,
+    width: int = 12,
+    top: float | None = None,
+) -> timeseries.Panel:
+    """Lines over time; with thresholds, the values from which to worry are drawn."""
+    panel = (
+        timeseries.Panel()
+        .title(title)
+        .description(description)
+        .datasource(DATASOURCE)
+        .unit(unit)
+        .min(0)
+        .fill_opacity(25 if stacked else 5)
+        .show_points(kinds.VisibilityMode.AUTO)
+        .legend(
+            common.VizLegendOptions()
+            .display_mode(kinds.LegendDisplayMode.TABLE)
+            .placement(kinds.LegendPlacement.BOTTOM)
+            .show_legend(True)
+            .calcs(["lastNotNull", "max"])
+        )
+        .tooltip(common.VizTooltipOptions().mode(kinds.TooltipDisplayMode.MULTI).sort(kinds.SortOrder.DESCENDING))
+        .span(width)
+        .height(8)
+    )
+    if all(expression.endswith("> 0") for expression, _ in queries):
+        panel = panel.no_value("none")
+    if stacked:
+        panel = panel.stacking(common.StackingConfig().mode(kinds.StackingMode.NORMAL))
+    if top is not None:
+        panel = panel.max(top)
+    if steps:
+        style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
+        panel = panel.thresholds(_thresholds(steps)).thresholds_style(style)
+    return panel.targets(list(_queries(queries)))
+
+
+class Column:
+    """A query of a table: its values' heading and look. Its labels are the other columns."""
+
+    def __init__(self, heading: str, expression: str, unit: str = "short", steps: Steps = (), width: int = 130) -> None:
+        self.heading, self.expression, self.unit, self.steps, self.width = heading, expression, unit, steps, width
+
+
+def rows(
+    title: str,
+    description: str,
+    labels: str,
+    *columns: Column,
+    links: Sequence[tuple[str, str]] = (),
+    only: str = "",
+    sort: str = "",
+    width: int = 24,
+    height: int = 9,
+) -> table.Panel:
+    """A table with a row for each set of labels, and a column for each query.
+
+    `only`: the column that must be above 0; `sort`: the column to sort by, largest first; `links`: (title, URL), from
+    every cell with a label.
+    """
+    order = [*labels.split(", "), *(f"Value #{letter}" for letter, _ in zip("ABCDEFGH", columns, strict=False))]
+    headings = {f"Value #{letter}": column.heading for letter, column in zip("ABCDEFGH", columns, strict=False)}
+    panel = (
+        table.Panel()
+        .title(title)
+        .description(description)
+        .datasource(DATASOURCE)
+        .no_value("none")
+        .thresholds(_thresholds(()))
+        .filterable(True)
+        .targets(list(_queries([(each.expression, "") for each in columns], instant=True, as_table=True)))
+        .with_transformation(model.DataTransformerConfig(id_val="merge", options={}))
+        .with_transformation(
+            model.DataTransformerConfig(
+                id_val="organize",
+                options={
+                    "excludeByName": {"Time": True},
+                    "indexByName": {name: position for position, name in enumerate(order)},
+                    "renameByName": headings,
+                },
+            )
+        )
+        .span(width)
+        .height(height)
+    )
+    if only:
+        above_zero = {"id": "greater", "options": {"value": 0}}
+        options = {"type": "include", "match": "all", "filters": [{"fieldName": only, "config": above_zero}]}
+        panel = panel.with_transformation(model.DataTransformerConfig(id_val="filterByValue", options=options))
+    if sort:
+        panel = panel.sort_by([common.TableSortByFieldState().display_name(sort).desc(True)])
+    for column in columns:
+        look: list[model.DynamicConfigValue] = [
+            model.DynamicConfigValue("unit", column.unit),
+            model.DynamicConfigValue("custom.width", column.width),
+        ]
+        if column.steps:
+            steps = _thresholds(column.steps).build()
+            look += [
+                model.DynamicConfigValue("thresholds", steps.to_json()),
+                model.DynamicConfigValue("custom.cellOptions", {"type": "color-text"}),
+            ]
+        panel = panel.override_by_name(column.heading, look)
+    if links:
+        targets = [{"title": heading, "url": url} for heading, url in links]
+        for label in labels.split(", "):
+            panel = panel.override_by_name(label, [model.DynamicConfigValue("links", targets)])
+    return panel
+
+
+def words(title: str, content: str, width: int = 24, height: int = 4) -> text.Panel:
+    """Markdown; variables in it are replaced."""
+    return (
+        text.Panel()
+        .title(title)
+        .description("What to do next.")
+        .datasource(DATASOURCE)
+        .content(content)
+        .span(width)
+        .height(height)
+    )
+
+
+# ---- links ----
+
+
+def link(uid: str, *labels: str) -> str:
+    """To another dashboard: the same time and choices, and of the row that was clicked these labels."""
+    kept = [name for name in ("datasource", "cluster", "node", "instance") if name not in labels]
+    carried = [f"${{{name}:queryparam}}" for name in kept]
+    chosen = [f"var-{label}=${{__data.fields.{label}:percentencode}}" for label in labels]
+    return f"/d/{uid}?{'&'.join([*carried, *chosen])}&${{__url_time_range}}"
+
+
+# ---- the dashboard around them ----
+
+
+def _query_variable(name: str, label: str, description: str, metric: str, scope: str) -> builder.QueryVariable:
+    query = f"label_values({metric}{{{scope}}}, {name})" if scope else f"label_values({metric}, {name})"
+    everything = model.VariableOption(selected=True, text="All", value="$__all")
+    return (
+        builder.QueryVariable(name)
+        .label(label)
+        .description(description)
+        .datasource(DATASOURCE)
+        .query(query)
+        .refresh(model.VariableRefresh.ON_TIME_RANGE_CHANGED)
+        .sort(model.VariableSort.NATURAL_ASC)
+        .multi(True)
+        .include_all(True)
+        .all_value(".*")
+        .current(everything)
+    )
+
+
+def chosen(*names: str) -> str:
+    """The matchers of these variables, after SCOPE's."""
+    return ", ".join([SCOPE, *(f'{name}=~"${name}"' for name in names)])
+
+
+def of_culprits(*names: str) -> list[builder.QueryVariable]:
+    """Variables over labels of wrong replies; each offers what the ones before it leave."""
+    texts = {
+        "namespace": ("Namespace", "Namespace of the pod that answers wrongly."),
+        "pod": ("Pod", "Pod that answers wrongly."),
+        "process": ("Process", "Name of the process that answers wrongly; none for machines behind the node."),
+        "port": ("Port", "Its UDP port."),
+    }
+    return [
+        _query_variable(name, *texts[name], MISMATCH, chosen(*names[:position])) for position, name in enumerate(names)
+    ]
+
+
+def board(
+    uid: str,
+    title: str,
+    description: str,
+    *content: builder.Row | Panel,
+    variables: Sequence[builder.QueryVariable] = (),
+    metric: str = "udpwatch_build_info",
+) -> model.Dashboard:
+    """A whole dashboard: its variables, the links to its siblings, and its panels, numbered in their order.
+
+    `metric`: the one that everything on this dashboard has, if it is not the agent's.
+    """
+    made = (
+        builder.Dashboard(title)
+        .uid(uid)
+        .description(description)
+        .tags([TAG])
+        .time("now-6h", "now")
+        .refresh("1m")
+        .timezone("browser")
+        .tooltip(model.DashboardCursorSync.CROSSHAIR)
+        .link(
+            builder.DashboardLink("udpwatch")
+            .type(model.DashboardLinkType.DASHBOARDS)
+            .tooltip("The other dashboards, with this one's choices")
+            .tags([TAG])
+            .include_vars(True)
+            .keep_time(True)
+        )
+        .with_variable(builder.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
+    )
+    where = (
+        ("cluster", "Cluster", "Label that Prometheus may add."),
+        ("node", "Node", "Label that the scrape may add."),
+        ("instance", "Agent", "The address that is scraped."),
+    )
+    scope = ""
+    for name, label, meaning in where:
+        made = made.with_variable(_query_variable(name, label, meaning, metric, scope))
+        scope = f'{scope}, {name}=~"${name}"'.removeprefix(", ")
+    for variable in variables:
+        made = made.with_variable(variable)
+    for each in content:
+        made = made.with_row(each) if isinstance(each, builder.Row) else made.with_panel(each)
+    built = made.build()
+    for number_, panel in enumerate(built.panels or [], start=1):
+        panel.id_val = number_
+    return built
