@@ -102,7 +102,7 @@ def dashboard() -> Dashboard:
             Column("self test", per_agent(of("self_test_passed")), "bool_yes_no", width=100),
             Column(
                 "not attached",
-                per_agent(f"count by ({TARGET}) ({of('probe_attached')} == 0)"),
+                per_agent(f"sum by ({TARGET}) (1 - {of('probe_attached')})"),
                 steps=[(1, ORANGE)],
                 width=120,
             ),

@@ -1,0 +1,408 @@
+"""A real Prometheus scrapes real agents; every panel, variable and alert rule asks it, as Grafana would.
+
+What dashboards and alerts are to show is made to happen: wrong replies, DNS questions that fail, an upstream server
+that does not answer, a hosts file that cannot be read, events that cannot be written, an agent that is down.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import boards
+import pytest
+import yaml
+from agents import Agent, run_cli, temporary, wait_for
+from boards import Question, filled_in
+from dns_server import Asked, FakeServer, ask, bare_query, right, write
+from test_dns_agent import InNamespace
+
+from udpwatch.agent.kernel import bpf
+from udpwatch.agent.lab import ContainerHost
+
+LISTEN = "127.0.0.1:9090"
+PORT, SHORT_PORT = 19_053, 19_054
+SERVER, SHORT_SERVER = "wrong-server", "short.server+1"
+AFAR, DEAD = "192.0.2.7", "172.16.13.99"
+RECORDING = boards.ROOT / "tests/golden/replay.jsonl"
+ENABLE_STATS = 32  # bpf(2); the programs' run times are counted while the descriptor is open
+
+RANGE_S, STEP_S, RATE_S = 600, 1, 5
+
+#: What rightly shows nothing here, and why. Everything else must have data.
+EMPTY = {
+    "udpwatch-agent/Attached again/A": "nobody detaches programs (test_agent.py does)",
+    "udpwatch-agent/Runs left out/A": "a CPU has to be in a probe while it enters one",
+    "udpwatch-agent/Dropped/A": "no table is filled",
+    "udpwatch-agent/Dropped/B": "no table is filled",
+    "udpwatch-agent/Dropped/C": "a race of two packets",
+    "alert/UdpwatchProbeDetached": "the agents see",
+    "alert/UdpwatchSelfTestFailed": "the agents see",
+    "alert/UdpwatchSeesNoReplies": "the agents see",
+    "alert/UdpwatchDnsNoUpstream": "one of the upstream servers answers",
+    "alert/UdpwatchConntrackFilling": "no table is filled",
+    "alert/UdpwatchConntrackFull": "no table is filled",
+}
+
+
+class Prometheus:
+    """On a node of the lab, scraping each second."""
+
+    def __init__(self, scene: ContainerHost, folder: Path, scrapes: Sequence[dict[str, Any]], rules: Path) -> None:
+        if not shutil.which("prometheus"):
+            pytest.skip("needs prometheus: apt-get install prometheus")
+        self.scene = scene
+        self.agents: list[str] = []
+        every = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
+        config = {"global": every, "scrape_configs": list(scrapes), "rule_files": [str(rules)]}
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        self._log = folder / "prometheus.log"
+        command = [
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'tsdb'}",
+            f"--web.listen-address={LISTEN}",
+        ]
+        self._process = scene.node.popen(["sh", "-c", f'exec "$@" >{self._log} 2>&1', "sh", *command])
+
+    def get(self, path: str, **parameters: Any) -> Any:
+        """Ask its HTTP API; raises AssertionError with what it complains of."""
+        url = f"http://{LISTEN}/api/v1/{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
+        with self.scene.node.entered():
+            try:
+                with urllib.request.urlopen(url, timeout=30) as answer:
+                    told = json.load(answer)
+            except urllib.error.HTTPError as error:
+                with error:
+                    raise AssertionError(f"{parameters}: {error.read().decode()}") from None
+        assert not told.get("warnings"), told
+        return told["data"]
+
+    def ask(self, question: Question, **chosen: Sequence[str]) -> list[dict[str, Any]]:
+        """The series of a question's answer that have a number in it."""
+        expression = filled_in(question.expression, chosen, RANGE_S, STEP_S, RATE_S)
+        now = time.time()
+        if question.instant:
+            told = self.get("query", query=expression, time=now)
+            found = [(each["metric"], [each["value"]]) for each in told["result"]]
+        else:
+            told = self.get("query_range", query=expression, start=now - 120, end=now, step=STEP_S)
+            found = [(each["metric"], each["values"]) for each in told["result"]]
+        return [
+            {**labels, "value": [float(value) for _, value in values if value != "NaN"][-1]}
+            for labels, values in found
+            if any(value != "NaN" for _, value in values)
+        ]
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it answers yet."""
+        assert self._process.poll() is None, self._log.read_text()
+        with self.scene.node.entered(), contextlib.suppress(OSError):
+            with urllib.request.urlopen(f"http://{LISTEN}/-/ready", timeout=5) as answer:
+                return bool(answer.status == 200)
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+class Traffic:
+    """Wrong replies and DNS questions, until it is stopped."""
+
+    def __init__(self, scene: ContainerHost) -> None:
+        self._scene = scene
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._wrong_replies, self._dns)]
+        self._server = scene.node.spawn(SERVER, lambda: answer_wrongly(scene, PORT))
+        for thread in self._threads:
+            thread.start()
+
+    def _wrong_replies(self) -> None:
+        with self._scene.container.socket() as client:
+            client.settimeout(0.2)
+            while not self._stop.wait(0.1):
+                for _ in range(150):
+                    client.sendto(b"x", (self._scene.ETH0, PORT))
+                    with contextlib.suppress(OSError):
+                        client.recv(100)
+
+    def _dns(self) -> None:
+        """Local names, others, and ones that the upstream server fails; garbage, and questions that are not served."""
+        scene = self._scene
+        with scene.outside.socket() as afar, scene.container.socket() as near:
+            afar.bind((AFAR, 0))
+            number = 0
+            while not self._stop.wait(0.05):
+                number += 1
+                afar.sendto(bare_query("host.test"), (scene.ETH0, 53))
+                near.sendto(b"garbage", (scene.ETH0, 53))
+                for name, tcp in (("host.test", False), (f"x{number}.test", False), (f"broken{number}.test", True)):
+                    for address in (scene.ETH0, scene.ETH0_6):
+                        with contextlib.suppress(OSError):
+                            ask(scene.container, address, name, tcp=tcp, seconds=0.5)
+
+    def stop(self) -> None:
+        """And wait for the end."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(30)
+        self._server.stop()
+
+
+def answer_wrongly(scene: ContainerHost, port: int, times: int | None = None) -> None:
+    """A plain server on all addresses, for as many questions or for ever; to be run on the node."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("0.0.0.0", port))
+        while times is None or times > 0:
+            server.sendto(*server.recvfrom(100))
+            times = None if times is None else times - 1
+
+
+def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
+    """A server that first answers something else, and refuses names that begin with broken."""
+    if asked.name.startswith("broken"):
+        return asked.answer(rcode=2)
+    forged = bytearray(right(asked))
+    forged[0] ^= 0xFF
+    return [bytes(forged), right(asked)]
+
+
+def once(scene: ContainerHost) -> None:
+    """One wrong reply of a server that is then never asked again."""
+    server = scene.node.spawn(SHORT_SERVER, lambda: answer_wrongly(scene, SHORT_PORT, 1))
+    with scene.container.socket() as client:
+        client.settimeout(0.2)
+
+        def answered() -> bool:
+            client.sendto(b"x", (scene.ETH0, SHORT_PORT))
+            with contextlib.suppress(OSError):
+                return bool(client.recv(100))
+            return False
+
+        wait_for(answered, "the one wrong reply")
+    assert server.wait() == 0
+
+
+@contextlib.contextmanager
+def run_times_counted() -> Iterator[None]:
+    """The kernel counts the time of BPF programs meanwhile, as with the sysctl kernel.bpf_stats_enabled."""
+    descriptor = bpf.bpf(ENABLE_STATS, ctypes.create_string_buffer(struct.pack("=I", 0), 4))
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
+def scene() -> Iterator[ContainerHost]:
+    with ContainerHost() as lab:
+        lab.outside.ip(f"addr add {AFAR}/32 dev lo")
+        lab.node.ip(f"route add {AFAR} via {lab.OUTSIDE}")
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The alert rules, impatient: what waits for minutes waits for two seconds."""
+    told = yaml.safe_load(boards.ALERTS.read_text())
+    for group in told["groups"]:
+        for rule in group["rules"]:
+            rule["for"] = "2s"
+    path: Path = tmp_path_factory.mktemp("rules") / "alerts.yaml"
+    path.write_text(yaml.safe_dump(told))
+    return path
+
+
+@pytest.fixture(scope="module")
+def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
+    """It scrapes a node as a PodMonitor would, the same one plainly, one that plays a recording, one that is down."""
+    with contextlib.ExitStack() as stack:
+        folders = [Path(stack.enter_context(temporary())) for _ in range(3)]
+        hosts = write(folders[0] / "hosts", "10.0.0.1 host.test")
+        lines = ["no-hosts", "no-resolv", f"addn-hosts={hosts}", f"server={scene.OUTSIDE}", f"server={DEAD}"]
+        conf = write(folders[0] / "dns.conf", *lines)
+        stack.enter_context(run_times_counted())
+        stack.enter_context(FakeServer(scene.outside, scene.OUTSIDE, unhelpful))
+        agent: Agent = stack.enter_context(
+            InNamespace(scene, folders[0], f"--dns-conf={conf}", "--events=/dev/full", "--events-per-second=2")
+        )
+        replay: Agent = stack.enter_context(InNamespace(scene, folders[1], "--no-dns", f"--replay={RECORDING}"))
+        addresses = [each.url.removeprefix("http://") for each in (agent, replay)]
+        scrapes = [
+            {
+                "job_name": "monitoring/udpwatch",
+                "honor_labels": True,
+                "static_configs": [
+                    {
+                        "targets": [address],
+                        "labels": {
+                            "node": f"worker-{number}",
+                            "cluster": "east",
+                            "instance": f"10.0.0.{number}:9953",
+                            "namespace": "monitoring",
+                            "pod": f"udpwatch-{number}",
+                            "container": "udpwatch",
+                        },
+                    }
+                    for number, address in enumerate(addresses, start=1)
+                ],
+            },
+            {"job_name": "udpwatch", "static_configs": [{"targets": [addresses[0], "127.0.0.1:1"]}]},
+        ]
+        running = stack.enter_context(Prometheus(scene, folders[2], scrapes, rules))
+        running.agents = addresses
+        wait_for(lambda: running.is_up, "Prometheus")
+        known = Question("", f"count(count_over_time(udpwatch_build_info[1m]) > {RATE_S + 2})")
+        wait_for(lambda: [each["value"] for each in running.ask(known)] == [3], "some scrapes of each agent")
+        once(scene)
+        traffic = Traffic(scene)
+        stack.callback(traffic.stop)
+        # its own hosts file is gone: an error at the next reading, which SIGHUP asks for
+        hosts.unlink()
+        agent.process.send_signal(signal.SIGHUP)
+        yield running
+
+
+def have_data(prometheus: Prometheus, questions: Sequence[Question], **chosen: Sequence[str]) -> None:
+    """Within a minute each of them has an answer."""
+    left = [each for each in questions if each.where not in EMPTY]
+    assert left
+
+    def all_answered() -> bool:
+        left[:] = [each for each in left if not prometheus.ask(each, **chosen)]
+        return not left
+
+    with contextlib.suppress(AssertionError):
+        wait_for(all_answered, "data", 60)
+    assert not left, "no data: " + "\n".join(f"{each.where}: {each.expression}" for each in left)
+
+
+def row(prometheus: Prometheus, where: str, **labels: str) -> dict[str, Any]:
+    """The one series of an answer that carries these labels."""
+    (question,) = [each for each in boards.of_panels() if each.where == where]
+
+    def found() -> list[dict[str, Any]]:
+        return [each for each in prometheus.ask(question) if labels.items() <= each.items()]
+
+    told: list[dict[str, Any]] = wait_for(found, f"{where} to show {labels}", 30)
+    (one,) = told
+    return one
+
+
+def test_every_panel(prometheus: Prometheus) -> None:
+    have_data(prometheus, list(boards.of_panels()))
+
+
+def test_every_alert(prometheus: Prometheus) -> None:
+    have_data(prometheus, list(boards.of_alerts()))
+
+
+def test_every_question_of_the_documents(prometheus: Prometheus) -> None:
+    for question in boards.of_documents():
+        prometheus.ask(question)
+
+
+def test_what_is_well_alarms_nobody(prometheus: Prometheus) -> None:
+    questions = [*boards.of_panels(), *boards.of_alerts()]
+    quiet = [each for each in questions if each.where in EMPTY]
+    assert len(quiet) == len(EMPTY)
+    for question in quiet:
+        alarms = prometheus.ask(question)
+        assert not (alarms and question.where.startswith("alert/")), (question.where, alarms)
+
+
+def test_every_panel_with_choices(prometheus: Prometheus) -> None:
+    """One node, and one server of it; then an agent without a node, whose label no scrape adds."""
+    panels = list(boards.of_panels())
+    node = {"cluster": ["east"], "node": ["worker-1", "worker-9"], "instance": ["10.0.0.1:9953"]}
+    have_data(prometheus, panels, **node, process=[SERVER], port=[str(PORT)], pod=[""], namespace=[""])
+    recorded = ("udpwatch-fleet/Servers/A", "udpwatch-fleet/Namespaces/A", "udpwatch-server/Findings/C")
+    of_pods = [each for each in panels if each.where in recorded]
+    have_data(prometheus, of_pods, node=["worker-2"], namespace=["dns"], process=["unbound"], port=["53"])
+    with_dots = [each for each in panels if each.where == "udpwatch-server/Findings/A"]
+    have_data(prometheus, with_dots, process=[SHORT_SERVER, "none"], instance=["10.0.0.1:9953"])
+    plain = [each for each in panels if "up{" not in each.expression]
+    have_data(prometheus, plain, node=[""], process=[SERVER])
+
+
+def test_every_variable(prometheus: Prometheus) -> None:
+    for where, label, selector in boards.of_variables():
+        values = prometheus.get(f"label/{label}/values", **{"match[]": filled_in(selector, {}, 60, 1, 5)})
+        assert values, where
+        if label in ("namespace", "pod"):
+            assert "monitoring" not in values and "udpwatch-1" not in values, "the culprit's, not the agent's"
+
+
+def test_a_counter_that_was_born(prometheus: Prometheus) -> None:
+    """A server that answered wrongly once is there, once, with the moment; increase() alone would not show it."""
+    labels = {"process": SHORT_SERVER, "port": str(SHORT_PORT), "node": "worker-1"}
+    assert row(prometheus, "udpwatch-fleet/Servers/A", **labels)["value"] == 1
+    since = row(prometheus, "udpwatch-fleet/Servers/C", **labels)["value"]
+    last = row(prometheus, "udpwatch-fleet/Servers/D", **labels)["value"]
+    assert since == last
+    assert 0 < time.time() - since / 1000 < RANGE_S
+    (over_time,) = [each for each in boards.of_panels() if each.where == "udpwatch-server/By node/A"]
+    assert prometheus.ask(over_time, process=[SHORT_SERVER], node=["worker-1"])
+    bare = Question("", f'increase(udpwatch_reply_source_mismatch_total{{port="{SHORT_PORT}"}}[{RANGE_S}s]) > 0')
+    assert not prometheus.ask(bare), "then this test shows nothing"
+
+
+def test_alerts_fire(prometheus: Prometheus) -> None:
+    expected = {rule["alert"] for rule in boards.rules()} - {where.removeprefix("alert/") for where in EMPTY}
+
+    def alerts(state: str) -> list[dict[str, Any]]:
+        return [each for each in prometheus.get("alerts")["alerts"] if each["state"] == state]
+
+    def firing() -> set[str]:
+        return {each["labels"]["alertname"] for each in alerts("firing")}
+
+    wait_for(lambda: expected <= firing(), "all alerts", 30)
+    assert firing() == expected
+    (wrong,) = [
+        each
+        for each in alerts("firing")
+        if (each["labels"]["alertname"], each["labels"].get("process"), each["labels"].get("node"))
+        == ("UdpwatchServerAnswersWrongly", SERVER, "worker-1")
+    ]
+    assert wrong["labels"]["severity"] == "warning"
+    assert wrong["annotations"]["summary"] == f"{SERVER} answers UDP port {PORT} from the wrong address"
+    for alert in alerts("firing"):
+        text = " ".join(alert["annotations"].values())
+        assert "<" not in text and "%!" not in text and "{{" not in text and "  " not in text, text
+
+
+def test_top_reads_the_same_labels(prometheus: Prometheus) -> None:
+    with prometheus.scene.node.entered():
+        done = run_cli("top", "--once", "--json", "--prometheus", f"http://{LISTEN}")
+    assert done.returncode == 0, done.stderr
+    found = {(each["node"], each["process"], each["port"], each["pod"]) for each in json.loads(done.stdout)["findings"]}
+    assert ("10.0.0.1:9953", SERVER, PORT, None) in found
+    assert ("10.0.0.2:9953", "unbound", 53, "resolver-hxk4t") in found
+
+
+def test_what_is_exported_is_well_formed(prometheus: Prometheus) -> None:
+    """promtool's view of the names, types and texts of a real agent with everything on."""
+    with prometheus.scene.node.entered(), urllib.request.urlopen(f"http://{prometheus.agents[0]}/metrics") as answer:
+        exposed = answer.read()
+    done = subprocess.run(["promtool", "check", "metrics"], input=exposed, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
