@@ -86,14 +86,14 @@ def dashboard() -> Dashboard:
             decimals=0,
         ),
         number(
-            "Memory",
-            "Resident memory of the largest agent.",
+            "Largest agent",
+            "Resident memory of the agent that takes most.",
             f"max({of_agents(process('resident_memory_bytes'))})",
             "bytes",
             [(64 << 20, ORANGE), (128 << 20, RED)],
         ),
         rows(
-            "Agents",
+            "Each agent",
             "mode packet reads conntrack from the packet, netlink has to ask for it, function watches conntrack's "
             "flows alone. self test: whether the last datagram of the agent's own was seen. Programs that are not "
             "attached may be ones that this kernel does not allow: udpwatch doctor.",

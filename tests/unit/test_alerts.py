@@ -1,0 +1,66 @@
+"""The alert rules: what Prometheus' own tool makes of them, and that each has its page and its cases."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import boards
+import pytest
+import yaml
+
+HERE = Path(__file__).resolve().parent
+CASES = HERE / "alerts_test.yaml"
+RUNBOOKS = boards.ROOT / "docs/runbooks"
+NAMES = [rule["alert"] for rule in boards.rules()]
+
+
+def promtool(*arguments: str) -> None:
+    """Run it; what it complains of fails the test."""
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is missing: apt-get install prometheus")
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_are_valid() -> None:
+    promtool("check", "rules", "--lint=all", "--lint-fatal", str(boards.ALERTS))
+
+
+def test_rules_fire_when_they_should_and_only_then() -> None:
+    promtool("test", "rules", str(CASES))
+
+
+def test_each_alert_has_a_case_for_it_and_one_against_it() -> None:
+    cases = [case for test in yaml.safe_load(CASES.read_text())["tests"] for case in test["alert_rule_test"]]
+    assert {case["alertname"] for case in cases if case["exp_alerts"]} == set(NAMES)
+    assert {case["alertname"] for case in cases if not case["exp_alerts"]} == set(NAMES)
+
+
+@pytest.mark.parametrize("rule", boards.rules(), ids=NAMES)
+def test_an_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
+    name = rule["alert"]
+    assert re.fullmatch(r"Udpwatch([A-Z][a-z]+)+", str(name))
+    assert rule["labels"] in ({"severity": "warning"}, {"severity": "critical"})
+    assert rule["for"]
+    notes = rule["annotations"]
+    assert set(notes) == {"summary", "description", "runbook_url"}
+    assert notes["runbook_url"] == f"docs/runbooks/{name}.md"
+    assert "first" in notes["description"] or "log" in notes["description"]
+    assert not notes["summary"].endswith("."), "a heading"
+
+
+def test_each_alert_has_a_page_and_each_page_an_alert() -> None:
+    assert {path.stem for path in RUNBOOKS.glob("*.md")} - {"README"} == set(NAMES)
+    listed = re.findall(r"^\| \[(\w+)\]\(\1\.md\) \| (\w+) \|", (RUNBOOKS / "README.md").read_text(), re.MULTILINE)
+    assert listed == [(rule["alert"], rule["labels"]["severity"]) for rule in boards.rules()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_page_has_what_is_needed_at_night(name: str) -> None:
+    page = (RUNBOOKS / f"{name}.md").read_text()
+    assert page.startswith(f"# {name}\n")
+    assert re.findall(r"^## (.*)", page, re.MULTILINE) == ["Meaning", "Impact", "Diagnosis", "Mitigation"]
+    assert "```sh\n" in page.partition("## Diagnosis")[2], "exact commands"
