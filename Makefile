@@ -11,7 +11,7 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format ut
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 kmod
 
-.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden screens clean packages-run packages-test packages-bench packages-kernels
+.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden dashboards screens clean packages-run packages-test packages-bench packages-kernels
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make fuzz    attack the DNS parser for longer than the tests do"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
+	@echo "make dashboards  write dashboards/grafana from the code beside it"
 	@echo "make screens photograph udpwatch top for the README (RECORD=1: a new recording first)"
 	@echo "make clean   remove the virtual environment and what the tools left"
 
@@ -37,6 +38,7 @@ lint: packages-test $(VENV)/.dev build/types/udpwatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent -p udpwatch.dns
+	$(BIN)/mypy dashboards
 	clang-format --dry-run --Werror bpf/*.c bpf/*.h
 
 bench: packages-bench $(VENV)/.dev
@@ -51,6 +53,9 @@ fuzz: packages-test $(VENV)/.dev
 
 golden: packages-test $(VENV)/.dev
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden
+
+dashboards: packages-test $(VENV)/.dev
+	@$(BIN)/python dashboards/build.py
 
 screens: packages-run $(VENV)/.run
 	@$(if $(RECORD),$(BIN)/python -P tests/golden/record.py)

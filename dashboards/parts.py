@@ -43,11 +43,11 @@ Steps = Sequence[tuple[float, str]]
 
 
 def grown(selector: str, window: str) -> str:
-    """By how much counters grew within a window, those included that were born in it.
+    """By how much counters grew within a window, those included that were born in it, or ended.
 
-    A finding's counter is born with its first value, often 1: for Prometheus that is no increase.
+    A finding's counter is born with its first value, often 1: for increase() that is nothing. It ends with its pod.
     """
-    return f"(({selector} unless {selector} offset {window}) or increase({selector}[{window}]))"
+    return f"({_born(selector, window)} or increase({selector}[{window}]))"
 
 
 def per_second(selector: str) -> str:
@@ -56,8 +56,12 @@ def per_second(selector: str) -> str:
     Where the agent itself was not there a window ago, its counters are not young, only Prometheus' knowledge of them.
     """
     window = "$__rate_interval"
-    born = f"({selector} unless {selector} offset {window}) and on ({TARGET}) {AGENTS} offset {window}"
+    born = f"{_born(selector, window)} and on ({TARGET}) {AGENTS} offset {window}"
     return f"({born} or increase({selector}[{window}])) * 1000 / $__rate_interval_ms"
+
+
+def _born(selector: str, window: str) -> str:
+    return f"(max_over_time({selector}[{window}]) unless {selector} offset {window})"
 
 
 def rate(selector: str) -> str:
@@ -204,7 +208,6 @@ def rows(
         .title(title)
         .description(description)
         .datasource(DATASOURCE)
-        .no_value("none")
         .thresholds(_thresholds(()))
         .filterable(True)
         .targets(list(_queries([(each.expression, "") for each in columns], instant=True, as_table=True)))
