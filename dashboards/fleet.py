@@ -113,6 +113,7 @@ def dashboard() -> Dashboard:
             "cps",
             (f"sum by ({WHERE}) ({per_second(WRONG)}) > 0", WHERE_LEGEND),
             stacked=True,
+            leads_to=("The servers of this node", SERVER, "instance"),
         ),
         lines(
             "Share of replies that is wrong, by node",
@@ -123,6 +124,7 @@ def dashboard() -> Dashboard:
                 WHERE_LEGEND,
             ),
             steps=[(0.01, RED)],
+            leads_to=("The servers of this node", SERVER, "instance"),
         ),
         lines(
             "Wrong replies by namespace",
@@ -130,6 +132,7 @@ def dashboard() -> Dashboard:
             "cps",
             (f"sum by (namespace) ({per_second(WRONG)}) > 0", "{{namespace}}"),
             stacked=True,
+            leads_to=("The servers of this namespace", SERVER, "namespace"),
         ),
         lines(
             "Wrong replies by cause",

@@ -124,6 +124,7 @@ def number(
         .unit(unit)
         .no_value("no data")
         .thresholds(_thresholds(steps, base))
+        .color_scheme(builder.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
         .color_mode(kinds.BigValueColorMode.VALUE)
         .graph_mode(kinds.BigValueGraphMode.NONE)
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
@@ -144,14 +145,19 @@ def lines(
     stacked: bool = False,
     width: int = 12,
     top: float | None = None,
+    leads_to: tuple[str, str, str] | None = None,
 ) -> timeseries.Panel:
-    """Lines over time; with thresholds, the values from which to worry are drawn."""
+    """Lines over time; with thresholds, the values from which to worry are drawn.
+
+    `leads_to`: (title, dashboard, label), where a click on a line leads.
+    """
     panel = (
         timeseries.Panel()
         .title(title)
         .description(description)
         .datasource(DATASOURCE)
         .unit(unit)
+        .color_scheme(builder.FieldColor().mode(model.FieldColorModeId.PALETTE_CLASSIC))
         .min(0)
         .fill_opacity(25 if stacked else 5)
         .show_points(kinds.VisibilityMode.AUTO)
@@ -172,6 +178,9 @@ def lines(
         panel = panel.stacking(common.StackingConfig().mode(kinds.StackingMode.NORMAL))
     if top is not None:
         panel = panel.max(top)
+    if leads_to:
+        heading, uid, label = leads_to
+        panel = panel.data_links([builder.DashboardLink(heading).url(link(uid, label, of="__field.labels"))])
     if steps:
         style = common.GraphThresholdsStyleConfig().mode(kinds.GraphThresholdsStyleMode.DASHED)
         panel = panel.thresholds(_thresholds(steps)).thresholds_style(style)
@@ -266,12 +275,12 @@ def words(title: str, content: str, width: int = 24, height: int = 4) -> text.Pa
 # ---- links ----
 
 
-def link(uid: str, *labels: str) -> str:
-    """To another dashboard: the same time and choices, and of the row that was clicked these labels."""
+def link(uid: str, *labels: str, of: str = "__data.fields") -> str:
+    """To another dashboard: the same time and choices, and these labels of the row or line that was clicked."""
     kept = [name for name in ("datasource", "cluster", "node", "instance") if name not in labels]
     carried = [f"${{{name}:queryparam}}" for name in kept]
-    chosen = [f"var-{label}=${{__data.fields.{label}:percentencode}}" for label in labels]
-    return f"/d/{uid}?{'&'.join([*carried, *chosen])}&${{__url_time_range}}"
+    clicked = [f"var-{label}=${{{of}.{label}:percentencode}}" for label in labels]
+    return f"/d/{uid}?{'&'.join([*carried, *clicked])}&${{__url_time_range}}"
 
 
 # ---- the dashboard around them ----

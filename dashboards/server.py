@@ -33,7 +33,7 @@ from parts import (
 VARIABLES = ("namespace", "pod", "process", "port")
 WRONG = f"{MISMATCH}{{{chosen(*VARIABLES)}}}"
 IN_TIME = grown(WRONG, "$__range")
-NEXT = """On the node, or by `kubectl exec` in its udpwatch pod:
+NEXT = """Choose a port above, then on the node, or by `kubectl exec` in its udpwatch pod:
 
     udpwatch explain ${port:text}          # why, and the line that mends this server
     udpwatch events --port ${port:text}    # each wrong reply as it happens, with the client's address
@@ -101,6 +101,7 @@ def dashboard() -> Dashboard:
             "cps",
             (f"sum by ({WHERE}) ({per_second(WRONG)}) > 0", WHERE_LEGEND),
             stacked=True,
+            leads_to=("The agent of this node", AGENT, "instance"),
         ),
         lines(
             "By cause",

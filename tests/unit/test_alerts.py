@@ -29,6 +29,15 @@ def test_rules_are_valid() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", str(boards.ALERTS))
 
 
+def test_the_documented_scrape_is_valid(tmp_path: Path) -> None:
+    (block,) = re.findall(
+        r"```yaml\n(scrape_configs:.*?)```", (RUNBOOKS.parent / "monitoring.md").read_text(), re.DOTALL
+    )
+    shutil.copy(boards.ALERTS, tmp_path)
+    (tmp_path / "prometheus.yml").write_text(block)
+    promtool("check", "config", str(tmp_path / "prometheus.yml"))
+
+
 def test_rules_fire_when_they_should_and_only_then() -> None:
     promtool("test", "rules", str(CASES))
 

@@ -26,7 +26,7 @@ UNITS |= {"dateTimeAsIso", "dateTimeFromNow"}
 #: what Prometheus adds to every series, or may add (docs/monitoring.md)
 TARGET_LABELS = {"cluster", "job", "instance", "node"}
 #: Grafana's own variables
-BUILT_IN = {"__range", "__interval", "__rate_interval", "__rate_interval_ms", "__url_time_range", "__data"}
+BUILT_IN = {"__range", "__interval", "__rate_interval", "__rate_interval_ms", "__url_time_range", "__data", "__field"}
 
 register_default_plugins()
 EACH = pytest.mark.parametrize("board", boards.boards().values(), ids=boards.boards())
