@@ -156,6 +156,8 @@ class Traffic:
                 number += 1
                 afar.sendto(bare_query("host.test"), (scene.ETH0, 53))
                 near.sendto(b"garbage", (scene.ETH0, 53))
+                for each in range(20):
+                    near.sendto(bare_query(f"broken{number}.{each}.test"), (scene.ETH0, 53))
                 for name, tcp in (("host.test", False), (f"x{number}.test", False), (f"broken{number}.test", True)):
                     for address in (scene.ETH0, scene.ETH0_6):
                         with contextlib.suppress(OSError):

@@ -11,6 +11,8 @@ import boards
 import pytest
 import yaml
 
+from udpwatch.agent.cli import _parser
+
 HERE = Path(__file__).resolve().parent
 CASES = HERE / "alerts_test.yaml"
 RUNBOOKS = boards.ROOT / "docs/runbooks"
@@ -73,3 +75,23 @@ def test_a_page_has_what_is_needed_at_night(name: str) -> None:
     assert page.startswith(f"# {name}\n")
     assert re.findall(r"^## (.*)", page, re.MULTILINE) == ["Meaning", "Impact", "Diagnosis", "Mitigation"]
     assert "```sh\n" in page.partition("## Diagnosis")[2], "exact commands"
+
+
+def commands() -> list[str]:
+    """Every command of ours that a runbook, an alert or a dashboard tells to type."""
+    blocks = [
+        block for page in RUNBOOKS.glob("*.md") for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    ]
+    typed = [line for block in blocks for line in block.splitlines()]
+    typed += [word for rule in boards.rules() for word in re.findall(r"`(.+?)`", rule["annotations"]["description"])]
+    panels = [panel for board in boards.boards().values() for panel in board["panels"] if panel["type"] == "text"]
+    typed += [line for panel in panels for line in panel["options"]["content"].splitlines()]
+    found = [re.search(r"(?:^\s*|-- )udpwatch (.*?)\s*(?:#.*)?$", line) for line in typed]
+    return sorted({each[1] for each in found if each})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_what_is_told_to_type_is_accepted(command: str) -> None:
+    filled = re.sub(r"\$\{port:text\}|\{\{ \$labels\.port \}\}|\bPORT\b", "53", command)
+    assert "{" not in filled and "$" not in filled
+    _parser().parse_args(filled.split())
