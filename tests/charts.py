@@ -1,0 +1,95 @@
+"""The chart as tests see it: rendered by the real helm. Used by unit/ and by whoever runs what the chart describes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+CHART = ROOT / "helm/udpwatch"
+HELM = ROOT / "build/tools/helm"
+NAMESPACE = "monitoring"
+
+Manifest = dict[str, Any]
+Values = Mapping[str, Any]
+
+needs_helm = pytest.mark.skipif(
+    not HELM.exists(), reason=f"needs helm at {HELM.relative_to(ROOT)}: `make build/tools/helm` fetches it (amd64)"
+)
+
+
+def helm(command: str, *arguments: str, values: Values | None = None) -> subprocess.CompletedProcess[str]:
+    """Run ``helm COMMAND ARGUMENTS`` with ``values`` over the chart's. Whether it failed is the caller's matter."""
+    return subprocess.run(
+        [HELM, command, *arguments, "--values", "-"],
+        input=json.dumps(values or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@functools.cache
+def _template(values: str, kube_version: str) -> str:
+    arguments = ["udpwatch", str(CHART), "--namespace", NAMESPACE, "--kube-version", kube_version]
+    done = helm("template", *arguments, values=json.loads(values))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def template(values: Values | None = None, kube_version: str = "1.37.0") -> str:
+    """What `helm template` writes; asserts that it does."""
+    return _template(json.dumps(values or {}, sort_keys=True), kube_version)
+
+
+def render(values: Values | None = None, kube_version: str = "1.37.0") -> list[Manifest]:
+    """The chart's manifests with these values."""
+    return [manifest for manifest in yaml.safe_load_all(template(values, kube_version)) if manifest]
+
+
+def only(manifests: list[Manifest], kind: str) -> Manifest:
+    """The one manifest of this kind."""
+    (manifest,) = (manifest for manifest in manifests if manifest["kind"] == kind)
+    return manifest
+
+
+def values_table() -> str:
+    """The table of values in the chart's README: what stands behind ``# --`` in values.yaml, with name and default."""
+    text = (CHART / "values.yaml").read_text()
+    defaults = yaml.safe_load(text)
+    rows, path, comment = ["| value | default | meaning |", "|---|---|---|"], [], ""
+    for line in text.splitlines():
+        key = re.match(r"( *)(\w+):", line)
+        if said := re.match(r" *# -- (.*)", line):
+            comment = said[1]
+        elif key:
+            path = [*path[: len(key[1]) // 2], key[2]]
+            if comment:
+                default = functools.reduce(lambda tree, name: tree[name], path, defaults)
+                shown = json.dumps(default).replace("|", "\\|")
+                rows.append(f"| `{'.'.join(path)}` | `{shown}` | {comment.replace('|', chr(92) + '|')} |")
+            comment = ""
+    return "\n".join(rows) + "\n"
+
+
+def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The values that a reader of values.yaml sets, with their paths; a map that is empty by default is one."""
+    if isinstance(tree, dict) and tree:
+        for name, value in tree.items():
+            yield from leaves(value, (*path, name))
+    else:
+        yield path, tree
+
+
+def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
+    """Values with ``value`` at ``path``."""
+    return functools.reduce(lambda inner, name: {name: inner}, reversed(path), value)
