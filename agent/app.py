@@ -216,6 +216,7 @@ class App:
             self._loop.add_signal_handler(number, self._done.set)
         if self._dns:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
+            self._loop.add_signal_handler(signal.SIGUSR1, self._tell_of_dns)
         if self._starting.to_be_stopped:
             self._done.set()
         self._drop_capabilities()
@@ -246,6 +247,11 @@ class App:
     def _reload_dns(self) -> None:
         assert self._dns
         self._reloading = self._loop.create_task(self._dns.reload())
+
+    def _tell_of_dns(self) -> None:
+        assert self._dns
+        for line in self._dns.statistics():
+            log.info("dns: %s", line)
 
     async def _close(self) -> None:
         if self._dns:

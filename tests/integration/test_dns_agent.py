@@ -93,6 +93,8 @@ def test_both_at_once(
         write(hosts, "10.0.0.2 host.test")
         agent.process.send_signal(signal.SIGHUP)  # the agent alone would end
         wait_for(lambda: texts(ask(scene.container, scene.ETH0, "host.test")) == ["10.0.0.2"], "the new table")
+        agent.process.send_signal(signal.SIGUSR1)
+        wait_for(lambda: any("dns: cache size 10000, " in line for line in agent.said), "the statistics")
         assert agent.process.poll() is None
         assert agent.stop() == 0
         assert not any("Traceback" in line for line in agent.said), agent.said

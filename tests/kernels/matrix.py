@@ -66,7 +66,7 @@ UNFIT = {
     "tests/integration/test_install.py": "pip needs the network, and what it installs does not depend on the kernel",
     **{
         f"tests/integration/test_{name}.py": ANYWHERE
-        for name in ("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "top")
+        for name in ("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "prometheus", "top")
     },
     "tests/integration/test_containers.py": "Docker and containerd take minutes to start under emulation",
     "tests/integration/test_lookalikes.py::test_order_of_questions_seen_by_two_cpus": ONE_CPU,
