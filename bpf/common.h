@@ -36,7 +36,7 @@ static __always_inline int is_group(const struct address *address, __u8 family) 
 static __always_inline int routed_to_group(__u64 skb, int *known) {
     __u64 route = read_kernel(skb + OFFSET_SKB_DST) & ~DST_NOREF;
     *known = route != 0;
-    return route && (__u32)read_kernel(route + OFFSET_ROUTE_FLAGS) & ROUTE_GROUP;
+    return route && read_kernel32(route + OFFSET_ROUTE_FLAGS) & ROUTE_GROUP;
 }
 #endif
 

@@ -28,18 +28,26 @@
  * not call, where /proc/kallsyms does not show it the newer one (without CAP_SYSLOG). */
 static int (*const copy_from_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 
-static __always_inline __u64 read_kernel(__u64 address) {
-    __u64 value = 0;
-    copy_from_kernel(&value, sizeof(value), (void *)address);
-    return value;
-}
+/* By the member's own size: the first bytes of a wider read are the member only where the least
+ * significant byte comes first. Without a number: pointers, longs, halves of an IPv6 address. */
+#define READ_KERNEL(name, type)                                                                    \
+    static __always_inline type name(__u64 address) {                                              \
+        type value = 0;                                                                            \
+        copy_from_kernel(&value, sizeof(value), (void *)address);                                  \
+        return value;                                                                              \
+    }
+
+READ_KERNEL(read_kernel, __u64)
+READ_KERNEL(read_kernel32, __u32)
+READ_KERNEL(read_kernel16, __u16)
+READ_KERNEL(read_kernel8, __u8)
 
 static __always_inline __u64 read_net(struct __sk_buff *skb) {
     return read_kernel(read_kernel((__u64)skb + OFFSET_SKB_SK) + OFFSET_SOCK_NET);
 }
 
 static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
-    return read_kernel(read_net(skb) + OFFSET_NET_INUM);
+    return read_kernel32(read_net(skb) + OFFSET_NET_INUM);
 }
 #endif
 
@@ -93,11 +101,12 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 #elif HAVE_CURRENT_TASK
 static __always_inline __u64 current_pid_tgid(void) {
     __u64 task = bpf_get_current_task();
-    return read_kernel(task + OFFSET_TASK_TGID) << 32 | (__u32)read_kernel(task + OFFSET_TASK_PID);
+    __u64 tgid = read_kernel32(task + OFFSET_TASK_TGID);
+    return tgid << 32 | read_kernel32(task + OFFSET_TASK_PID);
 }
 
 static __always_inline __u32 current_uid(void) {
-    return read_kernel(read_kernel(bpf_get_current_task() + OFFSET_TASK_CRED) + OFFSET_CRED_UID);
+    return read_kernel32(read_kernel(bpf_get_current_task() + OFFSET_TASK_CRED) + OFFSET_CRED_UID);
 }
 
 #define current_cgroup(skb) bpf_skb_cgroup_id(skb)

@@ -125,7 +125,7 @@ static __always_inline void note(__u64 socket, int bound, __u64 message) {
 
 int send4(__u64 *ctx) {
     __u64 socket = ctx[SEND4_ARGUMENT_0];
-    note(socket, (__u32)read_kernel(socket + OFFSET_SOCK_RCV_SADDR) != 0, ctx[SEND4_ARGUMENT_1]);
+    note(socket, read_kernel32(socket + OFFSET_SOCK_RCV_SADDR) != 0, ctx[SEND4_ARGUMENT_1]);
     return 0;
 }
 
@@ -166,14 +166,14 @@ static __always_inline void widen(struct address *to, const __u32 *from, __u8 fa
 
 static __always_inline __u16 zone_of(__u64 entry) {
 #ifdef OFFSET_CT_ZONE
-    return read_kernel(entry + OFFSET_CT_ZONE);
+    return read_kernel16(entry + OFFSET_CT_ZONE);
 #else
     return 0;
 #endif
 }
 
 static __always_inline __u32 status_of(__u64 entry) {
-    return read_kernel(entry + OFFSET_CT_STATUS);
+    return read_kernel(entry + OFFSET_CT_STATUS); /* a long, of which 32 bits are in use */
 }
 
 static __always_inline __u64 net_of(__u64 entry) {
@@ -188,7 +188,7 @@ static __always_inline void key_of_flow(struct request_key *key, struct address 
     widen(server, reply->source, family);
     key->client_port = net16(reply->destination_port);
     key->port = net16(reply->source_port);
-    key->netns = read_kernel(net_of(entry) + OFFSET_NET_INUM);
+    key->netns = read_kernel32(net_of(entry) + OFFSET_NET_INUM);
     key->zone = zone_of(entry);
 }
 
@@ -258,7 +258,7 @@ static __always_inline void read_interface(char *to, __u64 net, __u32 index) {
         __u64 device = node - OFFSET_DEVICE_NODE;
         if (!node)
             return;
-        if ((__u32)read_kernel(device + OFFSET_DEVICE_INDEX) == index) {
+        if (read_kernel32(device + OFFSET_DEVICE_INDEX) == index) {
             copy_from_kernel(to, COMM_LEN, (void *)(device + OFFSET_DEVICE_NAME));
             return;
         }
@@ -278,7 +278,7 @@ static __always_inline void identify(struct candidate *to, __u64 socket) {
     if (sender && sender->socket == socket && sender->pid_tgid == pid_tgid) {
         to->cause = sender->cause;
         to->pktinfo = sender->pktinfo;
-        if ((__u8)read_kernel(socket + OFFSET_SOCK_STATE) == STATE_CONNECTED &&
+        if (read_kernel8(socket + OFFSET_SOCK_STATE) == STATE_CONNECTED &&
             sender->pktinfo != PKTINFO_PASSED)
             to->cause = CAUSE_CONNECTED;
     }
@@ -359,9 +359,9 @@ int confirm(__u64 *ctx) {
     widen(&source, original.source, family);
     key.client_port = net16(original.destination_port);
     key.port = net16(original.source_port);
-    key.netns = read_kernel(net_of(entry) + OFFSET_NET_INUM);
+    key.netns = read_kernel32(net_of(entry) + OFFSET_NET_INUM);
     key.zone = zone_of(entry);
-    __u32 interface = read_kernel(skb + OFFSET_SKB_IIF); /* 0: sent here */
+    __u32 interface = read_kernel32(skb + OFFSET_SKB_IIF); /* 0: sent here */
     if (interface ? FORWARDED : !HAVE_SOCKETS) {
         struct requests *known = requests.lookup(&key);
         struct request *request = known ? mirrored(known, &key, &source, now) : 0;

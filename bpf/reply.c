@@ -579,7 +579,7 @@ static __always_inline void tell(const struct packet *packet, __u64 now) {
 static __always_inline void read_original_source(__u64 tracked, __u8 family, struct address *to) {
     __u64 tuple = tracked + OFFSET_TUPLE_ORIGINAL;
     if (family == FAMILY_INET) {
-        set_ip4(to, (__u32)read_kernel(tuple));
+        set_ip4(to, read_kernel32(tuple));
     } else {
         to->half[0] = read_kernel(tuple);
         to->half[1] = read_kernel(tuple + 8);

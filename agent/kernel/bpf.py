@@ -15,6 +15,7 @@ import os
 import platform
 import re
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -112,6 +113,16 @@ def _attribute(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
 
 def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
     return ctypes.addressof(buffer)
+
+
+def registers(destination: int, source: int) -> int:
+    """The byte of an instruction that names both: two bit-fields (struct bpf_insn), in the machine's byte order."""
+    return destination | source << 4 if sys.byteorder == "little" else source | destination << 4
+
+
+def source_register(both: int) -> int:
+    """The second one of such a byte."""
+    return both >> 4 if sys.byteorder == "little" else both & 0xF
 
 
 def map_create(definition: MapDefinition) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load, registers
 from udpwatch.agent.kernel.libbpf import Btf
 from udpwatch.agent.kernel.probes import Function, try_functions
 
@@ -30,16 +30,16 @@ _KTIME_GET_COARSE_NS = 160
 _STACK_BUFFER = 16
 
 
-def _instruction(code: int, destination: int = 0, source: int = 0, immediate: int = 0) -> bytes:
-    return struct.pack("=BBhi", code, destination | source << 4, 0, immediate)
+def _instruction(code: int, destination: int = 0, source: int = 0, immediate: int = 0, offset: int = 0) -> bytes:
+    return struct.pack("=BBhi", code, registers(destination, source), offset, immediate)
 
 
 _RETURN_1 = _instruction(0xB7, 0, 0, 1) + _instruction(0x95)
 #: r1 = a zeroed buffer on the stack, r2 = its size
 _BUFFER_ARGUMENTS = (
     _instruction(0xB7, 2, 0, 0)
-    + struct.pack("=BBhi", 0x7B, 10 | 2 << 4, -16, 0)  # *(u64 *)(r10 - 16) = r2
-    + struct.pack("=BBhi", 0x7B, 10 | 2 << 4, -8, 0)
+    + _instruction(0x7B, 10, 2, offset=-16)  # *(u64 *)(r10 - 16) = r2
+    + _instruction(0x7B, 10, 2, offset=-8)
     + _instruction(0xBF, 1, 10)
     + _instruction(0x07, 1, 0, -_STACK_BUFFER)
     + _instruction(0xB7, 2, 0, _STACK_BUFFER)

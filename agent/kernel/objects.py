@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from udpwatch.agent import __version__
-from udpwatch.agent.kernel.bpf import MapDefinition
+from udpwatch.agent.kernel.bpf import MapDefinition, source_register
 
 MAX_FILES = 16
 MAX_FILE_BYTES = 4 << 20
@@ -50,15 +50,15 @@ def name_maps(instructions: bytes, numbers: Mapping[int, int]) -> bytes:
     """
     code = bytearray(instructions)
     for at in range(0, len(code), _INSTRUCTION.size):
-        operation, registers, offset, number = _INSTRUCTION.unpack_from(code, at)
-        kind = registers >> 4
+        operation, both, offset, number = _INSTRUCTION.unpack_from(code, at)
+        kind = source_register(both)
         if operation != _LOAD_IMMEDIATE or not kind:
             continue
         if kind != _PSEUDO_MAP_FD:
             raise LookupError(f"instruction {at // _INSTRUCTION.size} loads a constant of the unknown kind {kind}")
         if number not in numbers:
             raise LookupError(f"instruction {at // _INSTRUCTION.size} names the unknown map {number}")
-        _INSTRUCTION.pack_into(code, at, operation, registers, offset, numbers[number])
+        _INSTRUCTION.pack_into(code, at, operation, both, offset, numbers[number])
     return bytes(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from udpwatch.agent.kernel import objects
-from udpwatch.agent.kernel.bpf import MapDefinition
+from udpwatch.agent.kernel.bpf import MapDefinition, registers
 from udpwatch.agent.kernel.objects import MAX_FILES, Cache, Object, decode, encode, name_maps
 
 KEY, OTHER_KEY = "0" * 64, "1" * 64
@@ -25,10 +26,10 @@ OBJECT = Object(
 
 def load_immediate(kind: int, number: int) -> bytes:
     """LD_IMM64 into r1: two slots."""
-    return struct.pack("=BBhi", 0x18, 1 | kind << 4, 0, number) + bytes(8)
+    return struct.pack("=BBhi", 0x18, registers(1, kind), 0, number) + bytes(8)
 
 
-MOVE = struct.pack("=BBhi", 0xB7, 1 | 1 << 4, 0, 7)  # r1 = 7, with bits set where a load has its kind
+MOVE = struct.pack("=BBhi", 0xB7, registers(1, 1), 0, 7)  # r1 = 7, with bits set where a load has its kind
 
 
 # ---- maps in instructions ----
@@ -56,6 +57,15 @@ def test_unknown_kind_of_constant() -> None:
     """BPF_PSEUDO_MAP_VALUE: nothing that bcc makes today."""
     with pytest.raises(LookupError, match="instruction 0 loads a constant of the unknown kind 2"):
         name_maps(load_immediate(2, 7), {7: 0})
+
+
+@pytest.mark.parametrize(("order", "both"), [("little", 0x13), ("big", 0x31)])
+def test_registers_in_the_machines_order(monkeypatch: pytest.MonkeyPatch, order: str, both: int) -> None:
+    """Destination 3, source 1, which is how a load says that it names a map."""
+    monkeypatch.setattr(sys, "byteorder", order)
+    assert registers(3, 1) == both
+    with pytest.raises(LookupError, match="names the unknown map 7"):
+        name_maps(struct.pack("=BBhi", 0x18, both, 0, 7) + bytes(8), {})
 
 
 # ---- a file's content ----
