@@ -100,6 +100,7 @@ def _running(path: Path | None) -> Check:
 def examine(settings: Settings) -> Report:
     """Try everything as `udpwatch run` would with these settings. Raises UsageError for a cgroup path that is none."""
     btf = settings.btf or features.VMLINUX_BTF
+    conntrack = _conntrack()  # first: asking makes the kernel load it, and its module may have types of its own
     checks = [_kernel(), _lockdown(), _btf(btf), _capabilities()]
     mode = None
     try:
@@ -110,7 +111,7 @@ def examine(settings: Settings) -> Report:
         checks.append(Check("cgroup v2", Status.FAIL, str(error)))
         return Report(__version__, tuple(checks), None, False)
     with contextlib.closing(watched):
-        checks += [_cgroup(watched), _neighbours(watched), _conntrack()]
+        checks += [_cgroup(watched), _neighbours(watched), conntrack]
         try:
             sensor = Sensor.open(watched, Limits(), btf, settings.hooks, settings.forwarded)
         except UdpwatchError as error:
@@ -164,7 +165,10 @@ def _btf(path: Path) -> Check:
         )
     except LookupError as error:
         return Check(
-            "BTF", Status.WARN, f"{path} does not describe {error.args[0]}", "load nf_conntrack, or give --btf"
+            "BTF",
+            Status.WARN,
+            f"{path} does not describe {error.args[0]}",
+            "load nf_conntrack (a module describes itself with CONFIG_DEBUG_INFO_BTF_MODULES=y), or give --btf",
         )
     except UdpwatchError as error:
         return Check("BTF", Status.FAIL, str(error))

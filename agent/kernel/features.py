@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load, registers
 from udpwatch.agent.kernel.libbpf import Btf
-from udpwatch.agent.kernel.probes import Function, try_functions
+from udpwatch.agent.kernel.probes import MODULE_BTF, Function, try_functions
 
 VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
 
@@ -109,14 +110,34 @@ def _helper(number: int, before: bytes = b"", kind: tuple[ProgramType, AttachTyp
     return ""
 
 
+@contextlib.contextmanager
+def _types(path: Path) -> Iterator[Btf]:
+    """The kernel's types, conntrack's among them: where the kernel itself has no use for those, its module has them.
+
+    Raises OSError when the BTF file cannot be read and LookupError where nothing describes conntrack.
+    """
+    with contextlib.closing(Btf(path)) as kernel:
+        try:
+            kernel.element_size("nf_conn")
+        except LookupError as error:
+            module = MODULE_BTF / "nf_conntrack"
+            try:
+                split = Btf(module, kernel)
+            except OSError as missing:
+                raise LookupError(f"{error.args[0]}, nor does {module} ({missing.strerror})") from None
+            with contextlib.closing(split):
+                yield split
+        else:
+            yield kernel
+
+
 def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
     """OFFSET_* of everything that the egress program reads from kernel memory.
 
-    Raises OSError when the BTF file cannot be read and LookupError when this kernel's structures lack a member
-    (no conntrack, or conntrack as a module with types of its own).
+    Raises OSError when the BTF file cannot be read and LookupError when this kernel's structures lack a member, or
+    conntrack is not there.
     """
-    btf = Btf(path)
-    try:
+    with _types(path) as btf:
         tuples = btf.offset("nf_conn", "tuplehash") + btf.offset("nf_conntrack_tuple_hash", "tuple")
         return {
             "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
@@ -134,14 +155,11 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
             "OFFSET_TUPLE_ORIGINAL": tuples,
             "OFFSET_TUPLE_REPLY": tuples + btf.element_size("nf_conntrack_tuple_hash"),
         }
-    finally:
-        btf.close()
 
 
 def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
     """OFFSET_* of what the function probes read besides. Raises what `conntrack_offsets` raises."""
-    btf = Btf(path)
-    try:
+    with _types(path) as btf:
         found = {
             "OFFSET_SKB_IIF": btf.offset("sk_buff", "skb_iif"),
             "OFFSET_SOCK_RCV_SADDR": btf.offset("sock", "__sk_common.skc_rcv_saddr"),
@@ -160,22 +178,24 @@ def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
         with contextlib.suppress(LookupError):  # CONFIG_NF_CONNTRACK_ZONES
             found["OFFSET_CT_ZONE"] = btf.offset("nf_conn", "zone.id")
         return found
-    finally:
-        btf.close()
 
 
-def _try_probes(btf: Path, conntrack: bool) -> dict[str, Any]:
-    """The members of Features that are about function probes."""
+def _undescribed(btf: Path, error: OSError | LookupError) -> str:
+    """Why there are no offsets, in one line."""
+    if isinstance(error, OSError):
+        return f"cannot read BTF from {btf}: {error.strerror}"
+    return f"{btf} does not describe {error.args[0]}"
+
+
+def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
+    """The members of Features that are about function probes; ``reason``: why there can be none."""
     names = [function.name for function in SEND_FUNCTIONS + FLOW_FUNCTIONS]
-    reason = ""
     offsets, functions, reasons = dict[str, int](), dict[str, str](), dict[str, str]()
-    if not conntrack:
-        reason = "kernel memory cannot be read"
-    else:
+    if not reason:
         try:
             offsets = flow_offsets(btf)
         except (OSError, LookupError) as error:
-            reason = f"{btf} does not describe {error.args[0]}"
+            reason = _undescribed(btf, error)
     if reason:
         none = {"functions": dict.fromkeys(names, ""), "functions_reason": dict.fromkeys(names, reason)}
         return none | {"flow_offsets": {}}
@@ -197,10 +217,8 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
     else:
         try:
             offsets = conntrack_offsets(btf)
-        except OSError as error:
-            reason = f"cannot read BTF from {btf}: {error.strerror}"
-        except LookupError as error:
-            reason = f"{btf} does not describe {error.args[0]}"
+        except (OSError, LookupError) as error:
+            reason = _undescribed(btf, error)
     current = _helper(_GET_CURRENT_PID_TGID) or _helper(_GET_CURRENT_UID_GID) or _helper(_GET_CURRENT_CGROUP_ID)
     return Features(
         netns_cookie=not _helper(_GET_NETNS_COOKIE),
@@ -212,5 +230,5 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         conntrack=not reason,
         offsets=offsets,
         conntrack_reason=reason,
-        **_try_probes(btf, not reason),
+        **_try_probes(btf, reason),
     )
