@@ -19,6 +19,9 @@ from udpwatch.agent.lab import ContainerHost
 from udpwatch.agent.model import Event, Finding, Forwarded, Hooks
 
 FOREVER_NS = 1 << 62
+#: Whether this is a guest of the kernel matrix (tests/kernels/guest.py): its kernel is known to allow everything that
+#: its lockdown does not forbid, and the whole machine is the tests'.
+IN_MATRIX = bool(os.environ.get("UDPWATCH_TEST_KERNEL"))
 PATIENCE_SECONDS = 30.0  # guests of the kernel matrix share their CPUs
 _ports = count(20_000)
 

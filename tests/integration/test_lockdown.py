@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 from agents import run_cli
-from conftest import Watch, ask
+from conftest import IN_MATRIX, Watch, ask
 from test_scenes import V4, bound, finding_of
 
 from udpwatch.agent.kernel.loader import Limits
@@ -36,6 +36,9 @@ def test_the_mode(report: dict[str, dict[str, str]], confidential: bool) -> None
             assert not watch.sensor.sees_forwarded
             assert "CAP_PERFMON is missing, or the kernel is locked down" in report["conntrack read"]["found"]
             assert report["forwarded"]["status"] == "warn"
+        elif IN_MATRIX:
+            assert watch.sensor.sees_forwarded, watch.sensor.forwarded_reason
+            assert report["forwarded"]["found"] == "wrong replies of other machines are looked for by function probes"
 
 
 def test_a_wrong_reply_is_found(confidential: bool, port: int) -> None:

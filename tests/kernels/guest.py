@@ -1,8 +1,8 @@
 """Runs on the kernel that is tried, in a guest or natively: asks doctor, runs the tests, writes down what came of it.
 
-``guest.py FOLDER``: FOLDER outlives the guest. request.json in it holds pytest's arguments, and the folders to be
-cached. ``started`` says that the kernel has booted; tests.jsonl gets a line for each test as it ends; result.json comes
-last and is there whole or not at all.
+``guest.py FOLDER``: FOLDER outlives the guest. request.json in it holds pytest's arguments, the folders to be cached,
+and which of the matrix's kernels this is ("": none). ``started`` says that the kernel has booted; tests.jsonl gets a
+line for each test as it ends; result.json comes last and is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ def main(folder: Path) -> int:
     if request["cached"]:
         prepare(request["cached"])
         os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = "/tmp/hypothesis"
+    if request["kernel"]:
+        os.environ["UDPWATCH_TEST_KERNEL"] = request["kernel"]  # tests/integration/conftest.py
     arguments: list[str] = request["pytest"]
     result = {
         "release": os.uname().release,

@@ -36,6 +36,7 @@ import pytest
 from guest import HOT, SHARE_TAG
 from packages import SUITES, Kernel, Unavailable, obtain
 
+from udpwatch.agent.kernel.loader import HOOKS
 from udpwatch.agent.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -196,11 +197,11 @@ async def run(row: Row, kernel: Kernel | None, tree: Path, tests: Sequence[str],
     folder = RESULTS / row.name
     folder.mkdir()
     unfit = [word for name in UNFIT if kernel for word in ("--deselect", name)]
-    request = {"pytest": ["-v", *unfit, *tests] if tests else [], "bench": bench, "cached": []}
+    request = {"pytest": ["-v", *unfit, *tests] if tests else [], "bench": bench, "cached": [], "kernel": ""}
     script = [sys.executable, str(tree / "tests/kernels/guest.py"), str(folder)]
     environment = _environment(tree)
     if kernel:
-        request["cached"] = [*HOT, sys.prefix, str(tree)]
+        request |= {"cached": [*HOT, sys.prefix, str(tree)], "kernel": row.kernel}
         environment["TMPDIR"] = str(folder)  # what vng would leave in /tmp when it is killed
         inside = f"cd {shlex.quote(str(tree))} && PYTHONPATH={shlex.quote(str(tree.parent))} {shlex.join(script)}"
         script = [*_guest(kernel, row.lockdown or "none", folder), "--", inside]
@@ -410,8 +411,19 @@ def _unexpected(outcome: Outcome) -> Iterator[str]:
     mode = "netlink" if outcome.lockdown == "confidentiality" else "packet"
     if outcome.mode != mode:
         yield f"udpwatch's mode is {outcome.mode}; with lockdown {outcome.lockdown} it must be {mode}"
-    if not outcome.programs:
-        yield "doctor's report names no program as attached"
+    if missing := sorted(required(outcome) - outcome.programs.keys()):
+        yield f"not attached, by doctor's report: {', '.join(missing)}; the tests of what they do were skipped"
+
+
+def required(outcome: Outcome) -> set[str]:
+    """The programs without which a row is no success: all that have a budget, since Debian's kernels allow all, unless
+    they are locked down. A machine's own kernel may allow less.
+    """
+    if outcome.row.kernel == NATIVE:
+        return {hook.name for hook in HOOKS if hook.required}
+    if outcome.lockdown == "confidentiality":
+        return {hook.name for hook in HOOKS}
+    return set(_budgets()[outcome.row.kernel])
 
 
 def over_budget(outcome: Outcome) -> Iterator[str]:

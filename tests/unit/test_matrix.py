@@ -1,4 +1,6 @@
-"""The kernel matrix's memory: what passed is not run again as long as nothing changes that it depends on."""
+"""The kernel matrix's memory, what passed is not run again as long as nothing changes that it depends on; and what it
+calls a fault.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 
 import matrix
-from matrix import Case, Kept, Outcome, Row, state
+from matrix import Case, Kept, Outcome, Row, read, state
 
 ROW = Row("6.12")
 ONE, OTHER = "tests/integration/test_one.py", "tests/integration/test_other.py"
@@ -95,3 +97,49 @@ def test_single_tests_are_no_whole_file(tree: Path) -> None:
     results = [Case(f"{ONE}::test", "passed", "")]
     kept(tree).write(Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", results=results))
     assert remembered(tree) == (set(), True)
+
+
+# ---- what is a fault although no test failed ----
+
+HOOKS = ["ingress", "egress", "sendmsg4", "sendmsg6"]
+PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle"]
+
+
+def faults(folder: Path, row: Row, programs: list[str], level: str = "none") -> list[str]:
+    """Of a guest that left this report behind."""
+    checks = [{"name": name, "found": "attached; the verifier walked 100 instructions"} for name in programs]
+    checks.append({"name": "forwarded", "found": "not looked for"})
+    mode = "netlink" if level == "confidentiality" else "packet"
+    doctor = {"mode": mode, "checks": checks}
+    result = {"release": "6.12.1", "lockdown": level, "doctor": doctor, "bench": "", "pytest": None}
+    (folder / "result.json").write_text(json.dumps(result))
+    outcome = Outcome(row)
+    read(outcome, folder)
+    return outcome.faults
+
+
+@pytest.mark.parametrize("kernel", list(matrix.SUITES))
+def test_everything_is_attached(tmp_path: Path, kernel: str) -> None:
+    assert faults(tmp_path, Row(kernel), HOOKS + PROBES) == []
+    assert faults(tmp_path, Row(kernel, "integrity"), HOOKS + PROBES, "integrity") == []
+
+
+@pytest.mark.parametrize("missing", HOOKS + PROBES)
+def test_a_program_is_missing(tmp_path: Path, missing: str) -> None:
+    """Its tests are skipped then, and none fails."""
+    (fault,) = faults(tmp_path, ROW, [name for name in HOOKS + PROBES if name != missing])
+    assert f"not attached, by doctor's report: {missing};" in fault
+
+
+def test_every_function_probe_is_missing(tmp_path: Path) -> None:
+    assert len(faults(tmp_path, ROW, HOOKS)) == 1
+    assert len(faults(tmp_path, Row("6.12", "integrity"), HOOKS, "integrity")) == 1
+    assert faults(tmp_path, Row("6.12", "confidentiality"), HOOKS, "confidentiality") == []
+    assert faults(tmp_path, Row(matrix.NATIVE, None), HOOKS) == []
+
+
+def test_hooks_are_always_there(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, Row("6.12", "confidentiality"), HOOKS[1:], "confidentiality")
+    assert "ingress" in fault
+    (fault,) = faults(tmp_path, Row(matrix.NATIVE, None), HOOKS[1:])
+    assert "ingress" in fault
