@@ -475,7 +475,7 @@ def test_a_namespace_that_comes_later(port: int, monkeypatch: pytest.MonkeyPatch
         assert len(watch.sensor._flows._source._namespaces) <= listened  # type: ignore[union-attr]
 
 
-def test_a_namespace_without_events(router: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_namespace_without_events(router: Router) -> None:
     """Somebody has turned them off: nothing will ever come, and that is said."""
     inhabit(router.node)
     router.node.sysctl("net/netfilter/nf_conntrack_events", "0")
@@ -510,3 +510,27 @@ def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
         watch.read()
         assert watch.sensor.unheard == ()
         assert len(set(watch.sensor._flows._source._namespaces) - known) >= 3  # type: ignore[union-attr]
+
+
+# ---- what is not seen ----
+
+
+@both
+def test_a_reply_that_the_nodes_firewall_drops(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
+    """Missed, by design: a wrong reply is a new flow, and what a rule drops conntrack never books."""
+    client, asked, other, _ = family
+    router.node.nft(
+        f"table inet wall{port} {{ chain f {{ type filter hook forward priority 1;"
+        f" iifname right udp sport {port} ct state new drop; }}; }}"
+    )
+    for client_port in (4444, 4445):
+        router.ask(client, client_port, asked, port)
+    router.right.send(other, port, client, 4444)
+    router.answer(asked, port, client, 4445)  # comes out, so the one before it has been dropped by now
+    assert not settled(sides, port)
+    router.node.nft(f"delete table inet wall{port}")
+    router.answer(other, port, client, 4444)
+    ((finding, count),) = settled(sides, port).items()
+    assert (finding.expected, finding.actual, count) == (asked, other, 1)
