@@ -78,7 +78,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     missed = CounterMetricFamily(
         "udpwatch_probe_missed",
-        "Runs of this function probe that the kernel left out, since the CPU was in a probe already.",
+        "Runs of this function probe that the kernel left out, since the CPU was in a probe already; stays 0 on "
+        "kernels that do not count them.",
         labels=["probe"],
     )
     for probe in snapshot.probes:
@@ -93,14 +94,16 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "udpwatch_self_test_passed",
         "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), 0 if not: "
-        "then udpwatch is blind.",
+        "then udpwatch is blind. In mode 'function', and for an agent outside the cgroup that it watches: 1 if the "
+        "kernel says that they are attached.",
         value=int(snapshot.seen),
     )
     if snapshot.udp_sent is not None:
         yield CounterMetricFamily(
             "udpwatch_udp_sent_datagrams",
             "UDP datagrams sent in the agent's network namespace, by the kernel's own count: if it grows and "
-            "udpwatch_replies_checked_total does not, udpwatch is blind.",
+            "udpwatch_replies_checked_total does not, udpwatch is blind, unless its mode is 'function': then no reply "
+            "is checked, only flows.",
             value=snapshot.udp_sent,
         )
 
@@ -124,7 +127,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     info = GaugeMetricFamily(
         "udpwatch_build_info",
-        "Always 1. mode tells how conntrack is read: 'packet', or 'netlink' where the kernel forbids that.",
+        "Always 1. mode tells how conntrack is read: 'packet', or 'netlink' where the kernel forbids that; 'function' "
+        "is by conntrack's new flows alone.",
         labels=["version", "kernel", "mode"],
     )
     info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
