@@ -65,7 +65,8 @@ static __always_inline struct stats *stats_of_this_cpu(void) {
 
 /* ---- who sends ---- */
 
-/* Whether one of the control messages is a PKTINFO that names a source (ip(7), RFC 3542). */
+/* Whether one of the control messages is a PKTINFO that names a source (ip(7), RFC 3542). Where
+ * there are more than are looked at, and none of these is one, *pktinfo says so. */
 static __always_inline int names_source(__u64 message, __u32 *pktinfo) {
     struct {
         __u64 length;
@@ -97,6 +98,8 @@ static __always_inline int names_source(__u64 message, __u32 *pktinfo) {
         at += step;
         left -= step;
     }
+    if (left >= CONTROL_BYTES)
+        *pktinfo = PKTINFO_UNKNOWN;
     return 0;
 }
 
@@ -107,7 +110,9 @@ static __always_inline void note(__u64 socket, int bound, __u64 message) {
 
     if (!sender)
         return;
-    __u32 cause = names_source(message, &pktinfo) || bound ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
+    __u32 cause = names_source(message, &pktinfo) || bound ? CAUSE_EXPLICIT
+                  : pktinfo == PKTINFO_UNKNOWN             ? CAUSE_UNKNOWN
+                                                           : CAUSE_KERNEL_CHOSEN;
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause &&
         sender->pktinfo == pktinfo)
         return;
@@ -280,7 +285,7 @@ static __always_inline void identify(struct candidate *to, __u64 socket) {
         to->pktinfo = sender->pktinfo;
         if (read_kernel8(socket + OFFSET_SOCK_STATE) == STATE_CONNECTED &&
             sender->pktinfo != PKTINFO_PASSED)
-            to->cause = CAUSE_CONNECTED;
+            to->cause = sender->pktinfo == PKTINFO_NONE ? CAUSE_CONNECTED : CAUSE_UNKNOWN;
     }
     to->tgid = pid_tgid >> 32;
     to->uid = bpf_get_current_uid_gid();

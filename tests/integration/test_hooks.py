@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -172,6 +173,37 @@ def test_function_probes_alone_and_conntrack_in_both_namespaces(
         host.container.ip("addr del 172.17.0.4/16 dev eth0")
         host.container.nft("delete table inet here")
         host.outside.ip(f"route del 172.17.0.0/16 via {host.ETH0}")
+
+
+@both
+@pytest.mark.parametrize("which", ["everything", "functions"])
+def test_pktinfo_behind_many_other_messages(
+    request: pytest.FixtureRequest, host: ContainerHost, port: int, family: Family, which: str
+) -> None:
+    """More control messages than are looked at: then it is not said that there was none. cgroup hooks see what the
+    kernel made of them all.
+    """
+    watch: Watch = request.getfixturevalue(which)
+    hops = (socket.IPPROTO_IP, socket.IP_TTL) if family is V4 else (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT)
+    others = [(*hops, struct.pack("=i", 64))] * 4
+    cause = Cause.EXPLICIT if which == "everything" else Cause.UNKNOWN
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.outside.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], [*others, source_control(family, family.second)], 0, peer)
+        event = the_event(watch, port)
+        assert (event.finding.cause, event.pktinfo) == (cause, None)
+    port += 10_000
+    with (
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(family.inet) as client,
+    ):
+        data, peer = ask(client, family.eth0, port, server)
+        server.sendmsg([data], others, 0, peer)
+        event = the_event(watch, port)
+        assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, False)
 
 
 def test_an_ipv6_socket_answers_ipv4(functions: Watch, host: ContainerHost, port: int) -> None:
