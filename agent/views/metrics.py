@@ -153,7 +153,8 @@ def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "udpwatch_conntrack_insert_failed",
         "New flows whose packet was dropped since another packet had booked the same flow: UDP clients that send two "
-        "questions at once from one socket lose one (two DNS questions, for A and AAAA, are the usual case).",
+        "questions at once from one socket lose one (two DNS questions, for A and AAAA, are the usual case). Or since "
+        "the table has too few buckets (net.netfilter.nf_conntrack_buckets).",
         value=health.insert_failed,
     )
     yield CounterMetricFamily(
