@@ -26,6 +26,7 @@ from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.loader import HOOKS, Limits
 from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+from udpwatch.agent.model import Forwarded
 
 EVENT_KEYS = [
     *("time", "node", "expected", "actual", "peer", "peer_port", "port", "family", "verdict", "cause", "conntrack"),
@@ -320,7 +321,7 @@ def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch)
 
 def test_map_of_peers_full(host: ContainerHost, port: int) -> None:
     """The oldest make room, and that is counted; the newest are still judged."""
-    with closing(Watch(Limits(max_peers=64))) as watch, host.node.socket() as server:
+    with closing(Watch(Limits(max_peers=64), forwarded=Forwarded.OFF)) as watch, host.node.socket() as server:
         server.bind(("0.0.0.0", port))
         peers = set()
         for _ in range(500):
