@@ -22,6 +22,7 @@ from enum import IntEnum
 
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
 _ATTR_BYTES = 128
+_NO_COMMAND = 0x7FFFFFFF
 _BATCH = 1024
 _LOG_ALL, _LOG_STATISTICS = 1, 4  # BPF_LOG_LEVEL1, BPF_LOG_STATS in include/linux/bpf_verifier.h
 _ENOTSUPP = 524  # the kernel's own, in no header of user space
@@ -96,15 +97,27 @@ class ProgramInfo:
 
 def bpf(command: Command, attribute: ctypes.Array[ctypes.c_char], size: int | None = None) -> int:
     """Call bpf(2) with a prepared attribute; returns the system call's own result."""
-    try:
-        number = _SYSCALL_NUMBER[platform.machine()]
-    except KeyError:
-        raise OSError(errno.ENOSYS, f"no bpf(2) system call number is known for {platform.machine()}") from None
-    result: int = _libc.syscall(number, int(command), attribute, len(attribute) if size is None else size)
+    result: int = _libc.syscall(_number(), int(command), attribute, len(attribute) if size is None else size)
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"bpf({command.name}): {os.strerror(number)}")
     return result
+
+
+def is_forbidden() -> bool:
+    """Whether bpf(2) is refused before the kernel looks at what is asked, as seccomp does it. Asks for what there is
+    not: who has CAP_BPF is told so by the kernel (EINVAL).
+    """
+    nothing = _attribute("")
+    result: int = _libc.syscall(_number(), _NO_COMMAND, nothing, len(nothing))
+    return result < 0 and ctypes.get_errno() == errno.EPERM
+
+
+def _number() -> int:
+    try:
+        return _SYSCALL_NUMBER[platform.machine()]
+    except KeyError:
+        raise OSError(errno.ENOSYS, f"no bpf(2) system call number is known for {platform.machine()}") from None
 
 
 def _attribute(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:

@@ -22,7 +22,14 @@ from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import capabilities, features, objects
-from udpwatch.agent.kernel.bpf import ProgramType, link_create, map_create, map_definition, program_load_logged
+from udpwatch.agent.kernel.bpf import (
+    ProgramType,
+    is_forbidden,
+    link_create,
+    map_create,
+    map_definition,
+    program_load_logged,
+)
 from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, MAPS, SETTLE, Hook, Limits
 from udpwatch.agent.kernel.objects import Cache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
@@ -214,6 +221,11 @@ def _load_probes(
 def _reason(error: OSError) -> str:
     """The kernel's word, and what may be behind it."""
     reason = error.strerror or "refused"
+    if error.errno == errno.EPERM and capabilities.may_load(capabilities.effective()) and is_forbidden():
+        return (
+            f"{reason}; the capabilities are there, but a seccomp profile forbids bpf(2), as the default ones of "
+            "podman and CRI-O do, and Docker's before 23.0: see docs/docker.md"
+        )
     # See main(): we may not raise the limit.
     if error.errno == errno.EPERM and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
         reason += (
