@@ -1,0 +1,29 @@
+"""The kernel programs, compiled as on another architecture: bcc takes its name from ARCH."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from pathlib import Path
+
+from agents import Agent
+from conftest import ask
+
+from udpwatch.agent.lab import ContainerHost
+
+OTHER = {"x86_64": "arm64", "aarch64": "x86"}
+
+
+def test_programs_of_the_other_architecture(folder: Path, host: ContainerHost, port: int) -> None:
+    """The verifier takes them, and they find the wrong reply: BPF is BPF, and both are little-endian. What differs, the
+    registers that kprobes read, is in tests/unit/test_architectures.py.
+    """
+    environment = {**os.environ, "ARCH": OTHER[platform.machine()], "UDPWATCH_CACHE": "off"}
+    with Agent(folder, "--hooks=cgroup", env=environment) as agent:
+        for family, asked in ((socket.AF_INET, host.ETH0), (socket.AF_INET6, host.ETH0_6)):
+            with host.node.socket(family) as server, host.container.socket(family) as client:
+                server.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", port))
+                server.sendto(*ask(client, asked, port, server))
+        assert agent.counted(port, 2) == 2
+        assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), verdict="new") == 2
