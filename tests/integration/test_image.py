@@ -1,0 +1,409 @@
+"""The image, built by its Dockerfile, and run with exactly what the chart gives its container."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import image
+import pytest
+import yaml
+from agents import temporary, wait_for
+from charts import needs_helm, render
+from machine import cgroup_folders, first_pid, left_behind, remove_cgroups
+from pods import CGROUP_PARENT, DOCS, Pod, Podman, blocks, counted, get
+from runtimes import SERVER, Docker, build_server, image_tar
+from test_containers import NODE, OUTSIDE, ask_inside, listening
+
+from udpwatch.agent import __version__
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.lab import Lab, Namespace
+
+PORT = 32_001
+ADDRESS = "169.254.20.10"
+FIELDS = {"status.podIP": NODE, "spec.nodeName": "node-1"}
+
+pytestmark = needs_helm
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """A folder for all of it; in the end the machine must be as it was."""
+    with temporary() as name:
+        place = Path(name)
+        for folder in "builder", "docker", "podman":
+            (place / folder).mkdir()
+        before, cgroups = left_behind(place), cgroup_folders()
+        yield place
+        remove_cgroups(cgroups)
+        assert left_behind(place) == before
+
+
+@pytest.fixture(scope="module")
+def lab(place: Path) -> Iterator[Lab]:
+    """``outside`` 172.16.13.1 -- eth0 172.16.13.13 ``node``, which will have docker0."""
+    assert place
+    with Lab() as lab:
+        node, outside = lab.namespace("node"), lab.namespace("outside")
+        lab.link(node, "eth0", outside, "eth0")
+        node.ip(f"addr add {NODE}/24 dev eth0")
+        outside.ip(f"addr add {OUTSIDE}/24 dev eth0")
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def node(lab: Lab) -> Namespace:
+    return lab._namespaces[0]
+
+
+@pytest.fixture(scope="module")
+def outside(lab: Lab) -> Namespace:
+    return lab._namespaces[1]
+
+
+@pytest.fixture(scope="module")
+def docker(place: Path, node: Namespace) -> Iterator[Docker]:
+    """Where the others' containers are."""
+    with Docker(place / "docker", node) as daemon:
+        daemon.import_image(image_tar(place, build_server(place)))
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def archive(place: Path) -> Path:
+    return image.obtain(place / "builder")
+
+
+@pytest.fixture(scope="module")
+def podman(place: Path, docker: Docker, archive: Path) -> Podman:
+    """Where the agent's containers are, on a host whose /var/lib and /var/log are of our own making."""
+    podman = Podman(place / "podman", docker)
+    podman.mount(
+        "mount -t tmpfs none /var/lib\nmount -t tmpfs none /var/log\nmkdir /var/lib/docker\n"
+        f"mount --bind {Docker.root_in(place / 'docker')} /var/lib/docker"
+    )
+    podman.call("load", f"--input={archive}")
+    return podman
+
+
+@pytest.fixture
+def pod(podman: Podman, folder: Path) -> Pod:
+    """What the chart makes on a node with Docker."""
+    return Pod(podman, folder, render({"dockerContainers": True}), FIELDS)
+
+
+def ended_or_ready(podman: Podman, name: str) -> list[str]:
+    """What a container's agent has said, once it is ready or has ended."""
+    ended = podman.call("inspect", "--format={{.State.Status}}", name) == "exited"
+    said = podman.log(name)
+    return said if ended or "udpwatch: ready" in said else []
+
+
+@pytest.fixture
+def started(podman: Podman) -> Iterator[Callable[[Pod], Agent]]:
+    """Starts a pod's container, ready when it returns; ends it with the test."""
+    with ExitStack() as stack:
+        yield lambda pod: Agent(podman, stack.enter_context(pod.running()))
+
+
+class Agent:
+    """A container's agent, ready."""
+
+    def __init__(self, podman: Podman, name: str) -> None:
+        self.podman, self.name = podman, name
+        said = wait_for(lambda: ended_or_ready(podman, name), "the agent to be ready")
+        assert "udpwatch: ready" in said, said
+        self.pid = first_pid(f"libpod-{podman.call('inspect', '--format={{.Id}}', name)}")
+
+    @property
+    def said(self) -> list[str]:
+        return self.podman.log(self.name)
+
+    def status(self, field: str) -> str:
+        """A line of /proc/PID/status of the agent itself."""
+        text = Path(f"/proc/{self.pid}/status").read_text()
+        found = re.search(rf"^{field}:\s+(.*)$", text, re.MULTILINE)
+        assert found
+        return found.group(1)
+
+    def has(self, field: str) -> set[str]:
+        """Capabilities of a set of the agent's; whatever has no name here is a number."""
+        mask = int(self.status(field), 16)
+        names = {int(each): each.name for each in Capability}
+        return {names.get(number, str(number)) for number in range(64) if mask >> number & 1}
+
+    def udpwatch(self, *arguments: str) -> tuple[int, str]:
+        """A command inside: (exit status, what it wrote)."""
+        done = self.podman.done("exec", self.name, "udpwatch", *arguments)
+        return done.returncode, done.stdout + done.stderr
+
+
+def wrong_server(docker: Docker, node: Namespace, name: str, port: int) -> str:
+    """A container on docker0 that answers from its first address when it is asked at its second; its id."""
+    container = docker.run(name, f"/{SERVER}", str(port))
+    ask_inside(node, first_pid(container), docker.address(container), port)
+    return container
+
+
+# ---- what is in it ----
+
+
+def test_what_the_image_says(podman: Podman) -> None:
+    (told,) = json.loads(podman.call("image", "inspect", image.IMAGE))
+    config, health = told["Config"], told["HealthCheck"] if "HealthCheck" in told else told["Healthcheck"]
+    assert (config["Entrypoint"], config["Cmd"], config["StopSignal"]) == (["udpwatch"], ["run"], "SIGTERM")
+    assert health["Test"] == ["CMD", "udpwatch", "doctor", "--agent"]
+    labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
+    assert (labels["title"], labels["version"]) == ("udpwatch", __version__)
+    assert labels["licenses"] == "Apache-2.0 AND GPL-2.0-only"
+    assert labels["description"]
+    (size,) = re.findall(r"^It takes (\d+) MB", (DOCS / "docker.md").read_text(), re.MULTILINE)
+    assert told["Size"] / 1e6 == pytest.approx(int(size), rel=0.05)
+
+
+_LOOK = """
+import importlib.metadata, json, pathlib, shutil, sys
+site = next(path for path in sys.path if path.startswith("/opt/udpwatch"))
+sources = [path for path in pathlib.Path(site).rglob("*.py")]
+compiled = [path.parent / "__pycache__" / f"{path.stem}.{sys.implementation.cache_tag}.pyc" for path in sources]
+print(json.dumps({
+    "pins": sorted(f"{each.name}=={each.version}" for each in importlib.metadata.distributions(path=[site])),
+    "tools": [tool for tool in ("cc", "gcc", "clang", "pip", "pip3", "curl", "wget") if shutil.which(tool)],
+    "not compiled": [str(path) for path in compiled if not path.exists() or path.read_bytes()[4] != 1],  # and unchecked
+    "bcc": bool(list(pathlib.Path("/usr/lib/python3/dist-packages/bcc").glob("__pycache__/*.pyc"))),
+    "sources": len(sources),
+}))
+"""
+
+
+def test_what_is_in_the_image(podman: Podman) -> None:
+    """Every dependency pinned; no tools; and nothing left to compile, since the root is read-only."""
+    words = ["run", "--rm", f"--cgroup-parent={CGROUP_PARENT}", "--network=none", "--no-healthcheck"]
+    words += ["--entrypoint=/opt/udpwatch/bin/python", image.IMAGE]
+    found = json.loads(podman.call(*words, "-c", _LOOK))
+    pinned = [line for line in (image.ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert found["pins"] == sorted([*pinned, f"udpwatch=={__version__}"])
+    assert (found["tools"], found["not compiled"], found["bcc"]) == ([], [], True)
+    assert found["sources"] > 500
+
+
+# ---- as the chart runs it ----
+
+
+def test_it_finds_and_names(started: Callable[[Pod], Agent], pod: Pod, docker: Docker, node: Namespace) -> None:
+    agent = started(pod)
+    container = wrong_server(docker, node, "dns-of-the-shop", PORT)
+    labels = counted(node, PORT, NODE)
+    assert (labels["process"], labels["container"]) == (SERVER, "dns-of-the-shop")
+    assert labels["actual"] == docker.address(container)
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        assert get(node, NODE, *probed(pod, probe))[0] == 200
+    status, told = agent.udpwatch("explain", SERVER)
+    assert status == 0, told
+    assert "dns-of-the-shop" in told
+
+
+def probed(pod: Pod, probe: str) -> tuple[int, str]:
+    """(port, path) that kubelet asks."""
+    asked = pod.container[probe]["httpGet"]
+    (port,) = (port["containerPort"] for port in pod.container["ports"] if port["name"] == asked["port"])
+    return port, asked["path"]
+
+
+def written(diff: str) -> list[str]:
+    """What a container's own layer has beside the folders that its runtime mounts things on."""
+    mounts = ("/host/sys/fs/cgroup", "/var/log/pods", "/var/log/containers", "/var/lib/docker/containers", "/etc/mtab")
+    folders = {str(folder) for mount in mounts for folder in (Path(mount), *Path(mount).parents)}
+    return [line for line in diff.splitlines() if line.split()[1] not in folders]
+
+
+def test_what_it_has_and_keeps(started: Callable[[Pod], Agent], pod: Pod, podman: Podman) -> None:
+    """The chart's capabilities and no other, less once it runs; nothing written but where it may be; little memory."""
+    agent = started(pod)
+    assert agent.has("CapBnd") == set(pod.capabilities)
+    assert agent.has("CapEff") == agent.has("CapPrm") == {"BPF", "NET_ADMIN"}
+    assert (agent.status("NoNewPrivs"), agent.status("Seccomp")) == ("1", "2")
+    assert int(agent.status("VmRSS").split()[0]) < 48 * 1024
+    assert not written(podman.call("diff", agent.name))
+    status, told = agent.udpwatch("doctor")
+    assert status == 0, told
+    assert "/host/sys/fs/cgroup" in told
+    assert "udpwatch works here, mode packet" in told
+    status, told = agent.udpwatch("doctor", "--agent")
+    assert (status, "kept CAP_BPF CAP_NET_ADMIN" in " ".join(told.split())) == (0, True), told
+
+
+def test_a_restarted_container_compiles_nothing(
+    started: Callable[[Pod], Agent], pod: Pod, folder: Path, podman: Podman
+) -> None:
+    agent = started(pod)
+    before = {path: path.stat().st_ino for path in (folder / "cache").rglob("*.json")}
+    assert before
+    podman.call("restart", "--time=10", agent.name)
+    wait_for(lambda: agent.said.count("udpwatch: ready") == 2, "the second start")
+    assert {path: path.stat().st_ino for path in (folder / "cache").rglob("*.json")} == before
+
+
+# ---- with less ----
+
+#: capability -> what is said without it
+MISSED = {
+    "BPF": "CAP_BPF missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`",
+    "NET_ADMIN": "CAP_NET_ADMIN missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`",
+    "PERFMON": "CAP_PERFMON",
+}
+
+
+def test_each_capability_is_said_to_be_missing(pod: Pod) -> None:
+    assert set(pod.capabilities) == set(MISSED)
+
+
+@pytest.mark.parametrize("name", ["BPF", "NET_ADMIN"])
+def test_without_a_capability_that_it_needs(pod: Pod, name: str) -> None:
+    done = pod.to_its_end(without=name)
+    assert (done.returncode, said_by_udpwatch(done.stderr)) == (77, [f"udpwatch: {MISSED[name]}"])
+
+
+def test_without_perfmon(podman: Podman, pod: Pod) -> None:
+    """Mode netlink, or one clear line where the kernel's verifier takes the programs from nobody without."""
+    with pod.running(without="PERFMON") as name:
+        said = wait_for(lambda: ended_or_ready(podman, name), "it to be ready or to end")
+        if "udpwatch: ready" in said:
+            assert any(MISSED["PERFMON"] in line and "netlink" in line for line in said), said
+        else:
+            assert any(MISSED["PERFMON"] in line for line in said), said
+            assert podman.call("wait", name) == "77"
+
+
+def said_by_udpwatch(text: str) -> list[str]:
+    """Its lines; podman has some of its own."""
+    return [line for line in text.splitlines() if line.startswith("udpwatch: ")]
+
+
+def test_a_seccomp_profile_of_old(pod: Pod, podman: Podman) -> None:
+    """The capabilities are there, and bpf(2) is refused all the same: it says by what."""
+    words = [word for word in pod.arguments() if not word.startswith("--security-opt=seccomp=")]
+    done = podman.done("run", "--rm", *words)
+    (line,) = said_by_udpwatch(done.stderr)
+    assert done.returncode == 77
+    assert "a seccomp profile forbids bpf(2)" in line
+
+
+# ---- DNS ----
+
+
+def test_dns(started: Callable[[Pod], Agent], podman: Podman, folder: Path, docker: Docker, node: Namespace) -> None:
+    """The address comes with the pod and goes with it; containers of the node are answered from it."""
+    values = {"dns": {"enabled": True, "clusterDNS": OUTSIDE, "options": ["host-record=udpwatch.test,10.1.2.3"]}}
+    pod = Pod(podman, folder, render(values), FIELDS)
+    assert ADDRESS not in node.run(["ip", "-o", "address", "show", "dev", "lo"])
+    for container in pod.spec["initContainers"]:
+        done = pod.to_its_end(container)
+        assert done.returncode == 0, done.stderr
+    assert f"{ADDRESS}/32" in node.run(["ip", "-o", "address", "show", "dev", "lo"])
+
+    agent = started(pod)
+    assert agent.has("CapBnd") == set(pod.capabilities) == {"BPF", "NET_ADMIN", "PERFMON", "NET_BIND_SERVICE"}
+    ask = f"busybox nslookup udpwatch.test {ADDRESS}"
+    container = docker.run("client", "/bin/sh", "-c", f"{ask} && exec busybox sleep 3600", flags=["--env=PATH=/bin"])
+    wait_for(lambda: "10.1.2.3" in docker.call("logs", container), "an answer", seconds=30)
+    status, told = agent.udpwatch("doctor", "--agent")
+    assert status == 0, told
+
+    podman.call("exec", agent.name, *pod.container["lifecycle"]["preStop"]["exec"]["command"])
+    assert ADDRESS not in node.run(["ip", "-o", "address", "show", "dev", "lo"])
+
+
+# ---- as docs/docker.md says ----
+
+
+@pytest.fixture(scope="module")
+def documented() -> list[str]:
+    return blocks(DOCS / "docker.md")
+
+
+def options(command: str, *left_out: str) -> list[str]:
+    """What follows `docker run`, but for options that a test chooses itself: cgroups are cleared up by their parent."""
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["docker", "run"]
+    rest, result = words[2:], [f"--cgroup-parent={CGROUP_PARENT}"]
+    while rest:
+        word = rest.pop(0)
+        if word in ("--name", "--restart", *left_out):
+            rest.pop(0)
+        else:
+            result.append(word)
+    return result
+
+
+def test_the_documented_command(documented: list[str], podman: Podman, docker: Docker, node: Namespace) -> None:
+    """By podman, which knows its capabilities. "The host's process ids" are the daemon's here, not the machine's."""
+    (command,) = (block for block in documented if block.startswith("docker run") and "PERFMON" in block)
+    seccomp = f"--security-opt=seccomp={podman.seccomp}"
+    podman.call("run", "--name=documented", "--no-healthcheck", seccomp, *options(command))
+    try:
+        agent = Agent(podman, "documented")
+        wrong_server(docker, node, "dns-of-the-market", PORT + 1)
+        labels = counted(node, PORT + 1, "127.0.0.1")
+        assert (labels["process"], labels["container"]) == (SERVER, "dns-of-the-market")
+        assert agent.has("CapBnd") == {"BPF", "NET_ADMIN", "PERFMON"}
+        assert podman.call("exec", agent.name, "ls", "/var/cache/udpwatch"), "the volume is not used as a cache"
+    finally:
+        podman.call("rm", "--force", "--time=0", "documented")
+
+
+def test_the_compose_file_says_the_same(documented: list[str]) -> None:
+    (command,) = (block for block in documented if block.startswith("docker run") and "PERFMON" in block)
+    (compose,) = (yaml.safe_load(block) for block in documented if block.startswith("services:"))
+    ((name, service),) = compose["services"].items()
+    names = {"network_mode": "network", "security_opt": "security-opt", "mem_limit": "memory", "volumes": "volume"}
+    names |= {"container_name": "name"}
+    words = ["docker", "run", "--detach"]
+    for key, value in service.items():
+        flag = f"--{names.get(key, key.replace('_', '-'))}"
+        values = value if isinstance(value, list) else [value]
+        if key != "image":
+            words += [flag] if value is True else [word for each in values for word in (flag, each)]
+    words.append(service["image"])
+    assert name in compose["volumes"]
+    assert sorted(words) == sorted(shlex.split(command.replace("\\\n", " ")))
+
+
+@pytest.fixture(scope="module")
+def loaded(docker: Docker, archive: Path) -> Docker:
+    """The Docker of Debian 12, with the image."""
+    docker.call("load", f"--input={archive}")
+    return docker
+
+
+def test_docker_of_debian_12(documented: list[str], loaded: Docker, node: Namespace) -> None:
+    """It has no name for the two capabilities; with the one that stands in for them it works, and turns healthy."""
+    (command,) = (block for block in documented if block.startswith("docker run") and "SYS_ADMIN" in block)
+    words = options(command)
+    container = loaded.call("run", "--health-interval=1s", *words).splitlines()[-1]
+    status = "{{.State.Health.Status}}"
+    wait_for(lambda: loaded.call("inspect", f"--format={status}", container) == "healthy", "it to be healthy")
+    wrong_server(loaded, node, "dns-of-the-harbour", PORT + 2)
+    assert counted(node, PORT + 2, "127.0.0.1")["container"] == "dns-of-the-harbour"
+    assert not written(loaded.call("diff", container))
+    loaded.call("rm", "--force", container)
+
+
+def test_dns_alone_needs_no_root(documented: list[str], loaded: Docker, node: Namespace, outside: Namespace) -> None:
+    """In a container of its own network, where Docker lets anybody listen on port 53."""
+    (command,) = (block for block in documented if block.startswith("docker run") and " dns " in block)
+    container = loaded.call("run", *options(command.replace("192.0.2.53", NODE)))
+    listening(first_pid(container), 53)
+    with outside.socket() as client:
+        client.settimeout(30)
+        client.sendto(QUESTION, (NODE, 53))
+        assert client.recvfrom(512)[1][0] == NODE
+    loaded.call("rm", "--force", container)
+
+
+#: localhost, A
+QUESTION = bytes.fromhex("000101000001000000000000 09") + b"localhost" + bytes.fromhex("00 0001 0001")
