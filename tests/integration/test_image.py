@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import image
@@ -37,10 +37,19 @@ def place() -> Iterator[Path]:
         place = Path(name)
         for folder in "builder", "docker", "podman":
             (place / folder).mkdir()
+        _clear_up_after_a_killed_run()
         before, cgroups = left_behind(place), cgroup_folders()
         yield place
         remove_cgroups(cgroups)
         assert left_behind(place) == before
+
+
+def _clear_up_after_a_killed_run() -> None:
+    """Its processes, links and mounts ended with it; cgroups are the machine's own. One that is in use stays."""
+    for folder in sorted(cgroup_folders(), key=lambda path: -len(path.parts)):
+        if CGROUP_PARENT.strip("/") in folder.parts:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 @pytest.fixture(scope="module")

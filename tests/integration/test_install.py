@@ -29,7 +29,11 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_source(site: Path) -> None:
-    for source in (*(ROOT / "bpf").rglob("*.[ch]"), *(ROOT / "agent").rglob("*.py")):
+    for source in (
+        *(ROOT / "bpf").rglob("*.[ch]"),
+        *(ROOT / "agent").rglob("*.py"),
+        ROOT / "agent/udpwatch.service",
+    ):
         assert (site / "udpwatch" / source.relative_to(ROOT)).read_bytes() == source.read_bytes()
 
 

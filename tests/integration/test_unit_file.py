@@ -1,0 +1,225 @@
+"""The systemd unit, under a real systemd: process 1 of namespaces of its own, which knows no unit but this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import image
+import pytest
+from agents import temporary, wait_for
+from conftest import ask
+from machine import cgroup_folders, remove_cgroups
+from pods import DOCS, blocks, counted
+
+from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.lab import ContainerHost, die_with_parent
+
+UNIT = image.ROOT / "agent/udpwatch.service"
+SYSTEMD = Path("/lib/systemd/systemd")
+OPT = "opt/udpwatch"
+CGROUP = "udpwatch-test"  # one of machine.CGROUP_PARENTS
+
+pytestmark = pytest.mark.skipif(not SYSTEMD.exists(), reason="no systemd here: apt-get install systemd")
+
+#: What the unit refers to, empty: the machine's own would start half of it.
+_TARGETS = ("sysinit", "basic", "shutdown", "network", "umount")
+_BOOT = f"""
+mount -t tmpfs none /run
+mount -t tmpfs none /opt
+mkdir /{OPT}
+mount --bind {{place}}/{OPT} /{OPT}
+mount -t tmpfs none /var/cache
+umount -R /sys/fs/cgroup
+mount -t cgroup2 none /sys/fs/cgroup
+exec {SYSTEMD} --system --unit=test.target --show-status=no
+"""
+
+
+@pytest.fixture(scope="module")
+def place() -> Iterator[Path]:
+    """What is installed, taken from the image, and the unit."""
+    with temporary() as name:
+        place = Path(name)
+        (place / "builder").mkdir()
+        _take(image.obtain(place / "builder"), place)
+        units = place / "units"
+        units.mkdir()
+        for target in _TARGETS:
+            (units / f"{target}.target").write_text("[Unit]\nDefaultDependencies=no\n")
+        (units / "test.target").write_text("[Unit]\nDefaultDependencies=no\nWants=udpwatch.service\n")
+        shutil.copy(UNIT, units)
+        yield place
+
+
+def _take(archive: Path, place: Path) -> None:
+    """/opt/udpwatch of an image."""
+    with tarfile.open(archive) as outer:
+        (manifest,) = json.load(outer.extractfile("manifest.json"))
+        for name in manifest["Layers"]:
+            with tarfile.open(fileobj=outer.extractfile(name)) as layer:
+                found = [each for each in layer if each.name.startswith(f"{OPT}/")]
+                layer.extractall(place, members=found)  # noqa: S202  our own
+    assert (place / OPT / "bin/udpwatch").exists()
+
+
+class Systemd:
+    """Process 1 of its own namespaces, in the network of a host of the lab, with the unit and a drop-in of it."""
+
+    def __init__(self, place: Path, host: ContainerHost, drop_in: str = "") -> None:
+        """The unit's agent is ready when it returns."""
+        # No journal is there to read.
+        self._said = place / "said"
+        self._said.write_text("")
+        said = f"[Service]\nStandardError=append:{self._said}\n"
+        (place / "units/udpwatch.service.d").mkdir(exist_ok=True)
+        (place / "units/udpwatch.service.d/test.conf").write_text(said + drop_in)
+        self._before = cgroup_folders()
+        with closing(cgroup.find(None)) as root:
+            self._cgroup = Path(root.path, CGROUP, "systemd")
+        self._cgroup.mkdir(parents=True, exist_ok=True)
+        self._host = host
+        own = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"]
+        self.process = subprocess.Popen(
+            [*own, "sh", "-ec", _BOOT.format(place=place)],
+            env={"container": CGROUP, "SYSTEMD_UNIT_PATH": str(place / "units"), "PATH": os.environ["PATH"]},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=self._enter,
+        )
+        try:
+            wait_for(lambda: "udpwatch: ready" in self.said or self.process.poll() is not None, "the unit to be ready")
+            assert self.process.poll() is None
+        except BaseException:
+            self.close()
+            raise
+
+    def _enter(self) -> None:
+        self._host.node._enter_child()
+        die_with_parent()
+        (self._cgroup / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def _one(self) -> str:
+        return Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().strip()
+
+    @property
+    def pid(self) -> int:
+        """Of the unit's main process."""
+        return min(map(int, (self._cgroup / "system.slice/udpwatch.service/cgroup.procs").read_text().split()))
+
+    @property
+    def said(self) -> list[str]:
+        """What the unit has written."""
+        return self._said.read_text().splitlines()
+
+    def systemctl(self, *arguments: str) -> str:
+        """What its own systemctl says."""
+        command = ["nsenter", f"--target={self._one}", "--mount", "--pid", "systemctl", *arguments]
+        environment = {**os.environ, "SYSTEMD_IGNORE_CHROOT": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+        return (done.stdout + done.stderr).strip()
+
+    def status(self) -> dict[str, str]:
+        """/proc/PID/status of the agent."""
+        return dict(re.findall(r"^(\w+):\s+(.+)$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE))
+
+    def has(self, field: str) -> set[str]:
+        """A set of capabilities of the agent's; whatever has no name here is a number."""
+        mask, names = int(self.status()[field], 16), {int(each): each.name for each in Capability}
+        return {names.get(number, str(number)) for number in range(64) if mask >> number & 1}
+
+    def close(self) -> None:
+        """End it with all that it has started."""
+        self.process.kill()
+        self.process.wait()
+        remove_cgroups(self._before)
+
+
+@pytest.fixture(scope="module")
+def systemd(place: Path, host: ContainerHost) -> Iterator[Systemd]:
+    with closing(Systemd(place, host)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def documented() -> list[str]:
+    """docs/systemd.md's drop-ins."""
+    return [block for block in blocks(DOCS / "systemd.md") if block.startswith("[Service]")]
+
+
+def wrong_reply(host: ContainerHost, port: int) -> str:
+    """A wrong reply of the host; the verdict that the unit's agent counts it with."""
+    with host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+        server.sendto(*ask(client, host.ETH0, port, server))
+        return counted(host.node, port, "127.0.0.1")["verdict"]
+
+
+def test_it_verifies(place: Path) -> None:
+    """Its own names and values, and what it refers to."""
+    script = f"mount -t tmpfs none /opt; mkdir /{OPT}; mount --bind {place}/{OPT} /{OPT}; systemd-analyze verify {UNIT}"
+    done = subprocess.run(["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_its_exposure() -> None:
+    """systemd's own score is that of docs/systemd.md."""
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"Overall exposure level for udpwatch.service: ([\d.]+) OK", done.stdout)
+    assert found, done.stdout
+    assert f"scores {found.group(1)} of 10" in (DOCS / "systemd.md").read_text()
+
+
+def test_the_agent_works_in_it(systemd: Systemd, host: ContainerHost, port: int) -> None:
+    """LLVM included: nothing was compiled before."""
+    assert any("mode packet" in line for line in systemd.said)
+    assert wrong_reply(host, port) == "new"
+    assert systemd.systemctl("is-active", "udpwatch") == "active"
+
+
+def test_what_it_may(systemd: Systemd) -> None:
+    """The unit's capabilities, less once it runs, and a file system of which two folders can be written."""
+    assert systemd.has("CapBnd") == {"BPF", "NET_ADMIN", "PERFMON"}
+    assert systemd.has("CapEff") == {"BPF", "NET_ADMIN"}
+    status = systemd.status()
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    root = Path(f"/proc/{systemd.pid}/root")
+    looked = "run/udpwatch", "var/cache/udpwatch", "run", "usr", "etc", "var/lib", "proc/sys/net", "sys/fs/cgroup"
+    written = {path for path in looked if not os.statvfs(root / path).f_flag & os.ST_RDONLY}
+    assert written == {"run/udpwatch", "var/cache/udpwatch"}
+    assert (root / "var/cache/udpwatch").stat().st_mode & 0o777 == 0o700
+    assert list((root / "var/cache/udpwatch").iterdir())
+    assert not os.access(root / "root/.profile", os.F_OK)
+
+
+def test_it_stops(systemd: Systemd) -> None:
+    systemd.systemctl("stop", "udpwatch")
+    told = systemd.systemctl("show", "--property=ActiveState,Result,ExecMainStatus", "udpwatch").splitlines()
+    assert sorted(told) == ["ActiveState=inactive", "ExecMainStatus=0", "Result=success"]
+
+
+def test_drop_in_for_dns(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
+    (drop_in,) = (block for block in documented if "NET_BIND_SERVICE" in block)
+    with closing(Systemd(place, host, f"{drop_in}\nEnvironment=UDPWATCH_DNS=on\n")) as running:
+        assert any("port 53" in line for line in running.said), running.said
+        assert running.has("CapEff") == {"BPF", "NET_ADMIN", "NET_BIND_SERVICE"}
+        assert wrong_reply(host, port) == "new"
+
+
+def test_drop_in_for_mode_netlink(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
+    (drop_in,) = (block for block in documented if "SYS_PTRACE" in block)
+    without_types = "Environment=UDPWATCH_BTF=/etc/hostname"
+    with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n")) as running:
+        assert running.has("CapEff") == {"BPF", "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"}
+        assert wrong_reply(host, port) == "unknown"
