@@ -144,6 +144,8 @@ def _lockdown() -> Check:
     except OSError as error:
         if error.errno == errno.ENOENT:
             return Check("lockdown", Status.OK, "this kernel has none")
+        if os.geteuid() == 0:  # in a container: nothing is concluded from it
+            return Check("lockdown", Status.OK, f"not to be read here ({error.strerror}); what it forbids is tried")
         return Check("lockdown", Status.WARN, f"cannot be read: {error.strerror}", "run doctor as root")
     level = text.partition("[")[2].partition("]")[0] or text.strip()
     if level == "confidentiality":
