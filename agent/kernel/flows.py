@@ -40,6 +40,7 @@ COUNT_SECONDS = 10.0  # walking a whole map is not done at every reading
 RECEIVE_BYTES = 32 << 20  # holds 30,000 events (a quarter of it what they are, the rest the kernel's bookkeeping)
 LOOK_SECONDS = 5.0  # for namespaces that have come or gone
 READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
+TABLE_ERROR_NS = 1_000_000_000  # a table tells whole seconds: of two times, either may be too early by one
 ANYBODY = ""  # in place of the server, where a group was asked: whoever answers is right
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
 _EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
@@ -460,7 +461,7 @@ class ListenedFlows:
                 raise
             self._miss(error)
             return
-        self._take_table(self._namespaces[inode], 1)
+        self._take_table(self._namespaces[inode], TABLE_ERROR_NS)
 
     def _miss(self, error: OSError) -> None:
         self._missing += 1
@@ -493,7 +494,7 @@ class ListenedFlows:
                         return
             except Overrun:
                 self.overruns += 1
-                self._take_table(namespace, 0)
+                self._take_table(namespace, -TABLE_ERROR_NS)
                 continue
             except OSError as error:
                 if error.errno != errno.EINTR:
@@ -503,8 +504,8 @@ class ListenedFlows:
     def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
         """Take the table as it is: first everybody's requests, then who mirrors one that came ``later_ns`` before it.
 
-        Ages are whole seconds. What was there before we listened counts only if it is of a later second than what it
-        mirrors; else it may as well have come first. After an overrun most is of the same one.
+        What was there before we listened counts only if it has come later for sure; else it may have been the first to
+        call. After an overrun, of what we have watched, it counts unless it has come earlier for sure.
         """
         with contextlib.suppress(OSError):
             for entry, seen in self._unanswered(namespace):
@@ -516,11 +517,10 @@ class ListenedFlows:
         """The unanswered entries of its table, each with the time when it was last refreshed. Raises OSError."""
         with netns.entered(namespace.fd):
             timeout = _timeout()
-        now = time.monotonic_ns()
         for entry in namespace.table.dump():
             age = _age(entry, timeout)
             if not entry.status & SEEN_REPLY and age <= 2 * self._window_ns:
-                yield entry, now - age
+                yield entry, time.monotonic_ns() - age
 
     def _remember(self, inode: int, entry: Entry, seen: int) -> None:
         if entry.status & EXPECTED:
