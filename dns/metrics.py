@@ -80,6 +80,7 @@ class Metrics:
         self.reload_errors: Cell = [0]
         self.reload_time = 0.0  # seconds since the epoch
         self.hosts_entries = 0
+        self.hosts_unreadable = 0
         self.tcp_connections = 0
         self.tcp_closed: Cell = [0]  # by us, for others
 
@@ -204,6 +205,11 @@ class DnsCollector(Collector):
             "Times that a file could not be read: the table before stayed in force.",
             (),
             {(): metrics.reload_errors[0]},
+        )
+        yield _gauge(
+            "hosts_unreadable",
+            "Files that could not be read at the last reading: while it is not 0, changes do not arrive.",
+            metrics.hosts_unreadable,
         )
         yield _gauge("tcp_connections", "Open TCP connections.", metrics.tcp_connections)
         yield _counter(

@@ -20,7 +20,7 @@ from typing import Any
 
 from udpwatch.dns import addresses, cache, zone
 from udpwatch.dns.cache import Cache, Entry, Key
-from udpwatch.dns.errors import FileError
+from udpwatch.dns.errors import HostsError
 from udpwatch.dns.listen import Listening
 from udpwatch.dns.metrics import DnsCollector, Metrics
 from udpwatch.dns.policy import Network, contains, rebinds
@@ -193,13 +193,15 @@ class Service:
         async with self._loading:
             try:
                 table = await asyncio.to_thread(zone.build, self._settings, _complain, missing_ok)
-            except FileError as error:
+            except HostsError as error:
                 self.metrics.reload_errors[0] += 1
+                self.metrics.hosts_unreadable = error.files
                 log.error("dns: %s; the table before stays in force", error)
                 return
             self._responder.zone = table
             self._udp.invalidate()
             self.metrics.hosts_entries = table.entries
+            self.metrics.hosts_unreadable = table.unreadable
             self.metrics.reload_time = time.time()
             self.metrics.reloads[0] += 1
             if self.ready:

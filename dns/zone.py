@@ -7,7 +7,7 @@ Rules
    one that exists (an empty non-terminal, RFC 8020) is somebody else's business, but where this responder has the only
    word on it (`--local=/DOMAIN/`, `--address=/DOMAIN/`): there it exists, too.
 3. A bad line is reported with file and number, and skipped. A file that cannot be read is an error of the whole: the
-   caller keeps the table that it has.
+   caller keeps the table that it has. The others are read nevertheless, so that all such files are counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from udpwatch.dns.errors import FileError
+from udpwatch.dns.errors import HostsError
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
 from udpwatch.dns.wire import MAX_NAME_BYTES, Type, lower, name_from_text, name_to_text, suffixes
 
@@ -81,6 +81,7 @@ class Zone:
         self._above: set[bytes] = set()  # names above others, in the domains that are ours alone
         self._origins: dict[bytes, str] = {}  # name -> "config", or, where queries are logged, a file
         self.entries = 0  # names and aliases read
+        self.unreadable = 0  # files that are missing in it
 
     def find(self, name: bytes, kind: int) -> Found | None:
         """What is known of a name (wire format, lower case); None: nothing, somebody else may."""
@@ -189,33 +190,33 @@ class Zone:
 
 
 def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
-    """Read every file. Raises FileError for one that cannot be read, unless ``missing_ok``: then it is complained of.
+    """Read every file. Raises HostsError where some cannot be read, unless ``missing_ok``: then they are complained of.
 
     ``/etc/hosts`` may be missing always, as for dnsmasq.
     """
     zone = Zone(settings)
+    missed: list[str] = []
     zone._add_settings(settings)
     domain = settings.domain if settings.expand_hosts else b""
-    for path in hosts_files(settings, complain, missing_ok):
+    for path in hosts_files(settings, missed.append):
         try:
             _read_hosts(zone, path, domain, str(path) if settings.log_queries else "", complain)
         except FileNotFoundError:
             if path == ETC_HOSTS:
                 continue
-            _miss(f"cannot read {path}: No such file or directory", complain, missing_ok)
+            missed.append(f"cannot read {path}: No such file or directory")
         except OSError as error:
-            _miss(f"cannot read {path}: {error.strerror or error}", complain, missing_ok)
+            missed.append(f"cannot read {path}: {error.strerror or error}")
+    if missed and not missing_ok:
+        raise HostsError(missed)
+    for text in missed:
+        complain(text)
+    zone.unreadable = len(missed)
     zone._add_above(settings)
     return zone
 
 
-def _miss(text: str, complain: Complain, missing_ok: bool) -> None:
-    if not missing_ok:
-        raise FileError(text)
-    complain(text)
-
-
-def hosts_files(settings: Settings, complain: Complain, missing_ok: bool) -> Iterator[Path]:
+def hosts_files(settings: Settings, complain: Complain) -> Iterator[Path]:
     """Files in the order in which they are read; of a folder, every file whose name does not say that it is none
     (dnsmasq's rule: ``#file#``, ``.file``, ``file~``)."""
     if settings.hosts:
@@ -224,7 +225,7 @@ def hosts_files(settings: Settings, complain: Complain, missing_ok: bool) -> Ite
         try:
             inside = sorted(path.iterdir()) if path.is_dir() else None
         except OSError as error:
-            _miss(f"cannot read {path}: {error.strerror}", complain, missing_ok)
+            complain(f"cannot read {path}: {error.strerror}")
             continue
         if inside is None:
             yield path

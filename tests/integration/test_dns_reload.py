@@ -155,9 +155,11 @@ def test_file_that_comes_later(node: Namespace, tmp_path: Path) -> None:
     hosts = tmp_path / "later" / "hosts"
     with Responder(node, f"--addn-hosts={hosts}") as responder:
         assert responder.has_said(f"cannot read {hosts}: No such file or directory")
+        assert responder.metric("hosts_unreadable") == 1
         hosts.parent.mkdir()
         write(hosts, "10.0.0.1 a.test")
         wait_for(lambda: rcode(ask(node, NODE, "a.test")) == "NOERROR", "the file to be noticed")
+        assert responder.metric("hosts_unreadable") == 0
 
 
 def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
@@ -170,13 +172,32 @@ def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
         wait_for(lambda: responder.metric("hosts_reload_errors_total") == 1, "the error")
         assert responder.has_said("the table before stays in force")
         assert is_at(node, "10.0.0.1")
+        assert responder.metric("hosts_unreadable") == 1
         responder.reload()
         assert responder.metric("hosts_reload_errors_total") == 2
+        assert responder.metric("hosts_unreadable") == 1, "as long as it cannot be read"
         assert is_at(node, "10.0.0.1")
         write(hosts, "10.0.0.2 a.test", "nonsense b.test", "10.0.0.3 b.test")
         wait_for(lambda: is_at(node, "10.0.0.2"), "the new table")
         assert responder.has_said(f"bad address at {hosts} line 2")
         assert is_at(node, "10.0.0.3", "b.test")
+        assert responder.metric("hosts_unreadable") == 0
+
+
+def test_unreadable_files_are_counted(node: Namespace, tmp_path: Path) -> None:
+    for name in ("one", "two", "three"):
+        write(tmp_path / name, f"10.0.0.1 {name}.test")
+    with Responder(node, f"--addn-hosts={tmp_path}") as responder:
+        for name in ("one", "two"):
+            os.mkfifo(tmp_path / "new")
+            (tmp_path / "new").rename(tmp_path / name)
+        said = f"cannot read {tmp_path}/one: it is no regular file, and 1 more"
+        wait_for(lambda: responder.has_said(said), "both to be missed")
+        assert responder.metric("hosts_unreadable") == 2
+        (tmp_path / "one").unlink()
+        wait_for(lambda: responder.metric("hosts_unreadable") == 1, "one of them to be gone")
+        write(tmp_path / "two", "10.0.0.2 two.test")
+        wait_for(lambda: responder.metric("hosts_unreadable") == 0, "all to be read")
 
 
 def test_unreadable_for_its_mode(node: Namespace, tmp_path: Path) -> None:

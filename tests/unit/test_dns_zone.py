@@ -252,7 +252,7 @@ def test_a_folder_is_read_in_order_without_what_is_no_file_of_it(tmp_path: Path)
     assert pointer(table, "192.0.2.1") is not None
     known = {name for name in ("a", "b", "hashchash", "d", "e", "gone") if addresses(table, name) != ["?"]}
     assert known == {"a", "b"}
-    found = list(zone.hosts_files(Settings(hosts=False, addn_hosts=(tmp_path,)), pytest.fail, False))
+    found = list(zone.hosts_files(Settings(hosts=False, addn_hosts=(tmp_path,)), pytest.fail))
     assert [path.name for path in found] == ["#f", "a", "b", "g#"]
 
 
