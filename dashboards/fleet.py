@@ -30,12 +30,12 @@ from parts import (
     per_second,
     rate,
     rows,
+    share,
 )
 
 WRONG = f"{MISMATCH}{{{chosen('namespace')}}}"
 #: without the series that takes what is beyond an agent's limit: it names no server
 NAMED = f'{MISMATCH}{{{chosen("namespace")}, port!="other"}}'
-CHECKED = f"udpwatch_replies_checked_total{{{SCOPE}}}"
 IN_TIME = grown(WRONG, "$__range")
 NAMED_IN_TIME = grown(NAMED, "$__range")
 BLIND = (
@@ -89,8 +89,8 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Share of replies that was wrong",
-            "Wrong replies among all UDP replies that the chosen nodes sent within the time chosen above.",
-            f"sum({IN_TIME}) / (sum({increase(CHECKED)}) > 0)",
+            "Wrong replies among all UDP replies, and flows, that were checked within the time chosen above.",
+            share(f"sum({IN_TIME})", increase),
             unit="percentunit",
             steps=[(0.000001, ORANGE), (0.01, RED)],
         ),
@@ -117,10 +117,10 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Share of replies that is wrong, by node",
-            "Wrong replies among all UDP replies of a node. At 100 % its only UDP server answers nobody.",
+            "Wrong replies among all UDP replies, and flows, of a node. Near 100 % its only UDP server answers nobody.",
             "percentunit",
             (
-                f"sum by ({WHERE}) ({per_second(WRONG)}) / (sum by ({WHERE}) ({rate(CHECKED)}) > 0) > 0",
+                f"{share(f'sum by ({WHERE}) ({per_second(WRONG)})', rate, f' by ({WHERE})')} > 0",
                 WHERE_LEGEND,
             ),
             steps=[(0.01, RED)],
@@ -150,7 +150,7 @@ def dashboard() -> Dashboard:
             Column("wrong replies", f"sum by ({WHERE}) ({IN_TIME})"),
             Column(
                 "share of replies",
-                f"sum by ({WHERE}) ({IN_TIME}) / (sum by ({WHERE}) ({increase(CHECKED)}) > 0)",
+                share(f"sum by ({WHERE}) ({IN_TIME})", increase, f" by ({WHERE})"),
                 "percentunit",
                 [(0.01, RED)],
             ),

@@ -210,10 +210,11 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Dropped",
-            "full: no room, the packet is lost. early: unanswered entries thrown out for new ones. race: another "
-            "packet booked the same flow at the same moment, two DNS questions from one socket as a rule.",
+            "dropped: no room where the table is at 100 %, else mostly the races. early: unanswered entries thrown out "
+            "for new ones. race: another packet booked the same flow at the same moment, two DNS questions from one "
+            "socket as a rule.",
             "pps",
-            (f"sum by ({WHERE}) ({rate(of('conntrack_dropped_total'))}) > 0", f"full, {WHERE_LEGEND}"),
+            (f"sum by ({WHERE}) ({rate(of('conntrack_dropped_total'))}) > 0", f"dropped, {WHERE_LEGEND}"),
             (f"sum by ({WHERE}) ({rate(of('conntrack_early_drop_total'))}) > 0", f"early, {WHERE_LEGEND}"),
             (f"sum by ({WHERE}) ({rate(of('conntrack_insert_failed_total'))}) > 0", f"race, {WHERE_LEGEND}"),
         ),

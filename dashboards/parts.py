@@ -8,7 +8,7 @@ there. A matcher of a label that is missing takes `.*`, which is what All stands
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from grafana_foundation_sdk.builders import common, prometheus, stat, table, text, timeseries
 from grafana_foundation_sdk.builders import dashboard as builder
@@ -72,6 +72,12 @@ def rate(selector: str) -> str:
 def increase(selector: str) -> str:
     """Within the dashboard's time, of counters that are there from an agent's start."""
     return f"increase({selector}[$__range])"
+
+
+def share(wrong: str, over: Callable[[str], str], by: str = "") -> str:
+    """Of what was checked: replies, and flows, which are all that an agent with `hooks = "function"` checks."""
+    checked = (f"udpwatch_{what}_checked_total{{{SCOPE}}}" for what in ("replies", "flows"))
+    return f"{wrong} / ({' + '.join(f'sum{by} ({over(each)})' for each in checked)} > 0)"
 
 
 def count(expression: str) -> str:

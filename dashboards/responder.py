@@ -241,12 +241,11 @@ def dashboard() -> Dashboard:
             decimals=0,
         ),
         number(
-            "Failed reads",
-            "Times within the time chosen above that a hosts file could not be read; the table before stayed in force.",
-            f"sum({increase(of('hosts_reload_errors_total'))})",
-            steps=[(0.5, RED)],
+            "Unreadable files",
+            "Hosts files that could not be read at the last reading, on all nodes; the table before stays in force.",
+            f"sum({of('hosts_unreadable')})",
+            steps=[(1, RED)],
             width=6,
-            decimals=0,
         ),
         metric="udpwatch_dns_hosts_entries",
     )

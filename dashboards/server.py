@@ -12,7 +12,6 @@ from parts import (
     MISMATCH,
     ORANGE,
     RED,
-    SCOPE,
     SERVER,
     WHERE,
     WHERE_LEGEND,
@@ -27,6 +26,7 @@ from parts import (
     of_culprits,
     per_second,
     rows,
+    share,
     words,
 )
 
@@ -63,8 +63,9 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Share of the nodes' replies",
-            "Wrong replies of the chosen servers among all UDP replies of their nodes within the time chosen above.",
-            f"sum({IN_TIME}) / (sum({increase(f'udpwatch_replies_checked_total{{{SCOPE}}}')}) > 0)",
+            "Wrong replies of the chosen servers among all UDP replies, and flows, of their nodes within the time "
+            "chosen above.",
+            share(f"sum({IN_TIME})", increase),
             unit="percentunit",
             steps=[(0.000001, ORANGE), (0.01, RED)],
         ),

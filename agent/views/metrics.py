@@ -159,7 +159,9 @@ def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield CounterMetricFamily(
         "udpwatch_conntrack_dropped",
-        "Packets dropped since conntrack could not book their flow: its table was full, or memory was short.",
+        "Packets dropped since conntrack could not book their flow: its table was full, memory was short, or another "
+        "packet had booked the same flow (udpwatch_conntrack_insert_failed_total counts that, too). The table is full "
+        "only if udpwatch_conntrack_entries is at the limit.",
         value=health.dropped,
     )
     yield CounterMetricFamily(
