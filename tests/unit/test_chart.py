@@ -13,7 +13,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from charts import CHART, NAMESPACE, ROOT, Manifest, Values, helm, needs_helm, only, render, template
+from charts import CHART, HELM, NAMESPACE, ROOT, Manifest, Values, helm, needs_helm, only, render, template
 
 from udpwatch.agent import __version__
 from udpwatch.agent.cli import _parser
@@ -292,7 +292,7 @@ def test_mounts(name: str) -> None:
     }
     assert from_host == HOST_PATHS | ({DOCKER: DOCKER} if name == "docker-node" else {})
     writable = {mount["mountPath"] for mount in mounts.values() if not mount.get("readOnly")}
-    assert writable == {"/run/udpwatch", "/tmp", "/var/cache/udpwatch"}
+    assert writable == {"/run/udpwatch", "/tmp"}, "nothing that the next start would load"
     for mount in mounts.values():
         volume = volumes[mount["name"]]
         assert mount.get("readOnly") or volume["emptyDir"]["sizeLimit"]
@@ -350,7 +350,7 @@ def test_the_agent_accepts_its_configuration(name: str, tmp_path: Path) -> None:
     assert found.node == "node-1"
     writable = [mount["mountPath"] for mount in agent(manifests)["volumeMounts"] if not mount.get("readOnly")]
     assert str(found.socket.parent if found.socket else "") in writable
-    assert str(found.cache.parent if found.cache else "") in writable, "a folder of its own, in one that is there"
+    assert found.cache is None
     assert found.dns is ("dns" in MATRIX[name])
     if found.dns:
         assert found.dns_conf
@@ -420,25 +420,60 @@ def test_probes_ask_what_the_agent_answers() -> None:
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     health, ready = {"path": "/healthz", "port": "metrics"}, {"path": "/readyz", "port": "metrics"}
     assert asked == {"startup": health, "liveness": health, "readiness": ready}
+    patience = container["livenessProbe"]
+    assert patience["periodSeconds"] * patience["failureThreshold"] >= 120, (
+        "a flood on the port is no reason to restart"
+    )
+
+
+@pytest.mark.parametrize("name", ["startupProbe", "livenessProbe", "readinessProbe"])
+def test_a_probe_can_be_left_out(name: str) -> None:
+    every = {"startupProbe", "livenessProbe", "readinessProbe"}
+    assert {key for key in agent(render({name: None})) if key.endswith("Probe")} == every - {name}
+
+
+def test_nodes_without_a_kernel_to_look_at_are_left_out() -> None:
+    """Each requirement of the one term holds for any node but those: NotIn is true where there is no such label."""
+    affinity = pod(render())["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    (term,) = affinity["nodeSelectorTerms"]
+    found = {each["key"]: (each["operator"], each["values"]) for each in term["matchExpressions"]}
+    assert found == {
+        "eks.amazonaws.com/compute-type": ("NotIn", ["fargate"]),
+        "type": ("NotIn", ["virtual-kubelet"]),
+    }
+    assert "affinity" not in pod(render({"affinity": None}))
 
 
 # ---- Prometheus, Grafana ----
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "endpoints"),
-    [("pod-monitor", "PodMonitor", "podMetricsEndpoints"), ("service-monitor", "ServiceMonitor", "endpoints")],
-)
+MONITORS = {"pod-monitor": ("PodMonitor", "podMetricsEndpoints"), "service-monitor": ("ServiceMonitor", "endpoints")}
+
+
+@pytest.mark.parametrize(("name", "kind", "endpoints"), [(name, *each) for name, each in MONITORS.items()])
 def test_a_monitor_keeps_the_culprit_s_labels_and_adds_the_node(name: str, kind: str, endpoints: str) -> None:
     monitor = only(render(MATRIX[name]), kind)
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
     (endpoint,) = monitor["spec"][endpoints]
     assert endpoint["honorLabels"] is True
-    node, *more = endpoint["relabelings"]
+    node, job, *more = endpoint["relabelings"]
     assert (node["sourceLabels"], node["targetLabel"]) == (["__meta_kubernetes_pod_node_name"], "node")
+    assert (job["targetLabel"], job["replacement"]) == ("job", "udpwatch")
     assert more == MONITOR["relabelings"]
     assert endpoint["metricRelabelings"] == MONITOR["metricRelabelings"]
     assert (endpoint["interval"], endpoint["scrapeTimeout"]) == ("30s", "10s")
+
+
+@pytest.mark.parametrize("name", ["pod-monitor", "service-monitor"])
+def test_the_alerts_find_the_job_under_any_name(name: str) -> None:
+    """UdpwatchAgentDown looks for udpwatch in the job's name, which must come from no object's name."""
+    monitor = only(render(MATRIX[name] | {"nameOverride": "wrong-replies"}), MONITORS[name][0])
+    assert "jobLabel" not in monitor["spec"]
+    (endpoint,) = monitor["spec"][MONITORS[name][1]]
+    jobs = [each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"]
+    (down,) = (rule["expr"] for rule in alerts(SOURCE) if rule["alert"] == "UdpwatchAgentDown")
+    assert all(re.fullmatch(pattern, job) for pattern in re.findall(r'job=~"(.+?)"', down) for job in jobs)
+    assert jobs
 
 
 def alerts(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -484,6 +519,7 @@ def test_the_page_scrapes_as_the_monitors_do() -> None:
     (scrape,) = yaml.safe_load(block)["scrape_configs"]
     assert scrape["honor_labels"] is endpoint["honorLabels"]
     keep, node = scrape["relabel_configs"]
+    assert scrape["job_name"] == endpoint["relabelings"][1]["replacement"]
     assert (node["source_labels"], node["target_label"]) == (["__meta_kubernetes_pod_node_name"], "node")
     assert keep["regex"] == f"udpwatch;{endpoint['port']}"
 
@@ -503,9 +539,7 @@ def test_dashboards_arrive_as_they_are() -> None:
 
 
 def test_the_package_holds_the_files_and_renders_the_same(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [ROOT / "build/tools/helm", "package", CHART, "-d", tmp_path], capture_output=True, check=False
-    )
+    done = subprocess.run([HELM, "package", CHART, "-d", tmp_path], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     (package,) = tmp_path.glob("*.tgz")
     values = MATRIX["rules-and-dashboards"]
@@ -513,6 +547,42 @@ def test_the_package_holds_the_files_and_renders_the_same(tmp_path: Path) -> Non
         "template", "udpwatch", str(package), "--namespace", NAMESPACE, "--kube-version", "1.37.0", values=values
     )
     assert done.stdout == template(values)
+
+
+@pytest.mark.parametrize("value", ["prometheusRule", "dashboards"])
+@pytest.mark.parametrize("how", ["left out", "text"])
+def test_a_chart_that_lost_its_links_says_so(value: str, how: str, tmp_path: Path) -> None:
+    """Flux leaves links out of what it fetches; a checkout on Windows makes files of them that hold a path."""
+    chart = tmp_path / "udpwatch"
+    shutil.copytree(CHART, chart, symlinks=True)
+    for link in (chart / "files").iterdir():
+        target = str(link.readlink())
+        link.unlink()
+        if how == "text":
+            link.write_text(target)
+    done = helm("template", "udpwatch", str(chart), values={value: {"enabled": True}})
+    assert done.returncode != 0
+    assert f"{value}.enabled: files/" in done.stderr
+    assert "helm package helm/udpwatch" in done.stderr
+    assert helm("template", "udpwatch", str(chart)).returncode == 0
+
+
+def test_as_a_part_of_another_chart(tmp_path: Path) -> None:
+    dependency = {
+        "name": "udpwatch",
+        "version": ">=0",
+        "repository": f"file://{CHART}",
+        "condition": "udpwatch.enabled",
+    }
+    chart = {"apiVersion": "v2", "name": "platform", "version": "1.0.0", "dependencies": [dependency]}
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(chart))
+    command = [HELM, "dependency", "update", tmp_path]
+    subprocess.run(command, check=True, capture_output=True, env={"HOME": str(tmp_path)})
+    for wanted in (True, False):
+        values = {"udpwatch": {"enabled": wanted, "podMonitor": {"enabled": True}}, "global": {"region": "east"}}
+        done = helm("template", "platform", str(tmp_path), values=values)
+        assert done.returncode == 0, done.stderr
+        assert ("kind: DaemonSet" in done.stdout) is wanted
 
 
 def notes(values: Values) -> str:
@@ -548,6 +618,7 @@ def test_notes_say_what_to_do_next() -> None:
         ({}, 'image.repository is "udpwatch"'),
         ({"hostNetwork": False}, "hostNetwork is off"),
         ({"networkPolicy": {"enabled": True}}, "networkPolicy has no effect"),
+        ({"hostPID": True}, "may signal, and so end, every process of root's"),
         (MATRIX["netlink"], "as good as root on the node"),
         ({"seccompProfile": {"type": "Unconfined"}}, "seccompProfile.type is Unconfined"),
         ({"prometheusRule": {"enabled": True}}, "prometheusRule.runbookUrl is empty"),

@@ -24,7 +24,7 @@ SET_BY_THE_CHART = {
     "node": "spec.nodeName",
     "dns": "dns.enabled",
     "dns_conf": "made from dns",
-    "cache": "the one folder that is there for it",
+    "cache": "off: nothing that a container keeps is loaded by the next one",
     "socket": "the one folder that is there for it",
     "socket_group": "nobody else is in the container",
     "btf": "no other file is there",
@@ -95,7 +95,8 @@ def test_the_schema_has_the_values_and_no_others() -> None:
             if isinstance(value, dict):
                 compare(schema["properties"][name], value, f"{where}.{name}")
 
-    top = SCHEMA | {"properties": {name: value for name, value in SCHEMA["properties"].items() if name != "global"}}
+    others = {"global", "enabled"}  # of charts that have this one as a part
+    top = SCHEMA | {"properties": {name: value for name, value in SCHEMA["properties"].items() if name not in others}}
     compare(top, DEFAULTS, "")
 
 
@@ -170,6 +171,7 @@ def test_links_lead_to_pages_and_headings() -> None:
 
 
 WRONG = {
+    "enabled": ("yes",),
     "config.window": (0, 3601, "30"),
     "config.max_peers": (15, 1.5, 1 << 23),
     "config.max_series": (0, 10_001),
@@ -248,6 +250,16 @@ def test_wrong_values_are_refused_with_their_names(turn: int) -> None:
         ({"prometheusRule": {"enabled": True, "disabled": ["UdpwatchNoSuch"]}}, "UdpwatchNoSuch"),
         ({"seccompProfile": {"type": "Localhost"}}, "/seccompProfile/localhostProfile"),
         ({"appArmorProfile": {"type": "Localhost"}}, "/appArmorProfile/localhostProfile"),
+        ({"podLabels": {"app.kubernetes.io/name": "x"}}, "podLabels: app.kubernetes.io/name"),
+        ({"podAnnotations": {"checksum/config": "x"}}, "podAnnotations: checksum/config"),
+        ({"podMonitor": {"labels": {"helm.sh/chart": "x"}}}, "podMonitor.labels: helm.sh/chart"),
+        ({"serviceMonitor": {"labels": {"helm.sh/chart": "x"}}}, "serviceMonitor.labels: helm.sh/chart"),
+        ({"prometheusRule": {"labels": {"helm.sh/chart": "x"}}}, "prometheusRule.labels: helm.sh/chart"),
+        ({"dashboards": {"labels": {"helm.sh/chart": "x"}}}, "dashboards.labels: helm.sh/chart"),
+        (
+            {"dashboards": {"folder": "Network", "annotations": {"grafana_folder": "x"}}},
+            "dashboards.annotations: grafana_folder",
+        ),
     ],
 )
 def test_values_that_do_not_go_together_are_refused_with_their_names(values: dict[str, Any], name: str) -> None:

@@ -76,6 +76,11 @@ runAsUser: 0
 runAsGroup: 0
 {{- end }}
 
+{{- /* Links of a checkout; Flux's source-controller leaves links out of what it fetches (fluxcd/flux2#4088). */}}
+{{- define "udpwatch.noFiles" -}}
+{{- fail (printf "%s is missing or empty. It is a link out of the chart, which was lost on the way here: install the package that `helm package helm/udpwatch` makes, it holds the files themselves" .) }}
+{{- end }}
+
 {{- /* What JSON Schema cannot say, or not so that one knows what to do. */}}
 {{- define "udpwatch.check" -}}
 {{- with .Values }}
@@ -93,6 +98,25 @@ runAsGroup: 0
 {{- end }}
 {{- if and .podMonitor.enabled .serviceMonitor.enabled }}
 {{- fail "podMonitor.enabled and serviceMonitor.enabled: every series would be there twice; choose one" }}
+{{- end }}
+{{- $labels := include "udpwatch.labels" $ | fromYaml }}
+{{- $annotations := merge (include "udpwatch.appArmorAnnotations" $ | fromYaml) (dict "kubectl.kubernetes.io/default-container" "" "checksum/config" "") }}
+{{- $folder := ternary (dict .dashboards.folderAnnotation "") dict (ne .dashboards.folder "") }}
+{{- include "udpwatch.ownNames" (list "podLabels" .podLabels $labels) }}
+{{- include "udpwatch.ownNames" (list "podAnnotations" .podAnnotations $annotations) }}
+{{- include "udpwatch.ownNames" (list "podMonitor.labels" .podMonitor.labels $labels) }}
+{{- include "udpwatch.ownNames" (list "serviceMonitor.labels" .serviceMonitor.labels $labels) }}
+{{- include "udpwatch.ownNames" (list "prometheusRule.labels" .prometheusRule.labels $labels) }}
+{{- include "udpwatch.ownNames" (list "dashboards.labels" .dashboards.labels $labels) }}
+{{- include "udpwatch.ownNames" (list "dashboards.annotations" .dashboards.annotations $folder) }}
+{{- end }}
+{{- end }}
+
+{{- /* Takes (value's name, its map, what the chart itself puts beside it): the same name twice is no valid YAML. */}}
+{{- define "udpwatch.ownNames" -}}
+{{- range $name, $_ := index . 1 }}
+{{- if hasKey (index $ 2) $name }}
+{{- fail (printf "%s: %s is set by the chart itself" (index $ 0) $name) }}
 {{- end }}
 {{- end }}
 {{- end }}

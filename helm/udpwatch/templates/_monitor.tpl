@@ -14,6 +14,10 @@
     - sourceLabels: [__meta_kubernetes_pod_node_name]
       targetLabel: node
       action: replace
+    # The alerts look for udpwatch in the job's name, whatever the release and its objects are called.
+    - targetLabel: job
+      replacement: udpwatch
+      action: replace
     {{- with .relabelings }}
     {{- toYaml . | nindent 4 }}
     {{- end }}
