@@ -127,7 +127,6 @@ ENDPOINTS = {
     ),
 }
 SELECTION = {
-    "jobLabel": {"type": "string"},
     "selector": closed((), matchLabels=TEXTS),
     "namespaceSelector": closed((), any={"type": "boolean"}, matchNames={"type": "array", "items": {"type": "string"}}),
 }
@@ -468,7 +467,6 @@ def test_a_monitor_keeps_the_culprit_s_labels_and_adds_the_node(name: str, kind:
 def test_the_alerts_find_the_job_under_any_name(name: str) -> None:
     """UdpwatchAgentDown looks for udpwatch in the job's name, which must come from no object's name."""
     monitor = only(render(MATRIX[name] | {"nameOverride": "wrong-replies"}), MONITORS[name][0])
-    assert "jobLabel" not in monitor["spec"]
     (endpoint,) = monitor["spec"][MONITORS[name][1]]
     jobs = [each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"]
     (down,) = (rule["expr"] for rule in alerts(SOURCE) if rule["alert"] == "UdpwatchAgentDown")

@@ -196,6 +196,36 @@ def test_pages_name_metrics_that_there_are() -> None:
             assert name in families or (more and any(each.startswith(name) for each in families)), f"{page}: {name}"
 
 
+@pytest.mark.parametrize("checked", ["replies", "flows"])
+def test_shares_are_of_what_was_checked(checked: str, tmp_path: Path) -> None:
+    """One in ten, also of an agent with `hooks = "function"`: it checks flows, and no replies."""
+    if not shutil.which("promtool"):
+        pytest.skip("promtool is missing: apt-get install prometheus")
+    of = '{cluster="east", node="worker-1", instance="10.0.0.1:9953", job="udpwatch"'
+    series = {
+        f"udpwatch_build_info{of}}}": "1x180",
+        f'udpwatch_reply_source_mismatch_total{of}, process="openvpn", port="1194"}}': "0+120x180",
+        f"udpwatch_replies_checked_total{of}}}": "0x180",
+        f"udpwatch_flows_checked_total{of}}}": "0x180",
+    }
+    series[f"udpwatch_{checked}_checked_total{of}}}"] = "0+1200x180"
+    shares = [each for each in boards.of_panels() if re.search(r"mismatch_total.* / .*_checked_total", each.expression)]
+    assert len(shares) == 4
+    cases = [
+        {
+            "expr": f"round(sum({filled_in(each.expression, {}, 3600, 60, 240)}), 0.001)",
+            "eval_time": "150m",
+            "exp_samples": [{"labels": "{}", "value": 0.1}],
+        }
+        for each in shares
+    ]
+    inputs = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": inputs, "promql_expr_test": cases}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"tests": [test]}))
+    done = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yaml"], capture_output=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr).decode()
+
+
 def test_every_expression_is_promql(tmp_path: Path) -> None:
     if not shutil.which("promtool"):
         pytest.skip("promtool is missing: apt-get install prometheus")
