@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterable
 
 from udpwatch.dns.settings import Settings
-from udpwatch.dns.wire import Answer, Type, is_below, suffixes
+from udpwatch.dns.wire import Answer, Type, is_below, is_plain_name, suffixes
 from udpwatch.dns.zone import address_of
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -30,11 +30,6 @@ def contains(networks: Iterable[Network], packed: bytes) -> bool:
     address = ipaddress.ip_address(packed)
     mapped = getattr(address, "ipv4_mapped", None) or address
     return any(mapped in network for network in networks if network.version == mapped.version)
-
-
-def is_plain_name(name: bytes) -> bool:
-    """One label, or the root."""
-    return not name[0] or not name[1 + name[0]]
 
 
 def never_forwarded(settings: Settings, name: bytes, kind: int) -> bool:

@@ -245,6 +245,11 @@ def is_below(name: bytes, domain: bytes) -> bool:
     return name.endswith(domain) and any(part == domain for part in suffixes(name))
 
 
+def is_plain_name(name: bytes) -> bool:
+    """One label, or the root."""
+    return not name[0] or not name[1 + name[0]]
+
+
 def label_count(name: bytes) -> int:
     """How many labels, without the root's."""
     return sum(1 for _ in suffixes(name)) - 1

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from udpwatch.dns.errors import HostsError
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
-from udpwatch.dns.wire import MAX_NAME_BYTES, Type, lower, name_from_text, name_to_text, suffixes
+from udpwatch.dns.wire import MAX_NAME_BYTES, Type, is_plain_name, lower, name_from_text, name_to_text, suffixes
 
 CNAME_CHAIN = 10  # dnsmasq's; longer ones are a loop
 HOSTS, CONFIG = "hosts", "config"
@@ -78,6 +78,7 @@ class Zone:
         self._records: dict[bytes, dict[int, list[StaticRecord]]] = {}
         self._own_ttl: dict[bytes, int] = {}  # of names from host-record
         self._wild: dict[bytes, list[str | None]] = {}
+        self._delegated = {each.domain for each in settings.domain_servers}  # what `--server` says of a domain
         self._above: set[bytes] = set()  # names above others, in the domains that are ours alone
         self._origins: dict[bytes, str] = {}  # name -> "config", or, where queries are logged, a file
         self.entries = 0  # names and aliases read
@@ -120,12 +121,19 @@ class Zone:
         return self._find_wild(name, kind)
 
     def _find_wild(self, name: bytes, kind: int) -> Found | None:
+        """By `--address`, unless `--server` says something of a longer domain, or servers of this one stand against
+        nothing but NXDOMAIN (dnsmasq's rule)."""
         if not self._wild:
             return None
         for domain in suffixes(name):
-            if (addresses := self._wild.get(domain)) is None:
-                continue
+            if domain == b"\0" != name and b"" in self._delegated and is_plain_name(name):
+                return None
+            addresses = self._wild.get(domain, [])
             packed = [pack_address(address) for address in addresses if address is not None]
+            if not packed and domain in self._delegated:
+                return None
+            if not addresses:
+                continue
             if not packed:
                 return Found((), name in self._above, CONFIG)
             rrsets = []
@@ -177,7 +185,7 @@ class Zone:
 
     def _add_above(self, settings: Settings) -> None:
         ours = {each.domain for each in settings.domain_servers if not each.servers and not each.standard} - {b""}
-        ours |= {domain for domain, addresses in self._wild.items() if not any(addresses)}
+        ours |= {name for name, addresses in self._wild.items() if not any(addresses) and name not in self._delegated}
         if not ours:
             return
         ends = tuple(ours) if len(ours) <= FEW_DOMAINS else b""

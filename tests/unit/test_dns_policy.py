@@ -8,10 +8,10 @@ import dns_messages as m
 import pytest
 
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, is_plain_name, never_forwarded, rebinds
+from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, never_forwarded, rebinds
 from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
 from udpwatch.dns.settings import DomainServers, HostRecord, Server, Settings
-from udpwatch.dns.wire import Rcode, is_below, label_count, name_from_text, parse_answer
+from udpwatch.dns.wire import Rcode, is_below, is_plain_name, label_count, name_from_text, parse_answer
 from udpwatch.dns.zone import build
 
 DEFAULT, CORP, DEEP = Server("192.0.2.53"), Server("10.0.0.2"), Server("10.0.0.3")

@@ -502,6 +502,61 @@ def test_an_address_for_every_name() -> None:
     assert addresses(table, b"\0") == ["192.0.2.9"]
 
 
+OTHER = Server("10.0.0.2")
+STANDARD = "the servers of the rest"
+
+
+@pytest.mark.parametrize(
+    ("address", "server", "expected"),
+    [
+        # --address=/NAME/ADDRESS (None: NXDOMAIN), --server=/NAME/SERVER, and who answers for which name: dnsmasq 2.90's
+        (("#", "192.0.2.9"), ("ok", OTHER), {"ok": OTHER, "www.ok": OTHER, "x": "here", "xok": "here", ".": "here"}),
+        (("#", "192.0.2.9"), ("std", STANDARD), {"a.std": UPSTREAM, "b": "here"}),
+        (("#", "192.0.2.9"), ("ours", None), {"a.ours": Rcode.NXDOMAIN, "b": "here"}),
+        (("#", "192.0.2.9"), ("//", OTHER), {"plain": OTHER, "two.labels": "here", ".": "here"}),
+        (("#", "192.0.2.9"), ("//", None), {"plain": Rcode.NXDOMAIN, "two.labels": "here"}),
+        (("plain", "192.0.2.9"), ("//", OTHER), {"plain": "here", "a.plain": "here", "other": OTHER}),
+        (("ex", "192.0.2.9"), ("sub.ex", OTHER), {"sub.ex": OTHER, "a.sub.ex": OTHER, "a.ex": "here", "b": UPSTREAM}),
+        (("sub.ex", "192.0.2.9"), ("ex", OTHER), {"sub.ex": "here", "a.sub.ex": "here", "a.ex": OTHER}),
+        (("ads", None), ("ok.ads", STANDARD), {"ok.ads": UPSTREAM, "x.ok.ads": UPSTREAM, "x.ads": Rcode.NXDOMAIN}),
+        # the same domain: an address wins, to say that there is none does not
+        (("ex", "192.0.2.9"), ("ex", OTHER), {"ex": "here", "a.ex": "here"}),
+        (("ex", "192.0.2.9"), ("ex", None), {"a.ex": "here"}),
+        (("ex", None), ("ex", OTHER), {"ex": OTHER, "a.ex": OTHER}),
+        (("ex", None), ("ex", STANDARD), {"a.ex": UPSTREAM}),
+        (("ex", None), ("ex", None), {"a.ex": Rcode.NXDOMAIN}),
+    ],
+)
+def test_the_longest_domain_decides_between_address_and_server(
+    address: tuple[str, str | None], server: tuple[str, Server | str | None], expected: dict[str, Server | str | int]
+) -> None:
+    domain, told = (b"" if server[0] == "//" else wire(server[0])), server[1]
+    settings = Settings(
+        hosts=False,
+        addresses=(DomainAddress(b"\0" if address[0] == "#" else wire(address[0]), address[1]),),
+        domain_servers=(DomainServers(domain, (told,) if isinstance(told, Server) else (), told == STANDARD),),
+    )
+    responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
+    responder.upstreams = Upstreams((UPSTREAM,), settings.domain_servers)
+    for text, who in expected.items():
+        found = responder.respond(m.query(wire(text)), 0.0)
+        if isinstance(found, Forward):
+            assert responder.upstreams.for_name(wire(text)) == (who,), text
+        else:
+            assert isinstance(found, Reply)
+            assert ("here" if m.counts_of(found.data)[1] else found.rcode) == who, text
+
+
+def test_a_server_of_a_domain_takes_no_local_name_away(load: Load) -> None:
+    table, _ = load(
+        "192.0.2.1 a.ok\n",
+        addresses=(DomainAddress(b"\0", "192.0.2.9"),),
+        domain_servers=(DomainServers(wire("ok"), (OTHER,)),),
+        records=cnames(("alias.example", "b.ok")),
+    )
+    assert [addresses(table, text) for text in ("a.ok", "b.ok", "alias.example")] == [["192.0.2.1"], ["?"], ["?"]]
+
+
 # ---- what exists ----
 
 
