@@ -97,7 +97,7 @@ OPTIONS = (
         "-I --except-interface=NAME[,..]",
         values.several("except_interfaces", values.listening_device),
         "do not listen on these interfaces",
-        "a label (eth0:1) is refused",
+        "a label (eth0:1) is refused; --listen-address brings none of their addresses back",
     ),
     _option("--bind-dynamic", values.so_it_is, "nothing: each address has a socket, and comes and goes with it"),
     _option(
@@ -193,12 +193,22 @@ OPTIONS = (
         once=True,
     ),
     _option("-D --domain-needed", values.on("domain_needed"), "do not forward A and AAAA of names without a dot"),
-    _option("-b --bogus-priv", values.on("bogus_priv"), "do not forward the reverse of private addresses"),
-    _option("--stop-dns-rebind", values.on("stop_dns_rebind"), "refuse private addresses from upstream"),
+    _option(
+        "-b --bogus-priv",
+        values.on("bogus_priv"),
+        "do not forward the reverse of private addresses, but to a --server of their domain",
+        "of every type, not PTR and ANY alone, and with labels in front (b._dns-sd._udp.); not of parts of an address",
+    ),
+    _option(
+        "--stop-dns-rebind",
+        values.on("stop_dns_rebind"),
+        "refuse private addresses from upstream",
+        "the answer is REFUSED; dnsmasq's is empty",
+    ),
     _option(
         "--rebind-localhost-ok",
         values.on("rebind_localhost_ok"),
-        "with --stop-dns-rebind: let 127.0.0.0/8 and ::1 pass",
+        "with --stop-dns-rebind: let 127.0.0.0/8, 0.0.0.0/8, ::1 and :: pass",
     ),
     _option(
         "--rebind-domain-ok=[/]DOMAIN[/..]",

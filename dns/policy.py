@@ -22,7 +22,8 @@ PRIVATE = tuple(
 )
 _ADDRESSES = {(Type.A, 4), (Type.AAAA, 16)}  # type, octets
 _REVERSE_LABELS = 6, 34  # of a whole address in in-addr.arpa, and in ip6.arpa
-LOOPBACK = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+#: what leads to this host, whatever its name: with 0.0.0.0 lists of blocked domains are made
+LOOPBACK = tuple(ipaddress.ip_network(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "::/128", "::1/128"))
 
 
 def contains(networks: Iterable[Network], packed: bytes) -> bool:
@@ -32,11 +33,14 @@ def contains(networks: Iterable[Network], packed: bytes) -> bool:
     return any(mapped in network for network in networks if network.version == mapped.version)
 
 
-def never_forwarded(settings: Settings, name: bytes, kind: int) -> bool:
-    """Whether a question that nobody here can answer ends here, with NXDOMAIN: `--domain-needed`, `--bogus-priv`."""
+def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: bool = False) -> bool:
+    """Whether a question that nobody here can answer ends here, with NXDOMAIN: `--domain-needed`, `--bogus-priv`.
+
+    ``has_servers``: of its domain's own, who may know private addresses.
+    """
     if settings.domain_needed and kind in (Type.A, Type.AAAA) and is_plain_name(name):
         return True
-    if settings.bogus_priv and name.endswith(b"\x04arpa\x00"):
+    if settings.bogus_priv and not has_servers and name.endswith(b"\x04arpa\x00"):
         # What stands in front of an address is below it: DNS service discovery asks b._dns-sd._udp.0.1.168.192....
         parts = tuple(suffixes(name))
         for labels in _REVERSE_LABELS:

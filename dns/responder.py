@@ -73,16 +73,19 @@ class Upstreams:
 
     def for_name(self, name: bytes) -> tuple[Server, ...] | None:
         """The servers of the most specific domain; (): the name is ours alone; None: nobody knows it."""
-        if b"" in self.by_domain and name[0] and not name[1 + name[0]]:
-            return self._servers(self.by_domain[b""])
-        if self.by_domain:
-            for domain in wire.suffixes(name):
-                if (found := self.by_domain.get(domain)) is not None:
-                    return self._servers(found)
-        return self.default or None
+        found = self.domain_of(name)
+        if found and found.standard and name[1 + name[0]] == 0:  # the rest of a name of one label are those like it
+            found = self.by_domain.get(b"", found)
+        return found.servers if found and not found.standard else self.default or None
 
-    def _servers(self, found: DomainServers) -> tuple[Server, ...] | None:
-        return self.default or None if found.standard else found.servers
+    def domain_of(self, name: bytes) -> DomainServers | None:
+        """The most specific domain of a name that something was said of."""
+        if not self.by_domain:
+            return None
+        for domain in wire.suffixes(name):
+            if (found := self.by_domain.get(domain)) is not None:
+                return found
+        return self.by_domain.get(b"") if name[0] and wire.is_plain_name(name) else None
 
 
 class Responder:
@@ -124,7 +127,8 @@ class Responder:
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Who else is asked."""
-        if never_forwarded(self._settings, query.name, query.type):
+        domain = self.upstreams.domain_of(query.name)
+        if never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers)):
             return self._nothing(query, Rcode.NXDOMAIN)
         servers = self.upstreams.for_name(query.name)
         if servers == ():  # ours alone: what is not here is nowhere

@@ -83,6 +83,28 @@ def test_what_is_in_a_hosts_file_is_answered_all_the_same() -> None:
     assert asked(settings, "2.0.0.10.in-addr.arpa", m.PTR) == Rcode.NXDOMAIN
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ((("168.192.in-addr.arpa", (CORP,), False),), {"1.1.168.192": "forward", "1.1.0.10": Rcode.NXDOMAIN}),
+        ((("in-addr.arpa", (CORP,), False),), {"1.1.168.192": "forward", "1.1.0.10": "forward"}),
+        ((("168.192.in-addr.arpa", (), True),), {"1.1.168.192": Rcode.NXDOMAIN}),
+        ((("168.192.in-addr.arpa", (), False),), {"1.1.168.192": Rcode.NXDOMAIN}),
+        (
+            (("168.192.in-addr.arpa", (CORP,), False), ("1.168.192.in-addr.arpa", (), True)),
+            {"1.1.168.192": Rcode.NXDOMAIN, "1.2.168.192": "forward"},
+        ),
+    ],
+)
+def test_a_server_of_the_domain_knows_private_addresses(
+    told: tuple[tuple[str, tuple[Server, ...], bool], ...], expected: dict[str, int | str]
+) -> None:
+    """One of its own: the servers of the rest (`--server=/DOMAIN/#`) know no more than they did, to dnsmasq too."""
+    domains = tuple(DomainServers(wire(text), servers, standard) for text, servers, standard in told)
+    settings = Settings(hosts=False, bogus_priv=True, domain_servers=domains)
+    assert {text: asked(settings, f"{text}.in-addr.arpa", m.PTR) for text in expected} == expected
+
+
 def test_a_long_reverse_name_is_soon_read() -> None:
     settings = Settings(bogus_priv=True)
     assert not never_forwarded(settings, b"\x011" * 120 + b"\x07in-addr\x04arpa\x00", m.PTR)
@@ -128,9 +150,9 @@ def address(text: str, owner: bytes = m.TO_QUESTION) -> bytes:
 
 
 STOP = Settings(stop_dns_rebind=True)
-LOCAL = ["127.0.0.1", "127.255.255.254", "::1", "::ffff:127.0.0.1"]
-INSIDE = ["10.0.0.1", "172.16.5.5", "192.168.0.1", "169.254.169.254", "0.0.0.0", "255.255.255.255"]
-INSIDE += ["fd00::1", "fe80::1", "::", "::ffff:10.0.0.1", "::ffff:169.254.169.254"]
+LOCAL = ["127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "::1", "::", "::ffff:127.0.0.1"]
+INSIDE = ["10.0.0.1", "172.16.5.5", "192.168.0.1", "169.254.169.254", "255.255.255.255"]
+INSIDE += ["fd00::1", "fe80::1", "::ffff:10.0.0.1", "::ffff:169.254.169.254"]
 OUTSIDE = ["8.8.8.8", "172.32.0.1", "2a00::1", "::ffff:8.8.8.8", "64:ff9b::808:808"]
 
 
@@ -237,10 +259,13 @@ def test_nobody_to_ask() -> None:
 
 
 def test_names_of_one_label() -> None:
-    made = upstreams(("//", (CORP,), False), ("lan", (DEEP,), False))
-    assert made.for_name(wire("host")) == (CORP,)
+    made = upstreams(("//", (CORP,), False), ("lan", (DEEP,), False), ("ours", (), False), ("std", (), True))
+    asked = {text: made.for_name(wire(text)) for text in ("host", "lan", "ours", "std")}
+    assert asked == {"host": (CORP,), "lan": (DEEP,), "ours": (), "std": (CORP,)}
     assert made.for_name(wire("host.lan")) == (DEEP,)
+    assert made.for_name(wire("host.std")) == (DEFAULT,)
     assert made.for_name(wire("host.example")) == (DEFAULT,)
+    assert made.for_name(b"\0") == (DEFAULT,)
 
 
 @pytest.mark.parametrize(

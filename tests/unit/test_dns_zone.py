@@ -509,7 +509,7 @@ STANDARD = "the servers of the rest"
 @pytest.mark.parametrize(
     ("address", "server", "expected"),
     [
-        # --address=/NAME/ADDRESS (None: NXDOMAIN), --server=/NAME/SERVER, and who answers for which name: dnsmasq 2.90's
+        # --address=/NAME/ADDRESS (None: NXDOMAIN), --server=/NAME/SERVER, who answers for which name; as dnsmasq 2.90
         (("#", "192.0.2.9"), ("ok", OTHER), {"ok": OTHER, "www.ok": OTHER, "x": "here", "xok": "here", ".": "here"}),
         (("#", "192.0.2.9"), ("std", STANDARD), {"a.std": UPSTREAM, "b": "here"}),
         (("#", "192.0.2.9"), ("ours", None), {"a.ours": Rcode.NXDOMAIN, "b": "here"}),
