@@ -3,7 +3,7 @@
 What a question is worth, in order
 1. bytes that are no query: nothing, or FORMERR, never longer than what came (docs/dns.md);
 2. what nobody serves (opcodes, classes, zone transfers): NOTIMP, REFUSED, BADVERS;
-3. local names: every type of a name that exists;
+3. local names: what they have, and every type of those that have an address;
 4. the cache;
 5. an upstream server, if the client wants recursion and there is one; else REFUSED.
 """
@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from udpwatch.dns import wire
-from udpwatch.dns.cache import Cache, Entry
+from udpwatch.dns.cache import Cache, Entry, entry_of
 from udpwatch.dns.policy import never_forwarded
 from udpwatch.dns.settings import DomainServers, Server, Settings
-from udpwatch.dns.wire import AA, TC, Class, Malformed, Query, Rcode, Type
+from udpwatch.dns.wire import AA, TC, Answer, Class, Malformed, Query, Rcode, Type
 from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
 
 TCP_BYTES = 65_535
@@ -128,14 +128,22 @@ class Responder:
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Who else is asked."""
         domain = self.upstreams.domain_of(query.name)
-        if never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers)):
-            return self._nothing(query, Rcode.NXDOMAIN)
-        servers = self.upstreams.for_name(query.name)
+        ends_here = never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers))
+        servers = () if ends_here else self.upstreams.for_name(query.name)
         if servers == ():  # ours alone: what is not here is nowhere
-            return self._nothing(query, Rcode.NOERROR if self.zone.is_above(query.name) else Rcode.NXDOMAIN)
+            return self._nothing(query, Rcode.NOERROR if self.zone.exists(query.name) else Rcode.NXDOMAIN)
         if not servers or not query.recursion_desired:
             return self._nothing(query, Rcode.REFUSED)
         return Forward(query, most)
+
+    def entry_of(self, answer: Answer, now: float) -> Entry:
+        """What an upstream server's answer is here, to give and to keep. A name that has records of other types here is
+        not denied: NXDOMAIN would be the word on these, too (RFC 8020)."""
+        settings = self._settings
+        entry = entry_of(answer, now, settings.neg_ttl, settings.max_ttl, settings.negcache)
+        if entry.rcode == Rcode.NXDOMAIN and self.zone.exists(answer.name):
+            entry.rcode = Rcode.NOERROR
+        return entry
 
     def refuse(self, query: Query, rcode: int) -> Reply:
         """The answer to a question that was passed on in vain."""

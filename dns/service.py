@@ -382,17 +382,16 @@ class Service:
         return task
 
     async def _bring(self, key: Key, servers: tuple[Server, ...]) -> Entry:
-        settings = self._settings
         try:
             answer = await self._upstream.ask(key, servers)
         except NoAnswer as error:
             if error.rcode == Rcode.SERVFAIL and not self._cache.stand_in(key, time.monotonic()):
                 self._cache.put(key, cache.failure(time.monotonic()))
             raise
-        if rebinds(settings, answer):
+        if rebinds(self._settings, answer):
             log.warning("dns: possible DNS-rebind attack detected: %s", name_to_text(key[0]))
             raise NoAnswer(Rcode.REFUSED)
-        entry = cache.entry_of(answer, time.monotonic(), settings.neg_ttl, settings.max_ttl, settings.negcache)
+        entry = self._responder.entry_of(answer, time.monotonic())
         if entry.expires > entry.stored:
             self._cache.put(key, entry)
         return entry

@@ -2,10 +2,11 @@
 
 Rules
 1. A reader has the old table or the new one, never a mixture: `build` makes a new one, its caller puts it in place.
-2. A name that exists has an answer for every type, if an empty one (NODATA): asked for what it does not have, it is
-   never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the whole name. A name above
-   one that exists (an empty non-terminal, RFC 8020) is somebody else's business, but where this responder has the only
-   word on it (`--local=/DOMAIN/`, `--address=/DOMAIN/`): there it exists, too.
+2. A name that has an address or an alias has an answer for every type, if an empty one (NODATA): asked for what it
+   does not have, it is never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the
+   whole name. A name that has other records alone is somebody else's for the rest: one MX record must not take a public
+   domain's addresses away. So is a name above one that exists (an empty non-terminal, RFC 8020). But where this
+   responder has the only word on them (`--local=/DOMAIN/`, `--address=/DOMAIN/`) both exist, and are not denied.
 3. A bad line is reported with file and number, and skipped. A file that cannot be read is an error of the whole: the
    caller keeps the table that it has. The others are read nevertheless, so that all such files are counted.
 """
@@ -90,6 +91,8 @@ class Zone:
         at = name
         for _ in range(CNAME_CHAIN):
             found = self._find(at, kind)
+            if found is None and aliases and at in self._records:  # the alias says enough, as dnsmasq's
+                return Found(tuple(aliases), True, CONFIG)
             if found is None:
                 return None  # an alias of what is not known here is no answer
             if not found.rrsets or found.rrsets[0].type != Type.CNAME or kind in (Type.CNAME, Type.ANY):
@@ -108,10 +111,10 @@ class Zone:
         for each, records in self._records.get(name, {}).items():
             ttl = next((record.ttl for record in records if record.ttl is not None), self._ttl)
             rrsets.append(Rrset(name, each, ttl, tuple(record.data for record in records)))
-        if rrsets or name in self._records:
-            wanted = [rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)]
-            if not wanted:
-                wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
+        wanted = [rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)]
+        if not wanted:
+            wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
+        if wanted or any(rrset.type in _ADDRESS_BYTES for rrset in rrsets) or self._records.get(name) == {}:
             return Found(tuple(wanted), True, origin)
         if name.endswith((_REVERSE_4, _REVERSE_6)) and (address := address_of(name)) in self._reverse:
             target = self._reverse[address]
@@ -135,7 +138,7 @@ class Zone:
             if not addresses:
                 continue
             if not packed:
-                return Found((), name in self._above, CONFIG)
+                return Found((), self.exists(name), CONFIG)
             rrsets = []
             for each, size in _ADDRESS_BYTES.items():
                 data = tuple(one for one in packed if len(one) == size)
@@ -144,9 +147,10 @@ class Zone:
             return Found(tuple(rrsets), True, CONFIG)
         return None
 
-    def is_above(self, name: bytes) -> bool:
-        """Whether a name, in a domain that is ours alone, has others below it, and so exists."""
-        return name in self._above
+    def exists(self, name: bytes) -> bool:
+        """Whether a name that nothing was found of exists all the same, and may not be denied: it has records of other
+        types, or is in a domain that is ours alone, and has others below it."""
+        return name in self._above or name in self._records
 
     # ---- building ----
 
@@ -174,7 +178,7 @@ class Zone:
             for address in host.addresses:
                 self._add_host(pack_address(address), list(host.names), CONFIG)
             for name in host.names:
-                self._records.setdefault(name, {})  # exists, also without an address
+                self._records.setdefault(name, {})  # has an answer for every type, also without an address
                 if host.ttl is not None:
                     self._own_ttl[name] = host.ttl
         for record in settings.records:

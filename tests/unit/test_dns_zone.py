@@ -19,7 +19,7 @@ from udpwatch.dns.cache import Cache
 from udpwatch.dns.errors import FileError
 from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Rcode, name_from_text, name_to_text
+from udpwatch.dns.wire import Rcode, name_from_text, name_to_text, parse_answer
 from udpwatch.dns.zone import MAX_ADDRESSES, MAX_COMPLAINTS, Zone, build
 
 UPSTREAM = Server("192.0.2.53")
@@ -469,7 +469,7 @@ def test_an_alias_into_a_wildcard_domain() -> None:
 def test_records_of_several_types() -> None:
     name, kinds = wire("a"), (m.TXT, m.MX, m.TXT, m.SRV)
     table = of_settings(records=tuple(StaticRecord(name, kind, bytes(7)) for kind in kinds), local_ttl=4)
-    assert [answer(table, "a", kind) for kind in (m.TXT, m.MX, m.SRV, m.A)] == [(0, 2), (0, 1), (0, 1), (0, 0)]
+    assert [answer(table, "a", kind) for kind in (m.TXT, m.MX, m.SRV)] == [(0, 2), (0, 1), (0, 1)]
 
 
 def test_wildcard_addresses(load: Load) -> None:
@@ -565,6 +565,50 @@ def test_a_name_that_exists_has_an_answer_for_every_type(load: Load, kind: int) 
     """musl takes an upstream's NXDOMAIN for AAAA as the word on A, too."""
     table, _ = load("192.0.2.1 a.example\n")
     assert answer(table, "a.example", kind) == (Rcode.NOERROR, 0)
+
+
+ONLY = [m.MX, m.TXT, m.SRV, m.PTR]
+
+
+@pytest.mark.parametrize("kind", ONLY)
+def test_a_record_without_an_address_takes_nothing_else_away(kind: int) -> None:
+    """`--mx-host=example.org,..` leaves a public domain its addresses; a domain that is ours alone has none."""
+    records = tuple(
+        StaticRecord(wire(text), kind, bytes(7)) for text in ("a.example", "a.ours", "plain", "a.nx", "a.w")
+    )
+    settings = Settings(
+        hosts=False,
+        records=records,
+        domain_needed=True,
+        domain_servers=(DomainServers(wire("ours"), ()),),
+        addresses=(DomainAddress(wire("nx"), None), DomainAddress(wire("w"), "192.0.2.9")),
+    )
+    table = build(settings, pytest.fail)
+    for other in {m.A, m.AAAA, *OTHER_TYPES} - {kind}:
+        assert answer(table, "a.example", other, settings) == "forward"
+        for text in ("a.ours", "a.nx"):
+            assert answer(table, text, other, settings) == (Rcode.NOERROR, 0), "not denied"
+    assert answer(table, "plain", m.A, settings) == (Rcode.NOERROR, 0), "by --domain-needed: not denied"
+    assert answer(table, "a.w", m.A, settings) == (Rcode.NOERROR, 1), "by --address"
+    for text in ("a.example", "a.ours", "plain", "a.nx", "a.w"):
+        assert answer(table, text, kind, settings) == (Rcode.NOERROR, 1)
+
+
+@pytest.mark.parametrize("kind", ONLY)
+def test_a_name_with_records_here_is_not_denied_by_others(kind: int) -> None:
+    settings = Settings(hosts=False, records=(StaticRecord(wire("a.example"), kind, bytes(7)),))
+    responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
+    for text, rcode in (("a.example", Rcode.NOERROR), ("b.example", Rcode.NXDOMAIN), ("x.a.example", Rcode.NXDOMAIN)):
+        denied = m.response(text, m.A, (), (m.soa(300, 60),), rcode=Rcode.NXDOMAIN)
+        entry = responder.entry_of(parse_answer(denied), 0.0)
+        assert (entry.rcode, entry.expires) == (rcode, 60.0)
+
+
+def test_an_alias_of_a_name_without_an_address() -> None:
+    """As dnsmasq: the alias alone, not the word of somebody who does not know it."""
+    table = of_settings(records=(*cnames(("a", "text")), StaticRecord(wire("text"), m.TXT, b"\1x")))
+    assert [answer(table, "a", kind) for kind in (m.TXT, m.A, m.MX)] == [(0, 2), (0, 1), (0, 1)]
+    assert answer(table, "text", m.A) == "forward"
 
 
 def test_names_that_do_not_exist_are_asked_for_elsewhere(load: Load) -> None:
