@@ -47,6 +47,7 @@ class Entry:
     ttls: tuple[tuple[int, int], ...]  # offset in body, seconds
     stored: float  # monotonic seconds
     expires: float
+    max_ttl: int = MAX_TTL  # seconds that a client is told at most
     retry: float = 0.0  # while it stands in although it expired: not before this time is a server asked again
 
     @property
@@ -60,7 +61,7 @@ class Entry:
             return self.body
         body, passed = bytearray(self.body), int(now - self.stored)
         for offset, ttl in self.ttls:
-            _ttl.pack_into(body, offset, STALE_TTL if stale else max(ttl - passed, 0))
+            _ttl.pack_into(body, offset, min(STALE_TTL if stale else max(ttl - passed, 0), self.max_ttl))
         return bytes(body)
 
 
@@ -185,16 +186,18 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
     """What to keep of an answer. It expires at once where it must not be kept.
 
     Positive: the smallest TTL of the records that answer the question, aliases included. NXDOMAIN and NODATA: besides,
-    the SOA's TTL or its MINIMUM, whichever is smaller (RFC 2308, section 5), else ``neg_ttl``.
+    the SOA's TTL or its MINIMUM, whichever is smaller (RFC 2308, section 5), else ``neg_ttl``. ``max_ttl`` is for
+    clients alone (0: no limit): what is kept for less than it is good for costs a server more questions.
     """
-    start, most = len(answer.question) + HEADER_BYTES, min(max_ttl or MAX_TTL, MAX_TTL)
+    start = len(answer.question) + HEADER_BYTES
     entry = Entry(
         rcode=answer.rcode,
         body=answer.message[start : answer.body_end],
         counts=answer.counts,
-        ttls=tuple((record.owner_end + 4 - start, min(_seconds(record.ttl), most)) for record in answer.records),
+        ttls=tuple((record.owner_end + 4 - start, min(_seconds(record.ttl), MAX_TTL)) for record in answer.records),
         stored=now,
         expires=now,
+        max_ttl=min(max_ttl or MAX_TTL, MAX_TTL),
     )
     if answer.truncated or answer.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
         return entry
@@ -205,7 +208,7 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
     except Malformed:  # its names cannot be read, as names must be
         return entry
-    entry.expires = now + min(most, *lifetimes)
+    entry.expires = now + min(MAX_TTL, *lifetimes)
     return entry
 
 

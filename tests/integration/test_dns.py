@@ -189,8 +189,8 @@ QUESTIONS = [
     *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A")),
     ("2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa", "PTR"),
 ]
-#: A name that has an address has an answer for every type here. dnsmasq asks upstream, and makes of an NXDOMAIN for a name
-#: that it has itself a NOERROR, with that server's SOA; without an upstream server it says REFUSED.
+#: A name that has an address has an answer for every type here. dnsmasq asks upstream, and makes of an NXDOMAIN for a
+#: name that it has itself a NOERROR, with that server's SOA; without an upstream server it says REFUSED.
 NO_DATA = [("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA"), ("alias.test", "AAAA")]
 #: We never claim authority for what others said, nor for names that we only refuse to look for.
 WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa"}

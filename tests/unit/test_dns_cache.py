@@ -155,11 +155,19 @@ def test_negcache_off() -> None:
 
 
 def test_max_ttl_is_what_a_client_sees() -> None:
-    made = entry(positive(address(300), address(20)), max_ttl=60)
-    reply = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
-    assert ttls(reply.data) == [60, 20]
-    assert lifetime(positive(address(300)), max_ttl=60) == 60
-    assert lifetime(negative(m.soa(300, 200)), max_ttl=60) == 60
+    """And not how long an answer is kept, as with dnsmasq."""
+    kept = Cache(10, 1000)
+    kept.put(KEY, entry(positive(address(300), address(20)), max_ttl=5))
+    assert ttls(from_entry(parse_query(m.query(NAME)), entry(positive(), max_ttl=60), 512, 0.0, "forward").data) == [60]
+    made = responder(kept)
+    for now, expected in ((0.0, [5, 5]), (16.0, [5, 4]), (19.5, [5, 1])):
+        reply = respond(made, m.query(NAME), now)
+        assert (ttls(reply.data), reply.source) == (expected, "cache")
+    assert kept.stand_in(KEY, 400.0)
+    assert ttls(respond(made, m.query(NAME), 400.0).data) == [5, 5], "a stale one, too"
+    assert lifetime(positive(address(300)), max_ttl=60) == 300
+    assert lifetime(negative(m.soa(300, 200)), max_ttl=60) == 200
+    assert lifetime(positive(address(0x7FFFFFFF)), max_ttl=0x7FFFFFFF) == cache.MAX_TTL
 
 
 @pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60])
