@@ -211,15 +211,21 @@ class Responder:
 def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int, int, int], most: int) -> bytes:
     """The response, or where it is too long one that says so (TC) and holds nothing but the question: stub resolvers
     match it, and come again over TCP (RFC 2181, section 9)."""
-    if wire.HEADER_BYTES + len(query.question) + len(body) + (wire.OPT_BYTES if query.edns else 0) > most:
+    if not _fits(query, len(body), most):
         return wire.message(query, rcode, flags | TC)
     return wire.message(query, rcode, flags, body, counts)
+
+
+def _fits(query: Query, body_bytes: int, most: int) -> bool:
+    return wire.HEADER_BYTES + len(query.question) + body_bytes + (wire.OPT_BYTES if query.edns else 0) <= most
 
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
     """An answer of an upstream server for this client; AA and AD are that server's word, and not ours to give."""
     rcode = entry.rcode if entry.rcode <= wire.RCODE_MASK or query.edns else Rcode.SERVFAIL  # OPT has the upper bits
-    data = fitted(query, rcode, 0, entry.aged(now, source == "stale"), entry.counts, most)
+    # Thousands of TTLs are not counted down for an answer that says nothing but to come again over TCP.
+    body = entry.aged(now, source == "stale") if _fits(query, len(entry.body), most) else entry.body
+    data = fitted(query, rcode, 0, body, entry.counts, most)
     # TTLs are whole seconds: until they count down the same bytes are right.
     until = min(entry.expires, entry.stored + int(now - entry.stored) + 1) if source == "cache" else 0.0
     return Reply(data, source, rcode, query, until)

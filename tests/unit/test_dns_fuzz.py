@@ -424,7 +424,7 @@ def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) ->
 
 
 def test_honest_answers_are_within_the_budget() -> None:
-    """The dearest real names, those of IPv6 reverse look-ups; an alias with hundreds of addresses; one too many."""
+    """The dearest real names, those of IPv6 reverse look-ups; an alias with all the addresses that a message holds."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
     answer = parse_answer(m.response(reverse, m.PTR, tuple(names)))
@@ -433,10 +433,39 @@ def test_honest_answers_are_within_the_budget() -> None:
         assert wire.rdata_name(answer, record).endswith(m.name("example.org"))
     alias = m.record(m.CNAME, m.name("a.long.chain.of.names.example.org"), 60)
     at = 12 + len(m.question("www.example")) + 12
-    addresses = (m.record(m.A, bytes(4), 50, pointer(at)),) * (wire.MAX_RECORDS - 1)
-    assert entry_of(parse_answer(m.response("www.example", m.A, (alias, *addresses))), 0.0, 0, 0, True).expires == 50.0
+    address = m.record(m.A, bytes(4), 50, pointer(at))
+    head = len(m.response("www.example", m.A, (alias,)))
+    data = m.response("www.example", m.A, (alias, *[address] * ((65_535 - head) // len(address))))
+    answer = parse_answer(data)
+    assert (len(data) > 65_500, len(answer.records) > 4_000) == (True, True)
+    assert entry_of(answer, 0.0, 0, 0, True).expires == 50.0
+    assert answer.steps.taken + answer.steps.jumps <= 2 * len(answer.records), "linear, two steps each"
+
+
+def test_records_are_bounded() -> None:
+    """The smallest that there can be: more than MAX_RECORDS fit into a message."""
+    smallest = m.record(m.A, b"", 50, b"\0")
+    assert len(parse_answer(m.response("q", m.A, (smallest,) * wire.MAX_RECORDS)).records) == wire.MAX_RECORDS
+    data = m.response("q", m.A, (smallest,) * (wire.MAX_RECORDS + 1))
+    assert len(data) <= 65_535
     with pytest.raises(Malformed):
-        parse_answer(m.response("www.example", m.A, (alias, *addresses, addresses[0])))
+        parse_answer(data)
+
+
+def test_a_service_of_many_pods() -> None:
+    """A headless Service of Kubernetes: an SRV record and an address for each pod. It is kept, and whole over TCP."""
+    name, pods = "_http._tcp.web.default.svc.cluster.local", [f"10-0-{n >> 8}-{n & 255}" for n in range(700)]
+    owners = [m.name(pod)[:-1] + pointer(12 + 11) for pod in pods]  # below web.default.svc.cluster.local
+    records = tuple(m.record(m.SRV, struct.pack("!3H", 0, 1, 80) + owner, 30) for owner in owners)
+    glue = tuple(m.record(m.A, bytes((10, 0, n >> 8, n & 255)), 30, owner) for n, owner in enumerate(owners))
+    answer = parse_answer(m.response(name, m.SRV, records, (), glue))
+    entry = entry_of(answer, 0.0, 0, 0, True)
+    assert (entry.counts, entry.expires) == ((700, 0, 700), 30.0)
+    query = parse_query(m.query(name, m.SRV, m.opt()))
+    whole = dns.message.from_wire(from_entry(query, entry, 65_535, 10.0, "cache").data)
+    assert {rrset.ttl for rrset in (*whole.answer, *whole.additional)} == {20}
+    assert (len(whole.answer[0]), len(whole.additional)) == (700, 700)
+    assert m.flags_of(from_entry(query, entry, 1232, 10.0, "cache").data) & m.TC
 
 
 def test_random_messages_of_every_size() -> None:
