@@ -25,7 +25,6 @@ ENTRY_BYTES = 600  # of Python's objects around an answer
 PROTECTED_SHARE = 0.8
 MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
 MAX_NEGATIVE_TTL = 10_800  # RFC 2308, section 5
-MAX_ALIASES = 16  # one after the other; a longer chain is not kept
 FAILURE_SECONDS = 5  # RFC 9520, section 3.2: between 1 s and 5 min
 STALE_TTL = 30  # RFC 8767, section 5.2
 STALE_RETRY_SECONDS = 5.0  # how long a stale answer stands in before the servers are tried again
@@ -206,7 +205,7 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
         lifetimes = [_seconds(record.ttl) for record in (*aliases, *found)]
         if answer.rcode == Rcode.NXDOMAIN or not found:
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
-    except Malformed:  # its names cannot be read, as names must be
+    except Malformed:  # its names cannot be read, as names must be, or lead nowhere
         return entry
     entry.expires = now + min(MAX_TTL, *lifetimes)
     return entry
@@ -217,10 +216,17 @@ def _seconds(ttl: int) -> int:
     return 0 if ttl >> 31 else ttl
 
 
+class Circle(Malformed):
+    """Aliases that lead back to one another: they can be read, and passed on, but answer nothing that could be kept."""
+
+    def __init__(self) -> None:
+        super().__init__("record")
+
+
 def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
     """The aliases from the question's name on, the name that they lead to, and its records of the question's type.
 
-    Raises Malformed, also where the aliases have no end.
+    There may be as many aliases as the message holds, and the budget for its names. Raises Malformed, and Circle.
     """
     named: dict[bytes, list[Record]] = {}
     written: dict[bytes, bytes] = {}  # the same octets, most often a pointer, are the same name: it is read once
@@ -231,8 +237,10 @@ def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
                 written[octets] = owner(answer, record)
             named.setdefault(written[octets], []).append(record)
     aliases: list[Record] = []
+    seen: set[bytes] = set()
     name = answer.name
-    for _ in range(MAX_ALIASES):
+    while name not in seen:
+        seen.add(name)
         records = named.get(name, [])
         found = [record for record in records if answer.type in (record.type, Type.ANY)]
         alias = next((record for record in records if record.type == Type.CNAME), None)
@@ -240,7 +248,7 @@ def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
             return aliases, name, found
         aliases.append(alias)
         name = rdata_name(answer, alias)
-    raise Malformed("record")
+    raise Circle
 
 
 def _negative_ttl(answer: Answer, name: bytes, neg_ttl: int) -> int:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from udpwatch.dns import wire
-from udpwatch.dns.cache import follow
+from udpwatch.dns.cache import Circle, follow
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.settings import Server
 from udpwatch.dns.wire import CD, DO, RD, Answer, Malformed, Rcode
@@ -144,7 +144,8 @@ class Upstream:
                 if failed.rcode not in _NO_EDNS:
                     raise
                 answer = await self._exchange(server, key, b"")
-            follow(answer)
+            with contextlib.suppress(Circle):  # passed on as it came, and not kept
+                follow(answer)
         except OSError as error:
             raise _Failed("timeout" if isinstance(error, TimeoutError) else "network") from None
         except Malformed:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import dns.flags
 import dns.message
+import dns.rdatatype
 import dns.rrset
 import pytest
 from agents import wait_for
@@ -296,6 +297,28 @@ def test_bomb_in_the_data(scene: Scene, faulty: tuple[FakeServer, FakeServer, Re
         server.script = truncated(bomb)
     answer = scene.ask("bomb.example", port=FAULTY_PORT)
     assert rcode(answer) == "SERVFAIL" or answer.flags & dns.flags.TC
+
+
+def test_aliases_however_many(scene: Scene) -> None:
+    """As dnsmasq: a long chain is an answer, and kept; one that leads back is passed on, and asked for again."""
+
+    def chained(asked: Asked) -> bytes:
+        response = asked.reply()
+        names = [asked.name, *(f"n{each}.chain.example." for each in range(20))]
+        if asked.name.startswith("circle"):
+            names.append(asked.name)
+        response.answer += [dns.rrset.from_text(a, 300, "IN", "CNAME", b) for a, b in pairwise(names)]
+        if not asked.name.startswith("circle"):
+            response.answer.append(dns.rrset.from_text(names[-1], 300, "IN", "A", *GOOD))
+        return response.to_wire(max_size=65_535)
+
+    with FakeServer(scene.servers, FIRST, chained) as server, responder(scene):
+        for name, aliases, times in (("long.example.", 20, 1), ("circle.example.", 21, 2)):
+            for _ in range(2):
+                answer = scene.ask(name, tcp=True)
+                assert (rcode(answer), len(texts(answer))) == ("NOERROR", 21)
+                assert sum(rrset.rdtype == dns.rdatatype.CNAME for rrset in answer.answer) == aliases
+            assert server.names().count(name) == times
 
 
 @pytest.mark.parametrize("way", ["slow", "byte by byte", "truncated"])

@@ -170,17 +170,24 @@ def test_max_ttl_is_what_a_client_sees() -> None:
     assert lifetime(positive(address(0x7FFFFFFF)), max_ttl=0x7FFFFFFF) == cache.MAX_TTL
 
 
-@pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60])
+@pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60, 300])
 def test_chains_of_aliases(length: int) -> None:
     names = [m.name(NAME), *(m.name(f"n{each}.example") for each in range(length))]
     links = [alias(100 + each, names[each + 1], names[each]) for each in range(length)]
     random.Random(1).shuffle(links)  # noqa: S311
-    assert lifetime(positive(*links, address(300, names[-1]))) == (100 if length < cache.MAX_ALIASES else 0)
+    data = positive(*links, address(300, names[-1]))
+    assert lifetime(data) == 100
+    assert [len(part) for part in cache.follow(parse_answer(data))[::2]] == [length, 1]
 
 
 def test_a_loop_of_aliases_is_not_kept() -> None:
     back = alias(300, m.name(NAME), OTHER)
-    assert lifetime(positive(alias(300, OTHER), back)) == 0
+    for data in (positive(alias(300, OTHER), back), positive(alias(300, OTHER), alias(300, OTHER, OTHER))):
+        assert lifetime(data) == 0
+        with pytest.raises(cache.Circle):
+            cache.follow(parse_answer(data))
+    soa = m.soa(300, 60, m.name("example"))
+    assert lifetime(negative(soa, answers=(alias(300, OTHER), back))) == 0, "nor as NODATA"
 
 
 def test_names_that_cannot_be_read_are_not_kept() -> None:
