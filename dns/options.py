@@ -135,7 +135,7 @@ OPTIONS = (
         "-A --address=/DOMAIN/[..][ADDRESS|#]",
         values.read_address,
         "a domain, and all below it, at an address; #: 0.0.0.0 and ::; nothing: NXDOMAIN; /#/: every name",
-        "//, *DOMAIN and an address without a domain are refused",
+        "//, *DOMAIN and an address without a domain are refused; other types have no records and are not passed on",
     ),
     _option(
         "--host-record=NAME[,..][,IPv4][,IPv6][,TTL]",
