@@ -57,7 +57,7 @@ class Processes:
             main = _name(folder / "comm")
             if main != comm and comm and not any(_name(t / "comm") == comm for t in (folder / "task").iterdir()):
                 return unknown
-            cgroups = _cgroups(folder / "cgroup")
+            cgroups = cgroups_of(folder / "cgroup")
         except OSError:
             return unknown
         arguments = _arguments(folder / "cmdline")
@@ -68,9 +68,10 @@ def _name(path: Path) -> str:
     return printable(path.read_bytes().removesuffix(b"\n"))
 
 
-def _cgroups(path: Path) -> tuple[str, ...]:
-    """The paths of /proc/PID/cgroup, each once; lines are ID:CONTROLLERS:PATH."""
-    lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).splitlines()]
+def cgroups_of(path: Path) -> tuple[str, ...]:
+    """The paths of a /proc/PID/cgroup, each once, v2 first; lines are ID:CONTROLLERS:PATH. Raises OSError."""
+    # A cgroup's name may hold all that str.splitlines() takes for the end of a line, except "\n".
+    lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).split("\n")]
     order = {"": 0, "name=systemd": 1}
     lines = sorted((line for line in lines if len(line) == 3), key=lambda line: order.get(line[1], 2))
     return tuple(dict.fromkeys(line[2].removesuffix(_DELETED) for line in lines))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,12 +63,13 @@ def _open(path: str) -> Cgroup:
     return Cgroup(fd, path, os.fstat(fd).st_ino)
 
 
-def _mounted() -> Iterator[str]:
+def _mounted(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[str]:
     """Mount points of cgroup2 in this mount namespace."""
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    # Blank, tab, "\n" and "\\" are written in octal; not so what else Python takes for the end of a line or word.
+    for line in os.fsdecode(mountinfo.read_bytes()).split("\n"):
         mount, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
-            yield mount.split()[4].encode().decode("unicode_escape")
+            yield re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), mount.split(" ")[4])
 
 
 def find(path: str | None) -> Cgroup:

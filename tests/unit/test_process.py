@@ -72,8 +72,9 @@ def test_a_process_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
         ("0::/a:b:c\n", ("/a:b:c",)),
         ("0::/a (deleted)\n", ("/a",)),
         ("nonsense\n0::/a\n", ("/a",)),
+        *((f"0::/a{end}0::/docker/x\n", (f"/a{end}0::/docker/x",)) for end in "\r\v\f\x1c\x1d\x1e\x85\u2028"),
     ],
-    ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd"],
+    ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd", *(f"one name {end}" for end in range(8))],
 )
 def test_hierarchies(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
     make(tmp_path, 7, "a", {7: "a"}, lines)
