@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
@@ -15,6 +16,7 @@ from udpwatch.agent.kernel.records import printable
 
 MAX_PROCESSES = 4096
 KEEP_SECONDS = 60.0  # a process may change its name, and a process id is used again
+MAX_THREADS = 64  # looked at for one name: the rest would keep the agent from its events for as long as somebody likes
 MAX_COMMAND_BYTES = 1024  # of the command line; Java's have many thousand
 _CUT = "…"
 _DELETED = " (deleted)"  # the kernel adds it to the path of a cgroup that is gone
@@ -41,9 +43,9 @@ class Processes:
         """The process behind a thread's name. ``now``: monotonic seconds.
 
         The kernel reports the name of the thread that sent. The process is called after its main thread; that one
-        is taken if one of the process's threads still has the reported name, else the id may already belong to
-        somebody else, and the reported name stands. The cgroup's id only tells processes apart that had the same id
-        one after the other.
+        is taken if one of the process's first MAX_THREADS threads still has the reported name, else the id may already
+        belong to somebody else, and the reported name stands. The cgroup's id only tells processes apart that had
+        the same id one after the other.
         """
         key = pid, comm, cgroup
         return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm), now)
@@ -55,7 +57,7 @@ class Processes:
             return unknown
         try:
             main = _name(folder / "comm")
-            if main != comm and comm and not any(_name(t / "comm") == comm for t in (folder / "task").iterdir()):
+            if main != comm and comm and not _has_thread(folder / "task", comm):
                 return unknown
             cgroups = cgroups_of(folder / "cgroup")
         except OSError:
@@ -66,6 +68,11 @@ class Processes:
 
 def _name(path: Path) -> str:
     return printable(path.read_bytes().removesuffix(b"\n"))
+
+
+def _has_thread(tasks: Path, comm: str) -> bool:
+    with os.scandir(tasks) as entries:
+        return any(_name(tasks / entry.name / "comm") == comm for entry in islice(entries, MAX_THREADS))
 
 
 def cgroups_of(path: Path) -> tuple[str, ...]:

@@ -47,6 +47,18 @@ def test_an_id_that_belongs_to_somebody_else_by_now(proc: Path) -> None:
     assert look(proc, 7, "named") == Process("named")
 
 
+def test_more_threads_than_are_looked_at(tmp_path: Path) -> None:
+    """The name that was reported stands; reading thousands of names would take longer than events may wait."""
+    read: list[str] = []
+    make(tmp_path, 7, "java", {number: f"t{number}" for number in range(7, 7 + 4 * process.MAX_THREADS)}, "0::/a\n")
+    with pytest.MonkeyPatch.context() as patch:
+        name = process._name
+        patch.setattr(process, "_name", lambda path: read.append(path.parent.name) or name(path))
+        assert look(tmp_path, 7, "gone") == Process("gone")
+    assert len(read) == 1 + process.MAX_THREADS
+    assert look(tmp_path, 7, f"t{read[1]}") == Process("java", cgroups=("/a",))
+
+
 def test_a_process_that_is_gone(proc: Path) -> None:
     assert look(proc, 99, "named") == Process("named")
     assert look(proc, 0, "") == Process("unknown")
