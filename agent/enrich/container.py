@@ -46,10 +46,7 @@ def parse(path: str) -> Container:
     """The innermost container of a cgroup's path; an empty one where the path names none."""
     parts = path.split("/")
     for end in range(len(parts), 0, -1):
-        *front, name = parts[end - 1].split(":")
-        if front and front[-1]:  # SLICE:RUNTIME:ID
-            name = f"{front[-1]}-{name}"
-        found = _CONTAINER.fullmatch(name)
+        found = _CONTAINER.fullmatch(_name(parts[end - 1]))
         if not found:
             continue
         prefix = found["runtime"] or ("docker" if parts[end - 2] == "docker" else "")
@@ -58,6 +55,25 @@ def parse(path: str) -> Container:
         uid, cgroup = _pod(parts[:end])
         return Container(found["id"], RUNTIMES.get(prefix, ""), uid, cgroup or "/".join(parts[:end]))
     return Container()
+
+
+def folder(path: str, container_id: str) -> str:
+    """The first cgroup on a path that is called like a container; "": none is.
+
+    It is called by the id, which need not be a number, with a runtime's prefix and ".scope" or without.
+    """
+    names = {container_id, *(f"{runtime}-{container_id}" for runtime in RUNTIMES)} if container_id else set()
+    parts = path.split("/")
+    for end, part in enumerate(parts, 1):
+        if _name(part).removesuffix(".scope") in names:
+            return "/".join(parts[:end])
+    return ""
+
+
+def _name(part: str) -> str:
+    """A folder's name, of SLICE:RUNTIME:ID the last two as RUNTIME-ID."""
+    *front, name = part.split(":")
+    return f"{front[-1]}-{name}" if front and front[-1] else name
 
 
 def _pod(parts: list[str]) -> tuple[str, str]:

@@ -2,7 +2,10 @@
 
 Every runtime leaves a small process beside each container, which is the parent of the container's first process and
 has the container's id among its arguments: containerd-shim (Docker and containerd) or conmon (CRI-O and podman).
-A process inside may call itself so, too: what is said here counts only as far as the cgroup's path agrees.
+
+Rules
+1. A process inside may call itself so, too. It is passed over: who watches over a container is not in its cgroup.
+2. What it says counts only for the very container that the path names, by that container's whole id.
 """
 
 from __future__ import annotations
@@ -12,12 +15,16 @@ from itertools import pairwise
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
+from udpwatch.agent.enrich.container import folder, parse
+from udpwatch.agent.enrich.process import cgroups_of
 from udpwatch.agent.kernel.records import printable
 
 MAX_CONTAINERS = 4096
 KEEP_SECONDS = 600.0
+RETRY_SECONDS = 60.0  # not found from one process may be found from the next
 MAX_ANCESTORS = 64
 MAX_ARGUMENTS_BYTES = 8192
+_SHIM, _CONMON = b"containerd-shim", b"conmon"
 _DOCKER = "moby"  # the namespace that Docker uses in containerd
 
 
@@ -26,11 +33,12 @@ class Runtime:
     """What the watching program's arguments tell; "": nothing."""
 
     name: str = ""  # as Sender.runtime
-    container_id: str = ""  # with containerd in Kubernetes that of the pod's first container
+    container_id: str = ""  # the whole one; with containerd in Kubernetes, where one watches over a whole pod, none
     container: str = ""  # its name; podman only
 
 
 _UNKNOWN = Runtime()
+_OF_A_POD = Runtime("containerd")
 
 
 class Runtimes:
@@ -46,36 +54,54 @@ class Runtimes:
         if known:
             return known
         try:
-            found = self._climb(pid)
-        except (OSError, ValueError):  # one of them has ended
+            found = self._climb(pid, cgroup)
+        except (OSError, ValueError, IndexError):  # one of them has ended
             return _UNKNOWN
-        if found.container_id and found.container_id not in cgroup:
-            found = _UNKNOWN
-        return self._cache.put(cgroup, found, now)
+        return self._cache.put(cgroup, found, now, RETRY_SECONDS if found == _UNKNOWN else None)
 
-    def _climb(self, pid: int) -> Runtime:
+    def _climb(self, pid: int, cgroup: str) -> Runtime:
+        _, pid = self._stat(pid)
         for _ in range(MAX_ANCESTORS):
             if pid <= 1:
                 break
-            folder = self._proc / str(pid)
-            # stat: PID (NAME) STATE PPID ...; the name may hold anything
-            name, _, behind = (folder / "stat").read_bytes().partition(b"(")[2].rpartition(b")")
-            if name.startswith((b"containerd-shim", b"conmon")):
-                return _of_arguments(name, folder / "cmdline")
-            pid = int(behind.split()[1])
+            name, parent = self._stat(pid)
+            if name.startswith(_SHIM) or name == _CONMON:
+                # First where it is: a process that ends in between has no arguments any more, and on v1 no place.
+                places = cgroups_of(self._proc / str(pid) / "cgroup")
+                found = _of_arguments(name, self._proc / str(pid) / "cmdline")
+                number = _container(found, cgroup)
+                # By name, not by the whole path: that is another one as seen from a cgroup namespace.
+                if number and places and not any(folder(place, number) for place in places):
+                    return found
+            pid = parent
         return _UNKNOWN
+
+    def _stat(self, pid: int) -> tuple[bytes, int]:
+        """(name, parent) of PID (NAME) STATE PPID ...; the name may hold anything."""
+        name, _, behind = (self._proc / str(pid) / "stat").read_bytes().partition(b"(")[2].rpartition(b")")
+        return name, int(behind.split()[1])
+
+
+def _container(found: Runtime, cgroup: str) -> str:
+    """The id of the container on the path of which a watching process speaks; "": of none."""
+    number = parse(cgroup).id
+    if number:  # with containerd in Kubernetes one watches over the whole pod, and has no name to give
+        speaks = found == _OF_A_POD or found.container_id == number
+    else:  # only ctr takes other ids than numbers
+        number, speaks = found.container_id, found.name == "containerd"
+    return number if speaks and folder(cgroup, number) else ""
 
 
 def _of_arguments(name: bytes, path: Path) -> Runtime:
     with path.open("rb") as file:
         arguments = [printable(each) for each in file.read(MAX_ARGUMENTS_BYTES).split(b"\0")]
     options = dict(pairwise(arguments))
-    if name == b"conmon":
+    if name == _CONMON:
         container = options.get("-n", "")
         if container.startswith("k8s_"):
             return Runtime("cri-o", options.get("-c", ""))
         return Runtime("podman", options.get("-c", ""), container)
     namespace = options.get("-namespace", "")
     if namespace == "k8s.io":  # one for the whole pod
-        return Runtime("containerd")
+        return _OF_A_POD
     return Runtime("docker" if namespace == _DOCKER else "containerd", options.get("-id", ""))

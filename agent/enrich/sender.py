@@ -9,7 +9,7 @@ from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.cgroups import Cgroups
-from udpwatch.agent.enrich.container import Container, parse
+from udpwatch.agent.enrich.container import Container, folder, parse
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.pod import Pod, Pods
 from udpwatch.agent.enrich.process import Processes
@@ -21,6 +21,7 @@ MAX_SENDERS = 8192
 KEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0  # a name may come a moment after its container
 SHORT_ID = 12  # digits, as docker ps shows them
+MAX_LABEL = 253  # letters of a name, as many as Kubernetes allows; Docker and podman take any number
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +81,9 @@ class Senders:
             cgroup=printable(os.fsencode(path)),
             runtime=container.runtime,
             container_id=container.id,
-            container=name or container.id[:SHORT_ID],
-            namespace=pod.namespace,
-            pod=pod.pod,
+            container=(name or container.id[:SHORT_ID])[:MAX_LABEL],
+            namespace=pod.namespace[:MAX_LABEL],
+            pod=pod.pod[:MAX_LABEL],
         )
         return sender, bool(name if container.id else path)
 
@@ -100,8 +101,8 @@ class Senders:
         A pod lives as long as anything in it does, its sandbox at least; not everybody removes its empty cgroup.
         """
         container = parse(sender.cgroup)
-        folder = container.cgroup or _folder(sender.cgroup, sender.container_id)
-        return bool(folder) and self._cgroups.gone(folder, now, when_empty=container.id not in folder)
+        place = container.cgroup or folder(sender.cgroup, sender.container_id)
+        return bool(place) and self._cgroups.gone(place, now, when_empty=container.id not in place)
 
 
 def _agreed(container: Container, runtime: Runtime, path: str) -> Container:
@@ -109,11 +110,5 @@ def _agreed(container: Container, runtime: Runtime, path: str) -> Container:
     if container.id:
         return replace(container, runtime=container.runtime or runtime.name)
     if runtime.container_id:  # a name instead of a number: ctr lets its user choose
-        return Container(runtime.container_id, runtime.name, "", _folder(path, runtime.container_id))
+        return Container(runtime.container_id, runtime.name, "", folder(path, runtime.container_id))
     return container
-
-
-def _folder(path: str, container_id: str) -> str:
-    """The cgroup that is called like the container; "": none."""
-    front, found, _ = f"{path}/".partition(f"/{container_id}/")
-    return f"{front}/{container_id}" if container_id and found else ""

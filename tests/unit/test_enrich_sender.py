@@ -52,6 +52,7 @@ class Host:
         folder = self.roots.proc / "10"
         folder.mkdir()
         (folder / "stat").write_text("10 (containerd-shim) S 1 0")
+        (folder / "cgroup").write_text("0::/system.slice/containerd.service\n")
         (folder / "cmdline").write_text("\0".join(("containerd-shim-runc-v2", *arguments)))
 
     def exits(self) -> None:
@@ -221,6 +222,13 @@ def test_names_that_would_do_harm_on_a_screen(host: Host) -> None:
     assert sender.process == r"a\x07"
     assert sender.cgroup == rf"/user\x1b[2J/docker/{ID}"
     assert sender.container == r"\x9b[red]"
+
+
+def test_names_without_end(host: Host) -> None:
+    """Docker takes a name of any length; a label has as many letters as Kubernetes allows."""
+    host.process(f"0::{DOCKER}\n")
+    host.docker("/" + "a" * 100_000)
+    assert host.senders.lookup(seen(), 0).container == "a" * 253
 
 
 def test_odd_names_in_labels_and_json(host: Host) -> None:
