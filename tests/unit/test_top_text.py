@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from test_top_rows import NOW, look, row, snapshot
 from udpwatch.agent.cli import main
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.views.top import sources, text
-from udpwatch.agent.views.top.rows import Look
+from udpwatch.agent.views.top.detail import detail, title
+from udpwatch.agent.views.top.layout import plain
+from udpwatch.agent.views.top.rows import Look, Order, rows
 from udpwatch.agent.views.top.sources import AgentSource, open_agent
 
 EVENTS = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
@@ -92,6 +94,19 @@ def test_plain_lines_are_of_rows_that_grew() -> None:
     assert len(lines) == 1
     assert "port 53 asked 172.16.13.13 answered 172.17.0.1 new kernel-chosen" in lines[0]
     assert lines[0].isprintable()
+
+
+def test_no_word_of_a_source_moves_the_cursor() -> None:
+    """Prometheus passes on whatever it was given for a label, verdict and cause among them."""
+    evil = "\x1b]52;c;eA==\x07\r"
+    found = row(evil, namespace=evil, pod=evil, container=evil, expected=evil, actual=evil, verdict=evil, cause=evil)
+    seen = replace(look(0, found, node=evil, mode=evil, kernel=evil), cluster=True)
+    (line,) = rows(seen, Order.TOTAL)
+    shown = [text.table(seen, width, "script") for width in (None, 100, 40)]
+    shown += [*text.changes(seen, {}), title(line)]
+    shown += [plain(each) for each in detail(line, (), "", 80, cluster=True)]
+    for each in "\n".join(shown).split("\n"):
+        assert each.isprintable()
 
 
 def test_looks_go_on_after_trouble_and_say_it_once() -> None:

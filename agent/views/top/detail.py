@@ -52,10 +52,9 @@ def detail(
     """The pane's lines; ``events`` as `events_of` gives them, None while they are being asked for."""
     key, row = line.key, line.row
     lines = _about(key, row, cluster)
-    lines.append(
-        ("asked", f"{safe(key.expected)}, answered from {safe(key.actual)}: {_CAUSES.get(key.cause, key.cause)}")
-    )
-    lines.append((key.verdict, _VERDICTS.get(key.verdict, key.verdict)))
+    verdict, cause = safe(key.verdict), safe(key.cause)
+    lines.append(("asked", f"{safe(key.expected)}, answered from {safe(key.actual)}: {_CAUSES.get(cause, cause)}"))
+    lines.append((verdict, _VERDICTS.get(verdict, verdict)))
     seen = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
     if row.last:
         seen += f", the last at {clock_text(row.last)}"

@@ -106,7 +106,7 @@ _GIVING = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
 
 
 def _brief(word: str) -> str:
-    return _BRIEF.get(word, word)
+    return _BRIEF.get(word) or safe(word)
 
 
 COLUMNS = (
@@ -123,9 +123,12 @@ COLUMNS = (
     Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
     Column("answered", ("answered from", "answered"), lambda line, _: safe(line.key.actual)),
     Column(
-        "verdict", ("verdict", "ct"), lambda line, _: line.key.verdict, brief=lambda line, _: _brief(line.key.verdict)
+        "verdict",
+        ("verdict", "ct"),
+        lambda line, _: safe(line.key.verdict),
+        brief=lambda line, _: _brief(line.key.verdict),
     ),
-    Column("cause", ("cause",), lambda line, _: line.key.cause, brief=lambda line, _: _brief(line.key.cause)),
+    Column("cause", ("cause",), lambda line, _: safe(line.key.cause), brief=lambda line, _: _brief(line.key.cause)),
     Column("rate", ("rate/s", "/s"), lambda line, _: rate_text(line.rate), right=True, order=Order.RATE),
     Column("total", ("total",), lambda line, _: count_text(line.total), right=True, order=Order.TOTAL),
     Column("last", ("last seen", "last"), _last, right=True, order=Order.LAST),

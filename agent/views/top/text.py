@@ -86,7 +86,7 @@ def _change(look: Look, line: Line) -> str:
     who = " ".join(filter(None, (safe(key.node) if look.cluster else "", safe(key.process) or "-", safe(line.where))))
     return (
         f"{clock_text(look.time)} {who} port {key.port} asked {safe(key.expected)} answered {safe(key.actual)} "
-        f"{key.verdict} {key.cause} rate {rate_text(line.rate)} total {count_text(line.total)}"
+        f"{safe(key.verdict)} {safe(key.cause)} rate {rate_text(line.rate)} total {count_text(line.total)}"
     )
 
 
