@@ -12,7 +12,7 @@ import pytest
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.views.top import prometheus
-from udpwatch.agent.views.top.prometheus import PrometheusSource, look_of
+from udpwatch.agent.views.top.prometheus import PrometheusSource, look_of, samples_of
 from udpwatch.agent.views.top.rows import Order, rows
 
 MISMATCH = "udpwatch_reply_source_mismatch_total"
@@ -46,6 +46,31 @@ def test_a_row_per_node_and_finding() -> None:
     assert [row.last for each in look.snapshots for row in each.rows] == [0.0, 0.0]
     again, _ = look_of(1015.0, [(mismatch("a:9953"), 8.0)], rates, [], seen)
     assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
+
+
+def test_a_node_goes_by_its_name() -> None:
+    """Where the scrape adds it; two agents of one node, as while one replaces the other, are one."""
+    old, new = ({**mismatch(f"10.0.0.{number}:9953"), "node": "worker-1"} for number in (1, 2))
+    look, seen = look_of(1000.0, [(old, 7.0), (new, 1.0)], [(old, 0.5), (new, 1.0)], [], {})
+    (line,) = rows(look, Order.TOTAL)
+    assert (line.key.node, line.total, line.rate) == ("worker-1", 8, 1.5)
+    again, _ = look_of(1015.0, [(new, 2.0), (old, 7.0)], [], [], seen)
+    assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
+
+
+def vector(*samples: tuple[dict[str, Any], str]) -> bytes:
+    result = [{"metric": labels, "value": [1.0, value]} for labels, value in samples]
+    return json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}}).encode()
+
+
+def test_numbers_that_are_none() -> None:
+    """A counter that somebody else wrote there, a rate over nothing."""
+    bad = ("NaN", "+Inf", "-Inf", "-1", "1e308")
+    totals = samples_of(vector((mismatch("a"), "3"), *((mismatch("b"), value) for value in bad)))
+    assert totals == [(mismatch("a"), 3.0)]
+    odd = samples_of(vector((mismatch("a", "9" * 5000), "3"), ({**mismatch("a"), "port": 53}, "4")))
+    look, _ = look_of(1000.0, odd, odd, odd, {})
+    assert sorted((line.key.port, line.total) for line in rows(look, Order.TOTAL)) == [(0, 3), (53, 4)]
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -107,17 +132,37 @@ def test_no_findings_are_an_answer_and_a_path_and_a_password_reach_the_server(se
         (200, b"<html>a router</html>", "no answer of Prometheus' HTTP API"),
         (200, b"[]", "no answer of Prometheus' HTTP API"),
         (200, b'{"status": "success", "data": {"resultType": "scalar", "result": [1, "2"]}}', "not a vector"),
-        (200, b"x" * 2000, "more than 0 MiB"),
+        (200, b"x" * 5000, "more than 0 MiB"),
         (422, b'{"status": "error", "error": "query timed out"}', "422 query timed out"),
         (503, b"<html>", "503 Service Unavailable"),
+        (400, json.dumps({"error": "\x1b]0;x\x07" * 100}).encode(), "400 \ufffd]0;x\ufffd"),
+        (200, json.dumps({"status": "\x1b[2J", "data": {}, "error": "\x1b[2J"}).encode(), r"\(\ufffd\[2J\)"),
+        (200, b"[" * 3000, "no answer of Prometheus' HTTP API"),
+        (503, b"[" * 3000, "503 Service Unavailable"),
     ],
 )
 def test_what_is_no_prometheus(
     serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, reason: str
 ) -> None:
-    monkeypatch.setattr(prometheus, "MAX_REPLY_BYTES", 1000)
-    with pytest.raises(OSError, match=reason):
+    monkeypatch.setattr(prometheus, "MAX_REPLY_BYTES", 3000)
+    with pytest.raises(OSError, match=reason) as caught:
         PrometheusSource(serve(say(status, body))).read()
+    assert str(caught.value).isprintable()
+
+
+def test_what_is_not_even_http(serve: Callable[[Answer], str]) -> None:
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        handler.wfile.write(b"SSH-2.0-OpenSSH_9\x1b[2J\r\n")
+
+    with pytest.raises(OSError, match="no answer of Prometheus' HTTP API") as caught:
+        PrometheusSource(serve(answer)).read()
+    assert str(caught.value).isprintable()
+
+
+def test_numbers_that_no_look_can_be_made_of(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prometheus, "MAX_VALUE", float("inf"))
+    with pytest.raises(OSError, match="infinity"):
+        PrometheusSource(serve(say(200, vector((mismatch("a"), "+Inf"))))).read()
 
 
 def test_who_trickles_is_left(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,15 +13,20 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from http.client import HTTPException
 from typing import Any
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.model import Row, Sender, Snapshot
+from udpwatch.agent.views.lines import safe
 from udpwatch.agent.views.top.rows import Key, Look, key_of
 
 TIMEOUT_SECONDS = 10.0
 MAX_REPLY_BYTES = 64 * 1024 * 1024
+MAX_REASON = 200  # letters
+MAX_PORT_DIGITS = 5
+MAX_VALUE = 2.0**64  # of a count or a rate; beyond are +Inf, and what would overflow to it in a sum
 _CHUNK_BYTES = 64 * 1024
 
 _MISMATCH = "udpwatch_reply_source_mismatch_total"
@@ -58,7 +63,10 @@ class PrometheusSource:
         totals = self._query(_TOTALS)
         rates = self._query(f"irate({_MISMATCH}[{_WINDOW}])")
         checked = self._query(f"sum(irate({_CHECKED}[{_WINDOW}]))")
-        look, self._seen = look_of(now, totals, rates, checked, self._seen)
+        try:
+            look, self._seen = look_of(now, totals, rates, checked, self._seen)
+        except (ValueError, OverflowError) as error:
+            raise self._no_answer(error) from None
         return look
 
     def events(self, limit: int) -> list[dict[str, Any]]:
@@ -77,11 +85,18 @@ class PrometheusSource:
                 return samples_of(_read(answer))
         except urllib.error.HTTPError as error:
             with error:
-                raise ConnectionError(f"{self.name}: {error.code} {_reason(error)}") from None
+                raise self._wrong(f"{error.code} {_reason(error)}") from None
         except urllib.error.URLError as error:
-            raise ConnectionError(f"{self.name}: {error.reason}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConnectionError(f"{self.name}: no answer of Prometheus' HTTP API ({error})") from None
+            raise self._wrong(str(error.reason)) from None
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, HTTPException) as error:
+            raise self._no_answer(error) from None
+
+    def _no_answer(self, error: Exception) -> OSError:
+        return self._wrong(f"no answer of Prometheus' HTTP API ({error})")
+
+    def _wrong(self, reason: str) -> OSError:
+        """Why there is no look, in letters that do no harm on a terminal: some are the server's own."""
+        return ConnectionError(f"{self.name}: {safe(reason[:MAX_REASON])}")
 
 
 def _read(answer: Any) -> bytes:
@@ -100,17 +115,25 @@ def _read(answer: Any) -> bytes:
 def _reason(error: urllib.error.HTTPError) -> str:
     """Prometheus says in JSON what it does not like; anything else has its status line."""
     try:
-        return str(json.loads(error.read(_CHUNK_BYTES))["error"])[:200]
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(_read(error))["error"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, HTTPException):
         return str(error.reason)
 
 
 def samples_of(body: bytes) -> list[_Sample]:
-    """An instant vector as (labels, value). Raises ValueError, KeyError, TypeError for anything else."""
+    """An instant vector as (labels, value), without what is no count and no rate: NaN, +Inf, less than 0.
+
+    Raises ValueError, LookupError, TypeError, AttributeError, RecursionError for anything else.
+    """
     told = json.loads(body)
     if told["status"] != "success" or told["data"]["resultType"] != "vector":
         raise ValueError(str(told.get("error", "not a vector")))
-    return [(dict(each["metric"]), float(each["value"][1])) for each in told["data"]["result"]]
+    found = [(_labels(each["metric"]), float(each["value"][1])) for each in told["data"]["result"]]
+    return [(labels, value) for labels, value in found if 0 <= value <= MAX_VALUE]
+
+
+def _labels(metric: dict[str, object]) -> _Labels:
+    return {name: str(value) for name, value in metric.items()}
 
 
 @dataclass(slots=True)
@@ -121,7 +144,7 @@ class _Node:
     checked: int = 0
     other: int = 0
     lost: dict[str, int] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    rows: dict[Key, Row] = field(default_factory=dict)
 
 
 def look_of(
@@ -135,7 +158,7 @@ def look_of(
     nodes: dict[str, _Node] = {}
     remembered: dict[Key, tuple[int, float]] = {}
     for labels, value in totals:
-        name = labels.get("instance", "")
+        name = _node(labels)
         node = nodes.setdefault(name, _Node())
         match labels.get("__name__"):
             case "udpwatch_build_info":
@@ -151,13 +174,17 @@ def look_of(
             case _:
                 row = _row(labels, int(value))
                 key = key_of(name, row)
-                count, since = seen.get(key, (row.count, 0.0))
-                remembered[key] = (row.count, since if count == row.count else now)
-                node.rows.append(_row(labels, row.count, remembered[key][1]))
+                known = node.rows.get(key)  # by an agent that this one replaced, for a scrape or two
+                node.rows[key] = replace(row, count=row.count + known.count) if known else row
+    for node in nodes.values():
+        for key, row in node.rows.items():
+            count, since = seen.get(key, (row.count, 0.0))
+            remembered[key] = (row.count, since if count == row.count else now)
+            node.rows[key] = replace(row, last=remembered[key][1])
     by_key: dict[Key, float] = {}
     for labels, value in rates:
         if labels.get("port") != _OTHER:
-            key = key_of(labels.get("instance", ""), _row(labels, 0))
+            key = key_of(_node(labels), _row(labels, 0))
             by_key[key] = by_key.get(key, 0.0) + value
     look = Look(
         time=now,
@@ -170,7 +197,12 @@ def look_of(
     return look, remembered
 
 
-def _row(labels: _Labels, count: int, last: float = 0.0) -> Row:
+def _node(labels: _Labels) -> str:
+    """The node by its name, where the scrape adds it (the chart's monitors do), else by where it is scraped."""
+    return labels.get("node") or labels.get("instance", "")
+
+
+def _row(labels: _Labels, count: int) -> Row:
     def label(name: str) -> str:
         # Where the scrape's own target has a label of that name, Prometheus has moved the agent's aside.
         return labels.get(f"exported_{name}", labels.get(name, ""))
@@ -179,7 +211,7 @@ def _row(labels: _Labels, count: int, last: float = 0.0) -> Row:
     port = label("port")
     return Row(
         sender=Sender(label("process"), container=label("container"), namespace=label("namespace"), pod=label("pod")),
-        port=int(port) if port.isdecimal() else 0,
+        port=int(port) if port.isdecimal() and len(port) <= MAX_PORT_DIGITS else 0,
         expected=expected,
         actual=label("actual"),
         verdict=label("verdict"),
@@ -187,7 +219,7 @@ def _row(labels: _Labels, count: int, last: float = 0.0) -> Row:
         family=6 if ":" in expected else 4,
         count=count,
         first=0.0,
-        last=last,
+        last=0.0,
     )
 
 
@@ -201,7 +233,7 @@ def _snapshot(name: str, node: _Node, now: float) -> Snapshot:
         time=now,
         ready=True,
         notes=(),
-        rows=tuple(node.rows),
+        rows=tuple(node.rows.values()),
         other=node.other,
         checked=node.checked,
         tracked_peers=0,
