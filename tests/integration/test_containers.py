@@ -186,6 +186,20 @@ def test_docker_own_network(agent: Agent, docker: Docker, node: Namespace, port:
     assert_names(agent, port, "docker", container, container=f"own-{port}")
 
 
+def test_a_container_does_not_choose_its_name(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    """One of its processes calls itself conmon, and tells its own container's id with another one's name."""
+    lie = f"printf conmon > /proc/$$/comm; /{SERVER} {port} & wait"
+    own = r"$(sed -n 's|.*/containers/\([0-9a-f]*\)/hostname.*|\1|p' /proc/self/mountinfo)"
+    run = f"exec /bin/sh -c '{lie}' sh -c {own} -n billing-db"
+    container = docker.run(f"liar-{port}", "/bin/sh", "-c", run, flags=["--network=host"])
+    pid = server_pid(container, port)
+    above = Path(f"/proc/{Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1]}")
+    assert (above / "comm").read_text() == "conmon\n"
+    assert f"\0-c\0{container}\0-n\0billing-db" in (above / "cmdline").read_text()
+    ask_from_outside(outside, pid, port)
+    assert_names(agent, port, "docker", container, container=f"liar-{port}")
+
+
 def test_docker_host_network(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
     container = docker.run(f"host-{port}", f"/{SERVER}", str(port), flags=["--network=host"])
     ask_from_outside(outside, first_pid(container), port)
