@@ -3,8 +3,9 @@
 Rules
 1. One thread reads all UDP sockets, and answers what is in memory. What needs somebody else's word is handed to the
    event loop, a batch at a time.
-2. The same octets get the same answer until something changes: `memo` keeps answers under the datagram without its id.
-   A hit costs one look-up and one copy. Every change of a table replaces `memo` by an empty one.
+2. The same octets get the same answer until something changes: a `memo` per family, whose counters it holds, keeps
+   answers under the datagram without its id. A hit costs one look-up and one copy. Every change of a table replaces
+   the memos by empty ones.
 3. IP_PKTINFO and IPV6_PKTINFO go back as they came, so that the answer's source is the address that was asked. The
    interface in them is set to 0, so that routing decides where the answer leaves; not so for link-local addresses,
    which mean nothing without.
@@ -35,7 +36,7 @@ from udpwatch.dns.responder import Drop, Forward, Reply, Responder
 BATCH = 64
 SLOT = 4096  # of a datagram read; no query is longer
 BATCHES_IN_A_ROW = 8  # from one socket before the others have their turn
-MEMO_ENTRIES = 4096
+MEMO_ENTRIES = 4096  # of a family
 MEMO_KEY_BYTES = 600
 SEEN_ADDRESSES = 65_536
 RECEIVE_BUFFER_BYTES = 4 << 20
@@ -220,6 +221,10 @@ def _address(memory: mmap.mmap) -> int:
 _Remembered = tuple[float, bytes, Cell]
 
 
+def _no_memos() -> dict[socket.AddressFamily, dict[bytes, _Remembered]]:
+    return {family: {} for family in _LAYOUTS}
+
+
 class UdpThread(threading.Thread):
     """Answers on all UDP sockets."""
 
@@ -237,7 +242,7 @@ class UdpThread(threading.Thread):
         super().__init__(name="dns-udp", daemon=True)
         self._responder, self._metrics, self._admits = responder, metrics, admits
         self._forward, self._tell = forward, tell
-        self._memo: dict[bytes, _Remembered] = {}
+        self._memos = _no_memos()
         self._peers: set[bytes] = set()  # that are served
         self._destinations: dict[bytes, bool] = {}  # pktinfo -> whether its interface is kept
         self._batches = {family: _Batch(layout) for family, layout in _LAYOUTS.items()}
@@ -265,7 +270,7 @@ class UdpThread(threading.Thread):
 
     def invalidate(self) -> None:
         """Something that answers depend on has changed, and the change is in place: forget what was remembered."""
-        self._memo = {}
+        self._memos = _no_memos()
 
     def readmit(self) -> None:
         """Who is served has changed."""
@@ -333,7 +338,7 @@ class UdpThread(threading.Thread):
         begun = time.monotonic()
         data, answers, names, control = batch.data, batch.answers, batch.names, batch.control
         lengths, answer_lengths = batch.lengths, batch.answer_lengths
-        memo, peers, destinations = self._memo, self._peers, self._destinations
+        memo, peers, destinations = self._memos[link.family], self._peers, self._destinations
         layout, wildcard = link.layout, link.wildcard
         peer_from, peer_to = layout.address.start, layout.address.stop
         info_from, info_to = layout.pktinfo.start, layout.pktinfo.stop

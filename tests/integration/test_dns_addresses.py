@@ -127,6 +127,22 @@ def test_the_watch_looks(scene: ContainerHost, packet_watch: Watch, port: int) -
     assert packet_watch.count(port) == 1
 
 
+def test_each_family_is_counted_as_itself(scene: ContainerHost, responder: Responder) -> None:
+    """Also where both ask in the very same octets, and the answer is remembered."""
+
+    def asked(family: str) -> int:
+        return responder.metric("requests_total", proto="udp", family=family, type="A")
+
+    for address in (NODE.DOCKER0, NODE.DOCKER0_6):
+        assert rcode(ask(scene.container, address, "host.test")) == "NOERROR"
+    before = asked("1"), asked("2")
+    for address in (NODE.DOCKER0, NODE.DOCKER0_6, NODE.DOCKER0, NODE.DOCKER0_6, NODE.DOCKER0_6):
+        with connected(scene.container, address) as client:
+            client.send(bare_query("host.test"))
+            assert client.recv(100)
+    assert (asked("1"), asked("2")) == (before[0] + 2, before[1] + 3)
+
+
 def test_groups_get_no_answer(scene: ContainerHost, responder: Responder) -> None:
     """Nobody may answer from a group's address, and any other would be wrong."""
     before = responder.metric("dropped_total", reason="group")
