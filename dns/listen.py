@@ -2,6 +2,9 @@
 
 On everything is one socket per family on the wildcard address, unless another program holds port 53 on one address
 (systemd-resolved does, on 127.0.0.53): then each address gets a socket of its own, but for that one.
+
+An address is no fence: Linux takes a packet for any of its addresses from any interface. So where interfaces were
+named, it counts by which one a question came, whatever address it asked (CVE-2012-3411).
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ class Listening:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._named = bool(settings.listen_addresses or settings.interfaces or settings.except_interfaces)
+        self._by_interface = bool(settings.interfaces or settings.except_interfaces)
+        self._ways: dict[int, bool] = {}  # interfaces by index: whether what comes by them is served
+        self._told_of_way = False
         self._addresses = {pack_address(text) for text in settings.listen_addresses}
         self._open: dict[_SocketAddress, _Pair] = {}
         self._handed: set[_SocketAddress] = set()  # to the servers
@@ -83,7 +89,8 @@ class Listening:
         return new
 
     def update(self, locals_: list[Local]) -> bool:
-        """Addresses have changed. False: one of them could not be had yet, and should be tried again."""
+        """Addresses or interfaces have changed. False: one of them could not be had yet, and should be tried again."""
+        self._ways = {}
         if self._wildcard:
             return True
         gone, complete = self._adjust(locals_, starting=False)
@@ -104,6 +111,35 @@ class Listening:
                 listener.close()
         self._open.clear()
 
+    def serves(self, index: int, destination: bytes) -> bool:
+        """Whether a question is served that came by this interface for this address (4 or 16 octets); any thread may
+        ask. dnsmasq's rule: what comes to a `--listen-address`, by an interface that is served, or from this host."""
+        if not self._by_interface or destination in self._addresses:
+            return True
+        ways = self._ways
+        if (served := ways.get(index)) is not None:
+            return served
+        try:
+            name = socket.if_indextoname(index)
+        except OSError:  # it has gone; or no descriptor is free, so that this cannot be remembered
+            return False
+        served = ways[index] = name == LOOPBACK or self._is_served(name)
+        if not served and not self._told_of_way:
+            self._told_of_way = True
+            log.warning(
+                "dns: ignoring query that came by %s, an interface that is not served (logged only once); "
+                "--listen-address serves an address whichever way questions come",
+                name,
+            )
+        return served
+
+    def _is_served(self, interface: str) -> bool:
+        settings = self._settings
+        if _matches(interface, settings.except_interfaces):
+            return False
+        everything = not settings.listen_addresses and not settings.interfaces
+        return everything or _matches(interface, settings.interfaces)
+
     def is_own(self, server: Server, locals_: list[Local]) -> bool:
         """Whether asking this server would be asking ourselves."""
         if server.port != self.port:
@@ -123,7 +159,7 @@ class Listening:
         try:
             for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104  asked for
                 try:
-                    self._open[host, port] = _pair((host, port), family)
+                    self._open[host, port] = _pair((host, port), family, checked=True)
                 except OSError as error:
                     if error.errno not in _NO_FAMILY or family == socket.AF_INET:
                         raise
@@ -139,15 +175,13 @@ class Listening:
 
     def _wanted(self, locals_: list[Local]) -> dict[_SocketAddress, socket.AddressFamily]:
         settings, port = self._settings, self._settings.port
-        everything = not settings.listen_addresses and not settings.interfaces
         wanted: dict[_SocketAddress, socket.AddressFamily] = {}
         for local in locals_:
-            if not local.usable or _matches(local.interface, settings.except_interfaces):
-                continue
-            by_interface = _matches(local.interface, settings.interfaces) or (
-                bool(settings.interfaces) and local.interface == LOOPBACK  # as dnsmasq: this host is always served
-            )
-            if not (everything or by_interface or local.packed in self._addresses):
+            # As dnsmasq: this host is served by every --interface.
+            is_loopback = local.interface == LOOPBACK and bool(settings.interfaces)
+            excepted = _matches(local.interface, settings.except_interfaces)
+            by_interface = self._is_served(local.interface) or (is_loopback and not excepted)
+            if not local.usable or not (by_interface or local.packed in self._addresses):
                 continue
             host = local.text.partition("%")[0]
             if len(local.packed) == 4:
@@ -168,7 +202,8 @@ class Listening:
             if address in self._open or address in self._theirs:
                 continue
             try:
-                self._open[address] = _pair(address, family)
+                checked = self._by_interface and pack_address(address[0]) not in self._addresses
+                self._open[address] = _pair(address, family, checked)
             except OSError as error:
                 number, complete = error.errno or 0, False
                 if starting and number not in _PASSING:
@@ -198,8 +233,8 @@ def _refused(address: str, port: int, error: OSError) -> str:
     return f"cannot listen on {address} port {port}: {error.strerror}: {way_out}"
 
 
-def _pair(address: _SocketAddress, family: socket.AddressFamily) -> _Pair:
-    link = udp.open_socket(address, family)
+def _pair(address: _SocketAddress, family: socket.AddressFamily, checked: bool) -> _Pair:
+    link = udp.open_socket(address, family, checked)
     try:
         # Port 0 (tests): both on the one that the kernel chose first.
         chosen = (address[0], link.link.getsockname()[1], *address[2:])

@@ -97,7 +97,7 @@ OPTIONS = (
         "-I --except-interface=NAME[,..]",
         values.several("except_interfaces", values.listening_device),
         "do not listen on these interfaces",
-        "a label (eth0:1) is refused; --listen-address brings none of their addresses back",
+        "a label (eth0:1) is refused",
     ),
     _option("--bind-dynamic", values.so_it_is, "nothing: each address has a socket, and comes and goes with it"),
     _option(

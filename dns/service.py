@@ -76,9 +76,10 @@ class Service:
         self._retry: asyncio.TimerHandle | None = None
         self._serving = False
         tell = self._query_log.tell if self._query_log else None
-        self._udp = UdpThread(self._responder, self.metrics, self.admits, self._take_from_thread, tell)
-        self._tcp = TcpServer(self._responder, self.metrics, self.admits, self._ask_over_tcp, tell)
         self._listening = Listening(settings)
+        who = self.admits, self._listening.serves
+        self._udp = UdpThread(self._responder, self.metrics, *who, self._take_from_thread, tell)
+        self._tcp = TcpServer(self._responder, self.metrics, *who, self._ask_over_tcp, tell)
         try:
             self._listening.open(self._locals)
         except BaseException:

@@ -12,11 +12,13 @@ import errno
 import logging
 import socket
 import struct
+import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.responder import Drop, Forward, Reply, Responder
+from udpwatch.dns.udp import LAYOUTS
 from udpwatch.dns.zone import pack_address
 
 MAX_CONNECTIONS = 512
@@ -29,6 +31,9 @@ SEND_BUFFER_BYTES = 128 << 10  # of the kernel's, per connection
 BACKLOG = 256
 ACCEPTED_IN_A_ROW = 64  # before others have their turn
 EXHAUSTED_SECONDS = 0.1  # until the next try to accept, where descriptors have run out
+
+#: level, IP_PKTINFO or IPV6_RECVPKTINFO, IP_PKTOPTIONS or IPV6_2292PKTOPTIONS
+_PKTOPTIONS = {socket.AF_INET: (socket.IPPROTO_IP, 8, 9), socket.AF_INET6: (socket.IPPROTO_IPV6, 49, 6)}
 
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
@@ -59,10 +64,12 @@ class TcpServer:
         responder: Responder,
         metrics: Metrics,
         admits: Callable[[bytes], bool],
+        serves: Callable[[int, bytes], bool],
         ask: Ask,
         tell: Callable[[Reply | Forward, str, int], None] | None,
     ) -> None:
-        self._responder, self._metrics, self._admits = responder, metrics, admits
+        """``admits``, ``serves``, ``tell``: as `UdpThread` takes them."""
+        self._responder, self._metrics, self._admits, self._serves = responder, metrics, admits, serves
         self._ask, self._tell = ask, tell
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
         self._held_bytes = 0
@@ -127,6 +134,10 @@ class TcpServer:
             log.error("dns: a connection ended with %r", error, exc_info=error)
 
     async def _serve(self, link: socket.socket) -> None:
+        if not self._serves(*_arrival(link)):
+            self._metrics.dropped["policy"][0] += 1
+            link.close()
+            return
         try:
             reader, writer = await asyncio.open_connection(sock=link, limit=READ_AHEAD_BYTES)
         except BaseException:
@@ -233,6 +244,20 @@ class TcpServer:
         finally:
             self._held_bytes -= len(reply.data)
         connection.touch()
+
+
+def _arrival(link: socket.socket) -> tuple[int, bytes]:
+    """By which interface (its index; 0: the kernel does not say) a connection came, and for which address."""
+    level, pktinfo, pktoptions = _PKTOPTIONS[link.family]
+    index = LAYOUTS[link.family].index
+    try:
+        link.setsockopt(level, pktinfo, 1)
+        # One control message, as recvmsg(2) would give it; so dnsmasq asks, too.
+        told = link.getsockopt(level, pktoptions, index.stop + 16)
+    except OSError:
+        told = b""
+    address = pack_address(link.getsockname()[0].partition("%")[0])
+    return int.from_bytes(told[index], sys.byteorder), address
 
 
 def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: socket.AddressFamily) -> socket.socket:

@@ -24,6 +24,7 @@ import os
 import select
 import socket
 import struct
+import sys
 import threading
 import time
 from collections import deque
@@ -89,16 +90,19 @@ class _Layout:
     control_bytes: int
     pktinfo: slice  # in the control message
     index: slice  # of the interface, in the control message
+    destination: slice  # the address that was asked, in the control message
 
 
-_LAYOUTS = {
-    socket.AF_INET: _Layout("1", 16, slice(4, 8), 32, slice(16, 28), slice(16, 20)),
-    socket.AF_INET6: _Layout("2", 28, slice(8, 24), 40, slice(16, 36), slice(32, 36)),
+LAYOUTS = {
+    socket.AF_INET: _Layout("1", 16, slice(4, 8), 32, slice(16, 28), slice(16, 20), slice(24, 28)),
+    socket.AF_INET6: _Layout("2", 28, slice(8, 24), 40, slice(16, 36), slice(32, 36), slice(16, 32)),
 }
 
 
-def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: socket.AddressFamily) -> UdpSocket:
-    """Bind a socket that tells which address was asked; raises OSError."""
+def open_socket(
+    address: tuple[str, int] | tuple[str, int, int, int], family: socket.AddressFamily, checked: bool
+) -> UdpSocket:
+    """Bind a socket that tells which address was asked; raises OSError. ``checked``: see `UdpSocket`."""
     link = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         if family == socket.AF_INET6:
@@ -117,16 +121,17 @@ def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: so
     except BaseException:
         link.close()
         raise
-    return UdpSocket(link, family, address[0] in ("0.0.0.0", "::"))  # noqa: S104  it was asked for
+    return UdpSocket(link, family, checked)
 
 
 class UdpSocket:
-    """A bound socket and what its family needs."""
+    """A bound socket and what its family needs. ``checked``: whether what comes is served depends on the address that
+    was asked, or on the interface."""
 
-    def __init__(self, link: socket.socket, family: socket.AddressFamily, wildcard: bool) -> None:
-        self.link, self.family, self.wildcard = link, family, wildcard
+    def __init__(self, link: socket.socket, family: socket.AddressFamily, checked: bool) -> None:
+        self.link, self.family, self.checked = link, family, checked
         self.fd = link.fileno()
-        self.layout = _LAYOUTS[family]
+        self.layout = LAYOUTS[family]
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -149,7 +154,7 @@ class UdpSocket:
 def peer_of(name: bytes) -> tuple[str, int]:
     """Address and port of a raw sockaddr."""
     port = struct.unpack_from("!H", name, 2)[0]
-    if len(name) == _LAYOUTS[socket.AF_INET].name_bytes:
+    if len(name) == LAYOUTS[socket.AF_INET].name_bytes:
         return socket.inet_ntop(socket.AF_INET, name[4:8]), port
     return socket.inet_ntop(socket.AF_INET6, name[8:24]), port
 
@@ -222,7 +227,7 @@ _Remembered = tuple[float, bytes, Cell]
 
 
 def _no_memos() -> dict[socket.AddressFamily, dict[bytes, _Remembered]]:
-    return {family: {} for family in _LAYOUTS}
+    return {family: {} for family in LAYOUTS}
 
 
 class UdpThread(threading.Thread):
@@ -233,19 +238,21 @@ class UdpThread(threading.Thread):
         responder: Responder,
         metrics: Metrics,
         admits: Callable[[bytes], bool],
+        serves: Callable[[int, bytes], bool],
         forward: Callable[[list[Pending]], None],
         tell: Callable[[Reply | Forward, str, int], None] | None,
     ) -> None:
-        """``admits``: whether a peer (4 or 16 octets) is served. ``forward`` takes what is not in memory; it is called
+        """``admits``: whether a peer (4 or 16 octets) is served. ``serves``: whether what comes by an interface (its
+        index) for an address (4 or 16 octets) is. ``forward`` takes what is not in memory; it is called
         in this thread. ``tell`` hears of every question (log); with it nothing is remembered.
         """
         super().__init__(name="dns-udp", daemon=True)
-        self._responder, self._metrics, self._admits = responder, metrics, admits
+        self._responder, self._metrics, self._admits, self._serves = responder, metrics, admits, serves
         self._forward, self._tell = forward, tell
         self._memos = _no_memos()
         self._peers: set[bytes] = set()  # that are served
-        self._destinations: dict[bytes, bool] = {}  # pktinfo -> whether its interface is kept
-        self._batches = {family: _Batch(layout) for family, layout in _LAYOUTS.items()}
+        self._destinations: set[bytes] = set()  # that are served: pktinfo, address and interface
+        self._batches = {family: _Batch(layout) for family, layout in LAYOUTS.items()}
         self._orders: deque[tuple[bool, UdpSocket]] = deque()
         self._sockets: dict[int, UdpSocket] = {}
         self._epoll = select.epoll()
@@ -274,7 +281,7 @@ class UdpThread(threading.Thread):
 
     def readmit(self) -> None:
         """Who is served has changed."""
-        self._peers, self._destinations = set(), {}
+        self._peers, self._destinations = set(), set()
 
     def stop(self) -> None:
         """End, and close all sockets; returns when that is done."""
@@ -339,7 +346,7 @@ class UdpThread(threading.Thread):
         data, answers, names, control = batch.data, batch.answers, batch.names, batch.control
         lengths, answer_lengths = batch.lengths, batch.answer_lengths
         memo, peers, destinations = self._memos[link.family], self._peers, self._destinations
-        layout, wildcard = link.layout, link.wildcard
+        layout, checked = link.layout, link.checked
         peer_from, peer_to = layout.address.start, layout.address.stop
         info_from, info_to = layout.pktinfo.start, layout.pktinfo.stop
         index_from, index_to = layout.index.start, layout.index.stop
@@ -353,7 +360,7 @@ class UdpThread(threading.Thread):
                 remembered is not None  # the order of these is that of their price
                 and remembered[0] > begun
                 and names[name_at + peer_from : name_at + peer_to] in peers
-                and (not wildcard or control[control_at + info_from : control_at + info_to] in destinations)
+                and (not checked or control[control_at + info_from : control_at + info_to] in destinations)
             ):
                 _, body, cell = remembered
                 cell[0] += 1
@@ -440,9 +447,12 @@ class UdpThread(threading.Thread):
             if not _is_unicast(link.family, pktinfo):
                 self._metrics.dropped["group"][0] += 1
                 return False
+            if not self._serves(int.from_bytes(control[layout.index], sys.byteorder), control[layout.destination]):
+                self._metrics.dropped["policy"][0] += 1
+                return False
             if len(self._destinations) >= SEEN_ADDRESSES:
                 self._destinations.clear()
-            self._destinations[pktinfo] = True
+            self._destinations.add(pktinfo)
         if peer not in self._peers:
             if not self._admits(peer):
                 self._metrics.dropped["policy"][0] += 1

@@ -7,9 +7,11 @@ import errno
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import dns.message
 import pytest
 from agents import wait_for
 from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch
@@ -213,8 +215,10 @@ def answers(namespace: Namespace, address: str, tcp: bool = False, seconds: floa
         return texts(ask(namespace, address, "host.test", tcp=tcp, seconds=seconds)) == ["10.0.0.1"]
     except TimeoutError:
         return False
+    except dns.message.ShortHeader:  # an end of TCP without a word
+        return False
     except OSError as error:
-        assert error.errno in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH), error
+        assert error.errno in (errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.ENETUNREACH), error
         return False
 
 
@@ -268,9 +272,10 @@ def test_interface_comes_later(lab: tuple[Namespace, Namespace], hosts: Path) ->
         assert not answers(client, "10.1.0.1")
         node.ip("link add br9 type bridge", "link set br9 up", "addr add 10.99.9.1/24 dev br9")
         node.ip("link add br7 type bridge", "link set br7 up", "addr add 10.99.7.1/24 dev br7")
-        comes(client, "10.99.9.1")
-        assert answers(client, "10.99.9.1", tcp=True)
-        assert not answers(client, "10.99.7.1")
+        comes(node, "10.99.9.1")
+        assert answers(node, "10.99.9.1", tcp=True)
+        assert not answers(node, "10.99.7.1")
+        assert not answers(client, "10.99.9.1", seconds=0.5)  # by eth0
         node.ip("link del br9")
         wait_for(lambda: responder.has_said("no longer listening on 10.99.9.1"), "it to be let go")
 
@@ -420,6 +425,68 @@ def test_explicit_listening_serves_everybody(lab: tuple[Namespace, Namespace], h
     with Responder(node, f"--addn-hosts={hosts}", "--interface=eth0"), ask_from_afar(client) as link:
         link.send(bare_query("host.test"))
         assert link.recv(100)
+
+
+LAN, WAN, ON_LO = ("10.1.0.1", "fd01::1"), ("10.2.0.1", "fd02::1"), ("10.98.0.1", "fd98::1")
+#: options; whom they serve: addresses that the LAN's hosts may ask, and the WAN's. The node's own is what either may.
+FENCES = {
+    ("--interface=lan0",): ({*LAN, *ON_LO}, set()),
+    ("--except-interface=wan*",): ({*LAN, *ON_LO}, set()),
+    ("--interface=lan0", "--except-interface=lo"): ({*LAN}, set()),
+    ("--interface=lan0", f"--listen-address={','.join(ON_LO)}"): ({*LAN, *ON_LO}, {*ON_LO}),
+    ("--except-interface=wan0", f"--listen-address={','.join(WAN)}"): ({*WAN}, {*WAN}),
+}
+
+
+@pytest.fixture(scope="module")
+def border() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
+    """A node between a LAN and a WAN, a host on each; both may ask any of its addresses."""
+    with Lab() as built:
+        node, lan, wan = (built.namespace(name) for name in ("node", "lan", "wan"))
+        node.ip("addr add 10.98.0.1/32 dev lo", "addr add fd98::1/128 dev lo nodad")
+        for number, (name, host) in enumerate((("lan0", lan), ("wan0", wan)), start=1):
+            built.link(node, name, host, "eth0")
+            for end, place, interface in ((1, node, name), (2, host, "eth0")):
+                place.ip(
+                    f"addr add 10.{number}.0.{end}/24 dev {interface}",
+                    f"addr add fd0{number}::{end}/64 dev {interface} nodad",
+                )
+            host.ip(f"route add default via 10.{number}.0.1", f"route add ::/0 via fd0{number}::1")
+        yield node, lan, wan
+
+
+@pytest.mark.parametrize("options", FENCES, ids=" ".join)
+def test_an_interface_is_a_fence(
+    border: tuple[Namespace, Namespace, Namespace], hosts: Path, options: tuple[str, ...]
+) -> None:
+    """An address is none: a host on the WAN may send to one of the LAN's, and to one of lo's (CVE-2012-3411)."""
+    node, lan, wan = border
+    for_lan, for_wan = FENCES[options]
+    asked = (*LAN, *WAN, *ON_LO)
+    with Responder(node, f"--addn-hosts={hosts}", *options) as responder, ThreadPoolExecutor(len(asked)) as pool:
+        for _ in range(2):  # the second time from what is remembered
+            for place, served in ((lan, for_lan), (wan, for_wan), (node, for_lan | for_wan)):
+                for tcp in (False, True):
+                    found = pool.map(partial(answers, place, tcp=tcp, seconds=1.5), asked)
+                    assert {each for each, is_served in zip(asked, found, strict=True) if is_served} == served, place
+        assert bool(responder.metric("dropped_total", reason="policy")) == (for_wan != for_lan)
+        assert responder.has_said("ignoring query that came by wan0") == (for_wan != for_lan)
+
+
+def test_a_fence_follows_its_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:
+    """What was remembered of an interface ends with its name."""
+    node, lan, _ = border
+    with Responder(node, f"--addn-hosts={hosts}", "--interface=lan*"):
+        assert answers(lan, "10.98.0.1") and answers(lan, "10.98.0.1", tcp=True)
+        node.ip("link set lan0 down", "link set lan0 name old0", "link set old0 up")
+        try:
+            wait_for(lambda: not answers(lan, "10.98.0.1", seconds=0.5), "old0 to be served no more")
+            assert not answers(lan, "10.98.0.1", tcp=True)
+        finally:
+            node.ip("link set old0 down", "link set old0 name lan0", "link set lan0 up")
+        comes(lan, "10.98.0.1")
+        assert answers(lan, "10.98.0.1", tcp=True)
+        node.ip("addr replace fd01::1/64 dev lan0 nodad")  # a link that goes down loses these
 
 
 # ---- asking oneself ----
