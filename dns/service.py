@@ -68,6 +68,8 @@ class Service:
         self._tasks: set[asyncio.Task[None]] = set()
         self._queued = self._taken = 0  # questions that the UDP thread handed over, that the loop took
         self._found_servers: tuple[Server, ...] = ()  # of the resolv file
+        self._told_of_hosts = ""  # what was said last of files that cannot be read, so that each try need not say it
+        self._told_of_resolv: list[str] = []
         self._own_servers: set[Server] = set()
         self._refresh_due = False
         self._loading = asyncio.Lock()
@@ -107,16 +109,17 @@ class Service:
         """Load the tables, then serve. Nothing that is missing keeps it from serving what is there."""
         self._loop = asyncio.get_running_loop()
         self._changes = addresses.changes()
-        self._watches = [Watch(self._hosts_files, self._hosts_changed)]
+        hosts, resolv = Watch(self._hosts_files, self._load), None
         if self._settings.resolv and self._settings.poll:
-            self._watches.append(Watch(lambda: list(self._settings.resolv_files), self._resolv_changed))
-        await self._load(missing_ok=True)
-        self._read_upstreams()
+            resolv = Watch(lambda: list(self._settings.resolv_files), self._resolv_changed)
+        self._watches = [each for each in (hosts, resolv) if each]
+        hosts_read, resolv_read = await self._load(missing_ok=True), self._read_upstreams()
         self._listening.serve(self._udp, self._tcp)
         self._udp.start()
         self._loop.add_reader(self._changes, self._addresses_changed)
-        for watch in self._watches:
-            watch.start()
+        hosts.start(hosts_read)
+        if resolv:
+            resolv.start(resolv_read)
         self._refresh_soon(SETTLE_SECONDS)  # what changed while the tables were read
         self._serving = True
         where = ", ".join(self._listening.addresses) or "no address yet"
@@ -178,7 +181,8 @@ class Service:
     async def reload(self) -> None:
         """SIGHUP: forget the cache, read the hosts files, and the resolv file if nobody watches it."""
         self._cache.clear()
-        await self._load(missing_ok=False)
+        self._told_of_hosts, self._told_of_resolv = "", []  # somebody looks
+        await self._load()
         if not self._settings.poll:
             self._read_upstreams()
         self._udp.invalidate()
@@ -186,19 +190,20 @@ class Service:
     def _hosts_files(self) -> list[Path]:
         return [*([ETC_HOSTS] if self._settings.hosts else []), *self._settings.addn_hosts]
 
-    async def _hosts_changed(self) -> None:
-        await self._load(missing_ok=False)
-
-    async def _load(self, missing_ok: bool) -> None:
-        """A new table in place of the old one; the old one stays where a file cannot be read."""
+    async def _load(self, missing_ok: bool = False) -> bool:
+        """A new table in place of the old one; the old one stays where a file cannot be read, unless ``missing_ok``.
+        Whether all could be read."""
         async with self._loading:
             try:
                 table = await asyncio.to_thread(zone.build, self._settings, _complain, missing_ok)
             except HostsError as error:
-                self.metrics.reload_errors[0] += 1
                 self.metrics.hosts_unreadable = error.files
-                log.error("dns: %s; the table before stays in force", error)
-                return
+                if str(error) != self._told_of_hosts:
+                    self._told_of_hosts = str(error)
+                    self.metrics.reload_errors[0] += 1
+                    log.error("dns: %s; the table before stays in force", error)
+                return False
+            self._told_of_hosts = ""
             self._responder.zone = table
             self._udp.invalidate()
             self.metrics.hosts_entries = table.entries
@@ -207,14 +212,26 @@ class Service:
             self.metrics.reloads[0] += 1
             if self.ready:
                 log.info("dns: read %d local names", table.entries)
+            return not table.unreadable
 
-    async def _resolv_changed(self) -> None:
-        self._read_upstreams()
+    async def _resolv_changed(self) -> bool:
+        return self._read_upstreams()
 
-    def _read_upstreams(self) -> None:
-        settings = self._settings
-        self._found_servers = read_resolv(settings.resolv_files, _complain) if settings.resolv else ()
+    def _read_upstreams(self) -> bool:
+        """Whether all resolv files could be read; where none could, the servers before stay."""
+        settings, complaints, complete = self._settings, list[str](), True
+        if settings.resolv:
+            servers, complete = read_resolv(settings.resolv_files, complaints.append)
+            if servers is not None:
+                self._found_servers = servers
+            elif self._found_servers:
+                complaints.append("no resolv file can be read; the upstream servers stay as they are")
+        if complaints != self._told_of_resolv:
+            self._told_of_resolv = complaints
+            for text in complaints:
+                _complain(text)
         self._use_upstreams()
+        return complete
 
     def _use_upstreams(self) -> None:
         """Ask all servers but ourselves, which depends on our addresses."""

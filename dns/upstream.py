@@ -289,17 +289,20 @@ def _read(path: Path) -> tuple[int, str]:
         return status.st_mtime_ns, file.read(MAX_RESOLV_BYTES).decode(errors="replace")
 
 
-def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tuple[Server, ...]:
-    """The servers of the newest file (dnsmasq's rule for several); () where there is none to be read."""
-    newest, text = -1, ""
+def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tuple[tuple[Server, ...] | None, bool]:
+    """The servers of the newest file (dnsmasq's rule for several), None where none could be read; whether all could."""
+    newest, text, complete = -1, "", True
     for path in files:
         try:
             changed, content = _read(path)
         except OSError as error:
             complain(f"cannot read {path}: {error.strerror}")
+            complete = False
             continue
         if changed > newest:
             newest, text = changed, content
+    if newest < 0 and not complete:
+        return None, False
     servers = []
     for word in _NAMESERVER.findall(text)[:MAX_NAMESERVERS]:
         address = word.partition("%")[0]
@@ -310,4 +313,4 @@ def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tup
             continue
         if Server(word) not in servers:
             servers.append(Server(word))
-    return tuple(servers)
+    return tuple(servers), complete

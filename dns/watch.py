@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from inotify_simple import INotify, flags
 SETTLE_SECONDS = 0.1  # for a burst of changes to end
 #: For what inotify does not see: folders that are not there yet, network file systems.
 LOOK_SECONDS = 5.0
+MAX_PAUSE_SECONDS = 300.0  # between two tries to read what cannot be read; they begin LOOK_SECONDS apart
 
 _WHAT = flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
 
@@ -26,17 +28,26 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Watches the files that ``files`` names at the moment; calls ``changed`` in the event loop, one call at a time."""
+    """Watches the files that ``files`` names at the moment; calls ``changed`` in the event loop, one call at a time.
 
-    def __init__(self, files: Callable[[], list[Path]], changed: Callable[[], Awaitable[None]]) -> None:
+    ``changed`` says whether it could read them all. If not it is called again after a while: what was in the way need
+    not have been the files' own state (no descriptor was free, say).
+    """
+
+    def __init__(self, files: Callable[[], list[Path]], changed: Callable[[], Awaitable[bool]]) -> None:
         self._files, self._changed = files, changed
-        self._seen = self._state()
+        self._seen: State | None = self._state()  # that was read
+        self._failed: State | None = None  # that could not be read
+        self._again, self._pause = 0.0, LOOK_SECONDS  # when that is tried again (monotonic seconds), the next pause
         self._notify: INotify | None = None
         with contextlib.suppress(OSError):  # as many instances as this user may have: then looking has to do
             self._notify = INotify(nonblocking=True)
 
-    def start(self) -> None:
-        """Begin."""
+    def start(self, read: bool = True) -> None:
+        """Begin. ``read``: whether all could be read in the state that they had when this was made."""
+        if not read:
+            self._note_failure(self._seen)
+            self._seen = None
         self._word = asyncio.Event()
         if self._notify:
             asyncio.get_running_loop().add_reader(self._notify.fileno(), self._heard)
@@ -69,11 +80,16 @@ class Watch:
             try:
                 self._mark()
                 state = self._state()
-                if state != self._seen:
-                    self._seen = state
-                    await self._changed()
+                if state != self._seen and (state != self._failed or time.monotonic() >= self._again):
+                    self._note_failure(state)  # unless it turns out well
+                    if await self._changed():
+                        self._seen, self._failed, self._pause = state, None, LOOK_SECONDS
             except Exception:  # a fault of ours must not end the watch
                 log.exception("dns: a change of files could not be followed")
+
+    def _note_failure(self, state: State | None) -> None:
+        self._failed, self._again = state, time.monotonic() + self._pause
+        self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
 
     def _mark(self) -> None:
         """Watch the folders of all files, and of what they are links to. To watch one again changes nothing."""

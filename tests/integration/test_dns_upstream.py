@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import struct
 import threading
@@ -671,13 +672,40 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
             assert texts(scene.ask("two.example")) == GOOD
             assert second.names() == ["two.example."] and len(first.asked) == 1
             file.unlink()
-            wait_for(lambda: running.has_said("upstream servers: none"), "no server")
-            assert rcode(scene.ask("three.example")) == "REFUSED"
+            wait_for(lambda: running.has_said("the upstream servers stay as they are"), "its absence to be noticed")
+            assert texts(scene.ask("three.example")) == GOOD
             os.mkfifo(file)  # nobody must be waited for
             wait_for(lambda: running.has_said(f"cannot read {file}: it is no regular file"), "the FIFO to be noticed")
+            assert texts(scene.ask("four.example")) == GOOD and len(second.asked) == 3
             file.unlink()
+            write(file, "# nobody")
+            wait_for(lambda: running.has_said("upstream servers: none"), "no server")
+            assert rcode(scene.ask("five.example")) == "REFUSED"
             write(file, "nameserver 10.2.0.2")
-            wait_for(lambda: rcode(scene.ask("four.example")) == "NOERROR", "the file to be back")
+            wait_for(lambda: rcode(scene.ask("six.example")) == "NOERROR", "the file to be back")
+
+
+def test_files_that_cannot_be_read_for_a_moment(scene: Scene, tmp_path: Path) -> None:
+    """No descriptor is free when they change, and they do not change again."""
+    resolv, hosts = tmp_path / "resolv.conf", tmp_path / "hosts"
+    write(resolv, "nameserver 10.2.0.2")
+    write(hosts, "10.0.0.1 a.test")
+    with FakeServer(scene.servers, FIRST), FakeServer(scene.servers, SECOND) as second:
+        with Responder(scene.node, f"--resolv-file={resolv}", f"--addn-hosts={hosts}") as running:
+            pid = running.process.pid
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (running.descriptors() // 2, hard))
+            write(resolv, "nameserver 10.2.0.3")
+            write(hosts, "10.0.0.2 a.test")
+            for file in (resolv, hosts):
+                said = f"cannot read {file}: Too many open files"
+                wait_for(lambda said=said: running.has_said(said), f"{file.name} not to be read")
+            assert texts(scene.ask("a.test")) == ["10.0.0.1"]
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+            assert texts(scene.ask("one.example")) == GOOD and not second.asked
+            wait_for(lambda: running.has_said("upstream servers: 10.2.0.3#53"), "the new server")
+            wait_for(lambda: texts(scene.ask("a.test")) == ["10.0.0.2"], "the new name")
+            assert texts(scene.ask("two.example")) == GOOD and second.asked
 
 
 def test_resolv_file_without_poll(scene: Scene, tmp_path: Path) -> None:
