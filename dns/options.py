@@ -181,7 +181,7 @@ OPTIONS = (
     _option(
         "-0 --dns-forward-max=N",
         values.one("forward_max", values.whole(1, 65535)),
-        "questions under way upstream at the same time (1000)",
+        "questions under way to the servers of one domain (1000), four times as many to all",
         "dnsmasq's default is 150",
         once=True,
     ),

@@ -13,7 +13,7 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ SETTLE_SECONDS = 0.05  # for a burst of changes of addresses to end
 #: flood must find an end somewhere, and what is refused takes the loop's time, too.
 MAX_QUEUED = 4_096
 SOCKETS_PER_QUESTION = 4  # servers that are asked at the same time
+#: In multiples of --dns-forward-max, which is for the servers of one domain, so that dead ones cost the others nothing:
+#: questions to all servers together; clients that wait (many may for one question), for a domain's servers and for all.
+ALL_ASKED, WAITING, ALL_WAITING = 4, 2, 4
+
+Group = tuple[Server, ...]  # the servers of one domain
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +57,7 @@ class Service:
     def __init__(self, settings: Settings, version: str) -> None:
         """Bind what is to be bound; raises DnsError with nothing left behind."""
         self._settings = settings
-        _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUESTION * settings.forward_max)
+        _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUESTION * ALL_ASKED * settings.forward_max)
         self.metrics = Metrics()
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
         self._responder = Responder(settings, Zone(settings), self._cache)
@@ -64,7 +69,8 @@ class Service:
         self._networks: list[Network] = self._connected()
         self._warned_of_policy = False
         self._in_flight: dict[Key, asyncio.Task[Entry]] = {}
-        self._waiting = 0  # clients' questions on their way
+        self._asked: Counter[Group] = Counter()  # of _in_flight
+        self._waiting: Counter[Group] = Counter()  # clients' questions, also where many are the same
         self._tasks: set[asyncio.Task[None]] = set()
         self._queued = self._taken = 0  # questions that the UDP thread handed over, that the loop took
         self._found_servers: tuple[Server, ...] = ()  # of the resolv file
@@ -344,23 +350,27 @@ class Service:
         return reply
 
     async def _find(self, forward: Forward, address: str, port: int) -> Reply:
-        if self._waiting >= self._settings.forward_max:
+        servers = self._responder.upstreams.for_name(forward.query.name)
+        if not servers:  # they changed since
+            return self._responder.refuse(forward.query, Rcode.REFUSED)
+        if not self._has_room(forward.query.key, servers):
             self.metrics.forward_rejects[0] += 1
             return self._responder.refuse(forward.query, Rcode.REFUSED)
-        self._waiting += 1
-        try:
-            reply = await self._resolve(forward, address, port)
-        finally:
-            self._waiting -= 1
+        with _counted(self._waiting, servers):
+            reply = await self._resolve(forward, servers, address, port)
         if self._query_log:
             self._query_log.answer(reply, address, port)
         return reply
 
-    async def _resolve(self, forward: Forward, address: str, port: int) -> Reply:
+    def _has_room(self, key: Key, servers: Group) -> bool:
+        """Whether one more question may go to these servers, or wait for an answer that is under way."""
+        most = self._settings.forward_max
+        if self._waiting[servers] >= WAITING * most or self._waiting.total() >= ALL_WAITING * most:
+            return False
+        return key in self._in_flight or (self._asked[servers] < most and len(self._in_flight) < ALL_ASKED * most)
+
+    async def _resolve(self, forward: Forward, servers: Group, address: str, port: int) -> Reply:
         query, key = forward.query, forward.query.key
-        servers = self._responder.upstreams.for_name(query.name)
-        if not servers:  # they changed since
-            return self._responder.refuse(query, Rcode.REFUSED)
         if self._query_log:
             first = self._upstream.order(servers)[0]
             self._query_log.forwarded(query, first.address if first.port == 53 else str(first), address, port)
@@ -388,7 +398,7 @@ class Service:
         source = "cache" if entry and now < entry.expires else "stale"  # somebody else may have had an answer meanwhile
         return from_entry(forward.query, entry, forward.most, now, source) if entry else None
 
-    def _fetch(self, key: Key, servers: tuple[Server, ...]) -> asyncio.Task[Entry]:
+    def _fetch(self, key: Key, servers: Group) -> asyncio.Task[Entry]:
         """The task that brings and keeps the answer. A question that is under way is not asked again: an attacker must
         not make us ask it a thousand times and guess at all of them (CVE-2020-25686)."""
         if task := self._in_flight.get(key):
@@ -396,7 +406,14 @@ class Service:
             return task
         task = self._loop.create_task(self._bring(key, servers))
         self._in_flight[key] = task
-        task.add_done_callback(lambda done: (self._in_flight.pop(key, None), done.cancelled() or done.exception()))
+        self._asked[servers] += 1
+
+        def end(done: asyncio.Task[Entry]) -> None:
+            del self._in_flight[key]
+            _take_one(self._asked, servers)
+            done.cancelled() or done.exception()  # so that nobody complains that it was not looked at
+
+        task.add_done_callback(end)
         return task
 
     async def _bring(self, key: Key, servers: tuple[Server, ...]) -> Entry:
@@ -413,6 +430,21 @@ class Service:
         if entry.expires > entry.stored:
             self._cache.put(key, entry)
         return entry
+
+
+def _take_one(count: Counter[Group], group: Group) -> None:
+    count[group] -= 1
+    if not count[group]:  # groups come and go with the resolv file
+        del count[group]
+
+
+@contextlib.contextmanager
+def _counted(count: Counter[Group], group: Group) -> Iterator[None]:
+    count[group] += 1
+    try:
+        yield
+    finally:
+        _take_one(count, group)
 
 
 def _raise_descriptor_limit(wanted: int) -> None:

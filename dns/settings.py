@@ -90,7 +90,7 @@ class Settings:
     cache_size: int = 10_000  # answers; 0: no cache
     negcache: bool = True
     stale_seconds: int = 86_400  # for which an expired answer may stand in while every upstream is down; 0: never
-    forward_max: int = 1_000  # questions under way to upstream servers at the same time
+    forward_max: int = 1_000  # questions under way to the servers of one domain at the same time
     edns_packet_max: int = 1232  # octets over UDP
     log_queries: bool = False
     log_extra: bool = False

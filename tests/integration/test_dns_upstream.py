@@ -40,7 +40,7 @@ from dns_server import (
 
 from udpwatch.agent.lab import Lab
 
-NODE, FIRST, SECOND, CLIENT = "10.1.0.1", "10.2.0.2", "10.2.0.3", "10.1.0.2"
+NODE, CLIENT, FIRST, SECOND, THIRD = "10.1.0.1", "10.1.0.2", "10.2.0.2", "10.2.0.3", "10.2.0.6"
 GOOD = ["192.0.2.80"]
 FAULTY_PORT = 5353
 FLOOD = 100_000
@@ -496,6 +496,30 @@ def test_forward_limit(scene: Scene) -> None:
         assert sorted({rcode(each) for each in answers}) == ["REFUSED", "SERVFAIL"]
         assert [rcode(each) for each in answers[:30]] == ["REFUSED"] * 30
         assert running.metric("forward_rejects_total") == 30
+
+
+def test_forward_limit_is_each_domains_own(scene: Scene) -> None:
+    """A dead server has what it may have, the others have theirs."""
+    limit = 20
+    options = (f"--dns-forward-max={limit}", f"--server=/dead.example/{SECOND}", f"--server=/dying.example/{THIRD}")
+    with (
+        FakeServer(scene.servers, FIRST),
+        FakeServer(scene.servers, SECOND, silent),
+        FakeServer(scene.servers, THIRD, silent),
+        responder(scene, *options) as running,
+        connected(scene.client, NODE) as client,
+    ):
+        for number in range(2 * limit):
+            client.send(bare_query(f"x{number}.dead.example", number))
+        wait_for(lambda: running.metric("forward_rejects_total") == limit, "the dead server to have enough")
+        assert texts(scene.ask("www.example")) == GOOD
+        for number in range(3 * limit):  # they wait for one question; a domain's clients are bounded, too
+            client.send(bare_query("same.dying.example", number))
+        wait_for(lambda: running.metric("forward_rejects_total") == 2 * limit, "the dying server to have enough")
+        assert running.metric("coalesced_total") == 2 * limit - 1
+        assert texts(scene.ask("www2.example")) == GOOD
+        wait_for(lambda: running.metric("in_flight") == 0, "them to be given up")
+        assert running.metric("forward_rejects_total") == 2 * limit
 
 
 def test_servers_of_domains(scene: Scene) -> None:
