@@ -26,7 +26,7 @@ from udpwatch.agent import app, cli  # noqa: F401  app: cli would import it as n
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import ContainerHost, Lab, die_with_parent
+from udpwatch.agent.lab import ContainerHost, Lab, Namespace, die_with_parent
 
 NOBODY = 65534
 _PR_CAPBSET_DROP = 24
@@ -124,9 +124,34 @@ def without_perfmon() -> Callable[[], None]:
     pytest.skip("by design: this kernel's verifier needs CAP_PERFMON (docs/kernels.md)")
 
 
+#: PORT: sends each datagram back, from the address that routing picks
+PLAIN_SERVER = """
+import socket, sys
+server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+server.bind(("0.0.0.0", int(sys.argv[1])))
+print(flush=True)
+while True:
+    server.sendto(*server.recvfrom(100))
+"""
+
+
+@contextlib.contextmanager
+def plain_server(namespace: Namespace, port: int) -> Iterator[None]:
+    """A process that has to do with this one namespace; this one here holds them all, and without a namespace's cookie
+    (before 6.15) each of them would have to be asked.
+    """
+    process = namespace.popen([sys.executable, "-c", PLAIN_SERVER, str(port)])
+    try:
+        assert process.stdout and process.stdout.readline() == b"\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
 def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None], folder: Path, port: int) -> None:
     """Runs all the same, says what it costs, finds the wrong reply and not the translated one."""
-    with ContainerHost() as host:
+    with ContainerHost() as host, plain_server(host.node, port):
         host.node.nft(
             "table inet service { chain prerouting { type nat hook prerouting priority dstnat;"
             f" ip daddr 10.99.0.9 udp dport {port} dnat ip to {host.ETH0}:{port}; }}; }}"
@@ -138,15 +163,12 @@ def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None],
 
         with Agent(folder, preexec_fn=enter_node) as agent:
             assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.said)
-            with host.node.socket() as server, host.outside.socket() as client, host.container.socket() as inside:
-                server.bind(("0.0.0.0", port))
+            with host.outside.socket() as client, host.container.socket() as inside:
                 client.settimeout(PATIENCE_SECONDS)
-                server.settimeout(PATIENCE_SECONDS)
                 for _ in range(3):
                     client.sendto(b"x", ("10.99.0.9", port))
-                    server.sendto(*server.recvfrom(100))
                     assert client.recvfrom(100)[1][0] == "10.99.0.9"
-                server.sendto(*ask(inside, host.ETH0, port, server))
+                inside.sendto(b"x", (host.ETH0, port))
                 wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding")
             (row,) = [row for row in agent.snapshot()["rows"] if row["port"] == port]
             assert (row["count"], row["verdict"], row["actual"]) == (1, "unknown", host.DOCKER0)
