@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.lab import die_with_parent
@@ -151,6 +152,14 @@ def temporary() -> tempfile.TemporaryDirectory[str]:
 def before_all(folder: Path) -> dict[str, str]:
     """Environment in which modules in ``folder`` come before all others."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
+
+
+def as_nobody() -> Sequence[str]:
+    """For run_cli's ``wrapper``: another user than root; skips where that one may not read this checkout."""
+    wrapper = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    if subprocess.run([*wrapper, "test", "-r", __file__], check=False).returncode:
+        pytest.skip(f"nobody (65534) may not read {__file__}: put the checkout where other users can")
+    return wrapper
 
 
 def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from agents import COMMAND, Agent, run_cli, wait_for
+from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
 from conftest import ask
 
 from udpwatch.agent.lab import ContainerHost, die_with_parent
@@ -280,15 +280,14 @@ def test_its_own_agent_when_none_runs(folder: Path, host: ContainerHost, port: i
 def test_nobody_can_do_it_without_root_and_without_an_agent() -> None:
     if Path("/run/udpwatch/udpwatch.sock").exists():
         pytest.skip("an agent runs here")
-    done = run_cli("top", "--once", wrapper=("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"))
+    done = run_cli("top", "--once", wrapper=as_nobody())
     assert done.returncode == 77
     assert "start `udpwatch run` as root" in done.stderr
 
 
 def test_a_socket_that_is_not_for_us(agent: Agent, folder: Path) -> None:
     folder.chmod(0o755)
-    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
-    done = run_cli("top", "--once", "--connect", str(agent.socket), wrapper=nobody)
+    done = run_cli("top", "--once", "--connect", str(agent.socket), wrapper=as_nobody())
     assert done.returncode == 77
     assert "may not be opened" in done.stderr
 
