@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from agents import Agent, temporary, wait_for
 from machine import cgroup_folders, first_pid, ip_in, left_behind, name_pod, remove_cgroups
+from restricted import in_mount_namespace
 from runtimes import SERVER, Containerd, Docker, build_server, image_tar
-from test_environment import in_mount_namespace
 
 from udpwatch.agent.enrich.sender import Roots, Senders
 from udpwatch.agent.kernel import cgroup

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from test_environment import unlimited
+from restricted import unlimited
 
 from udpwatch.agent.kernel import bpf, cgroup, loader, records
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType

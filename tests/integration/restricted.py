@@ -1,0 +1,111 @@
+"""Commands with fewer rights, other mounts or a busier kernel than this machine's, and what a refusal looks like."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from agents import run_cli, wait_for
+
+from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.lab import die_with_parent
+
+NOBODY = 65534
+_PR_CAPBSET_DROP = 24
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@contextlib.contextmanager
+def unlimited() -> Iterator[None]:
+    """For programs of our own: before Linux 5.11 they count as locked memory."""
+    before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    with contextlib.suppress(ValueError):  # without CAP_SYS_RESOURCE
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, before)
+
+
+def without(*capabilities: Capability) -> Callable[[], None]:
+    """For preexec_fn: root, but for these."""
+
+    def drop() -> None:
+        die_with_parent()
+        for capability in capabilities:
+            _libc.prctl(_PR_CAPBSET_DROP, int(capability))
+
+    return drop
+
+
+def in_mount_namespace(script: str) -> Sequence[str]:
+    """A wrapper that changes what is mounted for the command alone."""
+    return ["unshare", "--mount", "sh", "-e", "-c", f'{script}\nexec "$@"', "sh"]
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == status, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("udpwatch: ")
+    assert all(word in lines[0] for word in words), lines[0]
+    assert done.stdout == ""
+
+
+def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """`udpwatch run` with places of its own."""
+    given = {flag.partition("=")[0] for flag in flags}
+    places = {"--metrics-listen": "127.0.0.1:0", "--socket": str(folder / "s")}
+    defaults = [f"{flag}={value}" for flag, value in places.items() if flag not in given]
+    return run_cli("run", *defaults, *flags, **options)
+
+
+def named_program(name: str) -> int:
+    """As bpf.program_load, with a name."""
+    code = ctypes.create_string_buffer(bytes.fromhex("b7000000010000009500000000000000"), 16)
+    licence = ctypes.create_string_buffer(b"GPL")
+    attribute = ctypes.create_string_buffer(128)
+    fields = [(0, 4, ProgramType.CGROUP_SOCK_ADDR), (4, 4, 2), (8, 8, ctypes.addressof(code))]
+    fields += [(16, 8, ctypes.addressof(licence)), (68, 4, AttachType.CGROUP_UDP4_SENDMSG)]
+    for at, size, value in fields:
+        attribute[at : at + size] = int(value).to_bytes(size, sys.byteorder)
+    attribute[48 : 48 + len(name)] = name.encode()
+    with unlimited():
+        fd: int = _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 5, attribute, 128)
+    assert fd >= 0, os.strerror(ctypes.get_errno())
+    return fd
+
+
+@contextlib.contextmanager
+def held_exclusively() -> Iterator[Path]:
+    """A cgroup whose sendmsg4 hook a program holds with flags 0, as Cilium's from before 1.14: it bears no other."""
+    with closing(cgroup.find(None)) as root:
+        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
+    path.mkdir()
+    program = named_program("exclusive")
+    try:
+        with closing(cgroup.find(str(path))) as held:
+            _attach_exclusively(program, held.fd)
+        yield path
+    finally:
+        os.close(program)
+        wait_for(lambda: not (path / "cgroup.procs").read_text(), "the cgroup to be empty")
+        path.rmdir()
+
+
+def _attach_exclusively(program: int, folder: int) -> None:
+    """BPF_PROG_ATTACH with flags 0; it goes with the cgroup."""
+    attribute = ctypes.create_string_buffer(128)
+    attribute[:16] = b"".join(
+        value.to_bytes(4, sys.byteorder) for value in (folder, program, AttachType.CGROUP_UDP4_SENDMSG, 0)
+    )
+    assert _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 8, attribute, 128) == 0

@@ -1,0 +1,59 @@
+"""`udpwatch doctor`: what it finds here, and who it recognises."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import closing
+
+from agents import Agent, run_cli
+from restricted import in_mount_namespace, named_program, without
+
+from udpwatch.agent.kernel import bpf, cgroup
+from udpwatch.agent.kernel.bpf import AttachType
+from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.lab import ContainerHost
+
+
+def test_doctor_here() -> None:
+    done = run_cli("doctor")
+    assert done.returncode == 0, done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "mode packet" in done.stdout
+    for name in ("kernel", "lockdown", "BTF", "capabilities", "cgroup v2", "conntrack", "bcc", "egress", "test packet"):
+        assert f"  {name} " in done.stdout
+
+
+def test_doctor_sees_its_neighbours(agent: Agent) -> None:
+    report = json.loads(run_cli("doctor", "--json").stdout)
+    (check,) = [check for check in report["checks"] if check["name"] == "other programs"]
+    assert "egress on CGROUP_INET_EGRESS" in check["found"]
+
+
+def test_doctor_recognises_cilium(host: ContainerHost) -> None:
+    """A program that is called as Cilium's are, on our hook."""
+    with closing(cgroup.find(None)) as root:
+        program = named_program("cil_sock4_sendm")
+        link = bpf.link_create(program, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
+    try:
+        done = run_cli("doctor")
+        assert done.returncode == 0
+        assert "Cilium is here" in done.stdout
+    finally:
+        os.close(link)
+        os.close(program)
+
+
+def test_doctor_without_rights() -> None:
+    done = run_cli("doctor", preexec_fn=without(*Capability))
+    assert done.returncode == 77
+    assert "udpwatch cannot work here" in done.stdout
+    assert "CAP_NET_ADMIN" in done.stdout
+    assert done.stderr == ""
+
+
+def test_doctor_without_bcc(agent: Agent) -> None:
+    """It tries the compiler, whatever the agent beside it has kept."""
+    done = run_cli("doctor", wrapper=in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages"))
+    assert done.returncode == 77
+    assert "python3-bpfcc" in done.stdout
