@@ -22,7 +22,7 @@ KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 kmod
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
 	@echo "make test    run every test that this machine can run (root)"
-	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; two hours; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
+	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make fuzz    attack the DNS parser for longer than the tests do"
@@ -37,7 +37,7 @@ demo: packages-run $(VENV)/.run
 test: packages-test $(VENV)/.dev $(HELM)
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
-test-kernels: packages-kernels $(VENV)/.kernels
+test-kernels: packages-kernels $(VENV)/.kernels $(HELM)
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(KERNELS)" --tests "$(KERNEL_TESTS)" $(if $(RESUME),--resume)
 
 lint: packages-test $(VENV)/.dev build/types/udpwatch

@@ -233,6 +233,8 @@ def _copy(tree: Path) -> None:
     """The checkout without what tools left in it, compiled: a guest would take a hundred times as long."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
+    (tree / "build").mkdir()
+    (tree / "build/tools").symlink_to(ROOT / "build/tools")
     subprocess.run([sys.executable, "-m", "compileall", "-q", tree], check=True)
     # pytest compiles tests in its own way.
     environment = _environment(tree) | {"PYTHONDONTWRITEBYTECODE": ""}
@@ -549,7 +551,7 @@ def main() -> int:
         print("test-kernels: interrupted", file=sys.stderr)
         return 130
     print(f"\n{as_text(outcomes)}\n")
-    if any(kernel != NATIVE for kernel in kernels):
+    if not options.bench and any(kernel != NATIVE for kernel in kernels):
         for name, reason in UNFIT.items():
             print(f"not run in guests: {name}: {reason}")
     if rows == list(ROWS) and tuple(tests) == EVERYTHING and not options.bench:
