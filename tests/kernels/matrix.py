@@ -36,7 +36,7 @@ import pytest
 from guest import HOT, SHARE_TAG
 from packages import SUITES, Kernel, Unavailable, obtain
 
-from udpwatch.agent.kernel.loader import HOOKS
+from udpwatch.agent.kernel.loader import HOOKS, SETTLE
 from udpwatch.agent.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,6 +139,11 @@ class Outcome:
     @property
     def good(self) -> bool:
         return not self.faults and not self.failed
+
+    @property
+    def attached(self) -> str:
+        """What is attached; settle is not, the agent runs it."""
+        return " ".join(name for name in self.programs if name != SETTLE)
 
     @property
     def passed(self) -> int:
@@ -464,7 +469,7 @@ COLUMNS: dict[str, Callable[[Outcome], str]] = {
     "kernel": lambda outcome: outcome.release or outcome.row.name,
     "lockdown": lambda outcome: outcome.lockdown,
     "mode": lambda outcome: outcome.mode,
-    "attached": lambda outcome: " ".join(outcome.programs),
+    "attached": lambda outcome: outcome.attached,
     "tests": lambda outcome: outcome.tests,
     "seconds": lambda outcome: f"{outcome.seconds:.0f}",
 }
@@ -504,7 +509,7 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
             f"{series} ({origin})",
             outcome.lockdown,
             f"`{outcome.mode}`",
-            " ".join(outcome.programs),
+            outcome.attached,
             outcome.tests,
         ]
         lines.append(f"| {' | '.join(cells)} |")

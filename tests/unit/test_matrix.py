@@ -143,3 +143,21 @@ def test_hooks_are_always_there(tmp_path: Path) -> None:
     assert "ingress" in fault
     (fault,) = faults(tmp_path, Row(matrix.NATIVE, None), HOOKS[1:])
     assert "ingress" in fault
+
+
+# ---- the table of docs/kernels.md ----
+
+
+def test_table() -> None:
+    """It names what is attached, which settle is not, and counts what failed, too."""
+    results = [
+        Case(f"{ONE}::test_{number}", outcome, "") for number, outcome in enumerate(("passed", "failed", "passed"))
+    ]
+    programs = dict.fromkeys(HOOKS + PROBES, 100)
+    here = Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", programs=programs, results=results)
+    own = Outcome(Row(matrix.NATIVE, None), release="6.18.44", lockdown="integrity", mode="packet")
+    assert matrix.as_markdown([here, own]).splitlines()[2:] == [
+        "| 6.12 (trixie) | none | `packet` | ingress egress sendmsg4 sendmsg6 udp_sendmsg udpv6_sendmsg"
+        " __nf_conntrack_confirm nf_ct_delete | 2 passed, 1 failed |",
+        "| 6.18 (the machine's own) | integrity | `packet` |  | none |",
+    ]
