@@ -6,13 +6,47 @@ import contextlib
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from agents import wait_for
+from agents import temporary, wait_for
+
+from udpwatch.agent.kernel import cgroup
 
 CGROUPS = Path("/sys/fs/cgroup")
+_OWN = "udpwatch-test-"  # and the process that made it
 CGROUP_PARENTS = ("docker", "kubepods", "udpwatch-test")  # below which the tests' runtimes make cgroups
+
+
+@contextlib.contextmanager
+def untouched(*names: str) -> Iterator[Path]:
+    """A folder with folders of these names, for all that runtimes write; in the end the machine must be as it was."""
+    with temporary() as name:
+        place = Path(name)
+        for folder in names:
+            (place / folder).mkdir()
+        before, cgroups = left_behind(place), cgroup_folders()
+        yield place
+        remove_cgroups(cgroups)
+        assert left_behind(place) == before
+    assert not place.exists()
+
+
+@contextlib.contextmanager
+def own_cgroup() -> Iterator[Path]:
+    """A cgroup (v2) for this test alone. What killed runs have left is removed, too."""
+    with closing(cgroup.find(None)) as root:
+        path = Path(root.path, f"{_OWN}{os.getpid()}")
+    for left in path.parent.glob(f"{_OWN}*"):
+        if not Path("/proc", left.name.removeprefix(_OWN)).exists():
+            _removed(left)
+    path.mkdir()
+    try:
+        yield path
+    finally:
+        # cgroup.procs is empty before the last process has quite ended: who has ended, rmdir alone knows.
+        wait_for(lambda: _removed(path), f"{path} to be empty")
 
 
 def cgroup_folders() -> set[Path]:
@@ -54,6 +88,11 @@ def _members(container_id: str) -> Iterator[str]:
         if folder.name == container_id:
             with contextlib.suppress(OSError):
                 yield from (folder / "cgroup.procs").read_text().split()
+
+
+def listening(pid: int, port: int) -> None:
+    """Wait until a process's network namespace has a socket on the port."""
+    wait_for(lambda: f":{port:04X} " in Path(f"/proc/{pid}/net/udp").read_text(), f"a server on port {port}")
 
 
 def ip_in(pid: int, *lines: str) -> None:

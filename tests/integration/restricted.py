@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from agents import run_cli, wait_for
+from agents import run_cli
+from machine import own_cgroup
 
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
@@ -88,18 +89,14 @@ def named_program(name: str) -> int:
 @contextlib.contextmanager
 def held_exclusively() -> Iterator[Path]:
     """A cgroup whose sendmsg4 hook a program holds with flags 0, as Cilium's from before 1.14: it bears no other."""
-    with closing(cgroup.find(None)) as root:
-        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
-    path.mkdir()
-    program = named_program("exclusive")
-    try:
-        with closing(cgroup.find(str(path))) as held:
-            _attach_exclusively(program, held.fd)
-        yield path
-    finally:
-        os.close(program)
-        wait_for(lambda: not (path / "cgroup.procs").read_text(), "the cgroup to be empty")
-        path.rmdir()
+    with own_cgroup() as path:
+        program = named_program("exclusive")
+        try:
+            with closing(cgroup.find(str(path))) as held:
+                _attach_exclusively(program, held.fd)
+            yield path
+        finally:
+            os.close(program)
 
 
 def _attach_exclusively(program: int, folder: int) -> None:

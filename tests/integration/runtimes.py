@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Self
 
 import pytest
 from agents import wait_for
-from machine import processes_of
+from machine import ip_in, listening, processes_of
 
-from udpwatch.agent.lab import Namespace, die_with_parent
+from udpwatch.agent.lab import Lab, Namespace, die_with_parent
 
 SERVER = "wrong-server"
+INSIDE = "10.99.0.1"  # the second address of a container
 IMAGE = "docker.io/library/udpwatch-test:latest"
 _SOURCE = r"""
 #include <netinet/in.h>
@@ -78,6 +79,36 @@ def image_tar(folder: Path, server: Path) -> Path:
         link.type, link.linkname = tarfile.SYMTYPE, "busybox"
         tar.addfile(link)
     return path
+
+
+class RuntimeHost(Lab):
+    """``outside`` 172.16.13.1 -- eth0 172.16.13.13, 172.16.13.14 ``node``, where runtimes make bridges of their own."""
+
+    NODE, SECOND, OUTSIDE = "172.16.13.13", "172.16.13.14", "172.16.13.1"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.node, self.outside = self.namespace("node"), self.namespace("outside")
+        self.link(self.node, "eth0", self.outside, "eth0")
+        self.node.ip(f"addr add {self.NODE}/24 dev eth0", f"addr add {self.SECOND}/24 dev eth0")
+        self.outside.ip(f"addr add {self.OUTSIDE}/24 dev eth0")
+
+
+def answered_from(client: Namespace, asked: str, port: int) -> str:
+    """Ask once; the address that the answer came from."""
+    with client.socket() as socket:
+        socket.settimeout(10)
+        socket.sendto(b"x", (asked, port))
+        source: str = socket.recvfrom(100)[1][0]
+        return source
+
+
+def ask_inside(node: Namespace, pid: int, first: str, port: int) -> None:
+    """The node asks a container at its second address, given to it here, and is answered from its first."""
+    ip_in(pid, f"addr add {INSIDE}/32 dev lo")
+    node.ip(f"route replace {INSIDE}/32 via {first}")
+    listening(pid, port)
+    assert answered_from(node, INSIDE, port) == first
 
 
 class Daemon:

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from agents import Agent, wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
+from machine import own_cgroup
 
 from udpwatch.agent import watching
 from udpwatch.agent.kernel import bpf, cgroup
@@ -418,20 +419,13 @@ def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, hoo
 
 def test_cgroup_that_goes_away(folder: Path) -> None:
     """A watched cgroup is removed under the agent: blind from there on, and it says so."""
-    with closing(cgroup.find(None)) as root:
-        path = Path(root.path, f"udpwatch-test-{os.getpid()}")
-    path.mkdir()
-    try:
-        with Agent(folder, f"--cgroup={path}") as agent:
-            assert agent.get("/readyz")[0] == 200
-            path.rmdir()
-            wait_for(lambda: agent.get("/readyz")[0] == 503, "not ready", 10)
-            assert agent.metric("udpwatch_probe_attached", probe="egress") == 0
-            assert "egress" in agent.get("/readyz")[1]
-            assert agent.get("/healthz")[0] == 200
-    finally:
-        if path.exists():
-            path.rmdir()
+    with own_cgroup() as path, Agent(folder, f"--cgroup={path}") as agent:
+        assert agent.get("/readyz")[0] == 200
+        path.rmdir()
+        wait_for(lambda: agent.get("/readyz")[0] == 503, "not ready", 10)
+        assert agent.metric("udpwatch_probe_attached", probe="egress") == 0
+        assert "egress" in agent.get("/readyz")[1]
+        assert agent.get("/healthz")[0] == 200
 
 
 def test_events_file_moved_away(agent: Agent, host: ContainerHost, port: int) -> None:

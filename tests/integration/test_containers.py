@@ -13,18 +13,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Agent, temporary, wait_for
-from machine import cgroup_folders, first_pid, ip_in, left_behind, name_pod, remove_cgroups
+from agents import Agent, wait_for
+from machine import first_pid, ip_in, listening, name_pod, untouched
 from restricted import in_mount_namespace
-from runtimes import SERVER, Containerd, Docker, build_server, image_tar
+from runtimes import (
+    SERVER,
+    Containerd,
+    Docker,
+    RuntimeHost,
+    answered_from,
+    ask_inside,
+    build_server,
+    image_tar,
+)
 
 from udpwatch.agent.enrich.sender import Roots, Senders
 from udpwatch.agent.kernel import cgroup
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.lab import Namespace
 from udpwatch.agent.model import Cause, Finding, Increase, Verdict
 
-NODE, SECOND, OUTSIDE = "172.16.13.13", "172.16.13.14", "172.16.13.1"
-INSIDE = "10.99.0.1"  # the second address of a container
 POD_UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"
 OTHER_UID = "1e6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a90"
 COUNTER = "udpwatch_reply_source_mismatch_total"
@@ -39,39 +46,26 @@ def port() -> int:
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder for all of it; in the end the machine must be as it was."""
-    with temporary() as name:
-        place = Path(name)
-        (place / "log").mkdir()
-        for runtime in "docker", "containerd":
-            (place / runtime).mkdir()
-        before, cgroups = left_behind(place), cgroup_folders()
+    with untouched("log", "docker", "containerd") as place:
         yield place
-        remove_cgroups(cgroups)
-        assert left_behind(place) == before
-    assert not place.exists()
 
 
 @pytest.fixture(scope="module")
-def lab(place: Path) -> Iterator[Lab]:
-    """``outside`` 172.16.13.1 -- eth0 172.16.13.13, 172.16.13.14 ``node``."""
+def lab(place: Path) -> Iterator[RuntimeHost]:
+    """Its end comes before that of the folder."""
     assert place
-    with Lab() as lab:
-        node, outside = lab.namespace("node"), lab.namespace("outside")
-        lab.link(node, "eth0", outside, "eth0")
-        node.ip(f"addr add {NODE}/24 dev eth0", f"addr add {SECOND}/24 dev eth0")
-        outside.ip(f"addr add {OUTSIDE}/24 dev eth0")
+    with RuntimeHost() as lab:
         yield lab
 
 
 @pytest.fixture(scope="module")
-def node(lab: Lab) -> Namespace:
-    return lab._namespaces[0]
+def node(lab: RuntimeHost) -> Namespace:
+    return lab.node
 
 
 @pytest.fixture(scope="module")
-def outside(lab: Lab) -> Namespace:
-    return lab._namespaces[1]
+def outside(lab: RuntimeHost) -> Namespace:
+    return lab.outside
 
 
 @pytest.fixture(scope="module")
@@ -109,20 +103,6 @@ def agent(place: Path) -> Iterator[Agent]:
         yield agent
 
 
-def listening(pid: int, port: int) -> None:
-    """Wait until a process's network namespace has a socket on the port."""
-    wait_for(lambda: f":{port:04X} " in Path(f"/proc/{pid}/net/udp").read_text(), f"a server on port {port}")
-
-
-def answered_from(client: Namespace, asked: str, port: int) -> str:
-    """Ask once; the address that the answer came from."""
-    with client.socket() as socket:
-        socket.settimeout(10)
-        socket.sendto(b"x", (asked, port))
-        source: str = socket.recvfrom(100)[1][0]
-        return source
-
-
 def row_of(agent: Agent, port: int) -> dict[str, Any]:
     """The one finding on a port, as soon as it is there."""
     (row,) = wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding")
@@ -158,23 +138,10 @@ def assert_names(agent: Agent, port: int, runtime: str, container_id: str, **nam
     assert container_id in event["cgroup"]
 
 
-def give_second_address(node: Namespace, pid: int, first: str) -> None:
-    """A container with its own network gets another address, and the node a way to it."""
-    ip_in(pid, f"addr add {INSIDE}/32 dev lo")
-    node.ip(f"route replace {INSIDE}/32 via {first}")
-
-
-def ask_inside(node: Namespace, pid: int, first: str, port: int) -> None:
-    """The node asks the container at its second address."""
-    give_second_address(node, pid, first)
-    listening(pid, port)
-    assert answered_from(node, INSIDE, port) == first
-
-
 def ask_from_outside(outside: Namespace, pid: int, port: int) -> None:
     """Another machine asks the node at its second address."""
     listening(pid, port)
-    assert answered_from(outside, SECOND, port) == NODE
+    assert answered_from(outside, RuntimeHost.SECOND, port) == RuntimeHost.NODE
 
 
 # ---- Docker ----

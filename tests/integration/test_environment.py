@@ -12,15 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from agents import COMMAND, Agent, before_all, run_cli, wait_for
 from conftest import PATIENCE_SECONDS, ask
+from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
 
-from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.lab import ContainerHost, Lab
 
 # ---- what is missing ----
@@ -92,17 +91,13 @@ def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: in
 def container() -> Iterator[Sequence[str]]:
     """A wrapper that puts a command where container runtimes put theirs: a cgroup below, its own cgroup and process
     namespace, and a mount of cgroup v2 that shows no more than that cgroup."""
-    with closing(cgroup.find(None)) as root:
-        inner = Path(root.path, f"udpwatch-test-{os.getpid()}")
-    inner.mkdir()
-    inside = f'umount -l {inner.parent}; mount -t cgroup2 none {inner.parent}; exec "$@"'
-    script = (
-        f"echo $$ > {inner}/cgroup.procs\n"
-        f"exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '{inside}' sh \"$@\""
-    )
-    yield ["unshare", "--mount", "sh", "-e", "-c", script, "sh"]
-    wait_for(lambda: not (inner / "cgroup.procs").read_text(), "the cgroup to be empty")
-    inner.rmdir()
+    with own_cgroup() as inner:
+        inside = f'umount -l {inner.parent}; mount -t cgroup2 none {inner.parent}; exec "$@"'
+        script = (
+            f"echo $$ > {inner}/cgroup.procs\n"
+            f"exec unshare --cgroup --pid --fork --kill-child --mount-proc sh -e -c '{inside}' sh \"$@\""
+        )
+        yield ["unshare", "--mount", "sh", "-e", "-c", script, "sh"]
 
 
 def test_doctor_in_a_container(container: Sequence[str]) -> None:

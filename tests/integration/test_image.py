@@ -12,36 +12,28 @@ from pathlib import Path
 import image
 import pytest
 import yaml
-from agents import temporary, wait_for
+from agents import wait_for
 from charts import needs_helm, render
-from machine import cgroup_folders, first_pid, left_behind, remove_cgroups
+from machine import cgroup_folders, first_pid, listening, untouched
 from pods import CGROUP_PARENT, DOCS, Pod, Podman, blocks, counted, get
-from runtimes import SERVER, Docker, build_server, image_tar
-from test_containers import NODE, OUTSIDE, ask_inside, listening
+from runtimes import SERVER, Docker, RuntimeHost, ask_inside, build_server, image_tar
 
 from udpwatch.agent import __version__
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.lab import Namespace
 
 PORT = 32_001
 ADDRESS = "169.254.20.10"
-FIELDS = {"status.podIP": NODE, "spec.nodeName": "node-1"}
+FIELDS = {"status.podIP": RuntimeHost.NODE, "spec.nodeName": "node-1"}
 
 pytestmark = needs_helm
 
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder for all of it; in the end the machine must be as it was."""
-    with temporary() as name:
-        place = Path(name)
-        for folder in "builder", "docker", "podman":
-            (place / folder).mkdir()
-        _clear_up_after_a_killed_run()
-        before, cgroups = left_behind(place), cgroup_folders()
+    _clear_up_after_a_killed_run()
+    with untouched("builder", "docker", "podman") as place:
         yield place
-        remove_cgroups(cgroups)
-        assert left_behind(place) == before
 
 
 def _clear_up_after_a_killed_run() -> None:
@@ -53,25 +45,21 @@ def _clear_up_after_a_killed_run() -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(place: Path) -> Iterator[Lab]:
-    """``outside`` 172.16.13.1 -- eth0 172.16.13.13 ``node``, which will have docker0."""
+def lab(place: Path) -> Iterator[RuntimeHost]:
+    """Its end comes before that of the folder."""
     assert place
-    with Lab() as lab:
-        node, outside = lab.namespace("node"), lab.namespace("outside")
-        lab.link(node, "eth0", outside, "eth0")
-        node.ip(f"addr add {NODE}/24 dev eth0")
-        outside.ip(f"addr add {OUTSIDE}/24 dev eth0")
+    with RuntimeHost() as lab:
         yield lab
 
 
 @pytest.fixture(scope="module")
-def node(lab: Lab) -> Namespace:
-    return lab._namespaces[0]
+def node(lab: RuntimeHost) -> Namespace:
+    return lab.node
 
 
 @pytest.fixture(scope="module")
-def outside(lab: Lab) -> Namespace:
-    return lab._namespaces[1]
+def outside(lab: RuntimeHost) -> Namespace:
+    return lab.outside
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +194,11 @@ def test_what_is_in_the_image(podman: Podman) -> None:
 def test_it_finds_and_names(started: Callable[[Pod], Agent], pod: Pod, docker: Docker, node: Namespace) -> None:
     agent = started(pod)
     container = wrong_server(docker, node, "dns-of-the-shop", PORT)
-    labels = counted(node, PORT, NODE)
+    labels = counted(node, PORT, RuntimeHost.NODE)
     assert (labels["process"], labels["container"]) == (SERVER, "dns-of-the-shop")
     assert labels["actual"] == docker.address(container)
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        assert get(node, NODE, *probed(pod, probe))[0] == 200
+        assert get(node, RuntimeHost.NODE, *probed(pod, probe))[0] == 200
     status, told = agent.udpwatch("explain", SERVER)
     assert status == 0, told
     assert "dns-of-the-shop" in told
@@ -307,7 +295,9 @@ def test_a_seccomp_profile_of_old(pod: Pod, podman: Podman) -> None:
 
 def test_dns(started: Callable[[Pod], Agent], podman: Podman, folder: Path, docker: Docker, node: Namespace) -> None:
     """The address comes with the pod and goes with it; containers of the node are answered from it."""
-    values = {"dns": {"enabled": True, "clusterDNS": OUTSIDE, "options": ["host-record=udpwatch.test,10.1.2.3"]}}
+    values = {
+        "dns": {"enabled": True, "clusterDNS": RuntimeHost.OUTSIDE, "options": ["host-record=udpwatch.test,10.1.2.3"]}
+    }
     pod = Pod(podman, folder, render(values), FIELDS)
     assert ADDRESS not in node.run(["ip", "-o", "address", "show", "dev", "lo"])
     for container in pod.spec["initContainers"]:
@@ -405,12 +395,12 @@ def test_docker_of_debian_12(documented: list[str], loaded: Docker, node: Namesp
 def test_dns_alone_needs_no_root(documented: list[str], loaded: Docker, node: Namespace, outside: Namespace) -> None:
     """In a container of its own network, where Docker lets anybody listen on port 53."""
     (command,) = (block for block in documented if block.startswith("docker run") and " dns " in block)
-    container = loaded.call("run", *options(command.replace("192.0.2.53", NODE)))
+    container = loaded.call("run", *options(command.replace("192.0.2.53", RuntimeHost.NODE)))
     listening(first_pid(container), 53)
     with outside.socket() as client:
         client.settimeout(30)
-        client.sendto(QUESTION, (NODE, 53))
-        assert client.recvfrom(512)[1][0] == NODE
+        client.sendto(QUESTION, (RuntimeHost.NODE, 53))
+        assert client.recvfrom(512)[1][0] == RuntimeHost.NODE
     loaded.call("rm", "--force", container)
 
 

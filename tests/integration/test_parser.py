@@ -8,11 +8,11 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from machine import own_cgroup
 from restricted import unlimited
 
 from udpwatch.agent.kernel import bpf, cgroup, loader, records
@@ -89,14 +89,8 @@ def gives_a_packet() -> bool:
 def programs() -> Iterator[Programs]:
     if not gives_a_packet():
         pytest.skip("by design: this kernel's BPF_PROG_TEST_RUN gives cgroup_skb programs no packet")
-    with closing(cgroup.find(None)) as root:
-        path = Path(root.path, f"udpwatch-parser-{os.getpid()}")
-    path.mkdir()
-    try:
-        with closing(cgroup.find(str(path))) as watched, closing(Programs(watched)) as made:
-            yield made
-    finally:
-        path.rmdir()
+    with own_cgroup() as path, closing(cgroup.find(str(path))) as watched, closing(Programs(watched)) as made:
+        yield made
 
 
 def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specification, one case a line
