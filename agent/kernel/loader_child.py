@@ -94,8 +94,9 @@ def _compile(source: str, constants: Mapping[str, object]) -> Object:
     flags = [f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in constants.items())]
     try:
         module = bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
-    except Exception as error:  # bcc raises plain Exception
-        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}") from None
+    except Exception as error:  # bcc raises plain Exception, with the kernel's word in its own
+        hint = _behind(errno.EPERM) if os.strerror(errno.EPERM) in str(error) else ""
+        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}{hint}") from None
     lib = bcc.libbcc.lib
     lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
     lib.bpf_table_fd_id.restype, lib.bpf_table_fd_id.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t)
@@ -182,7 +183,7 @@ def _load_hooks(programs: dict[str, bytes], request: dict[str, Any], answer: _An
                         f"this kernel takes the program {hook.name} only from whom has CAP_PERFMON ({error.strerror}): "
                         "add CAP_PERFMON"
                     ) from None
-                raise UdpwatchError(f"the kernel refuses the program {hook.name}: {error.strerror}") from None
+                raise UdpwatchError(f"the kernel refuses the program {hook.name}: {_reason(error)}") from None
             answer.add("program", hook.name, program)
             answer.add("link", hook.name, _attach(hook, program, request["cgroup"], request["path"]))
         except UdpwatchError as error:
@@ -212,27 +213,36 @@ def _load_probes(
         except (OSError, LookupError) as error:
             answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
     if found.flow_probes:
-        program, answer.instructions[SETTLE] = program_load_logged(
-            ProgramType.SOCKET_FILTER, None, programs[SETTLE], SETTLE
-        )
+        try:
+            program, answer.instructions[SETTLE] = program_load_logged(
+                ProgramType.SOCKET_FILTER, None, programs[SETTLE], SETTLE
+            )
+        except OSError as error:
+            raise UdpwatchError(f"the kernel refuses the program {SETTLE}: {_reason(error)}") from None
         answer.add("program", SETTLE, program)
 
 
 def _reason(error: OSError) -> str:
     """The kernel's word, and what may be behind it."""
-    reason = error.strerror or "refused"
-    if error.errno == errno.EPERM and capabilities.may_load(capabilities.effective()) and is_forbidden():
+    return (error.strerror or "refused") + _behind(error.errno)
+
+
+def _behind(number: int | None) -> str:
+    """What may be behind an errno of bpf(2); "" where nothing is known."""
+    if number != errno.EPERM:
+        return ""
+    if capabilities.may_load(capabilities.effective()) and is_forbidden():
         return (
-            f"{reason}; the capabilities are there, but a seccomp profile forbids bpf(2), as the default ones of "
+            "; the capabilities are there, but a seccomp profile forbids bpf(2), as the default ones of "
             "podman and CRI-O do, and Docker's before 23.0: see docs/docker.md"
         )
     # See main(): we may not raise the limit.
-    if error.errno == errno.EPERM and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
-        reason += (
+    if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
+        return (
             "; before Linux 5.11 what we load counts as locked memory: add CAP_SYS_RESOURCE, or raise that limit "
             "(systemd: LimitMEMLOCK=infinity)"
         )
-    return reason
+    return ""
 
 
 def _probe(request: dict[str, Any]) -> features.Features:

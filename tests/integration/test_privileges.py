@@ -126,10 +126,11 @@ def test_without_perfmon_other_namespaces_are_not_guessed(
 
 def test_least_rights(folder: Path) -> None:
     """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are all that it needs, as the documents say; before 5.11, where maps count
-    as locked memory, CAP_SYS_RESOURCE too, which it asks for.
+    as locked memory, CAP_SYS_RESOURCE too, which it asks for, whether it is bcc that makes maps or the agent.
     """
     wrapper = ["setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon"]
     if "add CAP_SYS_RESOURCE" in " ".join(run_cli("doctor", wrapper=wrapper).stdout.split()):
+        assert_refused(run(folder, "--cache=off", wrapper=wrapper), 1, "add CAP_SYS_RESOURCE", "LimitMEMLOCK")
         wrapper[1] += ",+sys_resource"
     with Agent(folder, wrapper=wrapper) as agent:
         assert agent.snapshot()["mode"] == "packet"
