@@ -148,23 +148,15 @@ def load(
                 raise
             child.wait()
         said.seek(0)
-        errors = said.read().decode(errors="replace")
+        lines = said.read().decode(errors="replace").strip().splitlines()
     if not raw:
-        lines = errors.strip().splitlines()
         raise UdpwatchError(
             f"the loader ended with status {child.returncode}: {lines[-1] if lines else 'it said nothing'}"
         )
     answer = json.loads(raw)
     if "error" in answer:
-        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"] + _complaint(errors))
+        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
     return _unpack(answer, descriptors)
-
-
-def _complaint(said: str) -> str:
-    """What the compiler said in the end, of all that it printed."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if "error:" in line] or lines[-1:]
-    return f" ({errors[0]})" if errors else ""
 
 
 def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:

@@ -94,9 +94,10 @@ def _compile(source: str, constants: Mapping[str, object]) -> Object:
     flags = [f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in constants.items())]
     try:
         module = bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
-    except Exception as error:  # bcc raises plain Exception, with the kernel's word in its own
-        hint = _behind(errno.EPERM) if os.strerror(errno.EPERM) in str(error) else ""
-        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}{hint}") from None
+    except Exception as error:  # bcc raises plain Exception, and prints why
+        complaint = _complaint()
+        hint = _behind(errno.EPERM) if os.strerror(errno.EPERM) in complaint else ""
+        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}{complaint}{hint}") from None
     lib = bcc.libbcc.lib
     lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
     lib.bpf_table_fd_id.restype, lib.bpf_table_fd_id.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t)
@@ -115,6 +116,14 @@ def _compile(source: str, constants: Mapping[str, object]) -> Object:
     )
     module.cleanup()
     return compiled
+
+
+def _complaint() -> str:
+    """What the compiler said in the end, of all that it printed: stderr is a file (loader.py)."""
+    said = Path("/proc/self/fd/2").read_text(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line] or lines[-1:]
+    return f" ({errors[0]})" if errors else ""
 
 
 def _attach(hook: Hook, program: int, cgroup: int, path: str) -> int:
