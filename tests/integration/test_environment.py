@@ -20,6 +20,7 @@ from conftest import PATIENCE_SECONDS, ask
 from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
 
+from udpwatch.agent.kernel.loader_child import SOURCES
 from udpwatch.agent.lab import ContainerHost, Lab
 
 # ---- what is missing ----
@@ -48,6 +49,13 @@ def test_bcc_missing(folder: Path) -> None:
 def test_bcc_is_an_empty_folder(folder: Path) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
     assert_refused(run(folder, "--cache=off", wrapper=wrapper), 77, "bcc", "python3-bpfcc")
+
+
+def test_source_that_does_not_compile(folder: Path) -> None:
+    """The compiler's own word is passed on: bcc's exception has none."""
+    (folder / "reply.c").write_text("int ingress(struct __sk_buff *skb) { return 1 }\n")
+    wrapper = in_mount_namespace(f"mount --bind {folder}/reply.c {SOURCES}/reply.c")
+    assert_refused(run(folder, "--cache=off", wrapper=wrapper), 1, "cannot compile reply.c", "error: expected ';'")
 
 
 def test_loader_that_says_much(folder: Path) -> None:
