@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,23 @@ def test_hooks_are_always_there(tmp_path: Path) -> None:
     assert "ingress" in fault
     (fault,) = faults(tmp_path, Row(matrix.NATIVE, None), HOOKS[1:])
     assert "ingress" in fault
+
+
+def test_budget() -> None:
+    """What needs more than it may, or has no budget, is a fault: a change that nears the verifier's limit is seen."""
+    with matrix.BUDGET.open("rb") as file:
+        egress = tomllib.load(file)["6.12"]["egress"]
+
+    def over(kernel: str, **programs: int) -> list[str]:
+        return list(matrix.over_budget(Outcome(Row(kernel), release="6.12.1", lockdown="none", programs=programs)))
+
+    assert over("6.12", egress=egress) == []
+    (fault,) = over("6.12", egress=egress + 1)
+    assert "egress" in fault
+    assert f"{egress:,}" in fault
+    (fault,) = over("6.12", newcomer=1)
+    assert "newcomer" in fault
+    assert over(matrix.NATIVE, egress=10 * egress, newcomer=1) == []
 
 
 # ---- the table of docs/kernels.md ----
