@@ -76,7 +76,7 @@ def test_answers_from_the_address_asked(
     host: ContainerHost, tmp_path: Path, language: str, tool: str, prepare: Callable[[Code, Path], list[str]]
 ) -> None:
     if not shutil.which(tool):
-        pytest.skip(f"{tool} is not installed")
+        pytest.skip(f"needs {tool}: apt-get install {'nodejs' if tool == 'node' else tool}")
     with serving(host, prepare(CODES[language], tmp_path)) as process:
         for address in (host.ETH0, host.DOCKER0, host.ETH0_6, host.DOCKER0_6):
 

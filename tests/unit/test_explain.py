@@ -204,7 +204,8 @@ def test_code_is_sound(code: Code, tmp_path: Path) -> None:
         "Node.js": (".js", ["node", "--check"]),
     }[code.language]
     if not shutil.which(command[0]):
-        pytest.skip(f"{command[0]} is not installed")
+        packages = {"gofmt": "golang-go", "node": "nodejs"}
+        pytest.skip(f"needs {command[0]}: apt-get install {packages.get(command[0], command[0])}")
     path = tmp_path / f"answer{suffix}"
     path.write_text(code.text)
     done = subprocess.run([*command, str(path)], capture_output=True, text=True, check=False)
