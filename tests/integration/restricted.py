@@ -6,8 +6,8 @@ import contextlib
 import ctypes
 import os
 import resource
+import struct
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,12 +15,13 @@ from pathlib import Path
 from agents import run_cli
 from machine import own_cgroup
 
-from udpwatch.agent.kernel import cgroup
-from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+from udpwatch.agent.kernel import bpf, cgroup
+from udpwatch.agent.kernel.bpf import AttachType, Command, ProgramType
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.lab import die_with_parent
 
 NOBODY = 65534
+RETURN_1 = bytes.fromhex("b7000000010000009500000000000000")
 _PR_CAPBSET_DROP = 24
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -70,27 +71,17 @@ def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedPro
     return run_cli("run", *defaults, *flags, **options)
 
 
-def named_program(name: str) -> int:
-    """As bpf.program_load, with a name."""
-    code = ctypes.create_string_buffer(bytes.fromhex("b7000000010000009500000000000000"), 16)
-    licence = ctypes.create_string_buffer(b"GPL")
-    attribute = ctypes.create_string_buffer(128)
-    fields = [(0, 4, ProgramType.CGROUP_SOCK_ADDR), (4, 4, 2), (8, 8, ctypes.addressof(code))]
-    fields += [(16, 8, ctypes.addressof(licence)), (68, 4, AttachType.CGROUP_UDP4_SENDMSG)]
-    for at, size, value in fields:
-        attribute[at : at + size] = int(value).to_bytes(size, sys.byteorder)
-    attribute[48 : 48 + len(name)] = name.encode()
+def sendmsg_program(name: str) -> int:
+    """A program for sendmsg4 that lets everything pass; its descriptor."""
     with unlimited():
-        fd: int = _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 5, attribute, 128)
-    assert fd >= 0, os.strerror(ctypes.get_errno())
-    return fd
+        return bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1, name)
 
 
 @contextlib.contextmanager
 def held_exclusively() -> Iterator[Path]:
     """A cgroup whose sendmsg4 hook a program holds with flags 0, as Cilium's from before 1.14: it bears no other."""
     with own_cgroup() as path:
-        program = named_program("exclusive")
+        program = sendmsg_program("exclusive")
         try:
             with closing(cgroup.find(str(path))) as held:
                 _attach_exclusively(program, held.fd)
@@ -101,8 +92,5 @@ def held_exclusively() -> Iterator[Path]:
 
 def _attach_exclusively(program: int, folder: int) -> None:
     """BPF_PROG_ATTACH with flags 0; it goes with the cgroup."""
-    attribute = ctypes.create_string_buffer(128)
-    attribute[:16] = b"".join(
-        value.to_bytes(4, sys.byteorder) for value in (folder, program, AttachType.CGROUP_UDP4_SENDMSG, 0)
-    )
-    assert _libc.syscall(321 if os.uname().machine == "x86_64" else 280, 8, attribute, 128) == 0
+    values = struct.pack("=IIII", folder, program, AttachType.CGROUP_UDP4_SENDMSG, 0)
+    bpf.bpf(Command.PROG_ATTACH, ctypes.create_string_buffer(values, 128))

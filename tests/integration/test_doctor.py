@@ -7,7 +7,7 @@ import os
 from contextlib import closing
 
 from agents import Agent, run_cli
-from restricted import in_mount_namespace, named_program, without
+from restricted import in_mount_namespace, sendmsg_program, without
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
@@ -33,7 +33,7 @@ def test_doctor_sees_its_neighbours(agent: Agent) -> None:
 def test_doctor_recognises_cilium(host: ContainerHost) -> None:
     """A program that is called as Cilium's are, on our hook."""
     with closing(cgroup.find(None)) as root:
-        program = named_program("cil_sock4_sendm")
+        program = sendmsg_program("cil_sock4_sendm")
         link = bpf.link_create(program, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
     try:
         done = run_cli("doctor")
