@@ -120,7 +120,8 @@ def _compile(source: str, constants: Mapping[str, object]) -> Object:
 
 def _complaint() -> str:
     """What the compiler said in the end, of all that it printed: stderr is a file (loader.py)."""
-    said = Path("/proc/self/fd/2").read_text(errors="replace")
+    stderr = sys.stderr.fileno()
+    said = os.pread(stderr, os.fstat(stderr).st_size, 0).decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line] or lines[-1:]
     return f" ({errors[0]})" if errors else ""
