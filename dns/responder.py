@@ -74,7 +74,7 @@ class Upstreams:
     def for_name(self, name: bytes) -> tuple[Server, ...] | None:
         """The servers of the most specific domain; (): the name is ours alone; None: nobody knows it."""
         found = self.domain_of(name)
-        if found and found.standard and name[1 + name[0]] == 0:  # the rest of a name of one label are those like it
+        if found and found.standard and wire.is_plain_name(name):  # the rest of a name of one label are those like it
             found = self.by_domain.get(b"", found)
         return found.servers if found and not found.standard else self.default or None
 
