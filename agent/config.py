@@ -169,7 +169,7 @@ SETTINGS = (
     Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 folder (default: the whole node)"),
     Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
     Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long a request is remembered (conntrack: 30)"),
-    Setting("max_peers", _integer(16, 1 << 22), 65_536, "N", "conversations remembered at once; 130 bytes each"),
+    Setting("max_peers", _integer(16, 1 << 22), 131_072, "N", "conversations remembered at once; 80 bytes each"),
     Setting("max_series", _integer(1, 10_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
     Setting("events_per_second", _integer(1, 100_000), 10, "N", "events of one finding; counts are always exact"),
     Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after it was quiet for so long"),

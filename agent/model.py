@@ -133,7 +133,8 @@ class Counters:
     rate_limited: int = 0
     ring_full: int = 0
     unparsed: int = 0
-    crowded: int = 0
+    undecided: int = 0
+    evicted: int = 0
     flows: int = 0
     candidates: int = 0
     requests: int = 0

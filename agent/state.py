@@ -19,12 +19,11 @@ LOSS_STAGES = {
     "rate_limit": "events held back in the kernel by events_per_second",
     "ring_full": "events that the ring buffer had no room for",
     "findings_full": "events of wrong replies for which the kernel's table of findings had no room",
-    "undecided": "suspected wrong replies that could not be decided: conntrack's entry was gone, or could not be asked",
+    "undecided": "replies that could not be judged: conntrack could not be asked, or what they answer had to make room",
     "flows_full": "new flows that looked like wrong replies of other machines, for which there was no room",
     "conntrack_overrun": "times that conntrack's events came faster than they were read; its table was read instead",
     "probe_missed": "runs of function probes that the kernel left out",
     "remember": "peers that could not be remembered",
-    "crowded": "replies outside conntrack that were not judged, because max_peers is too small for so many peers",
     "unparsed": "UDP packets with unreadable headers",
     "queue": "events dropped because their reader was too slow",
     "output": "events that could not be written",
@@ -154,9 +153,8 @@ class State:
         lost["rate_limit"] += counters.rate_limited + reading.held_back
         lost["ring_full"] += counters.ring_full
         lost["findings_full"] += 0 if suspected else counters.overflow
-        lost["undecided"] += reading.undecided + (counters.overflow if suspected else 0)
+        lost["undecided"] += reading.undecided + counters.undecided + (counters.overflow if suspected else 0)
         lost["remember"] += counters.unremembered
-        lost["crowded"] += counters.crowded
         lost["queue"] += reading.dropped
         lost["flows_full"] += counters.candidates
         lost["conntrack_overrun"] += reading.overruns

@@ -21,7 +21,7 @@
 #include "compat.h"
 #include "records.h"
 
-/* ---- limits and settings: MAX_PEERS, MAX_CANDIDATES, WINDOW_NS and FORWARDED come with the
+/* ---- limits and settings: MAX_REQUESTS, MAX_CANDIDATES, WINDOW_NS and FORWARDED come with the
  * compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the place of a function's
  * n-th argument in the context, which fentry and kprobes do not share (agent/kernel/probes.py) ----
  */
@@ -46,7 +46,7 @@ BPF_PERCPU_ARRAY(counters, struct stats, 1);
 #if HAVE_SOCKETS
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 #endif
-BPF_TABLE("lru_hash", struct request_key, struct requests, requests, MAX_PEERS);
+BPF_TABLE("lru_hash", struct request_key, struct requests, requests, MAX_REQUESTS);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
 /* Too large for the stack. A program is not run again on a CPU on which it is running. */
 BPF_PERCPU_ARRAY(scratch, struct candidate, 1);

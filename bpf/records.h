@@ -13,6 +13,21 @@
 #define COMM_LEN     16
 #define SENDER_SLOTS 4096 /* a power of two */
 #define TUPLE_LEN    40   /* struct nf_conntrack_tuple, up to and including dst.dir */
+#define HASH_WORDS   12
+#define WAYS         8 /* conversations in a set */
+
+/* Addresses in a set, all of which one conversation may take: as many as the verifier lets us look
+ * at. Without CAP_PERFMON it follows each loop speculatively, for good. */
+#if HAVE_KERNEL_READ
+#define ADDRESS_WAYS 64
+#else
+#define ADDRESS_WAYS 16
+#endif
+
+/* A fingerprint in `forgotten` is 40 bits of hash above 24 bits of time in ticks of about 1 ms. */
+#define FORGOTTEN_WAYS 7 /* with `lost` a cache line */
+#define FORGOTTEN_TICK 20
+#define FORGOTTEN_BITS 24
 
 enum verdict {
     VERDICT_NEW = 1,       /* conntrack booked the reply as a flow of its own */
@@ -42,8 +57,9 @@ struct address {
     };
 };
 
-/* Who asked: all that identifies a conversation, seen from this node. */
-struct flow_key {
+/* All that identifies a conversation, seen from this node. It is kept as its keyed hash, the tag.
+ */
+struct conversation_key {
     __u64 scope; /* cookie of the network namespace, or of the socket (see compat.h) */
     struct address peer;
     __u16 peer_port;
@@ -51,14 +67,66 @@ struct flow_key {
     __u32 link; /* interface index, for a link-local peer */
 };
 
-struct asked {
-    struct address address;
-    __u64 seen; /* 0: this half is free */
+/* Random, filled in before the programs are attached: without them nobody can choose peers whose
+ * conversations fall into one set. */
+struct hash_keys {
+    __u32 word[HASH_WORDS];
 };
 
-/* Which local addresses the peer asked: the two newest. Replaced whole, except for `seen`. */
-struct flow {
-    struct asked asked[2];
+/* Whose conversation it is: a share of the table belongs to each server port of each namespace. */
+struct tenant {
+    __u32 scope; /* the lower half of conversation_key.scope */
+    __u16 port;
+    __u16 flags; /* of the conversation */
+};
+
+#define SEVERAL 1 /* it asked several addresses: they are in `addresses` */
+#define ACCUSED 2 /* its pending request was answered wrongly */
+
+/* A request is pending while `asked` is later than `answered`, for the window at the most. */
+struct conversation {
+    struct address address; /* the one asked last; zero: a group, which any source may answer */
+    __u64 asked;            /* 0: this way is free */
+    __u64 answered;         /* 0: not yet. Of SEVERAL: when it last changed its address */
+    struct tenant tenant;
+};
+
+/* The tags stand together: to look one up touches a cache line or two. */
+struct conversation_set {
+    __u32 lock; /* struct bpf_spin_lock: see agent/kernel/locks.py */
+    __u32 pad;
+    __u64 tag[WAYS];
+    struct conversation way[WAYS];
+};
+
+/* One address of a conversation that asked several. A request is pending while its rank is when it
+ * was asked; an answered one ranks a window earlier. The lowest rank makes room. */
+struct asked_address {
+    __u64 tag;  /* the conversation's */
+    __u64 hash; /* of tag and address */
+    __u64 asked;
+    __u64 rank;
+    struct address address;
+    struct tenant tenant;
+};
+
+struct address_set {
+    __u32 lock; /* struct bpf_spin_lock */
+    __u32 pad;
+    struct asked_address way[ADDRESS_WAYS];
+};
+
+/* Requests that were answered and had to make room within the window: a fingerprint of
+ * conversation and address, with the time. */
+struct forgotten_set {
+    __u64 lost; /* when one of them was overwritten within the window; FORGOTTEN_TICK */
+    __u64 way[FORGOTTEN_WAYS];
+};
+
+/* When something of a tenant last had to make room within the window. */
+struct eviction {
+    __u64 pending; /* a request not answered yet */
+    __u64 settled; /* one that was: it is in `forgotten` */
 };
 
 /* Whether a send named its source: written by the sendmsg hooks and the function probes, read on
@@ -194,13 +262,15 @@ enum settled {
 struct stats {
     __u64 checked;      /* datagrams sent to a peer that had asked */
     __u64 wrong;        /* of these, wrong replies (verdict unknown: suspected) */
-    __u64 remembered;   /* peers entered into `flows` */
-    __u64 unremembered; /* peers that could not be entered */
+    __u64 remembered;   /* conversations entered */
+    __u64 unremembered; /* clients that could not be entered into `requests` */
     __u64 overflow;     /* wrong replies for which `findings` had no room */
     __u64 rate_limited; /* events held back */
     __u64 ring_full;    /* events that the ring buffer had no room for */
     __u64 unparsed;     /* UDP headers that were not readable */
-    __u64 crowded;      /* replies outside conntrack not judged: too many peers to remember */
+    __u64 undecided;    /* datagrams not judged: what they answer may have been evicted, or was
+                         * asked from one peer's port in a conversation begun here */
+    __u64 evicted;      /* requests that had to make room within the window */
     __u64 flows;        /* new UDP flows that conntrack booked */
     __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
     __u64 requests;     /* clients entered into `requests` */

@@ -4,13 +4,12 @@
  *
  * Rules
  * 1. The programs only look. Each returns 1 ("let it pass") on every path.
- * 2. Look up first, write only what changed. A known conversation costs one per-CPU array lookup
- *    a packet; the hash is touched once per REFRESH_NS and conversation.
- * 3. `flows` elements are replaced whole, except for the clock in them. A reader that is about to
- *    call a reply wrong looks the element up twice and wants the same answer twice, since the
- *    kernel may hand an element to another key while it is being read.
+ * 2. Look up first, write only what changed. A packet of a known conversation costs a hash and a
+ *    look at one set; the lock is taken where a request becomes pending, or is answered.
+ * 3. A reply answers a request: what a socket sends to a peer of which no request is pending is not
+ *    judged. Any address that the peer asked within the window is a right source.
  * 4. Every wrong reply is counted: in its finding, or in stats.overflow. What cannot be judged is
- *    counted too: stats.unremembered, unparsed, crowded.
+ *    counted too: stats.undecided, unparsed.
  *
  * ingress      after DNAT and defragmentation: remember which local address the peer asked.
  * sendmsg4/6   in udp_sendmsg() and udpv6_sendmsg(): remember whether the sender named its source.
@@ -19,55 +18,42 @@
  */
 #include "common.h"
 #include "compat.h"
+#include "conversations.h"
 #include "records.h"
 
-/* ---- limits and settings: MAX_PEERS, MAX_FINDINGS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND
- * come with the compile, from Limits in agent/kernel/loader.py ---- */
+/* ---- limits and settings: SETS, ADDRESS_SETS, FORGOTTEN_SETS, MAX_EVICTIONS, MAX_FINDINGS,
+ * RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
+ * agent/kernel/loader.py ---- */
 
-#define CACHE_SLOTS        1024 /* a power of two, per CPU and direction */
-#define REFRESH_NS         (WINDOW_NS / 256)
-#define IP6_EXTENSIONS     6
+#define IP6_EXTENSIONS     32 /* of 8 bytes at least; the kernel takes any number */
 #define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51 /* RFC 4302 */
 #define SECOND_NS          1000000000ULL
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
 #define FAMILY_INET6       10
 #define FIRST_EPHEMERAL    32768 /* ip_local_port_range's default; clients live above */
-#define CT_ESTABLISHED     0     /* IP_CT_ESTABLISHED: original direction of an answered flow */
+#define CT_RELATED         1 /* IP_CT_RELATED: as new, of a connection that a helper announced */
+#define CT_NEW             2 /* IP_CT_NEW: original direction of a flow that nobody answered */
 #define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
 #define CT_UNTRACKED       7 /* IP_CT_UNTRACKED */
 #define CT_INFO_MASK       7ULL /* NFCT_INFOMASK */
-#define EEXIST             17
 
 /* ---- maps ---- */
 
-/* The one conversation that a cache slot stands for, and the address in it known to be right.
- * It holds until REFRESH_NS are over or some conversation's addresses change: then the epoch
- * moves on and every slot of every CPU is void. A cache line. */
-struct cached {
-    struct flow_key key;
-    struct address address;
-    __u64 seen;
-    __u64 epoch;
-};
-
-BPF_TABLE("lru_hash", struct flow_key, struct flow, flows, MAX_PEERS);
-BPF_PERCPU_ARRAY(asked_cache, struct cached, CACHE_SLOTS);
-BPF_PERCPU_ARRAY(right_cache, struct cached, CACHE_SLOTS);
-BPF_ARRAY(epochs, __u64, 1);
-
-/* How many conversations were entered in this window and the one before. */
-struct crowd {
-    __u64 start;
-    __u64 count;
-    __u64 before;
-};
-
-BPF_ARRAY(crowds, struct crowd, 1);
+BPF_ARRAY(conversations, struct conversation_set, SETS);
+BPF_ARRAY(addresses, struct address_set, ADDRESS_SETS);
+BPF_ARRAY(forgotten, struct forgotten_set, FORGOTTEN_SETS);
+BPF_TABLE("lru_hash", struct tenant, struct eviction, evictions, MAX_EVICTIONS);
+BPF_ARRAY(last_eviction, __u64, 1); /* of a pending request, whoever's it was */
+BPF_ARRAY(hash_keys, struct hash_keys, 1);
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
+/* What runs for each packet is short; the rest is in programs of its own, one a map, since the
+ * kernel keeps programs of the two hooks apart: SLOW in agent/kernel/loader.py. */
+BPF_PROG_ARRAY(ingress_next, 1);
+BPF_PROG_ARRAY(egress_next, 1);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
 static __always_inline struct stats *stats_of_this_cpu(void) {
@@ -84,6 +70,11 @@ static __always_inline struct stats *stats_of_this_cpu(void) {
     } while (0)
 
 /* ---- packets ---- */
+
+/* Datagrams in one packet of UDP_SEGMENT. */
+static __always_inline __u32 segments_of(struct __sk_buff *skb) {
+    return skb->gso_segs ? skb->gso_segs : 1;
+}
 
 struct packet {
     struct address source, destination;
@@ -118,11 +109,9 @@ static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct pa
 static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
                                            struct packet *packet) {
     __u32 at = 40;
-#pragma unroll
-    for (int i = 0; i < IP6_EXTENSIONS; i++) {
+#pragma clang loop unroll(disable)
+    for (int i = 0; i < IP6_EXTENSIONS && is_extension(next); i++) {
         __u8 header[4];
-        if (!is_extension(next))
-            break;
         if (bpf_skb_load_bytes(skb, at, header, sizeof(header))) {
             COUNT(unparsed, 1);
             return 0;
@@ -136,6 +125,8 @@ static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
         }
         next = header[0];
     }
+    if (is_extension(next))
+        COUNT(unparsed, 1);
     return next == PROTO_UDP ? load_ports(skb, at, packet) : 0;
 }
 
@@ -202,227 +193,197 @@ static __always_inline int is_link_local(const struct address *address) {
     return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
 }
 
-static __always_inline __u32 slot_of(const struct flow_key *key) {
-    __u64 mix = key->scope ^ key->peer.half[0] ^ key->peer.half[1] * 0x9e3779b97f4a7c15ULL ^
-                ((__u64)key->peer_port << 16 | key->port);
-    return (mix * 0x9e3779b97f4a7c15ULL) >> 48 & (CACHE_SLOTS - 1);
-}
-
-static __always_inline int same_key(const struct flow_key *a, const struct flow_key *b) {
-    return a->scope == b->scope && same(&a->peer, &b->peer) && a->peer_port == b->peer_port &&
-           a->port == b->port && a->link == b->link;
-}
-
-static __always_inline __u64 *epoch_counter(void) {
+static __always_inline const struct hash_keys *keys_of_hash(void) {
     int zero = 0;
-    return epochs.lookup(&zero);
+    return hash_keys.lookup(&zero);
 }
 
-static __always_inline __u64 epoch_now(void) {
-    __u64 *epoch = epoch_counter();
-    return epoch ? READ_ONCE(*epoch) : 0;
+static __always_inline struct conversation_set *set_of(__u64 tag) {
+    int index = share_of(tag, SETS);
+    return conversations.lookup(&index);
 }
 
-static __always_inline int is_fresh(const struct cached *cached, const struct flow_key *key,
-                                    __u64 now) {
-    return now - cached->seen < REFRESH_NS && same_key(&cached->key, key) &&
-           cached->epoch == epoch_now();
+/* A namespace has a part of the sets, and can push out no other's addresses elsewhere. */
+static __always_inline struct address_set *addresses_of(__u64 tag, __u32 scope) {
+    __u64 first = share_of(mixed(scope), ADDRESS_SETS), other = share_of(tag << 32, ADDRESS_SHARE);
+    int index = (first + other) % ADDRESS_SETS;
+    return addresses.lookup(&index);
 }
 
-static __always_inline int cached_is(const struct cached *cached, const struct flow_key *key,
+static __always_inline struct forgotten_set *forgotten_of(__u64 hash) {
+    int index = share_of(hash, FORGOTTEN_SETS);
+    return forgotten.lookup(&index);
+}
+
+static __always_inline void set_tenant(struct tenant *to, const struct conversation_key *key) {
+    to->scope = key->scope;
+    to->port = key->port;
+    to->flags = 0;
+}
+
+/* A request had to make room within the window: whoever judges its tenant's replies must know.
+ * `settled`: it was answered, rightly or wrongly. */
+static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int settled,
+                                          __u64 now) {
+    struct tenant tenant = *of;
+    struct eviction fresh = {};
+    int zero = 0;
+
+    COUNT(evicted, 1);
+    tenant.flags = 0;
+    if (settled) {
+        struct forgotten_set *set = forgotten_of(hash);
+        if (set)
+            forget(set, hash, now);
+        fresh.settled = now;
+    } else {
+        __u64 *last = last_eviction.lookup(&zero);
+        if (last && now - *last > REFRESH_NS)
+            WRITE_ONCE(*last, now);
+        fresh.pending = now;
+    }
+    struct eviction *known = evictions.lookup(&tenant);
+    if (!known) {
+        evictions.update(&tenant, &fresh);
+    } else if (settled) {
+        if (now - known->settled > REFRESH_NS)
+            WRITE_ONCE(known->settled, now);
+    } else if (now - known->pending > REFRESH_NS) {
+        WRITE_ONCE(known->pending, now);
+    }
+}
+
+/* Note one request of a conversation that asked several. */
+static __always_inline void put_address(struct address_set *set, const struct hash_keys *keys,
+                                        __u64 tag, const struct conversation *request, __u64 now) {
+    struct asked_address put, evicted;
+
+    put.tag = tag;
+    put.hash = request_hash(keys, tag, &request->address);
+    put.asked = request->asked;
+    put.rank = is_pending(request) ? request->asked : request->asked - WINDOW_NS;
+    put.address = request->address;
+    put.tenant = request->tenant;
+    put.tenant.flags = 0;
+    note_address(set, &put, &evicted);
+    if (evicted.hash && is_remembered(evicted.asked, now))
+        note_eviction(evicted.hash, &evicted.tenant, evicted.rank != evicted.asked, now);
+}
+
+/* A conversation asks another address than before, which `known` holds, or has asked several. */
+static __always_inline void remember_another(struct conversation_set *set, __u64 tag,
+                                             struct conversation *fresh, struct conversation *known,
+                                             __u64 now) {
+    struct address_set *others = addresses_of(tag, fresh->tenant.scope);
+    const struct hash_keys *keys = keys_of_hash();
+    __u64 answered = known->answered;
+    int was_one = !(known->tenant.flags & SEVERAL);
+
+    if (!others || !keys)
+        return;
+    fresh->asked = after(now, known->asked);
+    if (was_one)
+        put_address(others, keys, tag, known, now);
+    put_address(others, keys, tag, fresh, now);
+    /* Nobody has answered this request before all of it stands there. The other one may have been
+     * answered meanwhile. */
+    set_newest(set, tag, fresh, now, known);
+    if (was_one && known->answered != answered)
+        note_answer(others, request_hash(keys, tag, &known->address));
+}
+
+static __always_inline void remember(struct conversation_set *set, __u64 tag,
+                                     const struct conversation_key *key,
                                      const struct address *address, __u64 now) {
-    return cached && is_fresh(cached, key, now) && same(&cached->address, address);
+    struct conversation fresh = {}, known = {};
+    __u64 evicted = 0;
+
+    fresh.address = *address;
+    fresh.asked = now;
+    set_tenant(&fresh.tenant, key);
+    enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
+    if (done == ANOTHER) {
+        remember_another(set, tag, &fresh, &known, now);
+    } else if (done == FRESH) {
+        COUNT(remembered, 1);
+        const struct hash_keys *keys = keys_of_hash();
+        if (!keys || !evicted || is_expired(&known, now))
+            return;
+        /* With a conversation that asked SEVERAL more than one request went. */
+        int settled = !(known.tenant.flags & SEVERAL) &&
+                      (known.tenant.flags & ACCUSED || !is_pending(&known));
+        note_eviction(request_hash(keys, evicted, &known.address), &known.tenant, settled, now);
+    }
 }
 
-static __always_inline void cache(struct cached *cached, const struct flow_key *key,
-                                  const struct address *address, __u64 now, __u64 epoch) {
-    if (!cached)
-        return;
-    cached->seen = 0;
-    cached->key = *key;
-    cached->address = *address;
-    cached->epoch = epoch;
-    WRITE_ONCE(cached->seen, now);
+/* What a packet answers: the judgement, with the right request marked as answered. */
+static __always_inline enum judgement judge(struct conversation_set *set, __u64 tag,
+                                            const struct conversation_key *key,
+                                            const struct address *source, int port_kept, __u64 now,
+                                            struct address *expected) {
+    struct conversation known = {};
+    const struct address group = {};
+
+    enum judgement judgement = judge_one(set, tag, source, port_kept, now, &known);
+    if (!(known.tenant.flags & SEVERAL)) {
+        *expected = known.address;
+        return judgement;
+    }
+    const struct hash_keys *keys = keys_of_hash();
+    struct address_set *others = addresses_of(tag, key->scope);
+    if (!keys || !others)
+        return NOT_A_REPLY;
+    /* A hash is never 0, so from another port no source is right. */
+    return judge_several(others, tag, port_kept ? request_hash(keys, tag, source) : 0,
+                         port_kept ? request_hash(keys, tag, &group) : 0, now, expected);
 }
 
-/* Volatile, so that the compiler selects among values and never among pointers (see KEEP_APART). */
-static __always_inline void load(struct flow *to, const struct flow *from) {
-    const volatile __u64 *words = (const volatile __u64 *)from;
-#pragma unroll
-    for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
-        ((__u64 *)to)[i] = words[i];
+/* Whether a peer may have asked this address within the window although nothing is remembered of
+ * it: its server had to make room. */
+static __always_inline int may_have_asked(__u64 tag, const struct conversation_key *key,
+                                          const struct address *source, __u64 now) {
+    struct tenant tenant = {};
+
+    set_tenant(&tenant, key);
+    struct eviction *evicted = evictions.lookup(&tenant);
+    if (!evicted)
+        return 0;
+    if (is_remembered(evicted->pending, now))
+        return 1;
+    const struct hash_keys *keys = keys_of_hash();
+    if (!keys || !is_remembered(evicted->settled, now))
+        return 0;
+    __u64 hash = request_hash(keys, tag, source);
+    struct forgotten_set *set = forgotten_of(hash);
+    return set && (is_forgotten(set, hash, now) || is_remembered(set->lost, now));
 }
 
-static __always_inline int is_asked(const struct asked *asked, const struct address *address) {
-    return asked->seen && same(&asked->address, address);
-}
-
-static __always_inline void set_asked(struct asked *asked, const struct address *address,
-                                      __u64 seen) {
-    asked->address = *address;
-    asked->seen = seen;
-}
-
-/* The clock is coarse: two requests of one tick still have an order. */
-static __always_inline __u64 after(__u64 now, __u64 other) {
-    return now > other ? now : other + 1;
-}
-
-static __always_inline struct crowd *the_crowd(void) {
+/* A socket sends to a peer of which nothing is remembered: a reply all the same, if a pending
+ * request of its server's had to make room. */
+static __always_inline void count_unremembered(struct __sk_buff *skb,
+                                               const struct conversation_key *key, __u64 now) {
     int zero = 0;
-    return crowds.lookup(&zero);
-}
+    struct tenant tenant = {};
 
-static __always_inline void count_new(__u64 now) {
-    struct crowd *crowd = the_crowd();
-
-    COUNT(remembered, 1);
-    if (!crowd)
+    __u64 *last = last_eviction.lookup(&zero);
+    if (!last || !is_remembered(*last, now))
         return;
-    if (now - crowd->start > WINDOW_NS) {
-        crowd->before = now - crowd->start > 2 * WINDOW_NS ? 0 : crowd->count;
-        crowd->count = 0;
-        crowd->start = now;
-    }
-    __sync_fetch_and_add(&crowd->count, 1);
-}
-
-/* Whether so many peers come that some are pushed out within the window: then what is remembered
- * of one may be less than it asked. */
-static __always_inline int is_crowded(__u64 now) {
-    struct crowd *crowd = the_crowd();
-    return crowd && now - crowd->start <= 2 * WINDOW_NS &&
-           crowd->count + crowd->before >= MAX_PEERS / 2;
-}
-
-static __always_inline void next_epoch(void) {
-    __u64 *epoch = epoch_counter();
-    if (epoch)
-        __sync_fetch_and_add(epoch, 1);
-}
-
-enum remembering { AGAIN, SINGLE, SEVERAL };
-
-/* One attempt; AGAIN where another CPU changed the same conversation meanwhile. */
-static __always_inline enum remembering try_remember(struct flow_key *key,
-                                                     const struct address *address, __u64 now) {
-    struct flow copy = {};
-    struct flow *flow = flows.lookup(key);
-    int failed;
-
-    if (!flow) {
-        set_asked(&copy.asked[0], address, now);
-        failed = flows.insert(key, &copy);
-        if (failed == -EEXIST)
-            return AGAIN;
-        if (failed)
-            COUNT(unremembered, 1);
-        else
-            count_new(now);
-        return SINGLE;
-    }
-    load(&copy, flow);
-    __u64 first = copy.asked[0].seen, second = copy.asked[1].seen;
-    if (is_asked(&copy.asked[0], address)) {
-        if (second > first || now - first >= REFRESH_NS)
-            WRITE_ONCE(flow->asked[0].seen, after(now, second));
-        KEEP_APART(3);
-        return second ? SEVERAL : SINGLE;
-    }
-    if (is_asked(&copy.asked[1], address)) {
-        if (first > second || now - second >= REFRESH_NS)
-            WRITE_ONCE(flow->asked[1].seen, after(now, first));
-        KEEP_APART(4);
-        return SEVERAL;
-    }
-    if (second > first) {
-        set_asked(&copy.asked[0], address, after(now, second));
-        KEEP_APART(5);
-    } else {
-        set_asked(&copy.asked[1], address, after(now, first));
-        KEEP_APART(6);
-    }
-    if (flows.update(key, &copy))
-        COUNT(unremembered, 1);
-    next_epoch();
-    flow = flows.lookup(key);
-    if (!flow)
-        return SEVERAL;
-    load(&copy, flow);
-    if (is_asked(&copy.asked[0], address) || is_asked(&copy.asked[1], address))
-        return SEVERAL;
-    return AGAIN;
-}
-
-/* 1: the conversation has a single address and may be cached. With two, their order matters. */
-static __always_inline int remember(struct flow_key *key, const struct address *address,
-                                    __u64 now) {
-#pragma unroll
-    for (int attempt = 0; attempt < 3; attempt++) {
-        enum remembering done = try_remember(key, address, now);
-        if (done != AGAIN)
-            return done == SINGLE;
-    }
-    COUNT(unremembered, 1);
-    return 0;
-}
-
-/* A group, which is remembered as the address zero, may be answered from any address. */
-static __always_inline int answers(const struct address *asked, const struct address *source) {
-    return same(asked, source) || (!asked->half[0] && !asked->half[1]);
-}
-
-enum judgement { NOT_A_REPLY, RIGHT, WRONG };
-
-/* Judge by addresses alone; for WRONG, `expected` holds the newest address asked. */
-static __always_inline enum judgement judge(struct flow_key *key, const struct address *source,
-                                            __u64 now, struct address *expected) {
-    struct flow copy;
-    struct flow *flow = flows.lookup(key);
-
-    if (!flow)
-        return NOT_A_REPLY;
-    load(&copy, flow);
-    __u64 first = copy.asked[0].seen, second = copy.asked[1].seen;
-    int has_first = is_remembered(first, now), has_second = is_remembered(second, now);
-    if (!has_first && !has_second)
-        return NOT_A_REPLY;
-    if ((has_first && answers(&copy.asked[0].address, source)) ||
-        (has_second && answers(&copy.asked[1].address, source)))
-        return RIGHT;
-    /* What is over its time is also the older of the two. */
-    if (second > first) {
-        *expected = copy.asked[1].address;
-        KEEP_APART(7);
-    } else {
-        *expected = copy.asked[0].address;
-        KEEP_APART(8);
-    }
-    return WRONG;
+    set_tenant(&tenant, key);
+    struct eviction *evicted = evictions.lookup(&tenant);
+    if (evicted && is_remembered(evicted->pending, now))
+        COUNT(undecided, segments_of(skb));
 }
 
 /* ---- who sends ---- */
 
-static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_key *key,
-                                        int source_named) {
-    __u64 now = now_ns(), socket = socket_of_send(ctx);
-    __u64 pid_tgid = bpf_get_current_pid_tgid();
-    __u32 slot = slot_of(key), index = sender_slot(socket, pid_tgid);
-    struct cached *cached = right_cache.lookup(&slot);
-    struct sender *sender;
+static __always_inline void note_sender(struct bpf_sock_addr *ctx, int source_named) {
+    __u64 socket = socket_of_send(ctx), pid_tgid = bpf_get_current_pid_tgid();
+    __u32 index = sender_slot(socket, pid_tgid);
+    __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
+    struct sender *sender = senders.lookup(&index);
 
-    /* Only a reply can be a wrong reply. Of a link-local peer's link this hook knows nothing, and
-     * nothing of a connected socket's peer unless the send names it again. */
-    if (key->peer_port && !is_link_local(&key->peer) && (!cached || !is_fresh(cached, key, now))) {
-        struct flow *flow = flows.lookup(key);
-        if (!flow || (!is_remembered(READ_ONCE(flow->asked[0].seen), now) &&
-                      !is_remembered(READ_ONCE(flow->asked[1].seen), now)))
-            return;
-    }
-    sender = senders.lookup(&index);
     if (!sender)
         return;
-    __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
 #if KNOW_CURRENT
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause)
         return;
@@ -444,11 +405,6 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, struct flow_k
 }
 
 /* ---- the finding ---- */
-
-/* Datagrams in one packet of UDP_SEGMENT. */
-static __always_inline __u32 segments_of(struct __sk_buff *skb) {
-    return skb->gso_segs ? skb->gso_segs : 1;
-}
 
 struct identity {
     __u32 tgid, uid, pktinfo;
@@ -575,9 +531,8 @@ static __always_inline void tell(const struct packet *packet, __u64 now) {
 }
 
 #if HAVE_KERNEL_READ
-/* The source of a tracked packet before NAT touched it. */
-static __always_inline void read_original_source(__u64 tracked, __u8 family, struct address *to) {
-    __u64 tuple = tracked + OFFSET_TUPLE_ORIGINAL;
+/* The source address of a conntrack tuple. */
+static __always_inline void read_source(__u64 tuple, __u8 family, struct address *to) {
     if (family == FAMILY_INET) {
         set_ip4(to, read_kernel32(tuple));
     } else {
@@ -587,163 +542,197 @@ static __always_inline void read_original_source(__u64 tracked, __u8 family, str
 }
 #endif
 
-/* The source is not among the asked addresses, or its port is not the socket's; key->expected is
- * filled in. This path may be slow. */
-static __always_inline void suspect(struct __sk_buff *skb, struct bpf_sock *sk,
-                                    const struct packet *packet, struct flow_key *flow,
-                                    struct finding_key *key, __u64 now) {
-    __u64 tracked = 0;
+/* What conntrack made of a packet. */
+enum tracking { UNTRACKED, BOOKED_AS_NEW, IN_REPLY, BEGUN_HERE };
 
-    key->verdict = VERDICT_UNKNOWN;
+/* Reads a packet's own entry. Where the peer has spoken in it already, `source` becomes the address
+ * that the entry has on this side, before NAT: what the peer asked, if it asked anything. */
+static __always_inline enum tracking read_entry(struct __sk_buff *skb, const struct packet *packet,
+                                                __u64 *entry, struct address *source) {
 #if HAVE_KERNEL_READ
-    __u64 nfct = read_kernel((__u64)skb + OFFSET_SKB_NFCT);
-    __u64 info = nfct & CT_INFO_MASK;
-    if (info != CT_UNTRACKED)
-        tracked = nfct & ~CT_INFO_MASK;
-    if (tracked) {
-        struct address source = {}, ignored = {};
-        if (info >= CT_REPLY)
-            return; /* NAT turned the source back: the peer gets what it asked */
-        if (info == CT_ESTABLISHED) {
-            /* A conversation of our own making, which source NAT gives another address. */
-            read_original_source(tracked, packet->family, &source);
-            if (judge(flow, &source, now, &ignored) != WRONG)
-                return;
-        }
-        key->verdict = VERDICT_NEW;
-    } else {
-        if (same(&key->expected, &packet->source))
-            return; /* only the port differs, and no conntrack that could have done it */
-        if (is_crowded(now)) {
-            COUNT(crowded, segments_of(skb));
-            return;
-        }
-        key->verdict = VERDICT_UNTRACKED;
-    }
-    key->netns = netns_of(flow->scope, skb);
+    __u64 nfct = read_kernel((__u64)skb + OFFSET_SKB_NFCT), info = nfct & CT_INFO_MASK;
+
+    if (info == CT_UNTRACKED || !(nfct & ~CT_INFO_MASK))
+        return UNTRACKED;
+    *entry = nfct & ~CT_INFO_MASK;
+    if (info == CT_NEW || info == CT_RELATED)
+        return BOOKED_AS_NEW;
+    int is_reply = info >= CT_REPLY;
+    read_source(*entry + (is_reply ? OFFSET_TUPLE_REPLY : OFFSET_TUPLE_ORIGINAL), packet->family,
+                source);
+    return is_reply ? IN_REPLY : BEGUN_HERE;
 #else
-    key->netns = netns_of(flow->scope, skb);
+    return UNTRACKED;
+#endif
+}
+
+/* Count a wrong reply and tell of it; key->expected is filled in. */
+static __always_inline void accuse(struct __sk_buff *skb, struct bpf_sock *sk,
+                                   const struct packet *packet, const struct conversation_key *peer,
+                                   struct finding_key *key, enum tracking tracking, __u64 tracked) {
+    __u64 time = bpf_ktime_get_ns();
+#if HAVE_KERNEL_READ
+    key->verdict = tracking == UNTRACKED ? VERDICT_UNTRACKED : VERDICT_NEW;
+#else
+    key->verdict = VERDICT_UNKNOWN;
     key->flow.peer = packet->destination;
     key->flow.peer_port = packet->destination_port;
     key->flow.source_port = packet->source_port;
 #endif
+    key->netns = netns_of(peer->scope, skb);
     key->actual = packet->source;
     key->port = sk->src_port;
     key->family = packet->family;
     struct identity who = identify(skb, sk, key);
 
     COUNT(wrong, segments_of(skb));
-    tell(packet, now);
+    tell(packet, time);
     struct finding *finding = finding_of(key);
     if (!finding) {
         COUNT(overflow, segments_of(skb));
         return;
     }
     __sync_fetch_and_add(&finding->count, segments_of(skb));
-    finding->last = now;
+    finding->last = time;
     finding->tgid = who.tgid;
-    send_event(skb, packet, key, finding, who, now, tracked);
+    send_event(skb, packet, key, finding, who, time, tracked);
 }
 
 /* ---- entry points ---- */
 
+/* Judge what the addresses alone do not show to be right. This path may be slow. */
+static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *sk,
+                                        const struct packet *packet, struct conversation_set *set,
+                                        __u64 tag, const struct conversation_key *key,
+                                        int port_kept, __u64 now) {
+    struct finding_key finding = {};
+    struct address source = packet->source;
+    __u64 entry = 0;
+
+    enum tracking tracking = read_entry(skb, packet, &entry, &source);
+    if (tracking == IN_REPLY || tracking == BEGUN_HERE)
+        port_kept = 1; /* NAT may have changed it; the peer knows */
+    enum judgement judgement = judge(set, tag, key, &source, port_kept, now, &finding.expected);
+    if (judgement == NOT_A_REPLY)
+        return;
+    COUNT(checked, segments_of(skb));
+    /* In reply direction NAT turned the source back: the peer gets what it asked. */
+    if (judgement == RIGHT || tracking == IN_REPLY)
+        return;
+    if (tracking == UNTRACKED && HAVE_KERNEL_READ && same(&finding.expected, &packet->source))
+        return; /* only the port differs, and no conntrack that could have done it */
+    /* A conversation that this host began and the peer answered may go on, or be where a request is
+     * answered. Of what is not in conntrack all that is known is what we remember. */
+    if (tracking == BEGUN_HERE ||
+        (tracking == UNTRACKED && may_have_asked(tag, key, &packet->source, now))) {
+        COUNT(undecided, segments_of(skb));
+        return;
+    }
+    accuse(skb, sk, packet, key, &finding, tracking, entry);
+}
+
+/* What a packet of UDP belongs to. */
+struct subject {
+    struct packet packet;
+    struct conversation_key key;
+    struct bpf_sock *sk;
+    struct conversation_set *set;
+    __u64 tag, now;
+};
+
+static __always_inline int find_subject(struct __sk_buff *skb, struct subject *to, int outgoing) {
+    struct packet *packet = &to->packet;
+
+    if (!parse(skb, packet))
+        return 0;
+    const struct hash_keys *keys = keys_of_hash();
+    to->sk = skb->sk;
+    if (!to->sk || !keys)
+        return 0;
+    to->key.scope = scope_of_skb(skb);
+    to->key.peer = outgoing ? packet->destination : packet->source;
+    to->key.peer_port = outgoing ? packet->destination_port : packet->source_port;
+    /* The socket's own port, not the packet's: NAT may have rewritten that one by now. */
+    to->key.port = outgoing ? to->sk->src_port : packet->destination_port;
+    if (is_link_local(&to->key.peer))
+        to->key.link = skb->ifindex;
+    to->now = now_ns();
+    to->tag = tag_of(keys, &to->key);
+    to->set = set_of(to->tag);
+    return to->set != 0;
+}
+
 int ingress(struct __sk_buff *skb) {
-    struct packet packet = {};
-    struct flow_key key = {};
+    struct subject it = {};
+
+    if (!find_subject(skb, &it, 0))
+        return 1;
+    enum quick quick = ask_again(it.set, it.tag, &it.packet.destination, it.now);
+    if (quick == DONE)
+        return 1;
+    /* A client's connected socket receives answers to what it asked: nothing to remember, and there
+     * are many of them. */
+    if (quick == UNKNOWN_PEER && it.sk->state == BPF_TCP_ESTABLISHED &&
+        it.key.port >= FIRST_EPHEMERAL)
+        return 1;
+    ingress_next.call(skb, 0);
+    return 1;
+}
+
+int ingress_slow(struct __sk_buff *skb) {
+    struct subject it = {};
     struct address asked = {};
 
-    if (!parse(skb, &packet))
+    if (!find_subject(skb, &it, 0))
         return 1;
-    struct bpf_sock *sk = skb->sk;
-    if (!sk)
-        return 1;
-    key.scope = scope_of_skb(skb);
-    key.peer = packet.source;
-    key.peer_port = packet.source_port;
-    key.port = packet.destination_port;
-    if (is_link_local(&key.peer))
-        key.link = skb->ifindex;
-    __u64 now = now_ns(), epoch = epoch_now();
-    __u32 slot = slot_of(&key);
-    struct cached *cached = asked_cache.lookup(&slot);
-    if (cached_is(cached, &key, &packet.destination, now))
-        return 1;
-    /* A client's connected socket receives answers to what it asked: nothing to remember, and
-     * there are many of them. */
-    if (sk->state == BPF_TCP_ESTABLISHED && key.port >= FIRST_EPHEMERAL && !flows.lookup(&key))
-        return 1;
-    if (!asks_group(skb, &packet))
-        asked = packet.destination;
-    if (remember(&key, &asked, now))
-        cache(cached, &key, &packet.destination, now, epoch);
+    if (!asks_group(skb, &it.packet))
+        asked = it.packet.destination;
+    remember(it.set, it.tag, &it.key, &asked, it.now);
     return 1;
 }
 
 int egress(struct __sk_buff *skb) {
-    struct packet packet = {};
-    struct flow_key key = {};
-    struct finding_key finding = {};
+    struct subject it = {};
 
-    if (!parse(skb, &packet))
+    if (!find_subject(skb, &it, 1))
         return 1;
-    struct bpf_sock *sk = skb->sk;
-    if (!sk)
-        return 1;
-    /* The socket's own port, not the packet's: NAT may have rewritten that one by now. */
-    key.scope = scope_of_skb(skb);
-    key.peer = packet.destination;
-    key.peer_port = packet.destination_port;
-    key.port = sk->src_port;
-    if (is_link_local(&key.peer))
-        key.link = skb->ifindex;
-    int port_kept = packet.source_port == key.port;
-    __u64 now = now_ns();
-    __u32 slot = slot_of(&key);
-    struct cached *cached = right_cache.lookup(&slot);
-    if (!port_kept || !cached_is(cached, &key, &packet.source, now)) {
-        __u64 epoch = epoch_now(); /* before the look: a change meanwhile voids what is cached */
-        enum judgement judgement = judge(&key, &packet.source, now, &finding.expected);
-        if (judgement == NOT_A_REPLY)
-            return 1;
-        if (judgement == RIGHT && port_kept)
-            cache(cached, &key, &packet.source, now, epoch);
-        else if (judgement == RIGHT)
-            finding.expected = packet.source;
-        if (!port_kept ||
-            (judgement == WRONG && judge(&key, &packet.source, now, &finding.expected) == WRONG))
-            suspect(skb, sk, &packet, &key, &finding, now);
-    }
-    COUNT(checked, segments_of(skb));
+    /* Most replies are right, and most of them by their address alone. */
+    enum quick quick = LOOK_CLOSER;
+    if (it.packet.source_port == it.key.port)
+        quick = answer(it.set, it.tag, &it.packet.source, it.now);
+    if (quick == LOOK_CLOSER)
+        egress_next.call(skb, 0);
+    if (quick == DONE)
+        COUNT(checked, segments_of(skb));
+    else
+        count_unremembered(skb, &it.key, it.now);
     return 1;
 }
 
-int sendmsg4(struct bpf_sock_addr *ctx) {
-    struct flow_key key = {};
+int egress_slow(struct __sk_buff *skb) {
+    struct subject it = {};
 
-    if (!ctx->sk)
-        return 1;
-    key.scope = scope_of_send(ctx);
-    set_ip4(&key.peer, ctx->user_ip4);
-    key.peer_port = net16(ctx->user_port);
-    key.port = ctx->sk->src_port;
-    note_sender(ctx, &key, ctx->msg_src_ip4 != 0);
+    if (find_subject(skb, &it, 1))
+        look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
+                    it.packet.source_port == it.key.port, it.now);
+    return 1;
+}
+
+/* Attached to nothing: user space runs it (BPF_PROG_TEST_RUN) to compare times of the table with.
+ */
+int clock_ticks(struct __sk_buff *skb) {
+    return bpf_jiffies64();
+}
+
+int sendmsg4(struct bpf_sock_addr *ctx) {
+    if (ctx->sk)
+        note_sender(ctx, ctx->msg_src_ip4 != 0);
     return 1;
 }
 
 int sendmsg6(struct bpf_sock_addr *ctx) {
-    struct flow_key key = {};
-
-    if (!ctx->sk)
-        return 1;
-    key.scope = scope_of_send(ctx);
-    key.peer.word[0] = ctx->user_ip6[0];
-    key.peer.word[1] = ctx->user_ip6[1];
-    key.peer.word[2] = ctx->user_ip6[2];
-    key.peer.word[3] = ctx->user_ip6[3];
-    key.peer_port = net16(ctx->user_port);
-    key.port = ctx->sk->src_port;
-    note_sender(ctx, &key,
-                ctx->msg_src_ip6[0] || ctx->msg_src_ip6[1] || ctx->msg_src_ip6[2] ||
-                    ctx->msg_src_ip6[3]);
+    if (ctx->sk)
+        note_sender(ctx, ctx->msg_src_ip6[0] || ctx->msg_src_ip6[1] || ctx->msg_src_ip6[2] ||
+                             ctx->msg_src_ip6[3]);
     return 1;
 }

@@ -44,6 +44,7 @@ class Command(IntEnum):
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
     RAW_TRACEPOINT_OPEN = 17
+    BTF_LOAD = 18
     BTF_GET_FD_BY_ID = 19
     MAP_LOOKUP_AND_DELETE_ELEM = 21
     BTF_GET_NEXT_ID = 23
@@ -139,10 +140,12 @@ def source_register(both: int) -> int:
     return both >> 4 if sys.byteorder == "little" else both & 0xF
 
 
-def map_create(definition: MapDefinition) -> int:
-    """Create a map; returns its descriptor."""
+def map_create(definition: MapDefinition, btf: int = 0, key_type: int = 0, value_type: int = 0) -> int:
+    """Create a map; returns its descriptor. ``btf``: the descriptor of what describes its key and value, by their
+    types' numbers.
+    """
     raw = struct.pack(
-        "=IIIIIII16s",
+        "=IIIIIII16sIIII",
         definition.type,
         definition.key_bytes,
         definition.value_bytes,
@@ -151,8 +154,18 @@ def map_create(definition: MapDefinition) -> int:
         0,
         0,
         definition.name.encode()[:15],
+        0,
+        btf,
+        key_type,
+        value_type,
     )
     return bpf(Command.MAP_CREATE, ctypes.create_string_buffer(raw, _ATTR_BYTES))
+
+
+def btf_load(types: bytes) -> int:
+    """Give the kernel a description of types (struct btf_header and what follows it); returns its descriptor."""
+    buffer = ctypes.create_string_buffer(types, len(types))
+    return bpf(Command.BTF_LOAD, _attribute("QQIII", _address(buffer), 0, len(types), 0, 0))
 
 
 def map_definition(fd: int, name: str) -> MapDefinition:
@@ -217,7 +230,7 @@ def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
 
 
 def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """Walk a hash map: (number of elements, their keys, their values) a batch at a time.
+    """Walk a hash map or an array: (number of elements, their keys, their values) a batch at a time.
 
     BPF_MAP_LOOKUP_BATCH copies whole buckets and does not touch the elements' LRU state
     (Linux kernel commit 057996380a42 ("bpf: Add batch ops to all htab bpf map") (in v5.6)).
@@ -255,6 +268,12 @@ def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, 
             yield count, keys.raw[: count * key_size], values.raw[: count * value_size]
         if done:
             return
+
+
+def array_values(fd: int, value_size: int) -> Iterator[bytes]:
+    """The values of an array map in order, a batch at a time."""
+    for _, _, values in map_batches(fd, 4, value_size):
+        yield values
 
 
 def map_items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:

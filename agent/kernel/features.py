@@ -26,7 +26,6 @@ _GET_CURRENT_TASK = 35
 _GET_CURRENT_CGROUP_ID = 80
 _PROBE_READ_KERNEL = 113
 _GET_NETNS_COOKIE = 122
-_KTIME_GET_COARSE_NS = 160
 
 _STACK_BUFFER = 16
 
@@ -53,7 +52,6 @@ class Features:
     """What the programs may use; each missing one costs what is written behind it."""
 
     netns_cookie: bool  # else, without `conntrack`, two sockets of a namespace do not share what they remember
-    coarse_clock: bool  # else the precise clock, some nanoseconds a packet
     current: bool  # else no process for connected sockets
     current_task: bool  # the same from the task's own structure, where the helpers are refused
     current_comm: bool  # else the name of such a process is only what /proc still says of its id
@@ -144,7 +142,6 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
             "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
             "OFFSET_SKB_DST": btf.offset("sk_buff", "_skb_refdst"),
             "OFFSET_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
-            "OFFSET_SEND_SK": btf.offset("bpf_sock_addr_kern", "sk"),
             "OFFSET_TASK_PID": btf.offset("task_struct", "pid"),
             "OFFSET_TASK_TGID": btf.offset("task_struct", "tgid"),
             "OFFSET_TASK_COMM": btf.offset("task_struct", "comm"),
@@ -222,7 +219,6 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
     current = _helper(_GET_CURRENT_PID_TGID) or _helper(_GET_CURRENT_UID_GID) or _helper(_GET_CURRENT_CGROUP_ID)
     return Features(
         netns_cookie=not _helper(_GET_NETNS_COOKIE),
-        coarse_clock=not _helper(_KTIME_GET_COARSE_NS),
         current=not current,
         current_task=not reason and not _helper(_GET_CURRENT_TASK),
         current_comm=not _helper(_GET_CURRENT_COMM, _BUFFER_ARGUMENTS),

@@ -28,9 +28,23 @@ _MAX_DESCRIPTORS = 32
 
 #: source file -> the maps that the agent reads
 MAPS = {
-    "reply.c": {"flows", "findings", "events", "told", "senders", "counters"},
+    "reply.c": {
+        "conversations",
+        "hash_keys",
+        "ingress_next",
+        "egress_next",
+        "findings",
+        "events",
+        "told",
+        "senders",
+        "counters",
+    },
     "flows.c": {"requests", "candidates", "senders", "counters"},
 }
+
+
+#: maps of reply.c whose elements begin with a lock (locks.py)
+LOCKED = frozenset({"conversations", "addresses"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +73,20 @@ HOOKS = (
 )
 
 
+#: programs that those of HOOKS go on in (bpf_tail_call), attached nowhere: (program, its hook, the map that names it,
+#: which is empty as soon as no process holds it)
+SLOW = (
+    ("ingress_slow", AttachType.CGROUP_INET_INGRESS, "ingress_next"),
+    ("egress_slow", AttachType.CGROUP_INET_EGRESS, "egress_next"),
+)
+
 FUNCTION_PROBES = (
     FunctionProbe("udp_sendmsg", "send4"),
     FunctionProbe("udpv6_sendmsg", "send6"),
     FunctionProbe("__nf_conntrack_confirm", "confirm"),
     FunctionProbe("nf_ct_delete", "gone"),
 )
+CLOCK = "clock_ticks"  # the program of reply.c that the agent runs itself
 SETTLE = "settle"  # the program of flows.c that the agent runs itself
 
 
@@ -73,7 +95,7 @@ class Limits:
     """Constants of the compile, bpf/reply.c and bpf/flows.c."""
 
     window_ns: int = 30_000_000_000
-    max_peers: int = 65_536
+    max_peers: int = 131_072  # conversations that are remembered
     max_findings: int = 8_192
     events_per_second: int = 10  # of one finding
     ring_pages: int = 64  # a power of two

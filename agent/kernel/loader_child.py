@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import socket
+import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,16 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.kernel import capabilities, features, objects
+from udpwatch.agent.kernel import capabilities, features, locks, objects, records
 from udpwatch.agent.kernel.bpf import (
+    AttachType,
+    MapDefinition,
     ProgramType,
     is_forbidden,
     link_create,
     map_create,
     map_definition,
+    map_update,
     program_load_logged,
 )
-from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, MAPS, SETTLE, Hook, Limits
+from udpwatch.agent.kernel.loader import CLOCK, FUNCTION_PROBES, HOOKS, LOCKED, MAPS, SETTLE, SLOW, Hook, Limits
 from udpwatch.agent.kernel.objects import Cache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.model import Hooks
@@ -58,19 +62,25 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
     limits = Limits(**request["limits"])
     return {
         "WINDOW_NS": f"{limits.window_ns}ULL",
-        "MAX_PEERS": limits.max_peers,
+        "SETS": max(1, limits.max_peers // records.WAYS),
+        # One in 256 conversations may ask several addresses at a time, on the average.
+        "ADDRESS_SETS": max(1, limits.max_peers // 256),
+        "ADDRESS_SHARE": max(1, limits.max_peers // 256 // 8),
+        "FORGOTTEN_SETS": max(1, limits.max_peers // 4),
+        "MAX_EVICTIONS": 4096,
+        "MAX_REQUESTS": max(1, limits.max_peers // 2),
         # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
-        "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers),
+        "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
         "MAX_CANDIDATES": limits.max_candidates,
         "MAX_TOLD": limits.max_told,
         "EVENTS_PER_SECOND": limits.events_per_second,
         "RING_PAGES": limits.ring_pages,
+        "TICK_NS": f"{records.tick_ns()}ULL",
         "PAGE_SIZE": os.sysconf("SC_PAGE_SIZE"),
         "TELL": int(request["forwarded"]),
         "FORWARDED": int(request["forwarded"]),
         "HAVE_SOCKETS": int(request["hooks"] != Hooks.FUNCTION),
         "HAVE_NETNS_COOKIE": int(found.netns_cookie),
-        "HAVE_COARSE_CLOCK": int(found.coarse_clock),
         "HAVE_CURRENT": int(found.current),
         "HAVE_CURRENT_COMM": int(found.current_comm),
         "HAVE_CURRENT_TASK": int(found.current_task),
@@ -167,6 +177,15 @@ def _obtain(source: str, request: dict[str, Any], constants: Mapping[str, object
     return compiled
 
 
+def _create(definition: MapDefinition) -> int:
+    if definition.name in LOCKED:
+        return locks.create(definition)
+    created = map_create(definition)
+    if definition.name == "hash_keys":
+        map_update(created, bytes(definition.key_bytes), os.urandom(definition.value_bytes))
+    return created
+
+
 def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
     """Program -> instructions that can be loaded. ``maps`` (name -> descriptor) holds those of other objects, and gets
     what this one has besides: what has the same name is the same map.
@@ -174,27 +193,36 @@ def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
     for definition in compiled.maps:
         if definition.name not in maps:
             try:
-                maps[definition.name] = map_create(definition)
+                maps[definition.name] = _create(definition)
             except OSError as error:
                 raise UdpwatchError(f"cannot create the map {definition.name}: {_reason(error)}") from None
     numbers = dict(enumerate(maps[definition.name] for definition in compiled.maps))
     return {name: name_maps(code, numbers) for name, code in compiled.programs.items()}
 
 
-def _load_hooks(programs: dict[str, bytes], request: dict[str, Any], answer: _Answer) -> None:
+def _load(name: str, type_: ProgramType, attach: AttachType | None, programs: dict[str, bytes], answer: _Answer) -> int:
+    try:
+        program, answer.instructions[name] = program_load_logged(type_, attach, programs[name], name)
+    except OSError as error:
+        if error.errno == errno.EACCES and not capabilities.may_read_memory(capabilities.effective()):
+            raise CannotRun(
+                f"this kernel takes the program {name} only from whom has CAP_PERFMON ({error.strerror}): "
+                "add CAP_PERFMON"
+            ) from None
+        raise UdpwatchError(f"the kernel refuses the program {name}: {_reason(error)}") from None
+    answer.add("program", name, program)
+    return program
+
+
+def _load_hooks(programs: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
+    # Before anything runs that goes on in them.
+    for name, attach, at in SLOW:
+        program = _load(name, ProgramType.CGROUP_SKB, attach, programs, answer)
+        map_update(maps[at], bytes(4), struct.pack("=I", program))
+    _load(CLOCK, ProgramType.SOCKET_FILTER, None, programs, answer)
     for hook in HOOKS:
         try:
-            try:
-                code = programs[hook.name]
-                program, answer.instructions[hook.name] = program_load_logged(hook.type, hook.attach, code, hook.name)
-            except OSError as error:
-                if error.errno == errno.EACCES and not capabilities.may_read_memory(capabilities.effective()):
-                    raise CannotRun(
-                        f"this kernel takes the program {hook.name} only from whom has CAP_PERFMON ({error.strerror}): "
-                        "add CAP_PERFMON"
-                    ) from None
-                raise UdpwatchError(f"the kernel refuses the program {hook.name}: {_reason(error)}") from None
-            answer.add("program", hook.name, program)
+            program = _load(hook.name, hook.type, hook.attach, programs, answer)
             answer.add("link", hook.name, _attach(hook, program, request["cgroup"], request["path"]))
         except UdpwatchError as error:
             if hook.required:
@@ -223,13 +251,7 @@ def _load_probes(
         except (OSError, LookupError) as error:
             answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
     if found.flow_probes:
-        try:
-            program, answer.instructions[SETTLE] = program_load_logged(
-                ProgramType.SOCKET_FILTER, None, programs[SETTLE], SETTLE
-            )
-        except OSError as error:
-            raise UdpwatchError(f"the kernel refuses the program {SETTLE}: {_reason(error)}") from None
-        answer.add("program", SETTLE, program)
+        _load(SETTLE, ProgramType.SOCKET_FILTER, None, programs, answer)
 
 
 def _reason(error: OSError) -> str:
@@ -275,7 +297,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
     if hooks is not Hooks.FUNCTION:
         compiled = _obtain("reply.c", request, constants)
-        _load_hooks(_link(compiled, maps), request, answer)
+        _load_hooks(_link(compiled, maps), maps, request, answer)
         read |= MAPS["reply.c"]
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("flows.c", request, constants)

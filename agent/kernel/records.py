@@ -8,6 +8,9 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
+import time
+from array import array
+from collections.abc import Iterable, Iterator
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 
@@ -15,38 +18,34 @@ from udpwatch.agent.model import Cause, Counters, Event, Finding, Flow, Tuple, V
 
 COMM_LEN = 16
 TUPLE_LEN = 40
+WAYS = 8
 
 VERDICTS = {1: Verdict.NEW, 2: Verdict.UNTRACKED, 3: Verdict.UNKNOWN}
 CAUSES = {1: Cause.KERNEL_CHOSEN, 2: Cause.EXPLICIT, 3: Cause.CONNECTED, 4: Cause.UNKNOWN, 5: Cause.FORWARDED}
 PKTINFO = {0: None, 1: False, 2: True}
+_CLOCK_MONOTONIC_COARSE = 6  # include/uapi/linux/time.h
 _FAMILIES = {2: 4, 10: 6}  # AF_INET, AF_INET6
 _V4_MAPPED = bytes(10) + b"\xff\xff"
 
 Address = c_uint8 * 16
 
 
-class FlowKey(ctypes.Structure):
-    """struct flow_key."""
+class Tenant(ctypes.Structure):
+    """struct tenant."""
 
-    _fields_ = [
-        ("scope", c_uint64),
-        ("peer", Address),
-        ("peer_port", c_uint16),
-        ("port", c_uint16),
-        ("link", c_uint32),
-    ]
+    _fields_ = [("scope", c_uint32), ("port", c_uint16), ("flags", c_uint16)]
 
 
-class Asked(ctypes.Structure):
-    """struct asked."""
+class Conversation(ctypes.Structure):
+    """struct conversation."""
 
-    _fields_ = [("address", Address), ("seen", c_uint64)]
+    _fields_ = [("address", Address), ("asked", c_uint64), ("answered", c_uint64), ("tenant", Tenant)]
 
 
-class FlowValue(ctypes.Structure):
-    """struct flow."""
+class ConversationSet(ctypes.Structure):
+    """struct conversation_set."""
 
-    _fields_ = [("asked", Asked * 2)]
+    _fields_ = [("lock", c_uint32), ("pad", c_uint32), ("tag", c_uint64 * WAYS), ("way", Conversation * WAYS)]
 
 
 class FindingFlow(ctypes.Structure):
@@ -178,8 +177,7 @@ class StatsRecord(ctypes.Structure):
     _fields_ = [(field.name, c_uint64) for field in fields(Counters)]
 
 
-FLOW_KEY_BYTES = ctypes.sizeof(FlowKey)
-FLOW_BYTES = ctypes.sizeof(FlowValue)
+CONVERSATION_SET_BYTES = ctypes.sizeof(ConversationSet)
 FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
 FINDING_BYTES = ctypes.sizeof(FindingValue)
 EVENT_BYTES = ctypes.sizeof(EventRecord)
@@ -278,6 +276,21 @@ def decode_event(raw: bytes) -> Event:
         flow=flow,
         pktinfo=PKTINFO[record.pktinfo],
     )
+
+
+def tick_ns() -> int:
+    """Nanoseconds of a tick (a jiffy), in which the table of conversations has its times."""
+    return round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
+
+
+def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
+    """Of elements of struct conversation_set, when each of their ways was asked last, in nanoseconds of ticks."""
+    words = CONVERSATION_SET_BYTES // 8
+    first = (ConversationSet.way.offset + Conversation.asked.offset) // 8
+    for batch in batches:
+        numbers = array("Q", batch)
+        for way in range(WAYS):
+            yield from numbers[first + way * ctypes.sizeof(Conversation) // 8 :: words]
 
 
 def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:

@@ -22,6 +22,7 @@ from udpwatch.agent.model import Event, Finding, Flow, Increase
 
 MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
 ASK_SECONDS = 1.0  # of netlink questions in one reading; what is left is asked in the next
+_FRAME_BYTES = 64  # a test run wants an Ethernet frame
 COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every reading
 
 
@@ -39,9 +40,11 @@ class _Known:
 class ReplySensor:
     """Reads the maps of reply.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
-    def __init__(self, maps: dict[str, int], limits: Limits) -> None:
+    def __init__(self, maps: dict[str, int], clock: int, limits: Limits) -> None:
+        """``clock``: the descriptor of the program CLOCK."""
         self._limits = limits
         self._maps = maps
+        self._clock = clock
         self._known: dict[bytes, _Known] = {}
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._conntrack = Conntrack()
@@ -50,7 +53,6 @@ class ReplySensor:
         self._ring = RingBuffer(maps["events"])
         self.undecided = 0
         self.dropped = 0  # events for which too many others waited for conntrack's answer
-        self.evicted = 0  # peers
 
     def fileno(self) -> int:
         """A descriptor that polls readable when events are there."""
@@ -121,12 +123,15 @@ class ReplySensor:
         if wrong:
             yield Increase(known.finding, fresh, last, pid)
 
-    def count_peers(self, entered: int) -> int:
-        """How many conversations are remembered; ``entered``: how many ever were."""
+    def count_peers(self) -> int:
+        """How many conversations are remembered: those that asked something within the window."""
         now = time.monotonic()
         if now - self._tracked_at >= COUNT_PEERS_SECONDS:
             self._tracked_at = now
-            self._tracked = bpf.map_count(self._maps["flows"], records.FLOW_KEY_BYTES, records.FLOW_BYTES)
-            # Nothing ever deletes from this map: what was entered and is not there has been evicted.
-            self.evicted = max(self.evicted, entered - self._tracked)
+            window, tick = self._limits.window_ns, records.tick_ns()
+            ticks, _ = bpf.program_test_run(self._clock, bytes(_FRAME_BYTES), 1)  # of 64 bits the lower half
+            sets = bpf.array_values(self._maps["conversations"], records.CONVERSATION_SET_BYTES)
+            ages = ((ticks - asked // tick) % (1 << 32) * tick for asked in records.asked_times(sets) if asked)
+            # What was asked twice within a tick is ahead of the clock by nanoseconds.
+            self._tracked = sum(age <= window for age in ages)
         return self._tracked

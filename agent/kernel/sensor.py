@@ -17,7 +17,7 @@ from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.flows import FlowSensor, ListenedFlows, ProbedFlows, Told
-from udpwatch.agent.kernel.loader import Limits, Loaded, load
+from udpwatch.agent.kernel.loader import CLOCK, Limits, Loaded, load
 from udpwatch.agent.kernel.reply import ReplySensor
 from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
@@ -38,7 +38,7 @@ class Sensor:
         self._maps = loaded.maps
         self._attached = Attached(cgroup, loaded)
         self._cpus = possible_cpus()
-        self._replies = ReplySensor(loaded.maps, limits) if "findings" in loaded.maps else None
+        self._replies = ReplySensor(loaded.maps, loaded.programs[CLOCK], limits) if "findings" in loaded.maps else None
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -126,8 +126,8 @@ class Sensor:
             increases=increases,
             counters=counters,
             probes=self.probes(),
-            tracked_peers=replies.count_peers(counters.remembered) if replies else 0,
-            evicted_peers=(replies.evicted if replies else 0) + (flows.evicted(counters.requests) if flows else 0),
+            tracked_peers=replies.count_peers() if replies else 0,
+            evicted_peers=counters.evicted + (flows.evicted(counters.requests) if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             dropped=replies.dropped if replies else 0,
             held_back=flows.held_back if flows else 0,

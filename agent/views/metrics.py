@@ -116,13 +116,13 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _conntrack(snapshot)
     yield GaugeMetricFamily(
         "udpwatch_tracked_peers",
-        "Conversations (peer, peer port, local port) remembered at present.",
+        "Conversations (peer, peer port, local port) that asked something within the window.",
         value=snapshot.tracked_peers,
     )
     yield CounterMetricFamily(
         "udpwatch_peers_evicted",
-        "Conversations pushed out, oldest first. If it grows by more than max_peers within the window, replies to "
-        "the evicted ones are not judged: raise max_peers.",
+        "Requests that had to make room within the window, of the server port that has the most first. Replies to them "
+        "count as undecided; if udpwatch_events_lost_total{stage='undecided'} grows too, raise max_peers.",
         value=snapshot.evicted_peers,
     )
     info = GaugeMetricFamily(

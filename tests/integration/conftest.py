@@ -101,7 +101,6 @@ MISSED_WITHOUT_NAMESPACE = {
     "test_sibling_bound_to_the_other_address": "the answer leaves through another socket",
     "test_connected_socket_asked_and_listener_answers": "the answer leaves through another socket",
     "test_loopback_to_own_addresses": "no conntrack there, but the process is in other namespaces, too",
-    "test_the_two_newest_addresses": "no conntrack there, but the process is in other namespaces, too",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import socket
 import struct
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,19 +20,31 @@ from udpwatch.agent.kernel import bpf, cgroup, loader, records
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 
 EXTENSIONS = {0, 43, 44, 51, 60}
-MAX_EXTENSIONS = 6
+MAX_EXTENSIONS = 32
 GROUP = ipaddress.IPv6Address("::")  # a request that any address may answer
 
+SO_NETNS_COOKIE = 71  # include/uapi/asm-generic/socket.h
+LOOPBACK = 1  # the device of a test run, by its index
+
 Asked = tuple[str, int, str, int]  # peer, peer's port, local address, local port
+Remembered = tuple[int, str, int]  # the conversation's tag, local address, local port
+
+
+def _split(batch: bytes, size: int) -> list[bytes]:
+    return [batch[at : at + size] for at in range(0, len(batch), size)]
 
 
 class Programs:
     """The loaded programs, attached to a cgroup that nothing is in: they see what the test feeds them."""
 
     def __init__(self, watched: cgroup.Cgroup) -> None:
-        self._loaded = loader.load(watched, loader.Limits(max_peers=1024, window_ns=1))  # nothing is cached
+        self._loaded = loader.load(watched, loader.Limits(max_peers=64, window_ns=1))
+        words = struct.unpack("=12I", bpf.map_lookup(self._loaded.maps["hash_keys"], bytes(4), 48) or b"")
+        self._keys = list(zip(words[:8:2], words[1:8:2], strict=True))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_:
+            self._scope: int = struct.unpack("=Q", any_.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0]
 
-    def ingress(self, packet: bytes) -> Asked | None:
+    def ingress(self, packet: bytes) -> Remembered | None:
         """What the ingress program remembers of one packet (Ethernet header left out); raises on a bad return."""
         version = packet[0] >> 4 if packet else 0
         ethernet = bytes(12) + (b"\x86\xdd" if version == 6 else b"\x08\x00")
@@ -43,19 +56,29 @@ class Programs:
             raise
         assert returned == 1
         found = None
-        for key, value in bpf.map_items(self._loaded.maps["flows"], records.FLOW_KEY_BYTES, records.FLOW_BYTES):
-            assert found is None
-            flow_key, flow = records.FlowKey.from_buffer_copy(key), records.FlowValue.from_buffer_copy(value)
-            assert flow.asked[1].seen == 0
-            peer = records.decode_address(bytes(flow_key.peer))
-            found = (
-                peer,
-                flow_key.peer_port,
-                records.decode_address(bytes(flow.asked[0].address)),
-                flow_key.port,
-            )
-            assert bpf.map_delete(self._loaded.maps["flows"], key)
+        sets, size = self._loaded.maps["conversations"], records.CONVERSATION_SET_BYTES
+        for index, raw in enumerate(raw for batch in bpf.array_values(sets, size) for raw in _split(batch, size)):
+            each = records.ConversationSet.from_buffer_copy(raw)
+            for tag, way in zip(each.tag, each.way, strict=True):
+                if tag:
+                    assert found is None
+                    found = tag, records.decode_address(bytes(way.address)), way.tenant.port
+                    bpf.map_update(sets, struct.pack("=I", index), bytes(size))
         return found
+
+    def remembered(self, asked: Asked | None) -> Remembered | None:
+        """What must stand in the table for a request: the tag as conversations.h makes it of its key."""
+        if asked is None:
+            return None
+        peer, peer_port, address, port = asked
+        words = struct.unpack("=4I", records.encode_address(peer))
+        scope = self._scope
+        pairs = (scope, scope >> 32), words[:2], words[2:], (peer_port << 16 | port, 0)
+        if ipaddress.ip_address(peer).is_link_local and ":" in peer:
+            pairs = *pairs[:3], (peer_port << 16 | port, LOOPBACK)
+        mixed = sum((a + k) * (b + j) for (a, b), (k, j) in zip(pairs, self._keys, strict=True)) % (1 << 64)
+        mixed = (mixed ^ mixed >> 32) * 0x9E3779B97F4A7C15 % (1 << 64)
+        return (mixed ^ mixed >> 29) | 1, address, port
 
     def close(self) -> None:
         for group in (self._loaded.links, self._loaded.programs, self._loaded.maps):
@@ -167,7 +190,7 @@ def ipv4(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def ipv6(draw: st.DrawFn) -> bytes:
-    chain = draw(st.lists(st.sampled_from(sorted(EXTENSIONS)), max_size=8))
+    chain = draw(st.lists(st.sampled_from(sorted(EXTENSIONS)), max_size=40))
     last = draw(protocol)
     body = b""
     for kind, following in zip(chain, [*chain, last][1:], strict=True):
@@ -198,7 +221,7 @@ def damaged(draw: st.DrawFn) -> bytes:
 @given(packet=st.one_of(ipv4(), ipv6(), damaged(), st.binary(min_size=1, max_size=120)))
 @example(packet=bytes.fromhex("4500001c000100004011000001020304050607080035003500080000"))
 def test_parser(programs: Programs, packet: bytes) -> None:
-    assert programs.ingress(packet) == model(packet)
+    assert programs.ingress(packet) == programs.remembered(model(packet))
 
 
 def test_it_does_remember(programs: Programs) -> None:
@@ -206,4 +229,5 @@ def test_it_does_remember(programs: Programs) -> None:
     packet = (
         bytes.fromhex("4500001c0001000040110000") + bytes([10, 0, 0, 9, 10, 0, 0, 1]) + b"\x11\x5c\x00\x35\0\x08\0\0"
     )
-    assert programs.ingress(packet) == ("10.0.0.9", 4444, "10.0.0.1", 53)
+    assert model(packet) == ("10.0.0.9", 4444, "10.0.0.1", 53)
+    assert programs.ingress(packet) == programs.remembered(model(packet)) is not None

@@ -13,26 +13,26 @@ from hypothesis import strategies as st
 
 from udpwatch.agent.kernel import records
 from udpwatch.agent.kernel.records import (
-    Asked,
     CandidateRecord,
+    Conversation,
+    ConversationSet,
     EventRecord,
     FindingKey,
     FindingValue,
-    FlowKey,
-    FlowValue,
     RequestKey,
     RequestRecord,
     RequestsRecord,
     StatsRecord,
+    Tenant,
     ToldKey,
 )
 from udpwatch.agent.model import Cause, Counters, Flow, Tuple, Verdict
 
 BPF = Path(__file__).resolve().parents[2] / "bpf"
 MIRRORS: dict[str, type[ctypes.Structure]] = {
-    "struct flow_key": FlowKey,
-    "struct asked": Asked,
-    "struct flow": FlowValue,
+    "struct tenant": Tenant,
+    "struct conversation": Conversation,
+    "struct conversation_set": ConversationSet,
     "struct finding_key": FindingKey,
     "struct finding": FindingValue,
     "struct event": EventRecord,
@@ -49,7 +49,7 @@ ENUM_VALUES = [
     *("VERDICT_NEW", "VERDICT_UNTRACKED", "VERDICT_UNKNOWN", "CAUSE_KERNEL_CHOSEN", "CAUSE_EXPLICIT"),
     *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "CAUSE_FORWARDED", "PKTINFO_UNKNOWN", "PKTINFO_NONE", "PKTINFO_PASSED"),
     *("SETTLED_NONE", "SETTLED_WRONG", "SETTLED_ANSWERED", "SETTLED_ASK", "SETTLED_UNDECIDED"),
-    *("TUPLE_LEN", "COMM_LEN"),
+    *("TUPLE_LEN", "COMM_LEN", "WAYS"),
 ]
 
 

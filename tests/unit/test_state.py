@@ -79,7 +79,7 @@ def test_quiet_rows_end_and_make_room() -> None:
 
 def test_losses_are_summed_by_stage() -> None:
     summed = state()
-    counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, crowded=9, candidates=8)
+    counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, undecided=9, candidates=8)
     probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
     lost = {"undecided": 6, "overruns": 10, "held_back": 20}
     summed.add(reading(counters=counters, probes=(probe,), **lost), sender_of, 0, 0)
@@ -90,12 +90,11 @@ def test_losses_are_summed_by_stage() -> None:
         "rate_limit": 22,
         "ring_full": 3,
         "findings_full": 1,
-        "undecided": 6,
+        "undecided": 15,
         "flows_full": 8,
         "conntrack_overrun": 10,
         "probe_missed": 11,
         "remember": 4,
-        "crowded": 9,
         "unparsed": 5,
         "queue": 1,
         "output": 7,

@@ -1,0 +1,537 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The table of conversations, and who asked which address in them. No map is used here: bcc
+ * rewrites map calls in the main file only, so the caller looks sets up and hands them in.
+ *
+ * Rules
+ * 1. A set is changed under its lock. Without it, a conversation that asks and answers at one
+ * address only has its times moved. Nothing is called wrong but under the lock.
+ * 2. What is expired goes first. Where a set is full of what is not, the tenant that has most in it
+ *    makes room: what was answered, then what was answered wrongly, then the oldest. So who fills
+ *    the table pushes out its own.
+ * 3. What went within the window is noted (reply.c): nothing of it is ever called wrong.
+ *
+ * Ways are told apart by constants only, and chosen by comparing what is stored in them: arithmetic
+ * on map memory with anything but constants is refused to whom CAP_PERFMON is missing.
+ */
+#ifndef UDPWATCH_CONVERSATIONS_H
+#define UDPWATCH_CONVERSATIONS_H
+
+#include "common.h"
+#include "records.h"
+
+#define REFRESH_NS (WINDOW_NS / 256) /* how exact the time of a pending request is */
+#define NEVER      (1ULL << 62)      /* later than any time */
+#define AGE_BITS   46
+#define AGE_SHIFT  10 /* ages are compared by the microsecond */
+
+/* By number: bcc of Debian 12 has no wrappers for them. */
+static void (*const spin_lock)(void *lock) = (void *)93;
+static void (*const spin_unlock)(void *lock) = (void *)94;
+
+/* ---- hashes ---- */
+
+/* As NH, the universal hash of UMAC (RFC 4418, section 5.2), with sums that keep their carry: two
+ * keys that differ collide with probability 2^-32 at the most for whoever does not know the words.
+ */
+static __always_inline __u64 pair(const struct hash_keys *keys, int at, __u64 a, __u64 b) {
+    return (a + keys->word[at]) * (b + keys->word[at + 1]);
+}
+
+static __always_inline __u64 mixed(__u64 x) {
+    x ^= x >> 32;
+    x *= 0x9e3779b97f4a7c15ULL;
+    return x ^ x >> 29;
+}
+
+/* Never 0, which stands for a free way. */
+static __always_inline __u64 tag_of(const struct hash_keys *keys,
+                                    const struct conversation_key *key) {
+    const struct address *peer = &key->peer;
+    __u64 sum = pair(keys, 0, key->scope, key->scope >> 32) +
+                pair(keys, 2, peer->word[0], peer->word[1]) +
+                pair(keys, 4, peer->word[2], peer->word[3]) +
+                pair(keys, 6, (__u32)key->peer_port << 16 | key->port, key->link);
+    return mixed(sum) | 1;
+}
+
+/* Of a request: of a conversation's tag and an address. Never 0. */
+static __always_inline __u64 request_hash(const struct hash_keys *keys, __u64 tag,
+                                          const struct address *address) {
+    return mixed(tag + pair(keys, 8, address->word[0], address->word[1]) +
+                 pair(keys, 10, address->word[2], address->word[3])) |
+           1;
+}
+
+/* One of `count`, whatever number that is. */
+static __always_inline __u32 share_of(__u64 hash, __u32 count) {
+    return (hash >> 32) * count >> 32;
+}
+
+/* ---- times ---- */
+
+/* The clock is coarse: two events of one tick still have an order. */
+static __always_inline __u64 after(__u64 now, __u64 other) {
+    return now > other ? now : other + 1;
+}
+
+static __always_inline __u64 not_before(__u64 now, __u64 other) {
+    return now > other ? now : other;
+}
+
+static __always_inline int is_pending(const struct conversation *request) {
+    return request->asked > request->answered;
+}
+
+/* A group, which is remembered as the address zero, may be answered from any address. */
+static __always_inline int answers(const struct address *asked, const struct address *source) {
+    return same(asked, source) || (!asked->half[0] && !asked->half[1]);
+}
+
+/* Nanoseconds since; below 0 where the tick is not over yet. */
+static __always_inline __s64 age(__u64 then, __u64 now) {
+    return now - then;
+}
+
+/* ---- without a branch: of each the verifier would follow both ways ---- */
+
+static __always_inline __u64 opaque(__u64 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/* 1 where x is 0, else 0. */
+static __always_inline __u64 is_zero(__u64 x) {
+    x = opaque(x);
+    return ~(x | opaque(-x)) >> 63;
+}
+
+/* 1 where a is less than b, else 0; they are less than 2^63 apart, as times are. */
+static __always_inline __u64 is_less(__u64 a, __u64 b) {
+    return opaque(a - b) >> 63;
+}
+
+static __always_inline __u64 greater_of(__u64 a, __u64 b) {
+    return a ^ ((a ^ b) & -is_less(a, b));
+}
+
+static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
+    return a ^ ((a ^ b) & -is_less(b, a));
+}
+
+/* ---- conversations ---- */
+
+/* Written out, not a loop: what leaves a loop is made one piece of code for all ways, which
+ * computes their offset (see KEEP_APART). X is a macro that takes the number of a way. */
+#define EACH_WAY(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+
+/* Volatile, so that the compiler selects among values and never among pointers. */
+static __always_inline void copy(struct conversation *to, const struct conversation *from) {
+    const volatile __u64 *words = (const volatile __u64 *)from;
+#pragma unroll
+    for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
+        ((__u64 *)to)[i] = words[i];
+}
+
+static __always_inline int is_expired(const struct conversation *request, __u64 now) {
+    return !is_remembered(request->asked, now);
+}
+
+/* ---- without the lock ---- */
+
+/* What a look without the lock came to. A way may become another conversation's while it is looked
+ * at, so what was written is only done if the way still is this one's afterwards. */
+enum quick { UNKNOWN_PEER, DONE, LOOK_CLOSER };
+
+static __always_inline enum quick ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
+                                          const struct address *address, __u64 now) {
+    __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
+
+    if (READ_ONCE(way->tenant.flags) || !same(&way->address, address) ||
+        age(asked, now) > (__s64)WINDOW_NS)
+        return LOOK_CLOSER;
+    if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
+        return DONE;
+    WRITE_ONCE(way->asked, after(now, answered));
+    return READ_ONCE(*its_tag) == tag ? DONE : LOOK_CLOSER;
+}
+
+/* Note a request for the one address that its conversation asks. */
+static __always_inline enum quick ask_again(struct conversation_set *set, __u64 tag,
+                                            const struct address *address, __u64 now) {
+    enum quick quick;
+#define ASK(i)                                                                                     \
+    if (READ_ONCE(set->tag[i]) == tag) {                                                           \
+        quick = ask_way(&set->way[i], &set->tag[i], tag, address, now);                            \
+        KEEP_APART(i);                                                                             \
+        return quick;                                                                              \
+    }
+    EACH_WAY(ASK)
+    return UNKNOWN_PEER;
+}
+
+static __always_inline enum quick answer_way(struct conversation *way, const __u64 *its_tag,
+                                             __u64 tag, const struct address *source, __u64 now) {
+    __u64 asked = READ_ONCE(way->asked);
+
+    if (READ_ONCE(way->tenant.flags) & SEVERAL || !answers(&way->address, source) ||
+        age(asked, now) > (__s64)WINDOW_NS)
+        return LOOK_CLOSER;
+    if (asked > READ_ONCE(way->answered)) {
+        __u64 answered = not_before(now, asked);
+        WRITE_ONCE(way->answered, answered);
+        if (READ_ONCE(*its_tag) != tag && READ_ONCE(way->answered) == answered)
+            WRITE_ONCE(way->answered, 0);
+    }
+    return READ_ONCE(*its_tag) == tag ? DONE : LOOK_CLOSER;
+}
+
+/* Note a right reply from the one address that its conversation asks. One that was answered already
+ * stays answered. */
+static __always_inline enum quick answer(struct conversation_set *set, __u64 tag,
+                                         const struct address *source, __u64 now) {
+    enum quick quick;
+#define ANSWER_WAY(i)                                                                              \
+    if (READ_ONCE(set->tag[i]) == tag) {                                                           \
+        quick = answer_way(&set->way[i], &set->tag[i], tag, source, now);                          \
+        KEEP_APART(i);                                                                             \
+        return quick;                                                                              \
+    }
+    EACH_WAY(ANSWER_WAY)
+    return UNKNOWN_PEER;
+}
+
+/* ---- under the lock ---- */
+
+/* How gladly one goes whose tenant has `held` in its set: higher is sooner. */
+static __always_inline __u64 eviction_score(const struct conversation *request, __u64 held,
+                                            __u64 now) {
+    __u64 elapsed = (now + REFRESH_NS - request->asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
+    __u64 is_answered = is_less(request->answered, request->asked) ^ 1;
+    __u64 is_accused = request->tenant.flags / ACCUSED & 1;
+    return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
+}
+
+/* How much sooner than the others each way has to make room. A way counts once for all of its
+ * namespace and once more for all of its port. Returns the highest. */
+static __always_inline __u64 scores_of(const struct conversation_set *set, __u64 *score,
+                                       __u64 now) {
+    __u64 best = 0;
+
+#pragma unroll
+    for (int i = 0; i < WAYS; i++)
+        score[i] = 2;
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+#pragma unroll
+        for (int j = i + 1; j < WAYS; j++) {
+            const struct tenant *a = &set->way[i].tenant, *b = &set->way[j].tenant;
+            __u64 same_scope = is_zero(a->scope ^ b->scope);
+            __u64 shares = same_scope + (same_scope & is_zero(a->port ^ b->port));
+            score[i] += shares;
+            score[j] += shares;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        score[i] = eviction_score(&set->way[i], score[i], now);
+        best = greater_of(best, score[i]);
+    }
+    return best;
+}
+
+/* Put a conversation where the least is lost; `evicted` and its tag are what was there. Under the
+ * lock of the set. */
+static __always_inline void insert(struct conversation_set *set, __u64 tag,
+                                   const struct conversation *fresh, __u64 now,
+                                   struct conversation *evicted, __u64 *evicted_tag) {
+    __u64 score[WAYS], best = 0;
+
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        score[i] = NEVER - set->way[i].asked;
+        best = greater_of(best, score[i]);
+    }
+    if (is_remembered(NEVER - best, now))
+        best = scores_of(set, score, now);
+#define INSERT(i)                                                                                  \
+    if (score[i] == best) {                                                                        \
+        *evicted_tag = set->tag[i];                                                                \
+        copy(evicted, &set->way[i]);                                                               \
+        WRITE_ONCE(set->tag[i], 0);                                                                \
+        set->way[i] = *fresh;                                                                      \
+        WRITE_ONCE(set->tag[i], tag);                                                              \
+        KEEP_APART(i);                                                                             \
+        return;                                                                                    \
+    }
+    EACH_WAY(INSERT)
+}
+
+enum remembering {
+    KNOWN,   /* the address was asked before, and no other */
+    FRESH,   /* the conversation is new */
+    ANOTHER, /* it asked another address before, which is in `known` */
+};
+
+static __always_inline enum remembering note_in_way(struct conversation *way,
+                                                    const struct conversation *fresh, __u64 now,
+                                                    struct conversation *known) {
+    if (is_expired(way, now)) {
+        *way = *fresh;
+        return KNOWN;
+    }
+    if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
+        way->asked = after(now, way->answered);
+        way->tenant.flags = 0;
+        return KNOWN;
+    }
+    copy(known, way);
+    return ANOTHER;
+}
+
+/* Note a request in its conversation, unless another address was asked within the window. Where the
+ * conversation is new, what had to make room is in `known`. Takes and gives back the lock. */
+static __always_inline enum remembering note_request(struct conversation_set *set, __u64 tag,
+                                                     const struct conversation *fresh, __u64 now,
+                                                     struct conversation *known,
+                                                     __u64 *evicted_tag) {
+    enum remembering done = FRESH;
+
+    spin_lock(&set->lock);
+#define NOTE(i)                                                                                    \
+    if (set->tag[i] == tag) {                                                                      \
+        done = note_in_way(&set->way[i], fresh, now, known);                                       \
+        KEEP_APART(i);                                                                             \
+        goto out;                                                                                  \
+    }
+    EACH_WAY(NOTE)
+    insert(set, tag, fresh, now, known, evicted_tag);
+out:
+    spin_unlock(&set->lock);
+    return done;
+}
+
+static __always_inline void change_way(struct conversation *way, const struct conversation *fresh,
+                                       __u64 now) {
+    if (!same(&way->address, &fresh->address)) {
+        way->address = fresh->address;
+        way->answered = now;
+        way->tenant.flags = SEVERAL;
+    } else if (!is_remembered(way->answered, now)) {
+        way->answered = 0;
+        way->tenant.flags = 0;
+    }
+    way->asked = fresh->asked;
+}
+
+/* Note the newest address of a conversation that asks several, if it is still there; what was there
+ * before is in `known`. Where it has asked no other for a window it is one of a single address
+ * again. Takes and gives back the lock. */
+static __always_inline void set_newest(struct conversation_set *set, __u64 tag,
+                                       const struct conversation *fresh, __u64 now,
+                                       struct conversation *known) {
+    spin_lock(&set->lock);
+#define CHANGE(i)                                                                                  \
+    if (set->tag[i] == tag) {                                                                      \
+        copy(known, &set->way[i]);                                                                 \
+        change_way(&set->way[i], fresh, now);                                                      \
+        KEEP_APART(i);                                                                             \
+        goto out;                                                                                  \
+    }
+    EACH_WAY(CHANGE)
+out:
+    spin_unlock(&set->lock);
+}
+
+enum judgement { NOT_A_REPLY, RIGHT, WRONG };
+
+static __always_inline enum judgement
+judge_way(struct conversation *way, const struct address *source, int port_kept, __u64 now) {
+    if (is_expired(way, now) || way->tenant.flags & SEVERAL)
+        return NOT_A_REPLY;
+    if (port_kept && answers(&way->address, source)) {
+        way->answered = not_before(now, way->asked);
+        return RIGHT;
+    }
+    if (!is_pending(way))
+        return NOT_A_REPLY;
+    way->tenant.flags = ACCUSED;
+    return WRONG;
+}
+
+/* Whether a datagram answers the one address that its conversation asked; the conversation is in
+ * `known`, and nothing was decided if it asked SEVERAL. With `port_kept` 0 it leaves by another
+ * port than it was asked at, and is right for nobody. Takes and gives back the lock. */
+static __always_inline enum judgement judge_one(struct conversation_set *set, __u64 tag,
+                                                const struct address *source, int port_kept,
+                                                __u64 now, struct conversation *known) {
+    enum judgement judgement = NOT_A_REPLY;
+
+    spin_lock(&set->lock);
+#define JUDGE(i)                                                                                   \
+    if (set->tag[i] == tag) {                                                                      \
+        judgement = judge_way(&set->way[i], source, port_kept, now);                               \
+        copy(known, &set->way[i]);                                                                 \
+        KEEP_APART(i);                                                                             \
+        goto out;                                                                                  \
+    }
+    EACH_WAY(JUDGE)
+out:
+    spin_unlock(&set->lock);
+    return judgement;
+}
+
+/* ---- conversations with several addresses ---- */
+
+/* X is a macro that takes a pointer to a way. */
+#if HAVE_KERNEL_READ
+#define EACH_ADDRESS(set, X)                                                                       \
+    {                                                                                              \
+        struct asked_address *way_ = (set)->way;                                                   \
+        _Pragma("clang loop unroll(disable)") for (int i_ = 0; i_ < ADDRESS_WAYS; i_++) {          \
+            X(way_)                                                                                \
+            way_ = (void *)opaque((__u64)(way_ + 1));                                              \
+        }                                                                                          \
+    }
+#else
+#define FOUR(X, way) X((way)) X((way) + 1) X((way) + 2) X((way) + 3)
+#define EACH_ADDRESS(set, X)                                                                       \
+    FOUR(X, (set)->way)                                                                            \
+    FOUR(X, (set)->way + 4)                                                                        \
+    FOUR(X, (set)->way + 8)                                                                        \
+    FOUR(X, (set)->way + 12)
+#endif
+
+/* Note a request of a conversation; what had to make room is in `evicted`, whose hash is 0 where
+ * nothing had to. Takes and gives back the lock. */
+static __always_inline void note_address(struct address_set *set, const struct asked_address *fresh,
+                                         struct asked_address *evicted) {
+    __u64 lowest = NEVER;
+
+    evicted->hash = 0;
+    spin_lock(&set->lock);
+#define UPDATE(way)                                                                                \
+    if ((way)->hash == fresh->hash) {                                                              \
+        (way)->asked = fresh->asked;                                                               \
+        (way)->rank = fresh->rank;                                                                 \
+        KEEP_APART(__COUNTER__);                                                                   \
+        goto out;                                                                                  \
+    }
+    EACH_ADDRESS(set, UPDATE)
+#define LOWEST(way) lowest = lesser_of(lowest, READ_ONCE((way)->rank));
+    EACH_ADDRESS(set, LOWEST)
+#define REPLACE(way)                                                                               \
+    if (READ_ONCE((way)->rank) == lowest) {                                                        \
+        evicted->hash = (way)->hash;                                                               \
+        evicted->asked = (way)->asked;                                                             \
+        evicted->rank = lowest;                                                                    \
+        evicted->tenant = (way)->tenant;                                                           \
+        *(way) = *fresh;                                                                           \
+        KEEP_APART(__COUNTER__);                                                                   \
+        goto out;                                                                                  \
+    }
+    EACH_ADDRESS(set, REPLACE)
+out:
+    spin_unlock(&set->lock);
+}
+
+/* Note that a request was answered, if it is there. Takes and gives back the lock. */
+static __always_inline void note_answer(struct address_set *set, __u64 hash) {
+    spin_lock(&set->lock);
+#define SETTLE(way)                                                                                \
+    if ((way)->hash == hash) {                                                                     \
+        (way)->rank = (way)->asked - WINDOW_NS;                                                    \
+        KEEP_APART(__COUNTER__);                                                                   \
+        goto out;                                                                                  \
+    }
+    EACH_ADDRESS(set, SETTLE)
+out:
+    spin_unlock(&set->lock);
+}
+
+/* The later of two times of pending requests of one conversation. */
+static __always_inline __u64 newest_of(__u64 newest, const struct asked_address *way, __u64 tag) {
+    __u64 rank = READ_ONCE(way->rank);
+    __u64 differs = (READ_ONCE(way->tag) ^ tag) | (READ_ONCE(way->asked) ^ rank);
+    return greater_of(newest, rank & -is_zero(differs));
+}
+
+/* As judge_one, for a conversation that asked several; `hash` is that of the source, and `group`
+ * of the address zero. For WRONG `expected` is the newest address with a pending request. */
+static __always_inline enum judgement judge_several(struct address_set *set, __u64 tag, __u64 hash,
+                                                    __u64 group, __u64 now,
+                                                    struct address *expected) {
+    enum judgement judgement = RIGHT;
+    __u64 newest = 0;
+
+    spin_lock(&set->lock);
+#define ANSWER(way)                                                                                \
+    if (((way)->hash == hash || (way)->hash == group) && is_remembered((way)->asked, now)) {       \
+        (way)->rank = (way)->asked - WINDOW_NS;                                                    \
+        KEEP_APART(__COUNTER__);                                                                   \
+        goto out;                                                                                  \
+    }
+    EACH_ADDRESS(set, ANSWER)
+    judgement = NOT_A_REPLY;
+#define NEWEST(way) newest = newest_of(newest, way, tag);
+    EACH_ADDRESS(set, NEWEST)
+    if (!is_remembered(newest, now))
+        goto out;
+    judgement = WRONG; /* no two of a conversation are asked at the same time */
+#define EXPECT(way)                                                                                \
+    if (READ_ONCE((way)->rank) == newest && (way)->tag == tag) {                                   \
+        expected->half[0] = (way)->address.half[0];                                                \
+        expected->half[1] = (way)->address.half[1];                                                \
+        KEEP_APART(__COUNTER__);                                                                   \
+        goto out;                                                                                  \
+    }
+    EACH_ADDRESS(set, EXPECT)
+out:
+    spin_unlock(&set->lock);
+    return judgement;
+}
+
+/* ---- what had to make room ---- */
+
+static __always_inline __u64 ticks(__u64 now) {
+    return now >> FORGOTTEN_TICK & ((1ULL << FORGOTTEN_BITS) - 1);
+}
+
+static __always_inline __u64 ticks_since(__u64 then, __u64 now) {
+    return (ticks(now) - then) & ((1ULL << FORGOTTEN_BITS) - 1);
+}
+
+#define WINDOW_TICKS (WINDOW_NS >> FORGOTTEN_TICK)
+
+/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
+static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u64 now) {
+    __u64 held[FORGOTTEN_WAYS], oldest = 0;
+
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+        held[i] = ticks_since(READ_ONCE(set->way[i]), now);
+        oldest = greater_of(oldest, held[i]);
+    }
+    if (oldest <= WINDOW_TICKS)
+        WRITE_ONCE(set->lost, now);
+#define FORGET(i)                                                                                  \
+    if (held[i] == oldest) {                                                                       \
+        WRITE_ONCE(set->way[i], hash << FORGOTTEN_BITS | ticks(now));                              \
+        KEEP_APART(i);                                                                             \
+        return;                                                                                    \
+    }
+    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) FORGET(6)
+}
+
+static __always_inline int is_forgotten(const struct forgotten_set *set, __u64 hash, __u64 now) {
+    __u64 found = 0;
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+        __u64 held = READ_ONCE(set->way[i]);
+        found |= is_zero((held ^ hash << FORGOTTEN_BITS) >> FORGOTTEN_BITS) &
+                 is_less(ticks_since(held, now), WINDOW_TICKS + 1);
+    }
+    return found;
+}
+
+#endif
