@@ -261,9 +261,8 @@ def _conntrack() -> Check:
 def _sensor(sensor: Sensor, watched: cgroup.Cgroup, forwarded: Forwarded) -> list[Check]:
     checks = [Check("bcc", Status.OK, f"{sensor.compiler} compiles without kernel headers")]
     checks += [_probe(probe) for probe in sensor.probes()]
-    if sensor.settle_instructions:
-        found = f"loaded; the verifier walked {sensor.settle_instructions} instructions"
-        checks.append(Check("settle", Status.OK, found))
+    for name, count in sensor.unattached().items():
+        checks.append(Check(name, Status.OK, f"loaded; the verifier walked {count} instructions"))
     if watched.contains(os.getpid()):
         seen = sensor.canary()
         checks.append(

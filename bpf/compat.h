@@ -103,7 +103,17 @@ static __always_inline __u32 current_uid(void) {
     return read_kernel32(read_kernel(bpf_get_current_task() + OFFSET_TASK_CRED) + OFFSET_CRED_UID);
 }
 
+/* Else the cgroup of the process that made the socket, which may be another one's. */
+#ifdef OFFSET_TASK_CGROUPS
+static __always_inline __u64 read_current_cgroup(void) {
+    __u64 set = read_kernel(bpf_get_current_task() + OFFSET_TASK_CGROUPS);
+    __u64 node = read_kernel(read_kernel(set + OFFSET_CSS_SET_CGROUP) + OFFSET_CGROUP_NODE);
+    return read_kernel(node + OFFSET_NODE_ID);
+}
+#define current_cgroup(skb) read_current_cgroup()
+#else
 #define current_cgroup(skb) bpf_skb_cgroup_id(skb)
+#endif
 #define current_comm(to)                                                                           \
     copy_from_kernel(to, COMM_LEN, (void *)(bpf_get_current_task() + OFFSET_TASK_COMM))
 #else

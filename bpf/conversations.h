@@ -20,10 +20,11 @@
 #include "common.h"
 #include "records.h"
 
-#define REFRESH_NS (WINDOW_NS / 256) /* how exact the time of a pending request is */
-#define NEVER      (1ULL << 62)      /* later than any time */
-#define AGE_BITS   46
-#define AGE_SHIFT  10 /* ages are compared by the microsecond */
+#define REFRESH_NS  (WINDOW_NS / 256) /* how exact the time of a pending request is */
+#define NEVER       (1ULL << 62)      /* later than any time */
+#define HEAVY_SHARE 8                 /* as much as if its tenant had so many ways more */
+#define AGE_BITS    46
+#define AGE_SHIFT   10 /* ages are compared by the microsecond */
 
 /* By number: bcc of Debian 12 has no wrappers for them. */
 static void (*const spin_lock)(void *lock) = (void *)93;
@@ -147,7 +148,7 @@ static __always_inline enum quick ask_way(struct conversation *way, const __u64 
                                           const struct address *address, __u64 now) {
     __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
 
-    if (READ_ONCE(way->tenant.flags) || !same(&way->address, address) ||
+    if (READ_ONCE(way->tenant.flags) & (SEVERAL | ACCUSED) || !same(&way->address, address) ||
         age(asked, now) > (__s64)WINDOW_NS)
         return LOOK_CLOSER;
     if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
@@ -209,6 +210,7 @@ static __always_inline __u64 eviction_score(const struct conversation *request, 
     __u64 elapsed = (now + REFRESH_NS - request->asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
     __u64 is_answered = is_less(request->answered, request->asked) ^ 1;
     __u64 is_accused = request->tenant.flags / ACCUSED & 1;
+    held += (request->tenant.flags / HEAVY & 1) * HEAVY_SHARE;
     return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
 }
 
@@ -282,7 +284,7 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
     }
     if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
         way->asked = after(now, way->answered);
-        way->tenant.flags = 0;
+        way->tenant.flags &= ~ACCUSED;
         return KNOWN;
     }
     copy(known, way);
@@ -355,7 +357,7 @@ judge_way(struct conversation *way, const struct address *source, int port_kept,
     }
     if (!is_pending(way))
         return NOT_A_REPLY;
-    way->tenant.flags = ACCUSED;
+    way->tenant.flags |= ACCUSED;
     return WRONG;
 }
 
@@ -449,6 +451,12 @@ out:
     spin_unlock(&set->lock);
 }
 
+/* 1 where a way is one of two requests, else 0. */
+static __always_inline __u64 is_request(const struct asked_address *way, __u64 one, __u64 other) {
+    __u64 hash = READ_ONCE(way->hash);
+    return is_zero(hash ^ one) | is_zero(hash ^ other);
+}
+
 /* The later of two times of pending requests of one conversation. */
 static __always_inline __u64 newest_of(__u64 newest, const struct asked_address *way, __u64 tag) {
     __u64 rank = READ_ONCE(way->rank);
@@ -466,7 +474,7 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
 
     spin_lock(&set->lock);
 #define ANSWER(way)                                                                                \
-    if (((way)->hash == hash || (way)->hash == group) && is_remembered((way)->asked, now)) {       \
+    if (is_request(way, hash, group) & is_less(now, (way)->asked + WINDOW_NS + 1)) {               \
         (way)->rank = (way)->asked - WINDOW_NS;                                                    \
         KEEP_APART(__COUNTER__);                                                                   \
         goto out;                                                                                  \
@@ -479,7 +487,7 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
         goto out;
     judgement = WRONG; /* no two of a conversation are asked at the same time */
 #define EXPECT(way)                                                                                \
-    if (READ_ONCE((way)->rank) == newest && (way)->tag == tag) {                                   \
+    if (is_zero((READ_ONCE((way)->rank) ^ newest) | (READ_ONCE((way)->tag) ^ tag))) {              \
         expected->half[0] = (way)->address.half[0];                                                \
         expected->half[1] = (way)->address.half[1];                                                \
         KEEP_APART(__COUNTER__);                                                                   \
@@ -493,45 +501,79 @@ out:
 
 /* ---- what had to make room ---- */
 
-static __always_inline __u64 ticks(__u64 now) {
-    return now >> FORGOTTEN_TICK & ((1ULL << FORGOTTEN_BITS) - 1);
+#define TIME_MASK    ((1ULL << TIME_BITS) - 1)
+#define WINDOW_TICKS (WINDOW_NS >> TIME_SHIFT)
+
+static __always_inline __u64 ticks_since(__u64 word, __u64 now) {
+    return ((now >> TIME_SHIFT) - word) & TIME_MASK;
 }
 
-static __always_inline __u64 ticks_since(__u64 then, __u64 now) {
-    return (ticks(now) - then) & ((1ULL << FORGOTTEN_BITS) - 1);
+static __always_inline __u32 class_of(const struct hash_keys *keys, const struct tenant *tenant) {
+    return share_of(mixed(pair(keys, 2, tenant->scope, tenant->port)), TENANT_CLASSES);
 }
 
-#define WINDOW_TICKS (WINDOW_NS >> FORGOTTEN_TICK)
+static __always_inline __u64 fingerprint(__u64 hash, __u32 class) {
+    return hash << CLASS_BITS | class;
+}
 
-/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
-static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u64 now) {
-    __u64 held[FORGOTTEN_WAYS], oldest = 0;
-
-#pragma unroll
-    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
-        held[i] = ticks_since(READ_ONCE(set->way[i]), now);
-        oldest = greater_of(oldest, held[i]);
-    }
-    if (oldest <= WINDOW_TICKS)
-        WRITE_ONCE(set->lost, now);
-#define FORGET(i)                                                                                  \
-    if (held[i] == oldest) {                                                                       \
-        WRITE_ONCE(set->way[i], hash << FORGOTTEN_BITS | ticks(now));                              \
+/* Note that a fingerprint was overwritten within the window. */
+static __always_inline void note_loss(struct forgotten_set *set, __u64 word, __u64 now) {
+    __u32 class = word >> TIME_BITS & ((1 << CLASS_BITS) - 1);
+    __u64 bit = 1ULL << (class % CLASSES_A_WORD + TIME_BITS);
+#define LOSE(i)                                                                                    \
+    if (class / CLASSES_A_WORD == i) {                                                             \
+        __u64 lost = READ_ONCE(set->lost[i]);                                                      \
+        if (ticks_since(lost, now) > WINDOW_TICKS)                                                 \
+            lost = 0;                                                                              \
+        WRITE_ONCE(set->lost[i], ((lost | bit) & ~TIME_MASK) | (now >> TIME_SHIFT & TIME_MASK));   \
         KEEP_APART(i);                                                                             \
         return;                                                                                    \
     }
-    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) FORGET(6)
+    LOSE(0) LOSE(1)
 }
 
-static __always_inline int is_forgotten(const struct forgotten_set *set, __u64 hash, __u64 now) {
-    __u64 found = 0;
+/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
+static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u32 class, __u64 now) {
+    __u64 word = fingerprint(hash, class) << TIME_BITS | (now >> TIME_SHIFT & TIME_MASK);
+    __u64 elapsed[FORGOTTEN_WAYS], held, oldest = 0;
+
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+        elapsed[i] = ticks_since(READ_ONCE(set->way[i]), now);
+        oldest = greater_of(oldest, elapsed[i]);
+    }
+#define FORGET(i)                                                                                  \
+    if (elapsed[i] == oldest) {                                                                    \
+        held = READ_ONCE(set->way[i]);                                                             \
+        WRITE_ONCE(set->way[i], word);                                                             \
+        KEEP_APART(i);                                                                             \
+        goto out;                                                                                  \
+    }
+    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) return;
+out:
+    if (held && oldest <= WINDOW_TICKS)
+        note_loss(set, held, now);
+}
+
+/* Whether a request is among them, or may have been: of its tenant's class one was overwritten. */
+static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u64 hash,
+                                            __u32 class, __u64 now) {
+    __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
+
 #pragma unroll
     for (int i = 0; i < FORGOTTEN_WAYS; i++) {
         __u64 held = READ_ONCE(set->way[i]);
-        found |= is_zero((held ^ hash << FORGOTTEN_BITS) >> FORGOTTEN_BITS) &
+        found |= is_zero((held ^ sought) >> TIME_BITS) &
                  is_less(ticks_since(held, now), WINDOW_TICKS + 1);
     }
-    return found;
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_LOST; i++) {
+        __u64 lost = READ_ONCE(set->lost[i]);
+        __u64 is_word = is_zero(class / CLASSES_A_WORD ^ i);
+        found |= is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
+                 is_less(ticks_since(lost, now), WINDOW_TICKS + 1);
+    }
+    return found & 1;
 }
 
 #endif

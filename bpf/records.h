@@ -16,6 +16,14 @@
 #define HASH_WORDS   12
 #define WAYS         8 /* conversations in a set */
 
+#define FORGOTTEN_WAYS 6 /* with `lost` a cache line */
+#define FORGOTTEN_LOST 2
+#define TENANT_CLASSES 80
+#define CLASSES_A_WORD 40
+#define CLASS_BITS     7
+#define TIME_BITS      24 /* of ticks of about a millisecond */
+#define TIME_SHIFT     20
+
 /* Addresses in a set, all of which one conversation may take: as many as the verifier lets us look
  * at. Without CAP_PERFMON it follows each loop speculatively, for good. */
 #if HAVE_KERNEL_READ
@@ -23,11 +31,6 @@
 #else
 #define ADDRESS_WAYS 16
 #endif
-
-/* A fingerprint in `forgotten` is 40 bits of hash above 24 bits of time in ticks of about 1 ms. */
-#define FORGOTTEN_WAYS 7 /* with `lost` a cache line */
-#define FORGOTTEN_TICK 20
-#define FORGOTTEN_BITS 24
 
 enum verdict {
     VERDICT_NEW = 1,       /* conntrack booked the reply as a flow of its own */
@@ -82,6 +85,7 @@ struct tenant {
 
 #define SEVERAL 1 /* it asked several addresses: they are in `addresses` */
 #define ACCUSED 2 /* its pending request was answered wrongly */
+#define HEAVY   4 /* its tenant had pushed out many of its own when it came */
 
 /* A request is pending while `asked` is later than `answered`, for the window at the most. */
 struct conversation {
@@ -116,17 +120,21 @@ struct address_set {
     struct asked_address way[ADDRESS_WAYS];
 };
 
-/* Requests that were answered and had to make room within the window: a fingerprint of
- * conversation and address, with the time. */
+/* Requests that had to make room within the window: each way is a fingerprint of
+ * conversation and address (33 bits), the tenant's class (7 bits) and the time. Each word of `lost`
+ * says of 40 classes whether fingerprints of theirs were overwritten, and when that was last. */
 struct forgotten_set {
-    __u64 lost; /* when one of them was overwritten within the window; FORGOTTEN_TICK */
+    __u64 lost[FORGOTTEN_LOST];
     __u64 way[FORGOTTEN_WAYS];
 };
 
-/* When something of a tenant last had to make room within the window. */
+/* What of a tenant had to make room within the window. */
 struct eviction {
-    __u64 pending; /* a request not answered yet */
-    __u64 settled; /* one that was: it is in `forgotten` */
+    __u64 since;   /* when `count` began */
+    __u64 count;   /* of requests that were not answered yet */
+    __u64 last;    /* of any request: it is in `forgotten` */
+    __u64 pending; /* the last one that was not answered yet */
+    __u64 several; /* the last conversation that had asked several: more requests than one */
 };
 
 /* Whether a send named its source: written by the sendmsg hooks and the function probes, read on

@@ -25,6 +25,7 @@
  * RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
+#define MANY_EVICTIONS     64 /* of a tenant within the window: more make it HEAVY */
 #define IP6_EXTENSIONS     32 /* of 8 bytes at least; the kernel takes any number */
 #define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51 /* RFC 4302 */
@@ -225,32 +226,61 @@ static __always_inline void set_tenant(struct tenant *to, const struct conversat
  * `settled`: it was answered, rightly or wrongly. */
 static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int settled,
                                           __u64 now) {
+    const struct hash_keys *keys = keys_of_hash();
+    struct forgotten_set *set = forgotten_of(hash);
     struct tenant tenant = *of;
     struct eviction fresh = {};
     int zero = 0;
 
     COUNT(evicted, 1);
     tenant.flags = 0;
-    if (settled) {
-        struct forgotten_set *set = forgotten_of(hash);
-        if (set)
-            forget(set, hash, now);
-        fresh.settled = now;
-    } else {
-        __u64 *last = last_eviction.lookup(&zero);
-        if (last && now - *last > REFRESH_NS)
-            WRITE_ONCE(*last, now);
-        fresh.pending = now;
-    }
+    if (set && keys)
+        forget(set, hash, class_of(keys, &tenant), now);
+    __u64 *last = last_eviction.lookup(&zero);
+    if (last && !settled && now - *last > REFRESH_NS)
+        WRITE_ONCE(*last, now);
     struct eviction *known = evictions.lookup(&tenant);
     if (!known) {
-        evictions.update(&tenant, &fresh);
-    } else if (settled) {
-        if (now - known->settled > REFRESH_NS)
-            WRITE_ONCE(known->settled, now);
-    } else if (now - known->pending > REFRESH_NS) {
-        WRITE_ONCE(known->pending, now);
+        fresh.since = now;
+        fresh.last = now;
+        evictions.insert(&tenant, &fresh);
+        known = evictions.lookup(&tenant);
+        if (!known)
+            return;
     }
+    if (now - known->last > REFRESH_NS)
+        WRITE_ONCE(known->last, now);
+    if (of->flags & SEVERAL)
+        WRITE_ONCE(known->several, now);
+    if (settled)
+        return;
+    if (now - known->pending > REFRESH_NS)
+        WRITE_ONCE(known->pending, now);
+    if (!is_remembered(known->since, now)) {
+        WRITE_ONCE(known->since, now);
+        WRITE_ONCE(known->count, 0);
+    }
+    __sync_fetch_and_add(&known->count, 1);
+}
+
+/* What is known of a tenant's evictions, if any of its requests went within the window. */
+static __always_inline struct eviction *evictions_of(const struct conversation_key *key,
+                                                     __u64 now) {
+    struct tenant tenant = {};
+
+    set_tenant(&tenant, key);
+    struct eviction *known = evictions.lookup(&tenant);
+    return known && is_remembered(known->last, now) ? known : 0;
+}
+
+static __always_inline int is_heavy(const struct conversation_key *key, __u64 now) {
+    int zero = 0;
+    __u64 *last = last_eviction.lookup(&zero);
+
+    if (!last || !is_remembered(*last, now))
+        return 0;
+    struct eviction *known = evictions_of(key, now);
+    return known && known->count >= MANY_EVICTIONS;
 }
 
 /* Note one request of a conversation that asked several. */
@@ -301,6 +331,7 @@ static __always_inline void remember(struct conversation_set *set, __u64 tag,
     fresh.address = *address;
     fresh.asked = now;
     set_tenant(&fresh.tenant, key);
+    fresh.tenant.flags = is_heavy(key, now) ? HEAVY : 0;
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
         remember_another(set, tag, &fresh, &known, now);
@@ -309,9 +340,7 @@ static __always_inline void remember(struct conversation_set *set, __u64 tag,
         const struct hash_keys *keys = keys_of_hash();
         if (!keys || !evicted || is_expired(&known, now))
             return;
-        /* With a conversation that asked SEVERAL more than one request went. */
-        int settled = !(known.tenant.flags & SEVERAL) &&
-                      (known.tenant.flags & ACCUSED || !is_pending(&known));
+        int settled = known.tenant.flags & ACCUSED || !is_pending(&known);
         note_eviction(request_hash(keys, evicted, &known.address), &known.tenant, settled, now);
     }
 }
@@ -342,20 +371,18 @@ static __always_inline enum judgement judge(struct conversation_set *set, __u64 
  * it: its server had to make room. */
 static __always_inline int may_have_asked(__u64 tag, const struct conversation_key *key,
                                           const struct address *source, __u64 now) {
+    const struct hash_keys *keys = keys_of_hash();
     struct tenant tenant = {};
 
-    set_tenant(&tenant, key);
-    struct eviction *evicted = evictions.lookup(&tenant);
-    if (!evicted)
+    struct eviction *evicted = evictions_of(key, now);
+    if (!evicted || !keys)
         return 0;
-    if (is_remembered(evicted->pending, now))
+    if (is_remembered(evicted->several, now))
         return 1;
-    const struct hash_keys *keys = keys_of_hash();
-    if (!keys || !is_remembered(evicted->settled, now))
-        return 0;
+    set_tenant(&tenant, key);
     __u64 hash = request_hash(keys, tag, source);
     struct forgotten_set *set = forgotten_of(hash);
-    return set && (is_forgotten(set, hash, now) || is_remembered(set->lost, now));
+    return set && may_be_forgotten(set, hash, class_of(keys, &tenant), now);
 }
 
 /* A socket sends to a peer of which nothing is remembered: a reply all the same, if a pending
@@ -363,13 +390,11 @@ static __always_inline int may_have_asked(__u64 tag, const struct conversation_k
 static __always_inline void count_unremembered(struct __sk_buff *skb,
                                                const struct conversation_key *key, __u64 now) {
     int zero = 0;
-    struct tenant tenant = {};
-
     __u64 *last = last_eviction.lookup(&zero);
+
     if (!last || !is_remembered(*last, now))
         return;
-    set_tenant(&tenant, key);
-    struct eviction *evicted = evictions.lookup(&tenant);
+    struct eviction *evicted = evictions_of(key, now);
     if (evicted && is_remembered(evicted->pending, now))
         COUNT(undecided, segments_of(skb));
 }

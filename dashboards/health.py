@@ -158,7 +158,7 @@ def dashboard() -> Dashboard:
         Row("What do they lose?"),
         lines(
             "Lost by stage",
-            "rate_limit: held back on purpose. undecided, crowded, remember, flows_full, conntrack_overrun, "
+            "rate_limit: held back on purpose. undecided, remember, flows_full, conntrack_overrun, "
             "probe_missed: wrong replies may go unseen. ring_full, findings_full, queue, output: events are lost, "
             "counts stay exact.",
             "cps",
@@ -174,13 +174,13 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Conversations remembered",
-            "At --max-peers the oldest have to go.",
+            "At --max-peers the server port that has the most makes room, answered requests first.",
             "short",
             (f"sum by ({WHERE}) ({of('tracked_peers')})", WHERE_LEGEND),
         ),
         lines(
             "Conversations pushed out",
-            "If more than --max-peers go within the window of 30 s, replies to them are not judged.",
+            "Requests that had to make room within the window. Replies that they may concern count as undecided.",
             "cps",
             (f"sum by ({WHERE}) ({rate(of('peers_evicted_total'))})", WHERE_LEGEND),
         ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS
-from udpwatch.agent.kernel.loader import FUNCTION_PROBES, HOOKS, SETTLE, Loaded
+from udpwatch.agent.kernel.loader import CLOCK, FUNCTION_PROBES, HOOKS, SETTLE, SLOW, Loaded
 from udpwatch.agent.kernel.probes import How
 from udpwatch.agent.model import Probe
 
@@ -92,9 +92,10 @@ class Attached:
         hooks = [self._probe(hook.name, self._is_linked(hook.name)) for hook in self._hooks]
         return (*hooks, *(self._probe(name, name in self._links) for name in self._functions))
 
-    def settle_instructions(self) -> int:
-        """How many the verifier walked of the program that is attached to nothing."""
-        return self._instructions.get(SETTLE, 0)
+    def unattached(self) -> dict[str, int]:
+        """How many instructions the verifier walked of each program that is attached to nothing."""
+        names = {*(name for name, _, _ in SLOW), CLOCK, SETTLE}
+        return {name: count for name, count in self._instructions.items() if name in names}
 
     def _is_linked(self, name: str) -> bool:
         link = self._links.get(name)

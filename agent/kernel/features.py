@@ -137,7 +137,15 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
     """
     with _types(path) as btf:
         tuples = btf.offset("nf_conn", "tuplehash") + btf.offset("nf_conntrack_tuple_hash", "tuple")
-        return {
+        cgroup = {}
+        with contextlib.suppress(LookupError):  # only where no helper tells it (HAVE_CURRENT_TASK)
+            cgroup = {
+                "OFFSET_TASK_CGROUPS": btf.offset("task_struct", "cgroups"),
+                "OFFSET_CSS_SET_CGROUP": btf.offset("css_set", "dfl_cgrp"),
+                "OFFSET_CGROUP_NODE": btf.offset("cgroup", "kn"),
+                "OFFSET_NODE_ID": btf.offset("kernfs_node", "id"),
+            }
+        return cgroup | {
             "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
             "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
             "OFFSET_SKB_DST": btf.offset("sk_buff", "_skb_refdst"),

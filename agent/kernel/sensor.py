@@ -180,10 +180,9 @@ class Sensor:
         """Every program, as the kernel reports it now."""
         return self._attached.probes()
 
-    @property
-    def settle_instructions(self) -> int:
-        """How many the verifier walked of the program that decides about flows; 0: it is not loaded."""
-        return self._attached.settle_instructions()
+    def unattached(self) -> dict[str, int]:
+        """Programs that others go on in, or that the agent runs: how many instructions the verifier walked of each."""
+        return self._attached.unattached()
 
     def _conntrack_health(self) -> ConntrackHealth | None:
         now = time.monotonic()
