@@ -7,7 +7,9 @@ the time at most.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from udpwatch.agent.kernel.cgroup import ROOT_ID
 
 MAX_CGROUPS = 8192
 MAX_DEPTH = 32
+_UP = re.compile(r"^(/\.\.)+(?=/|$)")
 _FOREVER = float("inf")
 _REST = 9  # after a walk, the next one waits so many times as long as it took
 
@@ -42,6 +45,21 @@ class Cgroups:
         if found is None and whole:  # an id is not given again: it will not come back
             self._paths.put(number, "", now)
         return found or ""
+
+    def is_at(self, number: int, path: str, now: float) -> bool:
+        """Whether a path that a process gives as its own is that of the cgroup with this id. ``now``: monotonic.
+
+        True also where nothing is known to compare it with: no id, or no mount of cgroup v2.
+        """
+        if not number or not self._root:
+            return True
+        if "/.." not in path:
+            with contextlib.suppress(OSError, ValueError):
+                return (self._root / path.lstrip("/")).stat().st_ino == number
+        # As seen from another cgroup namespace, or below another root: it ends as the true one does.
+        known = self.path(number, now)
+        seen = _UP.sub("", path)
+        return bool(known) and (known.endswith(seen) or seen.endswith(known))
 
     def _walk(self, root: Path, now: float) -> bool:
         """Note every cgroup; False where there are too many of them."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -30,6 +32,7 @@ class Process:
     executable: str = ""
     command: str = ""
     cgroups: tuple[str, ...] = ()  # its path in each hierarchy: v2 first, then systemd's, then the other ones of v1
+    unified: str = ""  # its path in v2, by which it can be compared with what the kernel reported
 
 
 class Processes:
@@ -51,19 +54,31 @@ class Processes:
         return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm), now)
 
     def _read(self, pid: int, comm: str) -> Process:
-        folder = self._proc / str(pid)
         unknown = Process(comm or "unknown")
         if not pid:
             return unknown
         try:
-            main = _name(folder / "comm")
-            if main != comm and comm and not _has_thread(folder / "task", comm):
-                return unknown
-            cgroups = cgroups_of(folder / "cgroup")
+            with _opened(self._proc / str(pid)) as folder:
+                main = _name(folder / "comm")
+                if main != comm and comm and not _has_thread(folder / "task", comm):
+                    return unknown
+                lines = _cgroup_lines(folder / "cgroup")
+                arguments = _arguments(folder / "cmdline")
+                executable = _executable(folder / "exe", arguments)
         except OSError:
             return unknown
-        arguments = _arguments(folder / "cmdline")
-        return Process(main, _executable(folder / "exe", arguments), _command(arguments), cgroups)
+        unified = next((path for controllers, path in lines if not controllers), "")
+        return Process(main, executable, _command(arguments), _paths(lines), unified)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Path]:
+    """A folder of /proc that stays that one process's, whoever gets its id next."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{fd}")
+    finally:
+        os.close(fd)
 
 
 def _name(path: Path) -> str:
@@ -76,12 +91,21 @@ def _has_thread(tasks: Path, comm: str) -> bool:
 
 
 def cgroups_of(path: Path) -> tuple[str, ...]:
-    """The paths of a /proc/PID/cgroup, each once, v2 first; lines are ID:CONTROLLERS:PATH. Raises OSError."""
+    """The paths of a /proc/PID/cgroup, each once, v2 first. Raises OSError."""
+    return _paths(_cgroup_lines(path))
+
+
+def _cgroup_lines(path: Path) -> list[tuple[str, str]]:
+    """(controllers, path) of each line ID:CONTROLLERS:PATH; v2 has no controllers, and comes first."""
     # A cgroup's name may hold all that str.splitlines() takes for the end of a line, except "\n".
     lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).split("\n")]
     order = {"": 0, "name=systemd": 1}
-    lines = sorted((line for line in lines if len(line) == 3), key=lambda line: order.get(line[1], 2))
-    return tuple(dict.fromkeys(line[2].removesuffix(_DELETED) for line in lines))
+    found = [(line[1], line[2].removesuffix(_DELETED)) for line in lines if len(line) == 3]
+    return sorted(found, key=lambda line: order.get(line[0], 2))
+
+
+def _paths(lines: list[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(path for _, path in lines))
 
 
 def _arguments(path: Path) -> list[bytes]:

@@ -12,7 +12,7 @@ from udpwatch.agent.enrich.cgroups import Cgroups
 from udpwatch.agent.enrich.container import Container, folder, parse
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.pod import Pod, Pods
-from udpwatch.agent.enrich.process import Processes
+from udpwatch.agent.enrich.process import Process, Processes
 from udpwatch.agent.enrich.runtime import Runtime, Runtimes
 from udpwatch.agent.kernel.records import printable
 from udpwatch.agent.model import Cause, Event, Increase, Sender
@@ -60,6 +60,9 @@ class Senders:
 
     def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
         process = self._processes.lookup(pid, comm, number, now)
+        # The id may be another process's by now: the kernel's word on the cgroup decides.
+        if process.cgroups and not self._cgroups.is_at(number, process.unified, now):
+            process = Process(comm or "unknown")
         paths = list(process.cgroups)
         # Relative to this process's own cgroup namespace ("/../..") it leads nowhere; by its id it does.
         if not paths or "/.." in paths[0]:

@@ -74,7 +74,7 @@ def host(tmp_path: Path) -> Host:
     return Host(tmp_path)
 
 
-def seen(cgroup: int = 5, comm: str = "server", cause: Cause = Cause.KERNEL_CHOSEN) -> Increase:
+def seen(cgroup: int = 0, comm: str = "server", cause: Cause = Cause.KERNEL_CHOSEN) -> Increase:
     return Increase(Finding("10.0.0.2", "10.0.0.1", 53, 4, Verdict.NEW, cause, comm, cgroup, 1), 1, 0, PID)
 
 
@@ -119,7 +119,7 @@ def test_pod_names_go_before_those_that_docker_was_given_for_it(host: Host) -> N
 )
 def test_container_that_only_v1_shows(host: Host, cgroups: str) -> None:
     host.process(cgroups)
-    sender = host.senders.lookup(seen(1), 0)
+    sender = host.senders.lookup(seen(host.cgroup("/")), 0)
     assert (sender.cgroup, sender.container_id) == (DOCKER, ID)
 
 
@@ -166,8 +166,27 @@ def test_seen_from_a_cgroup_namespace(host: Host) -> None:
     """A path that is relative to the agent's own container is replaced by the one that its id leads to."""
     number = host.cgroup(SCOPE)
     host.process(f"0::/../cri-containerd-{ID}.scope\n")
-    assert host.senders.lookup(seen(number), 0).cgroup == SCOPE
-    assert host.senders.lookup(seen(7), 0).container_id == ID
+    sender = host.senders.lookup(seen(number), 0)
+    assert (sender.cgroup, sender.command) == (SCOPE, "/bin/server -v")
+
+
+@pytest.mark.parametrize("path", [DOCKER, f"/../docker/{ID}", "/../../elsewhere"])
+def test_process_id_that_another_container_has_by_now(host: Host, path: str) -> None:
+    """The kernel's word on the cgroup decides: nothing of the process that has the id now is shown."""
+    number = host.cgroup(SCOPE)
+    host.cgroup(DOCKER)
+    host.kubelet()
+    host.process(f"0::{path}\n")
+    sender = host.senders.lookup(seen(number, "server"), 0)
+    assert (sender.process, sender.executable, sender.command) == ("server", "", "")
+    assert (sender.cgroup, sender.container, sender.pod) == (SCOPE, "dns", "dns-7c9")
+
+
+def test_process_in_a_cgroup_that_is_gone(host: Host) -> None:
+    """Neither the kernel's id nor the path leads anywhere: the process may be any."""
+    host.process(f"0::{DOCKER}\n")
+    sender = host.senders.lookup(seen(7), 0)
+    assert (sender.process, sender.command, sender.container_id) == ("server", "", "")
 
 
 def test_nothing_can_be_found_out(host: Host) -> None:

@@ -9,7 +9,7 @@ import pytest
 from udpwatch.agent.enrich import process
 from udpwatch.agent.enrich.process import Process, Processes
 
-JAVA = Process("java", cgroups=("/pods/a",))
+JAVA = Process("java", cgroups=("/pods/a",), unified="/pods/a")
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_more_threads_than_are_looked_at(tmp_path: Path) -> None:
         patch.setattr(process, "_name", lambda path: read.append(path.parent.name) or name(path))
         assert look(tmp_path, 7, "gone") == Process("gone")
     assert len(read) == 1 + process.MAX_THREADS
-    assert look(tmp_path, 7, f"t{read[1]}") == Process("java", cgroups=("/a",))
+    assert look(tmp_path, 7, f"t{read[1]}") == Process("java", cgroups=("/a",), unified="/a")
 
 
 def test_a_process_that_is_gone(proc: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_process_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
     assert look(tmp_path, 7, "java") == Process("java")
     (folder / "cgroup").write_text("0::/a\n")
     (folder / "cmdline").unlink()
-    assert look(tmp_path, 7, "java") == Process("java", cgroups=("/a",))
+    assert look(tmp_path, 7, "java") == Process("java", cgroups=("/a",), unified="/a")
 
 
 @pytest.mark.parametrize(
