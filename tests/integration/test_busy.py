@@ -1,0 +1,338 @@
+"""The finding beside load: other servers' traffic, floods of other tenants, clients that ask many addresses."""
+
+from __future__ import annotations
+
+import random
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE_SECONDS, Watch, ask
+from dns_server import Responder, needs
+from load import ASKED, RIGHT_PORT, SINK_PORT, TRACKING, Place, answer_wrongly, compile_load, make_place
+from test_dns import LOOKUP, resolve
+from test_scenes import V4, V6, Family, bound, source_control
+
+from udpwatch.agent import servers
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.lab import Lab
+
+FLOOD_SECONDS = 4
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compile_load(tmp_path_factory.mktemp("load"))
+
+
+@pytest.fixture(params=TRACKING)
+def place(request: pytest.FixtureRequest, load: Path) -> Iterator[Place]:
+    with Lab() as lab:
+        yield make_place(lab, load, request.param)
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize("rate", [5, 500])
+def test_beside_a_right_server(packet_watch: Watch, place: Place, port: int, family: Family, rate: int) -> None:
+    """A resolver's load: 20,000 fresh conversations a second, each answered rightly."""
+    with place.right_server(family), place.flood(family, RIGHT_PORT, 20_000, FLOOD_SECONDS):
+        sent = answer_wrongly(place, family, port, rate, FLOOD_SECONDS)
+    assert packet_watch.count(port) == sent
+    assert packet_watch.count(RIGHT_PORT) == 0
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+def test_beside_one_way_traffic(packet_watch: Watch, place: Place, port: int, family: Family) -> None:
+    """A sink that never answers, of another port of the same namespace, floods the table."""
+    with bound(place.server, family.inet, family.wildcard, SINK_PORT):
+        before = packet_watch.sensor.counters().evicted
+        with place.flood(family, SINK_PORT, 100_000, FLOOD_SECONDS):
+            sent = answer_wrongly(place, family, port, 300, FLOOD_SECONDS)
+    assert packet_watch.sensor.counters().evicted > before  # the table was full
+    assert packet_watch.count(port) == sent
+    assert packet_watch.count(SINK_PORT) == 0
+
+
+def test_an_old_request_outlives_a_flood(place: Place, port: int) -> None:
+    """Asked before another tenant's flood, answered wrongly after it."""
+    with (
+        closing(Watch()) as watch,
+        bound(place.server, socket.AF_INET, "0.0.0.0", SINK_PORT),
+        bound(place.server, socket.AF_INET, "0.0.0.0", port) as server,
+        ExitStack() as clients,
+    ):
+        questions = []
+        for _ in range(50):
+            client = clients.enter_context(place.client.socket())
+            questions.append(ask(client, ASKED[0][1], port, server))
+        with place.flood(V4, SINK_PORT, 0, 2):
+            pass
+        for question in questions:
+            server.sendto(*question)
+        assert watch.count(port) == 50
+
+
+def test_a_flood_evicts_its_own_requests(place: Place, port: int) -> None:
+    """What the flooded server sends is undecided where it may have been asked: counted, never a finding."""
+    with (
+        closing(Watch(Limits(max_peers=1024))) as watch,
+        bound(place.server, socket.AF_INET, "0.0.0.0", SINK_PORT) as sink,
+        place.client.socket() as client,
+    ):
+        _, peer = ask(client, ASKED[0][1], SINK_PORT, sink)
+        with place.flood(V4, SINK_PORT, 0, 1):
+            pass
+        before = watch.sensor.counters().undecided
+        sink.sendto(b"late", peer)
+        assert watch.count(SINK_PORT) == 0
+        assert watch.sensor.counters().undecided > before
+
+
+# ---- many addresses ----
+
+
+@dataclass
+class Pending:
+    """What must be found: requests with their answers, by the rules of docs/findings.md."""
+
+    asked: list[str]
+    wrong: dict[str, int]
+
+    def ask(self, address: str) -> None:
+        self.asked.append(address)
+
+    def answer(self, address: str) -> None:
+        self.asked.remove(address)
+
+    def answer_wrongly(self) -> None:
+        if self.asked:
+            newest = self.asked[-1]
+            self.wrong[newest] = self.wrong.get(newest, 0) + 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 8, 64])
+@pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
+@pytest.mark.parametrize("slowest", [0.0, 0.5])
+def test_addresses_asked_from_one_socket(watch: Watch, port: int, family: Family, number: int, slowest: float) -> None:
+    """Each answered after 0 to 500 ms in any order, some wrongly: exact counts, with the newest pending address."""
+    if number > 16 and watch.sensor.features.mode == "netlink":
+        pytest.skip("by design: without CAP_PERFMON a set holds 16 addresses (docs/findings.md)")
+    chance = random.Random(f"{number} {family.name} {slowest}")  # noqa: S311
+    six = family is V6
+    addresses = [f"fd00:1::{n:x}" if six else f"10.1.0.{n}" for n in range(100, 100 + number)]
+    foreign, client_address = ("fd00:1::1", "fd00:1::9") if six else ("10.1.0.1", "10.1.0.9")
+    with Lab() as lab:
+        server, client = lab.namespace("server"), lab.namespace("client")
+        lab.link(server, "eth0", client, "eth0")
+        length = "64 dev eth0 nodad" if six else "24 dev eth0"
+        server.ip(*(f"addr add {address}/{length}" for address in (foreign, *addresses)))
+        client.ip(f"addr add {client_address}/{length}")
+        with (
+            bound(server, family.inet, family.wildcard, port) as serving,
+            bound(client, family.inet, family.wildcard, 0) as asking,
+        ):
+            expected = Pending([], {})
+            schedule: list[tuple[float, int, str, str]] = []
+            for at, address in enumerate(addresses):
+                asked = slowest * at / number / 10
+                answered = asked + chance.uniform(0, slowest)
+                schedule.append((asked, len(schedule), "ask", address))
+                schedule.append((answered, len(schedule), "answer", address))
+                if chance.random() < 0.5:
+                    schedule.append((chance.uniform(asked, answered), len(schedule), "answer wrongly", ""))
+            peer = None
+            begin = time.monotonic()
+            for at, _, what, address in sorted(schedule):
+                time.sleep(max(0.0, begin + at - time.monotonic()))
+                if what == "ask":
+                    _, peer = ask(asking, address, port, serving)
+                    expected.ask(address)
+                    continue
+                assert peer
+                source = address or foreign
+                serving.sendmsg([b"answer"], [source_control(family, source)], 0, peer)
+                if address:
+                    expected.answer(address)
+                else:
+                    expected.answer_wrongly()
+            found = {finding.expected: count for finding, count in watch.findings(port).items()}
+            assert found == expected.wrong
+
+
+def test_an_address_that_was_answered_is_a_right_source(watch: Watch, port: int) -> None:
+    """A stream from A goes on while the same client asks B."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            first = ask(client, "127.0.0.2", port, server)
+            server.sendmsg([b"x"], [source_control(V4, "127.0.0.2")], 0, first[1])
+            ask(client, "127.0.0.3", port, server)
+            for _ in range(3):
+                server.sendmsg([b"x"], [source_control(V4, "127.0.0.2")], 0, first[1])
+            assert watch.count(port) == 0
+            server.sendmsg([b"x"], [source_control(V4, "127.0.0.4")], 0, first[1])
+            assert watch.count(port) == 1
+
+
+# ---- who speaks first ----
+
+
+def test_a_host_that_speaks_after_a_right_reply(watch: Watch, port: int) -> None:
+    """A peer asks at the second address and is answered; then the host asks that peer something, from the first."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            _, peer = ask(client, "127.0.0.2", port, server)
+            server.sendmsg([b"x"], [source_control(V4, "127.0.0.2")], 0, peer)
+            for _ in range(3):
+                server.sendto(b"and now I ask", peer)
+            assert watch.count(port) == 0
+            ask(client, "127.0.0.2", port, server)
+            server.sendto(b"wrong", peer)
+            assert watch.count(port) == 1
+
+
+def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
+    """Both sides use one port; each speaks first now and then, and answers from the address asked."""
+    with Lab() as lab:
+        one, other = lab.namespace("one"), lab.namespace("other")
+        lab.link(one, "eth0", other, "eth0")
+        one.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
+        other.ip("addr add 10.1.0.9/24 dev eth0", "addr add 10.1.0.10/24 dev eth0")
+        with (
+            bound(one, socket.AF_INET, "0.0.0.0", port) as left,
+            bound(other, socket.AF_INET, "0.0.0.0", port) as right,
+        ):
+            for side in (left, right):
+                servers.want_pktinfo(side)
+                side.settimeout(PATIENCE_SECONDS)
+            for turn in range(20):
+                asking, answering, addresses = (
+                    (left, right, ("10.1.0.9", "10.1.0.10")) if turn % 2 else (right, left, ("10.1.0.1", "10.1.0.2"))
+                )
+                asking.sendto(b"ping", (addresses[turn // 2 % 2], port))
+                _, control, _, peer = answering.recvmsg(100, socket.CMSG_SPACE(32))
+                level, kind, asked = control[0]
+                answering.sendmsg([b"pong"], [(level, kind, servers.answer_from(asked))], 0, peer)
+                asking.recvfrom(100)
+            assert watch.count(port) == 0
+
+
+def test_forged_requests_of_a_peer_that_this_host_asks(packet_watch: Watch, load: Path, port: int) -> None:
+    """Requests in a peer's name, at an address of no concern: what this host says to that peer stays its own."""
+    with Lab() as lab:
+        host, peer = lab.namespace("host"), lab.namespace("peer")
+        lab.link(host, "eth0", peer, "eth0")
+        host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
+        peer.ip("addr add 10.1.0.9/24 dev eth0")
+        host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
+        with (
+            bound(host, socket.AF_INET, "0.0.0.0", port) as program,
+            bound(peer, socket.AF_INET, "0.0.0.0", 1024) as server,
+        ):
+            program.settimeout(PATIENCE_SECONDS)
+            server.settimeout(PATIENCE_SECONDS)
+
+            def converse() -> None:
+                program.sendto(b"question", ("10.1.0.9", 1024))
+                server.sendto(*server.recvfrom(100))
+                program.recvfrom(100)
+
+            converse()
+            # The forged ones' port is the first that `load flood` uses.
+            sent = peer.run([str(load), "flood", "10.1.0.9", "1", "10.1.0.2", str(port), "1", "0.01"])
+            assert int(sent) == 64
+            program.settimeout(0)
+            with pytest.raises(BlockingIOError):
+                while True:
+                    program.recvfrom(100)
+            program.settimeout(PATIENCE_SECONDS)
+            for _ in range(18):
+                converse()
+            assert packet_watch.count(port) == 0
+
+
+def test_a_media_server_asked_at_eight_candidates(watch: Watch, port: int) -> None:
+    """WebRTC: one socket asks every address of a server (ICE), which answers each from where it was asked, then
+    streams from the one that was chosen while the checks go on."""
+    addresses = [f"127.0.0.{number}" for number in range(2, 10)]
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            for turn in range(3):
+                questions = [(address, ask(client, address, port, server)) for address in addresses]
+                for address, (data, peer) in random.Random(turn).sample(questions, len(questions)):  # noqa: S311
+                    server.sendmsg([data], [source_control(V4, address)], 0, peer)
+                    server.sendmsg([b"media"], [source_control(V4, addresses[turn])], 0, peer)
+            assert watch.count(port) == 0
+
+
+def test_musl_with_three_nameservers(watch: Watch, folder: Path) -> None:
+    """musl asks all of them at once from one socket: three addresses of one `udpwatch dns`, for A and AAAA."""
+    needs("musl-gcc", "musl-tools")
+    nameservers = [f"10.1.0.{number}" for number in (1, 2, 3)]
+    (folder / "lookup.c").write_text(LOOKUP)
+    subprocess.run(["musl-gcc", "-static", "-o", folder / "lookup", folder / "lookup.c"], check=True)
+    (folder / "resolv").write_text("".join(f"nameserver {address}\n" for address in nameservers))
+    (folder / "nsswitch.conf").write_text("hosts: dns\n")
+    with Lab() as lab:
+        node, client = lab.namespace("node"), lab.namespace("client")
+        lab.link(node, "eth0", client, "eth0")
+        node.ip(*(f"addr add {address}/24 dev eth0" for address in nameservers))
+        client.ip("addr add 10.1.0.9/24 dev eth0")
+        with Responder(node, "--address=/x.test/10.0.0.1"):
+            for number in range(20):
+                assert resolve(client, folder, "resolv", str(folder / "lookup"), f"{number}.x.test") == ["10.0.0.1"]
+            assert watch.count(53) == 0
+
+
+# ---- extension headers ----
+
+SEND_WITH_HEADERS = """
+import socket, struct, sys
+source, peer_port, destination, port, count = sys.argv[1:]
+body = b"question"
+udp = struct.pack("!HHHH", int(peer_port), int(port), 8 + len(body), 0) + body
+ends = [socket.inet_pton(socket.AF_INET6, each) for each in (source, destination)]
+words = struct.unpack(f"!{(32 + 8 + len(udp)) // 2}H", b"".join(ends) + struct.pack("!II", len(udp), 17) + udp)
+total = sum(words)
+while total >> 16:
+    total = (total & 0xFFFF) + (total >> 16)
+udp = udp[:6] + struct.pack("!H", ~total & 0xFFFF or 0xFFFF) + udp[8:]
+following = [60] * (int(count) - 1) + [17]
+options = b"".join(struct.pack("!BB6B", each, 0, 1, 4, 0, 0, 0, 0) for each in following)  # PadN of six
+payload = options + udp
+packet = struct.pack("!IHBB", 6 << 28, len(payload), 60, 64) + ends[0] + ends[1] + payload
+with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
+    raw.sendto(packet, (destination, 0))
+"""
+
+
+def test_requests_with_many_extension_headers(packet_watch: Watch, port: int) -> None:
+    """Seven are read; of a request with forty the wrong reply is not seen, and that is counted. Newer kernels deliver
+    none with so many."""
+    with Lab() as lab:
+        server, client = lab.namespace("server"), lab.namespace("client")
+        lab.link(server, "eth0", client, "eth0")
+        server.ip("addr add fd00:1::1/64 dev eth0 nodad", "addr add fd00:1::2/64 dev eth0 nodad preferred_lft 0")
+        client.ip("addr add fd00:1::9/64 dev eth0 nodad")
+        with bound(server, socket.AF_INET6, "::", port) as serving:
+            serving.settimeout(3)
+            for headers, wrong, unparsed in ((7, 1, 0), (40, 1, 2)):  # as it leaves, and as it arrives
+                before = packet_watch.sensor.counters().unparsed
+                words = ("fd00:1::9", str(40_000 + headers), "fd00:1::2", str(port), str(headers))
+                client.run([sys.executable, "-c", SEND_WITH_HEADERS, *words])
+                try:
+                    question = serving.recvfrom(100)
+                except TimeoutError:
+                    assert headers == 40
+                    break
+                serving.sendto(*question)
+                assert packet_watch.count(port) == wrong
+                assert packet_watch.sensor.counters().unparsed - before == unparsed
