@@ -84,9 +84,14 @@ static __always_inline int is_pending(const struct conversation *request) {
     return request->asked > request->answered;
 }
 
-/* A group, which is remembered as the address zero, may be answered from any address. */
+/* A group is remembered as the address zero. */
+static __always_inline int is_any(const struct address *asked) {
+    return !(asked->half[0] | asked->half[1]);
+}
+
+/* A group may be answered from any address. */
 static __always_inline int answers(const struct address *asked, const struct address *source) {
-    return same(asked, source) || (!asked->half[0] && !asked->half[1]);
+    return same(asked, source) || is_any(asked);
 }
 
 /* Nanoseconds since; below 0 where the tick is not over yet. */
@@ -145,25 +150,28 @@ static __always_inline int is_expired(const struct conversation *request, __u64 
 enum quick { UNKNOWN_PEER, DONE, LOOK_CLOSER };
 
 static __always_inline enum quick ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
-                                          const struct address *address, __u64 now) {
+                                          const struct address *address, int is_client, __u64 now) {
     __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
+    __u16 not_now = SEVERAL | ACCUSED | (is_client ? 0 : CLIENTS);
 
-    if (READ_ONCE(way->tenant.flags) & (SEVERAL | ACCUSED) || !same(&way->address, address) ||
+    if (READ_ONCE(way->tenant.flags) & not_now || !same(&way->address, address) ||
         age(asked, now) > (__s64)WINDOW_NS)
         return LOOK_CLOSER;
     if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
         return DONE;
     WRITE_ONCE(way->asked, after(now, answered));
-    return READ_ONCE(*its_tag) == tag ? DONE : LOOK_CLOSER;
+    return READ_ONCE(*its_tag) == tag && !(READ_ONCE(way->tenant.flags) & SEVERAL) ? DONE
+                                                                                   : LOOK_CLOSER;
 }
 
 /* Note a request for the one address that its conversation asks. */
 static __always_inline enum quick ask_again(struct conversation_set *set, __u64 tag,
-                                            const struct address *address, __u64 now) {
+                                            const struct address *address, int is_client,
+                                            __u64 now) {
     enum quick quick;
 #define ASK(i)                                                                                     \
     if (READ_ONCE(set->tag[i]) == tag) {                                                           \
-        quick = ask_way(&set->way[i], &set->tag[i], tag, address, now);                            \
+        quick = ask_way(&set->way[i], &set->tag[i], tag, address, is_client, now);                 \
         KEEP_APART(i);                                                                             \
         return quick;                                                                              \
     }
@@ -184,7 +192,8 @@ static __always_inline enum quick answer_way(struct conversation *way, const __u
         if (READ_ONCE(*its_tag) != tag && READ_ONCE(way->answered) == answered)
             WRITE_ONCE(way->answered, 0);
     }
-    return READ_ONCE(*its_tag) == tag ? DONE : LOOK_CLOSER;
+    return READ_ONCE(*its_tag) == tag && !(READ_ONCE(way->tenant.flags) & SEVERAL) ? DONE
+                                                                                   : LOOK_CLOSER;
 }
 
 /* Note a right reply from the one address that its conversation asks. One that was answered already
@@ -208,7 +217,8 @@ static __always_inline enum quick answer(struct conversation_set *set, __u64 tag
 static __always_inline __u64 eviction_score(const struct conversation *request, __u64 held,
                                             __u64 now) {
     __u64 elapsed = (now + REFRESH_NS - request->asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
-    __u64 is_answered = is_less(request->answered, request->asked) ^ 1;
+    __u64 is_answered = (is_less(request->answered, request->asked) ^ 1) &
+                        ~(__u64)(request->tenant.flags & SEVERAL);
     __u64 is_accused = request->tenant.flags / ACCUSED & 1;
     held += (request->tenant.flags / HEAVY & 1) * HEAVY_SHARE;
     return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
@@ -284,7 +294,7 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
     }
     if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
         way->asked = after(now, way->answered);
-        way->tenant.flags &= ~ACCUSED;
+        way->tenant.flags = (way->tenant.flags & HEAVY) | (fresh->tenant.flags & CLIENTS);
         return KNOWN;
     }
     copy(known, way);
@@ -318,10 +328,10 @@ static __always_inline void change_way(struct conversation *way, const struct co
     if (!same(&way->address, &fresh->address)) {
         way->address = fresh->address;
         way->answered = now;
-        way->tenant.flags = SEVERAL;
+        way->tenant.flags = SEVERAL | (way->tenant.flags & HEAVY);
     } else if (!is_remembered(way->answered, now)) {
         way->answered = 0;
-        way->tenant.flags = 0;
+        way->tenant.flags &= HEAVY;
     }
     way->asked = fresh->asked;
 }
@@ -351,7 +361,7 @@ static __always_inline enum judgement
 judge_way(struct conversation *way, const struct address *source, int port_kept, __u64 now) {
     if (is_expired(way, now) || way->tenant.flags & SEVERAL)
         return NOT_A_REPLY;
-    if (port_kept && answers(&way->address, source)) {
+    if ((port_kept || is_any(&way->address)) && answers(&way->address, source)) {
         way->answered = not_before(now, way->asked);
         return RIGHT;
     }
@@ -414,8 +424,11 @@ static __always_inline void note_address(struct address_set *set, const struct a
     spin_lock(&set->lock);
 #define UPDATE(way)                                                                                \
     if ((way)->hash == fresh->hash) {                                                              \
+        if ((way)->asked == fresh->asked)                                                          \
+            (way)->rank = lesser_of((way)->rank, fresh->rank); /* what was answered stays so */    \
+        else                                                                                       \
+            (way)->rank = fresh->rank;                                                             \
         (way)->asked = fresh->asked;                                                               \
-        (way)->rank = fresh->rank;                                                                 \
         KEEP_APART(__COUNTER__);                                                                   \
         goto out;                                                                                  \
     }
@@ -457,6 +470,15 @@ static __always_inline __u64 is_request(const struct asked_address *way, __u64 o
     return is_zero(hash ^ one) | is_zero(hash ^ other);
 }
 
+/* Note that one of two requests is answered, if this way is one of them: then 1, else 0. */
+static __always_inline __u64 answer_request(struct asked_address *way, __u64 one, __u64 other,
+                                            __u64 now) {
+    __u64 rank = READ_ONCE(way->rank), asked = READ_ONCE(way->asked);
+    __u64 is_it = is_request(way, one, other) & is_less(now, asked + WINDOW_NS + 1);
+    WRITE_ONCE(way->rank, rank ^ ((rank ^ (asked - WINDOW_NS)) & opaque(-is_it)));
+    return is_it;
+}
+
 /* The later of two times of pending requests of one conversation. */
 static __always_inline __u64 newest_of(__u64 newest, const struct asked_address *way, __u64 tag) {
     __u64 rank = READ_ONCE(way->rank);
@@ -470,16 +492,14 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
                                                     __u64 group, __u64 now,
                                                     struct address *expected) {
     enum judgement judgement = RIGHT;
-    __u64 newest = 0;
+    __u64 newest = 0, right = 0;
 
     spin_lock(&set->lock);
-#define ANSWER(way)                                                                                \
-    if (is_request(way, hash, group) & is_less(now, (way)->asked + WINDOW_NS + 1)) {               \
-        (way)->rank = (way)->asked - WINDOW_NS;                                                    \
-        KEEP_APART(__COUNTER__);                                                                   \
-        goto out;                                                                                  \
-    }
+/* Both: the address asked, and a group that was asked as well. */
+#define ANSWER(way) right |= answer_request(way, hash, group, now);
     EACH_ADDRESS(set, ANSWER)
+    if (right)
+        goto out;
     judgement = NOT_A_REPLY;
 #define NEWEST(way) newest = newest_of(newest, way, tag);
     EACH_ADDRESS(set, NEWEST)
@@ -555,9 +575,10 @@ out:
         note_loss(set, held, now);
 }
 
-/* Whether a request is among them, or may have been: of its tenant's class one was overwritten. */
+/* Whether a request is among them, or, with `or_lost`, may have been: of its tenant's class one was
+ * overwritten. */
 static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u64 hash,
-                                            __u32 class, __u64 now) {
+                                            __u32 class, __u64 or_lost, __u64 now) {
     __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
 
 #pragma unroll
@@ -570,7 +591,7 @@ static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u
     for (int i = 0; i < FORGOTTEN_LOST; i++) {
         __u64 lost = READ_ONCE(set->lost[i]);
         __u64 is_word = is_zero(class / CLASSES_A_WORD ^ i);
-        found |= is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
+        found |= or_lost & is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
                  is_less(ticks_since(lost, now), WINDOW_TICKS + 1);
     }
     return found & 1;

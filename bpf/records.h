@@ -86,6 +86,8 @@ struct tenant {
 #define SEVERAL 1 /* it asked several addresses: they are in `addresses` */
 #define ACCUSED 2 /* its pending request was answered wrongly */
 #define HEAVY   4 /* its tenant had pushed out many of its own when it came */
+#define CLIENTS                                                                                    \
+    8 /* a connected socket received the last request: an answer to this host, as a rule */
 
 /* A request is pending while `asked` is later than `answered`, for the window at the most. */
 struct conversation {
@@ -121,8 +123,9 @@ struct address_set {
 };
 
 /* Requests that had to make room within the window: each way is a fingerprint of
- * conversation and address (33 bits), the tenant's class (7 bits) and the time. Each word of `lost`
- * says of 40 classes whether fingerprints of theirs were overwritten, and when that was last. */
+ * conversation and address (33 bits, the lowest one of them always 1), the tenant's class (7 bits)
+ * and the time. Each word of `lost` says of 40 classes whether fingerprints of theirs were
+ * overwritten, and when that was last. */
 struct forgotten_set {
     __u64 lost[FORGOTTEN_LOST];
     __u64 way[FORGOTTEN_WAYS];
@@ -132,8 +135,8 @@ struct forgotten_set {
 struct eviction {
     __u64 since;   /* when `count` began */
     __u64 count;   /* of requests that were not answered yet */
-    __u64 last;    /* of any request: it is in `forgotten` */
-    __u64 pending; /* the last one that was not answered yet */
+    __u64 last;    /* when a request that is in `forgotten` went */
+    __u64 pending; /* when one went that was not answered rightly */
     __u64 several; /* the last conversation that had asked several: more requests than one */
 };
 

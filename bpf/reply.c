@@ -223,39 +223,38 @@ static __always_inline void set_tenant(struct tenant *to, const struct conversat
 }
 
 /* A request had to make room within the window: whoever judges its tenant's replies must know.
- * `settled`: it was answered, rightly or wrongly. */
-static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int settled,
+ * `answered`: rightly. One that was answered wrongly leaves no fingerprint: a peer that goes on to
+ * ask another address is not answered from this one any more. */
+static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int answered,
                                           __u64 now) {
     const struct hash_keys *keys = keys_of_hash();
     struct forgotten_set *set = forgotten_of(hash);
     struct tenant tenant = *of;
     struct eviction fresh = {};
-    int zero = 0;
+    int zero = 0, accused = of->flags & ACCUSED && !answered;
 
     COUNT(evicted, 1);
     tenant.flags = 0;
-    if (set && keys)
+    if (set && keys && !accused)
         forget(set, hash, class_of(keys, &tenant), now);
     __u64 *last = last_eviction.lookup(&zero);
-    if (last && !settled && now - *last > REFRESH_NS)
+    if (last && !answered && now - *last > REFRESH_NS)
         WRITE_ONCE(*last, now);
     struct eviction *known = evictions.lookup(&tenant);
     if (!known) {
-        fresh.since = now;
-        fresh.last = now;
         evictions.insert(&tenant, &fresh);
         known = evictions.lookup(&tenant);
         if (!known)
             return;
     }
-    if (now - known->last > REFRESH_NS)
+    if (!accused && now - known->last > REFRESH_NS)
         WRITE_ONCE(known->last, now);
     if (of->flags & SEVERAL)
         WRITE_ONCE(known->several, now);
-    if (settled)
-        return;
-    if (now - known->pending > REFRESH_NS)
+    if (!answered && now - known->pending > REFRESH_NS)
         WRITE_ONCE(known->pending, now);
+    if (answered || accused)
+        return;
     if (!is_remembered(known->since, now)) {
         WRITE_ONCE(known->since, now);
         WRITE_ONCE(known->count, 0);
@@ -263,14 +262,11 @@ static __always_inline void note_eviction(__u64 hash, const struct tenant *of, i
     __sync_fetch_and_add(&known->count, 1);
 }
 
-/* What is known of a tenant's evictions, if any of its requests went within the window. */
-static __always_inline struct eviction *evictions_of(const struct conversation_key *key,
-                                                     __u64 now) {
+static __always_inline struct eviction *evictions_of(const struct conversation_key *key) {
     struct tenant tenant = {};
 
     set_tenant(&tenant, key);
-    struct eviction *known = evictions.lookup(&tenant);
-    return known && is_remembered(known->last, now) ? known : 0;
+    return evictions.lookup(&tenant);
 }
 
 static __always_inline int is_heavy(const struct conversation_key *key, __u64 now) {
@@ -279,8 +275,8 @@ static __always_inline int is_heavy(const struct conversation_key *key, __u64 no
 
     if (!last || !is_remembered(*last, now))
         return 0;
-    struct eviction *known = evictions_of(key, now);
-    return known && known->count >= MANY_EVICTIONS;
+    struct eviction *known = evictions_of(key);
+    return known && known->count >= MANY_EVICTIONS && is_remembered(known->pending, now);
 }
 
 /* Note one request of a conversation that asked several. */
@@ -318,20 +314,20 @@ static __always_inline void remember_another(struct conversation_set *set, __u64
     /* Nobody has answered this request before all of it stands there. The other one may have been
      * answered meanwhile. */
     set_newest(set, tag, fresh, now, known);
-    if (was_one && known->answered != answered)
+    if (was_one && !(known->tenant.flags & SEVERAL) && known->answered != answered)
         note_answer(others, request_hash(keys, tag, &known->address));
 }
 
 static __always_inline void remember(struct conversation_set *set, __u64 tag,
                                      const struct conversation_key *key,
-                                     const struct address *address, __u64 now) {
+                                     const struct address *address, int is_client, __u64 now) {
     struct conversation fresh = {}, known = {};
     __u64 evicted = 0;
 
     fresh.address = *address;
     fresh.asked = now;
     set_tenant(&fresh.tenant, key);
-    fresh.tenant.flags = is_heavy(key, now) ? HEAVY : 0;
+    fresh.tenant.flags = (is_heavy(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0);
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
         remember_another(set, tag, &fresh, &known, now);
@@ -340,8 +336,8 @@ static __always_inline void remember(struct conversation_set *set, __u64 tag,
         const struct hash_keys *keys = keys_of_hash();
         if (!keys || !evicted || is_expired(&known, now))
             return;
-        int settled = known.tenant.flags & ACCUSED || !is_pending(&known);
-        note_eviction(request_hash(keys, evicted, &known.address), &known.tenant, settled, now);
+        int answered = !(known.tenant.flags & SEVERAL) && !is_pending(&known);
+        note_eviction(request_hash(keys, evicted, &known.address), &known.tenant, answered, now);
     }
 }
 
@@ -349,11 +345,13 @@ static __always_inline void remember(struct conversation_set *set, __u64 tag,
 static __always_inline enum judgement judge(struct conversation_set *set, __u64 tag,
                                             const struct conversation_key *key,
                                             const struct address *source, int port_kept, __u64 now,
-                                            struct address *expected) {
+                                            struct address *expected, __u32 *flags) {
     struct conversation known = {};
     const struct address group = {};
 
     enum judgement judgement = judge_one(set, tag, source, port_kept, now, &known);
+    /* One that is there no more may have had any number of requests. */
+    *flags = known.asked ? known.tenant.flags : SEVERAL;
     if (!(known.tenant.flags & SEVERAL)) {
         *expected = known.address;
         return judgement;
@@ -364,25 +362,27 @@ static __always_inline enum judgement judge(struct conversation_set *set, __u64 
         return NOT_A_REPLY;
     /* A hash is never 0, so from another port no source is right. */
     return judge_several(others, tag, port_kept ? request_hash(keys, tag, source) : 0,
-                         port_kept ? request_hash(keys, tag, &group) : 0, now, expected);
+                         request_hash(keys, tag, &group), now, expected);
 }
 
 /* Whether a peer may have asked this address within the window although nothing is remembered of
- * it: its server had to make room. */
+ * it: its server had to make room. Where conntrack booked the packet as new (`tracked`) only what
+ * is known to have been asked counts. */
 static __always_inline int may_have_asked(__u64 tag, const struct conversation_key *key,
-                                          const struct address *source, __u64 now) {
+                                          const struct address *source, int tracked, __u64 now) {
     const struct hash_keys *keys = keys_of_hash();
     struct tenant tenant = {};
 
-    struct eviction *evicted = evictions_of(key, now);
-    if (!evicted || !keys)
+    if (!keys)
         return 0;
-    if (is_remembered(evicted->several, now))
+    struct eviction *evicted = evictions_of(key);
+    if (evicted && !tracked && is_remembered(evicted->several, now))
         return 1;
     set_tenant(&tenant, key);
     __u64 hash = request_hash(keys, tag, source);
     struct forgotten_set *set = forgotten_of(hash);
-    return set && may_be_forgotten(set, hash, class_of(keys, &tenant), now);
+    int or_lost = evicted && !tracked && is_remembered(evicted->last, now);
+    return set && may_be_forgotten(set, hash, class_of(keys, &tenant), or_lost, now);
 }
 
 /* A socket sends to a peer of which nothing is remembered: a reply all the same, if a pending
@@ -394,7 +394,7 @@ static __always_inline void count_unremembered(struct __sk_buff *skb,
 
     if (!last || !is_remembered(*last, now))
         return;
-    struct eviction *evicted = evictions_of(key, now);
+    struct eviction *evicted = evictions_of(key);
     if (evicted && is_remembered(evicted->pending, now))
         COUNT(undecided, segments_of(skb));
 }
@@ -632,13 +632,21 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
                                         int port_kept, __u64 now) {
     struct finding_key finding = {};
     struct address source = packet->source;
+    __u32 flags = 0;
     __u64 entry = 0;
 
     enum tracking tracking = read_entry(skb, packet, &entry, &source);
     if (tracking == IN_REPLY || tracking == BEGUN_HERE)
         port_kept = 1; /* NAT may have changed it; the peer knows */
-    enum judgement judgement = judge(set, tag, key, &source, port_kept, now, &finding.expected);
-    if (judgement == NOT_A_REPLY)
+    enum judgement judgement =
+        judge(set, tag, key, &source, port_kept, now, &finding.expected, &flags);
+    if (judgement == NOT_A_REPLY) {
+        if (flags & SEVERAL)
+            count_unremembered(skb, key, now); /* what it answers may have had to make room */
+        return;
+    }
+    /* A client's socket that asks once more, from another address than the last client did. */
+    if (judgement == WRONG && flags & CLIENTS && sk->state == BPF_TCP_ESTABLISHED)
         return;
     COUNT(checked, segments_of(skb));
     /* In reply direction NAT turned the source back: the peer gets what it asked. */
@@ -647,9 +655,9 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
     if (tracking == UNTRACKED && HAVE_KERNEL_READ && same(&finding.expected, &packet->source))
         return; /* only the port differs, and no conntrack that could have done it */
     /* A conversation that this host began and the peer answered may go on, or be where a request is
-     * answered. Of what is not in conntrack all that is known is what we remember. */
+     * answered. */
     if (tracking == BEGUN_HERE ||
-        (tracking == UNTRACKED && may_have_asked(tag, key, &packet->source, now))) {
+        may_have_asked(tag, key, &packet->source, tracking != UNTRACKED, now)) {
         COUNT(undecided, segments_of(skb));
         return;
     }
@@ -692,13 +700,13 @@ int ingress(struct __sk_buff *skb) {
 
     if (!find_subject(skb, &it, 0))
         return 1;
-    enum quick quick = ask_again(it.set, it.tag, &it.packet.destination, it.now);
+    int is_client = it.sk->state == BPF_TCP_ESTABLISHED;
+    enum quick quick = ask_again(it.set, it.tag, &it.packet.destination, is_client, it.now);
     if (quick == DONE)
         return 1;
     /* A client's connected socket receives answers to what it asked: nothing to remember, and there
      * are many of them. */
-    if (quick == UNKNOWN_PEER && it.sk->state == BPF_TCP_ESTABLISHED &&
-        it.key.port >= FIRST_EPHEMERAL)
+    if (quick == UNKNOWN_PEER && is_client && it.key.port >= FIRST_EPHEMERAL)
         return 1;
     ingress_next.call(skb, 0);
     return 1;
@@ -712,7 +720,7 @@ int ingress_slow(struct __sk_buff *skb) {
         return 1;
     if (!asks_group(skb, &it.packet))
         asked = it.packet.destination;
-    remember(it.set, it.tag, &it.key, &asked, it.now);
+    remember(it.set, it.tag, &it.key, &asked, it.sk->state == BPF_TCP_ESTABLISHED, it.now);
     return 1;
 }
 

@@ -180,7 +180,40 @@ def test_an_address_that_was_answered_is_a_right_source(watch: Watch, port: int)
             assert watch.count(port) == 1
 
 
+def test_a_group_and_an_address_answered_by_one_reply(watch: Watch, port: int) -> None:
+    """The reply from the address answers both; then the host may speak first, from another one."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            ask(client, "127.255.255.255", port, server)
+            _, peer = ask(client, "127.0.0.2", port, server)
+            server.sendmsg([b"x"], [source_control(V4, "127.0.0.2")], 0, peer)
+            for _ in range(3):
+                server.sendto(b"x", peer)
+            assert watch.count(port) == 0
+
+
 # ---- who speaks first ----
+
+
+def test_a_resolver_with_two_outgoing_addresses(watch: Watch, port: int) -> None:
+    """One socket a query, connected, from either address and with a port used again: answers to it are no requests."""
+    with Lab() as lab:
+        resolver, upstream = lab.namespace("resolver"), lab.namespace("upstream")
+        lab.link(resolver, "eth0", upstream, "eth0")
+        resolver.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
+        upstream.ip("addr add 10.1.0.9/24 dev eth0")
+        with bound(upstream, socket.AF_INET, "0.0.0.0", 5300) as server:
+            server.settimeout(PATIENCE_SECONDS)
+            for source in ("10.1.0.1", "10.1.0.2", "10.1.0.1", "10.1.0.2"):
+                with bound(resolver, socket.AF_INET, source, port) as query:
+                    query.connect(("10.1.0.9", 5300))
+                    query.settimeout(PATIENCE_SECONDS)
+                    query.send(b"question")
+                    server.sendto(*server.recvfrom(100))
+                    query.recv(100)
+            assert watch.count(port) == 0
 
 
 def test_a_host_that_speaks_after_a_right_reply(watch: Watch, port: int) -> None:
