@@ -79,7 +79,7 @@ UNFIT = {
     "tests/integration/test_lookalikes.py::test_order_of_questions_seen_by_two_cpus": ONE_CPU,
     "tests/integration/test_lookalikes.py::test_two_first_questions_at_the_same_moment": ONE_CPU,
     **{
-        f"tests/integration/test_busy.py::test_{name}": NO_FLOOD
+        f"tests/integration/test_under_load.py::test_{name}": NO_FLOOD
         for name in (
             *("beside_a_right_server", "beside_one_way_traffic"),
             *("an_old_request_outlives_a_flood", "a_flood_evicts_its_own_requests"),

@@ -37,14 +37,20 @@ def place(request: pytest.FixtureRequest, load: Path) -> Iterator[Place]:
         yield make_place(lab, load, request.param)
 
 
+def of_place(watch: Watch, port: int) -> int:
+    """Wrong replies from a local port of a Place: other tests use several ports from one on."""
+    asked = {address for pair in ASKED for address in pair}
+    return sum(count for finding, count in watch.findings(port).items() if finding.expected in asked)
+
+
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("rate", [5, 500])
 def test_beside_a_right_server(packet_watch: Watch, place: Place, port: int, family: Family, rate: int) -> None:
     """A resolver's load: 20,000 fresh conversations a second, each answered rightly."""
     with place.right_server(family), place.flood(family, RIGHT_PORT, 20_000, FLOOD_SECONDS):
         sent = answer_wrongly(place, family, port, rate, FLOOD_SECONDS)
-    assert packet_watch.count(port) == sent
-    assert packet_watch.count(RIGHT_PORT) == 0
+    assert of_place(packet_watch, port) == sent
+    assert of_place(packet_watch, RIGHT_PORT) == 0
 
 
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
@@ -55,8 +61,8 @@ def test_beside_one_way_traffic(packet_watch: Watch, place: Place, port: int, fa
         with place.flood(family, SINK_PORT, 100_000, FLOOD_SECONDS):
             sent = answer_wrongly(place, family, port, 300, FLOOD_SECONDS)
     assert packet_watch.sensor.counters().evicted > before  # the table was full
-    assert packet_watch.count(port) == sent
-    assert packet_watch.count(SINK_PORT) == 0
+    assert of_place(packet_watch, port) == sent
+    assert of_place(packet_watch, SINK_PORT) == 0
 
 
 def test_an_old_request_outlives_a_flood(place: Place, port: int) -> None:
