@@ -718,9 +718,10 @@ int ingress_slow(struct __sk_buff *skb) {
 
     if (!find_subject(skb, &it, 0))
         return 1;
+    int is_client = it.sk->state == BPF_TCP_ESTABLISHED;
     if (!asks_group(skb, &it.packet))
         asked = it.packet.destination;
-    remember(it.set, it.tag, &it.key, &asked, it.sk->state == BPF_TCP_ESTABLISHED, it.now);
+    remember(it.set, it.tag, &it.key, &asked, is_client, it.now);
     return 1;
 }
 
