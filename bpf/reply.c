@@ -235,8 +235,11 @@ static __always_inline void note_eviction(__u64 hash, const struct tenant *of, i
 
     COUNT(evicted, 1);
     tenant.flags = 0;
-    if (set && keys && !accused)
-        forget(set, hash, class_of(keys, &tenant), now);
+    if (set && keys) {
+        /* Apart from the pointers' checks, which the compiler would make one with it. */
+        if (!opaque(accused))
+            forget(set, hash, class_of(keys, &tenant), now);
+    }
     __u64 *last = last_eviction.lookup(&zero);
     if (last && !answered && now - *last > REFRESH_NS)
         WRITE_ONCE(*last, now);
