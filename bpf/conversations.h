@@ -4,15 +4,15 @@
  * rewrites map calls in the main file only, so the caller looks sets up and hands them in.
  *
  * Rules
- * 1. A set is changed under its lock. Without it, a conversation that asks and answers at one
- * address only has its times moved. Nothing is called wrong but under the lock.
- * 2. What is expired goes first. Where a set is full of what is not, the tenant that has most in it
- *    makes room: what was answered, then what was answered wrongly, then the oldest. So who fills
- *    the table pushes out its own.
- * 3. What went within the window is noted (reply.c): nothing of it is ever called wrong.
+ * 1. A set is changed under its lock. Without the lock only the times of a conversation with one
+ *    address are moved. A reply is called wrong only under the lock.
+ * 2. Expired conversations are evicted first. A full set evicts from the tenant that holds most of
+ *    it: answered requests, then wrongly answered ones, then the oldest. A tenant that has lost
+ *    many requests counts as holding more.
+ * 3. An eviction within the window is noted (reply.c); a reply that it may concern is undecided.
  *
- * Ways are told apart by constants only, and chosen by comparing what is stored in them: arithmetic
- * on map memory with anything but constants is refused to whom CAP_PERFMON is missing.
+ * Without CAP_PERFMON the verifier refuses variable offsets into map memory, so each way is
+ * addressed by a constant and selected by comparing values stored in it.
  */
 #ifndef UDPWATCH_CONVERSATIONS_H
 #define UDPWATCH_CONVERSATIONS_H

@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the kernel programs keep and send up. agent/kernel/records.py mirrors every struct here;
- * tests/unit/test_records.py compiles this file and compares each size and offset.
+ * What the kernel programs keep and send up. agent/kernel/records.py mirrors each struct
+ * that the agent reads; tests/unit/test_records.py compiles this file and compares sizes and
+ * offsets.
  *
  * An address is always 16 bytes in network order; IPv4 stands in it as ::ffff:a.b.c.d
  * (RFC 4291, section 2.5.5.2), so that one logic serves IPv4, IPv6 and IPv4-mapped sockets.
- * Ports are in host order, times are nanoseconds of CLOCK_MONOTONIC.
+ * Ports are in host order. Times are nanoseconds of CLOCK_MONOTONIC, but in the table of
+ * conversations and in what it evicted, where they are ticks times TICK_NS (compat.h).
  */
 #ifndef UDPWATCH_RECORDS_H
 #define UDPWATCH_RECORDS_H
@@ -279,8 +281,8 @@ struct stats {
     __u64 rate_limited; /* events held back */
     __u64 ring_full;    /* events that the ring buffer had no room for */
     __u64 unparsed;     /* UDP headers that were not readable */
-    __u64 undecided;    /* datagrams not judged: what they answer may have been evicted, or was
-                         * asked from one peer's port in a conversation begun here */
+    __u64 undecided;    /* datagrams that may answer an evicted request, or that continue a
+                         * conversation of this host while a request of its peer is pending */
     __u64 evicted;      /* requests that had to make room within the window */
     __u64 flows;        /* new UDP flows that conntrack booked */
     __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
