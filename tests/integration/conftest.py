@@ -82,13 +82,18 @@ def packet_watch() -> Iterator[Watch]:
     watch.close()
 
 
-@pytest.fixture(scope="session")
-def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    """Conntrack asked over netlink, since the kernel's types are not to be had: the path names an empty file."""
-    nothing = tmp_path_factory.mktemp("btf") / "empty"
+def open_netlink_watch(folder: Path) -> Watch:
+    """Conntrack is asked over netlink because the kernel's types are not available: the path names an empty file."""
+    nothing = folder / "empty"
     nothing.touch()
     watch = Watch(btf=nothing)
     assert watch.sensor.features.mode == "netlink"
+    return watch
+
+
+@pytest.fixture(scope="session")
+def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
+    watch = open_netlink_watch(tmp_path_factory.mktemp("btf"))
     yield watch
     watch.close()
 
