@@ -137,7 +137,6 @@ class Counters:
     evicted: int = 0
     flows: int = 0
     candidates: int = 0
-    requests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,14 @@ static __always_inline void set_ip4(struct address *to, __u32 address) {
     to->word[3] = address;
 }
 
+/* By words: a copy of unknown alignment would be one of bytes. */
+static __always_inline void set_ip6(struct address *to, const __u32 *from) {
+    to->word[0] = from[0];
+    to->word[1] = from[1];
+    to->word[2] = from[2];
+    to->word[3] = from[3];
+}
+
 static __always_inline int same(const struct address *a, const struct address *b) {
     return a->half[0] == b->half[0] && a->half[1] == b->half[1];
 }

@@ -17,57 +17,11 @@
 #ifndef UDPWATCH_CONVERSATIONS_H
 #define UDPWATCH_CONVERSATIONS_H
 
-#include "common.h"
-#include "records.h"
-
-#define REFRESH_NS  (WINDOW_NS / 256) /* how exact the time of a pending request is */
-#define NEVER       (1ULL << 62)      /* later than any time */
-#define HEAVY_SHARE 8                 /* as much as if its tenant had so many ways more */
-#define AGE_BITS    46
-#define AGE_SHIFT   10 /* ages are compared by the microsecond */
+#include "table.h"
 
 /* By number: bcc of Debian 12 has no wrappers for them. */
 static void (*const spin_lock)(void *lock) = (void *)93;
 static void (*const spin_unlock)(void *lock) = (void *)94;
-
-/* ---- hashes ---- */
-
-/* As NH, the universal hash of UMAC (RFC 4418, section 5.2), with sums that keep their carry: two
- * keys that differ collide with probability 2^-32 at the most for whoever does not know the words.
- */
-static __always_inline __u64 pair(const struct hash_keys *keys, int at, __u64 a, __u64 b) {
-    return (a + keys->word[at]) * (b + keys->word[at + 1]);
-}
-
-static __always_inline __u64 mixed(__u64 x) {
-    x ^= x >> 32;
-    x *= 0x9e3779b97f4a7c15ULL;
-    return x ^ x >> 29;
-}
-
-/* Never 0, which stands for a free way. */
-static __always_inline __u64 tag_of(const struct hash_keys *keys,
-                                    const struct conversation_key *key) {
-    const struct address *peer = &key->peer;
-    __u64 sum = pair(keys, 0, key->scope, key->scope >> 32) +
-                pair(keys, 2, peer->word[0], peer->word[1]) +
-                pair(keys, 4, peer->word[2], peer->word[3]) +
-                pair(keys, 6, (__u32)key->peer_port << 16 | key->port, key->link);
-    return mixed(sum) | 1;
-}
-
-/* Of a request: of a conversation's tag and an address. Never 0. */
-static __always_inline __u64 request_hash(const struct hash_keys *keys, __u64 tag,
-                                          const struct address *address) {
-    return mixed(tag + pair(keys, 8, address->word[0], address->word[1]) +
-                 pair(keys, 10, address->word[2], address->word[3])) |
-           1;
-}
-
-/* One of `count`, whatever number that is. */
-static __always_inline __u32 share_of(__u64 hash, __u32 count) {
-    return (hash >> 32) * count >> 32;
-}
 
 /* ---- times ---- */
 
@@ -97,32 +51,6 @@ static __always_inline int answers(const struct address *asked, const struct add
 /* Nanoseconds since; below 0 where the tick is not over yet. */
 static __always_inline __s64 age(__u64 then, __u64 now) {
     return now - then;
-}
-
-/* ---- without a branch: of each the verifier would follow both ways ---- */
-
-static __always_inline __u64 opaque(__u64 x) {
-    asm volatile("" : "+r"(x));
-    return x;
-}
-
-/* 1 where x is 0, else 0. */
-static __always_inline __u64 is_zero(__u64 x) {
-    x = opaque(x);
-    return ~(x | opaque(-x)) >> 63;
-}
-
-/* 1 where a is less than b, else 0; they are less than 2^63 apart, as times are. */
-static __always_inline __u64 is_less(__u64 a, __u64 b) {
-    return opaque(a - b) >> 63;
-}
-
-static __always_inline __u64 greater_of(__u64 a, __u64 b) {
-    return a ^ ((a ^ b) & -is_less(a, b));
-}
-
-static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
-    return a ^ ((a ^ b) & -is_less(b, a));
 }
 
 /* ---- conversations ---- */
@@ -213,21 +141,9 @@ static __always_inline enum quick answer(struct conversation_set *set, __u64 tag
 
 /* ---- under the lock ---- */
 
-/* How gladly one goes whose tenant has `held` in its set: higher is sooner. */
-static __always_inline __u64 eviction_score(const struct conversation *request, __u64 held,
-                                            __u64 now) {
-    __u64 elapsed = (now + REFRESH_NS - request->asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
-    __u64 is_answered = (is_less(request->answered, request->asked) ^ 1) &
-                        ~(__u64)(request->tenant.flags & SEVERAL);
-    __u64 is_accused = request->tenant.flags / ACCUSED & 1;
-    held += (request->tenant.flags / HEAVY & 1) * HEAVY_SHARE;
-    return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
-}
-
-/* How much sooner than the others each way has to make room. A way counts once for all of its
- * namespace and once more for all of its port. Returns the highest. */
-static __always_inline __u64 scores_of(const struct conversation_set *set, __u64 *score,
-                                       __u64 now) {
+/* The score of each way, where one must make room for `fresh`; returns the highest. */
+static __always_inline __u64 scores_of(const struct conversation_set *set,
+                                       const struct conversation *fresh, __u64 *score, __u64 now) {
     __u64 best = 0;
 
 #pragma unroll
@@ -237,16 +153,19 @@ static __always_inline __u64 scores_of(const struct conversation_set *set, __u64
     for (int i = 0; i < WAYS; i++) {
 #pragma unroll
         for (int j = i + 1; j < WAYS; j++) {
-            const struct tenant *a = &set->way[i].tenant, *b = &set->way[j].tenant;
-            __u64 same_scope = is_zero(a->scope ^ b->scope);
-            __u64 shares = same_scope + (same_scope & is_zero(a->port ^ b->port));
-            score[i] += shares;
-            score[j] += shares;
+            __u64 shared = shares_of(&set->way[i].tenant, &set->way[j].tenant);
+            score[i] += shared;
+            score[j] += shared;
         }
     }
 #pragma unroll
     for (int i = 0; i < WAYS; i++) {
-        score[i] = eviction_score(&set->way[i], score[i], now);
+        const struct conversation *request = &set->way[i];
+        __u32 flags = request->tenant.flags;
+        __u64 is_answered =
+            (is_less(request->answered, request->asked) ^ 1) & ~(__u64)(flags & SEVERAL);
+        score[i] = eviction_score(score[i], is_heavy(&request->tenant, &fresh->tenant), is_answered,
+                                  flags / ACCUSED & 1, request->asked, now);
         best = greater_of(best, score[i]);
     }
     return best;
@@ -265,7 +184,7 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
         best = greater_of(best, score[i]);
     }
     if (is_remembered(NEVER - best, now))
-        best = scores_of(set, score, now);
+        best = scores_of(set, fresh, score, now);
 #define INSERT(i)                                                                                  \
     if (score[i] == best) {                                                                        \
         *evicted_tag = set->tag[i];                                                                \
@@ -517,84 +436,6 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
 out:
     spin_unlock(&set->lock);
     return judgement;
-}
-
-/* ---- what had to make room ---- */
-
-#define TIME_MASK    ((1ULL << TIME_BITS) - 1)
-#define WINDOW_TICKS (WINDOW_NS >> TIME_SHIFT)
-
-static __always_inline __u64 ticks_since(__u64 word, __u64 now) {
-    return ((now >> TIME_SHIFT) - word) & TIME_MASK;
-}
-
-static __always_inline __u32 class_of(const struct hash_keys *keys, const struct tenant *tenant) {
-    return share_of(mixed(pair(keys, 2, tenant->scope, tenant->port)), TENANT_CLASSES);
-}
-
-static __always_inline __u64 fingerprint(__u64 hash, __u32 class) {
-    return hash << CLASS_BITS | class;
-}
-
-/* Note that a fingerprint was overwritten within the window. */
-static __always_inline void note_loss(struct forgotten_set *set, __u64 word, __u64 now) {
-    __u32 class = word >> TIME_BITS & ((1 << CLASS_BITS) - 1);
-    __u64 bit = 1ULL << (class % CLASSES_A_WORD + TIME_BITS);
-#define LOSE(i)                                                                                    \
-    if (class / CLASSES_A_WORD == i) {                                                             \
-        __u64 lost = READ_ONCE(set->lost[i]);                                                      \
-        if (ticks_since(lost, now) > WINDOW_TICKS)                                                 \
-            lost = 0;                                                                              \
-        WRITE_ONCE(set->lost[i], ((lost | bit) & ~TIME_MASK) | (now >> TIME_SHIFT & TIME_MASK));   \
-        KEEP_APART(i);                                                                             \
-        return;                                                                                    \
-    }
-    LOSE(0) LOSE(1)
-}
-
-/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
-static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u32 class, __u64 now) {
-    __u64 word = fingerprint(hash, class) << TIME_BITS | (now >> TIME_SHIFT & TIME_MASK);
-    __u64 elapsed[FORGOTTEN_WAYS], held, oldest = 0;
-
-#pragma unroll
-    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
-        elapsed[i] = ticks_since(READ_ONCE(set->way[i]), now);
-        oldest = greater_of(oldest, elapsed[i]);
-    }
-#define FORGET(i)                                                                                  \
-    if (elapsed[i] == oldest) {                                                                    \
-        held = READ_ONCE(set->way[i]);                                                             \
-        WRITE_ONCE(set->way[i], word);                                                             \
-        KEEP_APART(i);                                                                             \
-        goto out;                                                                                  \
-    }
-    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) return;
-out:
-    if (held && oldest <= WINDOW_TICKS)
-        note_loss(set, held, now);
-}
-
-/* Whether a request is among them, or, with `or_lost`, may have been: of its tenant's class one was
- * overwritten. */
-static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u64 hash,
-                                            __u32 class, __u64 or_lost, __u64 now) {
-    __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
-
-#pragma unroll
-    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
-        __u64 held = READ_ONCE(set->way[i]);
-        found |= is_zero((held ^ sought) >> TIME_BITS) &
-                 is_less(ticks_since(held, now), WINDOW_TICKS + 1);
-    }
-#pragma unroll
-    for (int i = 0; i < FORGOTTEN_LOST; i++) {
-        __u64 lost = READ_ONCE(set->lost[i]);
-        __u64 is_word = is_zero(class / CLASSES_A_WORD ^ i);
-        found |= or_lost & is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
-                 is_less(ticks_since(lost, now), WINDOW_TICKS + 1);
-    }
-    return found & 1;
 }
 
 #endif

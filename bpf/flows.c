@@ -10,20 +10,23 @@
  * 3. What mirrors an unanswered flow is a candidate, no more. Peers that call each other look the
  *    same at first; `settle` decides some time later, when they have answered each other.
  * 4. In doubt nothing is claimed: a client that asked two addresses from one port, an entry that
- *    went away unseen.
+ *    went away unseen, a request that may have been evicted.
  *
  * send4/6      udp_sendmsg(), udpv6_sendmsg(): who sends, and whether with PKTINFO.
  * confirm      __nf_conntrack_confirm(): a new flow; remember whom it asks, see whom it mirrors.
  * gone         nf_ct_delete(): an entry's last status.
  * settle       attached to nothing; run by user space (BPF_PROG_TEST_RUN) on one candidate.
+ * enter        likewise, on one request that conntrack knew before the probes were attached.
  */
 #include "common.h"
 #include "compat.h"
 #include "records.h"
+#include "table.h"
 
-/* ---- limits and settings: MAX_REQUESTS, MAX_CANDIDATES, WINDOW_NS and FORWARDED come with the
- * compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the place of a function's
- * n-th argument in the context, which fentry and kprobes do not share (agent/kernel/probes.py) ----
+/* ---- limits and settings: REQUEST_SETS, MAX_EVICTIONS, MAX_CANDIDATES, WINDOW_NS and FORWARDED
+ * come with the compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the place of a
+ * function's n-th argument in the context, which fentry and kprobes do not share
+ * (agent/kernel/probes.py) ----
  */
 
 #define SOL_IP          0
@@ -46,10 +49,38 @@ BPF_PERCPU_ARRAY(counters, struct stats, 1);
 #if HAVE_SOCKETS
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 #endif
-BPF_TABLE("lru_hash", struct request_key, struct requests, requests, MAX_REQUESTS);
+BPF_ARRAY(requests, struct request_set, REQUEST_SETS);
+BPF_ARRAY(forgotten_flows, struct forgotten_set, REQUEST_SETS);
+BPF_TABLE("lru_hash", struct tenant, struct eviction, flow_evictions, MAX_EVICTIONS);
+BPF_ARRAY(flow_keys, struct hash_keys, 1);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
+/* struct nf_conntrack_tuple, include/net/netfilter/nf_conntrack_tuple.h: TUPLE_LEN bytes */
+struct tuple {
+    __u32 source[4];
+    __u16 source_port, layer3;
+    __u32 destination[4];
+    __u16 destination_port;
+    __u8 protocol, direction;
+};
+
+/* A request's entry, as it is now. */
+struct looked_up {
+    struct request_key key;
+    struct address server;
+    struct tuple reply;
+};
+
 /* Too large for the stack. A program is not run again on a CPU on which it is running. */
-BPF_PERCPU_ARRAY(scratch, struct candidate, 1);
+struct scratch {
+    struct candidate candidate;
+    struct requests known, evicted;
+    struct request_key key;
+    struct request asked;
+    struct address source;
+    struct tuple original, reply;
+    struct looked_up entry;
+};
+BPF_PERCPU_ARRAY(scratch, struct scratch, 2); /* of `confirm`; of `enter` and `settle` */
 
 static __always_inline struct stats *stats_of_this_cpu(void) {
     int zero = 0;
@@ -144,15 +175,6 @@ int send6(__u64 *ctx) {
 
 /* ---- conntrack's entries ---- */
 
-/* struct nf_conntrack_tuple, include/net/netfilter/nf_conntrack_tuple.h: TUPLE_LEN bytes */
-struct tuple {
-    __u32 source[4];
-    __u16 source_port, layer3;
-    __u32 destination[4];
-    __u16 destination_port;
-    __u8 protocol, direction;
-};
-
 static __always_inline void read_tuple(struct tuple *to, __u64 entry, __u32 offset) {
     copy_from_kernel(to, TUPLE_LEN, (void *)(entry + offset));
 }
@@ -163,10 +185,7 @@ static __always_inline void widen(struct address *to, const __u32 *from, __u8 fa
         set_ip4(to, from[0]);
         return;
     }
-    to->word[0] = from[0];
-    to->word[1] = from[1];
-    to->word[2] = from[2];
-    to->word[3] = from[3];
+    set_ip6(to, from);
 }
 
 static __always_inline __u16 zone_of(__u64 entry) {
@@ -197,61 +216,249 @@ static __always_inline void key_of_flow(struct request_key *key, struct address 
     key->zone = zone_of(entry);
 }
 
-/* Whether this memory still is the entry of that request: conntrack uses it again for others. */
-static __always_inline int is_entry_of(__u64 entry, const struct request_key *key,
-                                       const struct address *server) {
-    struct tuple reply;
-    struct address there;
+/* ---- the table of requests ---- */
 
-    read_tuple(&reply, entry, OFFSET_TUPLE_REPLY);
-    if (reply.protocol != PROTO_UDP || net16(reply.destination_port) != key->client_port ||
-        net16(reply.source_port) != key->port)
-        return 0;
-    widen(&there, reply.source, reply.layer3);
-    if (!same(&there, server))
-        return 0;
-    widen(&there, reply.destination, reply.layer3);
-    return same(&there, &key->client);
+static __always_inline const struct hash_keys *keys_of_hash(void) {
+    int zero = 0;
+    return flow_keys.lookup(&zero);
 }
 
-/* The status of a request's entry; 0: it is not known. */
-static __always_inline __u32 status_of_request(const struct request *request,
-                                               const struct request_key *key) {
-    if (request->final)
-        return request->final;
-    if (!request->entry || !is_entry_of(request->entry, key, &request->server))
+static __always_inline __u64 tag_of_request(const struct hash_keys *keys,
+                                            const struct request_key *key) {
+    struct conversation_key as = {};
+
+    as.scope = (__u64)key->zone << 32 | key->netns;
+    as.peer = key->client;
+    as.peer_port = key->client_port;
+    as.port = key->port;
+    return tag_of(keys, &as);
+}
+
+static __always_inline struct request_set *set_of(__u64 tag) {
+    int index = share_of(tag, REQUEST_SETS);
+    return requests.lookup(&index);
+}
+
+static __always_inline struct forgotten_set *forgotten_of(__u64 hash) {
+    int index = share_of(hash, REQUEST_SETS);
+    return forgotten_flows.lookup(&index);
+}
+
+/* The fingerprint of an evicted client: one while its request is pending, another when all that it
+ * asked was answered. */
+static __always_inline __u64 hash_of_answered(__u64 tag) {
+    return ~tag | 1;
+}
+
+static __always_inline __u64 check_of(const struct requests *known, __u64 tag) {
+    __u64 check = tag ^ known->tenant.scope ^ (__u64)known->tenant.port << 32;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const struct request *request = &known->asked[i];
+        check = mixed(check + request->server.half[0]);
+        check = mixed(check + request->server.half[1]);
+        check = mixed(check + request->seen);
+        check = mixed(check + request->entry);
+    }
+    return check;
+}
+
+static __always_inline void copy_requests(struct requests *to, const struct requests *from) {
+#pragma unroll
+    for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
+        ((__u64 *)to)[i] = READ_ONCE(((const __u64 *)from)[i]);
+}
+
+enum found { ABSENT, THERE, TORN };
+
+/* Copy what a client asked. *way: its number in the set. */
+static __always_inline enum found find_requests(const struct request_set *set, __u64 tag,
+                                                struct requests *known, __u32 *way) {
+    *way = WAYS;
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        if (READ_ONCE(set->tag[i]) == tag)
+            *way = i;
+    }
+    if (*way >= WAYS)
+        return ABSENT;
+    copy_requests(known, &set->way[*way]);
+    return known->check == check_of(known, tag) ? THERE : TORN;
+}
+
+/* Write an entry as a whole; 0 where another CPU wrote to it meanwhile. */
+static __always_inline int write_requests(struct request_set *set, __u32 way, __u64 tag,
+                                          struct requests *known) {
+    if (way >= WAYS)
+        return 0;
+    known->check = check_of(known, tag);
+    WRITE_ONCE(set->tag[way], 0);
+    set->way[way] = *known;
+    WRITE_ONCE(set->tag[way], tag);
+    return READ_ONCE(set->way[way].check) == known->check;
+}
+
+/* One word that holds only while the request is the same: the entry's address, whether it was
+ * answered, and 1. */
+static __always_inline __u64 final_of(__u64 entry, __u32 status) {
+    return entry << 2 | (status & SEEN_REPLY) | 1;
+}
+
+static __always_inline int is_final(const struct request *request) {
+    return request->entry && request->final >> 2 == request->entry << 2 >> 2;
+}
+
+/* The status of a request's entry, with ENTRY_GONE where that is its last; 0: unknown. Conntrack
+ * uses the memory of an entry again for others. */
+static __always_inline __u32 status_of_request(const struct request *request, __u64 tag,
+                                               const struct hash_keys *keys,
+                                               struct looked_up *entry) {
+    if (is_final(request))
+        return (request->final & SEEN_REPLY) | ENTRY_GONE;
+    if (!request->entry)
+        return 0;
+    read_tuple(&entry->reply, request->entry, OFFSET_TUPLE_REPLY);
+    if (entry->reply.protocol != PROTO_UDP)
+        return 0;
+    __builtin_memset(&entry->key, 0, sizeof(entry->key));
+    key_of_flow(&entry->key, &entry->server, &entry->reply, request->entry);
+    if (tag_of_request(keys, &entry->key) != tag || !same(&entry->server, &request->server))
         return 0;
     return status_of(request->entry);
 }
 
+/* Whether a request is answered, for the choice of what makes room: the entry may be another's. */
+static __always_inline __u64 seems_answered(const struct request *request) {
+    if (!request->seen)
+        return 1;
+    if (is_final(request))
+        return request->final / SEEN_REPLY & 1;
+    return request->entry ? status_of(request->entry) / SEEN_REPLY & 1 : 0;
+}
+
+static __always_inline __u64 newest_of(const struct requests *known) {
+    __u64 one = known->asked[0].seen, other = known->asked[1].seen;
+    return one > other ? one : other;
+}
+
+/* The way of a set that makes room for a client of the tenant `fresh`. */
+static __always_inline __u32 way_to_evict(const struct request_set *set, const struct tenant *fresh,
+                                          __u64 now) {
+    __u64 best = 0;
+    __u32 way = 0;
+
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        if (!READ_ONCE(set->tag[i]) || !is_remembered(newest_of(&set->way[i]), now))
+            return i;
+    }
+#pragma clang loop unroll(disable)
+    for (int i = 0; i < WAYS; i++) {
+        const struct requests *each = &set->way[i];
+        __u64 held = 0;
+#pragma clang loop unroll(disable)
+        for (int j = 0; j < WAYS; j++)
+            held += shares_of(&each->tenant, &set->way[j].tenant);
+        __u64 is_answered = seems_answered(&each->asked[0]) & seems_answered(&each->asked[1]);
+        __u64 score = eviction_score(held, is_heavy(&each->tenant, fresh), is_answered, 0,
+                                     newest_of(each), now);
+        if (score >= best) {
+            best = score;
+            way = i;
+        }
+    }
+    return way;
+}
+
+static __always_inline struct eviction *evictions_of(const struct tenant *of) {
+    struct tenant tenant = *of;
+
+    tenant.flags = 0;
+    return flow_evictions.lookup(&tenant);
+}
+
+/* A client made room for another one within the window. */
+static __always_inline void note_eviction(const struct requests *evicted, __u64 tag,
+                                          const struct hash_keys *keys, __u64 now) {
+    int is_answered = seems_answered(&evicted->asked[0]) & seems_answered(&evicted->asked[1]);
+    __u64 hash = is_answered ? hash_of_answered(tag) : tag;
+    struct forgotten_set *set = forgotten_of(hash);
+    struct tenant tenant = evicted->tenant;
+    struct eviction fresh = {};
+
+    COUNT(evicted, 1);
+    tenant.flags = 0;
+    if (set)
+        forget(set, hash, class_of(keys, &tenant), now);
+    struct eviction *known = flow_evictions.lookup(&tenant);
+    if (!known) {
+        flow_evictions.insert(&tenant, &fresh);
+        known = flow_evictions.lookup(&tenant);
+    }
+    if (known)
+        note_loss_of_tenant(known, !is_answered, 0, 0, now);
+}
+
+/* Whether a client's request may have been evicted within the window: `hash` as in note_eviction.
+ */
+static __always_inline int may_be_evicted(const struct hash_keys *keys, __u64 hash,
+                                          const struct tenant *tenant, __u64 now) {
+    struct eviction *lost = evictions_of(tenant);
+    struct forgotten_set *set = forgotten_of(hash);
+
+    if (!lost || !set || !is_remembered(lost->last, now))
+        return 0;
+    return may_be_forgotten(set, hash, class_of(keys, tenant), 1, now);
+}
+
 /* ---- a new flow ---- */
 
-static __always_inline void remember(struct request_key *key, const struct address *server,
-                                     __u64 entry, __u64 now) {
-    struct requests fresh = {};
-    struct requests *known = requests.lookup(key);
-    struct request asked = {};
+static __always_inline void set_tenant(struct tenant *to, const struct request_key *key) {
+    to->scope = key->netns;
+    to->port = key->port;
+    to->flags = 0;
+}
 
-    asked.server = *server;
-    asked.seen = now;
-    asked.entry = entry;
-    if (!known) {
-        fresh.asked[0] = asked;
-        if (requests.update(key, &fresh))
-            COUNT(unremembered, 1);
-        else
-            COUNT(requests, 1);
+/* Note whom a client asked. `known` and `evicted` are the caller's scratch. */
+static __always_inline void remember(const struct hash_keys *keys, const struct request_key *key,
+                                     const struct request *asked, __u64 now, struct requests *known,
+                                     struct requests *evicted) {
+    __u64 tag = tag_of_request(keys, key), evicted_tag = 0;
+    struct request_set *set = set_of(tag);
+    __u32 way;
+
+    if (!set)
         return;
+    enum found found = find_requests(set, tag, known, &way);
+    if (found == THERE) {
+        struct request *one = &known->asked[0], *other = &known->asked[1];
+        if (one->seen && same(&one->server, &asked->server))
+            *one = *asked;
+        else if (other->seen && same(&other->server, &asked->server))
+            *other = *asked;
+        else if (one->seen <= other->seen)
+            *one = *asked;
+        else
+            *other = *asked;
+    } else {
+        __builtin_memset(known, 0, sizeof(*known));
+        known->asked[0] = *asked;
+        set_tenant(&known->tenant, key);
+        struct eviction *lost = evictions_of(&known->tenant);
+        if (lost && lost_many(lost, now))
+            known->tenant.flags = HEAVY;
+        if (found == ABSENT) {
+            way = way_to_evict(set, &known->tenant, now);
+            if (way >= WAYS)
+                return;
+            evicted_tag = READ_ONCE(set->tag[way]);
+            copy_requests(evicted, &set->way[way]);
+        }
     }
-    /* In place: two CPUs at once leave one of two true stories. */
-    if (same(&known->asked[0].server, server) && known->asked[0].seen)
-        known->asked[0] = asked;
-    else if (same(&known->asked[1].server, server) && known->asked[1].seen)
-        known->asked[1] = asked;
-    else if (known->asked[0].seen <= known->asked[1].seen)
-        known->asked[0] = asked;
-    else
-        known->asked[1] = asked;
+    if (!write_requests(set, way, tag, known))
+        COUNT(unremembered, 1);
+    if (evicted_tag && is_remembered(newest_of(evicted), now))
+        note_eviction(evicted, evicted_tag, keys, now);
 }
 
 /* The name of an interface of a namespace, by its index: the kernel's own table. */
@@ -312,14 +519,14 @@ static __always_inline int is_told(const struct request_key *key, const struct a
 }
 
 /* The one request that this flow may answer wrongly; NULL if it does not look so. */
-static __always_inline struct request *mirrored(struct requests *known,
-                                                const struct request_key *key,
-                                                const struct address *source, __u64 now) {
-    struct request *newest = &known->asked[0], *other = &known->asked[1];
+static __always_inline struct request *mirrored(struct scratch *room, __u64 tag,
+                                                const struct hash_keys *keys, __u64 now) {
+    struct request *newest = &room->known.asked[0], *other = &room->known.asked[1];
+    const struct address *source = &room->source;
 
     if (other->seen > newest->seen) {
-        newest = &known->asked[1];
-        other = &known->asked[0];
+        newest = &room->known.asked[1];
+        other = &room->known.asked[0];
     }
     /* Who was ever asked may come late, or call by itself. */
     if (same(&newest->server, source) || (other->seen && same(&other->server, source)))
@@ -328,80 +535,123 @@ static __always_inline struct request *mirrored(struct requests *known,
         return 0;
     if (!is_remembered(newest->seen, now) || is_remembered(other->seen, now))
         return 0;
-    if (status_of_request(newest, key) & SEEN_REPLY)
+    if (status_of_request(newest, tag, keys, &room->entry) & SEEN_REPLY)
         return 0;
     return newest;
 }
 
+/* What a new flow looks like to be: the wrong reply to the request that is returned, or NULL. */
+static __always_inline struct request *judge(struct scratch *room, const struct hash_keys *keys,
+                                             __u64 now) {
+    const struct request_key *key = &room->key;
+    __u64 tag = tag_of_request(keys, key);
+    struct request_set *set = set_of(tag);
+    struct request *request = 0;
+    struct tenant tenant;
+    __u32 way;
+
+    if (!set)
+        return 0;
+    enum found found = find_requests(set, tag, &room->known, &way);
+    if (found == THERE)
+        request = mirrored(room, tag, keys, now);
+    if (found == THERE && !request)
+        return 0;
+    /* Where nothing is known of the client, its request may have been evicted; where one request
+     * is, another one may have been. */
+    set_tenant(&tenant, key);
+    if (found == TORN || may_be_evicted(keys, tag, &tenant, now) ||
+        (request && may_be_evicted(keys, hash_of_answered(tag), &tenant, now))) {
+        COUNT(undecided, 1);
+        return 0;
+    }
+    return request;
+}
+
+/* Ask for the decision of a new flow: it waits in `candidates` for user space. */
+static __always_inline void wait_for_decision(struct candidate *candidate, __u64 skb, __u64 entry,
+                                              __u32 interface, const struct request *request) {
+    candidate->request = *request;
+    if (request->entry)
+        copy_from_kernel(candidate->asking, TUPLE_LEN,
+                         (void *)(request->entry + OFFSET_TUPLE_ORIGINAL));
+    if (interface) {
+        candidate->cause = CAUSE_FORWARDED;
+        read_interface(candidate->interface, net_of(entry), interface);
+    }
+#if !HAVE_SOCKETS
+    else {
+        identify(candidate, read_kernel(skb + OFFSET_SKB_SK));
+    }
+#endif
+    /* One that waits under the same address is another entry's, which has gone. */
+    if (candidates.insert(&entry, candidate))
+        COUNT(candidates, 1);
+}
+
+/* Whether a new flow looks like a wrong reply: a socket's, which was told, or one that waits for
+ * its decision now. */
+static __always_inline int is_candidate(struct scratch *room, const struct hash_keys *keys,
+                                        __u64 skb, __u64 entry, __u64 now) {
+    __u32 interface = read_kernel32(skb + OFFSET_SKB_IIF); /* 0: sent here */
+    struct request_key *key = &room->key;
+
+    if (interface ? !FORWARDED : HAVE_SOCKETS)
+        return 0;
+    /* The client that this flow would answer: the request's key is where this flow goes. */
+    widen(&room->source, room->original.source, room->original.layer3);
+    key->client_port = net16(room->original.destination_port);
+    key->port = net16(room->original.source_port);
+    key->netns = read_kernel32(net_of(entry) + OFFSET_NET_INUM);
+    key->zone = zone_of(entry);
+    struct request *request = judge(room, keys, now);
+    if (!request)
+        return 0;
+    if (is_told(key, &room->source, now))
+        return 1;
+    struct candidate *candidate = &room->candidate;
+    __builtin_memset(candidate, 0, sizeof(*candidate));
+    candidate->key = *key;
+    candidate->actual = room->source;
+    candidate->time = now;
+    candidate->family = room->original.layer3;
+    __builtin_memcpy(candidate->original, &room->original, TUPLE_LEN);
+    __builtin_memcpy(candidate->reply, &room->reply, TUPLE_LEN);
+    wait_for_decision(candidate, skb, entry, interface, request);
+    return 1;
+}
+
 int confirm(__u64 *ctx) {
-    struct request_key key = {};
-    struct address server = {}, source = {};
-    struct tuple original, reply;
     __u64 skb = ctx[CONFIRM_ARGUMENT_0];
     __u64 entry = read_kernel(skb + OFFSET_SKB_NFCT) & ~CT_INFO_MASK;
+    const struct hash_keys *keys = keys_of_hash();
     int zero = 0, known_route;
+    struct scratch *room = scratch.lookup(&zero);
 
-    if (!entry)
+    if (!entry || !keys || !room)
         return 0;
-    read_tuple(&original, entry, OFFSET_TUPLE_ORIGINAL);
-    if (original.protocol != PROTO_UDP)
+    read_tuple(&room->original, entry, OFFSET_TUPLE_ORIGINAL);
+    if (room->original.protocol != PROTO_UDP)
         return 0;
     COUNT(flows, 1);
-    read_tuple(&reply, entry, OFFSET_TUPLE_REPLY);
-    __u8 family = original.layer3;
-    __u64 now = bpf_ktime_get_ns(); /* these programs may not ask the coarse clock */
-    widen(&key.client, original.destination, family);
     if (status_of(entry) & EXPECTED)
         return 0;
-    if (is_group(&key.client, family) ||
-        (family == FAMILY_INET && routed_to_group(skb, &known_route))) {
-        key_of_flow(&key, &source, &reply, entry);
-        remember(&key, &server, entry, now); /* `server` is zero */
+    __u8 family = room->original.layer3;
+    __u64 now = bpf_ktime_get_ns(); /* these programs may not ask the coarse clock */
+    read_tuple(&room->reply, entry, OFFSET_TUPLE_REPLY);
+    __builtin_memset(&room->key, 0, sizeof(room->key));
+    widen(&room->key.client, room->original.destination, family);
+    int to_group = is_group(&room->key.client, family) ||
+                   (family == FAMILY_INET && routed_to_group(skb, &known_route));
+    if (!to_group && is_candidate(room, keys, skb, entry, now))
         return 0;
-    }
-
-    /* Whom does it mirror? As the one who asked would be known: by where this flow goes. */
-    widen(&source, original.source, family);
-    key.client_port = net16(original.destination_port);
-    key.port = net16(original.source_port);
-    key.netns = read_kernel32(net_of(entry) + OFFSET_NET_INUM);
-    key.zone = zone_of(entry);
-    __u32 interface = read_kernel32(skb + OFFSET_SKB_IIF); /* 0: sent here */
-    if (interface ? FORWARDED : !HAVE_SOCKETS) {
-        struct requests *known = requests.lookup(&key);
-        struct request *request = known ? mirrored(known, &key, &source, now) : 0;
-        struct candidate *candidate = request ? scratch.lookup(&zero) : 0;
-        if (candidate && is_told(&key, &source, now))
-            return 0;
-        if (candidate) {
-            __builtin_memset(candidate, 0, sizeof(*candidate));
-            candidate->key = key;
-            candidate->request = *request;
-            candidate->actual = source;
-            candidate->time = now;
-            candidate->family = family;
-            __builtin_memcpy(candidate->original, &original, TUPLE_LEN);
-            __builtin_memcpy(candidate->reply, &reply, TUPLE_LEN);
-            if (request->entry)
-                copy_from_kernel(candidate->asking, TUPLE_LEN,
-                                 (void *)(request->entry + OFFSET_TUPLE_ORIGINAL));
-            if (interface) {
-                candidate->cause = CAUSE_FORWARDED;
-                read_interface(candidate->interface, net_of(entry), interface);
-            }
-#if !HAVE_SOCKETS
-            else {
-                identify(candidate, read_kernel(skb + OFFSET_SKB_SK));
-            }
-#endif
-            /* One that waits under the same address is another entry's, which has gone. */
-            if (candidates.insert(&entry, candidate))
-                COUNT(candidates, 1);
-            return 0;
-        }
-    }
-    key_of_flow(&key, &server, &reply, entry);
-    remember(&key, &server, entry, now);
+    key_of_flow(&room->key, &room->asked.server, &room->reply, entry);
+    if (to_group)
+        __builtin_memset(&room->asked.server, 0, sizeof(room->asked.server));
+    room->asked.entry = entry;
+    room->asked.seen = now;
+    room->asked.final = 0;
+    remember(keys, &room->key, &room->asked, now, &room->known, &room->evicted);
     return 0;
 }
 
@@ -412,22 +662,36 @@ int gone(__u64 *ctx) {
     struct address server = {};
     struct tuple reply;
     __u64 entry = ctx[GONE_ARGUMENT_0];
+    const struct hash_keys *keys = keys_of_hash();
 
     read_tuple(&reply, entry, OFFSET_TUPLE_REPLY);
-    if (reply.protocol != PROTO_UDP)
+    if (reply.protocol != PROTO_UDP || !keys)
         return 0;
-    __u32 final = status_of(entry) | ENTRY_GONE;
+    __u32 status = status_of(entry);
     struct candidate *candidate = candidates.lookup(&entry);
     if (candidate && !candidate->final)
-        candidate->final = final;
+        candidate->final = status | ENTRY_GONE;
     key_of_flow(&key, &server, &reply, entry);
-    struct requests *known = requests.lookup(&key);
-    if (!known)
+    __u64 tag = tag_of_request(keys, &key);
+    struct request_set *set = set_of(tag);
+    if (!set)
         return 0;
-    if (known->asked[0].entry == entry && !known->asked[0].final)
-        known->asked[0].final = final;
-    if (known->asked[1].entry == entry && !known->asked[1].final)
-        known->asked[1].final = final;
+    __u32 way = WAYS;
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        if (READ_ONCE(set->tag[i]) == tag)
+            way = i;
+    }
+    if (way >= WAYS)
+        return 0;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        struct request *request = &set->way[way].asked[i];
+        /* Not from `entry` itself: the verifier allows no arithmetic with a pointer of fentry. */
+        __u64 noted = READ_ONCE(request->entry), final = final_of(opaque(noted), status);
+        if (noted == entry)
+            WRITE_ONCE(request->final, final);
+    }
     return 0;
 }
 
@@ -446,8 +710,11 @@ static __always_inline int same_words(const void *a, const void *b) {
 int settle(struct __sk_buff *skb) {
     struct tuple now;
     __u64 entry;
+    const struct hash_keys *keys = keys_of_hash();
+    int one = 1;
+    struct scratch *room = scratch.lookup(&one);
 
-    if (bpf_skb_load_bytes(skb, 0, &entry, sizeof(entry)))
+    if (!keys || !room || bpf_skb_load_bytes(skb, 0, &entry, sizeof(entry)))
         return SETTLED_NONE;
     struct candidate *candidate = candidates.lookup(&entry);
     if (!candidate)
@@ -464,17 +731,45 @@ int settle(struct __sk_buff *skb) {
 
     /* What became of the request's entry meanwhile stands where it is remembered. */
     struct request request = candidate->request;
-    struct requests *known = requests.lookup(&candidate->key);
-    if (known && !request.final) {
-        if (known->asked[0].entry == request.entry)
-            request.final = known->asked[0].final;
-        else if (known->asked[1].entry == request.entry)
-            request.final = known->asked[1].final;
+    __u64 tag = tag_of_request(keys, &candidate->key);
+    struct request_set *set = set_of(tag);
+    __u32 way;
+    if (set && request.entry && !is_final(&request) &&
+        find_requests(set, tag, &room->known, &way) == THERE) {
+        if (room->known.asked[0].entry == request.entry)
+            request.final = room->known.asked[0].final;
+        else if (room->known.asked[1].entry == request.entry)
+            request.final = room->known.asked[1].final;
     }
-    if (!request.entry && !request.final)
+    if (!request.entry)
         return SETTLED_ASK;
-    status = status_of_request(&request, &candidate->key);
+    status = status_of_request(&request, tag, keys, &room->entry);
     if (!status)
         return SETTLED_UNDECIDED;
     return status & SEEN_REPLY ? SETTLED_ANSWERED : SETTLED_WRONG;
+}
+
+/* Note a request that conntrack knew before the probes were attached: a struct dumped_request in
+ * the "packet". What a probe has seen of the same client is newer. */
+int enter(struct __sk_buff *skb) {
+    struct dumped_request dumped;
+    struct request asked = {};
+    const struct hash_keys *keys = keys_of_hash();
+    int one = 1;
+    struct scratch *room = scratch.lookup(&one);
+    __u32 way;
+
+    if (!keys || !room || bpf_skb_load_bytes(skb, 0, &dumped, sizeof(dumped)))
+        return 0;
+    __u64 tag = tag_of_request(keys, &dumped.key);
+    struct request_set *set = set_of(tag);
+    if (!set)
+        return 0;
+    if (find_requests(set, tag, &room->known, &way) == THERE &&
+        (room->known.asked[0].entry || room->known.asked[1].entry))
+        return 0;
+    asked.server = dumped.server;
+    asked.seen = dumped.seen;
+    remember(keys, &dumped.key, &asked, bpf_ktime_get_ns(), &room->known, &room->evicted);
+    return 0;
 }

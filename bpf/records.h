@@ -13,7 +13,7 @@
 #define UDPWATCH_RECORDS_H
 
 #define COMM_LEN     16
-#define SENDER_SLOTS 4096 /* a power of two */
+#define SENDER_SLOTS 4096 /* a power of two; of struct socket_causes as well */
 #define TUPLE_LEN    40   /* struct nf_conntrack_tuple, up to and including dst.dir */
 #define HASH_WORDS   12
 #define WAYS         8 /* conversations in a set */
@@ -155,6 +155,19 @@ struct sender {
     __u32 pad;
 };
 
+/* The cause of the sends of a socket that is not connected, as long as they all have the same. */
+struct socket_cause {
+    __u64 socket;
+    __u16 cause; /* 0: they differ, see the thread's struct sender */
+    __u16 last;  /* where they differ, the cause of the last one */
+    __u32 alike; /* and how many in a row had that one */
+};
+
+/* The sockets of a port: of several namespaces, or with SO_REUSEPORT. A cache line. */
+struct socket_causes {
+    struct socket_cause way[4];
+};
+
 /* One finding: everything that user space may tell apart, nothing that grows with the clients.
  * Only where the verdict is unknown `flow` is filled in, so that each flow can be looked up. */
 struct finding_key {
@@ -214,7 +227,8 @@ struct told_key {
 /* ---- conntrack's flows, seen from the side (flows.c) ---- */
 
 #define ENTRY_GONE                                                                                 \
-    0x80000000 /* in `final`: the entry is gone, the other bits are its last status */
+    0x80000000 /* in `final` of a candidate: the entry is gone, the other bits are its last status \
+                */
 
 /* Who asked, as the server's side sees it: the reply direction of the request's entry. */
 struct request_key {
@@ -227,17 +241,30 @@ struct request_key {
 };
 
 struct request {
-    struct address server;
-    __u64 seen;  /* 0: this half is free */
+    struct address server; /* zero: a group, which any source may answer */
+    __u64 seen;            /* 0: this half is free */
     __u64 entry; /* address of its struct nf_conn; 0: read from a dump, conntrack has to be asked */
-    __u32 final; /* with ENTRY_GONE */
-    __u32 pad;
+    __u64 final; /* of an entry that is gone, flows.c: final_of() */
 };
 
-/* Whom a client asked from one port at one port: the two newest. A group is the address zero:
- * whoever answers is right. */
+/* The two servers that a client asked last, from one port at one port. The table has no lock (these
+ * programs may take none), so a reader checks that what it copied was written by one writer. */
 struct requests {
     struct request asked[2];
+    struct tenant tenant;
+    __u64 check;
+};
+
+struct request_set {
+    __u64 tag[WAYS]; /* of request_key; 0: free */
+    struct requests way[WAYS];
+};
+
+/* A request that was read from a dump: the "packet" that the program `enter` is run with. */
+struct dumped_request {
+    struct request_key key;
+    struct address server;
+    __u64 seen;
 };
 
 /* A new flow that mirrors an unanswered one. If neither of them has been answered some time later,
@@ -276,7 +303,7 @@ struct stats {
     __u64 checked;      /* datagrams sent to a peer that had asked */
     __u64 wrong;        /* of these, wrong replies (verdict unknown: suspected) */
     __u64 remembered;   /* conversations entered */
-    __u64 unremembered; /* clients that could not be entered into `requests` */
+    __u64 unremembered; /* clients whose entry in `requests` another CPU overwrote */
     __u64 overflow;     /* wrong replies for which `findings` had no room */
     __u64 rate_limited; /* events held back */
     __u64 ring_full;    /* events that the ring buffer had no room for */
@@ -286,7 +313,6 @@ struct stats {
     __u64 evicted;      /* requests that had to make room within the window */
     __u64 flows;        /* new UDP flows that conntrack booked */
     __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
-    __u64 requests;     /* clients entered into `requests` */
 };
 
 #endif

@@ -25,7 +25,7 @@
  * RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
-#define MANY_EVICTIONS     64 /* of a tenant within the window: more make it HEAVY */
+#define MANY_ALIKE         64 /* sends in a row with the same cause */
 #define IP6_EXTENSIONS     32 /* of 8 bytes at least; the kernel takes any number */
 #define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51 /* RFC 4302 */
@@ -47,7 +47,11 @@ BPF_ARRAY(forgotten, struct forgotten_set, FORGOTTEN_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, evictions, MAX_EVICTIONS);
 BPF_ARRAY(last_eviction, __u64, 1); /* of a pending request, whoever's it was */
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
+BPF_ARRAY(ephemeral, __u64, 65536 - FIRST_EPHEMERAL); /* when a conversation of this port asked */
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
+#if CAUSE_BY_SOCKET
+BPF_ARRAY(socket_causes, struct socket_causes, SENDER_SLOTS);
+#endif
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
@@ -158,8 +162,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
         if (data + 48 > end)
             return 0;
         packet->family = FAMILY_INET6;
-        __builtin_memcpy(&packet->source, data + 8, 16);
-        __builtin_memcpy(&packet->destination, data + 24, 16);
+        set_ip6(&packet->source, (__u32 *)(data + 8));
+        set_ip6(&packet->destination, (__u32 *)(data + 24));
         if (next == PROTO_UDP) {
             set_ports(packet, (__u16 *)(data + 40));
             KEEP_APART(2);
@@ -250,19 +254,7 @@ static __always_inline void note_eviction(__u64 hash, const struct tenant *of, i
         if (!known)
             return;
     }
-    if (!accused && now - known->last > REFRESH_NS)
-        WRITE_ONCE(known->last, now);
-    if (of->flags & SEVERAL)
-        WRITE_ONCE(known->several, now);
-    if (!answered && now - known->pending > REFRESH_NS)
-        WRITE_ONCE(known->pending, now);
-    if (answered || accused)
-        return;
-    if (!is_remembered(known->since, now)) {
-        WRITE_ONCE(known->since, now);
-        WRITE_ONCE(known->count, 0);
-    }
-    __sync_fetch_and_add(&known->count, 1);
+    note_loss_of_tenant(known, !answered, accused, of->flags & SEVERAL, now);
 }
 
 static __always_inline struct eviction *evictions_of(const struct conversation_key *key) {
@@ -272,14 +264,14 @@ static __always_inline struct eviction *evictions_of(const struct conversation_k
     return evictions.lookup(&tenant);
 }
 
-static __always_inline int is_heavy(const struct conversation_key *key, __u64 now) {
+static __always_inline int has_lost_many(const struct conversation_key *key, __u64 now) {
     int zero = 0;
     __u64 *last = last_eviction.lookup(&zero);
 
     if (!last || !is_remembered(*last, now))
         return 0;
     struct eviction *known = evictions_of(key);
-    return known && known->count >= MANY_EVICTIONS && is_remembered(known->pending, now);
+    return known && lost_many(known, now);
 }
 
 /* Note one request of a conversation that asked several. */
@@ -330,7 +322,7 @@ static __always_inline void remember(struct conversation_set *set, __u64 tag,
     fresh.address = *address;
     fresh.asked = now;
     set_tenant(&fresh.tenant, key);
-    fresh.tenant.flags = (is_heavy(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0);
+    fresh.tenant.flags = (has_lost_many(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0);
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
         remember_another(set, tag, &fresh, &known, now);
@@ -404,10 +396,69 @@ static __always_inline void count_unremembered(struct __sk_buff *skb,
 
 /* ---- who sends ---- */
 
+#if CAUSE_BY_SOCKET
+static __always_inline struct socket_causes *causes_of_port(struct bpf_sock *sk) {
+    int index = sk->src_port & (SENDER_SLOTS - 1);
+    return socket_causes.lookup(&index);
+}
+
+/* Note the cause of one more send of a socket; whether all that is known of it have the same. */
+static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
+    if (known->cause == cause)
+        return 1;
+    /* The memory of a socket is used again for another one, which may be of another kind. */
+    known->alike = known->last == cause ? known->alike + 1 : 0;
+    known->last = cause;
+    WRITE_ONCE(known->cause, known->alike >= MANY_ALIKE ? cause : 0);
+    return 0;
+}
+
+/* As note_cause, by the socket. To ask for the current thread costs more than all of this. */
+static __always_inline int note_socket(struct bpf_sock *sk, __u64 socket, __u16 cause) {
+    struct socket_causes *causes = causes_of_port(sk);
+
+    if (!causes)
+        return 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (causes->way[i].socket == socket)
+            return note_cause(&causes->way[i], cause);
+    }
+    struct socket_cause *replaced = &causes->way[bpf_jiffies64() & 3];
+    WRITE_ONCE(replaced->socket, 0); /* nobody's while it changes */
+    WRITE_ONCE(replaced->cause, cause);
+    WRITE_ONCE(replaced->socket, socket);
+    return 0;
+}
+
+/* The cause of all sends of a socket; 0 where that is not known. */
+static __always_inline __u32 cause_of_socket(struct bpf_sock *sk, __u64 socket) {
+    struct socket_causes *causes = causes_of_port(sk);
+    __u32 cause = 0;
+
+    if (!causes)
+        return 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (READ_ONCE(causes->way[i].socket) == socket) {
+            cause = READ_ONCE(causes->way[i].cause);
+            if (READ_ONCE(causes->way[i].socket) != socket)
+                cause = 0;
+        }
+    }
+    return cause;
+}
+#endif
+
 static __always_inline void note_sender(struct bpf_sock_addr *ctx, int source_named) {
-    __u64 socket = socket_of_send(ctx), pid_tgid = bpf_get_current_pid_tgid();
-    __u32 index = sender_slot(socket, pid_tgid);
+    __u64 socket = socket_of_send(ctx);
     __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
+#if CAUSE_BY_SOCKET
+    if (ctx->sk->state != BPF_TCP_ESTABLISHED && note_socket(ctx->sk, socket, cause))
+        return;
+#endif
+    __u64 pid_tgid = bpf_get_current_pid_tgid();
+    __u32 index = sender_slot(socket, pid_tgid);
     struct sender *sender = senders.lookup(&index);
 
     if (!sender)
@@ -467,6 +518,11 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
         cause = sender->cause;
         who.pktinfo = sender->pktinfo;
     }
+#if CAUSE_BY_SOCKET
+    __u32 of_all = sk->state != BPF_TCP_ESTABLISHED ? cause_of_socket(sk, socket) : 0;
+    if (of_all)
+        cause = of_all;
+#endif
     who.tgid = pid_tgid >> 32;
     who.uid = current_uid();
     key->cgroup = current_cgroup(skb);
@@ -667,6 +723,28 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
     accuse(skb, sk, packet, key, &finding, tracking, entry);
 }
 
+/* Clients' sockets are connected and have ephemeral ports, and there are many of them: a
+ * conversation of such a port is looked for only where one has asked within the window, in any
+ * namespace. */
+static __always_inline __u64 *asked_at(__u16 port) {
+    int index = port - FIRST_EPHEMERAL;
+    return port >= FIRST_EPHEMERAL ? ephemeral.lookup(&index) : 0;
+}
+
+static __always_inline void note_port(__u16 port, __u64 now) {
+    __u64 *asked = asked_at(port);
+    if (asked && now - *asked > REFRESH_NS)
+        WRITE_ONCE(*asked, now);
+}
+
+static __always_inline int is_clients_port(struct bpf_sock *sk, __u16 port, __u64 now) {
+    if (port < FIRST_EPHEMERAL || sk->state != BPF_TCP_ESTABLISHED)
+        return 0;
+    __u64 *asked = asked_at(port);
+    /* Its time and that of the conversation may be REFRESH_NS apart. */
+    return asked && !is_remembered(*asked, now - REFRESH_NS);
+}
+
 /* What a packet of UDP belongs to. */
 struct subject {
     struct packet packet;
@@ -685,14 +763,16 @@ static __always_inline int find_subject(struct __sk_buff *skb, struct subject *t
     to->sk = skb->sk;
     if (!to->sk || !keys)
         return 0;
+    /* The socket's own port, not the packet's: NAT may have rewritten that one by now. */
+    to->key.port = outgoing ? to->sk->src_port : packet->destination_port;
+    to->now = now_ns();
+    if (is_clients_port(to->sk, to->key.port, to->now))
+        return 0;
     to->key.scope = scope_of_skb(skb);
     to->key.peer = outgoing ? packet->destination : packet->source;
     to->key.peer_port = outgoing ? packet->destination_port : packet->source_port;
-    /* The socket's own port, not the packet's: NAT may have rewritten that one by now. */
-    to->key.port = outgoing ? to->sk->src_port : packet->destination_port;
     if (is_link_local(&to->key.peer))
         to->key.link = skb->ifindex;
-    to->now = now_ns();
     to->tag = tag_of(keys, &to->key);
     to->set = set_of(to->tag);
     return to->set != 0;
@@ -705,8 +785,10 @@ int ingress(struct __sk_buff *skb) {
         return 1;
     int is_client = it.sk->state == BPF_TCP_ESTABLISHED;
     enum quick quick = ask_again(it.set, it.tag, &it.packet.destination, is_client, it.now);
-    if (quick == DONE)
+    if (quick == DONE) {
+        note_port(it.key.port, it.now);
         return 1;
+    }
     /* A client's connected socket receives answers to what it asked: nothing to remember, and there
      * are many of them. */
     if (quick == UNKNOWN_PEER && is_client && it.key.port >= FIRST_EPHEMERAL)
@@ -722,6 +804,7 @@ int ingress_slow(struct __sk_buff *skb) {
     if (!find_subject(skb, &it, 0))
         return 1;
     int is_client = it.sk->state == BPF_TCP_ESTABLISHED;
+    note_port(it.key.port, it.now);
     if (!asks_group(skb, &it.packet))
         asked = it.packet.destination;
     remember(it.set, it.tag, &it.key, &asked, is_client, it.now);

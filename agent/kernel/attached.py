@@ -8,7 +8,7 @@ from pathlib import Path
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS
-from udpwatch.agent.kernel.loader import CLOCK, FUNCTION_PROBES, HOOKS, SETTLE, SLOW, Loaded
+from udpwatch.agent.kernel.loader import CLOCK, ENTER, FUNCTION_PROBES, HOOKS, SETTLE, SLOW, Loaded
 from udpwatch.agent.kernel.probes import How
 from udpwatch.agent.model import Probe
 
@@ -94,7 +94,7 @@ class Attached:
 
     def unattached(self) -> dict[str, int]:
         """How many instructions the verifier walked of each program that is attached to nothing."""
-        names = {*(name for name, _, _ in SLOW), CLOCK, SETTLE}
+        names = {*(name for name, _, _ in SLOW), CLOCK, SETTLE, ENTER}
         return {name: count for name, count in self._instructions.items() if name in names}
 
     def _is_linked(self, name: str) -> bool:

@@ -41,6 +41,7 @@ class Command(IntEnum):
     PROG_ATTACH = 8
     PROG_TEST_RUN = 10
     PROG_GET_FD_BY_ID = 13
+    MAP_GET_FD_BY_ID = 14
     OBJ_GET_INFO_BY_FD = 15
     PROG_QUERY = 16
     RAW_TRACEPOINT_OPEN = 17
@@ -284,11 +285,6 @@ def map_items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, 
                 keys[index * key_size : (index + 1) * key_size],
                 values[index * value_size : (index + 1) * value_size],
             )
-
-
-def map_count(fd: int, key_size: int, value_size: int) -> int:
-    """How many elements a hash map holds."""
-    return sum(count for count, _, _ in map_batches(fd, key_size, value_size))
 
 
 def program_load(

@@ -7,7 +7,7 @@ import os
 import time
 
 from udpwatch.agent.kernel import netns
-from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Table
+from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Entry, Table
 from udpwatch.agent.kernel.netlink import route_to
 from udpwatch.agent.model import Finding, Flow, Tuple
 
@@ -28,8 +28,9 @@ class Conntrack:
         Two questions, by tuple; conntrack finds an entry by either of its directions.
 
         1. peer -> the source that left. Found, and begun by the peer: that is whom it asked, NAT turned the source
-           back. Found, begun here and answered: our own conversation behind source NAT. Found otherwise: the wrong
-           reply's own entry.
+           back. Found, begun here and answered: our own conversation, behind source NAT if it begins at the address
+           that was asked; else it may go on, or a request be answered in it. Found otherwise: the wrong reply's own
+           entry.
         2. the address asked -> peer, the answer that was due. Found: the request is known, and no answer from the
            other source belongs to it.
 
@@ -79,12 +80,7 @@ class Conntrack:
             entry = table.lookup(Tuple(flow.peer, flow.peer_port, finding.actual, flow.source_port))
             if entry:
                 self._remember(here)
-                opener = entry.original
-                if (opener.source, opener.source_port) == (flow.peer, flow.peer_port):
-                    return False
-                if _is_broadcast(finding.expected):
-                    return False
-                return not (entry.status & SEEN_REPLY and opener.source == finding.expected)
+                return _judge(entry, finding, flow)
             entry = table.lookup(Tuple(finding.expected, finding.port, flow.peer, flow.peer_port))
             if entry:
                 self._remember(here)
@@ -99,6 +95,16 @@ class Conntrack:
         if len(self._at_work) >= MAX_NAMESPACES:
             self._at_work.clear()
         self._at_work.add(namespace)
+
+
+def _judge(entry: Entry, finding: Finding, flow: Flow) -> bool | None:
+    """As `Conntrack.is_wrong`, by the entry that the suspected reply belongs to; in its namespace."""
+    opener = entry.original
+    if (opener.source, opener.source_port) == (flow.peer, flow.peer_port) or _is_broadcast(finding.expected):
+        return False
+    if not entry.status & SEEN_REPLY:
+        return True
+    return False if opener.source == finding.expected else None
 
 
 def _is_broadcast(address: str) -> bool:

@@ -28,15 +28,14 @@ from typing import Protocol
 
 from udpwatch.agent.kernel import bpf, netns, records
 from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
-from udpwatch.agent.kernel.loader import SETTLE, Limits, Loaded
+from udpwatch.agent.kernel.loader import ENTER, SETTLE, Limits, Loaded
 from udpwatch.agent.kernel.netlink import route_to
+from udpwatch.agent.kernel.requests import MAX_REQUESTS, Client, Requests
 from udpwatch.agent.model import Cause, Event, Finding, Increase, Tuple, Verdict
 
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
-MAX_REQUESTS = 32_768  # remembered of conntrack's events, about 600 bytes each
 MAX_WAITING = 8_192
-COUNT_SECONDS = 10.0  # walking a whole map is not done at every reading
 RECEIVE_BYTES = 32 << 20  # holds 30,000 events (a quarter of it what they are, the rest the kernel's bookkeeping)
 LOOK_SECONDS = 5.0  # for namespaces that have come or gone
 READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
@@ -65,7 +64,8 @@ class _Source(Protocol):
         """New UDP flows seen; None where the kernel programs count them."""
         ...
 
-    def evicted(self, entered: int) -> int: ...
+    @property
+    def evicted(self) -> int: ...
 
     @property
     def unheard(self) -> tuple[str, ...]: ...
@@ -120,9 +120,10 @@ class FlowSensor:
     def flows(self) -> int | None:
         return self._source.flows
 
-    def evicted(self, entered: int) -> int:
-        """Clients that had to make room for others; ``entered``: how many the kernel's programs have remembered."""
-        return self._source.evicted(entered)
+    @property
+    def evicted(self) -> int:
+        """Clients that had to make room for others within the window, where the kernel programs do not count them."""
+        return self._source.evicted
 
     @property
     def unheard(self) -> tuple[str, ...]:
@@ -191,15 +192,13 @@ class ProbedFlows:
 
     def __init__(self, loaded: Loaded, limits: Limits) -> None:
         """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
-        self._candidates, self._requests = loaded.maps["candidates"], loaded.maps["requests"]
-        self._settle = loaded.programs[SETTLE]
+        self._candidates = loaded.maps["candidates"]
+        self._settle, self._enter = loaded.programs[SETTLE], loaded.programs[ENTER]
         self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
         self._keep_tables_until = time.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
-        self.undecided = self.overruns = 0
+        self.undecided = self.overruns = self.evicted = 0
         self.flows = None
         self.unheard = ()
-        self._entered = self._evicted = 0
-        self._counted_at = -COUNT_SECONDS
         self._read_existing(limits)
 
     def close(self) -> None:
@@ -221,7 +220,7 @@ class ProbedFlows:
             if now - event.time < GRACE_SECONDS * 1e9:
                 break
             # An Ethernet header that nobody looks at, and the key as the "packet".
-            outcome, _ = bpf.program_test_run(self._settle, bytes(14) + key + bytes(42), 1)
+            outcome, _ = bpf.program_test_run(self._settle, _frame(key), 1)
             bpf.map_delete(self._candidates, key)
             if outcome == _Settled.ASK:
                 table = self._tables.get(event.netns_inode or 0)
@@ -233,15 +232,6 @@ class ProbedFlows:
         if self._tables and now > self._keep_tables_until:
             self.close()
 
-    def evicted(self, entered: int) -> int:
-        """Nothing ever deletes from this map: what was entered and is not there has been evicted."""
-        now = time.monotonic()
-        if now - self._counted_at >= COUNT_SECONDS:
-            self._counted_at = now
-            there = bpf.map_count(self._requests, records.REQUEST_KEY_BYTES, records.REQUESTS_BYTES)
-            self._evicted = max(self._evicted, entered + self._entered - there)
-        return self._evicted
-
     def _read_existing(self, limits: Limits) -> None:
         with contextlib.suppress(OSError):  # no more descriptors to be had: what comes next is seen all the same
             for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
@@ -250,7 +240,7 @@ class ProbedFlows:
 
     def _read_namespace(self, inode: int, limits: Limits) -> None:
         table = Table()
-        asked: dict[bytes, list[tuple[str, int]]] = {}
+        asked: dict[Client, list[tuple[str, int]]] = {}
         now, timeout = time.monotonic_ns(), _timeout()
         try:
             for entry in table.dump():
@@ -258,18 +248,14 @@ class ProbedFlows:
                 if entry.status & SEEN_REPLY or now - seen > limits.window_ns:
                     continue
                 reply = entry.reply
-                key = records.encode_request_key(
-                    inode, entry.zone, reply.destination, reply.destination_port, reply.source_port
-                )
-                if len(asked) >= limits.max_peers and key not in asked:
+                client = Client(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
+                if len(asked) >= limits.max_peers and client not in asked:
                     continue
                 is_group = _is_group(entry.original.destination) or _is_broadcast(reply.source)
-                asked.setdefault(key, []).append((ANYBODY if is_group else reply.source, seen))
-            for key, servers in asked.items():
-                newest = sorted(servers, key=lambda server: -server[1])[:2]
-                with contextlib.suppress(FileExistsError):  # the probe was faster, and knows more
-                    bpf.map_update(self._requests, key, records.encode_requests(newest), only_new=True)
-                    self._entered += 1
+                asked.setdefault(client, []).append((ANYBODY if is_group else reply.source, seen))
+            for client, servers in asked.items():
+                for server, seen in sorted(servers, key=lambda server: server[1])[-2:]:
+                    bpf.program_test_run(self._enter, _frame(records.encode_request(client, server, seen)), 1)
         except BaseException:
             table.close()
             raise
@@ -277,6 +263,11 @@ class ProbedFlows:
             self._tables[inode] = table
         else:
             table.close()
+
+
+def _frame(message: bytes) -> bytes:
+    """A "packet" for a program that is run with a message: behind an Ethernet header, and as long as one must be."""
+    return bytes(14) + message.ljust(50, b"\0")
 
 
 def _timeout() -> int:
@@ -321,17 +312,6 @@ def _settle_by_netlink(table: Table, event: Event, zone: int) -> tuple[_Settled,
 
 
 # ---- conntrack's events ----
-
-
-@dataclass(slots=True)
-class _Asked:
-    """Whom a client asked from one port at one port, the two newest: (server, when), newest last."""
-
-    servers: list[tuple[str, int]]
-
-    @property
-    def newest(self) -> int:
-        return self.servers[-1][1]
 
 
 class _Namespace:
@@ -382,11 +362,10 @@ class ListenedFlows:
         Raises OSError where not even our own namespace can be listened to.
         """
         self._window_ns, self._sockets, self._told = limits.window_ns, sockets, told
-        self._evicted = 0
         self._missing = 0  # namespaces that could not be listened to at the last look
         self._missing_reason = ""
         self._namespaces: dict[int, _Namespace] = {}
-        self._asked: OrderedDict[tuple[int, int, str, int, int], _Asked] = OrderedDict()
+        self._requests = Requests(limits.window_ns, MAX_REQUESTS)
         self._waiting: deque[tuple[Event, int]] = deque()
         self._judged: OrderedDict[tuple[int, int, Tuple], int] = OrderedDict()
         self._looked = 0.0
@@ -407,8 +386,7 @@ class ListenedFlows:
         until = time.monotonic() + READ_SECONDS
         for each in self._namespaces.values():
             self._read(each, until)
-        while self._asked and now - next(iter(self._asked.values())).newest > 2 * self._window_ns:
-            self._asked.popitem(last=False)
+        self._requests.expire(now - 2 * self._window_ns)
         while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9:
             event, zone = self._waiting.popleft()
             namespace = self._namespaces.get(event.netns_inode or 0)
@@ -477,9 +455,9 @@ class ListenedFlows:
             lines.append(f"{self._missing} network namespaces cannot be listened to: {self._missing_reason}")
         return tuple(lines)
 
-    def evicted(self, _entered: int) -> int:
-        """Clients that had to make room for others within the window."""
-        return self._evicted
+    @property
+    def evicted(self) -> int:
+        return self._requests.evicted
 
     def _read(self, namespace: _Namespace, until: float) -> None:
         while True:
@@ -527,16 +505,8 @@ class ListenedFlows:
             return
         reply = entry.reply
         server = ANYBODY if _is_group(entry.original.destination) else reply.source
-        key = (inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
-        known = self._asked.setdefault(key, _Asked([]))
-        others = [each for each in known.servers if each[0] != server]
-        # A table is in no order; what is known of the same server may be newer.
-        seen = max([seen, *(when for who, when in known.servers if who == server)])
-        known.servers = sorted([*others, (server, seen)], key=lambda each: each[1])[-2:]
-        self._asked.move_to_end(key)
-        if len(self._asked) > MAX_REQUESTS:
-            self._asked.popitem(last=False)
-            self._evicted += 1
+        client = Client(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
+        self._requests.remember(client, server, seen)
 
     def _judge(self, inode: int, entry: Entry, seen: int, later_ns: int) -> bool:
         """Whether an entry mirrors the one request that it may answer wrongly; then it is a candidate, for once."""
@@ -560,12 +530,20 @@ class ListenedFlows:
     def _mirrored(self, inode: int, entry: Entry, seen: int, later_ns: int) -> str:
         """The address that should have answered instead, of a request ``later_ns`` before this entry; "" for none."""
         flow = entry.original
-        known = self._asked.get((inode, entry.zone, flow.destination, flow.destination_port, flow.source_port))
-        if known is None or entry.status & EXPECTED or any(server == flow.source for server, _ in known.servers):
+        client = Client(inode, entry.zone, flow.destination, flow.destination_port, flow.source_port)
+        known = self._requests.get(client)
+        if entry.status & EXPECTED or (known and any(server == flow.source for server, _ in known.servers)):
             return ""
-        in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
-        expected, asked = known.servers[-1]  # ANYBODY is "", too
-        return expected if in_time == [expected] and seen - asked >= later_ns else ""
+        expected, asked = known.servers[-1] if known else (ANYBODY, 0)
+        if known:
+            in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
+            if expected == ANYBODY or in_time != [expected] or seen - asked < later_ns:
+                return ""
+        # Where nothing is known of the client, its request may have been evicted; where one is, another one may.
+        if self._requests.may_be_evicted(client, seen):
+            self.undecided += 1
+            return ""
+        return expected
 
     @staticmethod
     def _candidate(inode: int, entry: Entry, expected: str) -> Event:

@@ -39,12 +39,14 @@ MAPS = {
         "senders",
         "counters",
     },
-    "flows.c": {"requests", "candidates", "senders", "counters"},
+    "flows.c": {"candidates", "senders", "counters"},
 }
 
 
 #: maps of reply.c whose elements begin with a lock (locks.py)
 LOCKED = frozenset({"conversations", "addresses"})
+#: maps that are filled with random numbers before a program is attached
+KEYS = frozenset({"hash_keys", "flow_keys"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ FUNCTION_PROBES = (
     FunctionProbe("nf_ct_delete", "gone"),
 )
 CLOCK = "clock_ticks"  # the program of reply.c that the agent runs itself
-SETTLE = "settle"  # the program of flows.c that the agent runs itself
+SETTLE, ENTER = "settle", "enter"  # the programs of flows.c that the agent runs itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,7 @@ class Limits:
     max_findings: int = 8_192
     events_per_second: int = 10  # of one finding
     ring_pages: int = 64  # a power of two
-    max_candidates: int = 8_192  # new flows that wait for their decision
+    max_candidates: int = 4_096  # new flows that wait for their decision
     max_told: int = 8_192  # wrong replies of sockets that conntrack may book as new flows, too
 
 

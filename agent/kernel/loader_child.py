@@ -34,7 +34,19 @@ from udpwatch.agent.kernel.bpf import (
     map_update,
     program_load_logged,
 )
-from udpwatch.agent.kernel.loader import CLOCK, FUNCTION_PROBES, HOOKS, LOCKED, MAPS, SETTLE, SLOW, Hook, Limits
+from udpwatch.agent.kernel.loader import (
+    CLOCK,
+    ENTER,
+    FUNCTION_PROBES,
+    HOOKS,
+    KEYS,
+    LOCKED,
+    MAPS,
+    SETTLE,
+    SLOW,
+    Hook,
+    Limits,
+)
 from udpwatch.agent.kernel.objects import Cache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.model import Hooks
@@ -68,7 +80,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "ADDRESS_SHARE": max(1, limits.max_peers // 256 // 8),
         "FORGOTTEN_SETS": max(1, limits.max_peers // 4),
         "MAX_EVICTIONS": 4096,
-        "MAX_REQUESTS": max(1, limits.max_peers // 2),
+        "REQUEST_SETS": max(1, limits.max_peers // 4 // records.WAYS),
         # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
         "MAX_CANDIDATES": limits.max_candidates,
@@ -181,7 +193,7 @@ def _create(definition: MapDefinition) -> int:
     if definition.name in LOCKED:
         return locks.create(definition)
     created = map_create(definition)
-    if definition.name == "hash_keys":
+    if definition.name in KEYS:
         map_update(created, bytes(definition.key_bytes), os.urandom(definition.value_bytes))
     return created
 
@@ -251,7 +263,8 @@ def _load_probes(
         except (OSError, LookupError) as error:
             answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
     if found.flow_probes:
-        _load(SETTLE, ProgramType.SOCKET_FILTER, None, programs, answer)
+        for name in (SETTLE, ENTER):
+            _load(name, ProgramType.SOCKET_FILTER, None, programs, answer)
 
 
 def _reason(error: OSError) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 
+from udpwatch.agent.kernel.requests import Client
 from udpwatch.agent.model import Cause, Counters, Event, Finding, Flow, Tuple, Verdict
 
 COMM_LEN = 16
@@ -136,15 +137,14 @@ class RequestRecord(ctypes.Structure):
         ("server", Address),
         ("seen", c_uint64),
         ("entry", c_uint64),
-        ("final", c_uint32),
-        ("pad", c_uint32),
+        ("final", c_uint64),
     ]
 
 
-class RequestsRecord(ctypes.Structure):
-    """struct requests."""
+class DumpedRequest(ctypes.Structure):
+    """struct dumped_request."""
 
-    _fields_ = [("asked", RequestRecord * 2)]
+    _fields_ = [("key", RequestKey), ("server", Address), ("seen", c_uint64)]
 
 
 class CandidateRecord(ctypes.Structure):
@@ -181,8 +181,6 @@ CONVERSATION_SET_BYTES = ctypes.sizeof(ConversationSet)
 FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
 FINDING_BYTES = ctypes.sizeof(FindingValue)
 EVENT_BYTES = ctypes.sizeof(EventRecord)
-REQUEST_KEY_BYTES = ctypes.sizeof(RequestKey)
-REQUESTS_BYTES = ctypes.sizeof(RequestsRecord)
 CANDIDATE_KEY_BYTES = 8
 CANDIDATE_BYTES = ctypes.sizeof(CandidateRecord)
 STATS_BYTES = ctypes.sizeof(StatsRecord)
@@ -299,18 +297,11 @@ def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:
     return bytes(ToldKey(source, to, port, peer_port))
 
 
-def encode_request_key(netns: int, zone: int, client: str, client_port: int, port: int) -> bytes:
-    """struct request_key."""
-    return bytes(RequestKey(Address(*encode_address(client)), netns, client_port, port, zone))
-
-
-def encode_requests(asked: list[tuple[str, int]]) -> bytes:
-    """struct requests from (server, "" for a group; when: monotonic nanoseconds), two at most, whose entries are not
-    known."""
-    record = RequestsRecord()
-    for half, (server, seen) in zip(record.asked, asked, strict=False):
-        half.server, half.seen = Address(*encode_address(server or "::")), seen
-    return bytes(record)
+def encode_request(client: Client, server: str, seen: int) -> bytes:
+    """struct dumped_request; ``server``: "" for a group, ``seen``: nanoseconds of CLOCK_MONOTONIC."""
+    address = Address(*encode_address(client.address))
+    key = RequestKey(address, client.inode, client.client_port, client.port, client.zone)
+    return bytes(DumpedRequest(key, Address(*encode_address(server or "::")), seen))
 
 
 def decode_candidate(raw: bytes) -> tuple[Event, int]:

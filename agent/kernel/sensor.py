@@ -127,7 +127,7 @@ class Sensor:
             counters=counters,
             probes=self.probes(),
             tracked_peers=replies.count_peers() if replies else 0,
-            evicted_peers=counters.evicted + (flows.evicted(counters.requests) if flows else 0),
+            evicted_peers=counters.evicted + (flows.evicted if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             dropped=replies.dropped if replies else 0,
             held_back=flows.held_back if flows else 0,

@@ -405,18 +405,51 @@ def test_many_of_a_pods_wrong_replies(open_watch: Callable[..., Watch], port: in
         assert sum(found.values()) == 3000
 
 
-def test_clients_that_had_to_make_room(
-    open_watch: Callable[..., Watch], router: Router, port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """More of them than are remembered: counted, so that a blind eye is known of."""
-    monkeypatch.setattr(flows, "COUNT_SECONDS", 0.0)
+@pytest.fixture
+def crowded(open_watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Router]]:
+    """A sensor whose table holds 256 clients, and a router without a flow."""
     monkeypatch.setattr(flows, "MAX_REQUESTS", 256)
-    client, asked, _, _ = V4
-    with closing(open_watch(Limits(max_peers=256))) as watch:
-        before = watch.sensor.read(1 << 62).evicted_peers
-        for number in range(1000):
-            router.ask(client, 20_000 + number, asked, port)
-        assert watch.sensor.read(1 << 62).evicted_peers - before >= 1000 - 256
+    with Router() as router, closing(open_watch(Limits(max_peers=1024))) as watch:
+        yield watch, router
+
+
+def undecided(watch: Watch) -> int:
+    reading = watch.sensor.read(1 << 62)
+    return reading.undecided + reading.counters.undecided
+
+
+def test_a_flood_evicts_its_own_requests(crowded: tuple[Watch, Router], port: int) -> None:
+    """Requests to one port fill the table: those to another port stay, and their wrong replies are found."""
+    watch, router = crowded
+    client, asked, other, _ = V4
+    for number in range(8):
+        router.ask(client, 4444 + number, asked, port)
+    before = watch.sensor.read(1 << 62).evicted_peers
+    for number in range(1000):
+        router.ask(client, 20_000 + number, asked, port + 1)
+    assert watch.sensor.read(1 << 62).evicted_peers - before >= 1000 - 256
+    for number in range(8):
+        router.answer(other, port, client, 4444 + number)
+    assert sum(settled(watch, port).values()) == 8
+
+
+def test_a_reply_to_an_evicted_request_is_undecided(crowded: tuple[Watch, Router], port: int) -> None:
+    """Right or wrong, it is counted and is no finding; what the client asked since then does not make it one."""
+    watch, router = crowded
+    client, asked, other, third = V4
+    router.ask(client, 4444, asked, port)
+    router.ask(client, 4445, asked, port)
+    for number in range(1000):
+        router.ask(client, 20_000 + number, asked, port)
+    watch.read()
+    router.node.run(["conntrack", "-D", "-p", "udp", "--orig-port-src", "4444"])
+    router.node.run(["conntrack", "-D", "-p", "udp", "--orig-port-src", "4445"])
+    before = undecided(watch)
+    router.answer(other, port, client, 4444)
+    router.ask(client, 4445, third, port)
+    router.answer(asked, port, client, 4445)  # late, and right
+    assert not settled(watch, port)
+    assert undecided(watch) - before == 2
 
 
 # ---- conntrack's events ----

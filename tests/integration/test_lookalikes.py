@@ -97,6 +97,21 @@ def test_source_nat_mends_the_address_and_not_the_port(watch: Watch, port: int) 
             assert (finding.expected, finding.actual) == (SECOND, SECOND)
 
 
+def test_source_nat_of_a_reply_to_a_broadcast(watch: Watch, port: int) -> None:
+    """NAT changes the port of what answers a group: who answers is right all the same."""
+    with ContainerHost() as lab:
+        lab.node.nft(
+            "table ip own { chain p { type nat hook postrouting priority srcnat - 5;"
+            f" oifname eth0 udp sport {port} snat to {lab.ETH0}:5999; }}; }}"
+        )
+        with bound(lab.node, socket.AF_INET, "0.0.0.0", port) as server, lab.outside.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+            server.sendto(*ask(client, "255.255.255.255", port, server))
+            assert client.recvfrom(100)[1] == (lab.ETH0, 5999)
+            assert watch.count(port) == 0
+
+
 def test_translation_in_another_zone(watch: Watch, port: int) -> None:
     with ContainerHost() as lab:
         lab.node.nft(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
+import signal
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import PATIENCE_SECONDS, SECOND, SECOND_6, VIP, VIP_6, Watch, ask
+from machine import own_cgroup
 
 from udpwatch.agent import servers
 from udpwatch.agent.kernel.loader import Limits
@@ -182,6 +186,66 @@ def test_connected_server_socket(watch: Watch, host: ContainerHost, port: int, f
         assert (finding.actual, finding.cause) == (family.docker0, Cause.CONNECTED)
 
 
+def test_two_threads_with_a_cause_each_share_a_socket(packet_watch: Watch, port: int) -> None:
+    """One names its source, the other leaves it to routing, at the same time."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            _, peer = ask(client, "127.0.0.2", port, server)
+
+            def send(controls: list[tuple[int, int, bytes]]) -> None:
+                for _ in range(5_000):
+                    server.sendmsg([b"x"], controls, 0, peer)
+
+            threads = [
+                threading.Thread(target=send, args=[controls]) for controls in ([], [source_control(V4, "127.0.0.3")])
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            causes = {finding.cause: count for finding, count in packet_watch.findings(port).items()}
+            assert causes == {Cause.KERNEL_CHOSEN: 5_000, Cause.EXPLICIT: 5_000}
+
+
+def test_the_cgroup_is_the_senders(watch: Watch, port: int) -> None:
+    """Not the one that made the socket: a process in another cgroup inherited it (socket activation)."""
+    with Lab() as lab, own_cgroup() as folder:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            question = ask(client, "127.0.0.2", port, server)
+
+            def answer() -> None:
+                (folder / "cgroup.procs").write_text(str(os.getpid()))
+                server.sendto(*question)
+                os.write(done, b"x")
+                signal.pause()  # in mode netlink its namespace is found by its process
+
+            sent, done = os.pipe()
+            heir = alone.spawn("heir", answer)
+            assert os.read(sent, 1)
+            finding = finding_of(watch, port)
+            assert finding.process == "heir"
+            assert finding.cgroup == folder.stat().st_ino
+            heir.stop()
+            for end in (sent, done):
+                os.close(end)
+
+
+def test_a_socket_that_takes_turns(packet_watch: Watch, port: int) -> None:
+    """A hundred sends of each kind, one kind after the other: each has its own cause."""
+    with Lab() as lab:
+        alone = lab.namespace("alone")
+        with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
+            _, peer = ask(client, "127.0.0.2", port, server)
+            for _ in range(3):
+                for controls in ([], [source_control(V4, "127.0.0.3")]):
+                    for _ in range(100):
+                        server.sendmsg([b"x"], controls, 0, peer)
+            causes = {finding.cause: count for finding, count in packet_watch.findings(port).items()}
+            assert causes == {Cause.KERNEL_CHOSEN: 300, Cause.EXPLICIT: 300}
+
+
 @both
 def test_connected_second_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
     """A socket per client, connected after the listening one has received: bound to nothing, so routing froze it."""
@@ -196,6 +260,32 @@ def test_connected_second_socket(watch: Watch, host: ContainerHost, port: int, f
             second.send(data)
         assert watch.count(port) == 1
         assert finding_of(watch, port).cause is Cause.CONNECTED
+
+
+@both
+def test_connected_second_socket_on_an_ephemeral_port(host: ContainerHost, port: int, family: Family) -> None:
+    """Most connected sockets on such a port are clients; this one answers, for longer than the window."""
+    port += 20_000
+    reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with (
+        closing(Watch(Limits(window_ns=500_000_000))) as watch,
+        bound(host.node, family.inet, family.wildcard, port, reuse) as listener,
+        bound(host.outside, family.inet, family.wildcard, 0) as client,
+    ):
+        data, peer = ask(client, family.docker0, port, listener)
+        with bound(host.node, family.inet, family.wildcard, port, reuse) as second:
+            second.connect(peer)
+            begin = time.monotonic()
+            sent = 0
+            while time.monotonic() - begin < 1.2:  # the scene itself: time goes by
+                ask(client, family.docker0, port, listener)
+                second.send(data)
+                sent += 1
+                time.sleep(0.1)
+            assert watch.count(port) == sent
+            time.sleep(0.8)
+            second.send(data)
+            assert watch.count(port) == sent
 
 
 @both

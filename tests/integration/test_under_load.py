@@ -107,6 +107,52 @@ def test_a_flood_evicts_its_own_requests(place: Place, port: int) -> None:
         assert watch.sensor.counters().undecided > before
 
 
+def test_a_tenant_that_has_lost_many_requests_holds_more(port: int) -> None:
+    """One set of eight: of another server's seven requests and one of the flood's, the flood's makes room."""
+    sink_port = port + 10_000
+    with Lab() as lab, closing(Watch(Limits(max_peers=8))) as watch, ExitStack() as clients:
+        alone = lab.namespace("alone")
+        with (
+            bound(alone, socket.AF_INET, "0.0.0.0", sink_port) as sink,
+            bound(alone, socket.AF_INET, "0.0.0.0", port) as server,
+        ):
+
+            def flood(count: int) -> None:
+                for _ in range(count):
+                    ask(clients.enter_context(alone.socket()), "127.0.0.2", sink_port, sink)
+
+            flood(200)
+            peers = [ask(clients.enter_context(alone.socket()), "127.0.0.2", port, server) for _ in range(7)]
+            flood(50)
+            for question in peers:
+                server.sendto(*question)
+            assert watch.count(port) == 7
+
+
+def test_evicted_addresses_are_undecided(port: int) -> None:
+    """Two conversations ask more addresses than there is room for: the right reply to an evicted request is counted."""
+    with Lab() as lab, closing(Watch(Limits(max_peers=256))) as watch:
+        alone = lab.namespace("alone")
+        with (
+            bound(alone, socket.AF_INET, "0.0.0.0", port) as server,
+            alone.socket() as first,
+            alone.socket() as second,
+        ):
+            for client in (first, second):
+                for number in range(2, 42):
+                    _, peer = ask(client, f"127.0.0.{number}", port, server)
+                    if client is first:
+                        asked = peer
+            before = watch.sensor.counters()
+            server.sendmsg([b"right"], [source_control(V4, "127.0.0.2")], 0, asked)
+            after = watch.sensor.counters()
+            assert watch.count(port) == 0
+            assert after.evicted >= 80 - 64
+            assert after.undecided - before.undecided == 1
+            # The newest request is still there, and an address that was never asked is a wrong source.
+            server.sendmsg([b"wrong"], [source_control(V4, "127.0.0.99")], 0, peer)
+
+
 # ---- many addresses ----
 
 
@@ -302,6 +348,38 @@ def test_forged_requests_of_a_peer_that_this_host_asks(packet_watch: Watch, load
             for _ in range(18):
                 converse()
             assert packet_watch.count(port) == 0
+
+
+def test_a_conversation_begun_here_beside_a_forged_request(watch: Watch, port: int) -> None:
+    """A client's connected socket goes on while its peer's request at another address, to another socket of the same
+    port, is pending: undecided in conntrack's reply direction, whoever sent that request.
+    """
+    port += 20_000  # a client's
+    reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with Lab() as lab:
+        host, peer = lab.namespace("host"), lab.namespace("peer")
+        lab.link(host, "eth0", peer, "eth0")
+        host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
+        peer.ip("addr add 10.1.0.9/24 dev eth0")
+        host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
+        with (
+            bound(peer, socket.AF_INET, "0.0.0.0", 1024) as remote,
+            bound(host, socket.AF_INET, "10.1.0.2", port, reuse) as listener,
+            bound(host, socket.AF_INET, "10.1.0.1", port, reuse) as program,
+        ):
+            program.settimeout(PATIENCE_SECONDS)
+            remote.settimeout(PATIENCE_SECONDS)
+            program.connect(("10.1.0.9", 1024))
+            program.send(b"question")
+            remote.sendto(*remote.recvfrom(100))
+            program.recv(100)
+            ask(remote, "10.1.0.2", port, listener)
+            before = watch.sensor.counters().undecided
+            for _ in range(3):
+                program.send(b"next question")
+            assert watch.count(port) == 0
+            if watch.sensor.features.mode == "packet":
+                assert watch.sensor.counters().undecided - before == 3
 
 
 def test_a_media_server_asked_at_eight_candidates(watch: Watch, port: int) -> None:

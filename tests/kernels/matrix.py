@@ -36,7 +36,7 @@ import pytest
 from guest import HOT, SHARE_TAG
 from packages import SUITES, Kernel, Unavailable, obtain
 
-from udpwatch.agent.kernel.loader import CLOCK, HOOKS, SETTLE, SLOW
+from udpwatch.agent.kernel.loader import CLOCK, ENTER, HOOKS, SETTLE, SLOW
 from udpwatch.agent.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ class Outcome:
     @property
     def attached(self) -> str:
         """What is attached; SLOW, which others go on in, is not, nor what the agent runs itself."""
-        return " ".join(name for name in self.programs if name not in {*BESIDE_HOOKS, SETTLE})
+        return " ".join(name for name in self.programs if name not in {*BESIDE_HOOKS, SETTLE, ENTER})
 
     @property
     def passed(self) -> int:

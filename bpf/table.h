@@ -1,0 +1,213 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What the tables of reply.c and flows.c have in common: sets of WAYS entries in an array map,
+ * found by a keyed hash, with a share for each tenant (a server port of a network namespace). No
+ * map is used here: bcc rewrites map calls in the main file only.
+ *
+ * Which entry makes room: an expired one first. A full set evicts from the tenant that holds most
+ * of it: what was answered, then what was answered wrongly, then the oldest. A tenant that has lost
+ * many requests counts as holding more. What was evicted within the window leaves a fingerprint.
+ */
+#ifndef UDPWATCH_TABLE_H
+#define UDPWATCH_TABLE_H
+
+#include "common.h"
+#include "records.h"
+
+#define REFRESH_NS     (WINDOW_NS / 256) /* the precision of the time of a pending request */
+#define NEVER          (1ULL << 62)      /* later than any time */
+#define HEAVY_SHARE    8                 /* a heavy tenant counts as holding this many more ways */
+#define AGE_BITS       46
+#define AGE_SHIFT      10 /* ages are compared in microseconds */
+#define MANY_EVICTIONS 64 /* of a tenant within the window: more make it HEAVY */
+
+/* ---- hashes ---- */
+
+/* As NH, the universal hash of UMAC (RFC 4418, section 5.2), with sums that keep their carry: two
+ * keys that differ collide with probability 2^-32 at the most for whoever does not know the words.
+ */
+static __always_inline __u64 pair(const struct hash_keys *keys, int at, __u64 a, __u64 b) {
+    return (a + keys->word[at]) * (b + keys->word[at + 1]);
+}
+
+static __always_inline __u64 mixed(__u64 x) {
+    x ^= x >> 32;
+    x *= 0x9e3779b97f4a7c15ULL;
+    return x ^ x >> 29;
+}
+
+/* Never 0, which stands for a free way. */
+static __always_inline __u64 tag_of(const struct hash_keys *keys,
+                                    const struct conversation_key *key) {
+    const struct address *peer = &key->peer;
+    __u64 sum = pair(keys, 0, key->scope, key->scope >> 32) +
+                pair(keys, 2, peer->word[0], peer->word[1]) +
+                pair(keys, 4, peer->word[2], peer->word[3]) +
+                pair(keys, 6, (__u32)key->peer_port << 16 | key->port, key->link);
+    return mixed(sum) | 1;
+}
+
+/* Of a request: of a conversation's tag and an address. Never 0. */
+static __always_inline __u64 request_hash(const struct hash_keys *keys, __u64 tag,
+                                          const struct address *address) {
+    return mixed(tag + pair(keys, 8, address->word[0], address->word[1]) +
+                 pair(keys, 10, address->word[2], address->word[3])) |
+           1;
+}
+
+/* One of `count`, whatever number that is. */
+static __always_inline __u32 share_of(__u64 hash, __u32 count) {
+    return (hash >> 32) * count >> 32;
+}
+
+/* ---- without a branch: of each the verifier would follow both ways ---- */
+
+static __always_inline __u64 opaque(__u64 x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/* 1 where x is 0, else 0. */
+static __always_inline __u64 is_zero(__u64 x) {
+    x = opaque(x);
+    return ~(x | opaque(-x)) >> 63;
+}
+
+/* 1 where a is less than b, else 0; they are less than 2^63 apart, as times are. */
+static __always_inline __u64 is_less(__u64 a, __u64 b) {
+    return opaque(a - b) >> 63;
+}
+
+static __always_inline __u64 greater_of(__u64 a, __u64 b) {
+    return a ^ ((a ^ b) & -is_less(a, b));
+}
+
+static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
+    return a ^ ((a ^ b) & -is_less(b, a));
+}
+
+/* ---- which entry makes room ---- */
+
+/* A higher score is evicted first. `held`: of its set, by its tenant. */
+static __always_inline __u64 eviction_score(__u64 held, __u64 is_heavy, __u64 is_answered,
+                                            __u64 is_accused, __u64 asked, __u64 now) {
+    __u64 elapsed = (now + REFRESH_NS - asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
+    held += is_heavy * HEAVY_SHARE;
+    return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
+}
+
+/* How much one entry adds to what the tenant of another one holds: 1 for the namespace, 1 more for
+ * the port. */
+static __always_inline __u64 shares_of(const struct tenant *a, const struct tenant *b) {
+    __u64 same_scope = is_zero(a->scope ^ b->scope);
+    return same_scope + (same_scope & is_zero(a->port ^ b->port));
+}
+
+/* 1 where an entry's tenant had lost many requests when it came, or now that `fresh` comes. */
+static __always_inline __u64 is_heavy(const struct tenant *of, const struct tenant *fresh) {
+    return (of->flags / HEAVY & 1) | (fresh->flags / HEAVY & shares_of(of, fresh) >> 1);
+}
+
+/* ---- what had to make room ---- */
+
+#define TIME_MASK    ((1ULL << TIME_BITS) - 1)
+#define WINDOW_TICKS (WINDOW_NS >> TIME_SHIFT)
+
+static __always_inline __u64 ticks_since(__u64 word, __u64 now) {
+    return ((now >> TIME_SHIFT) - word) & TIME_MASK;
+}
+
+static __always_inline __u32 class_of(const struct hash_keys *keys, const struct tenant *tenant) {
+    return share_of(mixed(pair(keys, 2, tenant->scope, tenant->port)), TENANT_CLASSES);
+}
+
+static __always_inline __u64 fingerprint(__u64 hash, __u32 class) {
+    return hash << CLASS_BITS | class;
+}
+
+/* Note that a fingerprint was overwritten within the window. */
+static __always_inline void note_loss(struct forgotten_set *set, __u64 word, __u64 now) {
+    __u32 class = word >> TIME_BITS & ((1 << CLASS_BITS) - 1);
+    __u64 bit = 1ULL << (class % CLASSES_A_WORD + TIME_BITS);
+#define LOSE(i)                                                                                    \
+    if (class / CLASSES_A_WORD == i) {                                                             \
+        __u64 lost = READ_ONCE(set->lost[i]);                                                      \
+        if (ticks_since(lost, now) > WINDOW_TICKS)                                                 \
+            lost = 0;                                                                              \
+        WRITE_ONCE(set->lost[i], ((lost | bit) & ~TIME_MASK) | (now >> TIME_SHIFT & TIME_MASK));   \
+        KEEP_APART(i);                                                                             \
+        return;                                                                                    \
+    }
+    LOSE(0) LOSE(1)
+}
+
+/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
+static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u32 class, __u64 now) {
+    __u64 word = fingerprint(hash, class) << TIME_BITS | (now >> TIME_SHIFT & TIME_MASK);
+    __u64 elapsed[FORGOTTEN_WAYS], held, oldest = 0;
+
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+        elapsed[i] = ticks_since(READ_ONCE(set->way[i]), now);
+        oldest = greater_of(oldest, elapsed[i]);
+    }
+#define FORGET(i)                                                                                  \
+    if (elapsed[i] == oldest) {                                                                    \
+        held = READ_ONCE(set->way[i]);                                                             \
+        WRITE_ONCE(set->way[i], word);                                                             \
+        KEEP_APART(i);                                                                             \
+        goto out;                                                                                  \
+    }
+    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) return;
+out:
+    if (held && oldest <= WINDOW_TICKS)
+        note_loss(set, held, now);
+}
+
+/* Whether a request is among them, or, with `or_lost`, may have been: of its tenant's class one was
+ * overwritten. */
+static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u64 hash,
+                                            __u32 class, __u64 or_lost, __u64 now) {
+    __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
+
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+        __u64 held = READ_ONCE(set->way[i]);
+        found |= is_zero((held ^ sought) >> TIME_BITS) &
+                 is_less(ticks_since(held, now), WINDOW_TICKS + 1);
+    }
+#pragma unroll
+    for (int i = 0; i < FORGOTTEN_LOST; i++) {
+        __u64 lost = READ_ONCE(set->lost[i]);
+        __u64 is_word = is_zero(class / CLASSES_A_WORD ^ i);
+        found |= or_lost & is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
+                 is_less(ticks_since(lost, now), WINDOW_TICKS + 1);
+    }
+    return found & 1;
+}
+
+/* Note in a tenant's record that one of its requests made room: `pending`, which nobody had
+ * answered, or one of SEVERAL. An accused one leaves no fingerprint. */
+static __always_inline void note_loss_of_tenant(struct eviction *of, int pending, int accused,
+                                                int several, __u64 now) {
+    if (!accused && now - of->last > REFRESH_NS)
+        WRITE_ONCE(of->last, now);
+    if (several)
+        WRITE_ONCE(of->several, now);
+    if (pending && now - of->pending > REFRESH_NS)
+        WRITE_ONCE(of->pending, now);
+    if (!pending || accused)
+        return;
+    if (!is_remembered(of->since, now)) {
+        WRITE_ONCE(of->since, now);
+        WRITE_ONCE(of->count, 0);
+    }
+    __sync_fetch_and_add(&of->count, 1);
+}
+
+/* Whether a tenant has lost so many requests that its entries go first. */
+static __always_inline int lost_many(const struct eviction *of, __u64 now) {
+    return of->count >= MANY_EVICTIONS && is_remembered(of->pending, now);
+}
+
+#endif
