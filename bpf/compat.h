@@ -21,7 +21,11 @@
 /* Ends a branch that must stay one. Where two branches differ only in an offset, the compiler makes
  * one of them with a computed offset, and the verifier allows arithmetic on a pointer to map or
  * stack memory with anything but constants only to whom CAP_PERFMON is given. */
+#if HAVE_KERNEL_READ
+#define KEEP_APART(n)
+#else
 #define KEEP_APART(n) asm volatile("" : : "i"(n))
+#endif
 
 #if HAVE_KERNEL_READ
 /* By number: bcc puts bpf_probe_read in place of bpf_probe_read_kernel, which these programs may

@@ -55,9 +55,30 @@ static __always_inline __s64 age(__u64 then, __u64 now) {
 
 /* ---- conversations ---- */
 
-/* Written out, not a loop: what leaves a loop is made one piece of code for all ways, which
- * computes their offset (see KEEP_APART). X is a macro that takes the number of a way. */
+/* X is a macro that takes the number of a way. Where the verifier allows no computed offset they
+ * are written out, not a loop: what leaves a loop is made one piece of code for all ways, which
+ * computes their offset (see KEEP_APART). */
 #define EACH_WAY(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
+#if HAVE_KERNEL_READ
+static __always_inline __u32 way_of(const __u64 *words, __u64 word) {
+#pragma unroll
+    for (int i = 0; i < WAYS; i++) {
+        if (READ_ONCE(words[i]) == word)
+            return i;
+    }
+    return WAYS;
+}
+
+/* X for the way whose word is this one. */
+#define WAY_WITH(words, word, X)                                                                   \
+    {                                                                                              \
+        __u32 way_ = opaque(way_of(words, word));                                                  \
+        if (way_ < WAYS)                                                                           \
+            X(way_)                                                                                \
+    }
+#else
+#define WAY_WITH(words, word, X) EACH_WAY(X)
+#endif
 
 /* Volatile, so that the compiler selects among values and never among pointers. */
 static __always_inline void copy(struct conversation *to, const struct conversation *from) {
@@ -103,7 +124,7 @@ static __always_inline enum quick ask_again(struct conversation_set *set, __u64 
         KEEP_APART(i);                                                                             \
         return quick;                                                                              \
     }
-    EACH_WAY(ASK)
+    WAY_WITH(set->tag, tag, ASK)
     return UNKNOWN_PEER;
 }
 
@@ -135,7 +156,7 @@ static __always_inline enum quick answer(struct conversation_set *set, __u64 tag
         KEEP_APART(i);                                                                             \
         return quick;                                                                              \
     }
-    EACH_WAY(ANSWER_WAY)
+    WAY_WITH(set->tag, tag, ANSWER_WAY)
     return UNKNOWN_PEER;
 }
 
@@ -195,7 +216,7 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
         KEEP_APART(i);                                                                             \
         return;                                                                                    \
     }
-    EACH_WAY(INSERT)
+    WAY_WITH(score, best, INSERT)
 }
 
 enum remembering {
@@ -235,7 +256,7 @@ static __always_inline enum remembering note_request(struct conversation_set *se
         KEEP_APART(i);                                                                             \
         goto out;                                                                                  \
     }
-    EACH_WAY(NOTE)
+    WAY_WITH(set->tag, tag, NOTE)
     insert(set, tag, fresh, now, known, evicted_tag);
 out:
     spin_unlock(&set->lock);
@@ -269,7 +290,7 @@ static __always_inline void set_newest(struct conversation_set *set, __u64 tag,
         KEEP_APART(i);                                                                             \
         goto out;                                                                                  \
     }
-    EACH_WAY(CHANGE)
+    WAY_WITH(set->tag, tag, CHANGE)
 out:
     spin_unlock(&set->lock);
 }
@@ -306,7 +327,7 @@ static __always_inline enum judgement judge_one(struct conversation_set *set, __
         KEEP_APART(i);                                                                             \
         goto out;                                                                                  \
     }
-    EACH_WAY(JUDGE)
+    WAY_WITH(set->tag, tag, JUDGE)
 out:
     spin_unlock(&set->lock);
     return judgement;
