@@ -155,12 +155,13 @@ struct sender {
     __u32 pad;
 };
 
-/* The cause of the sends of a socket that is not connected, as long as they all have the same. */
+/* The cause of the sends of a socket that is not connected. Where they differed lately, the struct
+ * sender of each thread has its own. */
 struct socket_cause {
     __u64 socket;
-    __u16 cause; /* 0: they differ, see the thread's struct sender */
-    __u16 last;  /* where they differ, the cause of the last one */
-    __u32 alike; /* and how many in a row had that one */
+    __u16 cause;    /* of the last send */
+    __u16 before;   /* of all sends before they differed: of those that are on their way */
+    __u32 differed; /* the last time, in ticks; 0: never */
 };
 
 /* The sockets of a port: of several namespaces, or with SO_REUSEPORT. A cache line. */

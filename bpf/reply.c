@@ -25,10 +25,10 @@
  * RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
-#define MANY_ALIKE         64 /* sends in a row with the same cause */
-#define IP6_EXTENSIONS     32 /* of 8 bytes at least; the kernel takes any number */
-#define IP6_FRAGMENT       44 /* RFC 8200, section 4.5 */
-#define IP6_AUTHENTICATION 51 /* RFC 4302 */
+#define ALIKE_NS           10000000000ULL /* far longer than a send takes */
+#define IP6_EXTENSIONS     32             /* of 8 bytes at least; the kernel takes any number */
+#define IP6_FRAGMENT       44             /* RFC 8200, section 4.5 */
+#define IP6_AUTHENTICATION 51             /* RFC 4302 */
 #define SECOND_NS          1000000000ULL
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
 #define FAMILY_INET6       10
@@ -402,14 +402,21 @@ static __always_inline struct socket_causes *causes_of_port(struct bpf_sock *sk)
     return socket_causes.lookup(&index);
 }
 
+/* The memory of a socket is used again for another one, which may be of another kind: so they are
+ * taken for alike again some time after they differed. A send does not take as long. */
+static __always_inline int are_alike(const struct socket_cause *known) {
+    __u32 differed = READ_ONCE(known->differed);
+    return !differed || (__u32)bpf_jiffies64() - differed > ALIKE_NS / TICK_NS;
+}
+
 /* Note the cause of one more send of a socket; whether all that is known of it have the same. */
 static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
     if (known->cause == cause)
-        return 1;
-    /* The memory of a socket is used again for another one, which may be of another kind. */
-    known->alike = known->last == cause ? known->alike + 1 : 0;
-    known->last = cause;
-    WRITE_ONCE(known->cause, known->alike >= MANY_ALIKE ? cause : 0);
+        return are_alike(known);
+    if (are_alike(known))
+        WRITE_ONCE(known->before, known->cause);
+    WRITE_ONCE(known->differed, ((__u32)bpf_jiffies64() - 1) | 1); /* not 0, not later */
+    WRITE_ONCE(known->cause, cause);
     return 0;
 }
 
@@ -426,27 +433,34 @@ static __always_inline int note_socket(struct bpf_sock *sk, __u64 socket, __u16 
     }
     struct socket_cause *replaced = &causes->way[bpf_jiffies64() & 3];
     WRITE_ONCE(replaced->socket, 0); /* nobody's while it changes */
+    WRITE_ONCE(replaced->differed, 0);
     WRITE_ONCE(replaced->cause, cause);
     WRITE_ONCE(replaced->socket, socket);
     return 0;
 }
 
-/* The cause of all sends of a socket; 0 where that is not known. */
-static __always_inline __u32 cause_of_socket(struct bpf_sock *sk, __u64 socket) {
+/* The cause of a socket's send: *alike if all that is known of it have the same, else that of a
+ * thread of which nothing is noted. 0 where nothing is known. */
+static __always_inline __u32 cause_of_socket(struct bpf_sock *sk, __u64 socket, int *alike) {
     struct socket_causes *causes = causes_of_port(sk);
     __u32 cause = 0;
 
+    *alike = 0;
     if (!causes)
         return 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        if (READ_ONCE(causes->way[i].socket) == socket) {
-            cause = READ_ONCE(causes->way[i].cause);
-            if (READ_ONCE(causes->way[i].socket) != socket)
-                cause = 0;
+        const struct socket_cause *known = &causes->way[i];
+        if (READ_ONCE(known->socket) == socket) {
+            *alike = are_alike(known);
+            cause = *alike ? READ_ONCE(known->cause) : READ_ONCE(known->before);
+            if (READ_ONCE(known->socket) == socket)
+                return cause;
+            break;
         }
     }
-    return cause;
+    *alike = 0;
+    return 0;
 }
 #endif
 
@@ -514,15 +528,20 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
     struct identity who = {};
 
 #if KNOW_CURRENT
+#if CAUSE_BY_SOCKET
+    int alike = 0;
+    if (sk->state != BPF_TCP_ESTABLISHED)
+        cause = cause_of_socket(sk, socket, &alike);
+#else
+    const int alike = 0;
+#endif
     if (sender && READ_ONCE(sender->socket) == socket && sender->pid_tgid == pid_tgid) {
-        cause = sender->cause;
+        if (!alike)
+            cause = sender->cause;
         who.pktinfo = sender->pktinfo;
     }
-#if CAUSE_BY_SOCKET
-    __u32 of_all = sk->state != BPF_TCP_ESTABLISHED ? cause_of_socket(sk, socket) : 0;
-    if (of_all)
-        cause = of_all;
-#endif
+    if (!cause)
+        cause = CAUSE_UNKNOWN;
     who.tgid = pid_tgid >> 32;
     who.uid = current_uid();
     key->cgroup = current_cgroup(skb);
