@@ -1,8 +1,9 @@
 """Wires the stages together: kernel -> enrich -> state -> views. Signals, order of start, order of stop.
 
-Three kinds of threads: the main one owns the state and answers the socket; one reads the sensor, which may block
-on netlink; views that may block on their reader (HTTP, event file) have their own. State changes on the main
-thread only; HTTP reads the snapshot that was last put down.
+Three kinds of threads: the main one answers the socket and DNS; one reads the sensor, names who is behind what it
+read and owns the state, because netlink, /proc and the number of findings may keep it busy; views that may block on
+their reader (HTTP, event file) have their own. The others read the snapshot that the sensor's thread put down last.
+What it posts to the main thread is bounded, and counted beyond that.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_SECONDS = 0.5
+EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
 HEALTH_SECONDS = 2.0
 STOP_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
@@ -64,29 +66,29 @@ def open_dns(conf: Path | None) -> Service:
 
 
 class _SensorThread(threading.Thread):
-    """Reads the sensor and hands what it read to the main thread."""
+    """Reads the sensor; its handlers run in this thread."""
 
     def __init__(
         self,
         sensor: Sensor | Replay,
         forget: float,
-        loop: asyncio.AbstractEventLoop,
         on_events: Callable[[list[Event]], None],
         on_reading: Callable[[Reading, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
         proof: Proof,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
-        self._sensor, self._forget_ns, self._loop = sensor, int(forget * 1e9), loop
+        self._sensor, self._forget_ns = sensor, int(forget * 1e9)
         self._on_events, self._on_reading, self._on_failure = on_events, on_reading, on_failure
         self._proof = proof
         self._stopping = threading.Event()
+        self._may_take, self._taken_at = 0.0, time.monotonic()  # events, by EVENTS_PER_SECOND
 
     def run(self) -> None:
         try:
             self._run()
         except Exception as error:
-            self._call(self._on_failure, error)
+            self._on_failure(error)
 
     def _run(self) -> None:
         next_reading = next_health = 0.0
@@ -105,16 +107,19 @@ class _SensorThread(threading.Thread):
         self._pass_reading([])
 
     def _pass_reading(self, changes: list[str]) -> None:
-        self._call(self._on_reading, self._sensor.read(self._forget_ns), changes, self._proof.seen)
+        self._on_reading(self._sensor.read(self._forget_ns), changes, self._proof.seen)
 
     def _pass_events(self) -> None:
-        events = list(self._sensor.events())
+        now = time.monotonic()
+        gained = (now - self._taken_at) * EVENTS_PER_SECOND
+        self._may_take, self._taken_at = min(self._may_take + gained, EVENTS_PER_SECOND * READ_SECONDS), now
+        if self._may_take < 1:
+            self._stopping.wait(READ_SECONDS / 10)  # the sensor has events, so it does not wait
+            return
+        events = list(self._sensor.events(int(self._may_take)))
+        self._may_take -= len(events)
         if events:
-            self._call(self._on_events, events)
-
-    def _call(self, function: Callable[..., None], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is left to tell
-            self._loop.call_soon_threadsafe(function, *arguments)
+            self._on_events(events)
 
     def stop(self) -> bool:
         """Take a last reading and end; False where that takes too long."""
@@ -173,7 +178,7 @@ class App:
                 opened.callback(self._http.stop)
             self._events: EventWriter | None = None
             if settings.events:
-                self._events = EventWriter(settings.events, self._lose_from_thread, self._reader_gone)
+                self._events = EventWriter(settings.events, self._lose, self._reader_gone)
             self._api: api.Api | None = None
             if settings.socket:
                 listener = api.bind(settings.socket, settings.socket_group)
@@ -235,7 +240,7 @@ class App:
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_reading, self._on_failure
-        self._thread = _SensorThread(self._sensor, forget, self._loop, *handlers, self._watching.proof)
+        self._thread = _SensorThread(self._sensor, forget, *handlers, self._watching.proof)
         self._thread.start()
         ready, reason = self._ready()
         if ready:
@@ -257,7 +262,7 @@ class App:
         if self._dns:
             await self._dns.stop()
         ended = await asyncio.to_thread(self._thread.stop) if self._thread else True
-        await asyncio.sleep(0)  # what the sensor said last
+        await asyncio.sleep(0)  # what the sensor's thread posted last
         if self._events:
             await asyncio.to_thread(self._events.stop)
         if self._api:
@@ -293,13 +298,16 @@ class App:
         capabilities.drop_all_but(keep)
 
     def _on_events(self, events: list[Event]) -> None:
+        """In the sensor's thread, as _on_reading."""
         offset = 0.0 if self._settings.replay else time.time() - time.monotonic()  # a recording has wall time
-        for event in events:
-            told = as_json(event, self._sender_of(event), self._settings.node, event.time / 1e9 + offset)
-            if self._events:
-                self._events.put(told)
-            if self._api:
-                self._api.publish(told)
+        told = [
+            as_json(event, self._sender_of(event), self._settings.node, event.time / 1e9 + offset) for event in events
+        ]
+        if self._events:
+            for each in told:
+                self._events.put(each)
+        if self._api and (lost := self._api.post(told)):
+            self._lose("queue", lost)
 
     def _on_reading(self, reading: Reading, changes: list[str], seen: bool) -> None:
         now = time.time()
@@ -338,15 +346,18 @@ class App:
 
     def _on_failure(self, error: BaseException) -> None:
         self._failure = error
-        self._done.set()
+        self._end()
 
-    def _lose_from_thread(self, stage: str) -> None:
-        with contextlib.suppress(RuntimeError):
-            self._loop.call_soon_threadsafe(self._state.lose, stage)
+    def _lose(self, stage: str, count: int = 1) -> None:
+        self._state.lose(stage, count)
 
     def _reader_gone(self) -> None:
         """Nobody reads standard output any more: as any program in a pipe, stop."""
-        with contextlib.suppress(RuntimeError):
+        self._end()
+
+    def _end(self) -> None:
+        """From any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._done.set)
 
     def _healthy(self) -> tuple[bool, str]:

@@ -5,10 +5,12 @@ Rules
 2. A row ends when nothing was added to it for `forget` seconds, that of a pod or container that has ended after
    ENDED_SECONDS. Its count goes with it, as a counter goes with its process; `other` never ends, nor grows by it.
 3. The clocks are arguments: wall time is only shown, rows age by the monotonic one, which nobody sets.
+4. One thread calls; `lose` alone may be called from any.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,6 +87,7 @@ class State:
         self._beyond = 0
         self._reading: Reading | None = None
         self._lost_here: dict[str, int] = {}
+        self._losing = threading.Lock()
 
     def add(self, reading: Reading, sender_of: SenderOf, now: float, monotonic: float) -> list[Row]:
         """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
@@ -141,7 +144,8 @@ class State:
 
     def lose(self, stage: str, count: int = 1) -> None:
         """Count events lost above the kernel; ``stage`` is one of LOSS_STAGES."""
-        self._lost_here[stage] = self._lost_here.get(stage, 0) + count
+        with self._losing:
+            self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
     def snapshot(self, seen: bool, now: float) -> Snapshot:
         """Everything, as of the last reading; ``seen``: whether the programs saw the last datagram of our own."""
@@ -149,7 +153,8 @@ class State:
         counters = reading.counters
         # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
         suspected = self._about.mode == "netlink"
-        lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
+        with self._losing:
+            lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
         lost["rate_limit"] += counters.rate_limited + reading.held_back
         lost["ring_full"] += counters.ring_full
         lost["findings_full"] += 0 if suspected else counters.overflow

@@ -133,10 +133,10 @@ class FlowSensor:
     def close(self) -> None:
         self._source.close()
 
-    def events(self) -> Iterator[Event]:
-        """The events of what has been decided since the last call."""
+    def events(self, most: int) -> Iterator[Event]:
+        """The events of what has been decided since the last call, ``most`` of them."""
         self._take()
-        while self._events:
+        for _ in range(min(most, len(self._events))):
             yield self._events.popleft()
 
     def increases(self) -> Iterable[Increase]:

@@ -138,6 +138,7 @@ class RingBuffer:
         """Map the buffer; raises OSError."""
         self._libbpf = _library()
         self._records: deque[bytes] = deque()
+        self._most = 0
         # An exception in a ctypes callback is swallowed: it copies and appends, nothing that can fail.
         self._callback = _SAMPLE(self._append)
         self._ring = self._libbpf.ring_buffer__new(map_fd, self._callback, None, None)
@@ -147,15 +148,20 @@ class RingBuffer:
 
     def _append(self, _context: int, data: int, size: int) -> int:
         self._records.append(ctypes.string_at(data, size))
-        return 0
+        return -1 if len(self._records) >= self._most else 0  # below 0: libbpf stops after this one
 
     def fileno(self) -> int:
         """A descriptor that polls readable when records are there."""
         number: int = self._libbpf.ring_buffer__epoll_fd(self._ring)
         return number
 
-    def read(self) -> list[bytes]:
-        """Every record there is now; never blocks."""
+    def read(self, most: int) -> list[bytes]:
+        """The records that are there now, ``most`` at the most: others may come faster than they are read. Never
+        blocks.
+        """
+        if most < 1:
+            return []
+        self._most = most
         self._libbpf.ring_buffer__consume(self._ring)
         records = list(self._records)
         self._records.clear()

@@ -19,6 +19,7 @@ from udpwatch.agent.kernel.records import printable
 from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Reading, Sender, Tuple, Verdict
 
 MAX_LINE = 65_536
+MAX_EVENTS = 10_000
 MAX_PAUSE_SECONDS = 1.0
 MAX_SENDERS = 100_000
 
@@ -63,9 +64,11 @@ class Replay:
         due = self._next[0] - (time.monotonic() - self._begun) if self._next else seconds
         time.sleep(max(0.0, min(seconds, due)))
 
-    def events(self) -> Iterator[Event]:
-        """What is due by now."""
-        while self._next and self._next[0] <= time.monotonic() - self._begun:
+    def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
+        """What is due by now, ``most`` of it."""
+        for _ in range(most):
+            if not self._next or self._next[0] > time.monotonic() - self._begun:
+                return
             event = self._next[1]
             self._add(event)
             self._next = self._read_next()

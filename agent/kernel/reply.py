@@ -61,14 +61,15 @@ class ReplySensor:
     def close(self) -> None:
         self._ring.close()
 
-    def events(self) -> Iterator[Event]:
-        """The events that are there now; those of suspected replies once conntrack has confirmed them.
+    def events(self, most: int) -> Iterator[Event]:
+        """The events that are there now, ``most`` of them and those that wait; those of suspected replies once
+        conntrack has confirmed them.
 
         One whose conversation stays undecided is never given out; it is counted as undecided with it.
         """
         waiting, self._waiting = self._waiting, deque(maxlen=MAX_WAITING)
         ask_until = time.monotonic() + ASK_SECONDS
-        for raw in itertools.chain(waiting, self._ring.read()):
+        for raw in itertools.chain(waiting, self._ring.read(most)):
             event = records.decode_event(raw)
             if event.flow is None:
                 yield event

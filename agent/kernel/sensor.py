@@ -22,6 +22,7 @@ from udpwatch.agent.kernel.reply import ReplySensor
 from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
 
+MAX_EVENTS = 10_000
 CANARY_SECONDS = 0.5
 HEALTH_SECONDS = 2.0
 
@@ -111,9 +112,9 @@ class Sensor:
         """Block until the programs have sent an event up, or the time is over. Flows wait in their own buffers."""
         self._poll.poll(seconds * 1000)
 
-    def events(self) -> Iterator[Event]:
-        """The events of all that was found since the last call."""
-        parts = [part.events() for part in (self._replies, self._flows) if part]
+    def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
+        """The events of all that was found since the last call, about ``most`` of each kind."""
+        parts = [part.events(most) for part in (self._replies, self._flows) if part]
         return itertools.chain.from_iterable(parts)
 
     def read(self, forget_ns: int) -> Reading:

@@ -36,6 +36,8 @@ MAX_LINE = 64 * 1024
 IDLE_SECONDS = 60.0
 KEPT_EVENTS = 1_000
 MAX_WAITING_EVENTS = 1_000  # per follower
+MAX_POSTED_EVENTS = 1_000  # by the sensor's thread, for the event loop
+EVENTS_PER_TURN = 100  # of the event loop, which serves others as well
 
 
 def bind(path: Path, group: str | None = None) -> socket.socket:
@@ -138,9 +140,13 @@ class Api:
         self._followers: set[_Follower] = set()
         self._events: deque[dict[str, Any]] = deque(maxlen=KEPT_EVENTS)
         self._server: asyncio.Server | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._posted: deque[dict[str, Any]] = deque()
+        self._is_due = False  # whether the event loop is going to take them
 
     async def start(self) -> None:
         """Begin to answer."""
+        self._loop = asyncio.get_running_loop()
         self._server = await asyncio.start_unix_server(self._client, sock=self._listener, limit=MAX_LINE)
 
     async def stop(self) -> None:
@@ -154,8 +160,28 @@ class Api:
             if self._path.lstat().st_ino == self._inode:
                 self._path.unlink()
 
-    def publish(self, event: dict[str, Any]) -> None:
-        """Keep an event, and pass it to all who follow; never blocks."""
+    def post(self, events: list[dict[str, Any]]) -> int:
+        """Publish events from another thread, always the same one. Never blocks; returns for how many there was no
+        room because the event loop is busy.
+        """
+        room = MAX_POSTED_EVENTS - len(self._posted)
+        self._posted.extend(events[:room])
+        if self._posted and not self._is_due and self._loop:
+            self._is_due = True
+            with contextlib.suppress(RuntimeError):  # the loop has been closed
+                self._loop.call_soon_threadsafe(self._publish_posted)
+        return max(0, len(events) - room)
+
+    def _publish_posted(self) -> None:
+        self._is_due = False
+        for _ in range(min(len(self._posted), EVENTS_PER_TURN)):
+            self._publish(self._posted.popleft())
+        if self._posted and not self._is_due and self._loop:
+            self._is_due = True
+            self._loop.call_soon(self._publish_posted)
+
+    def _publish(self, event: dict[str, Any]) -> None:
+        """Keep an event, and pass it to all who follow."""
         self._events.append(event)
         if self._followers:
             line = _line({"event": event})
