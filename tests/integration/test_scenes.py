@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import select
-import signal
 import socket
 import struct
 import threading
@@ -208,7 +207,7 @@ def test_two_threads_with_a_cause_each_share_a_socket(packet_watch: Watch, port:
             assert causes == {Cause.KERNEL_CHOSEN: 5_000, Cause.EXPLICIT: 5_000}
 
 
-def test_the_cgroup_is_the_senders(watch: Watch, port: int) -> None:
+def test_the_cgroup_is_the_senders(packet_watch: Watch, port: int) -> None:
     """Not the one that made the socket: a process in another cgroup inherited it (socket activation)."""
     with Lab() as lab, own_cgroup() as folder:
         alone = lab.namespace("alone")
@@ -218,18 +217,11 @@ def test_the_cgroup_is_the_senders(watch: Watch, port: int) -> None:
             def answer() -> None:
                 (folder / "cgroup.procs").write_text(str(os.getpid()))
                 server.sendto(*question)
-                os.write(done, b"x")
-                signal.pause()  # in mode netlink its namespace is found by its process
 
-            sent, done = os.pipe()
-            heir = alone.spawn("heir", answer)
-            assert os.read(sent, 1)
-            finding = finding_of(watch, port)
-            assert finding.process == "heir"
-            assert finding.cgroup == folder.stat().st_ino
-            heir.stop()
-            for end in (sent, done):
-                os.close(end)
+            number = folder.stat().st_ino
+            assert alone.spawn("heir", answer).wait() == 0
+            finding = finding_of(packet_watch, port)
+            assert (finding.process, finding.cgroup) == ("heir", number)
 
 
 def test_a_socket_that_takes_turns(packet_watch: Watch, port: int) -> None:
