@@ -169,6 +169,7 @@ class App:
         self._settings, self._starting = settings, starting
         self._started = time.time()
         self._failure: BaseException | None = None
+        self._said_ready: bool | None = None  # in the log
         self._done = asyncio.Event()
         self._read_at = time.monotonic()
         with contextlib.ExitStack() as opened:
@@ -233,7 +234,8 @@ class App:
         if self._events:
             self._events.start()
         if self._http:
-            collectors = [SnapshotCollector(lambda: self._snapshot), *([self._dns.collector] if self._dns else [])]
+            collectors = [SnapshotCollector(lambda: self._snapshot), self._http.collector]
+            collectors += [self._dns.collector] if self._dns else []
             self._http.start(exposition(*collectors), self._healthy, self._ready)
         if self._dns:
             await self._dns.start()
@@ -242,8 +244,8 @@ class App:
         handlers = self._on_events, self._on_reading, self._on_failure
         self._thread = _SensorThread(self._sensor, forget, *handlers, self._watching.proof)
         self._thread.start()
-        ready, reason = self._ready()
-        if ready:
+        self._said_ready, reason = self._ready()
+        if self._said_ready:
             log.info("ready")
         else:
             log.warning("not ready: %s", reason)
@@ -282,18 +284,16 @@ class App:
         )
         for note in self._snapshot.notes:
             log.warning("%s", note)
-        if self._http:
-            log.info("metrics on %s/metrics", self._http.url)
 
     def _drop_capabilities(self) -> None:
         """Keep what the sensor goes on to need; for an event file, what opening it again needs, whoever owns it by
-        then; for the responder, what listening on addresses that come later needs."""
+        then; for the responder, and for metrics whose port is taken, what listening on an address later needs."""
         if self._watching.capabilities is None:
             return
         keep = set(self._watching.capabilities)
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
-        if self._dns:
+        if self._dns or (self._http and self._http.problem):
             keep.add(Capability.NET_BIND_SERVICE)
         capabilities.drop_all_but(keep)
 
@@ -315,14 +315,12 @@ class App:
             log.warning("%s", line)
         for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
             log.warning("%s", describe(row))
-        was_ready = self._snapshot.ready
         self._snapshot = self._state.snapshot(seen, now)
-        if self._thread and self._snapshot.ready != was_ready:
-            log.warning("ready again" if self._snapshot.ready else "not ready: %s", *self._reasons())
+        ready, reason = self._ready()
+        if self._said_ready not in (None, ready) and not self._done.is_set():
+            self._said_ready = ready
+            log.warning("ready again" if ready else "not ready: %s", *([] if ready else [reason]))
         self._read_at = time.monotonic()
-
-    def _reasons(self) -> list[str]:
-        return [] if self._snapshot.ready else [self._ready()[1]]
 
     def _sender_of(self, seen: Increase | Event) -> Sender:
         if isinstance(self._sensor, Replay):
@@ -369,6 +367,8 @@ class App:
             return False, "dns: the tables are being read, or it is stopping"
         if self._snapshot.ready:
             return True, "ready"
+        if self._http and self._http.problem:
+            return False, self._http.problem
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
         return False, "; ".join(missing) or "the last datagram of our own was not seen by the programs"

@@ -46,8 +46,7 @@ async def _run(settings: Settings) -> None:
         loop.add_signal_handler(signal.SIGHUP, reload)
         loop.add_signal_handler(signal.SIGUSR1, tell)
         if http:
-            http.start(exposition(service.collector), lambda: (True, "ok"), lambda: ready(service))
-            log.info("metrics on %s/metrics", http.url)
+            http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
         try:
             await service.start()
             log.info("ready")

@@ -357,10 +357,15 @@ def test_metrics_port_is_taken(lab: tuple[Namespace, Namespace]) -> None:
     with node.socket(kind=socket.SOCK_STREAM) as other:
         other.bind(("127.0.0.1", 9953))
         other.listen()
-        responder = Responder(node, ready=False)
-        assert responder.process.wait(60) == 2
-        responder.stop()
-        assert len(responder.said) == 1 and "9953" in responder.said[0]
+        with Responder(node, "--address=/here.example/192.0.2.1") as responder:
+            assert texts(ask(node, "127.0.0.1", "here.example")) == ["192.0.2.1"]
+            (line,) = [line for line in responder.said if "9953" in line]
+            assert line.startswith(
+                "udpwatch: cannot listen on 127.0.0.1:9953 for metrics: Address already in use; retry"
+            )
+            other.close()
+            wait_for(lambda: responder.has_said("metrics on http://127.0.0.1:9953/metrics"), "the port to be bound")
+            assert responder.get("/readyz") == (200, "ready\n")
 
 
 # ---- who is served ----

@@ -20,6 +20,7 @@ from conftest import PATIENCE_SECONDS, ask
 from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
 
+from udpwatch.agent import doctor
 from udpwatch.agent.kernel.loader_child import SOURCES
 from udpwatch.agent.lab import ContainerHost, Lab
 
@@ -191,12 +192,28 @@ def test_firewall_that_lets_nothing_in(folder: Path) -> None:
 # ---- places ----
 
 
-def test_port_taken(folder: Path) -> None:
+def test_port_taken(folder: Path, host: ContainerHost, port: int) -> None:
+    """Any local user can take it while the agent restarts: the agent watches, says so, and binds it when it is free."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        taken = f"127.0.0.1:{other.getsockname()[1]}"
-        assert_refused(run(folder, f"--metrics-listen={taken}"), 1, taken, "in use", "--metrics-listen")
+        taken = f"cannot listen on 127.0.0.1:{other.getsockname()[1]} for metrics: Address already in use"
+        agent = Agent(folder, f"--metrics-listen=127.0.0.1:{other.getsockname()[1]}", ready=False)
+        with agent:
+            wait_for(lambda: f"udpwatch: not ready: {taken}" in agent.said, "the agent to watch")
+            (line,) = [line for line in agent.said if "retrying every 2 s" in line]
+            assert "--metrics-listen" in line
+            with host.node.socket() as server, host.container.socket() as client:
+                server.bind(("0.0.0.0", port))
+                server.sendto(*ask(client, host.ETH0, port, server))
+            wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding")
+            report = doctor.ask(agent.socket)
+            assert not report.works and taken in report.checks[0].found
+            other.close()
+            wait_for(lambda: "udpwatch: ready again" in agent.said, "the port to be bound")
+            assert agent.get("/readyz") == (200, "ready\n")
+            assert agent.wrong(port) == 1
+            assert doctor.ask(agent.socket).works
 
 
 def test_address_that_is_no_name(folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from udpwatch.agent.model import (
 )
 from udpwatch.agent.state import LOSS_STAGES
 from udpwatch.agent.views.events import as_json
+from udpwatch.agent.views.http import HttpCollector
 from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.metrics import DnsCollector, Metrics
@@ -54,6 +56,7 @@ SNAPSHOT = Snapshot(
     notes=(),
     rows=(ROW,),
     other=2,
+    other_of={"": 2},
     checked=1000,
     tracked_peers=17,
     evicted_peers=3,
@@ -127,7 +130,8 @@ def compare(name: str, text: str) -> None:
 
 
 def test_golden_metrics() -> None:
-    compare("metrics.txt", exposition(SnapshotCollector(lambda: SNAPSHOT), process=False)().decode())
+    collectors = SnapshotCollector(lambda: SNAPSHOT), HttpCollector(Counter(size=2))
+    compare("metrics.txt", exposition(*collectors, process=False)().decode())
 
 
 def test_golden_dns_metrics() -> None:

@@ -2,15 +2,61 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 import socket
+import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.views.http import HttpView
+from udpwatch.agent.views import http
+from udpwatch.agent.views.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpView
+
+LONG_HEADERS = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 65_000) for number in range(99))
+
+
+@contextlib.contextmanager
+def serving(metrics: Callable[[], bytes] = lambda: b"metrics") -> Iterator[HttpView]:
+    view = HttpView("127.0.0.1", 0)
+    view.start(metrics, lambda: (True, "well"), lambda: (False, "not yet"))
+    try:
+        yield view
+    finally:
+        view.stop()
+
+
+def connect(url: str, source: str = "127.0.0.1") -> socket.socket:
+    host, port = url.removeprefix("http://").rsplit(":", 1)
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=5, source_address=(source, 0))
+
+
+def respond(link: socket.socket, path: str = "/healthz") -> bytes:
+    """Ask over this connection; the whole response, b"" where it was closed."""
+    with link, contextlib.suppress(ConnectionError):
+        link.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
+        return b"".join(iter(lambda: link.recv(65_536), b""))
+    return b""
+
+
+def closed(view: HttpView, reason: str) -> float:
+    """The metric of connections that were closed early."""
+    (family,) = view.collector.collect()
+    return next(sample.value for sample in family.samples if sample.labels == {"reason": reason})
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_stopped_before_it_began() -> None:
@@ -37,9 +83,173 @@ def test_pages_over_ipv6() -> None:
         view.stop()
 
 
-def test_taken() -> None:
+# ---- a port that is taken ----
+
+
+def test_taken_port_is_bound_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "BIND_SECONDS", 0.05)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(UdpwatchError, match="in use"):
-            HttpView("127.0.0.1", other.getsockname()[1])
+        port = other.getsockname()[1]
+        view = HttpView("127.0.0.1", port)
+        view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
+        assert view.problem == f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use"
+        assert view.url == ""
+    try:
+        eventually(lambda: not view.problem)
+        assert respond(connect(view.url)).endswith(b"well\n")
+    finally:
+        view.stop()
+
+
+def test_stopped_while_the_port_is_taken() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        view = HttpView("127.0.0.1", other.getsockname()[1])
+        view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
+        begun = time.monotonic()
+        view.stop()
+        assert time.monotonic() - begun < http.BIND_SECONDS
+
+
+def test_address_that_this_host_does_not_have_yet() -> None:
+    """192.0.2.0/24 is for documentation (RFC 5737): no host has it."""
+    view = HttpView("192.0.2.1", 9953)
+    assert view.problem == "cannot listen on 192.0.2.1:9953 for metrics: Cannot assign requested address"
+    view.stop()
+
+
+@pytest.mark.parametrize("host", ["a..b", "255.255.255.255.255"])
+def test_address_that_cannot_exist(host: str) -> None:
+    with pytest.raises(UdpwatchError, match=f"cannot listen on {host}:80 .*--metrics-listen off"):
+        HttpView(host, 80)
+
+
+# ---- limits ----
+
+
+def test_long_headers_are_refused() -> None:
+    with serving() as view:
+        with connect(view.url) as link:
+            link.sendall(b"GET /metrics HTTP/1.0\r\nX: " + b"x" * (MAX_REQUEST_BYTES - 25))  # one too many
+            assert link.recv(100).startswith(b"HTTP/1.0 431 ")
+        eventually(lambda: closed(view, "size") == 1)
+        with connect(view.url) as link:
+            padding = MAX_REQUEST_BYTES - len(b"GET /healthz HTTP/1.0\r\nX: \r\n\r\n")
+            link.sendall(b"GET /healthz HTTP/1.0\r\nX: " + b"x" * padding + b"\r\n\r\n")
+            assert link.recv(100).startswith(b"HTTP/1.0 200 ")
+        assert closed(view, "size") == 1
+
+
+def test_many_short_headers_are_refused() -> None:
+    """The limit is on the sum: 99 headers of 1,000 octets each."""
+    with serving() as view, connect(view.url) as link:
+        with contextlib.suppress(ConnectionError):
+            link.sendall(b"GET /metrics HTTP/1.0\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 99)
+        eventually(lambda: closed(view, "size") == 1)
+
+
+def test_long_request_line_is_refused() -> None:
+    with serving() as view, connect(view.url) as link:
+        link.sendall(b"GET /" + b"x" * (MAX_REQUEST_BYTES - 4))
+        assert link.recv(100).startswith(b"HTTP/1.0 414 ")
+        eventually(lambda: closed(view, "size") == 1)
+
+
+SERVER = """
+from udpwatch.agent.views.http import HttpView
+view = HttpView("127.0.0.1", 0)
+view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
+print(view.url, flush=True)
+input()
+"""
+
+
+def test_long_headers_of_all_connections_take_no_memory() -> None:
+    """32 connections with 99 headers of 65,000 octets took 370 MB; another client's request is answered meanwhile."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True) as server:
+        assert server.stdin and server.stdout
+        url = server.stdout.readline().strip()
+        peak_before = peak_kib(server.pid)
+
+        def attack() -> None:
+            with connect(url, "127.0.0.2") as link, contextlib.suppress(OSError):
+                link.sendall(b"GET /metrics HTTP/1.1\r\n" + LONG_HEADERS)
+                link.recv(100)
+
+        threads = [threading.Thread(target=attack, daemon=True) for _ in range(MAX_CONNECTIONS)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            assert respond(connect(url, "127.0.0.3")).endswith(b"well\n")
+        grown = peak_kib(server.pid) - peak_before
+        server.communicate("\n", timeout=10)
+    assert grown < 8_192
+
+
+def peak_kib(pid: int) -> int:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found.group(1))
+
+
+def test_client_with_many_connections_loses_its_own() -> None:
+    with serving() as view:
+        innocent = [connect(view.url, "127.0.0.2") for _ in range(MAX_CONNECTIONS_PER_CLIENT)]
+        greedy = [connect(view.url, "127.0.0.3") for _ in range(3 * MAX_CONNECTIONS)]
+        eventually(lambda: closed(view, "client") == 3 * MAX_CONNECTIONS - MAX_CONNECTIONS_PER_CLIENT)
+        assert all(respond(link).endswith(b"well\n") for link in innocent)
+        assert all(respond(link).endswith(b"well\n") for link in greedy[-MAX_CONNECTIONS_PER_CLIENT:])
+        assert not any(respond(link) for link in greedy[:-MAX_CONNECTIONS_PER_CLIENT])
+        assert closed(view, "full") == 0
+
+
+def test_full_server_closes_a_connection_of_the_client_with_the_most() -> None:
+    with serving() as view:
+        oldest = connect(view.url, "127.0.0.2")
+        others = [
+            connect(view.url, f"127.0.0.{client}")
+            for client in range(3, 3 + MAX_CONNECTIONS // MAX_CONNECTIONS_PER_CLIENT)
+            for _ in range(MAX_CONNECTIONS_PER_CLIENT)
+        ]
+        eventually(lambda: closed(view, "full") == 1)
+        assert respond(oldest).endswith(b"well\n")
+        for link in others:
+            link.close()
+        assert closed(view, "client") == 0
+
+
+def test_client_is_an_address_or_a_64() -> None:
+    assert http._client_of("192.0.2.1") == http._client_of("::ffff:192.0.2.1") != http._client_of("::ffff:192.0.2.2")
+    assert http._client_of("fe80::1%lo") == http._client_of("fe80::2") != http._client_of("fe80:0:0:1::1")
+
+
+def test_requests_at_the_same_time_share_a_page() -> None:
+    """A page is made for all that wait: 32 at once neither take 32 times its memory nor 32 threads' work."""
+    made, go_on, begun = 0, threading.Event(), threading.Event()
+
+    def metrics() -> bytes:
+        nonlocal made
+        made += 1
+        begun.set()
+        go_on.wait(10)
+        return b"%d" % made
+
+    with serving(metrics) as view:
+        links = [connect(view.url, f"127.0.0.{2 + number % 4}") for number in range(MAX_CONNECTIONS)]
+        for link in links[:1]:
+            link.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert begun.wait(5)
+        for link in links[1:]:
+            link.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        time.sleep(0.2)  # for them to be read; one that is late would only share the next page
+        go_on.set()
+        pages = [link.makefile("rb").read().rpartition(b"\n")[2] for link in links]
+        for link in links:
+            link.close()
+        assert pages[0] == b"1"
+        assert b"1" not in pages[1:]  # it was begun before they asked
+        assert made < MAX_CONNECTIONS / 2
