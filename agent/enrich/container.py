@@ -18,6 +18,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_PATHS = 4096
+MAX_DEPTH = 32  # folders of a path that are looked at for its tenant
+TENANT_DEPTH = 3  # folders of a path that names no container, pod, user or service
+RUNTIME_SERVICES = {  # with a container in each of their cgroups
+    *("containerd.service", "crio.service", "docker.service"),
+    *("k3s.service", "k3s-agent.service", "rke2-agent.service", "rke2-server.service"),
+}
 RUNTIMES = {
     "docker": "docker",
     "cri-containerd": "containerd",
@@ -28,6 +34,7 @@ RUNTIMES = {
 }
 _CONTAINER = re.compile(r"(?:(?P<runtime>[a-z-]+)-)?(?P<id>[0-9a-f]{64})(?:\.scope)?")
 _POD = re.compile(r"(?:.*-)?pod(?P<uid>[0-9a-f]{8}(?:[-_][0-9a-f]{4}){3}[-_][0-9a-f]{12}|[0-9a-f]{32})(?:\.slice)?")
+_USER = re.compile(r"user-\d+\.slice")
 _MONITOR = "conmon"  # the process beside the container, in a cgroup of its own: crio-conmon-ID.scope
 
 
@@ -55,6 +62,27 @@ def parse(path: str) -> Container:
         uid, cgroup = _pod(parts[:end])
         return Container(found["id"], RUNTIMES.get(prefix, ""), uid, cgroup or "/".join(parts[:end]))
     return Container()
+
+
+def tenant(paths: tuple[str, ...]) -> str:
+    """The folder that a process's tenant has as a whole, by its path in each hierarchy; "": not known.
+
+    It is the outermost pod, container, user or service, since below it the tenant may make cgroups and choose their
+    names.
+    """
+    found = [_tenant(path) for path in paths]
+    return next((folder for folder in found if folder.strip("/")), "")
+
+
+@lru_cache(MAX_PATHS)
+def _tenant(path: str) -> str:
+    parts = path.split("/")
+    for end, part in enumerate(parts[: MAX_DEPTH + 1], 1):
+        of_a_service = part.endswith(".service") and part not in RUNTIME_SERVICES
+        pod, container = _POD.fullmatch(part.split(":")[0]), _CONTAINER.fullmatch(_name(part))
+        if of_a_service or pod or container or _USER.fullmatch(part):
+            return "/".join(parts[:end])
+    return "/".join(parts[: TENANT_DEPTH + 1])
 
 
 def folder(path: str, container_id: str) -> str:

@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
+from udpwatch.agent.enrich.command_line import CommandLines
+from udpwatch.agent.enrich.container import tenant
 from udpwatch.agent.kernel.records import printable
 
 MAX_PROCESSES = 4096
@@ -38,8 +40,8 @@ class Process:
 class Processes:
     """Looks senders up in /proc."""
 
-    def __init__(self, proc_root: Path = Path("/proc")) -> None:
-        self._proc = proc_root
+    def __init__(self, proc_root: Path, command_lines: CommandLines) -> None:
+        self._proc, self._command_lines = proc_root, command_lines
         self._cache: Cache[tuple[int, str, int], Process] = Cache(MAX_PROCESSES, KEEP_SECONDS)
 
     def lookup(self, pid: int, comm: str, cgroup: int, now: float) -> Process:
@@ -51,9 +53,9 @@ class Processes:
         the same id one after the other.
         """
         key = pid, comm, cgroup
-        return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm), now)
+        return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm, now), now)
 
-    def _read(self, pid: int, comm: str) -> Process:
+    def _read(self, pid: int, comm: str, now: float) -> Process:
         unknown = Process(comm or "unknown")
         if not pid:
             return unknown
@@ -63,12 +65,23 @@ class Processes:
                 if main != comm and comm and not _has_thread(folder / "task", comm):
                     return unknown
                 lines = _cgroup_lines(folder / "cgroup")
-                arguments = _arguments(folder / "cmdline")
+                arguments = self._arguments(folder / "cmdline", tenant(_paths(lines)), now)
                 executable = _executable(folder / "exe", arguments)
         except OSError:
             return unknown
         unified = next((path for controllers, path in lines if not controllers), "")
         return Process(main, executable, _command(arguments), _paths(lines), unified)
+
+    def _arguments(self, path: Path, tenant: str, now: float) -> list[bytes]:
+        """The arguments, as far as MAX_COMMAND_BYTES go; none of a kernel thread, of a process that is just ending and
+        of one that withholds them."""
+        try:
+            raw = self._command_lines.read(path, MAX_COMMAND_BYTES + 1, tenant, now) or b""
+        except OSError:
+            return []
+        whole = len(raw) <= MAX_COMMAND_BYTES
+        raw = raw[:MAX_COMMAND_BYTES].rstrip(b"\0")
+        return (raw if whole else raw + _CUT.encode()).split(b"\0") if raw else []
 
 
 @contextmanager
@@ -106,18 +119,6 @@ def _cgroup_lines(path: Path) -> list[tuple[str, str]]:
 
 def _paths(lines: list[tuple[str, str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for _, path in lines))
-
-
-def _arguments(path: Path) -> list[bytes]:
-    """The arguments, as far as MAX_COMMAND_BYTES go; none of a kernel thread and of a process that is just ending."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_COMMAND_BYTES + 1)
-    except OSError:
-        return []
-    whole = len(raw) <= MAX_COMMAND_BYTES
-    raw = raw[:MAX_COMMAND_BYTES].rstrip(b"\0")
-    return (raw if whole else raw + _CUT.encode()).split(b"\0") if raw else []
 
 
 def _command(arguments: list[bytes]) -> str:

@@ -15,7 +15,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
-from udpwatch.agent.enrich.container import folder, parse
+from udpwatch.agent.enrich.command_line import CommandLines
+from udpwatch.agent.enrich.container import folder, parse, tenant
 from udpwatch.agent.enrich.process import cgroups_of
 from udpwatch.agent.kernel.records import printable
 
@@ -44,8 +45,8 @@ _OF_A_POD = Runtime("containerd")
 class Runtimes:
     """Looks in /proc for a process's ancestors."""
 
-    def __init__(self, proc_root: Path = Path("/proc")) -> None:
-        self._proc = proc_root
+    def __init__(self, proc_root: Path, command_lines: CommandLines) -> None:
+        self._proc, self._command_lines = proc_root, command_lines
         self._cache: Cache[str, Runtime] = Cache(MAX_CONTAINERS, KEEP_SECONDS)
 
     def lookup(self, pid: int, cgroup: str, now: float) -> Runtime:
@@ -54,12 +55,12 @@ class Runtimes:
         if known:
             return known
         try:
-            found = self._climb(pid, cgroup)
+            found = self._climb(pid, cgroup, now)
         except (OSError, ValueError, IndexError):  # one of them has ended
             return _UNKNOWN
         return self._cache.put(cgroup, found, now, RETRY_SECONDS if found == _UNKNOWN else None)
 
-    def _climb(self, pid: int, cgroup: str) -> Runtime:
+    def _climb(self, pid: int, cgroup: str, now: float) -> Runtime:
         _, pid = self._stat(pid)
         for _ in range(MAX_ANCESTORS):
             if pid <= 1:
@@ -68,7 +69,9 @@ class Runtimes:
             if name.startswith(_SHIM) or name == _CONMON:
                 # First where it is: a process that ends in between has no arguments any more, and on v1 no place.
                 places = cgroups_of(self._proc / str(pid) / "cgroup")
-                found = _of_arguments(name, self._proc / str(pid) / "cmdline")
+                path = self._proc / str(pid) / "cmdline"
+                arguments = self._command_lines.read(path, MAX_ARGUMENTS_BYTES, tenant(places), now)
+                found = _UNKNOWN if arguments is None else _of_arguments(name, arguments)
                 number = _container(found, cgroup)
                 # By name, not by the whole path: that is another one as seen from a cgroup namespace.
                 if number and places and not any(folder(place, number) for place in places):
@@ -92,9 +95,8 @@ def _container(found: Runtime, cgroup: str) -> str:
     return number if speaks and folder(cgroup, number) else ""
 
 
-def _of_arguments(name: bytes, path: Path) -> Runtime:
-    with path.open("rb") as file:
-        arguments = [printable(each) for each in file.read(MAX_ARGUMENTS_BYTES).split(b"\0")]
+def _of_arguments(name: bytes, raw: bytes) -> Runtime:
+    arguments = [printable(each) for each in raw.split(b"\0")]
     options = dict(pairwise(arguments))
     if name == _CONMON:
         container = options.get("-n", "")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.cgroups import Cgroups
+from udpwatch.agent.enrich.command_line import CommandLines
 from udpwatch.agent.enrich.container import Container, folder, parse
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.pod import Pod, Pods
@@ -38,9 +39,10 @@ class Senders:
     """Looks up who is behind findings and events."""
 
     def __init__(self, roots: Roots = Roots()) -> None:
-        self._processes = Processes(roots.proc)
+        self._command_lines = CommandLines()
+        self._processes = Processes(roots.proc, self._command_lines)
         self._cgroups = Cgroups(roots.cgroup)
-        self._runtimes = Runtimes(roots.proc)
+        self._runtimes = Runtimes(roots.proc, self._command_lines)
         self._pods = Pods(roots.log)
         self._docker = DockerNames(roots.docker)
         self._cache: Cache[tuple[int, str, int], Sender] = Cache(MAX_SENDERS, KEEP_SECONDS)
@@ -57,6 +59,14 @@ class Senders:
             return known
         sender, complete = self._look(*key, now)
         return self._cache.put(key, sender, now, KEEP_SECONDS if complete else RETRY_SECONDS)
+
+    def namespace_of(self, tenant: int) -> str:
+        """The Kubernetes namespace of a tenant of the kernel's findings (records.tenant_of); "" where it has none."""
+        if tenant >= 1 << 63:  # in the root cgroup
+            return ""
+        key, now = (0, "", tenant), time.monotonic()
+        known = self._cache.get(key, now)
+        return (known or self._cache.put(key, self._look(*key, now)[0], now)).namespace
 
     def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
         process = self._processes.lookup(pid, comm, number, now)

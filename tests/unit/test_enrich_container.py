@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from udpwatch.agent.enrich.container import Container, parse
+from udpwatch.agent.enrich.container import Container, parse, tenant
 
 ID = "3f2a" * 16
 OUTER = "0b1c" * 16
@@ -124,3 +124,36 @@ def test_no_containers(path: str) -> None:
 def test_a_hostile_path_costs_no_time() -> None:
     """A user may own cgroups and name them."""
     assert parse("/" + "/".join(["a-" * 120 + "pod" + "-" * 100] * 16)) == Container()
+
+
+USER = "/user.slice/user-1000.slice"
+TENANTS = {
+    "container": (f"/docker/{ID}", f"/docker/{ID}"),
+    "cgroups of a container's making": (f"/docker/{ID}/a/b/c/d", f"/docker/{ID}"),
+    "container in a container": (f"/docker/{OUTER}/docker/{ID}", f"/docker/{OUTER}"),
+    "pod": (f"{IN_SLICE}/cri-containerd-{ID}.scope", IN_SLICE),
+    "pod, cgroupfs": (f"/kubepods/burstable/pod{UID}/{ID}", f"/kubepods/burstable/pod{UID}"),
+    "pod deep down": (f"/a/b/c/kubepods/burstable/pod{UID}/{ID}", f"/a/b/c/kubepods/burstable/pod{UID}"),
+    "pod in the runtime's cgroup": (
+        f"/system.slice/containerd.service/{SLICE}:cri-containerd:{ID}",
+        f"/system.slice/containerd.service/{SLICE}:cri-containerd:{ID}",
+    ),
+    "service": ("/system.slice/named.service", "/system.slice/named.service"),
+    "containers of a service": (f"/system.slice/web.service/docker-{ID}.scope", "/system.slice/web.service"),
+    "user": (f"{USER}/session-3.scope", USER),
+    "containers of a user": (f"{USER}/user@1000.service/user.slice/docker-{ID}.scope", USER),
+    "anything else": ("/a/b/c/d/e", "/a/b/c"),
+    "a name that a user chose": ("/default/five", "/default/five"),
+    "root": ("/", ""),
+    "unknown": ("", ""),
+}
+
+
+@pytest.mark.parametrize(("path", "folder"), TENANTS.values(), ids=TENANTS)
+def test_tenants(path: str, folder: str) -> None:
+    assert tenant((path,)) == folder
+
+
+def test_tenant_that_only_v1_shows() -> None:
+    assert tenant(("/", f"/docker/{ID}")) == f"/docker/{ID}"
+    assert tenant(()) == ""

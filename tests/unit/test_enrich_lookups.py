@@ -9,6 +9,7 @@ import pytest
 
 from udpwatch.agent.enrich import cgroups, docker, runtime
 from udpwatch.agent.enrich.cgroups import Cgroups
+from udpwatch.agent.enrich.command_line import CommandLines
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.runtime import Runtime, Runtimes
 
@@ -87,7 +88,7 @@ def host(root: Path, watcher: list[str]) -> Path:
 
 @pytest.mark.parametrize(("watcher", "path", "told"), WATCHERS.values(), ids=WATCHERS)
 def test_runtimes(tmp_path: Path, watcher: list[str], path: str, told: Runtime) -> None:
-    assert Runtimes(host(tmp_path, watcher)).lookup(12, path, 0) == told
+    assert Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, path, 0) == told
 
 
 ALIEN = {
@@ -104,7 +105,7 @@ ALIEN = {
 
 @pytest.mark.parametrize(("watcher", "path"), ALIEN.values(), ids=ALIEN)
 def test_who_speaks_of_something_else(tmp_path: Path, watcher: list[str], path: str) -> None:
-    assert Runtimes(host(tmp_path, watcher)).lookup(12, path, 0) == Runtime()
+    assert Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, path, 0) == Runtime()
 
 
 LIE = ["conmon", "-c", ID, "-n", "billing-db"]
@@ -116,7 +117,8 @@ def test_a_process_inside_that_calls_itself_so(tmp_path: Path, place: str) -> No
     process(tmp_path, 13, 12, "conmon", LIE, place)
     process(tmp_path, 14, 13, "server", ["server"], place)
     for pid in (13, 14):
-        assert Runtimes(host(tmp_path, SHIM) if pid == 13 else tmp_path).lookup(pid, place, 0) == Runtime("docker", ID)
+        root = host(tmp_path, SHIM) if pid == 13 else tmp_path
+        assert Runtimes(root, CommandLines()).lookup(pid, place, 0) == Runtime("docker", ID)
 
 
 def test_a_service_that_calls_itself_so(tmp_path: Path) -> None:
@@ -127,27 +129,27 @@ def test_a_service_that_calls_itself_so(tmp_path: Path) -> None:
         place = "/system.slice/web.service"
         process(root, 2, 1, "containerd-shim", [SHIM[0], "-namespace", "default", "-id", number], place)
         process(root, 3, 2, "server", ["server"], place)
-        assert Runtimes(root).lookup(3, place, 0) == Runtime()
+        assert Runtimes(root, CommandLines()).lookup(3, place, 0) == Runtime()
 
 
 def test_not_found_is_not_remembered_for_long(tmp_path: Path) -> None:
     """A process that is too far below, or somebody else's child, does not speak for its container."""
     process(tmp_path, 20, 1, "server", ["server"])
-    runtimes = Runtimes(host(tmp_path, SHIM))
+    runtimes = Runtimes(host(tmp_path, SHIM), CommandLines())
     assert runtimes.lookup(20, DOCKER, 0) == Runtime()
     assert runtimes.lookup(12, DOCKER, runtime.RETRY_SECONDS + 1) == Runtime("docker", ID)
 
 
 def test_no_container(tmp_path: Path) -> None:
     host(tmp_path, ["/usr/bin/supervisor"])
-    assert Runtimes(tmp_path).lookup(12, "/a", 0) == Runtime()
-    assert Runtimes(tmp_path).lookup(99, "/b", 0) == Runtime()
+    assert Runtimes(tmp_path, CommandLines()).lookup(12, "/a", 0) == Runtime()
+    assert Runtimes(tmp_path, CommandLines()).lookup(99, "/b", 0) == Runtime()
     process(tmp_path, 20, 20, "own parent", [])
-    assert Runtimes(tmp_path).lookup(20, "/c", 0) == Runtime()
+    assert Runtimes(tmp_path, CommandLines()).lookup(20, "/c", 0) == Runtime()
 
 
 def test_a_runtime_is_remembered_after_the_process_has_gone(tmp_path: Path) -> None:
-    runtimes = Runtimes(host(tmp_path, SHIM))
+    runtimes = Runtimes(host(tmp_path, SHIM), CommandLines())
     assert runtimes.lookup(12, f"/docker/{ID}", 0).name == "docker"
     assert runtimes.lookup(99, f"/docker/{ID}", 1).name == "docker"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from udpwatch.agent.enrich import process
+from udpwatch.agent.enrich.command_line import CommandLines
 from udpwatch.agent.enrich.process import Process, Processes
 
 JAVA = Process("java", cgroups=("/pods/a",), unified="/pods/a")
@@ -31,7 +32,7 @@ def make(root: Path, pid: int, name: str, threads: dict[int, str], cgroup: str, 
 
 
 def look(root: Path, pid: int, comm: str) -> Process:
-    return Processes(root).lookup(pid, comm, 1, 0)
+    return Processes(root, CommandLines()).lookup(pid, comm, 1, 0)
 
 
 def test_main_thread_gives_the_name(proc: Path) -> None:
@@ -122,14 +123,14 @@ def test_long_command_lines_are_cut(tmp_path: Path) -> None:
 
 
 def test_cache_ages_and_is_bounded(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = Processes(proc)
+    processes = Processes(proc, CommandLines())
     assert processes.lookup(7, "java", 1, 0).name == "java"
     (proc / "7" / "comm").write_text("renamed\n")
     assert processes.lookup(7, "java", 1, process.KEEP_SECONDS - 1).name == "java"
     assert processes.lookup(7, "java", 2, 0).name == "renamed"
     assert processes.lookup(7, "java", 1, process.KEEP_SECONDS + 1).name == "renamed"
     monkeypatch.setattr(process, "MAX_PROCESSES", 5)
-    processes = Processes(proc)
+    processes = Processes(proc, CommandLines())
     for pid in range(100, 200):
         processes.lookup(pid, "x", 1, 100)
     assert len(processes._cache) == 5
