@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udpwatch.agent import __version__
+from udpwatch.agent import __version__, systemd
 from udpwatch.agent.config import Settings
 from udpwatch.agent.enrich.sender import Roots, Senders
 from udpwatch.agent.errors import UdpwatchError
@@ -244,12 +244,24 @@ class App:
         handlers = self._on_events, self._on_reading, self._on_failure
         self._thread = _SensorThread(self._sensor, forget, *handlers, self._watching.proof)
         self._thread.start()
+        systemd.notify("READY=1")
+        self._watchdog = self._loop.create_task(self._notify_watchdog())
         self._said_ready, reason = self._ready()
         if self._said_ready:
             log.info("ready")
         else:
             log.warning("not ready: %s", reason)
         await self._done.wait()
+
+    async def _notify_watchdog(self) -> None:
+        """Tell systemd that the agent works: that the sensor's thread has made readings and that the loop runs."""
+        limit = systemd.watchdog_seconds()
+        notified_at = 0.0
+        while limit is not None:
+            if self._read_at > notified_at:
+                notified_at = time.monotonic()
+                systemd.notify("WATCHDOG=1")
+            await asyncio.sleep(limit / 4)
 
     def _reload_dns(self) -> None:
         assert self._dns
@@ -261,6 +273,7 @@ class App:
             log.info("dns: %s", line)
 
     async def _close(self) -> None:
+        systemd.notify("STOPPING=1")
         if self._dns:
             await self._dns.stop()
         ended = await asyncio.to_thread(self._thread.stop) if self._thread else True

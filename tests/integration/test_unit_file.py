@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -186,6 +187,8 @@ def test_the_agent_works_in_it(systemd: Systemd, host: ContainerHost, port: int)
     assert any("mode packet" in line for line in systemd.said)
     assert wrong_reply(host, port) == "new"
     assert systemd.systemctl("is-active", "udpwatch") == "active"
+    shown = systemd.systemctl("show", "--property=Type,WatchdogUSec", "udpwatch").splitlines()
+    assert sorted(shown) == ["Type=notify", "WatchdogUSec=1min"]
 
 
 def test_what_it_may(systemd: Systemd) -> None:
@@ -207,6 +210,18 @@ def test_it_stops(systemd: Systemd) -> None:
     systemd.systemctl("stop", "udpwatch")
     told = systemd.systemctl("show", "--property=ActiveState,Result,ExecMainStatus", "udpwatch").splitlines()
     assert sorted(told) == ["ActiveState=inactive", "ExecMainStatus=0", "Result=success"]
+
+
+def test_the_watchdog_restarts_it(place: Path, host: ContainerHost, port: int) -> None:
+    """Once it makes no readings any more: here a stopped process, which does not answer to signals either."""
+    with closing(Systemd(place, host, "WatchdogSec=2\nTimeoutAbortSec=1\nRestartSec=0\n")) as running:
+        first = running.pid
+        wrong_reply(host, port)
+        assert running.systemctl("show", "--property=NRestarts", "udpwatch") == "NRestarts=0"
+        os.kill(first, signal.SIGSTOP)
+        wait_for(lambda: running.said.count("udpwatch: ready") == 2, "the second start")
+        assert running.pid != first
+        assert running.systemctl("show", "--property=NRestarts", "udpwatch") == "NRestarts=1"
 
 
 def test_drop_in_for_dns(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:

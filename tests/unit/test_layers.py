@@ -18,6 +18,7 @@ ALLOWED = {
     "views": {"model", "errors", "enrich", "state"},
     "config": {"model", "errors"},
     "servers": set(),
+    "systemd": set(),
     "lab": {"errors", "kernel"},
 }
 WIRING = {"app", "asking", "cli", "demo", "doctor", "responder", "watching", "__init__"}
