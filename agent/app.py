@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_SECONDS = 0.5
 EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
+FINDING_LINES = 60  # logged in a minute
 HEALTH_SECONDS = 2.0
 STOP_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
@@ -60,6 +61,8 @@ def open_dns(conf: Path | None) -> Service:
         dns = read_conf(conf) if conf else DnsSettings()
         if dns.metrics_listen != DnsSettings().metrics_listen:
             raise UdpwatchError(f"{conf}: metrics-listen is for `udpwatch dns`; the agent has --metrics-listen")
+        if dns.user:
+            raise UdpwatchError(f"{conf}: user is for `udpwatch dns`; the agent needs root")
         return Service(dns, __version__)
     except DnsError as error:
         raise UdpwatchError(f"--dns: {error}") from None
@@ -171,7 +174,8 @@ class App:
         self._failure: BaseException | None = None
         self._said_ready: bool | None = None  # in the log
         self._done = asyncio.Event()
-        self._read_at = time.monotonic()
+        self._read_at = self._logged_at = time.monotonic()
+        self._may_log, self._not_logged = float(FINDING_LINES), 0
         with contextlib.ExitStack() as opened:
             self._http: HttpView | None = None
             if settings.metrics_listen:
@@ -202,7 +206,9 @@ class App:
                 notes=self._watching.notes,
             )
             self._senders = Senders(Roots(cgroup=self._watching.cgroups))
-            self._state = State(about, settings.max_series, settings.forget, self._senders.has_ended)
+            self._state = State(
+                about, settings.max_series, settings.forget, self._senders.has_ended, self._senders.namespace_of
+            )
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 
@@ -301,8 +307,6 @@ class App:
     def _drop_capabilities(self) -> None:
         """Keep what the sensor goes on to need; for an event file, what opening it again needs, whoever owns it by
         then; for the responder, and for metrics whose port is taken, what listening on an address later needs."""
-        if self._watching.capabilities is None:
-            return
         keep = set(self._watching.capabilities)
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
@@ -327,13 +331,27 @@ class App:
         for line in changes:
             log.warning("%s", line)
         for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
-            log.warning("%s", describe(row))
+            self._log_finding(row)
         self._snapshot = self._state.snapshot(seen, now)
         ready, reason = self._ready()
         if self._said_ready not in (None, ready) and not self._done.is_set():
             self._said_ready = ready
             log.warning("ready again" if ready else "not ready: %s", *([] if ready else [reason]))
         self._read_at = time.monotonic()
+
+    def _log_finding(self, row: Row) -> None:
+        """A line for each new finding, as many as FINDING_LINES a minute: packets order them."""
+        now = time.monotonic()
+        self._may_log = min(FINDING_LINES, self._may_log + (now - self._logged_at) * FINDING_LINES / 60)
+        self._logged_at = now
+        if self._may_log < 1:
+            self._not_logged += 1
+            return
+        self._may_log -= 1
+        if self._not_logged:
+            log.warning("%d new findings were not logged: too many in a minute", self._not_logged)
+            self._not_logged = 0
+        log.warning("%s", describe(row))
 
     def _sender_of(self, seen: Increase | Event) -> Sender:
         if isinstance(self._sensor, Replay):
@@ -378,10 +396,10 @@ class App:
     def _ready(self) -> tuple[bool, str]:
         if self._dns and not self._dns.ready:
             return False, "dns: the tables are being read, or it is stopping"
-        if self._snapshot.ready:
-            return True, "ready"
         if self._http and self._http.problem:
             return False, self._http.problem
+        if self._snapshot.ready:
+            return True, "ready"
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
         return False, "; ".join(missing) or "the last datagram of our own was not seen by the programs"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -176,6 +176,8 @@ class Reading:
     tracked_peers: int
     evicted_peers: int
     undecided: int  # suspected replies that could not be decided
+    #: tenant (records.tenant_of) -> its wrong replies for which the kernel's table of findings had no room
+    beyond: dict[int, int] = field(default_factory=dict)
     dropped: int = 0  # events for which too many others waited for conntrack's answer
     held_back: int = 0  # events of flows above the limit
     flows: int = 0  # new UDP flows that were looked at
@@ -214,12 +216,13 @@ class Snapshot:
     ready: bool
     notes: tuple[str, ...]  # what this machine does not allow, a line each
     rows: tuple[Row, ...]
-    other: int  # wrong replies beyond the limit of rows
+    other: int  # wrong replies in no row, which had no room
     checked: int
     tracked_peers: int
     evicted_peers: int
     lost: dict[str, int]  # stage -> how many events, or peers, were lost there
     probes: tuple[Probe, ...]
+    other_of: dict[str, int] = field(default_factory=dict)  # of `other`, by namespace; "": none, or not known
     healed: int = 0  # replies whose source was set right; 0 as long as nobody heals
     flows: int = 0  # new UDP flows of conntrack's that were looked at
     conntrack: ConntrackHealth | None = None

@@ -1,7 +1,8 @@
 """Adds findings up, ages them, gives an immutable Snapshot.
 
 Rules
-1. Memory is bounded: a finding past the limit of rows counts under `other`, none is lost.
+1. Memory is bounded: a finding past the limit of rows counts under `other` of its namespace, none is lost. The tenant
+   (a container, else a cgroup) that has the most rows makes room for the others.
 2. A row ends when nothing was added to it for `forget` seconds, that of a pod or container that has ended after
    ENDED_SECONDS. Its count goes with it, as a counter goes with its process; `other` never ends, nor grows by it.
 3. The clocks are arguments: wall time is only shown, rows age by the monotonic one, which nobody sets.
@@ -11,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +34,8 @@ LOSS_STAGES = {
 }
 
 
+MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; those of further ones are counted together
+MAX_EVICTIONS = 100  # rows that make room in one reading
 ENDED_SECONDS = 60.0  # longer than Prometheus takes between two scrapes: it fetches the last count
 LOOK_SECONDS = 5.0  # how often it is looked whether pods and containers have ended
 
@@ -48,6 +52,9 @@ class About:
     notes: tuple[str, ...]
 
 
+_Tenant = tuple[str, str, str]  # namespace, pod and container; of what is in no container, its cgroup
+
+
 @dataclass(slots=True)
 class _Sum:
     increase: Increase
@@ -56,6 +63,7 @@ class _Sum:
     first: float  # seconds since the epoch
     last: float
     touched: float  # monotonic seconds
+    tenant: _Tenant
     ended: float | None = None  # monotonic seconds when its pod or container was first seen to have ended
 
 
@@ -65,6 +73,8 @@ _NOTHING = Reading((), Counters(), (), 0, 0, 0)
 SenderOf = Callable[[Increase], Sender]
 #: whether a sender's pod or container has ended; the time is monotonic seconds
 HasEnded = Callable[[Sender, float], bool]
+#: the namespace of a tenant of the kernel's table of findings (Reading.beyond)
+NamespaceOf = Callable[[int], str]
 _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
 
@@ -77,21 +87,25 @@ class State:
         max_series: int,
         forget_seconds: float,
         has_ended: HasEnded = lambda _sender, _now: False,
+        namespace_of: NamespaceOf = lambda _tenant: "",
     ) -> None:
         self._about = about
-        self._has_ended = has_ended
+        self._has_ended, self._namespace_of = has_ended, namespace_of
         self._next_look = 0.0
         self._max_series = max_series
         self._forget = forget_seconds
         self._sums: dict[_Key, _Sum] = {}
-        self._beyond = 0
+        self._held: Counter[_Tenant] = Counter()  # rows
+        self._other: dict[str, int] = {}  # namespace -> wrong replies in no row
+        self._beyond: dict[int, int] = {}  # Reading.beyond, as last added to `_other`
         self._reading: Reading | None = None
         self._lost_here: dict[str, int] = {}
         self._losing = threading.Lock()
 
     def add(self, reading: Reading, sender_of: SenderOf, now: float, monotonic: float) -> list[Row]:
         """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
-        fresh = []
+        fresh: dict[_Key, _Sum] = {}
+        evictions = MAX_EVICTIONS
         for increase in reading.increases:
             sender, finding = sender_of(increase), increase.finding
             key = (
@@ -107,19 +121,57 @@ class State:
             )
             known = self._sums.get(key)
             if known is None:
+                tenant = _tenant(sender)
                 if len(self._sums) >= self._max_series:
-                    self._beyond += increase.count
-                    continue
-                known = self._sums[key] = _Sum(increase, sender, 0, now, now, monotonic)
-                fresh.append(known)
+                    evicted = self._make_room(tenant) if evictions else None
+                    if evicted is None:
+                        self._add_other(sender.namespace, increase.count)
+                        continue
+                    evictions -= 1
+                    fresh.pop(evicted, None)
+                known = fresh[key] = self._sums[key] = _Sum(increase, sender, 0, now, now, monotonic, tenant)
+                self._held[tenant] += 1
             known.increase, known.sender = increase, sender
             known.count += increase.count
             known.last, known.touched, known.ended = now, monotonic, None
+        if self._about.mode != "netlink":  # there what had no room was only suspected
+            self._add_beyond(reading.beyond)
         self._reading = reading
         self._look_who_ended(monotonic)
         for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
-            del self._sums[idle]
-        return [_row(known) for known in fresh]
+            self._remove(idle)
+        return [_row(known) for known in fresh.values()]
+
+    def _make_room(self, tenant: _Tenant) -> _Key | None:
+        """Take away the row of the tenant with the most that was touched longest ago; None where this one would have
+        as many then.
+        """
+        most, held = max(self._held.items(), key=lambda each: each[1])
+        if held <= self._held[tenant] + 1:
+            return None
+        rows = ((key, known) for key, known in self._sums.items() if known.tenant == most)
+        key, known = min(rows, key=lambda row: row[1].touched)
+        self._remove(key)
+        self._add_other(known.sender.namespace, known.count)
+        return key
+
+    def _remove(self, key: _Key) -> None:
+        tenant = self._sums.pop(key).tenant
+        self._held[tenant] -= 1
+        if not self._held[tenant]:
+            del self._held[tenant]
+
+    def _add_other(self, namespace: str, count: int) -> None:
+        if namespace not in self._other and len(self._other) >= MAX_OTHER_NAMESPACES:
+            namespace = ""
+        self._other[namespace] = self._other.get(namespace, 0) + count
+
+    def _add_beyond(self, beyond: dict[int, int]) -> None:
+        for tenant, count in beyond.items():
+            more = count - self._beyond.get(tenant, 0)
+            if more:  # a tenant that the kernel forgot begins at 0 again
+                self._add_other(self._namespace_of(tenant), more if more > 0 else count)
+        self._beyond = dict(beyond)
 
     def _look_who_ended(self, monotonic: float) -> None:
         if monotonic < self._next_look:
@@ -175,7 +227,8 @@ class State:
             ready=self._reading is not None and seen and all(p.attached for p in reading.probes if p.required),
             notes=self._about.notes,
             rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
-            other=self._beyond + (0 if suspected else counters.overflow),
+            other=sum(self._other.values()),
+            other_of=dict(self._other),
             checked=counters.checked,
             tracked_peers=reading.tracked_peers,
             evicted_peers=reading.evicted_peers,
@@ -186,6 +239,10 @@ class State:
             udp_sent=reading.udp_sent,
             seen=seen,
         )
+
+
+def _tenant(sender: Sender) -> _Tenant:
+    return sender.namespace, sender.pod, sender.container or sender.cgroup
 
 
 def _row(known: _Sum) -> Row:

@@ -305,7 +305,7 @@ struct stats {
     __u64 wrong;        /* of these, wrong replies (verdict unknown: suspected) */
     __u64 remembered;   /* conversations entered */
     __u64 unremembered; /* clients whose entry in `requests` another CPU overwrote */
-    __u64 overflow;     /* wrong replies for which `findings` had no room */
+    __u64 overflow;     /* wrong replies for which `findings`, or the tenant's share, had no room */
     __u64 rate_limited; /* events held back */
     __u64 ring_full;    /* events that the ring buffer had no room for */
     __u64 unparsed;     /* UDP headers that were not readable */

@@ -22,7 +22,7 @@
 #include "records.h"
 
 /* ---- limits and settings: SETS, ADDRESS_SETS, FORGOTTEN_SETS, MAX_EVICTIONS, MAX_FINDINGS,
- * RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
+ * MAX_TENANTS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
 #define ALIKE_NS           10000000000ULL /* far longer than a send takes */
@@ -32,7 +32,9 @@
 #define SECOND_NS          1000000000ULL
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
 #define FAMILY_INET6       10
-#define FIRST_EPHEMERAL    32768 /* ip_local_port_range's default; clients live above */
+#define ROOT_CGROUP        1ULL         /* the id of the root of cgroup v2 (kernfs) */
+#define ROOT_TENANT        (1ULL << 63) /* no cgroup's id: a namespace of the root cgroup's */
+#define FIRST_EPHEMERAL    32768        /* ip_local_port_range's default; clients live above */
 #define CT_RELATED         1 /* IP_CT_RELATED: as new, of a connection that a helper announced */
 #define CT_NEW             2 /* IP_CT_NEW: original direction of a flow that nobody answered */
 #define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
@@ -53,6 +55,11 @@ BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_ARRAY(socket_causes, struct socket_causes, SENDER_SLOTS);
 #endif
 BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
+/* Of each tenant, a cgroup or a namespace of the root cgroup's: how many findings it holds, which
+ * user space sets right at each reading, and how many wrong replies had no room. */
+BPF_TABLE("lru_hash", __u64, __u64, findings_held, MAX_TENANTS);
+BPF_TABLE("lru_hash", __u64, __u64, findings_beyond, MAX_TENANTS);
+BPF_ARRAY(all_findings, __u64, 1); /* as findings_held, of all tenants */
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
 /* What runs for each packet is short; the rest is in programs of its own, one a map, since the
@@ -566,14 +573,33 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
     return who;
 }
 
-/* The element of `findings` for a key, made if it is new; NULL where there is no room. */
-static __always_inline struct finding *finding_of(struct finding_key *key) {
+static __always_inline __u64 tenant_of_finding(const struct finding_key *key) {
+    return key->cgroup > ROOT_CGROUP ? key->cgroup : key->netns | ROOT_TENANT;
+}
+
+/* The element of `findings` for a key, made if it is new; NULL where there is no room. A tenant may
+ * hold as many as are free: the more it has, the more it leaves to others (Choudhury and Hahne,
+ * "Dynamic queue length thresholds", 1998). */
+static __always_inline struct finding *finding_of(struct finding_key *key, __u64 segments) {
+    __u64 tenant = tenant_of_finding(key), zero = 0;
     struct finding none = {};
+    int first = 0;
     struct finding *finding = findings.lookup(key);
     if (finding)
         return finding;
-    findings.insert(key, &none); /* another CPU may have been faster: that is as good */
-    return findings.lookup(key);
+    __u64 *held = findings_held.lookup_or_try_init(&tenant, &zero),
+          *all = all_findings.lookup(&first);
+    if (held && all && *held + *all < MAX_FINDINGS && !findings.insert(key, &none)) {
+        __sync_fetch_and_add(held, 1);
+        __sync_fetch_and_add(all, 1);
+    }
+    finding = findings.lookup(key); /* another CPU may have been faster: that is as good */
+    if (finding)
+        return finding;
+    __u64 *beyond = findings_beyond.lookup_or_try_init(&tenant, &zero);
+    if (beyond)
+        __sync_fetch_and_add(beyond, segments);
+    return 0;
 }
 
 static __always_inline void send_event(struct __sk_buff *skb, const struct packet *packet,
@@ -690,7 +716,7 @@ static __always_inline void accuse(struct __sk_buff *skb, struct bpf_sock *sk,
 
     COUNT(wrong, segments_of(skb));
     tell(packet, time);
-    struct finding *finding = finding_of(key);
+    struct finding *finding = finding_of(key, segments_of(skb));
     if (!finding) {
         COUNT(overflow, segments_of(skb));
         return;

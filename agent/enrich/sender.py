@@ -1,4 +1,11 @@
-"""Who sent a reply: process, container, pod and their names, put together from the single lookups."""
+"""Who sent a reply: process, container, pod and their names, put together from the single lookups.
+
+Rules
+1. A lookup neither raises nor waits for a process. What the lookups of a tenant cost is bounded (`budget`); beyond
+   that a sender has the kernel's name and its container's, and is looked up when it is seen again.
+2. A sender that is not known as a whole is looked up again after one second, then after two, four and so on: a name
+   may come a moment after its container, or never.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +14,11 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from udpwatch.agent.enrich.budget import Budget
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.cgroups import Cgroups
 from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.container import Container, folder, parse
+from udpwatch.agent.enrich.container import Container, folder, parse, tenant
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.pod import Pod, Pods
 from udpwatch.agent.enrich.process import Process, Processes
@@ -18,11 +26,15 @@ from udpwatch.agent.enrich.runtime import Runtime, Runtimes
 from udpwatch.agent.kernel.records import printable
 from udpwatch.agent.model import Cause, Event, Increase, Sender
 
-MAX_SENDERS = 8192
+MAX_SENDERS = 8192  # more than the budget allows in KEEP_SECONDS: nobody's flood evicts them
+MAX_CONTAINERS = 1024
 KEEP_SECONDS = 60.0
-RETRY_SECONDS = 1.0  # a name may come a moment after its container
+RETRY_SECONDS = 1.0
 SHORT_ID = 12  # digits, as docker ps shows them
 MAX_LABEL = 253  # letters of a name, as many as Kubernetes allows; Docker and podman take any number
+
+#: a process id, a thread's name and a cgroup's id, as the kernel reports them
+_Key = tuple[int, str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +47,13 @@ class Roots:
     cgroup: Path | None = None  # a mount of cgroup v2
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    sender: Sender
+    wait: float  # seconds until it is looked up again
+    retry_at: float  # monotonic seconds
+
+
 class Senders:
     """Looks up who is behind findings and events."""
 
@@ -45,7 +64,15 @@ class Senders:
         self._runtimes = Runtimes(roots.proc, self._command_lines)
         self._pods = Pods(roots.log)
         self._docker = DockerNames(roots.docker)
-        self._cache: Cache[tuple[int, str, int], Sender] = Cache(MAX_SENDERS, KEEP_SECONDS)
+        self._budget = Budget()
+        self._cache: Cache[_Key, _Known] = Cache(MAX_SENDERS, KEEP_SECONDS)
+        self._containers: Cache[int, Sender] = Cache(MAX_CONTAINERS, KEEP_SECONDS)  # by the cgroup's id: one in it
+        self.deferred = 0  # lookups beyond the budget
+
+    @property
+    def command_lines_left_out(self) -> int:
+        """Command lines that were not read since their process, or its tenant, withheld one."""
+        return self._command_lines.left_out
 
     def lookup(self, seen: Increase | Event, now: float | None = None) -> Sender:
         """The sender of a reply. Ask soon: of a process that has exited less is known. ``now``: monotonic seconds."""
@@ -55,10 +82,36 @@ class Senders:
         now = time.monotonic() if now is None else now
         key = seen.pid, finding.process, finding.cgroup
         known = self._cache.get(key, now)
-        if known:
-            return known
+        if known and now < known.retry_at:
+            return known.sender
+        path = self._cgroups.path(finding.cgroup, now)
+        # In the root cgroup, as on hosts with v1, the network namespace tells tenants apart.
+        if not self._budget.take(tenant((path,)) or f"netns {finding.netns}", now):
+            self.deferred += 1
+            return known.sender if known else self._unread(*key, path, now)
+        return self._remember(key, known, now)
+
+    def _remember(self, key: _Key, known: _Known | None, now: float) -> Sender:
         sender, complete = self._look(*key, now)
-        return self._cache.put(key, sender, now, KEEP_SECONDS if complete else RETRY_SECONDS)
+        wait = 2 * known.wait if known else RETRY_SECONDS
+        retry_at = now + (KEEP_SECONDS if complete else wait)
+        return self._cache.put(key, _Known(sender, wait, retry_at), now).sender
+
+    def _unread(self, pid: int, comm: str, number: int, path: str, now: float) -> Sender:
+        """A sender by what is known without reading anything."""
+        name = comm or "unknown"
+        other = self._containers.get(number, now)
+        if other:
+            return replace(other, process=name, pid=pid, executable="", command="")
+        container = parse(path)
+        return Sender(
+            process=name,
+            pid=pid,
+            cgroup=printable(os.fsencode(path)),
+            runtime=container.runtime,
+            container_id=container.id,
+            container=container.id[:SHORT_ID],
+        )
 
     def namespace_of(self, tenant: int) -> str:
         """The Kubernetes namespace of a tenant of the kernel's findings (records.tenant_of); "" where it has none."""
@@ -66,7 +119,7 @@ class Senders:
             return ""
         key, now = (0, "", tenant), time.monotonic()
         known = self._cache.get(key, now)
-        return (known or self._cache.put(key, self._look(*key, now)[0], now)).namespace
+        return (known.sender if known else self._remember(key, None, now)).namespace
 
     def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
         process = self._processes.lookup(pid, comm, number, now)
@@ -98,6 +151,9 @@ class Senders:
             namespace=pod.namespace[:MAX_LABEL],
             pod=pod.pod[:MAX_LABEL],
         )
+        # The id names this container only where the path is that of the v2 hierarchy.
+        if number and container.id and path in (process.unified, self._cgroups.path(number, now)):
+            self._containers.put(number, sender, now)
         return sender, bool(name if container.id else path)
 
     def _names(self, container: Container, runtime: Runtime, now: float) -> tuple[Pod, str]:

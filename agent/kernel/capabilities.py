@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import struct
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
 from udpwatch.agent.errors import CannotRun
 
 _VERSION_3 = 0x20080522
+_PR_SET_KEEPCAPS = 8
+_PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
+_PR_SET_NO_NEW_PRIVS = 38
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -73,15 +78,57 @@ def require() -> None:
     raise CannotRun(f"{names} missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`")
 
 
-def drop_all_but(keep: Iterable[Capability]) -> None:
-    """Give up every capability of the calling thread but these; threads started later inherit that.
+@dataclass(frozen=True, slots=True)
+class User:
+    """A user to change to."""
 
-    Raises OSError.
+    name: str
+    uid: int
+    gid: int
+
+
+def drop_all_but(keep: Iterable[Capability], user: User | None = None) -> None:
+    """Give up every capability of the calling thread but these, and change to ``user``, if given.
+
+    What it executes cannot have more: the bounding set is no larger, the inheritable and ambient sets are empty, and
+    no_new_privs is set. Threads started later inherit all of it; those that run already do not.
+
+    Raises OSError, with the bounding set reduced already.
     """
-    mask = sum(1 << capability for capability in set(keep) & effective())
+    kept = set(keep) & effective()
+    _reduce_bounding_set(kept)
+    if user:
+        _prctl(_PR_SET_KEEPCAPS, 1)
+        os.setgroups(os.getgrouplist(user.name, user.gid))
+        os.setgid(user.gid)
+        os.setuid(user.uid)
+        _prctl(_PR_SET_KEEPCAPS, 0)
+    mask = sum(1 << capability for capability in kept)
     header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0))
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = ctypes.create_string_buffer(struct.pack("=IIIIII", low, low, 0, high, high, 0))
     if _libc.capset(header, data) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"capset: {os.strerror(number)}")
+        raise _error("capset")
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _reduce_bounding_set(kept: Collection[int]) -> None:
+    """Without CAP_SETPCAP the bounding set stays as it is; no_new_privs then has to do."""
+    for number in range(64):
+        held = _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0)
+        if held < 0:  # beyond the last capability that this kernel has
+            return
+        if held and number not in kept and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
+            if ctypes.get_errno() == errno.EPERM:
+                return
+            raise _error("PR_CAPBSET_DROP")
+
+
+def _prctl(option: int, value: int) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        raise _error(f"prctl({option})")
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")

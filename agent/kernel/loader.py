@@ -24,7 +24,7 @@ from udpwatch.agent.model import Hooks
 
 LOAD_SECONDS = 240  # far above what any machine needs; a child that hangs must not hang the agent
 _MAX_ANSWER = 1 << 20
-_MAX_DESCRIPTORS = 32
+_MAX_DESCRIPTORS = 64
 
 #: source file -> the maps that the agent reads
 MAPS = {
@@ -34,6 +34,9 @@ MAPS = {
         "ingress_next",
         "egress_next",
         "findings",
+        "findings_held",
+        "findings_beyond",
+        "all_findings",
         "events",
         "told",
         "senders",

@@ -83,6 +83,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "REQUEST_SETS": max(1, limits.max_peers // 4 // records.WAYS),
         # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
+        "MAX_TENANTS": 4096,
         "MAX_CANDIDATES": limits.max_candidates,
         "MAX_TOLD": limits.max_told,
         "EVENTS_PER_SECOND": limits.events_per_second,

@@ -181,6 +181,7 @@ CONVERSATION_SET_BYTES = ctypes.sizeof(ConversationSet)
 FINDING_KEY_BYTES = ctypes.sizeof(FindingKey)
 FINDING_BYTES = ctypes.sizeof(FindingValue)
 EVENT_BYTES = ctypes.sizeof(EventRecord)
+_ROOT_CGROUP, _ROOT_TENANT = 1, 1 << 63  # as in bpf/reply.c
 CANDIDATE_KEY_BYTES = 8
 CANDIDATE_BYTES = ctypes.sizeof(CandidateRecord)
 STATS_BYTES = ctypes.sizeof(StatsRecord)
@@ -231,6 +232,11 @@ def _finding(key: FindingKey) -> tuple[Finding, Flow | None]:
         return finding, None
     flow = key.flow
     return finding, Flow(decode_address(bytes(flow.peer)), flow.peer_port, flow.source_port)
+
+
+def tenant_of(finding: Finding) -> int:
+    """Whose share of the kernel's findings one counts against: its cgroup's, or its namespace's in the root cgroup."""
+    return finding.cgroup if finding.cgroup > _ROOT_CGROUP else finding.netns | _ROOT_TENANT
 
 
 def decode_finding(raw: bytes) -> tuple[int, int, int]:

@@ -2,6 +2,7 @@
 
 Rules
 1. Counts are the kernel's. What leaves here is the increase since the last reading, each datagram once.
+   An element that is taken out of the kernel's table loses nothing: its finding has left, and begins again at 0.
 2. A suspected reply (verdict unknown) leaves only after conntrack has been asked; what cannot be decided
    within two windows is counted as undecided and never reported.
 """
@@ -9,6 +10,7 @@ Rules
 from __future__ import annotations
 
 import itertools
+import struct
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from udpwatch.agent.model import Event, Finding, Flow, Increase
 
 MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
 ASK_SECONDS = 1.0  # of netlink questions in one reading; what is left is asked in the next
+RESTING_NS = 200_000_000  # what a program may be counting in is not taken away from under it
+_NUMBER = struct.Struct("=Q")
 _FRAME_BYTES = 64  # a test run wants an Ethernet frame
 COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every reading
 
@@ -43,6 +47,7 @@ class ReplySensor:
     def __init__(self, maps: dict[str, int], clock: int, limits: Limits) -> None:
         """``clock``: the descriptor of the program CLOCK."""
         self._limits = limits
+        self._most = limits.max_findings // 2  # elements that are left in the map of findings
         self._maps = maps
         self._clock = clock
         self._known: dict[bytes, _Known] = {}
@@ -51,6 +56,8 @@ class ReplySensor:
         self._tracked = 0
         self._tracked_at = -COUNT_PEERS_SECONDS
         self._ring = RingBuffer(maps["events"])
+        self._holding: set[int] = set()  # tenants that hold findings
+        self._beyond: dict[int, int] = {}
         self.undecided = 0
         self.dropped = 0  # events for which too many others waited for conntrack's answer
 
@@ -84,10 +91,14 @@ class ReplySensor:
                 self._waiting.append(raw)
 
     def increases(self, forget_ns: int) -> Iterator[Increase]:
-        """What was added since the last reading; elements unused for ``forget_ns`` are taken out of the map."""
+        """What was added since the last reading; elements unused for ``forget_ns`` are taken out of the map, and so
+        are those of the tenants that hold the most of it, where more than half of it is in use.
+        """
         now = time.monotonic_ns()
         ask_until = time.monotonic() + ASK_SECONDS
-        quiet = []
+        quiet: list[bytes] = []
+        held: dict[int, int] = {}
+        resting: dict[int, list[tuple[int, bytes]]] = {}
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
             count, last, pid = records.decode_finding(value)
             known = self._known.get(key)
@@ -97,12 +108,38 @@ class ReplySensor:
                 yield from self._settle(known, count, last, pid)
             # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
             if known.counted == count and now - last > (2 * self._limits.window_ns if known.flow else forget_ns):
-                quiet.append((key, known))
-        for key, known in quiet:
+                quiet.append(key)
+                continue
+            tenant = records.tenant_of(known.finding)
+            held[tenant] = held.get(tenant, 0) + 1
+            if known.flow is None and now - last > RESTING_NS:  # others wait for conntrack's answer
+                resting.setdefault(tenant, []).append((last, key))
+        for tenant, excess in _excess(held, self._most).items():
+            taken_away = [key for _, key in sorted(resting.get(tenant, []))[:excess]]
+            held[tenant] -= len(taken_away)
+            quiet += taken_away
+        for key in quiet:
             taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+            known = self._known.pop(key)
             if taken:
                 yield from self._settle(known, *records.decode_finding(taken), is_last=True)
-            del self._known[key]
+        self._set_held(held)
+
+    def beyond(self) -> dict[int, int]:
+        """Wrong replies for which the table of findings had no room, by tenant (records.tenant_of), since the start."""
+        items = bpf.map_items(self._maps["findings_beyond"], 8, 8)
+        for (tenant,), (count,) in ((_NUMBER.unpack(key), _NUMBER.unpack(value)) for key, value in items):
+            self._beyond[tenant] = count
+        return self._beyond
+
+    def _set_held(self, held: dict[int, int]) -> None:
+        """Tell the kernel's programs what each tenant holds: they only add to it."""
+        for tenant in self._holding - held.keys():
+            bpf.map_delete(self._maps["findings_held"], _NUMBER.pack(tenant))
+        for tenant, count in held.items():
+            bpf.map_update(self._maps["findings_held"], _NUMBER.pack(tenant), _NUMBER.pack(count))
+        bpf.map_update(self._maps["all_findings"], bytes(4), _NUMBER.pack(sum(held.values())))
+        self._holding = set(held)
 
     def _settle(self, known: _Known, count: int, last: int, pid: int, is_last: bool = False) -> Iterator[Increase]:
         """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
@@ -136,3 +173,16 @@ class ReplySensor:
             # What was asked twice within a tick is ahead of the clock by nanoseconds.
             self._tracked = sum(age <= window for age in ages)
         return self._tracked
+
+
+def _excess(held: dict[int, int], most: int) -> dict[int, int]:
+    """How many of its elements each of the tenants that hold the most must lose so that ``most`` are left."""
+    if sum(held.values()) <= most:
+        return {}
+    share, left, room = most, len(held), most
+    for number in sorted(held.values()):
+        if number * left > room:
+            share = room // left  # what each of the tenants that are left may keep
+            break
+        room, left = room - number, left - 1
+    return {tenant: number - share for tenant, number in held.items() if number > share}

@@ -39,7 +39,9 @@ class Sensor:
         self._maps = loaded.maps
         self._attached = Attached(cgroup, loaded)
         self._cpus = possible_cpus()
-        self._replies = ReplySensor(loaded.maps, loaded.programs[CLOCK], limits) if "findings" in loaded.maps else None
+        self._replies: ReplySensor | None = None
+        if "findings" in loaded.maps:
+            self._replies = ReplySensor(loaded.maps, loaded.programs[CLOCK], limits)
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -130,6 +132,7 @@ class Sensor:
             tracked_peers=replies.count_peers() if replies else 0,
             evicted_peers=counters.evicted + (flows.evicted if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
+            beyond=dict(replies.beyond()) if replies else {},
             dropped=replies.dropped if replies else 0,
             held_back=flows.held_back if flows else 0,
             overruns=flows.overruns if flows else 0,

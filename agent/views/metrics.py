@@ -31,15 +31,19 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     wrong = CounterMetricFamily(
         "udpwatch_reply_source_mismatch",
         "UDP replies that left this node from another address (actual) than the one the client asked (expected). "
-        "The client does not get them: it waits for the other address. Past the limit of series all labels are "
-        "'other'.",
+        "The client does not get them: it waits for the other address. Past the limit of series all labels but the "
+        "namespace are 'other'.",
         labels=MISMATCH_LABELS,
     )
     for row in snapshot.rows:
         sender = row.sender
         labels = (sender.process, str(row.port), row.expected, row.actual, row.verdict, row.cause)
         wrong.add_metric([*labels, sender.namespace, sender.pod, sender.container], row.count)
-    wrong.add_metric([OTHER] * len(MISMATCH_LABELS), snapshot.other)
+    others = {OTHER: 0}
+    for namespace, count in snapshot.other_of.items():
+        others[namespace or OTHER] = others.get(namespace or OTHER, 0) + count
+    for namespace, count in others.items():
+        wrong.add_metric([namespace if name == "namespace" else OTHER for name in MISMATCH_LABELS], count)
     yield wrong
 
     yield CounterMetricFamily(

@@ -77,11 +77,63 @@ def test_quiet_rows_end_and_make_room() -> None:
     assert [row.port for row in summed.snapshot(True, 62).rows] == [2]
 
 
+def of_container(increase: Increase) -> Sender:
+    """Each cgroup is a container of its own, in a namespace of its own."""
+    number = increase.finding.cgroup
+    return Sender("dns", increase.pid, container=f"c{number}", namespace=f"ns{number}", pod=f"p{number}")
+
+
+def test_tenant_with_the_most_rows_makes_room() -> None:
+    summed = state(max_series=10)
+    greedy = [Increase(finding(port, cgroup=1), 1, 0, 7) for port in range(100)]
+    summed.add(reading(*greedy), of_container, 1, 1)
+    innocent = [Increase(finding(port, cgroup=2), 1, 0, 8) for port in range(4)]
+    assert len(summed.add(reading(*innocent), of_container, 2, 2)) == 4
+    summed.add(reading(*greedy), of_container, 3, 3)
+    snapshot = summed.snapshot(True, 3)
+    assert len(snapshot.rows) == 10
+    assert sum(row.sender.namespace == "ns2" for row in snapshot.rows) == 4
+    assert snapshot.other_of.keys() == {"ns1"}
+    assert sum(row.count for row in snapshot.rows) + snapshot.other == 204
+
+
+def test_shares_end_equal_and_are_not_fought_over() -> None:
+    summed = state(max_series=10)
+    for turn in range(20):
+        both = [Increase(finding(port, cgroup=1 + port % 2), 1, 0, 7) for port in range(40)]
+        fresh = summed.add(reading(*both), of_container, turn, turn)
+        assert not fresh or turn == 0
+    rows = summed.snapshot(True, 30).rows
+    assert sorted(row.sender.namespace for row in rows) == ["ns1"] * 5 + ["ns2"] * 5
+
+
+def test_what_had_no_room_in_the_kernel_counts_under_its_namespace() -> None:
+    summed = State(About("1", "6", "node", "packet", 0, ()), 10, 60, namespace_of=lambda tenant: f"ns{tenant}")
+    summed.add(reading(beyond={1: 5, 2: 7}), of_container, 1, 1)
+    summed.add(reading(beyond={1: 6, 2: 7}), of_container, 2, 2)
+    summed.add(reading(beyond={1: 2}), of_container, 3, 3)  # the kernel forgot it meanwhile
+    snapshot = summed.snapshot(True, 3)
+    assert snapshot.other_of == {"ns1": 8, "ns2": 7}
+    assert snapshot.other == 15
+    text = exposition(SnapshotCollector(lambda: snapshot), process=False)().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    other = {s.labels["namespace"]: s.value for s in samples if s.labels.get("port") == "other"}
+    assert other == {"other": 0, "ns1": 8, "ns2": 7}
+
+
+def test_namespaces_with_an_other_of_their_own_are_bounded() -> None:
+    summed = State(About("1", "6", "node", "packet", 0, ()), 10, 60, namespace_of=lambda tenant: f"ns{tenant}")
+    summed.add(reading(beyond=dict.fromkeys(range(1000), 1)), of_container, 1, 1)
+    snapshot = summed.snapshot(True, 1)
+    assert len(snapshot.other_of) <= 101
+    assert snapshot.other == 1000
+
+
 def test_losses_are_summed_by_stage() -> None:
     summed = state()
     counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, undecided=9, candidates=8)
     probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
-    lost = {"undecided": 6, "overruns": 10, "held_back": 20}
+    lost = {"undecided": 6, "overruns": 10, "held_back": 20, "beyond": {7: 1}}
     summed.add(reading(counters=counters, probes=(probe,), **lost), sender_of, 0, 0)
     summed.lose("queue")
     summed.lose("output", 7)
@@ -106,7 +158,7 @@ def test_losses_are_summed_by_stage() -> None:
 def test_what_was_only_suspected_is_no_finding() -> None:
     """In mode netlink the kernel's overflow may be NAT: undecided, not wrong."""
     summed = state(mode="netlink")
-    summed.add(reading(counters=Counters(overflow=9)), sender_of, 0, 0)
+    summed.add(reading(counters=Counters(overflow=9), beyond={7: 9}), sender_of, 0, 0)
     snapshot = summed.snapshot(True, 0)
     assert snapshot.other == 0
     assert snapshot.lost["undecided"] == 9
