@@ -25,9 +25,9 @@ class Cache(Generic[K, V]):
         return found[1] if found and now < found[0] else None
 
     def put(self, key: K, value: V, now: float, keep_seconds: float | None = None) -> V:
-        """Remember a value; returns it."""
+        """Remember a value, and forget what is too old; returns the value."""
         self._values[key] = (now + (self._keep if keep_seconds is None else keep_seconds), value)
         self._values.move_to_end(key)
-        if len(self._values) > self._limit:
+        while len(self._values) > self._limit or next(iter(self._values.values()))[0] <= now:
             self._values.popitem(last=False)
         return value
