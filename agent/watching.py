@@ -28,7 +28,7 @@ class Watching:
     what: str  # for people
     notes: tuple[str, ...]  # what this machine does not allow and what follows, a line each
     close: Callable[[], None]
-    capabilities: frozenset[Capability] | None  # that it goes on to need; None: it never had any
+    capabilities: frozenset[Capability]  # that it goes on to need
     cgroups: Path | None = None  # the tree of cgroups that it watches
 
 
@@ -62,7 +62,7 @@ def watch_recording(settings: Settings) -> Watching:
     assert settings.replay
     replay = Replay(settings.replay)
     words = (f"this is a recording, {settings.replay}: nothing of this machine is looked at",)
-    return Watching(replay, Proof(replay, True), str(settings.replay), words, replay.close, None)
+    return Watching(replay, Proof(replay, True), str(settings.replay), words, replay.close, frozenset())
 
 
 def _needed(sensor: Sensor) -> frozenset[Capability]:

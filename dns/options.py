@@ -256,6 +256,13 @@ OPTIONS = (
     ),
     # how it runs
     _option(
+        "-u --user=NAME",
+        values.one("user", values.user_name),
+        "where started as root, change to this user (nobody) and keep no capability but CAP_NET_BIND_SERVICE",
+        "root is uid 0 without other capabilities; other groups of the user are kept",
+        once=True,
+    ),
+    _option(
         "-C --conf-file=FILE",
         values.read_conf_file,
         "read options from this file too; may be repeated",
@@ -293,7 +300,7 @@ _REFUSED = """
     proxy-dnssec pxe-prompt pxe-service query-port:Q quiet-dhcp quiet-dhcp6 quiet-ra quiet-tftp ra-param read-ethers:Z
     rev-server script-arp script-on-renewal selfmx:e servers-file shared-network strict-order:o strip-mac strip-subnet
     synth-domain tag-if tftp-lowercase tftp-max tftp-mtu tftp-no-blocksize tftp-no-fail tftp-port-range tftp-root
-    tftp-secure tftp-single-port tftp-unique-root trust-anchor umbrella user:u
+    tftp-secure tftp-single-port tftp-unique-root trust-anchor umbrella
 """
 REFUSED = {name: short for name, _, short in (word.partition(":") for word in _REFUSED.split())}
 

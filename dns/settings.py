@@ -96,3 +96,4 @@ class Settings:
     log_extra: bool = False
     ident: bool = True  # answer CHAOS *.bind
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
+    user: str = ""  # to change to where started as root; "": nobody

@@ -134,6 +134,12 @@ def listening_device(text: str) -> str:
     return _device(text, star=True)
 
 
+def user_name(text: str) -> str:
+    if not text or not text.isprintable() or "\0" in text or ":" in text:
+        raise Rejected("the name of a user")
+    return text
+
+
 def metrics_listen(text: str) -> str:
     host, _, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +13,13 @@ from pathlib import Path
 import pytest
 from agents import Agent, run_cli, temporary, wait_for
 from conftest import PATIENCE_SECONDS, ask
+from dns_server import Responder, needs, texts, write
+from dns_server import ask as ask_dns
 from restricted import NOBODY, assert_refused, run, without
 
 from udpwatch.agent import app, cli  # noqa: F401  app: cli would import it as nobody
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import ContainerHost, Namespace
+from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 
 
 def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -134,3 +138,104 @@ def test_least_rights(folder: Path) -> None:
         wrapper[1] += ",+sys_resource"
     with Agent(folder, wrapper=wrapper) as agent:
         assert agent.snapshot()["mode"] == "packet"
+
+
+# ---- what is given up after the start ----
+
+
+def credentials(pid: int) -> dict[str, str]:
+    """User, group, capabilities and no_new_privs of a process; all of its threads must have the same."""
+    fields = "Uid|Gid|Groups|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs"
+    found = [
+        dict(re.findall(rf"^({fields}):[ \t]*(.*?)[ \t]*$", task.read_text(), re.MULTILINE))
+        for task in Path(f"/proc/{pid}/task").glob("*/status")
+    ]
+    assert len(found) > 1
+    assert all(each == found[0] for each in found), found
+    return found[0]
+
+
+def names(mask: str) -> set[str]:
+    """A mask of capabilities, read by libcap."""
+    needs("capsh", "libcap2-bin")
+    done = subprocess.run(["capsh", f"--decode={mask}"], capture_output=True, text=True, check=True)
+    return set(filter(None, done.stdout.strip().partition("=")[2].split(",")))
+
+
+def assert_no_way_back(held: dict[str, str], capabilities: set[str]) -> None:
+    assert names(held["CapEff"]) == names(held["CapPrm"]) == names(held["CapBnd"]) == capabilities
+    assert names(held["CapInh"]) == names(held["CapAmb"]) == set()
+    assert held["NoNewPrivs"] == "1"
+
+
+@pytest.fixture
+def node() -> Iterator[Namespace]:
+    with Lab() as lab:
+        yield lab.namespace("node")
+
+
+def test_agent_keeps_what_it_needs_and_gets_nothing_back(folder: Path) -> None:
+    with Agent(folder, "--hooks=cgroup") as agent:
+        held = credentials(agent.pid)
+        kept = {name for name in names(held["CapEff"]) if name != "cap_dac_override"}  # for --events FILE
+        assert {"cap_bpf", "cap_net_admin"} <= kept <= {"cap_bpf", "cap_net_admin", "cap_sys_admin", "cap_sys_ptrace"}
+        assert_no_way_back(held, names(held["CapEff"]))
+        assert held["Uid"].split() == ["0"] * 4
+
+
+def test_replay_keeps_nothing(folder: Path) -> None:
+    recording = Path(__file__).parents[1] / "golden" / "replay.jsonl"
+    with Agent(folder, f"--replay={recording}", "--events=-", stdout=subprocess.DEVNULL) as agent:
+        assert_no_way_back(credentials(agent.pid), set())
+
+
+def test_responder_started_as_root_is_nobody(node: Namespace, folder: Path) -> None:
+    """It answers on port 53 of an address that comes later, and reads files that change, all the same."""
+    folder.chmod(0o755)
+    hosts = write(folder / "hosts", "10.0.0.1 a.test")
+    options = ("--listen-address=127.0.0.1,10.1.0.7", f"--addn-hosts={hosts}", "--user=nobody")
+    node.ip("link add test0 type veth peer name test1", "link set test0 up")
+    with Responder(node, *options) as responder:
+        assert responder.has_said("changed to user nobody")
+        held = credentials(responder.process.pid)
+        assert_no_way_back(held, {"cap_net_bind_service"})
+        assert (held["Uid"].split(), held["Gid"].split()) == ([str(NOBODY)] * 4, [str(NOBODY)] * 4)
+        assert held["Groups"] == str(NOBODY)
+        assert texts(ask_dns(node, "127.0.0.1", "a.test")) == ["10.0.0.1"]
+        node.ip("addr add 10.1.0.7/24 dev test0")
+        wait_for(lambda: responder.has_said("listening on 10.1.0.7"), "the new address")
+        write(hosts, "10.0.0.2 a.test")
+        wait_for(lambda: texts(ask_dns(node, "10.1.0.7", "a.test")) == ["10.0.0.2"], "the new table")
+        assert "process_open_fds" in responder.get("/metrics")[1]
+
+
+def test_responder_changes_user_by_default(node: Namespace) -> None:
+    with Responder(node) as responder:
+        assert credentials(responder.process.pid)["Uid"].split() == [str(NOBODY)] * 4
+
+
+def test_responder_that_stays_root_has_no_capabilities(node: Namespace) -> None:
+    with Responder(node, "--user=root") as responder:
+        held = credentials(responder.process.pid)
+        assert_no_way_back(held, {"cap_net_bind_service"})
+        assert held["Uid"].split() == ["0"] * 4
+
+
+def test_responder_without_the_right_to_change_user(node: Namespace) -> None:
+    """As in a container with NET_BIND_SERVICE alone: it says so and works, unless the user was named."""
+    needs("capsh", "libcap2-bin")
+    drop = ("capsh", "--drop=cap_setuid", "--", "-c", 'exec "$@"', "sh")
+    with Responder(node, wrapper=drop) as responder:
+        assert responder.has_said("cannot change to user nobody: Operation not permitted; still root")
+        held = credentials(responder.process.pid)
+        assert_no_way_back(held, {"cap_net_bind_service"})
+        assert held["Uid"].split() == ["0"] * 4
+    done = run_cli(
+        "dns", "--port=5353", "--listen-address=127.0.0.1", "--metrics-listen=off", "-u", "daemon", wrapper=drop
+    )
+    assert_refused(done, 5, "cannot change to user daemon", "CAP_SETUID", "--user=root")
+
+
+def test_responder_of_an_unknown_user() -> None:
+    done = run_cli("dns", "--port=5353", "--listen-address=127.0.0.1", "--metrics-listen=off", "--user=no-such-user")
+    assert_refused(done, 1, "--user: there is no user 'no-such-user'")

@@ -40,6 +40,7 @@ DNS_BY_THE_CHART = {
     "no-hosts": "always: the node's hosts are not the pods'",
     "no-resolv": "with dns.upstreamServers",
     "metrics-listen": "metrics.port, and the agent's own",
+    "user": "the agent needs root",
 }
 
 
