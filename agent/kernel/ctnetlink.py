@@ -211,7 +211,7 @@ class Listener:
         )
         try:
             self._socket.bind((0, 0))
-            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
+            self.resize(buffer_bytes)
             code = _udp_only()
             held = ctypes.create_string_buffer(code, len(code))
             program = struct.pack("HL", len(code) // 8, ctypes.addressof(held))
@@ -220,6 +220,10 @@ class Listener:
         except OSError:
             self._socket.close()
             raise
+
+    def resize(self, buffer_bytes: int) -> None:
+        """Set what may wait to be read, of which the kernel takes twice as much; raises OSError."""
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
 
     def fileno(self) -> int:
         return self._socket.fileno()

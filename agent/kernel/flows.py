@@ -19,7 +19,7 @@ import os
 import resource
 import struct
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -36,9 +36,16 @@ from udpwatch.agent.model import Cause, Event, Finding, Increase, Tuple, Verdict
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
 MAX_WAITING = 8_192
-RECEIVE_BYTES = 32 << 20  # holds 30,000 events (a quarter of it what they are, the rest the kernel's bookkeeping)
+#: Of all receive buffers, which the kernel doubles: half for our own namespace (15,000 events; a quarter is what they
+#: are, the rest the kernel's bookkeeping), half for all others together.
+RECEIVE_BYTES = 32 << 20
+MIN_RECEIVE_BYTES = 16 << 10
 LOOK_SECONDS = 5.0  # for namespaces that have come or gone
 READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
+TURN_SECONDS = 0.02  # of one namespace's events, where others wait
+TABLE_SECONDS = 0.3  # of tables in one reading; what is left is read in the next one
+TABLE_TURN = 200  # entries of one table before the next one's
+START_SECONDS = 5.0  # of tables before the first reading
 TABLE_ERROR_NS = 1_000_000_000  # a table tells whole seconds: of two times, either may be too early by one
 ANYBODY = ""  # in place of the server, where a group was asked: whoever answers is right
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
@@ -325,7 +332,7 @@ class _Namespace:
             with netns.entered(fd):
                 self.table = Table()
                 opened.callback(self.table.close)
-                self.listener = Listener(RECEIVE_BYTES)
+                self.listener = Listener(MIN_RECEIVE_BYTES)
                 self.is_silent = _is_silent()
             opened.pop_all()
 
@@ -367,14 +374,18 @@ class ListenedFlows:
         self._namespaces: dict[int, _Namespace] = {}
         self._requests = Requests(limits.window_ns, MAX_REQUESTS)
         self._waiting: deque[tuple[Event, int]] = deque()
+        self._waiting_of: Counter[int] = Counter()  # namespace -> how many of them
+        self._tables: OrderedDict[int, Iterator[None]] = OrderedDict()  # being read, by namespace
         self._judged: OrderedDict[tuple[int, int, Tuple], int] = OrderedDict()
         self._looked = 0.0
         self.undecided = self.overruns = 0
         self.flows: int | None = 0
         _allow_descriptors()
         self._look_for_namespaces(must=True)
+        self._read_tables(time.monotonic() + START_SECONDS)
 
     def close(self) -> None:
+        self._tables.clear()
         for each in self._namespaces.values():
             each.close()
         self._namespaces.clear()
@@ -383,12 +394,12 @@ class ListenedFlows:
         """Read what is there; then the candidates whose time has come and that were wrong replies."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look_for_namespaces()
-        until = time.monotonic() + READ_SECONDS
-        for each in self._namespaces.values():
-            self._read(each, until)
+        self._read_tables(time.monotonic() + TABLE_SECONDS)
+        self._read_events(time.monotonic() + READ_SECONDS)
         self._requests.expire(now - 2 * self._window_ns)
         while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9:
             event, zone = self._waiting.popleft()
+            self._waiting_of -= Counter([event.netns_inode or 0])  # keeps no zeros
             namespace = self._namespaces.get(event.netns_inode or 0)
             outcome, event = self._settle(namespace, event, zone) if namespace else (_Settled.UNDECIDED, event)
             if outcome == _Settled.WRONG:
@@ -429,7 +440,15 @@ class ListenedFlows:
             self._miss(error)
             return
         for inode in self._namespaces.keys() - there:
+            self._tables.pop(inode, None)
             self._namespaces.pop(inode).close()
+        self._share_buffers()
+
+    def _share_buffers(self) -> None:
+        """Our own namespace, the first, has one half of RECEIVE_BYTES; the others share the other half."""
+        share = max(MIN_RECEIVE_BYTES, RECEIVE_BYTES // 2 // max(1, len(self._namespaces) - 1))
+        for number, each in enumerate(self._namespaces.values()):
+            each.listener.resize(min(share, RECEIVE_BYTES // 2) if number else RECEIVE_BYTES // 2)
 
     def _listen(self, fd: int, inode: int, must: bool) -> None:
         try:
@@ -459,46 +478,74 @@ class ListenedFlows:
     def evicted(self) -> int:
         return self._requests.evicted
 
-    def _read(self, namespace: _Namespace, until: float) -> None:
-        while True:
-            try:
-                for entry in namespace.listener.read():
-                    assert self.flows is not None
-                    self.flows += 1
-                    now = time.monotonic_ns()
-                    if not self._judge(namespace.inode, entry, now, 0):
-                        self._remember(namespace.inode, entry, now)
-                    if time.monotonic() > until:
-                        return
-            except Overrun:
-                self.overruns += 1
-                self._take_table(namespace, -TABLE_ERROR_NS)
-                continue
-            except OSError as error:
-                if error.errno != errno.EINTR:
-                    return
-            return
+    def _read_events(self, until: float) -> None:
+        """Each namespace in turn, so that the events of one do not keep those of others waiting."""
+        busy = deque(self._namespaces.values())
+        while busy and (now := time.monotonic()) < until:
+            namespace = busy.popleft()
+            if self._read(namespace, min(until, now + TURN_SECONDS)):
+                busy.append(namespace)
+
+    def _read(self, namespace: _Namespace, until: float) -> bool:
+        """Read its events; whether there may be more."""
+        try:
+            for entry in namespace.listener.read():
+                assert self.flows is not None
+                self.flows += 1
+                now = time.monotonic_ns()
+                if not self._judge(namespace.inode, entry, now, 0):
+                    self._remember(namespace.inode, entry, now)
+                if time.monotonic() > until:
+                    return True
+        except Overrun:
+            self.overruns += 1
+            self._take_table(namespace, -TABLE_ERROR_NS)
+            return True
+        except OSError as error:
+            return error.errno == errno.EINTR
+        return False
 
     def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
-        """Take the table as it is: first everybody's requests, then who mirrors one that came ``later_ns`` before it.
+        """Begin to take the table as it is, unless that is under way: first everybody's requests, then who mirrors one
+        that came ``later_ns`` before it.
 
         What was there before we listened counts only if it has come later for sure; else it may have been the first to
         call. After an overrun, of what we have watched, it counts unless it has come earlier for sure.
         """
-        with contextlib.suppress(OSError):
-            for entry, seen in self._unanswered(namespace):
-                self._remember(namespace.inode, entry, seen)
-            for entry, seen in self._unanswered(namespace):
-                self._judge(namespace.inode, entry, seen, later_ns)
+        self._tables.setdefault(namespace.inode, self._entries_taken(namespace, later_ns))
 
-    def _unanswered(self, namespace: _Namespace) -> Iterator[tuple[Entry, int]]:
-        """The unanswered entries of its table, each with the time when it was last refreshed. Raises OSError."""
+    def _read_tables(self, until: float) -> None:
+        """Each table in turn, a part of it at a time: the largest one belongs to whoever has the most flows."""
+        while self._tables and time.monotonic() < until:
+            inode, entries = next(iter(self._tables.items()))
+            self._tables.move_to_end(inode)
+            try:
+                for _ in range(TABLE_TURN):
+                    next(entries)
+            except StopIteration:
+                del self._tables[inode]
+
+    def _entries_taken(self, namespace: _Namespace, later_ns: int) -> Iterator[None]:
+        """Look at one entry at each step."""
+        with contextlib.suppress(OSError):
+            for entry, seen in self._entries(namespace):
+                if seen is not None:
+                    self._remember(namespace.inode, entry, seen)
+                yield
+            for entry, seen in self._entries(namespace):
+                if seen is not None:
+                    self._judge(namespace.inode, entry, seen, later_ns)
+                yield
+
+    def _entries(self, namespace: _Namespace) -> Iterator[tuple[Entry, int | None]]:
+        """The entries of its table; of an unanswered one the time when it was last refreshed. Raises OSError."""
         with netns.entered(namespace.fd):
-            timeout = _timeout()
-        for entry in namespace.table.dump():
-            age = _age(entry, timeout)
-            if not entry.status & SEEN_REPLY and age <= 2 * self._window_ns:
-                yield entry, time.monotonic_ns() - age
+            timeout, table = _timeout(), Table()  # of its own: questions are asked meanwhile
+        with table:
+            for entry in table.dump():
+                age = _age(entry, timeout)
+                counts = not entry.status & SEEN_REPLY and age <= 2 * self._window_ns
+                yield entry, time.monotonic_ns() - age if counts else None
 
     def _remember(self, inode: int, entry: Entry, seen: int) -> None:
         if entry.status & EXPECTED:
@@ -517,7 +564,8 @@ class ListenedFlows:
         event = self._candidate(inode, entry, expected)
         if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._told.has(event):
             return True
-        if len(self._waiting) >= MAX_WAITING:
+        # A namespace may have as many that wait as there is room left for.
+        if len(self._waiting) + self._waiting_of[inode] >= MAX_WAITING:
             self.undecided += 1
             return True
         self._judged[identity] = now
@@ -525,6 +573,7 @@ class ListenedFlows:
         if len(self._judged) > MAX_WAITING:
             self._judged.popitem(last=False)
         self._waiting.append((event, entry.zone))
+        self._waiting_of[inode] += 1
         return True
 
     def _mirrored(self, inode: int, entry: Entry, seen: int, later_ns: int) -> str:

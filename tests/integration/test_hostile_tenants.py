@@ -7,17 +7,21 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import count
 from pathlib import Path
 
 import pytest
 from agents import Agent, wait_for
-from conftest import ask
+from conftest import Watch, ask
+from load import compile_load
 from machine import own_cgroup
+from router import Router
 from test_scenes import bound
 
+from udpwatch.agent.kernel import flows
 from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.model import Forwarded, Hooks
 
 GREEDY_PROCESSES = 8
 SECONDS = 8
@@ -130,3 +134,38 @@ def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: in
                 return checked - 10 <= agent.metric(NAME) <= checked
 
             wait_for(is_exact, "all wrong replies to be counted", 10)
+
+
+def test_namespaces_that_flood_conntracks_events(tmp_path: Path, port: int) -> None:
+    """20 namespaces of one user book flows as fast as they can: what waits in the kernel is bounded, each reading ends
+    soon, and a wrong reply that a router forwards is found.
+    """
+    load = compile_load(tmp_path)
+    with Lab() as lab, Router() as router:
+        floods = [lab.namespace(f"flood{number}") for number in range(20)]
+        for each in floods:
+            each.nft(
+                "table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }"
+            )
+        with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch, ExitStack() as held:
+            source = watch.sensor._flows._source
+            for each in floods:
+                words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(SECONDS)]
+                held.enter_context(each.popen(words))
+            slowest, begin = 0.0, time.monotonic()
+            while time.monotonic() - begin < SECONDS / 2:
+                before = time.monotonic()
+                watch.read()
+                slowest = max(slowest, time.monotonic() - before)
+            router.ask("10.1.0.9", 4444, "10.2.0.5", port)
+            router.answer("10.2.0.6", port, "10.1.0.9", 4444)
+            wait_for(lambda: watch.count(port) == 1, "the router's wrong reply", 20)
+            assert len(source._namespaces) >= 22
+            waiting = sum(
+                each.listener._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+                for each in source._namespaces.values()
+            )
+            print(f"buffers {waiting >> 20} MiB, slowest reading {slowest:.1f} s, overruns {source.overruns}")
+            assert waiting <= 2 * flows.RECEIVE_BYTES
+            assert slowest < 5
+            assert source.overruns > 0
