@@ -1,12 +1,16 @@
 """Events as JSON lines, to standard output or a file.
 
-Writing happens in a thread of its own behind a bounded queue: a slow disk or a pipe that nobody reads holds up
-nothing else. What is not written is counted, never waited for.
+Rules
+1. Writing happens in a thread of its own behind a bounded queue: a slow disk or a pipe that nobody reads holds up
+   nothing else. What is not written is counted, never waited for.
+2. The agent is root, so no other user may choose what it writes to: every folder on the way to the file belongs to root
+   or the agent's user. In one that others can write to, a symbolic link is not followed, and the file has that owner.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -25,6 +29,7 @@ from udpwatch.agent.model import Event, Sender
 
 MAX_QUEUED = 10_000
 STOP_SECONDS = 2.0
+MAX_LINKS = 40  # on the way to a file, as the kernel has it
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +82,13 @@ class EventWriter:
         self._queue: queue.Queue[dict[str, Any] | None] = queue.Queue(MAX_QUEUED)
         self._failing = False
         self._gone = False  # a FIFO's reader
+        self._refused: str | None = None  # why the file could not be opened again, as it was logged
         try:
             self._fd = self._open()
         except OSError as error:
             raise UdpwatchError(
-                f"cannot write events to {target!r}: {error.strerror}; give a file that can be written, or - for "
-                "standard output"
+                f"cannot write events to {target!r}: {error.strerror}; give a file in a folder that no other user can "
+                "write to, or - for standard output"
             ) from None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
@@ -108,9 +114,7 @@ class EventWriter:
     def _open(self) -> int:
         if self._path is None:
             return sys.stdout.fileno()
-        # A FIFO that nobody reads must not hold up the start.
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(self._path, flags, 0o640)
+        fd = open_for_append(self._path)
         os.set_blocking(fd, True)
         return fd
 
@@ -161,9 +165,87 @@ class EventWriter:
     def _reopen(self) -> None:
         try:
             fresh = self._open()
-        except OSError:
+        except OSError as error:
             if self._gone or os.fstat(self._fd).st_nlink == 0:
                 raise
-            return  # better in the file that was moved away than lost
+            # Better in the file that was moved away than lost.
+            if self._refused != error.strerror:
+                self._refused = error.strerror
+                log.warning("cannot open %s again: %s; events go to the file before", self._path, error.strerror)
+            return
         os.close(self._fd)
-        self._fd, self._gone = fresh, False
+        self._fd, self._gone, self._refused = fresh, False, None
+
+
+def open_for_append(path: Path) -> int:
+    """Open a file, or create it with mode 0640; a descriptor that does not block. A symbolic link is followed where no
+    other user could have made it. Raises OSError, PermissionError where another user could choose what is opened.
+    """
+    folder, at, left, links = os.open("/", os.O_PATH | os.O_CLOEXEC), Path("/"), list(path.absolute().parts[1:]), 0
+    try:
+        while True:
+            shared = _check_folder(folder, at)
+            if not left:
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            name = left.pop(0)
+            link = _link(folder, name)
+            if link is not None and (links := links + 1) > MAX_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            if link is not None and shared:
+                raise PermissionError(
+                    errno.EPERM, f"{at / name} is a symbolic link in a folder that others can write to"
+                )
+            if link is not None:
+                left = [*Path(link).parts, *left]
+                name = left.pop(0) if link.startswith("/") else "."
+            elif not left:
+                return _open_in(folder, name, shared, at)
+            opened = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            os.close(folder)
+            folder, at = opened, at / name
+    finally:
+        os.close(folder)
+
+
+def _check_folder(folder: int, at: Path) -> bool:
+    """Return whether others can write to it. Raises PermissionError where another user owns it, or where every user can
+    replace what is in it (no sticky bit)."""
+    status = os.fstat(folder)
+    if status.st_uid not in (0, os.geteuid()):
+        raise PermissionError(errno.EPERM, f"the folder {at} belongs to another user (uid {status.st_uid})")
+    if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+        raise PermissionError(errno.EPERM, f"every user can write to the folder {at}")
+    by_group = status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid())
+    return bool(status.st_mode & stat.S_IWOTH or by_group)
+
+
+def _link(folder: int, name: str) -> str | None:
+    """Return where a symbolic link leads; None for anything else, and for this process's own open files (/dev/stdout),
+    whose links are no paths."""
+    with contextlib.suppress(OSError):
+        link = os.readlink(name, dir_fd=folder)
+        if not _is_own_files(folder):
+            return link
+    return None
+
+
+def _is_own_files(folder: int) -> bool:
+    try:
+        return os.path.samestat(os.fstat(folder), os.stat("/proc/self/fd"))  # noqa: PTH116  for samestat
+    except OSError:
+        return False
+
+
+def _open_in(folder: int, name: str, shared: bool, at: Path) -> int:
+    # A FIFO that nobody reads must not hold up the start.
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    follow = 0 if _is_own_files(folder) else os.O_NOFOLLOW
+    fd = os.open(name, flags | follow, 0o640, dir_fd=folder)
+    status = os.fstat(fd)
+    # A hard link to a file of ours has our owner, too.
+    hard_link = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
+    if shared and (hard_link or status.st_uid not in (0, os.geteuid())):
+        os.close(fd)
+        what = "is a hard link" if hard_link else f"belongs to another user (uid {status.st_uid})"
+        raise PermissionError(errno.EPERM, f"{at / name} {what}, in a folder that others can write to")
+    return fd

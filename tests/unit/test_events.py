@@ -7,6 +7,8 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -182,3 +184,139 @@ def test_a_target_that_cannot_be() -> None:
 def test_stopped_before_it_began(tmp_path: Path) -> None:
     """The agent closes what it opened, also when it never came to start it."""
     Losses().writer(str(tmp_path / "events")).stop()
+
+
+# ---- where other users can write ----
+
+
+NOBODY = 65_534
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user's files are needed: run this as root")
+
+
+def refused(target: Path | str) -> str:
+    with pytest.raises(UdpwatchError) as error:
+        Losses().writer(str(target))
+    assert "; give a file in a folder that no other user can write to, or - for standard output" in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """Like /tmp."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(0o1777)
+    return folder
+
+
+def test_folder_that_every_user_can_write_to(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert f"every user can write to the folder {tmp_path};" in refused(tmp_path / "events")
+    (tmp_path / "inner").mkdir()
+    assert f"every user can write to the folder {tmp_path};" in refused(tmp_path / "inner" / "events")
+    assert not (tmp_path / "events").exists()
+
+
+@as_root
+def test_folder_of_another_user(tmp_path: Path) -> None:
+    os.chown(tmp_path, NOBODY, NOBODY)
+    assert f"the folder {tmp_path} belongs to another user (uid {NOBODY})" in refused(tmp_path / "events")
+
+
+def test_link_in_a_folder_that_others_can_write_to(shared: Path, tmp_path: Path) -> None:
+    """It would append to any file of root's."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    (shared / "events").symlink_to(precious)
+    assert f"{shared}/events is a symbolic link in a folder that others can write to" in refused(shared / "events")
+    (shared / "events").unlink()
+    (shared / "folder").symlink_to(tmp_path)
+    assert f"{shared}/folder is a symbolic link" in refused(shared / "folder" / "precious")
+    os.link(precious, shared / "hard")
+    assert f"{shared}/hard is a hard link, in a folder that" in refused(shared / "hard")
+    assert precious.read_text() == "precious\n"
+
+
+@as_root
+def test_file_of_another_user_in_a_folder_that_others_can_write_to(shared: Path) -> None:
+    (shared / "events").touch()
+    os.chown(shared / "events", NOBODY, NOBODY)
+    refused(shared / "events")
+
+
+@as_root
+def test_folder_that_a_group_can_write_to(tmp_path: Path) -> None:
+    """/var/log of some distributions belongs to root:syslog, 0775."""
+    tmp_path.chmod(0o775)
+    os.chown(tmp_path, 0, NOBODY)
+    write_one(tmp_path / "events")
+    (tmp_path / "link").symlink_to(tmp_path / "events")
+    assert "is a symbolic link" in refused(tmp_path / "link")
+
+
+def write_one(target: Path | str) -> None:
+    writer = Losses().writer(str(target))
+    writer.start()
+    writer.put({"n": 1})
+    writer.stop()
+
+
+def test_folder_as_tmp_is_fine(shared: Path) -> None:
+    write_one(shared / "events")
+    assert (shared / "events").read_text() == '{"n":1}\n'
+
+
+def test_links_that_no_other_user_could_make(tmp_path: Path) -> None:
+    """A folder and a file that root has moved elsewhere."""
+    (tmp_path / "data" / "logs").mkdir(parents=True)
+    (tmp_path / "logs").symlink_to("data/logs")
+    (tmp_path / "data" / "logs" / "events").symlink_to(tmp_path / "data" / "real")
+    write_one(tmp_path / "logs" / "events")
+    write_one(tmp_path / "data" / ".." / "data" / "real")
+    assert (tmp_path / "data" / "real").read_text() == '{"n":1}\n' * 2
+
+
+def test_links_without_end(tmp_path: Path) -> None:
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    assert "Too many levels of symbolic links" in refused(tmp_path / "one")
+
+
+@pytest.mark.parametrize("target", ["/", "/proc/self/root", "/tmp/.."])
+def test_a_folder_is_no_target(target: str) -> None:
+    assert "Is a directory" in refused(target)
+
+
+def test_own_descriptor() -> None:
+    """/dev/stdout and `>(command)`, which is /dev/fd/N, lead to links that are no paths."""
+    reading, writing = os.pipe()
+    write_one(f"/dev/fd/{writing}")
+    assert os.read(reading, 100) == b'{"n":1}\n'
+    os.close(reading)
+    os.close(writing)
+    script = "from test_events import write_one; write_one('/dev/stdout')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, check=True, timeout=60
+    )
+    assert done.stdout == b'{"n":1}\n'
+
+
+def test_link_that_takes_the_place_of_a_rotated_file(
+    shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """logrotate has moved the file, and another user was faster: events go to the moved file, logged once."""
+    precious = tmp_path / "precious"
+    precious.write_text("precious\n")
+    writer = Losses().writer(str(shared / "events"))
+    (shared / "events").rename(shared / "events.1")
+    (shared / "events").symlink_to(precious)
+    writer.start()
+    writer.put({"n": 1})
+    writer.put({"n": 2})
+    writer.stop()
+    assert precious.read_text() == "precious\n"
+    assert (shared / "events.1").read_text() == '{"n":1}\n{"n":2}\n'
+    assert [record.message for record in caplog.records if "symbolic link" in record.message] == [
+        f"cannot open {shared}/events again: {shared}/events is a symbolic link in a folder that others can write to; "
+        "events go to the file before"
+    ]
