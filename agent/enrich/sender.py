@@ -74,6 +74,11 @@ class Senders:
         """Command lines that were not read since their process, or its tenant, withheld one."""
         return self._command_lines.left_out
 
+    @property
+    def cgroups_left_out(self) -> int:
+        """Cgroups that searches by id left out since there were too many."""
+        return self._cgroups.left_out
+
     def lookup(self, seen: Increase | Event, now: float | None = None) -> Sender:
         """The sender of a reply. Ask soon: of a process that has exited less is known. ``now``: monotonic seconds."""
         finding = seen.finding

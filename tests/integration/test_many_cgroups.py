@@ -1,0 +1,56 @@
+"""The container of a process that has exited, beside a tree of cgroups that a tenant made."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from machine import own_cgroup
+
+from udpwatch.agent.enrich import cgroups
+from udpwatch.agent.enrich.sender import Roots, Senders
+from udpwatch.agent.kernel import cgroup
+from udpwatch.agent.model import Cause, Finding, Increase, Verdict
+
+DELEGATED = 9000
+CONTAINERS = [f"{number:064x}" for number in range(20)]  # each in a folder of its own, before and after that tree
+
+
+@pytest.fixture(scope="module")
+def tree() -> Iterator[Path]:
+    """A cgroup with a delegated tree and some containers."""
+    with own_cgroup() as root:
+        folders = [root / "user-1000.slice"]
+        folders += [root / "user-1000.slice" / str(number) for number in range(DELEGATED)]
+        for number, container in enumerate(CONTAINERS):
+            folders += [root / f"{number}.slice", root / f"{number}.slice" / container]
+        try:
+            for folder in folders:
+                folder.mkdir()
+            yield root
+        finally:
+            for folder in reversed(folders):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
+
+
+def test_9000_cgroups_hide_no_container(tree: Path) -> None:
+    with closing(cgroup.find(None)) as watched:
+        senders = Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}")))
+        for number, container in enumerate(CONTAINERS):
+            folder = tree / f"{number}.slice" / container
+            with subprocess.Popen(["true"], preexec_fn=lambda to=folder: _enter(to)) as process:
+                process.wait()
+            at = folder.stat().st_ino
+            finding = Finding("10.0.0.2", "10.0.0.1", 53, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, "true", at, 1)
+            assert senders.lookup(Increase(finding, 1, 0, process.pid)).container_id == container
+        assert senders.cgroups_left_out > DELEGATED - cgroups.MAX_CGROUPS
+
+
+def _enter(folder: Path) -> None:
+    (folder / "cgroup.procs").write_text(str(os.getpid()))
