@@ -264,7 +264,7 @@ def _sensor(sensor: Sensor, watched: cgroup.Cgroup, forwarded: Forwarded) -> lis
     for name, count in sensor.unattached().items():
         checks.append(Check(name, Status.OK, f"loaded; the verifier walked {count} instructions"))
     if watched.contains(os.getpid()):
-        seen = sensor.canary()
+        seen = sensor.self_test()
         checks.append(
             Check("test packet", Status.OK, "a datagram and its answer over loopback were seen")
             if seen

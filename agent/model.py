@@ -137,6 +137,7 @@ class Counters:
     evicted: int = 0
     flows: int = 0
     candidates: int = 0
+    self_tests: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,7 +136,7 @@ class Proof:
         """Try once, PROOF_SECONDS after the last time that it was seen; the line to say when it is not any more."""
         if self.seen and time.monotonic() < self._due:
             return []
-        self.seen = self._sensor.canary() if self._inside else self._sensor.attached
+        self.seen = self._sensor.self_test() if self._inside else self._sensor.attached
         self._due = time.monotonic() + PROOF_SECONDS
         if self.seen or self._told:
             self._told = not self.seen

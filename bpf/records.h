@@ -142,6 +142,16 @@ struct eviction {
     __u64 several; /* the last conversation that had asked several: more requests than one */
 };
 
+/* The agent's own wrong reply, by which it knows that the programs see packets: counted, no
+ * finding. */
+struct self_test {
+    __u64 netns; /* as finding_key.netns; 0: any, where the kernel does not tell a namespace's
+                    cookie */
+    __u16 port;  /* 0: none is on its way */
+    __u16 peer_port;
+    __u32 pad;
+};
+
 /* Whether a send named its source: written by the sendmsg hooks and the function probes, read on
  * egress. Who sends is in it only where egress cannot tell that by itself (see compat.h). */
 struct sender {
@@ -314,6 +324,7 @@ struct stats {
     __u64 evicted;      /* requests that had to make room within the window */
     __u64 flows;        /* new UDP flows that conntrack booked */
     __u64 candidates;   /* of these, mirrors for which `candidates` had no room */
+    __u64 self_tests;   /* right replies of the agent's own, see struct self_test */
 };
 
 #endif

@@ -49,6 +49,7 @@ BPF_ARRAY(forgotten, struct forgotten_set, FORGOTTEN_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, evictions, MAX_EVICTIONS);
 BPF_ARRAY(last_eviction, __u64, 1); /* of a pending request, whoever's it was */
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
+BPF_ARRAY(self_test, struct self_test, 1);
 BPF_ARRAY(ephemeral, __u64, 65536 - FIRST_EPHEMERAL); /* when a conversation of this port asked */
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 #if CAUSE_BY_SOCKET
@@ -695,6 +696,15 @@ static __always_inline enum tracking read_entry(struct __sk_buff *skb, const str
 #endif
 }
 
+static __always_inline int is_self_test(const struct conversation_key *key) {
+    int zero = 0;
+    const struct self_test *expected = self_test.lookup(&zero);
+
+    return expected && expected->port && expected->port == key->port &&
+           expected->peer_port == key->peer_port &&
+           (!HAVE_NETNS_COOKIE || expected->netns == key->scope);
+}
+
 /* Count a wrong reply and tell of it; key->expected is filled in. */
 static __always_inline void accuse(struct __sk_buff *skb, struct bpf_sock *sk,
                                    const struct packet *packet, const struct conversation_key *peer,
@@ -753,6 +763,8 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
     if (judgement == WRONG && flags & CLIENTS && sk->state == BPF_TCP_ESTABLISHED)
         return;
     COUNT(checked, segments_of(skb));
+    if (judgement == RIGHT && is_self_test(key))
+        COUNT(self_tests, 1);
     /* In reply direction NAT turned the source back: the peer gets what it asked. */
     if (judgement == RIGHT || tracking == IN_REPLY)
         return;

@@ -37,6 +37,7 @@ MAPS = {
         "findings_held",
         "findings_beyond",
         "all_findings",
+        "self_test",
         "events",
         "told",
         "senders",

@@ -117,6 +117,12 @@ class ToldKey(ctypes.Structure):
     ]
 
 
+class SelfTest(ctypes.Structure):
+    """struct self_test."""
+
+    _fields_ = [("netns", c_uint64), ("port", c_uint16), ("peer_port", c_uint16), ("pad", c_uint32)]
+
+
 class RequestKey(ctypes.Structure):
     """struct request_key."""
 
@@ -295,6 +301,11 @@ def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
         numbers = array("Q", batch)
         for way in range(WAYS):
             yield from numbers[first + way * ctypes.sizeof(Conversation) // 8 :: words]
+
+
+def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:
+    """struct self_test; ``netns``: a cookie."""
+    return bytes(SelfTest(netns, port, peer_port))
 
 
 def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:

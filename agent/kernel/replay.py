@@ -81,7 +81,7 @@ class Replay:
         counters = Counters(checked=self._wrong, wrong=self._wrong, unparsed=self._bad)
         return Reading(increases, counters, (), 0, 0, 0)
 
-    def canary(self) -> bool:
+    def self_test(self) -> bool:
         """There is nothing that could be blind."""
         return True
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from udpwatch.agent.kernel import bpf, records
+from udpwatch.agent.kernel import bpf, netns, records
 from udpwatch.agent.kernel.attached import Attached
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.ctnetlink import Table
@@ -23,7 +23,7 @@ from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
 
 MAX_EVENTS = 10_000
-CANARY_SECONDS = 0.5
+SELF_TEST_SECONDS = 0.5
 HEALTH_SECONDS = 2.0
 
 
@@ -146,30 +146,37 @@ class Sensor:
         raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
         return records.decode_counters(raw or b"")
 
-    def canary(self) -> bool:
-        """Send a datagram and an answer over loopback and see whether both cgroup programs saw them.
+    def self_test(self) -> bool:
+        """Ask two addresses over loopback, answer, and see whether the programs count just that reply.
 
         False also where this process's own packets do not pass the watched cgroup, or loopback is down. Where there
         are function probes only, the kernel's word that they are attached has to do.
         """
         if not self._replies:
             return self.attached
-        before = self.counters()
+        before = self.counters().self_tests
         try:
             with (
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
             ):
+                client.bind(("127.0.0.1", 0))
+                server.bind(("0.0.0.0", 0))  # noqa: S104  asked at two addresses
                 for end in (client, server):
-                    end.bind(("127.0.0.1", 0))
-                    end.settimeout(CANARY_SECONDS)
-                client.sendto(b"udpwatch", server.getsockname())
-                server.sendto(*server.recvfrom(16))
+                    end.settimeout(SELF_TEST_SECONDS)
+                port, peer_port = server.getsockname()[1], client.getsockname()[1]
+                cookie = netns.cookie_here() if self.features.netns_cookie else 0
+                bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(cookie, port, peer_port))
+                for address in ("127.0.0.2", "127.0.0.1"):
+                    client.sendto(b"udpwatch", (address, port))
+                    server.recvfrom(16)
+                server.sendto(b"udpwatch", client.getsockname())  # from 127.0.0.1, by routing
                 client.recvfrom(16)
         except OSError:
             return False
-        after = self.counters()
-        return after.remembered > before.remembered and after.checked > before.checked
+        finally:
+            bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(0, 0, 0))
+        return self.counters().self_tests == before + 1
 
     def keep_attached(self) -> list[str]:
         """Attach again what somebody detached; a line for each change."""

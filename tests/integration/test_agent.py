@@ -304,11 +304,23 @@ def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
 
 
 def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen."""
+    """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen. Those of
+    others, right replies from all ports, do not count.
+    """
     monkeypatch.setattr(watching, "PROOF_SECONDS", 0.0)
     proof = watching.Proof(packet_watch.sensor, True)
     with Lab() as lab:
-        place = lab.namespace("place")
+        place, others = lab.namespace("place"), lab.namespace("others")
+
+        def converse() -> None:
+            with others.socket() as server, others.socket() as client:
+                server.bind(("0.0.0.0", 0))
+                while True:
+                    for address in ("127.0.0.2", "127.0.0.1"):
+                        _, peer = ask(client, address, server.getsockname()[1], server)
+                    server.sendto(b"x", peer)
+
+        others.spawn("others", converse)
         for _ in range(2):
             with place.entered():
                 assert (proof.look(), proof.seen) == ([], True)

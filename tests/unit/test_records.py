@@ -22,6 +22,7 @@ from udpwatch.agent.kernel.records import (
     FindingValue,
     RequestKey,
     RequestRecord,
+    SelfTest,
     StatsRecord,
     Tenant,
     ToldKey,
@@ -40,6 +41,7 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct request_key": RequestKey,
     "struct request": RequestRecord,
     "struct dumped_request": DumpedRequest,
+    "struct self_test": SelfTest,
     "struct candidate": CandidateRecord,
     "struct stats": StatsRecord,
 }
