@@ -23,9 +23,9 @@
 #include "records.h"
 #include "table.h"
 
-/* ---- limits and settings: REQUEST_SETS, MAX_EVICTIONS, MAX_CANDIDATES, WINDOW_NS and FORWARDED
- * come with the compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the place of a
- * function's n-th argument in the context, which fentry and kprobes do not share
+/* ---- limits and settings: REQUEST_SETS, MAX_EVICTIONS, MAX_TENANTS, MAX_CANDIDATES, WINDOW_NS and
+ * FORWARDED come with the compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the
+ * place of a function's n-th argument in the context, which fentry and kprobes do not share
  * (agent/kernel/probes.py) ----
  */
 
@@ -62,6 +62,11 @@ struct tuple {
     __u16 destination_port;
     __u8 protocol, direction;
 };
+
+/* By network namespace and interface that they came in by: how many wait, which user space sets
+ * right at each reading. */
+BPF_TABLE("lru_hash", __u64, __u64, candidates_held, MAX_TENANTS);
+BPF_ARRAY(all_candidates, __u64, 1);
 
 /* A request's entry, as it is now. */
 struct looked_up {
@@ -584,9 +589,18 @@ static __always_inline void wait_for_decision(struct candidate *candidate, __u64
         identify(candidate, read_kernel(skb + OFFSET_SKB_SK));
     }
 #endif
-    /* One that waits under the same address is another entry's, which has gone. */
-    if (candidates.insert(&entry, candidate))
+    /* A tenant may have as many that wait as there is room left for. One that waits under the same
+     * address is another entry's, which has gone. */
+    __u64 tenant = (__u64)interface << 32 | candidate->key.netns, none = 0;
+    int zero = 0;
+    __u64 *held = candidates_held.lookup_or_try_init(&tenant, &none);
+    __u64 *all = all_candidates.lookup(&zero);
+    if (!held || !all || *held + *all >= MAX_CANDIDATES || candidates.insert(&entry, candidate)) {
         COUNT(candidates, 1);
+        return;
+    }
+    __sync_fetch_and_add(held, 1);
+    __sync_fetch_and_add(all, 1);
 }
 
 /* Whether a new flow looks like a wrong reply: a socket's, which was told, or one that waits for
@@ -612,6 +626,7 @@ static __always_inline int is_candidate(struct scratch *room, const struct hash_
     struct candidate *candidate = &room->candidate;
     __builtin_memset(candidate, 0, sizeof(*candidate));
     candidate->key = *key;
+    candidate->ingress = interface;
     candidate->actual = room->source;
     candidate->time = now;
     candidate->family = room->original.layer3;

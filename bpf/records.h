@@ -293,11 +293,12 @@ struct candidate {
     char comm[COMM_LEN];      /* and so on: of a local sender */
     __u32 tgid;
     __u32 uid;
-    __u32 final; /* with ENTRY_GONE */
+    __u32 final;   /* with ENTRY_GONE */
+    __u32 ingress; /* index of `interface` */
     __u8 family;
     __u8 cause;
     __u8 pktinfo;
-    __u8 pad;
+    __u8 pad[5];
 };
 
 /* What `settle` returns. */

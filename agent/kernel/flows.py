@@ -31,6 +31,7 @@ from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listene
 from udpwatch.agent.kernel.loader import ENTER, SETTLE, Limits, Loaded
 from udpwatch.agent.kernel.netlink import route_to
 from udpwatch.agent.kernel.requests import MAX_REQUESTS, Client, Requests
+from udpwatch.agent.kernel.shares import Shares
 from udpwatch.agent.model import Cause, Event, Finding, Increase, Tuple, Verdict
 
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
@@ -200,6 +201,7 @@ class ProbedFlows:
     def __init__(self, loaded: Loaded, limits: Limits) -> None:
         """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
         self._candidates = loaded.maps["candidates"]
+        self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
         self._settle, self._enter = loaded.programs[SETTLE], loaded.programs[ENTER]
         self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
         self._keep_tables_until = time.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
@@ -218,17 +220,16 @@ class ProbedFlows:
 
         The oldest first: what passes several namespaces was booked first in that of its sender, who is known there.
         """
-        candidates = [
-            (key, *records.decode_candidate(raw))
-            for key, raw in bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES)
-        ]
-        for key, candidate, zone in sorted(candidates, key=lambda each: each[1].time):
-            event = candidate
-            if now - event.time < GRACE_SECONDS * 1e9:
+        items = list(bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES))
+        candidates = [(key, records.tenant_of_candidate(raw), *records.decode_candidate(raw)) for key, raw in items]
+        held = Counter(tenant for _, tenant, _, _ in candidates)
+        for key, tenant, candidate, zone in sorted(candidates, key=lambda each: each[2].time):
+            if now - candidate.time < GRACE_SECONDS * 1e9:
                 break
-            # An Ethernet header that nobody looks at, and the key as the "packet".
+            event = candidate
             outcome, _ = bpf.program_test_run(self._settle, _frame(key), 1)
             bpf.map_delete(self._candidates, key)
+            held[tenant] -= 1
             if outcome == _Settled.ASK:
                 table = self._tables.get(event.netns_inode or 0)
                 outcome, event = _settle_by_netlink(table, event, zone) if table else (_Settled.UNDECIDED, event)
@@ -236,6 +237,7 @@ class ProbedFlows:
                 yield event
             elif outcome == _Settled.UNDECIDED:
                 self.undecided += 1
+        self._shares.set(held)
         if self._tables and now > self._keep_tables_until:
             self.close()
 

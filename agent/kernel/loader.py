@@ -43,7 +43,7 @@ MAPS = {
         "senders",
         "counters",
     },
-    "flows.c": {"candidates", "senders", "counters"},
+    "flows.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
 }
 
 

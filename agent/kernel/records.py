@@ -170,10 +170,11 @@ class CandidateRecord(ctypes.Structure):
         ("tgid", c_uint32),
         ("uid", c_uint32),
         ("final", c_uint32),
+        ("ingress", c_uint32),
         ("family", c_uint8),
         ("cause", c_uint8),
         ("pktinfo", c_uint8),
-        ("pad", c_uint8),
+        ("pad", c_uint8 * 5),
     ]
 
 
@@ -319,6 +320,12 @@ def encode_request(client: Client, server: str, seen: int) -> bytes:
     address = Address(*encode_address(client.address))
     key = RequestKey(address, client.inode, client.client_port, client.port, client.zone)
     return bytes(DumpedRequest(key, Address(*encode_address(server or "::")), seen))
+
+
+def tenant_of_candidate(raw: bytes) -> int:
+    """Whose share of the kernel's candidates a struct candidate counts against: its namespace's and interface's."""
+    record = CandidateRecord.from_buffer_copy(raw)
+    return int(record.ingress) << 32 | int(record.key.netns)
 
 
 def decode_candidate(raw: bytes) -> tuple[Event, int]:

@@ -20,6 +20,7 @@ from udpwatch.agent.kernel import bpf, records
 from udpwatch.agent.kernel.conntrack import Conntrack
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.shares import Shares
 from udpwatch.agent.model import Event, Finding, Flow, Increase
 
 MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
@@ -56,7 +57,7 @@ class ReplySensor:
         self._tracked = 0
         self._tracked_at = -COUNT_PEERS_SECONDS
         self._ring = RingBuffer(maps["events"])
-        self._holding: set[int] = set()  # tenants that hold findings
+        self._shares = Shares(maps["findings_held"], maps["all_findings"])
         self._beyond: dict[int, int] = {}
         self.undecided = 0
         self.dropped = 0  # events for which too many others waited for conntrack's answer
@@ -123,7 +124,7 @@ class ReplySensor:
             known = self._known.pop(key)
             if taken:
                 yield from self._settle(known, *records.decode_finding(taken), is_last=True)
-        self._set_held(held)
+        self._shares.set(held)
 
     def beyond(self) -> dict[int, int]:
         """Wrong replies for which the table of findings had no room, by tenant (records.tenant_of), since the start."""
@@ -131,15 +132,6 @@ class ReplySensor:
         for (tenant,), (count,) in ((_NUMBER.unpack(key), _NUMBER.unpack(value)) for key, value in items):
             self._beyond[tenant] = count
         return self._beyond
-
-    def _set_held(self, held: dict[int, int]) -> None:
-        """Tell the kernel's programs what each tenant holds: they only add to it."""
-        for tenant in self._holding - held.keys():
-            bpf.map_delete(self._maps["findings_held"], _NUMBER.pack(tenant))
-        for tenant, count in held.items():
-            bpf.map_update(self._maps["findings_held"], _NUMBER.pack(tenant), _NUMBER.pack(count))
-        bpf.map_update(self._maps["all_findings"], bytes(4), _NUMBER.pack(sum(held.values())))
-        self._holding = set(held)
 
     def _settle(self, known: _Known, count: int, last: int, pid: int, is_last: bool = False) -> Iterator[Increase]:
         """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
