@@ -23,11 +23,11 @@ from itertools import islice
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
+from udpwatch.agent.enrich.container import MAX_PATH
 from udpwatch.agent.kernel.cgroup import ROOT_ID
 
 MAX_CGROUPS = 8192
 MAX_DEPTH = 32
-MAX_PATH = 1024  # letters; Kubernetes in Docker has 350
 _UP = re.compile(r"^(/\.\.)+(?=/|$)")
 _FOREVER = float("inf")
 _GONE = errno.ENOENT, errno.ENODEV

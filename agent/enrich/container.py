@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_PATHS = 4096
+MAX_PATH = 1024  # bytes of a cgroup's path; Kubernetes in Docker has 350
+MAX_LABEL = 253  # letters of a name, as many as Kubernetes allows; Docker and podman take any number
 MAX_DEPTH = 32  # folders of a path that are looked at for its tenant
 TENANT_DEPTH = 3  # folders of a path that names no container, pod, user or service
 RUNTIME_SERVICES = {  # with a container in each of their cgroups

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
+from udpwatch.agent.enrich.container import MAX_LABEL
 from udpwatch.agent.kernel.records import printable
 
 MAX_CONTAINERS = 4096
@@ -32,4 +33,6 @@ class DockerNames:
             name = json.loads(raw)["Name"] if len(raw) <= MAX_FILE_BYTES else ""
         except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or not what Docker writes
             return ""
-        return printable(name.removeprefix("/").encode(errors="backslashreplace")) if isinstance(name, str) else ""
+        if not isinstance(name, str):
+            return ""
+        return printable(name.removeprefix("/").encode(errors="backslashreplace"))[:MAX_LABEL]

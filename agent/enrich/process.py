@@ -15,13 +15,14 @@ from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.container import tenant
+from udpwatch.agent.enrich.container import MAX_PATH, tenant
 from udpwatch.agent.kernel.records import printable
 
 MAX_PROCESSES = 4096
 KEEP_SECONDS = 60.0  # a process may change its name, and a process id is used again
 MAX_THREADS = 64  # looked at for one name: the rest would keep the agent from its events for as long as somebody likes
 MAX_COMMAND_BYTES = 1024  # of the command line; Java's have many thousand
+MAX_COMMAND_LETTERS = 2048  # of it as it is shown: control characters and quotes take up to five
 _CUT = "…"
 _DELETED = " (deleted)"  # the kernel adds it to the path of a cgroup that is gone
 
@@ -109,11 +110,13 @@ def cgroups_of(path: Path) -> tuple[str, ...]:
 
 
 def _cgroup_lines(path: Path) -> list[tuple[str, str]]:
-    """(controllers, path) of each line ID:CONTROLLERS:PATH; v2 has no controllers, and comes first."""
+    """(controllers, path) of each line ID:CONTROLLERS:PATH that has a path of MAX_PATH at most; v2 has no controllers,
+    and comes first."""
     # A cgroup's name may hold all that str.splitlines() takes for the end of a line, except "\n".
     lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).split("\n")]
     order = {"": 0, "name=systemd": 1}
     found = [(line[1], line[2].removesuffix(_DELETED)) for line in lines if len(line) == 3]
+    found = [(controllers, path) for controllers, path in found if len(os.fsencode(path)) <= MAX_PATH]
     return sorted(found, key=lambda line: order.get(line[0], 2))
 
 
@@ -122,13 +125,14 @@ def _paths(lines: list[tuple[str, str]]) -> tuple[str, ...]:
 
 
 def _command(arguments: list[bytes]) -> str:
-    return shlex.join(map(printable, arguments))
+    text = shlex.join(map(printable, arguments))
+    return text if len(text) <= MAX_COMMAND_LETTERS else text[:MAX_COMMAND_LETTERS] + _CUT
 
 
 def _executable(link: Path, arguments: list[bytes]) -> str:
     """The program's path: the kernel's word where it may be asked (CAP_SYS_PTRACE, for most processes), else that of
     the process: its first argument, if that is a path."""
     try:
-        return printable(os.fsencode(link.readlink()).removesuffix(_DELETED.encode()))
+        return printable(os.fsencode(link.readlink()).removesuffix(_DELETED.encode()))[:MAX_PATH]
     except OSError:
         return printable(arguments[0]) if arguments and arguments[0].startswith(b"/") else ""

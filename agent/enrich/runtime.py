@@ -16,7 +16,7 @@ from pathlib import Path
 
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.container import folder, parse, tenant
+from udpwatch.agent.enrich.container import MAX_LABEL, folder, parse, tenant
 from udpwatch.agent.enrich.process import cgroups_of
 from udpwatch.agent.kernel.records import printable
 
@@ -102,7 +102,7 @@ def _of_arguments(name: bytes, raw: bytes) -> Runtime:
         container = options.get("-n", "")
         if container.startswith("k8s_"):
             return Runtime("cri-o", options.get("-c", ""))
-        return Runtime("podman", options.get("-c", ""), container)
+        return Runtime("podman", options.get("-c", ""), container[:MAX_LABEL])
     namespace = options.get("-namespace", "")
     if namespace == "k8s.io":  # one for the whole pod
         return _OF_A_POD

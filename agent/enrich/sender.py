@@ -18,7 +18,7 @@ from udpwatch.agent.enrich.budget import Budget
 from udpwatch.agent.enrich.cache import Cache
 from udpwatch.agent.enrich.cgroups import Cgroups
 from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.container import Container, folder, parse, tenant
+from udpwatch.agent.enrich.container import MAX_LABEL, MAX_PATH, Container, folder, parse, tenant
 from udpwatch.agent.enrich.docker import DockerNames
 from udpwatch.agent.enrich.pod import Pod, Pods
 from udpwatch.agent.enrich.process import Process, Processes
@@ -31,7 +31,6 @@ MAX_CONTAINERS = 1024
 KEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
 SHORT_ID = 12  # digits, as docker ps shows them
-MAX_LABEL = 253  # letters of a name, as many as Kubernetes allows; Docker and podman take any number
 
 #: a process id, a thread's name and a cgroup's id, as the kernel reports them
 _Key = tuple[int, str, int]
@@ -112,7 +111,7 @@ class Senders:
         return Sender(
             process=name,
             pid=pid,
-            cgroup=printable(os.fsencode(path)),
+            cgroup=printable(os.fsencode(path))[:MAX_PATH],
             runtime=container.runtime,
             container_id=container.id,
             container=container.id[:SHORT_ID],
@@ -149,7 +148,7 @@ class Senders:
             pid=pid,
             executable=process.executable,
             command=process.command,
-            cgroup=printable(os.fsencode(path)),
+            cgroup=printable(os.fsencode(path))[:MAX_PATH],
             runtime=container.runtime,
             container_id=container.id,
             container=(name or container.id[:SHORT_ID])[:MAX_LABEL],

@@ -141,6 +141,12 @@ def test_not_found_is_not_remembered_for_long(tmp_path: Path) -> None:
     assert runtimes.lookup(12, DOCKER, runtime.RETRY_SECONDS + 1) == Runtime("docker", ID)
 
 
+def test_a_name_without_end(tmp_path: Path) -> None:
+    watcher = [*CONMON, "a" * 5000]
+    found = Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, f"/a/libpod-{ID}.scope/container", 0)
+    assert found == Runtime("podman", ID, "a" * 253)
+
+
 def test_no_container(tmp_path: Path) -> None:
     host(tmp_path, ["/usr/bin/supervisor"])
     assert Runtimes(tmp_path, CommandLines()).lookup(12, "/a", 0) == Runtime()

@@ -122,6 +122,20 @@ def test_long_command_lines_are_cut(tmp_path: Path) -> None:
     assert "…" in command
 
 
+def test_what_is_kept_of_a_hostile_process(tmp_path: Path) -> None:
+    """However long its names are, and whatever is in them."""
+    line = f"0::/{'a' * process.MAX_PATH}\n"
+    folder = make(tmp_path, 7, "a", {7: "a"}, line + "1:cpu:/docker/x\n", b"'" * 5000)
+    target = tmp_path
+    for _ in range(15):
+        target /= "\x1b" * 100
+    (folder / "exe").symlink_to(target)
+    found = look(tmp_path, 7, "a")
+    assert len(found.command) == process.MAX_COMMAND_LETTERS + 1
+    assert len(found.executable) == process.MAX_PATH
+    assert (found.cgroups, found.unified) == (("/docker/x",), "")
+
+
 def test_cache_ages_and_is_bounded(proc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = Processes(proc, CommandLines())
     assert processes.lookup(7, "java", 1, 0).name == "java"
