@@ -1,9 +1,9 @@
 """Answers of upstream servers, as they came, bounded in number and in bytes.
 
 Rules
-1. An answer is kept packed: its code, its records, and where their TTLs stand. A hit copies it and counts the TTLs
-   down; nothing is taken apart. How long it is kept is decided by the records that answer its question, by way of its
-   aliases: what else a server writes into it is passed on with it, and is never the answer to another question.
+1. An answer is kept packed: its code, its records, and where their TTLs stand, in two octets each. A hit copies it and
+   counts the TTLs down; nothing is taken apart. How long it is kept is decided by the records that answer its question,
+   by way of its aliases: what else a server writes into it is passed on with it, and is never the answer to another.
 2. Two queues (segmented LRU): an answer enters the first, and moves to the second when it is asked for again. What has
    to go is the oldest of the first. A flood of names that are asked once, negative or not, pushes out only its like.
 3. Expired answers stay while there is room: they stand in when every upstream server is down (RFC 8767).
@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import struct
 import threading
+from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import islice
 
-from udpwatch.dns.wire import HEADER_BYTES, Answer, Malformed, Rcode, Record, Type, is_below, owner, rdata_name
+from udpwatch.dns.wire import HEADER_BYTES, Answer, Malformed, Rcode, Type, is_below, owner, rdata_name
 
 MAX_BYTES = 32 << 20
 ENTRY_BYTES = 600  # of Python's objects around an answer
@@ -32,6 +33,7 @@ STALE_RETRY_SECONDS = 5.0  # how long a stale answer stands in before the server
 SOA_BYTES = 22  # two names, five numbers (RFC 1035, section 3.3.13)
 
 _ttl = struct.Struct("!I")
+_type_and_class = struct.Struct("!HH")
 
 Key = tuple[bytes, int, int, int]
 
@@ -43,7 +45,7 @@ class Entry:
     rcode: int
     body: bytes
     counts: tuple[int, int, int]
-    ttls: tuple[tuple[int, int], ...]  # offset in body, seconds
+    ttls: array[int]  # where they stand in body; as stored none is above MAX_TTL
     stored: float  # monotonic seconds
     expires: float
     max_ttl: int = MAX_TTL  # seconds that a client is told at most
@@ -52,15 +54,21 @@ class Entry:
     @property
     def size(self) -> int:
         """Bytes that it takes, about."""
-        return ENTRY_BYTES + len(self.body) + 100 * len(self.ttls)
+        return ENTRY_BYTES + len(self.body) + 2 * len(self.ttls)
 
     def aged(self, now: float, stale: bool) -> bytes:
         """The records with their TTLs as of now; with STALE_TTL where it stands in."""
-        if not self.ttls:
+        passed, most = int(now - self.stored), self.max_ttl
+        if not self.ttls or (passed == 0 and most == MAX_TTL and not stale):
             return self.body
-        body, passed = bytearray(self.body), int(now - self.stored)
-        for offset, ttl in self.ttls:
-            _ttl.pack_into(body, offset, min(STALE_TTL if stale else max(ttl - passed, 0), self.max_ttl))
+        body, stale_ttl = bytearray(self.body), min(STALE_TTL, most)
+        for offset in self.ttls:
+            if stale:
+                ttl = stale_ttl
+            else:
+                (kept,) = _ttl.unpack_from(body, offset)
+                ttl = min(max(kept - passed, 0), most)
+            _ttl.pack_into(body, offset, ttl)
         return bytes(body)
 
 
@@ -189,11 +197,12 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
     clients alone (0: no limit): what is kept for less than it is good for costs a server more questions.
     """
     start = len(answer.question) + HEADER_BYTES
+    ttls = answer.records.ttl_offsets(start)
     entry = Entry(
         rcode=answer.rcode,
-        body=answer.message[start : answer.body_end],
+        body=_limited(answer.message[start : answer.body_end], ttls),
         counts=answer.counts,
-        ttls=tuple((record.owner_end + 4 - start, min(_seconds(record.ttl), MAX_TTL)) for record in answer.records),
+        ttls=ttls,
         stored=now,
         expires=now,
         max_ttl=min(max_ttl or MAX_TTL, MAX_TTL),
@@ -202,13 +211,25 @@ def entry_of(answer: Answer, now: float, neg_ttl: int, max_ttl: int, negcache: b
         return entry
     try:
         aliases, last, found = follow(answer)
-        lifetimes = [_seconds(record.ttl) for record in (*aliases, *found)]
+        lifetimes = [_seconds(_ttl.unpack_from(answer.message, end + 4)[0]) for end in (*aliases, *found)]
         if answer.rcode == Rcode.NXDOMAIN or not found:
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
     except Malformed:  # its names cannot be read, as names must be, or lead nowhere
         return entry
     entry.expires = now + min(MAX_TTL, *lifetimes)
     return entry
+
+
+def _limited(body: bytes, ttls: array[int]) -> bytes:
+    """The records, no TTL of theirs above MAX_TTL; the same object in the usual case."""
+    unpack = _ttl.unpack_from
+    high = [offset for offset in ttls if unpack(body, offset)[0] > MAX_TTL]
+    if not high:
+        return body
+    changed = bytearray(body)
+    for offset in high:
+        _ttl.pack_into(changed, offset, min(_seconds(unpack(body, offset)[0]), MAX_TTL))
+    return bytes(changed)
 
 
 def _seconds(ttl: int) -> int:
@@ -223,28 +244,31 @@ class Circle(Malformed):
         super().__init__("record")
 
 
-def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
-    """The aliases from the question's name on, the name that they lead to, and its records of the question's type.
+def follow(answer: Answer) -> tuple[list[int], bytes, list[int]]:
+    """The aliases from the question's name on, the name that they lead to, and its records of the question's type;
+    each as the offset where its owner ends.
 
     There may be as many aliases as the message holds, and the budget for its names. Raises Malformed, and Circle.
     """
-    named: dict[bytes, list[Record]] = {}
+    message, named = answer.message, dict[bytes, list[int]]()
     written: dict[bytes, bytes] = {}  # the same octets, most often a pointer, are the same name: it is read once
-    for record in answer.records:
-        if record.section == 1 and record.klass == answer.klass:
-            octets = answer.message[record.start : record.owner_end]
+    for start, owner_end in answer.records.spans(1):
+        if _type_and_class.unpack_from(message, owner_end)[1] == answer.klass:
+            octets = message[start:owner_end]
             if octets not in written:
-                written[octets] = owner(answer, record)
-            named.setdefault(written[octets], []).append(record)
-    aliases: list[Record] = []
+                written[octets] = owner(answer, start)
+            named.setdefault(written[octets], []).append(owner_end)
+    aliases: list[int] = []
     seen: set[bytes] = set()
     name = answer.name
     while name not in seen:
         seen.add(name)
-        records = named.get(name, [])
-        found = [record for record in records if answer.type in (record.type, Type.ANY)]
-        alias = next((record for record in records if record.type == Type.CNAME), None)
-        if found or alias is None:
+        ends, alias = named.get(name, []), None
+        types = [_type_and_class.unpack_from(message, end)[0] for end in ends]
+        found = [end for end, kind in zip(ends, types, strict=True) if answer.type in (kind, Type.ANY)]
+        if not found and Type.CNAME in types:
+            alias = ends[types.index(Type.CNAME)]
+        if alias is None:
             return aliases, name, found
         aliases.append(alias)
         name = rdata_name(answer, alias)
@@ -252,12 +276,11 @@ def follow(answer: Answer) -> tuple[list[Record], bytes, list[Record]]:
 
 
 def _negative_ttl(answer: Answer, name: bytes, neg_ttl: int) -> int:
-    for record in answer.records:
+    for record in answer.records.of(2):
         if (
-            record.section == 2
-            and record.type == Type.SOA
+            record.type == Type.SOA
             and record.end - record.data >= SOA_BYTES
-            and is_below(name, owner(answer, record))
+            and is_below(name, owner(answer, record.start))
         ):
             minimum: int = _ttl.unpack_from(answer.message, record.end - 4)[0]
             return min(_seconds(record.ttl), _seconds(minimum), MAX_NEGATIVE_TTL)
@@ -266,4 +289,4 @@ def _negative_ttl(answer: Answer, name: bytes, neg_ttl: int) -> int:
 
 def failure(now: float, seconds: float = FAILURE_SECONDS) -> Entry:
     """SERVFAIL, kept briefly so that a broken name is not looked for by everybody at once (RFC 9520)."""
-    return Entry(Rcode.SERVFAIL, b"", (0, 0, 0), (), now, now + seconds)
+    return Entry(Rcode.SERVFAIL, b"", (0, 0, 0), array("H"), now, now + seconds)

@@ -54,8 +54,8 @@ def rebinds(settings: Settings, answer: Answer) -> bool:
     """Whether an upstream server says that a name is at a private address (`--stop-dns-rebind`)."""
     if not settings.stop_dns_rebind or any(is_below(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
-    for record in answer.records:
-        if record.section != 1 or (record.type, record.end - record.data) not in _ADDRESSES:
+    for record in answer.records.of(1):
+        if (record.type, record.end - record.data) not in _ADDRESSES:
             continue
         packed = answer.message[record.data : record.end]
         if contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed)):

@@ -77,10 +77,9 @@ def _lines(reply: Reply, query: Query) -> list[str]:
         answer = wire.parse_answer(reply.data)
         if answer.truncated:
             return [f"{word} {name} is truncated"]
-        for record in answer.records:
-            if record.section == 1:
-                told = file if record.type in _OF_FILES else word
-                lines.append(f"{told} {_owner(answer, record, name)} is {_data(answer, record)}")
+        for record in answer.records.of(1):
+            told = file if record.type in _OF_FILES else word
+            lines.append(f"{told} {_owner(answer, record, name)} is {_data(answer, record)}")
     except Malformed:  # an upstream server's records are passed on as they came
         lines.append(f"{word} {name} is <unreadable>")
     if not lines or reply.rcode:
@@ -104,7 +103,7 @@ def _type(kind: int) -> str:
 
 def _owner(answer: wire.Answer, record: wire.Record, asked: str) -> str:
     """A reverse name as the address that it stands for."""
-    name = wire.owner(answer, record)
+    name = wire.owner(answer, record.start)
     packed = address_of(name) if record.type == Type.PTR else None
     if packed:
         return unpack_address(packed)
@@ -116,5 +115,5 @@ def _data(answer: wire.Answer, record: wire.Record) -> str:
     if (record.type, len(packed)) in ((Type.A, 4), (Type.AAAA, 16)):
         return unpack_address(packed)
     if record.type == Type.PTR:
-        return name_to_text(wire.rdata_name(answer, record))
+        return name_to_text(wire.rdata_name(answer, record.owner_end))
     return f"<{_type(record.type)}>"

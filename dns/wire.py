@@ -12,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import struct
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -23,6 +24,7 @@ MAX_LABEL_BYTES = 63
 NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real one takes about 1
 MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes 128 without pointers
 MAX_RECORDS = 5000  # of an answer; addresses in 65,535 octets are 4,094, and take 2 ms (a Service of so many pods)
+MAX_MESSAGE_BYTES = 65_535  # of an answer; its length over TCP has two octets (RFC 1035, section 4.2.2)
 MAX_ADDITIONAL = 64  # of a query; a real one has OPT, and a signature
 OPT_BYTES = 11  # without options (RFC 6891, section 6.1.2)
 MIN_UDP_BYTES = 512  # RFC 1035, section 4.2.1
@@ -381,6 +383,54 @@ class Record(NamedTuple):  # a dataclass would take three times as long to make
     end: int
 
 
+class Records:
+    """The records of a message, in four octets each.
+
+    Only offsets are kept: thousands of objects per answer took 20 times the memory of the answer itself. A `Record` is
+    made when one is read, so it should be dropped before the next one is.
+    """
+
+    __slots__ = ("_message", "_owner_ends", "_sections", "_starts")
+
+    def __init__(self, message: bytes) -> None:
+        """Without records; ``message`` has at most MAX_MESSAGE_BYTES."""
+        self._message = message
+        self._starts, self._owner_ends = array("H"), array("H")
+        self._sections = [0, 0, 0]  # the index behind the last record of each
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[Record]:
+        for section in (1, 2, 3):
+            yield from self.of(section)
+
+    def of(self, section: int) -> Iterator[Record]:
+        """The records of one section (1 answer, 2 authority, 3 additional)."""
+        for start, owner_end in self.spans(section):
+            yield self._make(section, start, owner_end)
+
+    def spans(self, section: int) -> Iterator[tuple[int, int]]:
+        """Where each record of a section starts, and where its owner ends: all that a loop over thousands needs."""
+        first = self._sections[section - 2] if section > 1 else 0
+        last = self._sections[section - 1]
+        return zip(self._starts[first:last], self._owner_ends[first:last], strict=True)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """How many each section has."""
+        first, second, third = self._sections
+        return first, second - first, third - second
+
+    def ttl_offsets(self, base: int) -> array[int]:
+        """Where the TTLs stand, counted from ``base``."""
+        return array("H", [owner_end + 4 - base for owner_end in self._owner_ends])
+
+    def _make(self, section: int, start: int, owner_end: int) -> Record:
+        kind, klass, ttl, length = _fixed.unpack_from(self._message, owner_end)
+        return Record(section, start, owner_end, kind, klass, ttl, owner_end + 10, owner_end + 10 + length)
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """A response, read as far as a forwarder has to."""
@@ -392,7 +442,7 @@ class Answer:
     question: bytes  # as it came
     type: int
     klass: int
-    records: tuple[Record, ...]  # without OPT
+    records: Records  # without OPT
     rcode: int  # with OPT's upper bits
     body_end: int  # where the records end that are passed on
     counts: tuple[int, int, int]  # of those
@@ -416,29 +466,15 @@ def parse_answer(data: bytes) -> Answer:
     ident, flags, questions, *counts = _header.unpack_from(data)
     if not flags & QR:
         raise Malformed("response")
-    if questions != 1 or sum(counts) > MAX_RECORDS:
+    if questions != 1 or sum(counts) > MAX_RECORDS or len(data) > MAX_MESSAGE_BYTES:
         raise Malformed("question" if questions != 1 else "record")
     steps = Steps(len(data))
     end = skip_name(data, HEADER_BYTES, steps, compressed=False)
     if end + 4 > len(data):
         raise Malformed("question")
     kind, klass = _question_end.unpack_from(data, end)
-    records: list[Record] = []
-    rcode, body_end, at = flags & RCODE_MASK, 0, end + 4
-    for section, count in enumerate(() if flags & TC else counts, 1):
-        for _ in range(count):
-            owner_end = skip_name(data, at, steps)
-            rtype, rclass, ttl, length = _record(data, owner_end)
-            stop = owner_end + 10 + length
-            if rtype == Type.OPT:
-                if section != 3 or body_end:
-                    raise Malformed("opt")
-                rcode |= ttl >> 24 << 4
-                body_end = at
-            elif not body_end:
-                records.append(Record(section, at, owner_end, rtype, rclass, ttl, owner_end + 10, stop))
-            at = stop
-    kept = tuple(sum(1 for record in records if record.section == section) for section in (1, 2, 3))
+    records = Records(data)
+    at, opt_at, extended = _find_records(data, end + 4, [] if flags & TC else counts, records, steps)
     return Answer(
         message=data,
         id=ident,
@@ -447,26 +483,60 @@ def parse_answer(data: bytes) -> Answer:
         question=data[HEADER_BYTES : end + 4],
         type=kind,
         klass=klass,
-        records=tuple(records),
-        rcode=rcode,
-        body_end=body_end or at,
-        counts=(kept[0], kept[1], kept[2]),
+        records=records,
+        rcode=flags & RCODE_MASK | extended,
+        body_end=opt_at or at,
+        counts=records.counts,
         steps=steps,
     )
 
 
-def rdata_name(answer: Answer, record: Record) -> bytes:
-    """The name that is all of a record's data, in lower case. Raises Malformed."""
-    if skip_name(answer.message, record.data, answer.steps) != record.end:
+def _find_records(data: bytes, at: int, counts: list[int], records: Records, steps: Steps) -> tuple[int, int, int]:
+    """Note where the records from ``at`` on stand: where they end, where OPT stands (0: nowhere), and the upper bits
+    of the code that it holds. Raises Malformed. Written for speed: the loop's body runs thousands of times per answer.
+    """
+    opt_at = extended = pointers = 0
+    starts, owner_ends, size = records._starts, records._owner_ends, len(data)
+    unpack, opt_type = _fixed.unpack_from, int(Type.OPT)
+    for section, count in enumerate(counts, 1):
+        for _ in range(count):
+            if data.startswith(TO_QUESTION, at):  # nearly all owners of a long answer
+                owner_end = at + 2
+                pointers += 1
+            else:
+                owner_end = skip_name(data, at, steps)
+            if owner_end + 10 > size:
+                raise Malformed("record")
+            rtype, _, ttl, length = unpack(data, owner_end)
+            stop = owner_end + 10 + length
+            if stop > size:
+                raise Malformed("record")
+            if rtype == opt_type:
+                if section != 3 or opt_at:
+                    raise Malformed("opt")
+                extended, opt_at = ttl >> 24 << 4, at
+            elif not opt_at:
+                starts.append(at)
+                owner_ends.append(owner_end)
+            at = stop
+        records._sections[section - 1] = len(starts)
+    steps.taken += pointers
+    return at, opt_at, extended
+
+
+def rdata_name(answer: Answer, owner_end: int) -> bytes:
+    """The name that is all of the data of the record whose owner ends there, in lower case. Raises Malformed."""
+    at, length = owner_end + 10, int.from_bytes(answer.message[owner_end + 8 : owner_end + 10], "big")
+    if skip_name(answer.message, at, answer.steps) != at + length:
         raise Malformed("record")
-    return lower(read_name(answer.message, record.data, answer.steps))
+    return lower(read_name(answer.message, at, answer.steps))
 
 
-def owner(answer: Answer, record: Record) -> bytes:
-    """A record's owner in lower case. Raises Malformed."""
-    if answer.message.startswith(TO_QUESTION, record.start):
+def owner(answer: Answer, start: int) -> bytes:
+    """The owner of the record that starts there, in lower case. Raises Malformed."""
+    if answer.message.startswith(TO_QUESTION, start):
         return answer.name
-    return lower(read_name(answer.message, record.start, answer.steps))
+    return lower(read_name(answer.message, start, answer.steps))
 
 
 # ---- making messages ----

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import struct
 import threading
+import tracemalloc
+from array import array
 from typing import Any
 
 import dns.message
@@ -53,7 +55,7 @@ def ttls(data: bytes) -> list[int]:
 
 
 def of_size(size: int, expires: float = 1e9, number: int = 0) -> Entry:
-    return Entry(0, bytes(size), (0, 0, 0), ((0, 0),) * number, 0.0, expires)
+    return Entry(0, bytes(size), (0, 0, 0), array("H", [0] * number), 0.0, expires)
 
 
 def key(number: int) -> cache.Key:
@@ -298,7 +300,7 @@ def test_what_is_too_long_says_so(edns: int | None, tcp: bool, most: int) -> Non
     room = most - 12 - len(m.question(NAME)) - len(ours)
     for body, whole in ((room, True), (room + 1, False)):
         kept = Cache(10, 0)
-        kept.put(KEY, Entry(3, bytes(body), (1, 2, 3), (), 0.0, 100.0))
+        kept.put(KEY, Entry(3, bytes(body), (1, 2, 3), array("H"), 0.0, 100.0))
         reply = respond(responder(kept), data, 1.0, tcp)
         flags = m.QR | m.RD | m.RA | 3
         if whole:
@@ -311,7 +313,7 @@ def test_what_is_too_long_says_so(edns: int | None, tcp: bool, most: int) -> Non
 
 def test_edns_packet_max_is_the_limit() -> None:
     kept = Cache(10, 0)
-    kept.put(KEY, Entry(0, bytes(3000), (1, 0, 0), (), 0.0, 100.0))
+    kept.put(KEY, Entry(0, bytes(3000), (1, 0, 0), array("H"), 0.0, 100.0))
     for limit, truncated in ((512, True), (4096, False), (65535, False)):
         reply = respond(responder(kept, edns_packet_max=limit), m.query(NAME, m.A, m.opt(size=65535)), 1.0)
         assert bool(m.flags_of(reply.data) & m.TC) == truncated
@@ -341,7 +343,7 @@ def test_any_gets_one_kind() -> None:
 
 def test_extended_codes_need_opt() -> None:
     """BADCOOKIE of an upstream server is not NOERROR for a client that cannot read it."""
-    made = Entry(23, b"", (0, 0, 0), (), 0.0, 0.0)
+    made = Entry(23, b"", (0, 0, 0), array("H"), 0.0, 0.0)
     plain = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
     assert (plain.rcode, m.flags_of(plain.data) & 0xF) == (Rcode.SERVFAIL, Rcode.SERVFAIL)
     reply = from_entry(parse_query(m.query(NAME, m.A, m.opt())), made, 512, 0.0, "forward")
@@ -415,6 +417,22 @@ def test_a_tiny_cache_takes_what_is_new(most: int) -> None:
         kept.put(key(number), of_size(1))
         assert kept.get(key(number), 0.0), number
         assert len(kept) <= most
+
+
+def test_an_answer_of_thousands_of_records_takes_little_more_than_its_octets() -> None:
+    """Read and ready to be kept: offsets, not objects. Hundreds of them may be under way at the same time."""
+    data = positive(*(m.record(m.A, struct.pack("!I", number), 300) for number in range(4_000)))
+    assert len(data) > 64_000
+    tracemalloc.start()
+    try:
+        answer = parse_answer(data)
+        made = entry_of(answer, 0.0, 0, 0, True)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(answer.records) == len(made.ttls) == 4_000
+    assert held < 1.5 * len(data)  # the message is `data` itself; the entry has its own copy of the records
+    assert made.size >= len(made.body) + 2 * len(made.ttls)
 
 
 def test_an_answer_that_would_fill_it_is_not_kept() -> None:

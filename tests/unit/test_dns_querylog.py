@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_a_failure_from_the_cache(responder: Responder, written: Callable[[], li
 def test_codes_without_a_name(written: Callable[[], list[str]]) -> None:
     query = parse_query(m.query("b.example", m.A, m.opt()))
     for rcode in (9, 23):
-        reply = from_entry(query, Entry(rcode, b"", (0, 0, 0), (), 0.0, 0.0), 512, 0.0, "forward")
+        reply = from_entry(query, Entry(rcode, b"", (0, 0, 0), array("H"), 0.0, 0.0), 512, 0.0, "forward")
         QueryLog(False).answer(reply, CLIENT, PORT)
     assert written() == ["reply b.example is 9", "reply b.example is 23"]
 
