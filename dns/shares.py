@@ -1,0 +1,115 @@
+"""How much each client has of something that all share, so that the greediest gives way first. No sockets, no clock.
+
+Rules
+1. A client is an address; for IPv6 it counts as its /64 first, and as its address among those of the same /64. A host
+   may choose its address within a /64 freely, and the pods of a node often have one /64 between them.
+2. Every step takes constant time, however many clients there are: their addresses may be forged.
+3. Of clients that have the same, the one that has had it for longest is the greediest: a flood of forged addresses, one
+   item each, then pushes out its own oldest items.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Generic, TypeVar
+
+LINK_LOCAL = b"\xfe\x80"  # the first octets of fe80::/10, as far as it is used (RFC 4291, section 2.5.6)
+NETWORK_BYTES = 8
+
+Client = bytes  # 4 or 16 octets
+_Name = TypeVar("_Name", bound=Hashable)
+_Item = TypeVar("_Item", bound=Hashable)
+
+
+def network_of(client: Client) -> bytes:
+    """What a client counts as first: an IPv4 address itself, an IPv6 address's /64, a link-local address itself."""
+    return client if len(client) == 4 or client.startswith(LINK_LOCAL) else client[:NETWORK_BYTES]
+
+
+class Counts(Generic[_Name]):
+    """How much each name has, and which has most."""
+
+    __slots__ = ("_by_count", "_counts", "_most")
+
+    def __init__(self) -> None:
+        self._counts: dict[_Name, int] = {}
+        self._by_count: dict[int, OrderedDict[_Name, None]] = {}
+        self._most = 0
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+    def __getitem__(self, name: _Name) -> int:
+        return self._counts.get(name, 0)
+
+    def greediest(self) -> _Name:
+        """The name with the highest count; of several, the one that has had it for longest."""
+        return next(iter(self._by_count[self._most]))
+
+    def add(self, name: _Name, change: int) -> None:
+        """Add 1 or -1."""
+        before = self._counts.get(name, 0)
+        after = before + change
+        if before:
+            group = self._by_count[before]
+            del group[name]
+            if not group:
+                del self._by_count[before]
+        if after:
+            self._counts[name] = after
+            self._by_count.setdefault(after, OrderedDict())[name] = None
+        else:
+            del self._counts[name]
+        if after > self._most or self._most not in self._by_count:  # the only one with the most now has one less
+            self._most = after
+
+
+class Shares(Generic[_Item]):
+    """The items of each client, oldest first."""
+
+    def __init__(self) -> None:
+        self._networks: Counts[bytes] = Counts()
+        self._clients: dict[bytes, Counts[Client]] = {}
+        self._items: dict[Client, OrderedDict[_Item, None]] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def add(self, client: Client, item: _Item) -> None:
+        """Take one in."""
+        network = network_of(client)
+        self._networks.add(network, 1)
+        self._clients.setdefault(network, Counts()).add(client, 1)
+        self._items.setdefault(client, OrderedDict())[item] = None
+        self._size += 1
+
+    def remove(self, client: Client, item: _Item) -> None:
+        """Let one go."""
+        network = network_of(client)
+        self._networks.add(network, -1)
+        clients = self._clients[network]
+        clients.add(client, -1)
+        if not clients:
+            del self._clients[network]
+        items = self._items[client]
+        del items[item]
+        if not items:
+            del self._items[client]
+        self._size -= 1
+
+    def to_give_way(self, client: Client) -> tuple[_Item, bool]:
+        """Which item should go when one more of this client is to come in, and whether its owner has more than the
+        client would have then. If not, both have as good a claim. There must be an item."""
+        network = network_of(client)
+        greediest = self._networks.greediest()
+        mine, most = self._networks[network] + 1, self._networks[greediest]
+        if network == greediest or mine > most:  # it is among its own network's clients that one has to give way
+            clients = self._clients[network]
+            owner = clients.greediest()
+            return self._oldest(owner), clients[owner] > clients[client] + 1
+        return self._oldest(self._clients[greediest].greediest()), most > mine
+
+    def _oldest(self, client: Client) -> _Item:
+        return next(iter(self._items[client]))
