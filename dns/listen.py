@@ -18,6 +18,7 @@ from fnmatch import fnmatchcase
 from udpwatch.dns import tcp, udp
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.errors import NetworkError
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.settings import Server, Settings
 from udpwatch.dns.tcp import TcpServer
 from udpwatch.dns.udp import UdpSocket, UdpThread
@@ -42,7 +43,6 @@ class Listening:
         self._named = bool(settings.listen_addresses or settings.interfaces or settings.except_interfaces)
         self._by_interface = bool(settings.interfaces or settings.except_interfaces)
         self._ways: dict[int, bool] = {}  # interfaces by index: whether what comes by them is served
-        self._told_of_way = False
         self._addresses = {pack_address(text) for text in settings.listen_addresses}
         self._open: dict[_SocketAddress, _Pair] = {}
         self._handed: set[_SocketAddress] = set()  # to the servers
@@ -124,10 +124,11 @@ class Listening:
         except OSError:  # it has gone; or no descriptor is free, so that this cannot be remembered
             return False
         served = ways[index] = name == LOOPBACK or self._is_served(name)
-        if not served and not self._told_of_way:
-            self._told_of_way = True
-            log.warning(
-                "dns: ignoring query that came by %s, an interface that is not served (logged only once); "
+        if not served:  # once for each interface: the answer is remembered
+            LIMITED.write(
+                log,
+                logging.WARNING,
+                "dns: ignoring query that came by %s, an interface that is not served; "
                 "--listen-address serves an address whichever way questions come",
                 name,
             )

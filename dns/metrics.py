@@ -20,7 +20,11 @@ Cell = list[int]
 
 SOURCES = ("hosts", "config", "cache", "stale", "forward", "error")
 DROP_REASONS = ("policy", "group", "source", "send")
-UPSTREAM_FAILURES = ("timeout", "network", "refused", "truncated", "malformed")
+UPSTREAM_FAILURES = ("timeout", "network", "refused", "truncated", "malformed", "busy")
+#: why a question was not forwarded; docs/metrics.md says what each means
+REJECT_REASONS = ("servers", "all", "shed", "repeat", "queue", "queue_share")
+#: why a TCP connection was closed early
+CLOSE_REASONS = ("room", "held", "slow")
 #: seconds; CoreDNS's buckets
 BUCKETS = tuple(0.00025 * 2**power for power in range(16))
 #: types that may be a label (CoreDNS's list); the rest is "other", so that no client makes series
@@ -73,7 +77,7 @@ class Metrics:
         self.upstream_asked: defaultdict[str, Cell] = defaultdict(lambda: [0])
         self.upstream_failed: defaultdict[tuple[str, str], Cell] = defaultdict(lambda: [0])
         self.upstream_duration: defaultdict[str, Histogram] = defaultdict(Histogram)
-        self.forward_rejects: Cell = [0]
+        self.forward_rejects: dict[str, Cell] = {reason: [0] for reason in REJECT_REASONS}
         self.mismatched: Cell = [0]
         self.coalesced: Cell = [0]
         self.reloads: Cell = [0]
@@ -82,7 +86,8 @@ class Metrics:
         self.hosts_entries = 0
         self.hosts_unreadable = 0
         self.tcp_connections = 0
-        self.tcp_closed: Cell = [0]  # by us, for others
+        self.tcp_closed: dict[str, Cell] = {reason: [0] for reason in CLOSE_REASONS}  # by us
+        self.tcp_held_bytes = 0
 
     def cell(self, proto: str, family: str, kind: int, rcode: int, source: str) -> Cell:
         """The counter of one kind of answer."""
@@ -165,7 +170,8 @@ class DnsCollector(Collector):
         )
         yield _counter(
             "upstream_failures",
-            "Questions that an upstream server did not answer, by what happened.",
+            "Questions that an upstream server did not answer, by what happened; busy: too many long answers (TCP) "
+            "were under way here.",
             ("server", "reason"),
             {key: cell[0] for key, cell in list(metrics.upstream_failed.items())},
         )
@@ -184,9 +190,12 @@ class DnsCollector(Collector):
         )
         yield _counter(
             "forward_rejects",
-            "Questions refused because too many were under way to upstream servers; in a flood, dropped.",
-            (),
-            {(): metrics.forward_rejects[0]},
+            "Questions that were not forwarded. Refused: too many under way to the servers of a domain (servers) or to "
+            "all (all), and the client had as many as any; given up for a client with fewer (shed). Dropped: repeated "
+            "too often by one client (repeat), too many for the event loop (queue), or too many of one client for it "
+            "(queue_share).",
+            ("reason",),
+            {(reason,): cell[0] for reason, cell in metrics.forward_rejects.items()},
         )
         yield _counter(
             "coalesced", "Questions that waited for the answer to the same question.", (), {(): metrics.coalesced[0]}
@@ -214,10 +223,12 @@ class DnsCollector(Collector):
         yield _gauge("tcp_connections", "Open TCP connections.", metrics.tcp_connections)
         yield _counter(
             "tcp_connections_closed",
-            "Idle TCP connections closed early to make room for others.",
-            (),
-            {(): metrics.tcp_closed[0]},
+            "TCP connections closed early: idle, to make room for others (room); its client had most of the memory for "
+            "responses that wait for their clients, and that was full (held); it took no response for 10 s (slow).",
+            ("reason",),
+            {(reason,): cell[0] for reason, cell in metrics.tcp_closed.items()},
         )
+        yield _gauge("tcp_held_bytes", "Responses that wait for slow TCP clients to take them.", metrics.tcp_held_bytes)
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

@@ -13,41 +13,33 @@ import resource
 import socket
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from udpwatch.dns import addresses, cache, zone
-from udpwatch.dns.cache import Cache, Entry, Key
+from udpwatch.dns import addresses, zone
+from udpwatch.dns.cache import Cache
 from udpwatch.dns.errors import HostsError
+from udpwatch.dns.forwarder import ALL_ASKED, Ask, Forwarder, HandOver
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.listen import Listening
 from udpwatch.dns.metrics import DnsCollector, Metrics
-from udpwatch.dns.policy import Network, contains, rebinds
+from udpwatch.dns.policy import Network, contains
 from udpwatch.dns.querylog import QueryLog
-from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams, from_entry
+from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
 from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
 from udpwatch.dns.tcp import MAX_CONNECTIONS, TcpServer
 from udpwatch.dns.udp import Pending, UdpThread, peer_of
-from udpwatch.dns.upstream import NoAnswer, Upstream, read_resolv
+from udpwatch.dns.upstream import Upstream, read_resolv
 from udpwatch.dns.watch import Watch
-from udpwatch.dns.wire import Rcode, name_to_text
-from udpwatch.dns.zone import Zone, unpack_address
+from udpwatch.dns.zone import Zone, pack_address, unpack_address
 
-STALE_SECONDS = 1.8  # RFC 8767, section 5: the client response timer
 DRAIN_SECONDS = 5.0
 RETRY_SECONDS = 1.0  # for addresses that could not be bound yet
 SETTLE_SECONDS = 0.05  # for a burst of changes of addresses to end
-#: Questions read from sockets that the event loop has not looked at yet. Beyond that the clients have to ask again: a
-#: flood must find an end somewhere, and what is refused takes the loop's time, too.
-MAX_QUEUED = 4_096
+LOG_SECONDS = 10.0  # between two looks for lines that were left out of the log
 SOCKETS_PER_QUESTION = 4  # servers that are asked at the same time
-#: In multiples of --dns-forward-max, which is for the servers of one domain, so that dead ones cost the others nothing:
-#: questions to all servers together; clients that wait (many may for one question), for a domain's servers and for all.
-ALL_ASKED, WAITING, ALL_WAITING = 4, 2, 4
-
-Group = tuple[Server, ...]  # the servers of one domain
-
 log = logging.getLogger(__name__)
 
 
@@ -67,12 +59,11 @@ class Service:
         self._query_log = QueryLog(settings.log_extra) if settings.log_queries else None
         self._locals = addresses.snapshot()
         self._networks: list[Network] = self._connected()
-        self._warned_of_policy = False
-        self._in_flight: dict[Key, asyncio.Task[Entry]] = {}
-        self._asked: Counter[Group] = Counter()  # of _in_flight
-        self._waiting: Counter[Group] = Counter()  # clients' questions, also where many are the same
+        self._forwarder = Forwarder(
+            settings, self._responder, self._cache, self._upstream, self.metrics, self._query_log
+        )
+        self._hand_over = HandOver(self.metrics, self._take)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._queued = self._taken = 0  # questions that the UDP thread handed over, that the loop took
         self._found_servers: tuple[Server, ...] = ()  # of the resolv file
         self._told_of_hosts = ""  # what was said last of files that cannot be read, so that each try need not say it
         self._told_of_resolv: list[str] = []
@@ -82,11 +73,12 @@ class Service:
         self._watches: list[Watch] = []
         self._changes: socket.socket | None = None
         self._retry: asyncio.TimerHandle | None = None
+        self._log_timer: asyncio.TimerHandle | None = None
         self._serving = False
         tell = self._query_log.tell if self._query_log else None
         self._listening = Listening(settings)
         who = self.admits, self._listening.serves
-        self._udp = UdpThread(self._responder, self.metrics, *who, self._take_from_thread, tell)
+        self._udp = UdpThread(self._responder, self.metrics, *who, self._hand_over.put, tell)
         self._tcp = TcpServer(self._responder, self.metrics, *who, self._ask_over_tcp, tell)
         try:
             self._listening.open(self._locals)
@@ -97,7 +89,7 @@ class Service:
     @property
     def collector(self) -> DnsCollector:
         """For a registry of prometheus_client."""
-        return DnsCollector(self.metrics, self._cache, lambda: len(self._in_flight))
+        return DnsCollector(self.metrics, self._cache, lambda: len(self._forwarder))
 
     @property
     def port(self) -> int:
@@ -114,6 +106,7 @@ class Service:
     async def start(self) -> None:
         """Load the tables, then serve. Nothing that is missing keeps it from serving what is there."""
         self._loop = asyncio.get_running_loop()
+        self._hand_over.start()
         self._changes = addresses.changes()
         hosts, resolv = Watch(self._hosts_files, self._load), None
         if self._settings.resolv and self._settings.poll:
@@ -127,6 +120,7 @@ class Service:
         if resolv:
             resolv.start(resolv_read)
         self._refresh_soon(SETTLE_SECONDS)  # what changed while the tables were read
+        self._flush_log()
         self._serving = True
         where = ", ".join(self._listening.addresses) or "no address yet"
         log.info("dns: listening on %s, port %d; %d local names", where, self.port, self.metrics.hosts_entries)
@@ -139,22 +133,27 @@ class Service:
     async def stop(self) -> None:
         """Answer what is under way, then close everything; also where `start` failed, or never began."""
         self._serving = False
-        if self._retry:
-            self._retry.cancel()
+        for timer in (self._retry, self._log_timer):
+            if timer:
+                timer.cancel()
         if self._changes:
             self._loop.remove_reader(self._changes)
             self._changes.close()
         for watch in self._watches:
             await watch.stop()
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=DRAIN_SECONDS)
+        await self._forwarder.drain(DRAIN_SECONDS)
         await self._tcp.stop(DRAIN_SECONDS)
-        left = [*self._tasks, *self._in_flight.values()]
-        for task in left:
+        await self._forwarder.stop()
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self._udp.stop)
         self._listening.close()
+        LIMITED.flush(everything=True)
+
+    def _flush_log(self) -> None:
+        LIMITED.flush()
+        self._log_timer = self._loop.call_later(LOG_SECONDS, self._flush_log)
 
     def statistics(self) -> list[str]:
         """For the log, in dnsmasq's words (SIGUSR1)."""
@@ -278,7 +277,7 @@ class Service:
         try:
             self._locals = addresses.snapshot()
         except OSError as error:
-            log.warning("dns: cannot read this host's addresses: %s", error.strerror)
+            LIMITED.write(log, logging.WARNING, "dns: cannot read this host's addresses: %s", error.strerror)
             self._refresh_soon(RETRY_SECONDS)
             return
         self._networks = self._connected()
@@ -297,29 +296,29 @@ class Service:
         """Whether a client (4 or 16 octets) is served: everybody, or directly connected networks (local_service)."""
         if not self._settings.local_service or contains(self._networks, peer):
             return True
-        if not self._warned_of_policy:
-            self._warned_of_policy = True
-            log.warning(
-                "dns: ignoring query from non-local network %s (logged only once); --listen-address or --interface "
-                "serves everybody there",
-                unpack_address(peer),
-            )
+        LIMITED.write(
+            log,
+            logging.WARNING,
+            "dns: ignoring query from non-local network %s; --listen-address or --interface serves everybody there",
+            unpack_address(peer),
+        )
         return False
 
     # ---- questions for others ----
 
-    def _take_from_thread(self, pending: list[Pending]) -> None:
-        if self._queued - self._taken > MAX_QUEUED:
-            self.metrics.forward_rejects[0] += len(pending)
-            return
-        self._queued += len(pending)
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self._loop.call_soon_threadsafe(self._take, pending)
-
-    def _take(self, pending: list[Pending]) -> None:
-        self._taken += len(pending)
-        for each in pending:
-            self._spawn(self._answer(each))
+    def _take(self, pending: Pending) -> None:
+        query = pending.forward.query
+        origin = pending.name, query.id
+        self._forwarder.ask(
+            Ask(
+                pending.forward,
+                pending.peer,
+                origin,
+                peer=lambda: peer_of(pending.name),
+                deliver=lambda reply: self._send(pending, reply),
+                must_answer=False,
+            )
+        )
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
@@ -329,11 +328,9 @@ class Service:
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.error("dns: %s", error, exc_info=error)
+            LIMITED.write(log, logging.ERROR, "dns: internal error: %s", error, error=error)
 
-    async def _answer(self, pending: Pending) -> None:
-        address, port = peer_of(pending.name)
-        reply = await self._find(pending.forward, address, port)
+    def _send(self, pending: Pending, reply: Reply) -> None:
         if reply.query:
             cell = self.metrics.cell("udp", pending.socket.layout.name, reply.query.type, reply.rcode, reply.source)
             cell[0] += 1
@@ -345,106 +342,22 @@ class Service:
 
     async def _ask_over_tcp(self, forward: Forward, address: str, port: int) -> Reply:
         begun = time.monotonic()
-        reply = await self._find(forward, address, port)
+        future: asyncio.Future[Reply] = self._loop.create_future()
+
+        def deliver(reply: Reply) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        client = pack_address(address.partition("%")[0])
+        ask = Ask(forward, client, future, lambda: (address, port), deliver, must_answer=True)
+        self._forwarder.ask(ask)
+        try:
+            reply = await future
+        except asyncio.CancelledError:
+            self._forwarder.give_up(ask)
+            raise
         self.metrics.duration["forward"].observe(time.monotonic() - begun)
         return reply
-
-    async def _find(self, forward: Forward, address: str, port: int) -> Reply:
-        servers = self._responder.upstreams.for_name(forward.query.name)
-        if not servers:  # they changed since
-            return self._responder.refuse(forward.query, Rcode.REFUSED)
-        if not self._has_room(forward.query.key, servers):
-            self.metrics.forward_rejects[0] += 1
-            return self._responder.refuse(forward.query, Rcode.REFUSED)
-        with _counted(self._waiting, servers):
-            reply = await self._resolve(forward, servers, address, port)
-        if self._query_log:
-            self._query_log.answer(reply, address, port)
-        return reply
-
-    def _has_room(self, key: Key, servers: Group) -> bool:
-        """Whether one more question may go to these servers, or wait for an answer that is under way."""
-        most = self._settings.forward_max
-        if self._waiting[servers] >= WAITING * most or self._waiting.total() >= ALL_WAITING * most:
-            return False
-        return key in self._in_flight or (self._asked[servers] < most and len(self._in_flight) < ALL_ASKED * most)
-
-    async def _resolve(self, forward: Forward, servers: Group, address: str, port: int) -> Reply:
-        query, key = forward.query, forward.query.key
-        if self._query_log:
-            first = self._upstream.order(servers)[0]
-            self._query_log.forwarded(query, first.address if first.port == 53 else str(first), address, port)
-        task = self._fetch(key, servers)
-        done, _ = await asyncio.wait([task], timeout=STALE_SECONDS)
-        if not done:
-            if old := self._stand_in(forward):
-                return old
-            await asyncio.wait([task])
-        rcode = int(Rcode.SERVFAIL)
-        try:
-            entry = task.result()
-            return from_entry(query, entry, forward.most, entry.stored, "forward")  # new: its TTLs as they came
-        except NoAnswer as error:
-            rcode = error.rcode
-        except asyncio.CancelledError:
-            pass  # stopping
-        except Exception:  # a fault of ours: the client must not have to wait for its own time-out
-            log.exception("dns: %s could not be asked for", name_to_text(query.name))
-        return self._stand_in(forward) or self._responder.refuse(query, rcode)
-
-    def _stand_in(self, forward: Forward) -> Reply | None:
-        now = time.monotonic()
-        entry = self._cache.stand_in(forward.query.key, now)
-        source = "cache" if entry and now < entry.expires else "stale"  # somebody else may have had an answer meanwhile
-        return from_entry(forward.query, entry, forward.most, now, source) if entry else None
-
-    def _fetch(self, key: Key, servers: Group) -> asyncio.Task[Entry]:
-        """The task that brings and keeps the answer. A question that is under way is not asked again: an attacker must
-        not make us ask it a thousand times and guess at all of them (CVE-2020-25686)."""
-        if task := self._in_flight.get(key):
-            self.metrics.coalesced[0] += 1
-            return task
-        task = self._loop.create_task(self._bring(key, servers))
-        self._in_flight[key] = task
-        self._asked[servers] += 1
-
-        def end(done: asyncio.Task[Entry]) -> None:
-            del self._in_flight[key]
-            _take_one(self._asked, servers)
-            done.cancelled() or done.exception()  # so that nobody complains that it was not looked at
-
-        task.add_done_callback(end)
-        return task
-
-    async def _bring(self, key: Key, servers: tuple[Server, ...]) -> Entry:
-        try:
-            answer = await self._upstream.ask(key, servers)
-        except NoAnswer as error:
-            if error.rcode == Rcode.SERVFAIL and not self._cache.stand_in(key, time.monotonic()):
-                self._cache.put(key, cache.failure(time.monotonic()))
-            raise
-        if rebinds(self._settings, answer):
-            log.warning("dns: possible DNS-rebind attack detected: %s", name_to_text(key[0]))
-            raise NoAnswer(Rcode.REFUSED)
-        entry = self._responder.entry_of(answer, time.monotonic())
-        if entry.expires > entry.stored:
-            self._cache.put(key, entry)
-        return entry
-
-
-def _take_one(count: Counter[Group], group: Group) -> None:
-    count[group] -= 1
-    if not count[group]:  # groups come and go with the resolv file
-        del count[group]
-
-
-@contextlib.contextmanager
-def _counted(count: Counter[Group], group: Group) -> Iterator[None]:
-    count[group] += 1
-    try:
-        yield
-    finally:
-        _take_one(count, group)
 
 
 def _raise_descriptor_limit(wanted: int) -> None:

@@ -2,6 +2,10 @@
 
 A connection that does nothing is closed when its place is wanted: the client with the most connections gives up the
 one that is idle for longest. So a thousand of one client cost another client nothing.
+
+Memory is bounded in sum: of responses that their clients do not take MAX_HELD_BYTES are kept for all connections, then
+the client with most of them loses the connection with most; the kernel's buffers are small; of a query no more is kept
+than a query can be long. A response that costs the event loop a millisecond or so has a turn of the loop for itself.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
 
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.responder import Drop, Forward, Reply, Responder
 from udpwatch.dns.udp import LAYOUTS
@@ -25,9 +30,11 @@ MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_CLIENT = 64  # an IPv6 client is its /64
 IDLE_SECONDS = 10.0  # without a whole question, or without taking an answer
 MAX_UNANSWERED = 16  # per connection; then it is not read
-MAX_HELD_BYTES = 16 << 20  # of answers that wait for their clients to take them, over all connections
+MAX_HELD_BYTES = 16 << 20  # of responses that wait for their clients to take them, over all connections
+MAX_QUERY_BYTES = 4096  # what follows is read and dropped; the same over UDP
 READ_AHEAD_BYTES = 4096  # per connection; asyncio takes twice as much
-SEND_BUFFER_BYTES = 128 << 10  # of the kernel's, per connection
+KERNEL_BUFFER_BYTES = 16 << 10  # per connection and direction; the kernel doubles it: 32 MB for all connections
+LARGE_RESPONSE_BYTES = 4096  # from here on a response has a turn of the event loop for itself
 BACKLOG = 256
 ACCEPTED_IN_A_ROW = 64  # before others have their turn
 EXHAUSTED_SECONDS = 0.1  # until the next try to accept, where descriptors have run out
@@ -50,6 +57,7 @@ class _Connection:
         self.unanswered: set[asyncio.Task[None]] = set()
         self.room = asyncio.Semaphore(MAX_UNANSWERED)
         self.writing = asyncio.Lock()
+        self.held = 0  # octets of responses that wait for the client to take them
         writer.transport.set_write_buffer_limits(high=0)  # what the kernel does not take is waited for
 
     def touch(self) -> None:
@@ -72,9 +80,7 @@ class TcpServer:
         self._responder, self._metrics, self._admits, self._serves = responder, metrics, admits, serves
         self._ask, self._tell = ask, tell
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
-        self._held_bytes = 0
         self._listeners: set[socket.socket] = set()
-        self._told_of_exhaustion = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, listener: socket.socket) -> None:
@@ -122,16 +128,14 @@ class TcpServer:
             task.add_done_callback(self._done)
 
     def _without_descriptors(self, error: OSError) -> None:
-        if not self._told_of_exhaustion:
-            self._told_of_exhaustion = True
-            log.warning("dns: cannot accept a connection: %s (logged only once)", error.strerror)
+        LIMITED.write(log, logging.WARNING, "dns: cannot accept a connection: %s", error.strerror)
         if self._by_client:
             self._close_idlest(max(self._by_client.values(), key=len))
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.error("dns: a connection ended with %r", error, exc_info=error)
+            LIMITED.write(log, logging.ERROR, "dns: a connection ended with %r", error, error=error)
 
     async def _serve(self, link: socket.socket) -> None:
         if not self._serves(*_arrival(link)):
@@ -161,6 +165,7 @@ class TcpServer:
             finally:
                 for task in connection.unanswered:
                     task.cancel()
+                self._hold(connection, -connection.held)
                 self._metrics.tcp_connections -= 1
                 self._by_client[client].discard(connection)
                 if not self._by_client[client]:
@@ -183,16 +188,34 @@ class TcpServer:
 
     def _close_idlest(self, connections: set[_Connection]) -> None:
         idlest = min(connections, key=lambda each: (bool(each.unanswered), each.active))
-        self._metrics.tcp_closed[0] += 1
         connections.discard(idlest)  # its place is free at once
-        idlest.writer.transport.abort()
+        self._close(idlest, "room")
+
+    def _close(self, connection: _Connection, reason: str) -> None:
+        self._metrics.tcp_closed[reason][0] += 1
+        self._hold(connection, -connection.held)
+        connection.writer.transport.abort()
+
+    def _hold(self, connection: _Connection, change: int) -> None:
+        connection.held += change
+        self._metrics.tcp_held_bytes += change
+
+    def _make_room_for_response(self) -> None:
+        """The client that takes least of what it asks for gives way, not the one that comes when memory is full."""
+        while self._metrics.tcp_held_bytes > MAX_HELD_BYTES:
+            greediest = max(self._by_client.values(), key=lambda group: sum(each.held for each in group))
+            victim = max(greediest, key=lambda each: each.held)
+            assert victim.held, "every octet that is held belongs to an open connection"
+            self._close(victim, "held")
 
     async def _converse(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
         while True:
             async with asyncio.timeout(IDLE_SECONDS):
                 try:
                     size = int.from_bytes(await reader.readexactly(2), "big")
-                    data = await reader.readexactly(size)
+                    data = await reader.readexactly(min(size, MAX_QUERY_BYTES))
+                    for left in range(size - len(data), 0, -READ_AHEAD_BYTES):
+                        await reader.readexactly(min(left, READ_AHEAD_BYTES))
                 except asyncio.IncompleteReadError:  # the client has asked all that it will
                     break
             if not size:
@@ -205,7 +228,9 @@ class TcpServer:
             if self._tell:
                 self._tell(found, connection.client, connection.port)
             if isinstance(found, Reply):
-                await self._write(connection, found)
+                writing = self._write(connection, found)
+                del found, data  # while it waits, only one copy of the response is kept
+                await writing
                 continue
             async with asyncio.timeout(IDLE_SECONDS):
                 await connection.room.acquire()
@@ -218,32 +243,45 @@ class TcpServer:
 
     async def _finish(self, connection: _Connection, forward: Forward) -> None:
         try:
-            reply = await self._ask(forward, connection.client, connection.port)
+            writing = self._write(connection, await self._ask(forward, connection.client, connection.port))
             with contextlib.suppress(OSError, TimeoutError):
-                await self._write(connection, reply)
+                await writing
         finally:
             connection.room.release()
 
     async def _write(self, connection: _Connection, reply: Reply) -> None:
+        """Send a response. Raises OSError where the connection has ended, TimeoutError where its client is slow."""
+        if connection.writer.transport.is_closing():
+            raise ConnectionAbortedError  # asyncio would log every write from the fifth on
         if reply.query is None:
             self._metrics.malformed[reply.source][0] += 1
         else:
             metrics, query = self._metrics, reply.query
             metrics.cell("tcp", connection.family, query.type, reply.rcode, reply.source)[0] += 1
-        self._held_bytes += len(reply.data)
+        size = len(reply.data)
+        self._hold(connection, size)
+        self._make_room_for_response()
         try:
-            if self._held_bytes > MAX_HELD_BYTES:
-                raise ConnectionAbortedError
             async with connection.writing:
-                connection.writer.write(struct.pack("!H", len(reply.data)) + reply.data)
-                async with asyncio.timeout(IDLE_SECONDS):
-                    await connection.writer.drain()
-        except (OSError, TimeoutError):
+                if connection.writer.transport.is_closing():
+                    raise ConnectionAbortedError
+                connection.writer.write(struct.pack("!H", size) + reply.data)
+                del reply  # what the kernel did not take is in the transport's buffer
+                try:
+                    async with asyncio.timeout(IDLE_SECONDS):
+                        await connection.writer.drain()
+                except TimeoutError:
+                    self._close(connection, "slow")
+                    raise
+        except OSError:
             connection.writer.transport.abort()
             raise
         finally:
-            self._held_bytes -= len(reply.data)
+            if connection.held:  # else all of it was let go when the connection was closed
+                self._hold(connection, -size)
         connection.touch()
+        if size >= LARGE_RESPONSE_BYTES:
+            await asyncio.sleep(0)
 
 
 def _arrival(link: socket.socket) -> tuple[int, bytes]:
@@ -267,7 +305,8 @@ def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: so
         link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             link.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # accepted ones inherit it
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # accepted ones inherit them
+            link.setsockopt(socket.SOL_SOCKET, option, KERNEL_BUFFER_BYTES)
         link.bind(address)
         link.listen(BACKLOG)
     except BaseException:

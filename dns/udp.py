@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Cell, Metrics
 from udpwatch.dns.responder import Drop, Forward, Reply, Responder
 
@@ -411,8 +412,8 @@ class UdpThread(threading.Thread):
             found = self._responder.respond(packet, now)
             if self._tell and not isinstance(found, Drop):
                 self._tell(found, *peer_of(name))
-        except Exception:  # a fault of ours must not cost the thread
-            log.exception("dns: a question could not be answered: %s", packet[:64].hex())
+        except Exception as error:  # a bug must not cost the thread
+            LIMITED.write(log, logging.ERROR, "dns: cannot answer a question: %s", packet[:64].hex(), error=error)
             return None
         if isinstance(found, Drop):
             self._metrics.malformed[found.reason][0] += 1

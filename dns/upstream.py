@@ -4,6 +4,10 @@ Each attempt has a socket of its own, connected to its server (the kernel then d
 when nobody listens), with a source port that the kernel draws and a random id; an answer counts when id, question and
 shape are right (RFC 5452, section 9.1). Of several servers the next one is asked when the one before has failed, or was
 silent for STAGGER_SECONDS: it may still answer.
+
+What servers send is bounded in sum: MAX_TCP_ANSWERS long answers are read at the same time, of 64 KB at the most, and
+one of them is parsed per turn of the event loop; of UDP's, UDP_ANSWERS_PER_TURN. What waits is in the kernel's buffers,
+which are small.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +40,12 @@ MAX_MISMATCHES = 20  # then somebody is guessing: TCP cannot be guessed
 DOWN_AFTER = 2  # time-outs in a row
 DOWN_SECONDS = 10.0  # for which such a server is asked last
 TCP_SECONDS = 3.0
+MAX_UDP_ANSWER_BYTES = 4096  # we ask for 1,232 at the most; a longer one is fetched over TCP
+UDP_ANSWERS_PER_TURN = 32  # of the event loop: some milliseconds
+MAX_TCP_ANSWERS = 128  # read at the same time: 8 MB
+MAX_TCP_ANSWERS_PER_SERVER = 64
+MAX_TCP_WAITING = 512  # for one of these places
+TCP_BUFFER_BYTES = 32 << 10  # of the kernel's, per connection, which doubles it
 MAX_NAMESERVERS = 15
 MAX_RESOLV_BYTES = 1 << 20
 
@@ -61,6 +71,14 @@ class _Failed(Exception):
         self.reason, self.rcode = reason, rcode
 
 
+class _Busy(_Failed):
+    """Too many long answers are under way. It is our limit: the server is as healthy as before, and the client is told
+    REFUSED, as beyond our other limits."""
+
+    def __init__(self) -> None:
+        super().__init__("busy", Rcode.REFUSED)
+
+
 @dataclass(slots=True)
 class _Health:
     timeouts: int = 0
@@ -74,11 +92,17 @@ class Upstream:
         self._metrics = metrics
         self._health: dict[Server, _Health] = {}
         self._last_good: Server | None = None
+        self._udp_answers = 0  # read in this turn of the event loop
+        self._tcp_waiting = 0  # for a place
+        self._tcp_places = asyncio.Semaphore(MAX_TCP_ANSWERS)
+        self._tcp_places_of: dict[Server, asyncio.Semaphore] = {}
+        self._parsing = asyncio.Lock()
 
     def forget(self) -> None:
         """The servers have changed."""
         self._health.clear()
         self._last_good = None
+        self._tcp_places_of = {}  # who is in the middle of it has the old one in hand
 
     def order(self, servers: tuple[Server, ...]) -> list[Server]:
         """The server that answered last first, those that are silent last."""
@@ -96,7 +120,7 @@ class Upstream:
         ordered = self.order(servers)
         plan = (ordered * ROUNDS)[: max(MAX_ATTEMPTS, len(ordered))]
         running: dict[asyncio.Task[Answer], Server] = {}
-        worst = NoAnswer()
+        rcode = int(Rcode.SERVFAIL)
         try:
             while True:
                 left = end - time.monotonic()
@@ -104,20 +128,23 @@ class Upstream:
                     server = plan.pop(0)
                     running[asyncio.create_task(self._attempt(server, key))] = server
                 if not running or left <= 0:
-                    raise worst
+                    raise NoAnswer(rcode)
                 wait = min(left, STAGGER_SECONDS) if plan else left
-                done, _ = await asyncio.wait(running, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
+                await asyncio.wait(running, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                for task in [each for each in running if each.done()]:
                     server = running.pop(task)
-                    try:
-                        answer = task.result()
-                    except _Failed as failed:
-                        self._note_failure(server, failed)
-                        worst = NoAnswer(Rcode.REFUSED if failed.rcode == Rcode.REFUSED else Rcode.SERVFAIL)
-                    else:
+                    # Not raised again, in this frame: that would tie the frame, the task and its answer together in a
+                    # circle, and keep them until the garbage collector comes by.
+                    error = task.exception()
+                    if error is None:
                         self._health.pop(server, None)
                         self._last_good = server
-                        return answer
+                        return task.result()
+                    if not isinstance(error, _Failed):
+                        raise error
+                    self._note_failure(server, error)
+                    rcode = Rcode.REFUSED if error.rcode == Rcode.REFUSED else Rcode.SERVFAIL
+                    del error
         finally:
             for task in running:
                 task.cancel()
@@ -131,7 +158,7 @@ class Upstream:
             health.timeouts += 1
             if health.timeouts >= DOWN_AFTER:
                 health.down_until = time.monotonic() + DOWN_SECONDS
-        if server == self._last_good:
+        if server == self._last_good and not isinstance(failed, _Busy):
             self._last_good = None
 
     async def _attempt(self, server: Server, key: Key) -> Answer:
@@ -193,13 +220,14 @@ class Upstream:
         def readable() -> None:
             nonlocal wrong
             try:
-                while not future.done():
-                    answer = self._judge(link.recv(65_535), ident, key)
+                while not future.done() and self._may_read_udp():  # else it is readable in the next turn, too
+                    data = link.recv(MAX_UDP_ANSWER_BYTES + 1)
+                    answer = self._judge(data, ident, key) if len(data) <= MAX_UDP_ANSWER_BYTES else None
                     if answer:
                         future.set_result(answer)
                         return
                     wrong += 1
-                    if wrong >= MAX_MISMATCHES:
+                    if wrong >= MAX_MISMATCHES or len(data) > MAX_UDP_ANSWER_BYTES:
                         future.set_result(None)
             except BlockingIOError:
                 return
@@ -216,26 +244,69 @@ class Upstream:
             finally:
                 loop.remove_reader(link)
 
+    def _may_read_udp(self) -> bool:
+        """Whether this turn of the event loop has time for one more answer: so many at once must not stall it."""
+        if not self._udp_answers:
+            asyncio.get_running_loop().call_soon(self._next_turn)  # it runs before sockets are read again
+        self._udp_answers += 1
+        return self._udp_answers <= UDP_ANSWERS_PER_TURN
+
+    def _next_turn(self) -> None:
+        self._udp_answers = 0
+
     async def _over_tcp(self, server: Server, ident: int, key: Key, message: bytes) -> Answer:
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(TCP_SECONDS):
+        async with self._tcp_place(server):
             with unconnected(server, socket.SOCK_STREAM) as link:
-                await loop.sock_connect(link, _sockaddr(server))
-                await loop.sock_sendall(link, struct.pack("!H", len(message)) + message)
-                size = int.from_bytes(await _receive(link, 2), "big")
-                answer = self._judge(await _receive(link, size), ident, key)
+                async with asyncio.timeout(TCP_SECONDS):
+                    data = await _ask_over_tcp(link, server, message)
+            async with self._parsing:
+                answer = self._judge(bytes(data), ident, key)
+                await asyncio.sleep(0)  # a turn for each
         if not answer:
             raise _Failed("malformed")
         return answer
 
+    @contextlib.asynccontextmanager
+    async def _tcp_place(self, server: Server) -> AsyncIterator[None]:
+        """One of the places for long answers; raises _Busy where too many wait for one already. A server that holds on
+        to all that it may have leaves as many to the others."""
+        if self._tcp_waiting >= MAX_TCP_WAITING:
+            raise _Busy
+        own = self._tcp_places_of.setdefault(server, asyncio.Semaphore(MAX_TCP_ANSWERS_PER_SERVER))
+        async with contextlib.AsyncExitStack() as places:
+            self._tcp_waiting += 1
+            try:
+                async with asyncio.timeout(TCP_SECONDS):
+                    await places.enter_async_context(own)
+                    await places.enter_async_context(self._tcp_places)
+            except TimeoutError:
+                raise _Busy from None
+            except asyncio.CancelledError:
+                self._metrics.upstream_failed[str(server), "busy"][0] += 1
+                raise
+            finally:
+                self._tcp_waiting -= 1
+            yield
 
-async def _receive(link: socket.socket, size: int) -> bytes:
-    loop, data = asyncio.get_running_loop(), b""
-    while len(data) < size:
-        more = await loop.sock_recv(link, size - len(data))
+
+async def _ask_over_tcp(link: socket.socket, server: Server, message: bytes) -> bytearray:
+    """What comes back, unread. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TCP_BUFFER_BYTES)
+    await loop.sock_connect(link, _sockaddr(server))
+    await loop.sock_sendall(link, struct.pack("!H", len(message)) + message)
+    size = int.from_bytes(await _receive(link, 2), "big")
+    return await _receive(link, size)
+
+
+async def _receive(link: socket.socket, size: int) -> bytearray:
+    loop, data = asyncio.get_running_loop(), bytearray(size)
+    view, at = memoryview(data), 0
+    while at < size:
+        more = await loop.sock_recv_into(link, view[at:])
         if not more:
             raise ConnectionResetError(errno.ECONNRESET, "closed in the middle of an answer")
-        data += more
+        at += more
     return data
 
 

@@ -1,0 +1,77 @@
+"""Log lines that a packet can cause: a few a minute of each kind, then how many were left out.
+
+Whoever may send a packet could otherwise fill the disk, and hide one line among a million.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+LINES_PER_MINUTE = 5  # of each kind
+MINUTE = 60.0
+
+
+@dataclass(slots=True)
+class _Kind:
+    until: float  # end of the minute that began with the first line
+    written: int = 0
+    left_out: int = 0
+    last: tuple[object, ...] = ()  # its arguments
+
+
+class LimitedLog:
+    """Writes to loggers; any thread may call it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """``clock``: seconds that never go back."""
+        self._clock = clock
+        self._kinds: dict[tuple[logging.Logger, int, str], _Kind] = {}
+        self._lock = threading.Lock()
+
+    def write(
+        self, log: logging.Logger, level: int, message: str, *args: object, error: BaseException | None = None
+    ) -> None:
+        """Log a line, unless its minute is full. ``message``: its format, which makes its kind; ``error``: with its
+        traceback."""
+        now, key = self._clock(), (log, level, message)
+        with self._lock:
+            kind = self._kinds.get(key)
+            told = ""
+            if kind is None or now >= kind.until:
+                told = _summary(message, kind)
+                kind = self._kinds[key] = _Kind(now + MINUTE)
+            full = kind.written >= LINES_PER_MINUTE
+            if full:
+                kind.left_out += 1
+                kind.last = args
+            else:
+                kind.written += 1
+        if told:
+            log.log(level, "%s", told)
+        if not full:
+            log.log(level, message, *args, exc_info=error)
+
+    def flush(self, everything: bool = False) -> None:
+        """Log how many lines were left out of the minutes that are over, or of all."""
+        now = self._clock()
+        with self._lock:
+            over = [(key, kind) for key, kind in self._kinds.items() if everything or now >= kind.until]
+            for key, _ in over:
+                del self._kinds[key]
+        for (log, level, message), kind in over:
+            if told := _summary(message, kind):
+                log.log(level, "%s", told)
+
+
+def _summary(message: str, kind: _Kind | None) -> str:
+    if not kind or not kind.left_out:
+        return ""
+    return f"dns: {kind.left_out} more lines like this were left out, the last: {message % kind.last}"
+
+
+#: What all of the responder writes to; `Service` calls its `flush`.
+LIMITED = LimitedLog()
