@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import threading
 import time
@@ -24,7 +25,7 @@ from udpwatch.agent import __version__, systemd
 from udpwatch.agent.config import Settings
 from udpwatch.agent.enrich.sender import Roots, Senders
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.kernel import capabilities
+from udpwatch.agent.kernel import capabilities, clock
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.replay import Replay
 from udpwatch.agent.kernel.sensor import Sensor
@@ -44,6 +45,7 @@ READ_SECONDS = 0.5
 EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
 FINDING_LINES = 60  # logged in a minute
 HEALTH_SECONDS = 2.0
+DESCRIPTORS = 256  # some fifty for the programs, the rest for connections
 STOP_SECONDS = 10.0
 STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
 
@@ -169,6 +171,7 @@ class App:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
         if not settings.replay:
             capabilities.require()
+        _raise_descriptor_limit()
         self._settings, self._starting = settings, starting
         self._started = time.time()
         self._failure: BaseException | None = None
@@ -176,6 +179,7 @@ class App:
         self._done = asyncio.Event()
         self._read_at = self._logged_at = time.monotonic()
         self._may_log, self._not_logged = float(FINDING_LINES), 0
+        self._left_out = 0
         with contextlib.ExitStack() as opened:
             self._http: HttpView | None = None
             if settings.metrics_listen:
@@ -316,7 +320,8 @@ class App:
 
     def _on_events(self, events: list[Event]) -> None:
         """In the sensor's thread, as _on_reading."""
-        offset = 0.0 if self._settings.replay else time.time() - time.monotonic()  # a recording has wall time
+        # A recording has wall time.
+        offset = 0.0 if self._settings.replay else time.time() - clock.monotonic_ns() / 1e9
         told = [
             as_json(event, self._sender_of(event), self._settings.node, event.time / 1e9 + offset) for event in events
         ]
@@ -403,6 +408,18 @@ class App:
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
         return False, "; ".join(missing) or "the last datagram of our own was not seen by the programs"
+
+
+def _raise_descriptor_limit() -> None:
+    """See that DESCRIPTORS can be opened; raises UdpwatchError."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
+        if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:
+            raise UdpwatchError(
+                f"the limit of open files is {hard}, and udpwatch needs {DESCRIPTORS}; raise it with ulimit -n, or "
+                "LimitNOFILE= in a unit"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
 
 
 def describe(row: Row) -> str:

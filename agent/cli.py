@@ -113,7 +113,7 @@ def _interval(text: str) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    _fill_standard_streams()
+    _prepare_standard_streams()
     try:
         try:
             status = _run(arguments)
@@ -129,8 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(UdpwatchError(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
 
 
-def _fill_standard_streams() -> None:
-    """Started without some of descriptors 0 to 2, the next files opened would take their place."""
+def _prepare_standard_streams() -> None:
+    """Open those of descriptors 0 to 2 that are missing, since the next files opened would take their place, and let
+    no character that standard output's encoding lacks end the program."""
     while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(fd)
@@ -138,6 +139,8 @@ def _fill_standard_streams() -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115  for as long as the process lives
     if sys.stderr is None:
         sys.stderr = sys.stdout
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _fail(error: UdpwatchError) -> int:
@@ -215,8 +218,6 @@ def _dispatch(parsed: argparse.Namespace) -> int:
 def _answer(parsed: argparse.Namespace) -> int:
     """`events` and `explain`."""
     terminal = sys.stdout.isatty()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a name is any text, and not every terminal speaks UTF-8
     for said in asking.answer(parsed, terminal, terminal and not os.environ.get("NO_COLOR")):
         print(said.text, file=sys.stderr if said.aside else sys.stdout, flush=True)
     return 0

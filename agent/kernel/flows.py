@@ -26,7 +26,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
-from udpwatch.agent.kernel import bpf, netns, records
+from udpwatch.agent.kernel import bpf, clock, netns, records
 from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
 from udpwatch.agent.kernel.loader import ENTER, SETTLE, Limits, Loaded
 from udpwatch.agent.kernel.netlink import route_to
@@ -154,7 +154,7 @@ class FlowSensor:
         return fresh.values()
 
     def _take(self) -> None:
-        for event in self._source.decided(time.monotonic_ns()):
+        for event in self._source.decided(clock.monotonic_ns()):
             if not self._is_another_ones(event):
                 self._add(event)
 
@@ -204,7 +204,7 @@ class ProbedFlows:
         self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
         self._settle, self._enter = loaded.programs[SETTLE], loaded.programs[ENTER]
         self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
-        self._keep_tables_until = time.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
+        self._keep_tables_until = clock.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
         self.undecided = self.overruns = self.evicted = 0
         self.flows = None
         self.unheard = ()
@@ -250,7 +250,7 @@ class ProbedFlows:
     def _read_namespace(self, inode: int, limits: Limits) -> None:
         table = Table()
         asked: dict[Client, list[tuple[str, int]]] = {}
-        now, timeout = time.monotonic_ns(), _timeout()
+        now, timeout = clock.monotonic_ns(), _timeout()
         try:
             for entry in table.dump():
                 seen = now - _age(entry, timeout)
@@ -494,7 +494,7 @@ class ListenedFlows:
             for entry in namespace.listener.read():
                 assert self.flows is not None
                 self.flows += 1
-                now = time.monotonic_ns()
+                now = clock.monotonic_ns()
                 if not self._judge(namespace.inode, entry, now, 0):
                     self._remember(namespace.inode, entry, now)
                 if time.monotonic() > until:
@@ -547,7 +547,7 @@ class ListenedFlows:
             for entry in table.dump():
                 age = _age(entry, timeout)
                 counts = not entry.status & SEEN_REPLY and age <= 2 * self._window_ns
-                yield entry, time.monotonic_ns() - age if counts else None
+                yield entry, clock.monotonic_ns() - age if counts else None
 
     def _remember(self, inode: int, entry: Entry, seen: int) -> None:
         if entry.status & EXPECTED:
@@ -562,7 +562,7 @@ class ListenedFlows:
         expected = self._mirrored(inode, entry, seen, later_ns)
         if not expected:
             return False
-        now, identity = time.monotonic_ns(), (inode, entry.zone, entry.original)
+        now, identity = clock.monotonic_ns(), (inode, entry.zone, entry.original)
         event = self._candidate(inode, entry, expected)
         if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._told.has(event):
             return True
@@ -612,7 +612,7 @@ class ListenedFlows:
         )
         return Event(
             finding=finding,
-            time=time.monotonic_ns(),
+            time=clock.monotonic_ns(),
             count=0,
             peer=flow.destination,
             peer_port=flow.destination_port,

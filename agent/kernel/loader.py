@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import subprocess
 import sys
@@ -165,12 +167,12 @@ def load(
         ) as child:
             theirs.close()
             try:
-                raw, descriptors, _flags, _address = socket.recv_fds(ours, _MAX_ANSWER, _MAX_DESCRIPTORS)
+                raw, descriptors, flags, _address = socket.recv_fds(ours, _MAX_ANSWER, _MAX_DESCRIPTORS)
             except TimeoutError:
                 child.kill()
                 raise UdpwatchError(f"loading the programs took longer than {LOAD_SECONDS} s") from None
             except ConnectionError:
-                raw, descriptors = b"", []
+                raw, descriptors, flags = b"", [], 0
             except BaseException:
                 child.kill()
                 raise
@@ -184,6 +186,14 @@ def load(
     answer = json.loads(raw)
     if "error" in answer:
         raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
+    if flags & socket.MSG_CTRUNC:  # the kernel hands over as many as fit below the limit
+        for descriptor in descriptors:
+            os.close(descriptor)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UdpwatchError(
+            f"cannot take over the programs from the loader: Too many open files (limit {limit}); raise the limit with "
+            "ulimit -n, or LimitNOFILE= in a unit"
+        )
     return _unpack(answer, descriptors)
 
 

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from udpwatch.agent.kernel import bpf, records
+from udpwatch.agent.kernel import bpf, clock, records
 from udpwatch.agent.kernel.conntrack import Conntrack
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
@@ -45,12 +45,12 @@ class _Known:
 class ReplySensor:
     """Reads the maps of reply.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
-    def __init__(self, maps: dict[str, int], clock: int, limits: Limits) -> None:
-        """``clock``: the descriptor of the program CLOCK."""
+    def __init__(self, maps: dict[str, int], clock_program: int, limits: Limits) -> None:
+        """``clock_program``: the descriptor of the program CLOCK."""
         self._limits = limits
         self._most = limits.max_findings // 2  # elements that are left in the map of findings
         self._maps = maps
-        self._clock = clock
+        self._clock = clock_program
         self._known: dict[bytes, _Known] = {}
         self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
         self._conntrack = Conntrack()
@@ -86,7 +86,7 @@ class ReplySensor:
             answer = self._conntrack.is_wrong(event.finding, event.flow, event.pid) if may_ask else None
             if answer:
                 yield event
-            elif answer is None and time.monotonic_ns() - event.time < 2 * self._limits.window_ns:
+            elif answer is None and clock.monotonic_ns() - event.time < 2 * self._limits.window_ns:
                 if len(self._waiting) == MAX_WAITING:
                     self.dropped += 1
                 self._waiting.append(raw)
@@ -95,7 +95,7 @@ class ReplySensor:
         """What was added since the last reading; elements unused for ``forget_ns`` are taken out of the map, and so
         are those of the tenants that hold the most of it, where more than half of it is in use.
         """
-        now = time.monotonic_ns()
+        now = clock.monotonic_ns()
         ask_until = time.monotonic() + ASK_SECONDS
         quiet: list[bytes] = []
         held: dict[int, int] = {}
@@ -144,8 +144,8 @@ class ReplySensor:
             wrong = False if known.translated else self._conntrack.is_wrong(known.finding, known.flow, pid)
             known.translated = wrong is False
         if wrong is None:
-            since = known.undecided_since = known.undecided_since or time.monotonic_ns()
-            if time.monotonic_ns() - since <= 2 * self._limits.window_ns and not is_last:
+            since = known.undecided_since = known.undecided_since or clock.monotonic_ns()
+            if clock.monotonic_ns() - since <= 2 * self._limits.window_ns and not is_last:
                 return
             self.undecided += fresh
         known.undecided_since = None

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -76,10 +77,56 @@ def test_loader_that_dies(folder: Path) -> None:
 
 
 def test_few_descriptors(folder: Path) -> None:
-    done = run(folder, wrapper=["sh", "-c", 'ulimit -n 12; exec "$@"', "sh"])
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert "Too many open files" in done.stderr
+    """A soft limit is raised; a hard one that is too low is named."""
+    assert_refused(
+        run(folder, wrapper=["sh", "-c", 'ulimit -n 255; exec "$@"', "sh"]),
+        1,
+        "open files is 255",
+        "needs 256",
+        "ulimit -n",
+    )
+    with Agent(folder, wrapper=["sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"]) as agent:
+        assert agent.get("/readyz")[0] == 200
+
+
+def test_fewer_descriptors_than_the_loader_hands_over(folder: Path) -> None:
+    """Where most are taken, some numbers are too low to take over all programs: one line, with the way out."""
+    said: list[str] = []
+    for free in range(28, 64, 2):
+        taken = range(256 - free)
+
+        def take(taken: range = taken) -> None:
+            for _ in taken:
+                os.set_inheritable(os.open(os.devnull, os.O_RDONLY), True)
+
+        script = 'ulimit -n 256; exec "$@"'
+        with Agent(folder, wrapper=["sh", "-c", script, "sh"], ready=False, preexec_fn=take, close_fds=False) as agent:
+            ready = wait_for(lambda: agent.process.poll() or any("ready" in line for line in agent.said), "its end")
+        agent._reader.join(5)
+        if ready is True:
+            break
+        assert len(agent.said) == 1, agent.said
+        said += agent.said
+    assert any("from the loader: Too many open files (limit 256)" in line and "ulimit -n" in line for line in said), (
+        said
+    )
+
+
+@pytest.mark.parametrize("offset", [1_000_000, -100])
+def test_time_namespace(folder: Path, host: ContainerHost, port: int, offset: int) -> None:
+    """The programs have the host's clock, the agent that of its time namespace: events have the right time."""
+    wrapper = ["unshare", "--time", f"--monotonic={offset}", "--fork", "--kill-child"]
+    if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("by design: this kernel has no time namespaces")
+    begun = datetime.now(UTC)
+    with Agent(folder, wrapper=wrapper) as agent, host.node.socket() as server, host.container.socket() as client:
+        server.bind(("0.0.0.0", port))
+        server.sendto(*ask(client, host.ETH0, port, server))
+        agent.counted(port, 1)
+        wait_for(agent.events_file.read_text, "the event")
+        (event,) = map(json.loads, agent.events_file.read_text().splitlines())
+        told = datetime.fromisoformat(event["time"])
+    assert begun - timedelta(seconds=0.1) < told < datetime.now(UTC) + timedelta(seconds=0.1)
 
 
 # ---- cgroup v2 ----

@@ -307,6 +307,15 @@ def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
     assert row_of(table.stdout, port)[-2] == "7"
 
 
+def test_once_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port: int) -> None:
+    with wrong_server(host, port) as answer:
+        answer(7)
+        agent.counted(port, 7)
+    done = run_cli("top", "--once", "--connect", str(agent.socket), env={"PYTHONIOENCODING": "latin-1"})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert row_of(done.stdout, port)[-2] == "7"
+
+
 # ---- many at once ----
 
 
