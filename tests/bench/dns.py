@@ -56,7 +56,7 @@ def cache_servers(folder: Path) -> dict[str, Sequence[str]]:
     }
 
 
-OURS = (f"--port={PORT}", "--listen-address=127.0.0.1", "--metrics-listen=off")
+OURS = (f"--port={PORT}", "--listen-address=127.0.0.1", "--metrics-listen=off", "--user=root")
 
 
 def dnsmasq(folder: Path, port: int = PORT) -> list[str]:
