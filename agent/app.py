@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_SECONDS = 0.5
 EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
+#: The sensor's thread may take this part of a CPU; above it, it reads less often. Counts wait in the kernel, and the
+#: same process answers DNS and the health page. MAX_PAUSE_SECONDS keeps findings fresh.
+CPU_SHARE = 0.2
+MAX_PAUSE_SECONDS = 2.0
 FINDING_LINES = 60  # logged in a minute
 HEALTH_SECONDS = 2.0
 DESCRIPTORS = 256  # some fifty for the programs, the rest for connections
@@ -97,8 +101,13 @@ class _SensorThread(threading.Thread):
 
     def _run(self) -> None:
         next_reading = next_health = 0.0
+        used = time.thread_time()
         while not self._stopping.is_set():
             self._sensor.wait(READ_SECONDS)
+            pause = (time.thread_time() - used) / CPU_SHARE
+            used = time.thread_time()
+            if pause > READ_SECONDS / 10:
+                self._stopping.wait(min(pause, MAX_PAUSE_SECONDS))
             self._pass_events()
             now = time.monotonic()
             if now >= next_reading:

@@ -201,6 +201,9 @@ SETTINGS = (
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )
 
+#: Settings that bound memory or work (docs/limits.md).
+LIMITS = ("window", "max_peers", "max_series", "events_per_second", "forget")
+
 
 def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], file: Path | None) -> Settings:
     """Settings from the three sources; raises UsageError that names key, value and what would be accepted."""

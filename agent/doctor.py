@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent import __version__
-from udpwatch.agent.config import Settings
+from udpwatch.agent.config import LIMITS, SETTINGS, Settings
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
 from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
@@ -120,9 +120,19 @@ def examine(settings: Settings) -> Report:
             with contextlib.closing(sensor):
                 mode = sensor.mode
                 checks += _sensor(sensor, watched, settings.forwarded)
-    checks.append(_running(settings.socket))
+    checks += [_limits(settings), _running(settings.socket)]
     works = all(check.status is not Status.FAIL for check in checks)
     return Report(__version__, tuple(checks), mode if works else None, works)
+
+
+def _limits(settings: Settings) -> Check:
+    """The limits that differ from their defaults."""
+    changed = []
+    for setting in SETTINGS:
+        value = getattr(settings, setting.name)
+        if setting.name in LIMITS and value != setting.parse(setting.default):
+            changed.append(f"{setting.flag} {value:g} (default {setting.default})")
+    return Check("limits", Status.OK, ", ".join(changed) or "all at their defaults (docs/limits.md)")
 
 
 def _kernel() -> Check:

@@ -27,8 +27,9 @@ LOSS_STAGES = {
     "flows_full": "new flows that looked like wrong replies of other machines, for which there was no room",
     "conntrack_overrun": "times that conntrack's events came faster than they were read; its table was read instead",
     "probe_missed": "runs of function probes that the kernel left out",
-    "remember": "peers that could not be remembered",
+    "remember": "clients of conntrack's flows that two CPUs wrote at the same time",
     "unparsed": "UDP packets with unreadable headers",
+    "attribution": "look-ups of a process, a command line or a cgroup that a limit left out; the kernel's word stands",
     "queue": "events dropped because their reader was too slow",
     "output": "events that could not be written",
 }

@@ -69,14 +69,11 @@ class Senders:
         self.deferred = 0  # lookups beyond the budget
 
     @property
-    def command_lines_left_out(self) -> int:
-        """Command lines that were not read since their process, or its tenant, withheld one."""
-        return self._command_lines.left_out
-
-    @property
-    def cgroups_left_out(self) -> int:
-        """Cgroups that searches by id left out since there were too many."""
-        return self._cgroups.left_out
+    def left_out(self) -> int:
+        """Look-ups beyond the budget; command lines not read because their process, or its tenant, withheld one; and
+        cgroups that a search by id left out because there were too many.
+        """
+        return self.deferred + self._command_lines.left_out + self._cgroups.left_out
 
     def lookup(self, seen: Increase | Event, now: float | None = None) -> Sender:
         """The sender of a reply. Ask soon: of a process that has exited less is known. ``now``: monotonic seconds."""

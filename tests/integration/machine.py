@@ -49,6 +49,38 @@ def own_cgroup() -> Iterator[Path]:
         wait_for(lambda: _removed(path), f"{path} to be empty")
 
 
+@contextlib.contextmanager
+def limited(pid: int, memory_bytes: int, cpus: float) -> Iterator[None]:
+    """A process that runs already, in cgroups with these limits, as a chart sets them; yields nothing where this
+    machine has no such controllers that may be used.
+    """
+    made: list[Path] = []
+    period_us = 100_000
+    try:
+        if (CGROUPS / "memory").is_dir():  # v1
+            settings = {
+                "memory": {"memory.limit_in_bytes": memory_bytes},
+                "cpu": {"cpu.cfs_period_us": period_us, "cpu.cfs_quota_us": int(cpus * period_us)},
+            }
+            folders = {name: CGROUPS / name / f"{_OWN}{os.getpid()}" for name in settings}
+        else:
+            (CGROUPS / "cgroup.subtree_control").write_text("+memory +cpu")
+            settings = {"": {"memory.max": memory_bytes, "cpu.max": f"{int(cpus * period_us)} {period_us}"}}
+            folders = {"": CGROUPS / f"{_OWN}{os.getpid()}-limited"}
+        for name, files in settings.items():
+            folders[name].mkdir()
+            made.append(folders[name])
+            for file, value in files.items():
+                (folders[name] / file).write_text(str(value))
+            (folders[name] / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        for folder in made:
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                (folder.parent / "cgroup.procs").write_text(str(pid))
+            wait_for(lambda folder=folder: _removed(folder), f"{folder} to be empty")
+
+
 def cgroup_folders() -> set[Path]:
     """Every cgroup, of every hierarchy."""
     return {Path(at) for at, _folders, _files in os.walk(CGROUPS)}

@@ -24,6 +24,12 @@ def test_doctor_here() -> None:
         assert f"  {name} " in done.stdout
 
 
+def test_doctor_names_limits_that_differ() -> None:
+    report = json.loads(run_cli("doctor", "--json", env={**os.environ, "UDPWATCH_MAX_PEERS": "1024"}).stdout)
+    (check,) = [check for check in report["checks"] if check["name"] == "limits"]
+    assert check["found"] == "--max-peers 1024 (default 131072)"
+
+
 def test_doctor_sees_its_neighbours(agent: Agent) -> None:
     report = json.loads(run_cli("doctor", "--json").stdout)
     (check,) = [check for check in report["checks"] if check["name"] == "other programs"]

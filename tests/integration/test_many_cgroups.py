@@ -49,7 +49,7 @@ def test_9000_cgroups_hide_no_container(tree: Path) -> None:
             at = folder.stat().st_ino
             finding = Finding("10.0.0.2", "10.0.0.1", 53, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, "true", at, 1)
             assert senders.lookup(Increase(finding, 1, 0, process.pid)).container_id == container
-        assert senders.cgroups_left_out > DELEGATED - cgroups.MAX_CGROUPS
+        assert senders.left_out > DELEGATED - cgroups.MAX_CGROUPS
 
 
 def _enter(folder: Path) -> None:

@@ -148,6 +148,7 @@ def test_losses_are_summed_by_stage() -> None:
         "probe_missed": 11,
         "remember": 4,
         "unparsed": 5,
+        "attribution": 0,
         "queue": 1,
         "output": 7,
     }

@@ -1,0 +1,98 @@
+"""docs/limits.md against the code: each number that it names, and each bound that it must name."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs/limits.md").read_text()
+ROWS = [
+    line for line in PAGE.splitlines() if line.startswith("| ") and ":" in line.rpartition("|")[0].rpartition("|")[2]
+]
+REFERENCE = re.compile(r"`((?:agent|dns)/[\w/]+\.py):([\w.]+)`")
+
+#: What bounds no tenant's doing: formats, what files and settings of the operator's may hold, and the screen.
+NOT_A_TENANTS = {
+    "agent/enrich/container.py:MAX_DEPTH",
+    "agent/enrich/container.py:MAX_PATHS",
+    "agent/enrich/docker.py:MAX_CONTAINERS",
+    "agent/enrich/docker.py:MAX_FILE_BYTES",
+    "agent/enrich/pod.py:MAX_NAMES",
+    "agent/enrich/process.py:MAX_PROCESSES",
+    "agent/enrich/process.py:MAX_COMMAND_LETTERS",
+    "agent/enrich/budget.py:MAX_TENANTS",
+    "agent/enrich/runtime.py:MAX_ANCESTORS",
+    "agent/enrich/runtime.py:MAX_ARGUMENTS_BYTES",
+    "agent/enrich/runtime.py:MAX_CONTAINERS",
+    "agent/kernel/conntrack.py:MAX_NAMESPACES",
+    "agent/kernel/objects.py:MAX_FILES",
+    "agent/kernel/objects.py:MAX_FILE_BYTES",
+    "agent/kernel/replay.py:MAX_EVENTS",
+    "agent/kernel/replay.py:MAX_LINE",
+    "agent/kernel/replay.py:MAX_PAUSE_SECONDS",
+    "agent/kernel/replay.py:MAX_SENDERS",
+    "agent/kernel/sensor.py:MAX_EVENTS",
+    "agent/views/events.py:MAX_LINKS",
+    "agent/views/explain_text.py:MAX_ROWS",
+}
+
+
+def constants() -> Iterator[str]:
+    """Every module's own MAX_... of what serves strangers."""
+    for path in sorted([*ROOT.glob("agent/**/*.py")]):
+        name = str(path.relative_to(ROOT))
+        if name.startswith("agent/views/top/"):
+            continue
+        for node in ast.parse(path.read_text()).body:
+            for target in node.targets if isinstance(node, ast.Assign) else ():
+                if isinstance(target, ast.Name) and target.id.startswith("MAX_"):
+                    yield f"{name}:{target.id}"
+
+
+def value_of(path: str, name: str) -> float:
+    module = importlib.import_module("udpwatch." + path.removesuffix(".py").replace("/", "."))
+    owner, _, field = name.rpartition(".")
+    if not owner:
+        return float(getattr(module, name))
+    kind = getattr(module, owner)
+    assert is_dataclass(kind)
+    (default,) = (each.default for each in fields(kind) if each.name == field)
+    return float(default)
+
+
+def spellings(value: float) -> set[str]:
+    whole = int(value)
+    words = {f"{value:g}", f"{value * 100:.0f} %"}
+    if whole == value:
+        words |= {f"{whole:,}", f"{whole >> 10} KB", f"{whole >> 20} MB"}
+    return words | ({"one"} if whole == 1 else set())
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
+def test_numbers_are_those_of_the_code(row: str) -> None:
+    cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
+    assert len(cells) == 5, row
+    references = REFERENCE.findall(cells[4])
+    assert references, row
+    for path, name in references:
+        value = value_of(path, name)
+        text = f"{cells[0]} {cells[1]} {cells[2]}"
+        found = any(re.search(rf"(?<![\d,.]){re.escape(word)}(?![,.]?\d)", text) for word in spellings(value))
+        assert found, f"{path}:{name} is {value:g}, the row has none of {sorted(spellings(value))}"
+
+
+def test_each_bound_is_on_the_page() -> None:
+    named = {f"{path}:{name}" for path, name in REFERENCE.findall(PAGE)}
+    missing = set(constants()) - named - NOT_A_TENANTS
+    assert not missing
+
+
+def test_exceptions_exist() -> None:
+    assert set(constants()) >= NOT_A_TENANTS
