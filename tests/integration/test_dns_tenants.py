@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -119,12 +120,12 @@ def test_long_answers_let_go_at_once(scene: Scene, capsys: pytest.CaptureFixture
     def script(asked: Asked) -> bytes | None:
         if b"long" not in asked.data:
             return right(asked)
-        if asked.tcp and not released:
+        if asked.tcp and not released.is_set():
             held.append(asked)
-            wait_for(lambda: released, "the answers to be let go", 20)
+            released.wait(20)
         return long_answer(asked)
 
-    released: list[bool] = []
+    released = threading.Event()
     with FakeServer(scene.servers, UPSTREAM, script) as server, Responder(scene.node, f"--server={UPSTREAM}") as dnsd:
         server.tcp.listen(2 * LONG_ANSWERS)
         assert texts(ask(scene.client, NODE, "cached.example")) == GOOD
@@ -137,7 +138,7 @@ def test_long_answers_let_go_at_once(scene: Scene, capsys: pytest.CaptureFixture
             for number in range(LONG_ANSWERS):
                 client.send(bare_query(f"{number}.long.example", number))
             _wait_until_steady(held)
-            released.append(True)
+            released.set()
             answers = [dns.message.from_wire(client.recv(2000), raise_on_truncation=False) for _ in range(LONG_ANSWERS)]
             stopwatch.terminate()
             stalled = int(stopwatch.stdout.read())
@@ -161,7 +162,7 @@ def test_long_answers_let_go_at_once(scene: Scene, capsys: pytest.CaptureFixture
 def _wait_until_steady(growing: list[Asked]) -> None:
     def is_steady() -> bool:
         before = len(growing)
-        time.sleep(0.3)  # the thing under test: no more connections come
+        time.sleep(0.2)  # the thing under test: no more connections come
         return len(growing) == before > 0
 
     wait_for(is_steady, "all connections that will come")
