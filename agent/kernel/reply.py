@@ -40,6 +40,7 @@ class _Known:
     counted: int = 0  # of its count, how many have left as increases, were NAT, or were given up
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
     translated: bool = False  # conntrack said that it is NAT
+    asked_at: float = 0.0  # monotonic seconds, when conntrack was asked about it last
 
 
 class ReplySensor:
@@ -100,13 +101,16 @@ class ReplySensor:
         quiet: list[bytes] = []
         held: dict[int, int] = {}
         resting: dict[int, list[tuple[int, bytes]]] = {}
+        suspected: list[tuple[_Known, int, int, int]] = []
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
             count, last, pid = records.decode_finding(value)
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = _Known(*records.decode_finding_key(key))
-            if known.flow is None or known.translated or time.monotonic() < ask_until:
+            if known.flow is None or known.translated:
                 yield from self._settle(known, count, last, pid)
+            elif known.counted != count:
+                suspected.append((known, count, last, pid))
             # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
             if known.counted == count and now - last > (2 * self._limits.window_ns if known.flow else forget_ns):
                 quiet.append(key)
@@ -115,6 +119,12 @@ class ReplySensor:
             held[tenant] = held.get(tenant, 0) + 1
             if known.flow is None and now - last > RESTING_NS:  # others wait for conntrack's answer
                 resting.setdefault(tenant, []).append((last, key))
+        # What was never asked about goes first: others may stay undecided for as long as somebody likes.
+        for known, count, last, pid in sorted(suspected, key=lambda each: each[0].asked_at):
+            if time.monotonic() > ask_until:
+                break
+            known.asked_at = time.monotonic()
+            yield from self._settle(known, count, last, pid)
         for tenant, excess in _excess(held, self._most).items():
             taken_away = [key for _, key in sorted(resting.get(tenant, []))[:excess]]
             held[tenant] -= len(taken_away)

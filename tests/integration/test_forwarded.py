@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
 import pytest
+from agents import wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
 from router import Machine, Router, inhabit
 
@@ -466,6 +467,7 @@ def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytes
         for number in range(500):
             router.ask(client, 20_000 + number, asked, port)
             router.answer(other if number == wrong else asked, port, client, 20_000 + number)
+        wait_for(lambda: watch.count(port), "the table to be read")
         ((finding, count),) = settled(watch, port).items()
         assert (finding.actual, count) == (other, 1)
         overruns = watch.sensor.read(1 << 62).overruns
