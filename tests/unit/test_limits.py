@@ -40,13 +40,35 @@ NOT_A_TENANTS = {
     "agent/kernel/replay.py:MAX_SENDERS",
     "agent/kernel/sensor.py:MAX_EVENTS",
     "agent/views/events.py:MAX_LINKS",
+    *(
+        f"dns/{name}"
+        for name in (
+            "cache.py:MAX_NEGATIVE_TTL",
+            "cache.py:MAX_TTL",
+            "options.py:MAX_DEPTH",
+            "responder.py:MAX_STRINGS",
+            "responder.py:MAX_UDP_BYTES",
+            "upstream.py:MAX_NAMESERVERS",
+            "upstream.py:MAX_RESOLV_BYTES",
+            "values.py:MAX_CACHE_SIZE",
+            "values.py:MAX_INTERFACE_BYTES",
+            "values.py:MAX_SECONDS",
+            "watch.py:MAX_PAUSE_SECONDS",
+            "wire.py:MAX_LABEL_BYTES",
+            "wire.py:MAX_MESSAGE_BYTES",
+            "wire.py:MAX_NAME_BYTES",
+            "zone.py:MAX_ADDRESSES",
+            "zone.py:MAX_COMPLAINTS",
+            "zone.py:MAX_FILE_BYTES",
+        )
+    ),
     "agent/views/explain_text.py:MAX_ROWS",
 }
 
 
 def constants() -> Iterator[str]:
     """Every module's own MAX_... of what serves strangers."""
-    for path in sorted([*ROOT.glob("agent/**/*.py")]):
+    for path in sorted([*ROOT.glob("agent/**/*.py"), *ROOT.glob("dns/*.py")]):
         name = str(path.relative_to(ROOT))
         if name.startswith("agent/views/top/"):
             continue
