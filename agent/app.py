@@ -117,6 +117,7 @@ class _SensorThread(threading.Thread):
                     next_health = now + HEALTH_SECONDS
                 self._pass_reading(changes)
                 next_reading = time.monotonic() + READ_SECONDS
+        self._may_take = EVENTS_PER_SECOND  # the last ones: whatever was taken before
         self._pass_events()
         self._pass_reading([])
 

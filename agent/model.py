@@ -179,7 +179,7 @@ class Reading:
     undecided: int  # suspected replies that could not be decided
     #: tenant (records.tenant_of) -> its wrong replies for which the kernel's table of findings had no room
     beyond: dict[int, int] = field(default_factory=dict)
-    dropped: int = 0  # events for which too many others waited for conntrack's answer
+    dropped: int = 0  # events for which too many others waited: for conntrack's answer, or to be taken
     held_back: int = 0  # events of flows above the limit
     flows: int = 0  # new UDP flows that were looked at
     overruns: int = 0  # times that conntrack's events came faster than they were read

@@ -53,7 +53,7 @@ class About:
     notes: tuple[str, ...]
 
 
-_Tenant = tuple[str, str, str]  # namespace, pod and container; of what is in no container, its cgroup
+_Tenant = tuple[str, str, str]  # namespace, pod and container; of what is in no container, its cgroup or interface
 
 
 @dataclass(slots=True)
@@ -122,7 +122,7 @@ class State:
             )
             known = self._sums.get(key)
             if known is None:
-                tenant = _tenant(sender)
+                tenant = _tenant(increase, sender)
                 if len(self._sums) >= self._max_series:
                     evicted = self._make_room(tenant) if evictions else None
                     if evicted is None:
@@ -242,7 +242,9 @@ class State:
         )
 
 
-def _tenant(sender: Sender) -> _Tenant:
+def _tenant(increase: Increase, sender: Sender) -> _Tenant:
+    if increase.finding.cause is Cause.FORWARDED:  # another machine's, behind an interface
+        return "", "", f"{increase.finding.netns}/{increase.finding.interface}"
     return sender.namespace, sender.pod, sender.container or sender.cgroup
 
 

@@ -300,7 +300,7 @@ static __always_inline int write_requests(struct request_set *set, __u32 way, __
     WRITE_ONCE(set->tag[way], 0);
     set->way[way] = *known;
     WRITE_ONCE(set->tag[way], tag);
-    return READ_ONCE(set->way[way].check) == known->check;
+    return READ_ONCE(set->way[way].check) == known->check && READ_ONCE(set->tag[way]) == tag;
 }
 
 /* One word that holds only while the request is the same: the entry's address, whether it was

@@ -120,7 +120,12 @@ class Senders:
             return ""
         key, now = (0, "", tenant), time.monotonic()
         known = self._cache.get(key, now)
-        return (known.sender if known else self._remember(key, None, now)).namespace
+        if known:
+            return known.sender.namespace
+        if not self._budget.take(f"findings of {tenant}", now):
+            self.deferred += 1
+            return ""
+        return self._remember(key, None, now).namespace
 
     def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
         process = self._processes.lookup(pid, comm, number, now)

@@ -113,8 +113,9 @@ class FlowSensor:
         self._fresh: dict[Finding, Increase] = {}
         self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
         self._seen: OrderedDict[tuple[str, int, str, int], tuple[int | None, int]] = OrderedDict()
-        self._events: deque[Event] = deque(maxlen=MAX_WAITING)
+        self._events: deque[Event] = deque()
         self.held_back = 0  # events above the limit
+        self.dropped = 0  # events that were not taken in time
 
     @property
     def undecided(self) -> int:
@@ -188,6 +189,8 @@ class FlowSensor:
         known.in_second += 1
         if known.in_second > self._limits.events_per_second:
             self.held_back += 1
+        elif len(self._events) >= MAX_WAITING:
+            self.dropped += 1
         else:
             self._events.append(replace(event, count=known.count))
 
@@ -373,11 +376,13 @@ class ListenedFlows:
         self._window_ns, self._sockets, self._told = limits.window_ns, sockets, told
         self._missing = 0  # namespaces that could not be listened to at the last look
         self._missing_reason = ""
-        self._namespaces: dict[int, _Namespace] = {}
+        self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the one that was read last at the end
+        self._own = 0  # the agent's namespace
         self._requests = Requests(limits.window_ns, MAX_REQUESTS)
         self._waiting: deque[tuple[Event, int]] = deque()
         self._waiting_of: Counter[int] = Counter()  # namespace -> how many of them
         self._tables: OrderedDict[int, Iterator[None]] = OrderedDict()  # being read, by namespace
+        self._missed: set[int] = set()  # namespaces whose events overran while their table was being read
         self._judged: OrderedDict[tuple[int, int, Tuple], int] = OrderedDict()
         self._looked = 0.0
         self.undecided = self.overruns = 0
@@ -401,7 +406,10 @@ class ListenedFlows:
         self._requests.expire(now - 2 * self._window_ns)
         while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9:
             event, zone = self._waiting.popleft()
-            self._waiting_of -= Counter([event.netns_inode or 0])  # keeps no zeros
+            inode = event.netns_inode or 0
+            self._waiting_of[inode] -= 1
+            if not self._waiting_of[inode]:
+                del self._waiting_of[inode]
             namespace = self._namespaces.get(event.netns_inode or 0)
             outcome, event = self._settle(namespace, event, zone) if namespace else (_Settled.UNDECIDED, event)
             if outcome == _Settled.WRONG:
@@ -431,11 +439,17 @@ class ListenedFlows:
         there: set[int] = set()
         self._missing = 0
         try:
-            for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
+            for fd in itertools.islice(netns.everywhere(), 2 * MAX_NAMESPACES):
                 inode = os.fstat(fd).st_ino
                 there.add(inode)
-                if inode not in self._namespaces:
+                self._own = self._own or inode  # the first one
+                if inode in self._namespaces:
+                    continue
+                if len(self._namespaces) < MAX_NAMESPACES:
                     self._listen(fd, inode, must)
+                else:
+                    self._missing += 1
+                    self._missing_reason = f"{MAX_NAMESPACES} are listened to"
         except OSError as error:  # no more descriptors to be had: which ones there are is not known
             if must and not self._namespaces:
                 raise
@@ -443,14 +457,16 @@ class ListenedFlows:
             return
         for inode in self._namespaces.keys() - there:
             self._tables.pop(inode, None)
+            self._missed.discard(inode)
             self._namespaces.pop(inode).close()
         self._share_buffers()
 
     def _share_buffers(self) -> None:
-        """Our own namespace, the first, has one half of RECEIVE_BYTES; the others share the other half."""
-        share = max(MIN_RECEIVE_BYTES, RECEIVE_BYTES // 2 // max(1, len(self._namespaces) - 1))
-        for number, each in enumerate(self._namespaces.values()):
-            each.listener.resize(min(share, RECEIVE_BYTES // 2) if number else RECEIVE_BYTES // 2)
+        """Our own namespace has one half of RECEIVE_BYTES; the others share the other half."""
+        half = RECEIVE_BYTES // 2
+        share = min(half, max(MIN_RECEIVE_BYTES, half // max(1, len(self._namespaces) - 1)))
+        for inode, each in self._namespaces.items():
+            each.listener.resize(half if inode == self._own else share)
 
     def _listen(self, fd: int, inode: int, must: bool) -> None:
         try:
@@ -482,11 +498,17 @@ class ListenedFlows:
 
     def _read_events(self, until: float) -> None:
         """Each namespace in turn, so that the events of one do not keep those of others waiting."""
-        busy = deque(self._namespaces.values())
-        while busy and (now := time.monotonic()) < until:
-            namespace = busy.popleft()
-            if self._read(namespace, min(until, now + TURN_SECONDS)):
-                busy.append(namespace)
+        waiting = list(self._namespaces)
+        while waiting:
+            again = []
+            for inode in waiting:
+                now = time.monotonic()
+                if now > until:
+                    return
+                self._namespaces.move_to_end(inode)
+                if self._read(self._namespaces[inode], min(until, now + TURN_SECONDS)):
+                    again.append(inode)
+            waiting = again
 
     def _read(self, namespace: _Namespace, until: float) -> bool:
         """Read its events; whether there may be more."""
@@ -508,13 +530,16 @@ class ListenedFlows:
         return False
 
     def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
-        """Begin to take the table as it is, unless that is under way: first everybody's requests, then who mirrors one
-        that came ``later_ns`` before it.
+        """Begin to take the table as it is, again where that is under way: first everybody's requests, then who mirrors
+        one that came ``later_ns`` before it.
 
         What was there before we listened counts only if it has come later for sure; else it may have been the first to
         call. After an overrun, of what we have watched, it counts unless it has come earlier for sure.
         """
-        self._tables.setdefault(namespace.inode, self._entries_taken(namespace, later_ns))
+        if namespace.inode in self._tables:
+            self._missed.add(namespace.inode)
+        else:
+            self._tables[namespace.inode] = self._entries_taken(namespace, later_ns)
 
     def _read_tables(self, until: float) -> None:
         """Each table in turn, a part of it at a time: the largest one belongs to whoever has the most flows."""
@@ -526,6 +551,9 @@ class ListenedFlows:
                     next(entries)
             except StopIteration:
                 del self._tables[inode]
+                if inode in self._missed:
+                    self._missed.discard(inode)
+                    self._take_table(self._namespaces[inode], -TABLE_ERROR_NS)
 
     def _entries_taken(self, namespace: _Namespace, later_ns: int) -> Iterator[None]:
         """Look at one entry at each step."""
@@ -591,7 +619,7 @@ class ListenedFlows:
             if expected == ANYBODY or in_time != [expected] or seen - asked < later_ns:
                 return ""
         # Where nothing is known of the client, its request may have been evicted; where one is, another one may.
-        if self._requests.may_be_evicted(client, seen):
+        if self._requests.may_be_evicted(client, seen) or (known and inode in self._missed):
             self.undecided += 1
             return ""
         return expected

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
+MAX_ENTRIES = 1_024  # of a process's threads and of its descriptors that are looked at: it may have a million
 _SO_NETNS_COOKIE = 71  # Linux kernel commit e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -140,9 +141,9 @@ def _of_process(pid: int) -> Iterator[Path]:
     yield process / "ns/net"
     # A process that serves other namespaces than its own (VPN and CNI daemons) is in them with single threads, or
     # holds them open.
-    for thread in _entries(process / "task"):
+    for thread in _entries(process / "task", MAX_ENTRIES):
         yield thread / "ns/net"
-    for held in _entries(process / "fd"):
+    for held in _entries(process / "fd", MAX_ENTRIES):
         with contextlib.suppress(OSError):
             if str(held.readlink()).startswith("net:["):
                 yield held
@@ -156,9 +157,10 @@ def _of_anybody() -> Iterator[Path]:
             yield process / "ns/net"
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path, most: int | None = None) -> list[Path]:
     try:
-        return list(folder.iterdir())
+        with os.scandir(folder) as entries:
+            return [folder / entry.name for entry in itertools.islice(entries, most)]
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,6 +43,9 @@ class _Known:
     asked_at: float = 0.0  # monotonic seconds, when conntrack was asked about it last
 
 
+_Suspect = tuple[_Known, int, int, int]  # with its count, time and process id
+
+
 class ReplySensor:
     """Reads the maps of reply.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
@@ -59,7 +62,6 @@ class ReplySensor:
         self._tracked_at = -COUNT_PEERS_SECONDS
         self._ring = RingBuffer(maps["events"])
         self._shares = Shares(maps["findings_held"], maps["all_findings"])
-        self._beyond: dict[int, int] = {}
         self.undecided = 0
         self.dropped = 0  # events for which too many others waited for conntrack's answer
 
@@ -101,7 +103,7 @@ class ReplySensor:
         quiet: list[bytes] = []
         held: dict[int, int] = {}
         resting: dict[int, list[tuple[int, bytes]]] = {}
-        suspected: list[tuple[_Known, int, int, int]] = []
+        suspected: list[_Suspect] = []
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
             count, last, pid = records.decode_finding(value)
             known = self._known.get(key)
@@ -112,15 +114,17 @@ class ReplySensor:
             elif known.counted != count:
                 suspected.append((known, count, last, pid))
             # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
-            if known.counted == count and now - last > (2 * self._limits.window_ns if known.flow else forget_ns):
+            forget = 2 * self._limits.window_ns if known.flow else forget_ns
+            if last and known.counted == count and now - last > forget:  # 0: it is being filled in
                 quiet.append(key)
                 continue
             tenant = records.tenant_of(known.finding)
             held[tenant] = held.get(tenant, 0) + 1
-            if known.flow is None and now - last > RESTING_NS:  # others wait for conntrack's answer
+            if last and known.flow is None and now - last > RESTING_NS:  # others wait for conntrack's answer
                 resting.setdefault(tenant, []).append((last, key))
-        # What was never asked about goes first: others may stay undecided for as long as somebody likes.
-        for known, count, last, pid in sorted(suspected, key=lambda each: each[0].asked_at):
+        # Each tenant in turn, and of each what was asked about longest ago: it may stay undecided for as long as its
+        # sender likes.
+        for known, count, last, pid in _in_turn(suspected):
             if time.monotonic() > ask_until:
                 break
             known.asked_at = time.monotonic()
@@ -130,7 +134,10 @@ class ReplySensor:
             held[tenant] -= len(taken_away)
             quiet += taken_away
         for key in quiet:
-            taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+            try:
+                taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+            except OSError:  # the kernel may be short of something: at the next reading
+                continue
             known = self._known.pop(key)
             if taken:
                 yield from self._settle(known, *records.decode_finding(taken), is_last=True)
@@ -139,9 +146,7 @@ class ReplySensor:
     def beyond(self) -> dict[int, int]:
         """Wrong replies for which the table of findings had no room, by tenant (records.tenant_of), since the start."""
         items = bpf.map_items(self._maps["findings_beyond"], 8, 8)
-        for (tenant,), (count,) in ((_NUMBER.unpack(key), _NUMBER.unpack(value)) for key, value in items):
-            self._beyond[tenant] = count
-        return self._beyond
+        return {_NUMBER.unpack(key)[0]: _NUMBER.unpack(value)[0] for key, value in items}
 
     def _settle(self, known: _Known, count: int, last: int, pid: int, is_last: bool = False) -> Iterator[Increase]:
         """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
@@ -175,6 +180,16 @@ class ReplySensor:
             # What was asked twice within a tick is ahead of the clock by nanoseconds.
             self._tracked = sum(age <= window for age in ages)
         return self._tracked
+
+
+def _in_turn(suspected: list[_Suspect]) -> list[_Suspect]:
+    """One of each tenant after the other; of each tenant in the order in which they were asked about last."""
+    ordered, seen = [], Counter[int]()
+    for each in sorted(suspected, key=lambda each: each[0].asked_at):
+        tenant = records.tenant_of(each[0].finding)
+        ordered.append((seen[tenant], each))
+        seen[tenant] += 1
+    return [each for _, each in sorted(ordered, key=lambda pair: pair[0])]
 
 
 def _excess(held: dict[int, int], most: int) -> dict[int, int]:

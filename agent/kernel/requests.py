@@ -1,8 +1,8 @@
 """Which servers a client asked, of conntrack's events: the twin of the table in bpf/flows.c.
 
 Rules
-1. The table is bounded. A full one evicts the oldest request of the tenant (server port and namespace) that holds the
-   most: a flood evicts its own requests.
+1. The table is bounded. A full one evicts from the namespace that holds the most, there from the server port that holds
+   the most, the oldest request: a flood evicts its own.
 2. What was evicted within the window is remembered, so that a reply that it concerns is undecided, never a finding.
 """
 
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from udpwatch.dns.shares import Counts
 
 MAX_REQUESTS = 32_768  # about a kilobyte each
 
@@ -50,8 +52,8 @@ class Requests:
         # one that was deleted there.
         self._asked: OrderedDict[Client, Asked] = OrderedDict()
         self._of_tenant: dict[int, OrderedDict[Client, None]] = {}
-        self._tenants_with: dict[int, OrderedDict[int, None]] = {}  # number of requests -> tenants
-        self._most = 0
+        self._by_namespace: Counts[int] = Counts()
+        self._by_port: dict[int, Counts[int]] = {}  # namespace -> its tenants
         self._forgotten: OrderedDict[int, tuple[int, int]] = (
             OrderedDict()
         )  # hash of an evicted client -> (when, tenant)
@@ -77,7 +79,8 @@ class Requests:
             held.move_to_end(client)
         else:
             held[client] = None
-            self._move(client.tenant, len(held) - 1, len(held))
+            self._by_namespace.add(client.inode, 1)
+            self._by_port.setdefault(client.inode, Counts()).add(client.tenant, 1)
         if len(self._asked) > self._size:
             self._evict(seen)
 
@@ -96,7 +99,7 @@ class Requests:
         return any(when is not None and now - when <= self._window_ns for when in times)
 
     def _evict(self, now: int) -> None:
-        tenant = next(iter(self._tenants_with[self._most]))
+        tenant = self._by_port[self._by_namespace.greediest()].greediest()
         client = next(iter(self._of_tenant[tenant]))
         asked = self._drop(client)
         if now - asked.newest > self._window_ns:
@@ -115,18 +118,11 @@ class Requests:
     def _drop(self, client: Client) -> Asked:
         held = self._of_tenant[client.tenant]
         del held[client]
-        self._move(client.tenant, len(held) + 1, len(held))
         if not held:
             del self._of_tenant[client.tenant]
+        ports = self._by_port[client.inode]
+        ports.add(client.tenant, -1)
+        if not len(ports):
+            del self._by_port[client.inode]
+        self._by_namespace.add(client.inode, -1)
         return self._asked.pop(client)
-
-    def _move(self, tenant: int, before: int, now: int) -> None:
-        """Keep count of how many requests a tenant has."""
-        if before:
-            del self._tenants_with[before][tenant]
-            if not self._tenants_with[before]:
-                del self._tenants_with[before]
-        if now:
-            self._tenants_with.setdefault(now, OrderedDict())[tenant] = None
-        if now > self._most or self._most not in self._tenants_with:
-            self._most = now

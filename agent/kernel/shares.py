@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Mapping
 
@@ -21,10 +22,14 @@ class Shares:
         self._holding: set[int] = set()
 
     def set(self, held: Mapping[int, int]) -> None:
-        """Set what each tenant holds; others hold nothing."""
+        """Set what each tenant holds; others hold nothing. What the kernel refuses (for want of memory, say) is set at
+        the next call.
+        """
         for tenant in self._holding - held.keys():
-            bpf.map_delete(self._held, _NUMBER.pack(tenant))
+            with contextlib.suppress(OSError):
+                bpf.map_delete(self._held, _NUMBER.pack(tenant))
         for tenant, count in held.items():
-            bpf.map_update(self._held, _NUMBER.pack(tenant), _NUMBER.pack(count))
+            with contextlib.suppress(OSError):
+                bpf.map_update(self._held, _NUMBER.pack(tenant), _NUMBER.pack(count))
         bpf.map_update(self._all, bytes(4), _NUMBER.pack(sum(held.values())))
         self._holding = set(held)

@@ -19,6 +19,7 @@ import json
 import os
 import socket
 import stat
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -34,6 +35,7 @@ MODE = 0o660
 MAX_CLIENTS = 32
 MAX_LINE = 64 * 1024
 IDLE_SECONDS = 60.0
+STOP_SECONDS = 0.5  # for followers to take what is left
 KEPT_EVENTS = 1_000
 MAX_WAITING_EVENTS = 1_000  # per follower
 MAX_POSTED_EVENTS = 1_000  # by the sensor's thread, for the event loop
@@ -150,7 +152,12 @@ class Api:
         self._server = await asyncio.start_unix_server(self._client, sock=self._listener, limit=MAX_LINE)
 
     async def stop(self) -> None:
-        """Stop, and take the socket away if it is still ours."""
+        """Tell followers what was posted last, stop, and take the socket away if it is still ours."""
+        while self._posted:
+            self._publish(self._posted.popleft())
+        until = time.monotonic() + STOP_SECONDS
+        while any(follower.waiting for follower in self._followers) and time.monotonic() < until:
+            await asyncio.sleep(0.01)
         if self._server:
             self._server.close()
         for client in tuple(self._clients):

@@ -138,7 +138,7 @@ def test_replay_needs_no_root(folder: Path, host: ContainerHost, port: int) -> N
         assert agent.counted(port, 23) == 23
         (before,) = [row for row in agent.snapshot()["rows"] if row["port"] == port]
         agent.stop()
-    folder.chmod(0o777)
+    folder.chmod(0o1777)
     agent.events_file.chmod(0o644)
     recorded = folder / "recorded.jsonl"
     agent.events_file.rename(recorded)

@@ -32,6 +32,7 @@ NOT_A_TENANTS = {
     "agent/enrich/runtime.py:MAX_ARGUMENTS_BYTES",
     "agent/enrich/runtime.py:MAX_CONTAINERS",
     "agent/kernel/conntrack.py:MAX_NAMESPACES",
+    "agent/kernel/netns.py:MAX_ENTRIES",
     "agent/kernel/objects.py:MAX_FILES",
     "agent/kernel/objects.py:MAX_FILE_BYTES",
     "agent/kernel/replay.py:MAX_EVENTS",

@@ -38,6 +38,16 @@ def test_same_port_of_another_namespace_is_another_tenant() -> None:
     assert not table.may_be_evicted(client(1, inode=7), 200)
 
 
+def test_a_port_scan_in_another_namespace_evicts_its_own_requests() -> None:
+    """Each port of it has one request; the server has several."""
+    table = Requests(WINDOW, size=1000)
+    for number in range(20):
+        table.remember(client(number, port=53, inode=7), "10.9.0.1", number)
+    for number in range(5_000):
+        table.remember(client(1, port=number % 60_000, inode=8), "10.9.0.1", 100 + number)
+    assert all(table.get(client(number, port=53, inode=7)) for number in range(20))
+
+
 def test_refreshed_request_is_evicted_last() -> None:
     table = Requests(WINDOW, size=3)
     for number in range(3):

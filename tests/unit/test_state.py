@@ -97,6 +97,18 @@ def test_tenant_with_the_most_rows_makes_room() -> None:
     assert sum(row.count for row in snapshot.rows) + snapshot.other == 204
 
 
+def test_machines_behind_different_interfaces_are_different_tenants() -> None:
+    summed = state(max_series=10)
+
+    def forwarded(port: int, interface: str) -> Increase:
+        found = replace(finding(port, process="", cgroup=0), cause=Cause.FORWARDED, interface=interface)
+        return Increase(found, 1, 0, 0)
+
+    summed.add(reading(*(forwarded(port, "vnet0") for port in range(100))), lambda _: Sender(""), 1, 1)
+    summed.add(reading(*(forwarded(port, "vnet1") for port in range(200, 204))), lambda _: Sender(""), 2, 2)
+    assert sum(row.interface == "vnet1" for row in summed.snapshot(True, 3).rows) == 4
+
+
 def test_shares_end_equal_and_are_not_fought_over() -> None:
     summed = state(max_series=10)
     for turn in range(20):
