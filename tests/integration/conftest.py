@@ -43,8 +43,10 @@ class Watch:
         btf: Path = VMLINUX_BTF,
         hooks: Hooks = Hooks.ALL,
         forwarded: Forwarded = Forwarded.AUTO,
+        watched: Path | None = None,
     ) -> None:
-        self.cgroup = cgroup.find(None)
+        """``watched``: only this cgroup, so that nothing else on the machine disturbs."""
+        self.cgroup = cgroup.find(str(watched) if watched else None)
         self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded, Path(os.environ["UDPWATCH_CACHE"]))
         self._findings: dict[Finding, int] = {}
         self._events: list[Event] = []

@@ -29,6 +29,7 @@ from udpwatch.agent.model import Forwarded, Hooks
 GREEDY_PROCESSES = 8
 SECONDS = 8
 NOBODY = 65534
+APART = 30_000  # these tests' ports from those of others, whose sensors see the greedy as well
 PR_SET_NAME = 15  # include/uapi/linux/prctl.h
 NAME = "udpwatch_reply_source_mismatch_total"
 _libc = ctypes.CDLL(None)
@@ -97,6 +98,11 @@ def greedy(namespace: Namespace, cgroup: Path, port: int) -> Iterator[None]:
                 child.stop()
 
 
+@pytest.fixture
+def port(port: int) -> int:
+    return APART + port
+
+
 def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: int) -> None:
     """Its wrong replies fill neither the agent's memory, nor the kernel's table, nor the series: another container's
     wrong reply is named while they go on, and the agent answers.
@@ -151,26 +157,29 @@ def test_namespaces_that_flood_conntracks_events(tmp_path: Path, port: int) -> N
             each.nft(
                 "table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }"
             )
-        with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch, ExitStack() as held:
-            source = watch.sensor._flows._source
+        with ExitStack() as held:
+            # Namespaces are found by their processes.
             for each in floods:
-                words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(SECONDS)]
+                words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(2 * SECONDS)]
                 held.enter_context(each.popen(words))
-            slowest, begin = 0.0, time.monotonic()
+            watch = held.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
+            source = watch.sensor._flows._source
+            slowest, begin, listened = 0.0, time.monotonic(), 0
             while time.monotonic() - begin < SECONDS / 2:
                 before = time.monotonic()
                 watch.read()
                 slowest = max(slowest, time.monotonic() - before)
+                listened = max(listened, len(source._namespaces))
+                waiting = sum(
+                    each.listener._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+                    for each in source._namespaces.values()
+                )
+                assert waiting <= 2 * flows.RECEIVE_BYTES
             router.ask("10.1.0.9", 4444, "10.2.0.5", port)
             router.answer("10.2.0.6", port, "10.1.0.9", 4444)
             wait_for(lambda: watch.count(port) == 1, "the router's wrong reply", 20)
-            assert len(source._namespaces) >= 22
-            waiting = sum(
-                each.listener._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
-                for each in source._namespaces.values()
-            )
-            print(f"buffers {waiting >> 20} MiB, slowest reading {slowest:.1f} s, overruns {source.overruns}")
-            assert waiting <= 2 * flows.RECEIVE_BYTES
+            print(f"slowest reading {slowest:.1f} s, overruns {source.overruns}, namespaces {listened}")
+            assert listened >= 21
             assert slowest < 5
             assert source.overruns > 0
 

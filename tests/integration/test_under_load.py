@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
 import subprocess
@@ -16,12 +17,13 @@ import pytest
 from conftest import PATIENCE_SECONDS, Watch, ask, open_netlink_watch
 from dns_server import Responder, needs
 from load import ASKED, RIGHT_PORT, SINK_PORT, TRACKING, Place, answer_wrongly, compile_load, make_place
+from machine import own_cgroup
 from test_dns import LOOKUP, resolve
 from test_scenes import V4, V6, Family, bound, source_control
 
 from udpwatch.agent import servers
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import Lab
+from udpwatch.agent.lab import Lab, Namespace
 
 FLOOD_SECONDS = 4
 
@@ -109,24 +111,27 @@ def test_a_flood_evicts_its_own_requests(place: Place, port: int) -> None:
 
 def test_a_tenant_that_has_lost_many_requests_holds_more(port: int) -> None:
     """One set of eight: of another server's seven requests and one of the flood's, the flood's makes room."""
-    sink_port = port + 10_000
-    with Lab() as lab, closing(Watch(Limits(max_peers=8))) as watch, ExitStack() as clients:
+    with Lab() as lab, own_cgroup() as folder, closing(Watch(Limits(max_peers=8), watched=folder)) as watch:
         alone = lab.namespace("alone")
-        with (
-            bound(alone, socket.AF_INET, "0.0.0.0", sink_port) as sink,
-            bound(alone, socket.AF_INET, "0.0.0.0", port) as server,
-        ):
 
-            def flood(count: int) -> None:
-                for _ in range(count):
-                    ask(clients.enter_context(alone.socket()), "127.0.0.2", sink_port, sink)
+        def converse() -> None:
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+            with ExitStack() as opened:
+                sink = opened.enter_context(bound(alone, socket.AF_INET, "0.0.0.0", port + 10_000))
+                server = opened.enter_context(bound(alone, socket.AF_INET, "0.0.0.0", port))
 
-            flood(200)
-            peers = [ask(clients.enter_context(alone.socket()), "127.0.0.2", port, server) for _ in range(7)]
-            flood(50)
-            for question in peers:
-                server.sendto(*question)
-            assert watch.count(port) == 7
+                def flood(count: int) -> None:
+                    for _ in range(count):
+                        ask(opened.enter_context(alone.socket()), "127.0.0.2", port + 10_000, sink)
+
+                flood(200)
+                questions = [ask(opened.enter_context(alone.socket()), "127.0.0.2", port, server) for _ in range(7)]
+                flood(50)
+                for question in questions:
+                    server.sendto(*question)
+
+        assert alone.spawn("converse", converse).wait() == 0
+        assert watch.count(port) == 7
 
 
 def test_evicted_addresses_are_undecided(port: int) -> None:
@@ -316,14 +321,20 @@ def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
             assert watch.count(port) == 0
 
 
+def tracked_pair(lab: Lab) -> tuple[Namespace, Namespace]:
+    """A host with two addresses, 10.1.0.1 and .2, and conntrack; a peer, 10.1.0.9."""
+    host, peer = lab.namespace("host"), lab.namespace("peer")
+    lab.link(host, "eth0", peer, "eth0")
+    host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
+    peer.ip("addr add 10.1.0.9/24 dev eth0")
+    host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
+    return host, peer
+
+
 def test_forged_requests_of_a_peer_that_this_host_asks(packet_watch: Watch, load: Path, port: int) -> None:
     """Requests in a peer's name, at an address of no concern: what this host says to that peer stays its own."""
     with Lab() as lab:
-        host, peer = lab.namespace("host"), lab.namespace("peer")
-        lab.link(host, "eth0", peer, "eth0")
-        host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
-        peer.ip("addr add 10.1.0.9/24 dev eth0")
-        host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
+        host, peer = tracked_pair(lab)
         with (
             bound(host, socket.AF_INET, "0.0.0.0", port) as program,
             bound(peer, socket.AF_INET, "0.0.0.0", 1024) as server,
@@ -357,11 +368,7 @@ def test_a_conversation_begun_here_beside_a_forged_request(watch: Watch, port: i
     port += 20_000  # a client's
     reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with Lab() as lab:
-        host, peer = lab.namespace("host"), lab.namespace("peer")
-        lab.link(host, "eth0", peer, "eth0")
-        host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
-        peer.ip("addr add 10.1.0.9/24 dev eth0")
-        host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
+        host, peer = tracked_pair(lab)
         with (
             bound(peer, socket.AF_INET, "0.0.0.0", 1024) as remote,
             bound(host, socket.AF_INET, "10.1.0.2", port, reuse) as listener,
