@@ -404,7 +404,8 @@ class ListenedFlows:
         self._read_tables(time.monotonic() + TABLE_SECONDS)
         self._read_events(time.monotonic() + READ_SECONDS)
         self._requests.expire(now - 2 * self._window_ns)
-        while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9:
+        until = time.monotonic() + READ_SECONDS
+        while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9 and time.monotonic() < until:
             event, zone = self._waiting.popleft()
             inode = event.netns_inode or 0
             self._waiting_of[inode] -= 1
