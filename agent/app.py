@@ -189,7 +189,7 @@ class App:
         self._done = asyncio.Event()
         self._read_at = self._logged_at = time.monotonic()
         self._may_log, self._not_logged = float(FINDING_LINES), 0
-        self._left_out = 0
+        self._left_out = 0  # look-ups, as counted so far
         with contextlib.ExitStack() as opened:
             self._http: HttpView | None = None
             if settings.metrics_listen:
@@ -347,6 +347,9 @@ class App:
             log.warning("%s", line)
         for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
             self._log_finding(row)
+        left_out = self._senders.left_out
+        self._lose("attribution", left_out - self._left_out)
+        self._left_out = left_out
         self._snapshot = self._state.snapshot(seen, now)
         ready, reason = self._ready()
         if self._said_ready not in (None, ready) and not self._done.is_set():

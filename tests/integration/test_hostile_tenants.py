@@ -135,6 +135,7 @@ def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: in
             assert 20 < len(lines) < 100
             lost = agent.snapshot()["lost"]
             assert lost["findings_full"] > 0
+            assert lost["attribution"] > 0
             assert lost["ring_full"] + lost["queue"] + lost["rate_limit"] > 0
 
             def is_exact() -> bool:
