@@ -6,9 +6,7 @@
  * Rules
  * 1. A set is changed under its lock. Without the lock only the times of a conversation with one
  *    address are moved. A reply is called wrong only under the lock.
- * 2. Expired conversations are evicted first. A full set evicts from the tenant that holds most of
- *    it: answered requests, then wrongly answered ones, then the oldest. A tenant that has lost
- *    many requests counts as holding more.
+ * 2. Which conversation is evicted: table.h.
  * 3. An eviction within the window is noted (reply.c); a reply that it may concern is undecided.
  *
  * Without CAP_PERFMON the verifier refuses variable offsets into map memory, so each way is

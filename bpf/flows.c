@@ -41,6 +41,8 @@
 #define CT_INFO_MASK    7ULL /* NFCT_INFOMASK */
 #define DEVICE_BUCKETS  256  /* NETDEV_HASHENTRIES */
 #define DEVICES         8    /* of one bucket looked at */
+/* One and a half times as many fingerprints as clients. */
+#define FORGOTTEN_FLOW_SETS (2 * REQUEST_SETS)
 
 /* ---- maps; the first three are reply.c's as well: what has the same name is the same map ---- */
 
@@ -50,10 +52,15 @@ BPF_PERCPU_ARRAY(counters, struct stats, 1);
 BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
 #endif
 BPF_ARRAY(requests, struct request_set, REQUEST_SETS);
-BPF_ARRAY(forgotten_flows, struct forgotten_set, REQUEST_SETS);
+BPF_ARRAY(forgotten_flows, struct forgotten_set, FORGOTTEN_FLOW_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, flow_evictions, MAX_EVICTIONS);
 BPF_ARRAY(flow_keys, struct hash_keys, 1);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
+/* By network namespace and interface that they came in by: how many wait, which user space sets
+ * right at each reading. */
+BPF_TABLE("lru_hash", __u64, __u64, candidates_held, MAX_TENANTS);
+BPF_ARRAY(all_candidates, __u64, 1);
+
 /* struct nf_conntrack_tuple, include/net/netfilter/nf_conntrack_tuple.h: TUPLE_LEN bytes */
 struct tuple {
     __u32 source[4];
@@ -62,11 +69,6 @@ struct tuple {
     __u16 destination_port;
     __u8 protocol, direction;
 };
-
-/* By network namespace and interface that they came in by: how many wait, which user space sets
- * right at each reading. */
-BPF_TABLE("lru_hash", __u64, __u64, candidates_held, MAX_TENANTS);
-BPF_ARRAY(all_candidates, __u64, 1);
 
 /* A request's entry, as it is now. */
 struct looked_up {
@@ -245,7 +247,7 @@ static __always_inline struct request_set *set_of(__u64 tag) {
 }
 
 static __always_inline struct forgotten_set *forgotten_of(__u64 hash) {
-    int index = share_of(hash, REQUEST_SETS);
+    int index = share_of(hash, FORGOTTEN_FLOW_SETS);
     return forgotten_flows.lookup(&index);
 }
 

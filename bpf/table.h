@@ -16,7 +16,7 @@
 
 #define REFRESH_NS     (WINDOW_NS / 256) /* the precision of the time of a pending request */
 #define NEVER          (1ULL << 62)      /* later than any time */
-#define HEAVY_SHARE    8                 /* a heavy tenant counts as holding this many more ways */
+#define HEAVY_SHARE    16 /* a heavy tenant counts as holding 8 more ways, 2 for each */
 #define AGE_BITS       46
 #define AGE_SHIFT      10 /* ages are compared in microseconds */
 #define MANY_EVICTIONS 64 /* of a tenant within the window: more make it HEAVY */
