@@ -654,7 +654,7 @@ int confirm(__u64 *ctx) {
     if (status_of(entry) & EXPECTED)
         return 0;
     __u8 family = room->original.layer3;
-    __u64 now = bpf_ktime_get_ns(); /* these programs may not ask the coarse clock */
+    __u64 now = bpf_ktime_get_ns(); /* as user space compares it */
     read_tuple(&room->reply, entry, OFFSET_TUPLE_REPLY);
     __builtin_memset(&room->key, 0, sizeof(room->key));
     widen(&room->key.client, room->original.destination, family);
