@@ -68,9 +68,9 @@ def _port(text: str) -> int:
 
 
 def _events(parsed: argparse.Namespace, terminal: bool, colour: bool) -> Iterator[Said]:
-    from udpwatch.agent.views import follow  # noqa: PLC0415  `udpwatch --help` needs none of it
-    from udpwatch.agent.views.client import DEFAULT_SOCKET  # noqa: PLC0415
-    from udpwatch.agent.views.lines import Lines  # noqa: PLC0415
+    from udpwatch.agent.client import follow  # noqa: PLC0415  `udpwatch --help` needs none of it
+    from udpwatch.agent.client.connection import DEFAULT_SOCKET  # noqa: PLC0415
+    from udpwatch.agent.client.lines import Lines  # noqa: PLC0415
 
     wanted = follow.Wanted(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
     since = None if parsed.since is None else follow.moment(parsed.since, time.time())
@@ -89,15 +89,15 @@ def _events(parsed: argparse.Namespace, terminal: bool, colour: bool) -> Iterato
 
 
 def _explain(parsed: argparse.Namespace, colour: bool) -> Iterator[Said]:
-    from udpwatch.agent.enrich import remedy  # noqa: PLC0415
-    from udpwatch.agent.views import explain_text, follow  # noqa: PLC0415
-    from udpwatch.agent.views.client import DEFAULT_SOCKET, Client  # noqa: PLC0415
-    from udpwatch.agent.views.explain import matching  # noqa: PLC0415
+    from udpwatch.agent.client import remedies  # noqa: PLC0415
+    from udpwatch.agent.client import explain_text, follow  # noqa: PLC0415
+    from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client  # noqa: PLC0415
+    from udpwatch.agent.client.explain import matching  # noqa: PLC0415
 
     if parsed.list:
         yield Said(json.dumps(explain_text.known_object()) if parsed.json else explain_text.known_text())
         return
-    known = remedy.named(parsed.server) if parsed.server else None
+    known = remedies.named(parsed.server) if parsed.server else None
     path = Path(parsed.connect or DEFAULT_SOCKET)
     try:
         with follow.reaching(path), Client(path) as client:

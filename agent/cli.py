@@ -20,8 +20,8 @@ from udpwatch.agent.config import SETTINGS, resolve
 from udpwatch.agent.errors import UdpwatchError
 
 if TYPE_CHECKING:
-    from udpwatch.agent.views.top import sources
-    from udpwatch.agent.views.top.rows import Key
+    from udpwatch.agent.client.top import sources
+    from udpwatch.agent.client.top.rows import Key
 
 _EXITS = "exit status: 0 fine, 1 it failed, 2 wrong usage, 77 this machine cannot run it"
 
@@ -177,9 +177,9 @@ def _dns(words: Sequence[str]) -> int:
         if isinstance(settings, Information):
             print(settings.text)
             return 0
-        from udpwatch.agent import responder  # noqa: PLC0415
+        from udpwatch.agent.commands import dns  # noqa: PLC0415
 
-        responder.run(settings)
+        dns.run(settings)
     except DnsError as error:
         print(f"udpwatch: {error}", file=sys.stderr)
         return error.exit_status
@@ -193,13 +193,13 @@ def _dispatch(parsed: argparse.Namespace) -> int:
     file = getattr(parsed, "config", None) or os.environ.get("UDPWATCH_CONFIG")
     config = Path(file) if file else None
     if parsed.command == "run":
-        from udpwatch.agent import app  # noqa: PLC0415
+        from udpwatch.agent.daemon import app  # noqa: PLC0415
 
         flags = {setting.name: getattr(parsed, setting.name) for setting in SETTINGS}
         app.run(resolve(flags, os.environ, config))
         return 0
     if parsed.command == "doctor":
-        from udpwatch.agent import doctor  # noqa: PLC0415
+        from udpwatch.agent.commands import doctor  # noqa: PLC0415
 
         flags = {"cgroup": parsed.cgroup, "btf": parsed.btf, "socket": parsed.connect}
         settings = resolve(flags, os.environ, config)
@@ -210,7 +210,7 @@ def _dispatch(parsed: argparse.Namespace) -> int:
         return _top(parsed)
     if parsed.command in asking.COMMANDS:
         return _answer(parsed)
-    from udpwatch.agent import demo  # noqa: PLC0415
+    from udpwatch.agent.commands import demo  # noqa: PLC0415
 
     return demo.run(sys.stdout)
 
@@ -238,11 +238,11 @@ def _top(parsed: argparse.Namespace) -> int:
 
 
 def _source(parsed: argparse.Namespace) -> sources.Source:
-    from udpwatch.agent import lab  # noqa: PLC0415
-    from udpwatch.agent.views.top import sources  # noqa: PLC0415
+    from udpwatch.agent.client.top import sources  # noqa: PLC0415
+    from udpwatch.agent.testing import lab  # noqa: PLC0415
 
     if parsed.prometheus:
-        from udpwatch.agent.views.top.prometheus import PrometheusSource  # noqa: PLC0415
+        from udpwatch.agent.client.top.prometheus import PrometheusSource  # noqa: PLC0415
 
         return PrometheusSource(parsed.prometheus)
     if parsed.replay:
@@ -252,8 +252,8 @@ def _source(parsed: argparse.Namespace) -> sources.Source:
 
 def _show(source: sources.Source, parsed: argparse.Namespace) -> int:
     """A table or an object, once; lines or objects, without end; the screen."""
-    from udpwatch.agent.views import explain  # noqa: PLC0415
-    from udpwatch.agent.views.top import text  # noqa: PLC0415
+    from udpwatch.agent.client import explain  # noqa: PLC0415
+    from udpwatch.agent.client.top import text  # noqa: PLC0415
 
     if parsed.once:
         look = text.once(source, parsed.interval)

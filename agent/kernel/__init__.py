@@ -1,1 +1,1 @@
-"""Everything that touches the kernel."""
+"""What touches the kernel: programs, maps, netlink, namespaces, capabilities."""

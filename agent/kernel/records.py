@@ -13,8 +13,8 @@ from array import array
 from collections.abc import Iterable, Iterator
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
+from typing import NamedTuple
 
-from udpwatch.agent.kernel.requests import Client
 from udpwatch.agent.model import Cause, Counters, Event, Finding, Flow, Tuple, Verdict
 
 COMM_LEN = 16
@@ -47,6 +47,21 @@ class ConversationSet(ctypes.Structure):
     """struct conversation_set."""
 
     _fields_ = [("lock", c_uint32), ("pad", c_uint32), ("tag", c_uint64 * WAYS), ("way", Conversation * WAYS)]
+
+
+class Requester(NamedTuple):
+    """struct request_key: who asked, as the server's side sees it."""
+
+    inode: int
+    zone: int
+    address: str
+    client_port: int
+    port: int  # the server's
+
+    @property
+    def tenant(self) -> int:
+        """The server port and its namespace as one number."""
+        return self.inode << 16 | self.port
 
 
 class FindingFlow(ctypes.Structure):
@@ -315,7 +330,7 @@ def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:
     return bytes(ToldKey(source, to, port, peer_port))
 
 
-def encode_request(client: Client, server: str, seen: int) -> bytes:
+def encode_request(client: Requester, server: str, seen: int) -> bytes:
     """struct dumped_request; ``server``: "" for a group, ``seen``: nanoseconds of CLOCK_MONOTONIC."""
     address = Address(*encode_address(client.address))
     key = RequestKey(address, client.inode, client.client_port, client.port, client.zone)

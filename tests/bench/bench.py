@@ -33,7 +33,7 @@ from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.ctnetlink import Listener, Table
 from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS, VMLINUX_BTF
 from udpwatch.agent.kernel.probes import How, Target
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 ROUNDS = 9
 REPEAT = 300_000

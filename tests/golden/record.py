@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
 from agents import Agent, wait_for
 
-from udpwatch.agent import servers
 from udpwatch.agent.kernel import cgroup
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 30.0

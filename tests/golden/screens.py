@@ -9,11 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-from udpwatch.agent.lab import die_with_parent
-from udpwatch.agent.views import explain
-from udpwatch.agent.views.top.screen import TopApp
-from udpwatch.agent.views.top.sources import open_replay
-from udpwatch.agent.views.top.widgets import Findings
+from udpwatch.agent.client import explain
+from udpwatch.agent.client.top.screen import TopApp
+from udpwatch.agent.client.top.sources import open_replay
+from udpwatch.agent.client.top.widgets import Findings
+from udpwatch.agent.testing.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (100, 30)

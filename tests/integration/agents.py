@@ -20,8 +20,8 @@ from typing import Any, Self
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from udpwatch.agent.lab import die_with_parent
-from udpwatch.agent.views.client import Client
+from udpwatch.agent.client.connection import Client
+from udpwatch.agent.testing.lab import die_with_parent
 
 COMMAND = (sys.executable, "-m", "udpwatch.agent.cli")
 PATIENCE_SECONDS = 120.0  # under emulation a start takes a minute

@@ -14,9 +14,9 @@ from agents import Agent, temporary
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.sensor import Sensor
-from udpwatch.agent.lab import ContainerHost
 from udpwatch.agent.model import Event, Finding, Forwarded, Hooks
+from udpwatch.agent.sources.sensor import Sensor
+from udpwatch.agent.testing.lab import ContainerHost
 
 FOREVER_NS = 1 << 62
 #: Whether this is a guest of the kernel matrix (tests/kernels/guest.py): its kernel is known to allow everything that

@@ -27,7 +27,7 @@ import pytest
 from agents import COMMAND, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from udpwatch.agent.lab import Namespace
+from udpwatch.agent.testing.lab import Namespace
 
 PORT = 53
 ANSWER_SECONDS = 6.0  # within which a client has an answer or SERVFAIL, whatever the upstream servers do

@@ -23,7 +23,7 @@ from machine import cgroup_folders, remove_cgroups
 from runtimes import Docker
 
 from udpwatch.agent import __version__
-from udpwatch.agent.lab import die_with_parent
+from udpwatch.agent.testing.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("UDPWATCH_IMAGES", Path.home() / ".cache/udpwatch/images"))

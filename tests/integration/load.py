@@ -12,7 +12,7 @@ from pathlib import Path
 from conftest import PATIENCE_SECONDS, ask
 from test_scenes import V4, Family, bound
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 RIGHT_PORT, SINK_PORT = 7001, 7002
 TRACKING = {

@@ -23,7 +23,7 @@ from agents import wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from runtimes import Docker
 
-from udpwatch.agent.lab import Namespace
+from udpwatch.agent.testing.lab import Namespace
 
 Manifest = dict[str, Any]
 

@@ -18,7 +18,7 @@ from machine import own_cgroup
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType, Command, ProgramType
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import die_with_parent
+from udpwatch.agent.testing.lab import die_with_parent
 
 NOBODY = 65534
 RETURN_1 = bytes.fromhex("b7000000010000009500000000000000")

@@ -10,7 +10,7 @@ import signal
 import socket
 import struct
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 _TUNSETIFF = 0x400454CA
 _IFF_TUN_NO_PI = 0x1001

@@ -22,7 +22,7 @@ import pytest
 from agents import wait_for
 from machine import ip_in, listening, processes_of
 
-from udpwatch.agent.lab import Lab, Namespace, die_with_parent
+from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
 
 SERVER = "wrong-server"
 INSIDE = "10.99.0.1"  # the second address of a container

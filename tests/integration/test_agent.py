@@ -22,12 +22,12 @@ from agents import Agent, wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
 from machine import own_cgroup
 
-from udpwatch.agent import watching
+from udpwatch.agent.daemon import startup
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.loader import HOOKS, Limits
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 from udpwatch.agent.model import Forwarded
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 EVENT_KEYS = [
     *("time", "node", "expected", "actual", "peer", "peer_port", "port", "family", "verdict", "cause", "conntrack"),
@@ -307,8 +307,8 @@ def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch)
     """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen. Those of
     others, right replies from all ports, do not count.
     """
-    monkeypatch.setattr(watching, "PROOF_SECONDS", 0.0)
-    proof = watching.Proof(packet_watch.sensor, True)
+    monkeypatch.setattr(startup, "PROOF_SECONDS", 0.0)
+    proof = startup.Proof(packet_watch.sensor, True)
     with Lab() as lab:
         place, others = lab.namespace("place"), lab.namespace("others")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from agents import Agent, run_cli, wait_for
 from conftest import ask
 
-from udpwatch.agent.lab import ContainerHost, Lab
-from udpwatch.agent.views.client import Client
+from udpwatch.agent.client.connection import Client
+from udpwatch.agent.testing.lab import ContainerHost, Lab
 
 
 def answer_wrongly(host: ContainerHost, port: int, times: int) -> None:

@@ -12,7 +12,7 @@ from agents import Agent, temporary
 from conftest import ask
 from restricted import NOBODY, assert_refused, in_mount_namespace, run
 
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost
 
 WITHOUT_BCC = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
 

@@ -27,10 +27,10 @@ from runtimes import (
     image_tar,
 )
 
-from udpwatch.agent.enrich.sender import Roots, Senders
+from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.kernel import cgroup
-from udpwatch.agent.lab import Namespace
 from udpwatch.agent.model import Cause, Finding, Increase, Verdict
+from udpwatch.agent.testing.lab import Namespace
 
 POD_UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"
 OTHER_UID = "1e6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a90"

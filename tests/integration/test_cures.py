@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from agents import wait_for
 
-from udpwatch.agent import servers
-from udpwatch.agent.enrich.remedy import Code, codes
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.client.remedies import Code, codes
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost
 
 PORT = 5000  # that all the programs bind
 CODES = {code.language: code for code in codes()}

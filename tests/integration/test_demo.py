@@ -11,7 +11,7 @@ from restricted import held_exclusively
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
-from udpwatch.agent.lab import die_with_parent
+from udpwatch.agent.testing.lab import die_with_parent
 
 
 def test_demo() -> None:

@@ -15,7 +15,7 @@ import pytest
 from agents import run_cli, wait_for
 from dns_server import Asked, FakeServer, Responder, ask, needs, rcode, right, texts, write
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE, NODE_6, CLIENT = "10.1.0.1", "fd01::1", "10.1.0.2"
 LOOKUP = r"""

@@ -31,7 +31,7 @@ from dns_server import (
     write,
 )
 
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 NODE = ContainerHost
 ADDRESSES = [

@@ -13,7 +13,7 @@ from agents import Agent, wait_for
 from dns_server import FakeServer, ask, bare_query, connected, texts, write
 
 from udpwatch.agent.kernel import netns
-from udpwatch.agent.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 RESIDENT_MB = 45  # design, section 9
 

@@ -28,7 +28,7 @@ from dns_server import (
     write,
 )
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE = "127.0.0.1"
 BIG = 300_000

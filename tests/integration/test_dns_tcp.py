@@ -31,7 +31,7 @@ from dns_server import (
     write,
 )
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE = "10.1.0.1"
 IDLE = 1_000

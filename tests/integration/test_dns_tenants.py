@@ -33,7 +33,7 @@ from dns_server import (
     texts,
 )
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE, CLIENT, OTHER, UPSTREAM = "10.1.0.1", "10.1.0.2", "10.1.0.3", "10.2.0.2"
 GOOD = ["192.0.2.80"]

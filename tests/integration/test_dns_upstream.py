@@ -38,7 +38,7 @@ from dns_server import (
     write,
 )
 
-from udpwatch.agent.lab import Lab
+from udpwatch.agent.testing.lab import Lab
 
 NODE, CLIENT, FIRST, SECOND, THIRD = "10.1.0.1", "10.1.0.2", "10.2.0.2", "10.2.0.3", "10.2.0.6"
 GOOD = ["192.0.2.80"]

@@ -12,7 +12,7 @@ from restricted import in_mount_namespace, sendmsg_program, without
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost
 
 
 def test_doctor_here() -> None:

@@ -21,9 +21,9 @@ from conftest import PATIENCE_SECONDS, ask
 from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
 
-from udpwatch.agent import doctor
+from udpwatch.agent.commands import doctor
 from udpwatch.agent.kernel.loader_child import SOURCES
-from udpwatch.agent.lab import ContainerHost, Lab
+from udpwatch.agent.testing.lab import ContainerHost, Lab
 
 # ---- what is missing ----
 

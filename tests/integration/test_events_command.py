@@ -21,8 +21,8 @@ from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
 from conftest import ask
 from jsonschema import Draft202012Validator
 
-from udpwatch.agent.lab import ContainerHost, die_with_parent
-from udpwatch.agent.views.client import Client
+from udpwatch.agent.client.connection import Client
+from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 SCHEMA = Path(__file__).resolve().parents[2] / "docs/event.schema.json"
 PATIENCE_SECONDS = 60

@@ -16,11 +16,11 @@ from agents import wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
 from router import Machine, Router, inhabit
 
-from udpwatch.agent.kernel import flows
 from udpwatch.agent.kernel.ctnetlink import Listener
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import ContainerHost, Lab
 from udpwatch.agent.model import Cause, Event, Finding, Forwarded, Hooks, Tuple, Verdict
+from udpwatch.agent.sources import flows
+from udpwatch.agent.testing.lab import ContainerHost, Lab
 
 #: by family: client, the server's address that is asked, the one it answers from, another server
 V4 = ("10.1.0.9", "10.2.0.5", "10.2.0.6", "10.2.0.7")

@@ -16,9 +16,10 @@ from agents import Agent, before_all, run_cli, wait_for
 from conftest import Watch, ask
 from test_scenes import V4, Family, both, bound, source_control
 
-from udpwatch.agent.kernel import bpf, cgroup, flows
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict
+from udpwatch.agent.sources import flows
+from udpwatch.agent.testing.lab import ContainerHost
 
 
 def skip_without_probes(watch: Watch) -> None:

@@ -22,9 +22,10 @@ from machine import limited, own_cgroup
 from router import Router
 from test_scenes import bound
 
-from udpwatch.agent.kernel import flows, netns
-from udpwatch.agent.lab import Lab, Namespace, die_with_parent
+from udpwatch.agent.kernel import netns
 from udpwatch.agent.model import Forwarded, Hooks
+from udpwatch.agent.sources import flows
+from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
 
 GREEDY_PROCESSES = 8
 SECONDS = 8

@@ -11,7 +11,7 @@ from pathlib import Path
 from agents import Agent
 from dns_server import METRICS, Responder
 
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 #: what http.server takes by itself, but for the last header
 LONG_HEADERS = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 65_000) for number in range(99))

@@ -20,7 +20,7 @@ from runtimes import SERVER, Docker, RuntimeHost, ask_inside, build_server, imag
 
 from udpwatch.agent import __version__
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import Namespace
+from udpwatch.agent.testing.lab import Namespace
 
 PORT = 32_001
 ADDRESS = "169.254.20.10"

@@ -12,8 +12,8 @@ from conftest import IN_MATRIX, Watch, ask
 from test_scenes import V4, bound, finding_of
 
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import ContainerHost
 from udpwatch.agent.model import Forwarded, Verdict
+from udpwatch.agent.testing.lab import ContainerHost
 
 
 @pytest.fixture(scope="module")

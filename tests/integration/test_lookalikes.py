@@ -21,8 +21,8 @@ from conftest import PATIENCE_SECONDS, SECOND, Watch, ask
 from test_scenes import V4, Family, both, bound, finding_of, source_control
 
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 from udpwatch.agent.model import Cause, Verdict
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 _SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from machine import own_cgroup
 
-from udpwatch.agent.enrich import cgroups
-from udpwatch.agent.enrich.sender import Roots, Senders
+from udpwatch.agent.attribution import cgroups
+from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.model import Cause, Finding, Increase, Verdict
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from agents import Agent
 from conftest import ask
 
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost
 
 OTHER = {"x86_64": "arm64", "aarch64": "x86"}
 

@@ -17,9 +17,10 @@ from dns_server import Responder, needs, texts, write
 from dns_server import ask as ask_dns
 from restricted import NOBODY, assert_refused, run, without
 
-from udpwatch.agent import app, cli  # noqa: F401  app: cli would import it as nobody
+from udpwatch.agent import cli
+from udpwatch.agent.daemon import app  # noqa: F401  app: cli would import it as nobody
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 
 def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ from dns_server import Asked, FakeServer, ask, bare_query, right, write
 from test_dns_agent import InNamespace
 
 from udpwatch.agent.kernel import bpf
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost
 
 LISTEN = "127.0.0.1:9090"
 PORT, SHORT_PORT = 19_053, 19_054

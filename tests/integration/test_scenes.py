@@ -17,10 +17,10 @@ import pytest
 from conftest import PATIENCE_SECONDS, SECOND, SECOND_6, VIP, VIP_6, Watch, ask
 from machine import own_cgroup
 
-from udpwatch.agent import servers
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import ContainerHost, Lab, Namespace
 from udpwatch.agent.model import Cause, Finding, Verdict
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 SO_REUSEPORT = socket.SO_REUSEPORT
 UDP_SEGMENT = 103  # include/uapi/linux/udp.h

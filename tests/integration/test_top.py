@@ -22,7 +22,7 @@ import pytest
 from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
 from conftest import ask
 
-from udpwatch.agent.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
 MANY = 5_000
@@ -253,7 +253,7 @@ def test_a_signal_at_any_time_of_its_start(folder: Path, milliseconds: int) -> N
 
 def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
     code = (
-        "from udpwatch.agent.views.top import screen; import sys; from udpwatch.agent.cli import main\n"
+        "from udpwatch.agent.client.top import screen; import sys; from udpwatch.agent.cli import main\n"
         "screen.TopApp.action_sort = lambda self: 1 / 0\n"
         f"sys.exit(main(['top', '--replay', {str(GOLDEN)!r}]))"
     )

@@ -21,9 +21,9 @@ from machine import own_cgroup
 from test_dns import LOOKUP, resolve
 from test_scenes import V4, V6, Family, bound, source_control
 
-from udpwatch.agent import servers
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.lab import Lab, Namespace
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import Lab, Namespace
 
 FLOOD_SECONDS = 4
 

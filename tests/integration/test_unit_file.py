@@ -22,7 +22,7 @@ from pods import DOCS, blocks, counted
 
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 UNIT = image.ROOT / "agent/udpwatch.service"
 SYSTEMD = Path("/lib/systemd/systemd")

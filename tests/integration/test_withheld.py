@@ -12,9 +12,9 @@ from agents import Agent, temporary
 from conftest import ask
 from withheld import withheld
 
-from udpwatch.agent.enrich import command_line
-from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.lab import ContainerHost
+from udpwatch.agent.attribution import command_line
+from udpwatch.agent.attribution.command_line import CommandLines
+from udpwatch.agent.testing.lab import ContainerHost
 
 PORT = 4100  # of the server; the tests' own ports are below
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.lab import Namespace, die_with_parent
+from udpwatch.agent.testing.lab import Namespace, die_with_parent
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

@@ -37,7 +37,7 @@ from guest import HOT, SHARE_TAG
 from packages import SUITES, Kernel, Unavailable, obtain
 
 from udpwatch.agent.kernel.loader import CLOCK, ENTER, HOOKS, SETTLE, SLOW
-from udpwatch.agent.lab import die_with_parent
+from udpwatch.agent.testing.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "build/kernels"

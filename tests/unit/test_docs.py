@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from udpwatch.agent.config import SETTINGS
-from udpwatch.agent.state import LOSS_STAGES
+from udpwatch.agent.daemon.state import LOSS_STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.enrich import budget, process, sender
-from udpwatch.agent.enrich.budget import Budget
-from udpwatch.agent.enrich.sender import RETRY_SECONDS, Roots, Senders
+from udpwatch.agent.attribution import budget, process, sender
+from udpwatch.agent.attribution.budget import Budget
+from udpwatch.agent.attribution.sender import RETRY_SECONDS, Roots, Senders
 from udpwatch.agent.model import Cause, Finding, Increase, Sender, Verdict
 
 FLOOD, QUIET = "3f2a" * 16, "0b1c" * 16

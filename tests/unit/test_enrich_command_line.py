@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.enrich import command_line
-from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.process import Process, Processes
-from udpwatch.agent.enrich.runtime import Runtime, Runtimes
+from udpwatch.agent.attribution import command_line
+from udpwatch.agent.attribution.command_line import CommandLines
+from udpwatch.agent.attribution.process import Process, Processes
+from udpwatch.agent.attribution.runtime import Runtime, Runtimes
 
 ID = "3f2a" * 16
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from udpwatch.agent.enrich.container import Container, parse, tenant
+from udpwatch.agent.attribution.container import Container, parse, tenant
 
 ID = "3f2a" * 16
 OUTER = "0b1c" * 16

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.enrich import cgroups, docker, runtime
-from udpwatch.agent.enrich.cgroups import Cgroups
-from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.docker import DockerNames
-from udpwatch.agent.enrich.runtime import Runtime, Runtimes
+from udpwatch.agent.attribution import cgroups, docker, runtime
+from udpwatch.agent.attribution.cgroups import Cgroups
+from udpwatch.agent.attribution.command_line import CommandLines
+from udpwatch.agent.attribution.docker import DockerNames
+from udpwatch.agent.attribution.runtime import Runtime, Runtimes
 
 ID = "3f2a" * 16
 

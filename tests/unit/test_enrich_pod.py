@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.enrich import pod
-from udpwatch.agent.enrich.pod import Pod, Pods
+from udpwatch.agent.attribution import pod
+from udpwatch.agent.attribution.pod import Pod, Pods
 
 ID, OTHER = "3f2a" * 16, "77aa" * 16
 UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from udpwatch.agent.enrich.sender import KEEP_SECONDS, RETRY_SECONDS, Roots, Senders
+from udpwatch.agent.attribution.sender import KEEP_SECONDS, RETRY_SECONDS, Roots, Senders
+from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
+from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.model import Cause, Counters, Finding, Increase, Reading, Sender, Verdict
-from udpwatch.agent.state import About, State
-from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 
 ID = "3f2a" * 16
 UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"

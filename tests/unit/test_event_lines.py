@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from test_golden import GOLDEN, compare
 
+from udpwatch.agent.client.follow import NoAgent, Wanted, events, moment
+from udpwatch.agent.client.lines import Lines, server_of
 from udpwatch.agent.errors import UdpwatchError, UsageError
-from udpwatch.agent.views.follow import NoAgent, Wanted, events, moment
-from udpwatch.agent.views.lines import Lines, server_of
 
 EVENTS: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
 EVENT = EVENTS[0]

@@ -11,8 +11,8 @@ from jsonschema import Draft202012Validator
 from test_docs import DOCS
 from test_golden import EVENTS, GOLDEN
 
+from udpwatch.agent.daemon.event_log import as_json
 from udpwatch.agent.model import Cause, Sender, Verdict
-from udpwatch.agent.views.events import as_json
 
 SCHEMA = json.loads((DOCS / "event.schema.json").read_text())
 VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FORMAT_CHECKER)

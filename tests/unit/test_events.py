@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from udpwatch.agent.daemon import event_log
+from udpwatch.agent.daemon.event_log import EventWriter
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.views import events
-from udpwatch.agent.views.events import EventWriter
 
 
 class Losses:
@@ -71,8 +71,8 @@ def test_full_device_is_counted() -> None:
 
 def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe that nobody reads: put() must return at once, always."""
-    monkeypatch.setattr(events, "MAX_QUEUED", 50)
-    monkeypatch.setattr(events, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(event_log, "MAX_QUEUED", 50)
+    monkeypatch.setattr(event_log, "STOP_SECONDS", 0.1)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)

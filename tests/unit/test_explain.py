@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 import pytest
 from test_golden import ROW, compare
 
-from udpwatch.agent.enrich.remedy import FILE, Code, codes, find, named, remedies
+from udpwatch.agent.client.explain import advice, as_object, matching, of_remedy, short, why
+from udpwatch.agent.client.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text
+from udpwatch.agent.client.remedies import FILE, Code, codes, find, named, remedies
 from udpwatch.agent.model import Cause, Row, Sender, Verdict
-from udpwatch.agent.views.explain import advice, as_object, matching, of_remedy, short, why
-from udpwatch.agent.views.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text
 
 ESCAPE = "\x1b"
 ROW_6 = replace(ROW, sender=Sender("dns", 7), port=53, expected="fd00:13::13", actual="fd00:17::1", family=6)

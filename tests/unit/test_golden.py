@@ -8,8 +8,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-from udpwatch.agent.app import describe
-from udpwatch.agent.doctor import Check, Report, Status, as_text
+from udpwatch.agent.commands.doctor import Check, Report, Status, as_text
+from udpwatch.agent.daemon.app import describe
+from udpwatch.agent.daemon.event_log import as_json
+from udpwatch.agent.daemon.http import HttpCollector
+from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
+from udpwatch.agent.daemon.state import LOSS_STAGES
 from udpwatch.agent.model import (
     Cause,
     ConntrackHealth,
@@ -22,10 +26,6 @@ from udpwatch.agent.model import (
     Tuple,
     Verdict,
 )
-from udpwatch.agent.state import LOSS_STAGES
-from udpwatch.agent.views.events import as_json
-from udpwatch.agent.views.http import HttpCollector
-from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.metrics import DnsCollector, Metrics
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from udpwatch.agent.daemon import http
+from udpwatch.agent.daemon.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpView
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.views import http
-from udpwatch.agent.views.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpView
 
 LONG_HEADERS = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 65_000) for number in range(99))
 
@@ -159,7 +159,7 @@ def test_long_request_line_is_refused() -> None:
 
 
 SERVER = """
-from udpwatch.agent.views.http import HttpView
+from udpwatch.agent.daemon.http import HttpView
 view = HttpView("127.0.0.1", 0)
 view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
 print(view.url, flush=True)

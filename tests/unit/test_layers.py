@@ -12,16 +12,16 @@ AGENT = Path(__file__).resolve().parents[2] / "agent"
 ALLOWED = {
     "model": set(),
     "errors": set(),
-    "kernel": {"model", "errors"},
-    "enrich": {"model", "errors", "kernel"},
-    "state": {"model", "errors", "enrich"},
-    "views": {"model", "errors", "enrich", "state"},
     "config": {"model", "errors"},
-    "servers": set(),
-    "systemd": set(),
-    "lab": {"errors", "kernel"},
+    "kernel": {"model", "errors"},
+    "sources": {"model", "errors", "kernel"},
+    "attribution": {"model", "errors", "kernel"},
+    "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "udpwatch"},  # udpwatch: of dns/
+    "client": {"model", "errors", "daemon", "testing"},
+    "testing": {"errors", "kernel"},
+    "commands": {"model", "errors", "config", "kernel", "sources", "daemon", "client", "testing", "udpwatch"},
 }
-WIRING = {"app", "asking", "cli", "demo", "doctor", "responder", "watching", "__init__"}
+WIRING = {"asking", "cli", "__init__"}
 DNS = AGENT.parent / "dns"
 #: What the agent takes of the responder beside starting it: how shares are counted, which knows nothing of either.
 OF_DNS = {"udpwatch.dns.shares"}

@@ -20,27 +20,27 @@ REFERENCE = re.compile(r"`((?:agent|dns)/[\w/]+\.py):([\w.]+)`")
 
 #: What bounds no tenant's doing: formats, what files and settings of the operator's may hold, and the screen.
 NOT_A_TENANTS = {
-    "agent/enrich/container.py:MAX_DEPTH",
-    "agent/enrich/container.py:MAX_PATHS",
-    "agent/enrich/docker.py:MAX_CONTAINERS",
-    "agent/enrich/docker.py:MAX_FILE_BYTES",
-    "agent/enrich/pod.py:MAX_NAMES",
-    "agent/enrich/process.py:MAX_PROCESSES",
-    "agent/enrich/process.py:MAX_COMMAND_LETTERS",
-    "agent/enrich/budget.py:MAX_TENANTS",
-    "agent/enrich/runtime.py:MAX_ANCESTORS",
-    "agent/enrich/runtime.py:MAX_ARGUMENTS_BYTES",
-    "agent/enrich/runtime.py:MAX_CONTAINERS",
-    "agent/kernel/conntrack.py:MAX_NAMESPACES",
+    "agent/attribution/container.py:MAX_DEPTH",
+    "agent/attribution/container.py:MAX_PATHS",
+    "agent/attribution/docker.py:MAX_CONTAINERS",
+    "agent/attribution/docker.py:MAX_FILE_BYTES",
+    "agent/attribution/pod.py:MAX_NAMES",
+    "agent/attribution/process.py:MAX_PROCESSES",
+    "agent/attribution/process.py:MAX_COMMAND_LETTERS",
+    "agent/attribution/budget.py:MAX_TENANTS",
+    "agent/attribution/runtime.py:MAX_ANCESTORS",
+    "agent/attribution/runtime.py:MAX_ARGUMENTS_BYTES",
+    "agent/attribution/runtime.py:MAX_CONTAINERS",
+    "agent/sources/conntrack.py:MAX_NAMESPACES",
     "agent/kernel/netns.py:MAX_ENTRIES",
     "agent/kernel/objects.py:MAX_FILES",
     "agent/kernel/objects.py:MAX_FILE_BYTES",
-    "agent/kernel/replay.py:MAX_EVENTS",
-    "agent/kernel/replay.py:MAX_LINE",
-    "agent/kernel/replay.py:MAX_PAUSE_SECONDS",
-    "agent/kernel/replay.py:MAX_SENDERS",
-    "agent/kernel/sensor.py:MAX_EVENTS",
-    "agent/views/events.py:MAX_LINKS",
+    "agent/sources/replay.py:MAX_EVENTS",
+    "agent/sources/replay.py:MAX_LINE",
+    "agent/sources/replay.py:MAX_PAUSE_SECONDS",
+    "agent/sources/replay.py:MAX_SENDERS",
+    "agent/sources/sensor.py:MAX_EVENTS",
+    "agent/daemon/event_log.py:MAX_LINKS",
     *(
         f"dns/{name}"
         for name in (
@@ -63,7 +63,7 @@ NOT_A_TENANTS = {
             "zone.py:MAX_FILE_BYTES",
         )
     ),
-    "agent/views/explain_text.py:MAX_ROWS",
+    "agent/client/explain_text.py:MAX_ROWS",
 }
 
 

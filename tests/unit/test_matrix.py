@@ -20,7 +20,7 @@ ROW = Row("6.12")
 ONE, OTHER = "tests/integration/test_one.py", "tests/integration/test_other.py"
 FILES = {
     "pyproject.toml": "",
-    "agent/app.py": "",
+    "agent/daemon/app.py": "",
     "bpf/reply.c": "",
     "docs/kernels.md": "",
     "tests/conftest.py": "",
@@ -80,7 +80,7 @@ def test_what_failed_is_not(tree: Path) -> None:
         (OTHER, (set(), True)),  # the other one imports it
         ("tests/integration/conftest.py", (set(), False)),
         ("tests/kernels/guest.py", (set(), False)),
-        ("agent/app.py", (set(), False)),
+        ("agent/daemon/app.py", (set(), False)),
         ("bpf/reply.c", (set(), False)),
     ],
 )

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.enrich import process
-from udpwatch.agent.enrich.command_line import CommandLines
-from udpwatch.agent.enrich.process import Process, Processes
+from udpwatch.agent.attribution import process
+from udpwatch.agent.attribution.command_line import CommandLines
+from udpwatch.agent.attribution.process import Process, Processes
 
 JAVA = Process("java", cgroups=("/pods/a",), unified="/pods/a")
 

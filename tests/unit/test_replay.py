@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.kernel import replay
-from udpwatch.agent.kernel.replay import Replay
 from udpwatch.agent.model import Cause, Event, Verdict
+from udpwatch.agent.sources import replay
+from udpwatch.agent.sources.replay import Replay
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
 

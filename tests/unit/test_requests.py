@@ -7,13 +7,14 @@ from collections import Counter
 
 import pytest
 
-from udpwatch.agent.kernel.requests import Client, Requests
+from udpwatch.agent.kernel.records import Requester
+from udpwatch.agent.sources.requests import Requests
 
 WINDOW = 30_000_000_000
 
 
-def client(number: int, port: int = 53, inode: int = 1) -> Client:
-    return Client(inode, 0, f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 4444, port)
+def client(number: int, port: int = 53, inode: int = 1) -> Requester:
+    return Requester(inode, 0, f"10.{number >> 16}.{number >> 8 & 255}.{number & 255}", 4444, port)
 
 
 def test_full_table_evicts_from_the_tenant_that_holds_most() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
+from udpwatch.agent.daemon.state import ENDED_SECONDS, LOOK_SECONDS, LOSS_STAGES, About, State
 from udpwatch.agent.model import Cause, Counters, Finding, Increase, Probe, Reading, Sender, Verdict
-from udpwatch.agent.state import ENDED_SECONDS, LOOK_SECONDS, LOSS_STAGES, About, State
-from udpwatch.agent.views.metrics import SnapshotCollector, exposition
 
 
 def finding(port: int = 53, process: str = "dns", cgroup: int = 1) -> Finding:

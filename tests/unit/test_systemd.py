@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent import app, systemd
-from udpwatch.agent.app import App, Starting
 from udpwatch.agent.config import resolve
-from udpwatch.agent.kernel.replay import Replay
+from udpwatch.agent.daemon import app, systemd
+from udpwatch.agent.daemon.app import App, Starting
+from udpwatch.agent.sources.replay import Replay
 
 RECORDING = Path(__file__).parents[1] / "golden/replay.jsonl"
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from udpwatch.agent.client.top import prometheus
+from udpwatch.agent.client.top.prometheus import PrometheusSource, look_of, samples_of
+from udpwatch.agent.client.top.rows import Order, rows
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.views.top import prometheus
-from udpwatch.agent.views.top.prometheus import PrometheusSource, look_of, samples_of
-from udpwatch.agent.views.top.rows import Order, rows
 
 MISMATCH = "udpwatch_reply_source_mismatch_total"
 

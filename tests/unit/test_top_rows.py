@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from udpwatch.agent.model import Row, Sender, Snapshot
-from udpwatch.agent.views.top.banner import Condition, banner, spark
-from udpwatch.agent.views.top.layout import (
+from udpwatch.agent.client.top.banner import Condition, banner, spark
+from udpwatch.agent.client.top.layout import (
     address_text,
     age_text,
     cells,
@@ -22,7 +21,8 @@ from udpwatch.agent.views.top.layout import (
     plain,
     rate_text,
 )
-from udpwatch.agent.views.top.rows import Look, Meter, Order, baseline_of, other_of, rows, total_of
+from udpwatch.agent.client.top.rows import Look, Meter, Order, baseline_of, other_of, rows, total_of
+from udpwatch.agent.model import Row, Sender, Snapshot
 
 NOW = 1_800_000_000.0
 

@@ -16,17 +16,17 @@ from test_top_rows import NOW, look, row
 from textual import events
 from textual.widgets import Input
 
+from udpwatch.agent.client import explain
+from udpwatch.agent.client.top.feed import News
+from udpwatch.agent.client.top.rows import Look, Meter, key_of
+from udpwatch.agent.client.top.screen import TopApp
+from udpwatch.agent.client.top.sources import Source
+from udpwatch.agent.client.top.widgets import Findings, Lines
+from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.kernel import replay
-from udpwatch.agent.kernel.replay import Replay
 from udpwatch.agent.model import Row, Sender
-from udpwatch.agent.state import About, State
-from udpwatch.agent.views import explain
-from udpwatch.agent.views.top.feed import News
-from udpwatch.agent.views.top.rows import Look, Meter, key_of
-from udpwatch.agent.views.top.screen import TopApp
-from udpwatch.agent.views.top.sources import Source
-from udpwatch.agent.views.top.widgets import Findings, Lines
+from udpwatch.agent.sources import replay
+from udpwatch.agent.sources.replay import Replay
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 THREE = (row("aaa", 3, 5), row("bbb", 1, 7, pod="web-0", namespace="shop"), row("ccc", 2, 6))

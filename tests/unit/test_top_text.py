@@ -22,12 +22,12 @@ import pytest
 from test_top_rows import NOW, look, row, snapshot
 
 from udpwatch.agent.cli import main
+from udpwatch.agent.client.top import sources, text
+from udpwatch.agent.client.top.detail import detail, title
+from udpwatch.agent.client.top.layout import plain
+from udpwatch.agent.client.top.rows import Look, Order, rows
+from udpwatch.agent.client.top.sources import AgentSource, open_agent
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.views.top import sources, text
-from udpwatch.agent.views.top.detail import detail, title
-from udpwatch.agent.views.top.layout import plain
-from udpwatch.agent.views.top.rows import Look, Order, rows
-from udpwatch.agent.views.top.sources import AgentSource, open_agent
 
 EVENTS = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
 
@@ -288,7 +288,5 @@ def test_its_agent_that_ends_ends_it() -> None:
 
 
 def test_who_wants_lines_does_not_pay_for_a_screen() -> None:
-    code = (
-        "import sys, udpwatch.agent.views.top, udpwatch.agent.views.top.prometheus; sys.exit('textual' in sys.modules)"
-    )
+    code = "import sys, udpwatch.agent.client.top.prometheus; sys.exit('textual' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

@@ -1,0 +1,226 @@
+"""`udpwatch top` in characters: numbers, and columns that fit a width. Pure functions.
+
+A painted line is a list of (text, style), where a style is a name that screen.py gives a look. Text from outside
+passes `safe` here, and is never read as markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from rich.cells import cell_len, set_cell_size
+
+from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.rows import Line, Order
+
+Painted = list[tuple[str, str]]
+
+
+def fitted(text: str, width: int, right: bool = False) -> str:
+    """Exactly ``width`` cells of it; what is cut off is shown as cut off."""
+    length = cell_len(text)
+    if length > width:
+        return set_cell_size(text, width - 1) + "…" if width > 0 else ""
+    return " " * (width - length) + text if right else text + " " * (width - length)
+
+
+def address_text(address: str, width: int) -> str:
+    """An address in ``width`` cells; both of its ends tell more than its middle."""
+    address = safe(address)
+    if len(address) <= width or width < 3:
+        return fitted(address, width)
+    tail = (width - 1) // 2
+    return f"{address[: width - 1 - tail]}…{address[len(address) - tail :]}"
+
+
+def rate_text(rate: float | None) -> str:
+    """Five characters at most."""
+    if rate is None:
+        return "·"
+    if rate == 0:
+        return "0"
+    if rate < 0.095:
+        return f"{rate:.2f}" if rate >= 0.005 else "<0.01"
+    return f"{rate:.1f}" if rate < 99.95 else _short(rate)
+
+
+def count_text(count: float) -> str:
+    """Exact as far as it fits in seven characters."""
+    return f"{count:.0f}" if count < 1e7 else _short(count)
+
+
+def _short(number: float) -> str:
+    for unit in ("", "k", "M", "G"):
+        if number < 999.5:
+            return f"{number:.0f}{unit}" if unit == "" or number >= 9.995 else f"{number:.1f}{unit}"
+        number /= 1000
+    return f"{number:.0f}T"
+
+
+def age_text(seconds: float) -> str:
+    """Four characters at most."""
+    seconds = max(0.0, seconds)
+    for limit, unit, size in ((60, "s", 1), (3600, "m", 60), (86_400, "h", 3600)):
+        if seconds < limit:
+            return f"{int(seconds / size)}{unit}"
+    return f"{int(seconds / 86_400)}d"
+
+
+def clock_text(time: float) -> str:
+    """Local time of day: people read their own clock."""
+    return datetime.fromtimestamp(time).strftime("%H:%M:%S")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: what stands in it, how it may shrink."""
+
+    name: str
+    headings: tuple[str, ...]  # the long one, the short one
+    cell: Callable[[Line, float], str]  # of a line, at a time
+    right: bool = False
+    order: Order | None = None
+    brief: Callable[[Line, float], str] | None = None  # the same in few cells
+    width: int = 0  # as laid out
+
+
+def _last(line: Line, now: float) -> str:
+    return age_text(now - line.row.last) if line.row.last else "-"
+
+
+#: in few cells
+_BRIEF = {
+    "kernel-chosen": "kernel",
+    "explicit": "app",
+    "connected": "conn",
+    "forwarded": "fwd",
+    "untracked": "untr",
+    "unknown": "?",
+}
+_ADDRESSES = {"asked", "answered"}
+_NAMES = {"node", "process", "where"}
+#: who gives cells where there are too few, and how many it keeps: names before addresses
+_GIVING = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
+
+
+def _brief(word: str) -> str:
+    return _BRIEF.get(word) or safe(word)
+
+
+COLUMNS = (
+    Column("node", ("node",), lambda line, _: safe(line.key.node)),
+    Column("process", ("process",), lambda line, _: safe(line.key.process) or "-", order=Order.PROCESS),
+    Column(
+        "where",
+        ("pod or container", "pod"),
+        lambda line, _: safe(line.where) or "-",
+        order=Order.WHERE,
+        brief=lambda line, _: safe(line.key.pod or line.where) or "-",
+    ),
+    Column("port", ("port",), lambda line, _: str(line.key.port), right=True, order=Order.PORT),
+    Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
+    Column("answered", ("answered from", "answered"), lambda line, _: safe(line.key.actual)),
+    Column(
+        "verdict",
+        ("verdict", "ct"),
+        lambda line, _: safe(line.key.verdict),
+        brief=lambda line, _: _brief(line.key.verdict),
+    ),
+    Column("cause", ("cause",), lambda line, _: safe(line.key.cause), brief=lambda line, _: _brief(line.key.cause)),
+    Column("rate", ("rate/s", "/s"), lambda line, _: rate_text(line.rate), right=True, order=Order.RATE),
+    Column("total", ("total",), lambda line, _: count_text(line.total), right=True, order=Order.TOTAL),
+    Column("last", ("last seen", "last"), _last, right=True, order=Order.LAST),
+)
+
+
+def columns_for(lines: Sequence[Line], width: int, cluster: bool, order: Order) -> tuple[Column, ...]:
+    """The columns laid out for ``lines`` in ``width`` cells.
+
+    Where they do not fit, headings give way first, then words that have a short form, then names, addresses last.
+    """
+    columns = [column for column in COLUMNS if cluster or column.name != "node"]
+    laid = [_natural(column, lines, order) for column in columns]
+    for brief in ((), ("verdict", "cause"), ("verdict", "cause", "where")):
+        if _total(laid) <= width:
+            break
+        laid = [_natural(_briefer(column, column.name in brief), lines, order) for column in columns]
+    return tuple(_spread(_shrunk(laid, width), width))
+
+
+def _briefer(column: Column, words: bool) -> Column:
+    """With its shortest heading, and with its short words, too."""
+    cell = column.brief if words and column.brief else column.cell
+    return replace(column, headings=column.headings[-1:], cell=cell)
+
+
+#: what changes all the time does not move its column; a total has its five cells at least
+_FIXED = {"rate": 5, "total": 5, "last": 4, "port": 5}
+
+
+def _natural(column: Column, lines: Sequence[Line], order: Order) -> Column:
+    """As wide as its content, and as its heading with an arrow."""
+    content = _FIXED.get(column.name, 0)
+    if column.name == "total":
+        content = max([content, *(len(count_text(line.total)) for line in lines)])
+    elif not content:
+        content = max(map(cell_len, {column.cell(line, 0.0) for line in lines}), default=0)
+    arrow = 1 if column.order is order else 0
+    return replace(column, width=max(content, cell_len(column.headings[0]) + arrow))
+
+
+def _total(columns: Sequence[Column]) -> int:
+    return sum(column.width for column in columns) + len(columns) - 1
+
+
+def _shrunk(columns: Sequence[Column], width: int) -> list[Column]:
+    """Taken a cell at a time from the widest of those that may give; when nobody may, from everything."""
+    widths = [column.width for column in columns]
+    for _ in range(_total(columns) - width):
+        for names, least in _GIVING:
+            giving = [at for at, each in enumerate(columns) if each.name in names and widths[at] > least]
+            if giving:
+                break
+        else:
+            giving = [at for at in range(len(columns)) if widths[at] > 1]
+        if not giving:
+            break
+        widths[max(giving, key=lambda at: widths[at])] -= 1
+    return [replace(column, width=each) for column, each in zip(columns, widths, strict=True)]
+
+
+def _spread(columns: Sequence[Column], width: int) -> list[Column]:
+    """Some room between the columns where there is some: blanks before each, three at most."""
+    spare = width - _total(columns)
+    gap = min(3, spare // len(columns))
+    return [replace(column, width=column.width + (gap if at else 0)) for at, column in enumerate(columns)]
+
+
+def heading(columns: Sequence[Column], order: Order, backwards: bool) -> Painted:
+    """The line above the table; an arrow shows by which column, and which way, it is sorted."""
+    painted: Painted = []
+    for column in columns:
+        arrow = ("▼" if order.falls is not backwards else "▲") if column.order is order else ""
+        text = fitted(column.headings[0] + arrow, column.width, column.right)
+        painted += [(text, "heading-sorted" if arrow else "heading"), (" ", "heading")]
+    return painted[:-1]
+
+
+def cells(line: Line, columns: Sequence[Column], now: float) -> Painted:
+    """One line of the table."""
+    quiet = line.rate == 0
+    painted: Painted = []
+    for column in columns:
+        style = "quiet" if quiet and column.name != "answered" else column.name
+        cell = column.cell(line, now)
+        text = (
+            address_text(cell, column.width) if column.name in _ADDRESSES else fitted(cell, column.width, column.right)
+        )
+        painted += [(text, style), (" ", "gap")]
+    return painted[:-1]
+
+
+def plain(painted: Painted) -> str:
+    """The characters alone."""
+    return "".join(text for text, _ in painted).rstrip()

@@ -1,0 +1,113 @@
+"""`udpwatch dns`: the responder of dns/ as a program of its own, with the agent's HTTP view for Prometheus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import signal
+
+from udpwatch.agent import __version__
+from udpwatch.agent.daemon.http import HttpView
+from udpwatch.agent.daemon.metrics import exposition
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import capabilities
+from udpwatch.agent.kernel.capabilities import Capability, User
+from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
+from udpwatch.dns.service import Service
+from udpwatch.dns.settings import Settings
+
+NOBODY = 65_534  # the kernel's overflow id, for a system without a user of the name
+#: For addresses that come later. In the sockets' place dnsmasq keeps CAP_NET_ADMIN, too, for options that are not ours.
+KEPT = frozenset({Capability.NET_BIND_SERVICE})
+
+log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> None:
+    """Answer until SIGTERM or SIGINT. SIGHUP reads the tables anew, SIGUSR1 logs statistics. Raises DnsError."""
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    with contextlib.ExitStack() as opened:
+        http = _listen(settings.metrics_listen)
+        if http:
+            opened.callback(http.stop)
+        service = Service(settings, __version__)
+        reloads: set[asyncio.Task[None]] = set()
+
+        def reload() -> None:
+            task = loop.create_task(service.reload())
+            reloads.add(task)
+            task.add_done_callback(reloads.discard)
+
+        def tell() -> None:
+            for line in service.statistics():
+                log.info("dns: %s", line)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, done.set)
+        loop.add_signal_handler(signal.SIGHUP, reload)
+        loop.add_signal_handler(signal.SIGUSR1, tell)
+        try:
+            give_up_root(settings.user)
+            if http:
+                http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
+            await service.start()
+            log.info("ready")
+            await done.wait()
+        finally:
+            await service.stop()
+
+
+def give_up_root(name: str) -> None:
+    """Change from root to this user ("": nobody), and keep no capability but KEPT, whoever we are. Before any thread is
+    started: the others would keep theirs.
+
+    Raises DnsError where a user that was named cannot be had.
+    """
+    user = _user(name) if os.geteuid() == 0 else None
+    try:
+        capabilities.drop_all_but(KEPT, user)
+    except OSError as error:
+        if not user:
+            raise
+        hint = "add CAP_SETUID and CAP_SETGID, or give --user=root"
+        problem = f"cannot change to user {user.name}: {error.strerror}"
+        if name:
+            raise DnsError(f"{problem}; {hint}") from None
+        capabilities.drop_all_but(KEPT)
+        log.warning("%s; still root, without its capabilities; %s", problem, hint)
+    else:
+        if user:
+            log.info("changed to user %s", user.name)
+
+
+def _user(name: str) -> User | None:
+    """None for root itself."""
+    try:
+        entry = pwd.getpwnam(name or "nobody")
+    except KeyError:
+        if name:
+            raise ConfigError(f"--user: there is no user {name!r}") from None
+        return User("nobody", NOBODY, NOBODY)
+    return User(entry.pw_name, entry.pw_uid, entry.pw_gid) if entry.pw_uid else None
+
+
+def ready(service: Service) -> tuple[bool, str]:
+    """For /readyz."""
+    return service.ready, "ready" if service.ready else "the tables are being read, or it is stopping"
+
+
+def _listen(where: str) -> HttpView | None:
+    if where == "off":
+        return None
+    host, _, port = where.rpartition(":")
+    try:
+        return HttpView(host.strip("[]"), int(port))
+    except UdpwatchError as error:
+        raise NetworkError(str(error)) from None

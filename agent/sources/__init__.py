@@ -1,0 +1,1 @@
+"""Sources of findings: the kernel's sensor, and a recording in its place."""

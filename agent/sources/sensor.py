@@ -1,0 +1,215 @@
+"""Everything that watches the kernel, as one: the sockets' replies, conntrack's flows, the programs on their hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from udpwatch.agent.kernel import bpf, netns, records
+from udpwatch.agent.kernel.attached import Attached
+from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.ctnetlink import Table
+from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
+from udpwatch.agent.kernel.loader import CLOCK, Limits, Loaded, load
+from udpwatch.agent.kernel.snmp import udp_sent
+from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
+from udpwatch.agent.sources.flows import FlowSensor, ListenedFlows, ProbedFlows, Told
+from udpwatch.agent.sources.sockets import ReplySensor
+
+MAX_EVENTS = 10_000
+SELF_TEST_SECONDS = 0.5
+HEALTH_SECONDS = 2.0
+
+
+def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
+    """How many values an element of a per-CPU map has: one more than the highest possible CPU number."""
+    return int(path.read_text().strip().replace(",", "-").split("-")[-1]) + 1
+
+
+class Sensor:
+    """Owns all descriptors. Not thread-safe: one thread reads."""
+
+    def __init__(self, cgroup: Cgroup, limits: Limits, loaded: Loaded, forwarded: Forwarded) -> None:
+        self._maps = loaded.maps
+        self._attached = Attached(cgroup, loaded)
+        self._cpus = possible_cpus()
+        self._replies: ReplySensor | None = None
+        if "findings" in loaded.maps:
+            self._replies = ReplySensor(loaded.maps, loaded.programs[CLOCK], limits)
+        self._flows: FlowSensor | None = None
+        self._poll = select.poll()
+        if self._replies:
+            self._poll.register(self._replies.fileno(), select.POLLIN)
+        self.forwarded_reason = ""  # why replies of other machines are not seen
+        self._health: ConntrackHealth | None = None
+        self._health_at = -HEALTH_SECONDS
+        self._table: Table | None = None
+        self.features: Features = loaded.features
+        self.compiler = loaded.compiler
+        self._watch_flows(loaded, limits, forwarded)
+
+    @classmethod
+    def open(
+        cls,
+        cgroup: Cgroup,
+        limits: Limits,
+        btf: Path = VMLINUX_BTF,
+        hooks: Hooks = Hooks.ALL,
+        forwarded: Forwarded = Forwarded.AUTO,
+        cache: Path | None = None,
+    ) -> Sensor:
+        """Load and attach. Raises what `loader.load` raises."""
+        if hooks is not Hooks.CGROUP:
+            _load_conntrack()
+        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache)
+        return cls(cgroup, limits, loaded, forwarded)
+
+    def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
+        told = Told(self._maps.get("told"), limits.window_ns)
+        if {"__nf_conntrack_confirm", "nf_ct_delete"} <= loaded.links.keys():
+            self._flows = FlowSensor(ProbedFlows(loaded, limits), told, limits)
+        elif forwarded is Forwarded.ON:
+            try:
+                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None, told), told, limits)
+            except OSError as error:
+                self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
+        elif forwarded is Forwarded.AUTO:
+            self.forwarded_reason = loaded.features.probes_reason or "its function probes are not attached"
+
+    @property
+    def mode(self) -> str:
+        """One word for metrics and doctor: where conntrack's opinion comes from."""
+        return self.features.mode if self._replies else "function"
+
+    @property
+    def listens(self) -> bool:
+        """Whether conntrack's events are read over netlink."""
+        return self._flows is not None and self._flows.flows is not None
+
+    @property
+    def sees_forwarded(self) -> bool:
+        return self._flows is not None
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """Where conntrack's events are listened to in vain, and why, a line each."""
+        return self._flows.unheard if self._flows else ()
+
+    def close(self) -> None:
+        """Detach and free everything."""
+        for part in (self._replies, self._flows, self._table, self._attached):
+            if part:
+                part.close()
+        for descriptor in self._maps.values():
+            os.close(descriptor)
+        self._maps.clear()
+
+    def wait(self, seconds: float) -> None:
+        """Block until the programs have sent an event up, or the time is over. Flows wait in their own buffers."""
+        self._poll.poll(seconds * 1000)
+
+    def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
+        """The events of all that was found since the last call, about ``most`` of each kind."""
+        parts = [part.events(most) for part in (self._replies, self._flows) if part]
+        return itertools.chain.from_iterable(parts)
+
+    def read(self, forget_ns: int) -> Reading:
+        """One reading of everything; findings that were quiet for ``forget_ns`` are forgotten."""
+        replies, flows = self._replies, self._flows
+        parts = (replies.increases(forget_ns) if replies else (), flows.increases() if flows else ())
+        increases = tuple(itertools.chain.from_iterable(parts))
+        counters = self.counters()
+        return Reading(
+            increases=increases,
+            counters=counters,
+            probes=self.probes(),
+            tracked_peers=replies.count_peers() if replies else 0,
+            evicted_peers=counters.evicted + (flows.evicted if flows else 0),
+            undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
+            beyond=replies.beyond() if replies else {},
+            dropped=(replies.dropped if replies else 0) + (flows.dropped if flows else 0),
+            held_back=flows.held_back if flows else 0,
+            overruns=flows.overruns if flows else 0,
+            flows=counters.flows if flows is None or flows.flows is None else flows.flows,
+            conntrack=self._conntrack_health(),
+            udp_sent=udp_sent(),
+        )
+
+    def counters(self) -> Counters:
+        """The programs' own counters."""
+        raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
+        return records.decode_counters(raw or b"")
+
+    def self_test(self) -> bool:
+        """Ask two addresses over loopback, answer, and see whether the programs count just that reply.
+
+        False also where this process's own packets do not pass the watched cgroup, or loopback is down. Where there
+        are function probes only, the kernel's word that they are attached has to do.
+        """
+        if not self._replies:
+            return self.attached
+        before = self.counters().self_tests
+        try:
+            with (
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
+                socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
+            ):
+                client.bind(("127.0.0.1", 0))
+                server.bind(("0.0.0.0", 0))  # noqa: S104  asked at two addresses
+                for end in (client, server):
+                    end.settimeout(SELF_TEST_SECONDS)
+                port, peer_port = server.getsockname()[1], client.getsockname()[1]
+                cookie = netns.cookie_here() if self.features.netns_cookie else 0
+                bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(cookie, port, peer_port))
+                for address in ("127.0.0.2", "127.0.0.1"):
+                    client.sendto(b"udpwatch", (address, port))
+                    server.recvfrom(16)
+                server.sendto(b"udpwatch", client.getsockname())  # from 127.0.0.1, by routing
+                client.recvfrom(16)
+        except OSError:
+            return False
+        finally:
+            bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(0, 0, 0))
+        return self.counters().self_tests == before + 1
+
+    def keep_attached(self) -> list[str]:
+        """Attach again what somebody detached; a line for each change."""
+        return self._attached.keep()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the kernel says that every required program is attached."""
+        return self._attached.complete
+
+    def probes(self) -> tuple[Probe, ...]:
+        """Every program, as the kernel reports it now."""
+        return self._attached.probes()
+
+    def unattached(self) -> dict[str, int]:
+        """Programs that others go on in, or that the agent runs: how many instructions the verifier walked of each."""
+        return self._attached.unattached()
+
+    def _conntrack_health(self) -> ConntrackHealth | None:
+        now = time.monotonic()
+        if now - self._health_at >= HEALTH_SECONDS:
+            self._health_at = now
+            try:
+                # A question would make the kernel load conntrack; where it is not, there is nothing to know.
+                if self._table is None and Path("/proc/sys/net/netfilter/nf_conntrack_max").exists():
+                    self._table = Table()
+                self._health = self._table.health() if self._table else None
+            except OSError:
+                self._health = None
+        return self._health
+
+
+def _load_conntrack() -> None:
+    """Only functions that are there can be probed, and conntrack may be a module that nothing has asked for yet."""
+    with contextlib.suppress(OSError), Table() as table:
+        table.entries()

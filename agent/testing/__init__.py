@@ -1,0 +1,1 @@
+"""The network namespaces and the small servers of the demo and the tests."""

@@ -1,1 +1,0 @@
-"""`udpwatch top`: what is shown of a node, or of all of them, and how it is kept up to date."""
