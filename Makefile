@@ -55,7 +55,7 @@ bench-kernel: packages-kernels $(VENV)/.kernels
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(or $(KERNELS),6.12)" --bench "function_probes"
 
 fuzz: packages-test $(VENV)/.dev
-	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/test_dns_fuzz.py
+	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/dns/test_fuzz.py
 
 golden: packages-test $(VENV)/.dev $(HELM)
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden

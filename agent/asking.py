@@ -89,8 +89,11 @@ def _events(parsed: argparse.Namespace, terminal: bool, colour: bool) -> Iterato
 
 
 def _explain(parsed: argparse.Namespace, colour: bool) -> Iterator[Said]:
-    from udpwatch.agent.client import remedies  # noqa: PLC0415
-    from udpwatch.agent.client import explain_text, follow  # noqa: PLC0415
+    from udpwatch.agent.client import (  # noqa: PLC0415
+        explain_text,
+        follow,
+        remedies,
+    )
     from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client  # noqa: PLC0415
     from udpwatch.agent.client.explain import matching  # noqa: PLC0415
 

@@ -14,35 +14,11 @@ import dns.message
 import pytest
 from agents import run_cli, wait_for
 from dns_server import Asked, FakeServer, Responder, ask, needs, rcode, right, texts, write
+from stub_resolvers import LOOKUP, resolve
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE, NODE_6, CLIENT = "10.1.0.1", "fd01::1", "10.1.0.2"
-LOOKUP = r"""
-#include <arpa/inet.h>
-#include <netdb.h>
-#include <stdio.h>
-#include <string.h>
-
-int main(int argc, char **argv)
-{
-    struct addrinfo hints, *found;
-    char text[64];
-    int error;
-
-    memset(&hints, 0, sizeof hints);
-    hints.ai_socktype = SOCK_STREAM;
-    error = getaddrinfo(argv[1], 0, &hints, &found);
-    if (error)
-        return printf("%s\n", gai_strerror(error)), 1;
-    for (; found; found = found->ai_next) {
-        void *at = found->ai_family == AF_INET ? (void *)&((struct sockaddr_in *)found->ai_addr)->sin_addr
-                               : (void *)&((struct sockaddr_in6 *)found->ai_addr)->sin6_addr;
-        puts(inet_ntop(found->ai_family, at, text, sizeof text));
-    }
-    return argc - 2;
-}
-"""
 
 
 def nothing_there(asked: Asked) -> bytes:
@@ -94,15 +70,6 @@ OPTIONS = [
 def responder(lab: tuple[Namespace, Namespace], folder: Path, upstream: FakeServer) -> Iterator[Responder]:
     with Responder(lab[0], f"--addn-hosts={folder}/hosts", *OPTIONS) as running:
         yield running
-
-
-def resolve(namespace: Namespace, folder: Path, resolv: str, *command: str) -> list[str]:
-    """Run a command with a resolv.conf of its own; the words that it says."""
-    script = (
-        f"mount --bind {folder}/{resolv} /etc/resolv.conf && "
-        f'mount --bind {folder}/nsswitch.conf /etc/nsswitch.conf && exec "$@"'
-    )
-    return namespace.run(["unshare", "--mount", "sh", "-c", script, "sh", *command]).split()
 
 
 # ---- clients ----

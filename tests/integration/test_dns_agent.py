@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agents import Agent, wait_for
+from agents import wait_for
 from dns_server import FakeServer, ask, bare_query, connected, texts, write
+from scene_agent import InNamespace
 
-from udpwatch.agent.kernel import netns
-from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.lab import ContainerHost
 
 RESIDENT_MB = 45  # design, section 9
 
@@ -22,25 +22,6 @@ RESIDENT_MB = 45  # design, section 9
 def scene() -> Iterator[ContainerHost]:
     with ContainerHost() as lab:
         yield lab
-
-
-class InNamespace(Agent):
-    """An agent on the node of a scene; its HTTP view is asked there."""
-
-    def __init__(self, scene: ContainerHost, folder: Path, *flags: str, ready: bool = True) -> None:
-        self.scene = scene
-        namespace = scene.node.path
-
-        def enter() -> None:
-            with open(namespace, "rb") as file:  # noqa: PTH123  a child: as little as possible
-                netns.setns(file.fileno())
-            die_with_parent()
-
-        super().__init__(folder, "--dns", *flags, ready=ready, preexec_fn=enter)
-
-    def get(self, path: str) -> tuple[int, str]:
-        with self.scene.node.entered():
-            return super().get(path)
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ import yaml
 from agents import Agent, run_cli, temporary, wait_for
 from boards import Question, filled_in
 from dns_server import Asked, FakeServer, ask, bare_query, right, write
-from test_dns_agent import InNamespace
+from scene_agent import InNamespace
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.testing.lab import ContainerHost

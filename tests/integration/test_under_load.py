@@ -18,7 +18,7 @@ from conftest import PATIENCE_SECONDS, Watch, ask, open_netlink_watch
 from dns_server import Responder, needs
 from load import ASKED, RIGHT_PORT, SINK_PORT, TRACKING, Place, answer_wrongly, compile_load, make_place
 from machine import own_cgroup
-from test_dns import LOOKUP, resolve
+from stub_resolvers import LOOKUP, resolve
 from test_scenes import V4, V6, Family, bound, source_control
 
 from udpwatch.agent.kernel.loader import Limits

@@ -325,7 +325,7 @@ def state(tree: Path) -> dict[str, str]:
     """
     tests = {path.stem: path for path in (tree / "tests/integration").glob("test_*.py")}
     shared = [tree / "pyproject.toml", tree / "tests/conftest.py", tree / "tests/kernels/guest.py"]
-    for folder in (tree / part for part in ("agent", "bpf", "dns", "tests/integration")):
+    for folder in (tree / part for part in ("agent", "bpf", "dns", "tests/integration", "tests/support")):
         shared += [path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")]
     common = _digest([path for path in shared if path not in tests.values()])
     digests = {"": common}

@@ -22,7 +22,7 @@ from udpwatch.dns.options import OPTIONS, REFUSED, Information, Option, parse, r
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
 from udpwatch.dns.wire import Type, name_from_text
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / options.DOCUMENT
 BY_NAME = {option.name: option for option in OPTIONS}
 A, B, C = (name_from_text(text) for text in ("a.example", "b.example", "c.example"))
