@@ -224,8 +224,7 @@ class Snapshot:
     lost: dict[str, int]  # stage -> how many events, or peers, were lost there
     probes: tuple[Probe, ...]
     other_of: dict[str, int] = field(default_factory=dict)  # of `other`, by namespace; "": none, or not known
-    healed: int = 0  # replies whose source was set right; 0 as long as nobody heals
     flows: int = 0  # new UDP flows of conntrack's that were looked at
     conntrack: ConntrackHealth | None = None
     udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
-    seen: bool = True  # the last datagram of our own was seen by the programs
+    self_test_passed: bool = True

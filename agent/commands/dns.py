@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import logging
 import os
 import pwd
 import signal
+import sys
 
 from udpwatch.agent import __version__
 from udpwatch.agent.daemon.http import HttpView
@@ -16,8 +18,10 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
 from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
+from udpwatch.dns.options import parse
 from udpwatch.dns.service import Service
 from udpwatch.dns.settings import Settings
+from udpwatch.dns.values import Information
 
 NOBODY = 65_534  # the kernel's overflow id, for a system without a user of the name
 #: For addresses that come later. In the sockets' place dnsmasq keeps CAP_NET_ADMIN, too, for options that are not ours.
@@ -26,7 +30,25 @@ KEPT = frozenset({Capability.NET_BIND_SERVICE})
 log = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> None:
+def add_arguments(_parser: argparse.ArgumentParser) -> None:
+    """Declare nothing: `run` parses its own words, because dnsmasq's options are not argparse's."""
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Parse ``parsed.words`` and answer queries; return dnsmasq's exit statuses."""
+    try:
+        settings = parse(parsed.words)
+        if isinstance(settings, Information):
+            print(settings.text)
+        else:
+            respond(settings)
+    except DnsError as error:
+        print(f"udpwatch: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def respond(settings: Settings) -> None:
     """Answer until SIGTERM or SIGINT. SIGHUP reads the tables anew, SIGUSR1 logs statistics. Raises DnsError."""
     asyncio.run(_run(settings))
 

@@ -7,10 +7,12 @@ kept of its capabilities; with --agent it alone.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import json
 import os
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -19,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent import __version__
-from udpwatch.agent.client.connection import Client, shaped
+from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client, shaped
 from udpwatch.agent.client.follow import NoAgent, reaching
-from udpwatch.agent.config import LIMITS, SETTINGS, Settings
+from udpwatch.agent.commands.run import settings_file
+from udpwatch.agent.config import LIMITS, SETTINGS, Settings, resolve
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
 from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
@@ -61,6 +64,28 @@ class Report:
     mode: str | None  # None: it cannot work
     works: bool
     running: bool = False  # it is about an agent that runs, not about what one could do
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what to check."""
+    parser.description = (
+        "Try everything that udpwatch needs and print the result. Exit status 77: udpwatch cannot run here. With "
+        "--agent, ask the running agent instead: exit status 0 if it is ready, 1 if not."
+    )
+    parser.add_argument("--agent", action="store_true", help="print the running agent's own report; try nothing")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
+        parser.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
+    parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print the report; return 0 if udpwatch works, else 77, or 1 with --agent. Raises UdpwatchError."""
+    flags = {"cgroup": parsed.cgroup, "btf": parsed.btf, "socket": parsed.connect}
+    settings = resolve(flags, os.environ, settings_file(parsed))
+    report = ask(settings.socket) if parsed.agent else examine(settings)
+    print(as_json(report) if parsed.json else as_text(report, sys.stdout.isatty()))
+    return 0 if report.works else 1 if parsed.agent else 77
 
 
 def ask(path: Path | None) -> Report:

@@ -22,20 +22,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from udpwatch.agent import __version__
-from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.config import Settings
 from udpwatch.agent.daemon import api, systemd
 from udpwatch.agent.daemon.event_log import EventWriter, as_json
 from udpwatch.agent.daemon.http import HttpView
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
-from udpwatch.agent.daemon.startup import Proof, watch_kernel, watch_recording
+from udpwatch.agent.daemon.self_test import SelfTest
+from udpwatch.agent.daemon.startup import watch_kernel, watch_recording
 from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.kernel import capabilities, clock
+from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.model import Cause, Event, Increase, Reading, Row, Sender, Snapshot
-from udpwatch.agent.sources.replay import Replay
-from udpwatch.agent.sources.sensor import Sensor
+from udpwatch.agent.model import Cause, Event, Reading, Row, Snapshot
+from udpwatch.agent.sources.source import FindingSource
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
@@ -79,17 +78,17 @@ class _SensorThread(threading.Thread):
 
     def __init__(
         self,
-        sensor: Sensor | Replay,
+        source: FindingSource,
         forget: float,
         on_events: Callable[[list[Event]], None],
         on_reading: Callable[[Reading, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
-        proof: Proof,
+        self_test: SelfTest,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
-        self._sensor, self._forget_ns = sensor, int(forget * 1e9)
+        self._source, self._forget_ns = source, int(forget * 1e9)
         self._on_events, self._on_reading, self._on_failure = on_events, on_reading, on_failure
-        self._proof = proof
+        self._self_test = self_test
         self._stopping = threading.Event()
         self._may_take, self._taken_at = 0.0, time.monotonic()  # events, by EVENTS_PER_SECOND
 
@@ -103,7 +102,7 @@ class _SensorThread(threading.Thread):
         next_reading = next_health = 0.0
         used = time.thread_time()
         while not self._stopping.is_set():
-            self._sensor.wait(READ_SECONDS)
+            self._source.wait(READ_SECONDS)
             pause = (time.thread_time() - used) / CPU_SHARE
             used = time.thread_time()
             if pause > READ_SECONDS / 10:
@@ -113,7 +112,7 @@ class _SensorThread(threading.Thread):
             if now >= next_reading:
                 changes = []
                 if now >= next_health:
-                    changes = self._sensor.keep_attached() + self._proof.look()
+                    changes = self._source.keep_attached() + self._self_test.run()
                     next_health = now + HEALTH_SECONDS
                 self._pass_reading(changes)
                 next_reading = time.monotonic() + READ_SECONDS
@@ -122,7 +121,7 @@ class _SensorThread(threading.Thread):
         self._pass_reading([])
 
     def _pass_reading(self, changes: list[str]) -> None:
-        self._on_reading(self._sensor.read(self._forget_ns), changes, self._proof.seen)
+        self._on_reading(self._source.read(self._forget_ns), changes, self._self_test.passed)
 
     def _pass_events(self) -> None:
         now = time.monotonic()
@@ -131,7 +130,7 @@ class _SensorThread(threading.Thread):
         if self._may_take < 1:
             self._stopping.wait(READ_SECONDS / 10)  # the sensor has events, so it does not wait
             return
-        events = list(self._sensor.events(int(self._may_take)))
+        events = list(self._source.events(int(self._may_take)))
         self._may_take -= len(events)
         if events:
             self._on_events(events)
@@ -206,7 +205,7 @@ class App:
                 self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor)
             with starting.interruptible():
                 self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings)
-            self._sensor = self._watching.sensor
+            self._source, self._senders = self._watching.source, self._watching.senders
             opened.callback(self._watching.close)
             self._dns = open_dns(settings.dns_conf) if settings.dns else None
             if self._dns:
@@ -215,14 +214,11 @@ class App:
                 version=__version__,
                 kernel=os.uname().release,
                 node=settings.node,
-                mode=self._sensor.mode,
+                mode=self._source.mode,
                 started=self._started,
                 notes=self._watching.notes,
             )
-            self._senders = Senders(Roots(cgroup=self._watching.cgroups))
-            self._state = State(
-                about, settings.max_series, settings.forget, self._senders.has_ended, self._senders.namespace_of
-            )
+            self._state = State(about, settings.max_series, settings.forget, self._senders)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 
@@ -247,10 +243,10 @@ class App:
             self._done.set()
         self._drop_capabilities()
         self._announce()
-        for line in self._watching.proof.look():
+        for line in self._watching.self_test.run():
             log.warning("%s", line)
         forget = self._settings.forget
-        self._on_reading(self._sensor.read(int(forget * 1e9)), [], self._watching.proof.seen)
+        self._on_reading(self._source.read(int(forget * 1e9)), [], self._watching.self_test.passed)
         if self._events:
             self._events.start()
         if self._http:
@@ -262,7 +258,7 @@ class App:
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_reading, self._on_failure
-        self._thread = _SensorThread(self._sensor, forget, *handlers, self._watching.proof)
+        self._thread = _SensorThread(self._source, forget, *handlers, self._watching.self_test)
         self._thread.start()
         systemd.notify("READY=1")
         self._watchdog = self._loop.create_task(self._notify_watchdog())
@@ -312,8 +308,8 @@ class App:
             "udpwatch %s on kernel %s watches %s (mode %s)",
             __version__,
             os.uname().release,
-            self._watching.what,
-            self._sensor.mode,
+            self._watching.description,
+            self._source.mode,
         )
         for note in self._snapshot.notes:
             log.warning("%s", note)
@@ -330,27 +326,24 @@ class App:
 
     def _on_events(self, events: list[Event]) -> None:
         """In the sensor's thread, as _on_reading."""
-        # A recording has wall time.
-        offset = 0.0 if self._settings.replay else time.time() - clock.monotonic_ns() / 1e9
-        told = [
-            as_json(event, self._sender_of(event), self._settings.node, event.time / 1e9 + offset) for event in events
-        ]
+        offset, node = self._source.clock_offset(), self._settings.node
+        told = [as_json(event, self._senders.lookup(event), node, event.time / 1e9 + offset) for event in events]
         if self._events:
             for each in told:
                 self._events.put(each)
         if self._api and (lost := self._api.post(told)):
             self._lose("queue", lost)
 
-    def _on_reading(self, reading: Reading, changes: list[str], seen: bool) -> None:
+    def _on_reading(self, reading: Reading, changes: list[str], self_test_passed: bool) -> None:
         now = time.time()
         for line in changes:
             log.warning("%s", line)
-        for row in self._state.add(reading, self._sender_of, now, time.monotonic()):
+        for row in self._state.add(reading, now, time.monotonic()):
             self._log_finding(row)
         left_out = self._senders.left_out
         self._lose("attribution", left_out - self._left_out)
         self._left_out = left_out
-        self._snapshot = self._state.snapshot(seen, now)
+        self._snapshot = self._state.snapshot(self_test_passed, now)
         ready, reason = self._ready()
         if self._said_ready not in (None, ready) and not self._done.is_set():
             self._said_ready = ready
@@ -370,11 +363,6 @@ class App:
             log.warning("%d new findings were not logged: too many in a minute", self._not_logged)
             self._not_logged = 0
         log.warning("%s", describe(row))
-
-    def _sender_of(self, seen: Increase | Event) -> Sender:
-        if isinstance(self._sensor, Replay):
-            return self._sensor.sender_of(seen)
-        return self._senders.lookup(seen)
 
     def _doctor(self) -> dict[str, Any]:
         """What the agent says of itself to whoever asks its socket."""
@@ -420,7 +408,7 @@ class App:
             return True, "ready"
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
-        return False, "; ".join(missing) or "the last datagram of our own was not seen by the programs"
+        return False, "; ".join(missing) or "the self-test failed: the programs did not see our own datagram"
 
 
 def _raise_descriptor_limit() -> None:

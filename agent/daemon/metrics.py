@@ -100,7 +100,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), 0 if not: "
         "then udpwatch is blind. In mode 'function', and for an agent outside the cgroup that it watches: 1 if the "
         "kernel says that they are attached.",
-        value=int(snapshot.seen),
+        value=int(snapshot.self_test_passed),
     )
     if snapshot.udp_sent is not None:
         yield CounterMetricFamily(

@@ -1,35 +1,36 @@
-"""What the agent looks at: the kernel's sensor, or a recording in its place, with what follows from it for the rest."""
+"""Opens what the agent watches, the kernel or a recording, with everything that follows from the choice."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.config import Settings
+from udpwatch.agent.daemon.self_test import SelfTest
+from udpwatch.agent.daemon.state import SenderLookup
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.sources.replay import Replay
 from udpwatch.agent.sources.sensor import Sensor
-
-PROOF_SECONDS = 60.0
+from udpwatch.agent.sources.source import FindingSource
 
 
 @dataclass(frozen=True, slots=True)
 class Watching:
     """A source of findings, opened."""
 
-    sensor: Sensor | Replay
-    proof: Proof
-    what: str  # for people
+    source: FindingSource
+    senders: SenderLookup
+    self_test: SelfTest
+    description: str  # of what is watched, for the log
     notes: tuple[str, ...]  # what this machine does not allow and what follows, a line each
     close: Callable[[], None]
-    capabilities: frozenset[Capability]  # that it goes on to need
-    cgroups: Path | None = None  # the tree of cgroups that it watches
+    capabilities: frozenset[Capability]  # that the source still needs
 
 
 def watch_kernel(settings: Settings) -> Watching:
@@ -47,13 +48,14 @@ def watch_kernel(settings: Settings) -> Watching:
         watched.close()
 
     return Watching(
-        sensor=sensor,
-        proof=Proof(sensor, watched.contains(os.getpid())),
-        what="the whole node" if watched.is_root else watched.path,
+        source=sensor,
+        # Through our descriptor: no other process's mount is needed.
+        senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}"))),
+        self_test=SelfTest(sensor, watched.contains(os.getpid())),
+        description="the whole node" if watched.is_root else watched.path,
         notes=notes(sensor, watched),
         close=close,
         capabilities=_needed(sensor),
-        cgroups=Path(f"/proc/self/fd/{watched.fd}"),  # its mount may be nobody else's
     )
 
 
@@ -61,8 +63,15 @@ def watch_recording(settings: Settings) -> Watching:
     """Read a recording; raises UsageError."""
     assert settings.replay
     replay = Replay(settings.replay)
-    words = (f"this is a recording, {settings.replay}: nothing of this machine is looked at",)
-    return Watching(replay, Proof(replay, True), str(settings.replay), words, replay.close, frozenset())
+    return Watching(
+        source=replay,
+        senders=replay,
+        self_test=SelfTest(replay, True),
+        description=str(settings.replay),
+        notes=(f"this is a recording, {settings.replay}: udpwatch does not watch this machine",),
+        close=replay.close,
+        capabilities=frozenset(),
+    )
 
 
 def _needed(sensor: Sensor) -> frozenset[Capability]:
@@ -120,28 +129,3 @@ def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
     if not features.sender:
         lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
     return lines
-
-
-class Proof:
-    """Whether the sensor sees packets: by a datagram of our own, where ours pass the watched cgroup; elsewhere the
-    kernel's word that the programs are attached has to do."""
-
-    def __init__(self, sensor: Sensor | Replay, inside: bool) -> None:
-        self._sensor, self._inside = sensor, inside
-        self._told = False
-        self._due = 0.0
-        self.seen = False
-
-    def look(self) -> list[str]:
-        """Try once, PROOF_SECONDS after the last time that it was seen; the line to say when it is not any more."""
-        if self.seen and time.monotonic() < self._due:
-            return []
-        self.seen = self._sensor.self_test() if self._inside else self._sensor.attached
-        self._due = time.monotonic() + PROOF_SECONDS
-        if self.seen or self._told:
-            self._told = not self.seen
-            return []
-        self._told = True
-        return [
-            "a datagram sent over loopback was not seen by the programs: is lo up here, and let in by the firewall?"
-        ]

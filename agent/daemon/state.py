@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
-from udpwatch.agent.model import Cause, Counters, Increase, Reading, Row, Sender, Snapshot, Verdict
+from udpwatch.agent.model import Cause, Counters, Event, Increase, Reading, Row, Sender, Snapshot, Verdict
 
 #: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
 LOSS_STAGES = {
@@ -70,13 +70,24 @@ class _Sum:
 
 _NOTHING = Reading((), Counters(), (), 0, 0, 0)
 
-#: who is behind an increase
-SenderOf = Callable[[Increase], Sender]
-#: whether a sender's pod or container has ended; the time is monotonic seconds
-HasEnded = Callable[[Sender, float], bool]
-#: the namespace of a tenant of the kernel's table of findings (Reading.beyond)
-NamespaceOf = Callable[[int], str]
 _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
+
+
+class SenderLookup(Protocol):
+    """Who sends. No method blocks."""
+
+    @property
+    def left_out(self) -> int:
+        """Lookups that were left out because a tenant asked for too many, since the start."""
+
+    def lookup(self, seen: Increase | Event) -> Sender:
+        """The sender of a reply."""
+
+    def has_ended(self, sender: Sender, now: float) -> bool:
+        """Whether the sender's pod or container has ended; ``now``: monotonic seconds."""
+
+    def namespace_of(self, tenant: int) -> str:
+        """The Kubernetes namespace of a tenant of the kernel's findings (Reading.beyond); "": none, or unknown."""
 
 
 class State:
@@ -87,11 +98,10 @@ class State:
         about: About,
         max_series: int,
         forget_seconds: float,
-        has_ended: HasEnded = lambda _sender, _now: False,
-        namespace_of: NamespaceOf = lambda _tenant: "",
+        senders: SenderLookup,
     ) -> None:
         self._about = about
-        self._has_ended, self._namespace_of = has_ended, namespace_of
+        self._senders = senders
         self._next_look = 0.0
         self._max_series = max_series
         self._forget = forget_seconds
@@ -103,12 +113,12 @@ class State:
         self._lost_here: dict[str, int] = {}
         self._losing = threading.Lock()
 
-    def add(self, reading: Reading, sender_of: SenderOf, now: float, monotonic: float) -> list[Row]:
+    def add(self, reading: Reading, now: float, monotonic: float) -> list[Row]:
         """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
         fresh: dict[_Key, _Sum] = {}
         evictions = MAX_EVICTIONS
         for increase in reading.increases:
-            sender, finding = sender_of(increase), increase.finding
+            sender, finding = self._senders.lookup(increase), increase.finding
             key = (
                 sender.process,
                 sender.namespace,
@@ -171,7 +181,7 @@ class State:
         for tenant, count in beyond.items():
             more = count - self._beyond.get(tenant, 0)
             if more:  # a tenant that the kernel forgot begins at 0 again
-                self._add_other(self._namespace_of(tenant), more if more > 0 else count)
+                self._add_other(self._senders.namespace_of(tenant), more if more > 0 else count)
         self._beyond = dict(beyond)
 
     def _look_who_ended(self, monotonic: float) -> None:
@@ -184,7 +194,7 @@ class State:
             if not sender.container_id:
                 continue
             if sender.container_id not in answers:
-                answers[sender.container_id] = self._has_ended(sender, monotonic)
+                answers[sender.container_id] = self._senders.has_ended(sender, monotonic)
             if not answers[sender.container_id]:
                 known.ended = None  # it was only started anew
             elif known.ended is None:
@@ -200,8 +210,8 @@ class State:
         with self._losing:
             self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
-    def snapshot(self, seen: bool, now: float) -> Snapshot:
-        """Everything, as of the last reading; ``seen``: whether the programs saw the last datagram of our own."""
+    def snapshot(self, self_test_passed: bool, now: float) -> Snapshot:
+        """Everything, as of the last reading."""
         reading = self._reading or _NOTHING
         counters = reading.counters
         # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
@@ -225,7 +235,9 @@ class State:
             mode=self._about.mode,
             started=self._about.started,
             time=now,
-            ready=self._reading is not None and seen and all(p.attached for p in reading.probes if p.required),
+            ready=self._reading is not None
+            and self_test_passed
+            and all(probe.attached for probe in reading.probes if probe.required),
             notes=self._about.notes,
             rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
             other=sum(self._other.values()),
@@ -238,7 +250,7 @@ class State:
             flows=reading.flows,
             conntrack=reading.conntrack,
             udp_sent=reading.udp_sent,
-            seen=seen,
+            self_test_passed=self_test_passed,
         )
 
 

@@ -27,12 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class Replay:
-    """Stands in for `sensor.Sensor`: the same questions, answered from a file."""
+    """A FindingSource, and the SenderLookup that belongs to it."""
 
     mode = "replay"
-    listens = False
     attached = True
-    forwarded_reason = ""
+    left_out = 0  # of the lookups: none
 
     def __init__(self, path: Path) -> None:
         """Open the recording; raises UsageError where there is none, or its first line is no event."""
@@ -55,9 +54,21 @@ class Replay:
             self.close()
             raise UsageError(f"--replay: {str(path)!r} holds no event; `udpwatch run --events FILE` writes them")
 
-    def sender_of(self, seen: Increase | Event) -> Sender:
-        """Who it was, as recorded."""
+    def lookup(self, seen: Increase | Event) -> Sender:
+        """The sender, as recorded."""
         return self._by_number[seen.finding.cgroup]
+
+    def has_ended(self, _sender: Sender, _now: float) -> bool:
+        """A recording does not tell."""
+        return False
+
+    def namespace_of(self, _tenant: int) -> str:
+        """A recording has no table of findings that could overflow."""
+        return ""
+
+    def clock_offset(self) -> float:
+        """A recording has seconds since the epoch."""
+        return 0.0
 
     def wait(self, seconds: float) -> None:
         """Until the next event is due, or the time is over."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from udpwatch.agent.kernel import bpf, netns, records
+from udpwatch.agent.kernel import bpf, clock, netns, records
 from udpwatch.agent.kernel.attached import Attached
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.ctnetlink import Table
@@ -109,6 +109,10 @@ class Sensor:
         for descriptor in self._maps.values():
             os.close(descriptor)
         self._maps.clear()
+
+    def clock_offset(self) -> float:
+        """Between the programs' clock and the epoch, in seconds."""
+        return time.time() - clock.monotonic_ns() / 1e9
 
     def wait(self, seconds: float) -> None:
         """Block until the programs have sent an event up, or the time is over. Flows wait in their own buffers."""

@@ -22,7 +22,7 @@ from agents import Agent, wait_for
 from conftest import PATIENCE_SECONDS, Watch, ask
 from machine import own_cgroup
 
-from udpwatch.agent.daemon import startup
+from udpwatch.agent.daemon import self_test
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.kernel.loader import HOOKS, Limits
@@ -303,12 +303,12 @@ def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
         assert watch.events(port)[-1].count == 501
 
 
-def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_test_logs_once_while_it_fails(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
     """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen. Those of
     others, right replies from all ports, do not count.
     """
-    monkeypatch.setattr(startup, "PROOF_SECONDS", 0.0)
-    proof = startup.Proof(packet_watch.sensor, True)
+    monkeypatch.setattr(self_test, "INTERVAL_SECONDS", 0.0)
+    test = self_test.SelfTest(packet_watch.sensor, True)
     with Lab() as lab:
         place, others = lab.namespace("place"), lab.namespace("others")
 
@@ -323,12 +323,12 @@ def test_blind_for_a_while(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch)
         others.spawn("others", converse)
         for _ in range(2):
             with place.entered():
-                assert (proof.look(), proof.seen) == ([], True)
+                assert (test.run(), test.passed) == ([], True)
             place.ip("link set lo down")
             with place.entered():
-                said = proof.look()
-                assert ("was not seen" in said[0], proof.seen) == (True, False)
-                assert (proof.look(), proof.seen) == ([], False)
+                said = test.run()
+                assert ("did not see" in said[0], test.passed) == (True, False)
+                assert (test.run(), test.passed) == ([], False)
             place.ip("link set lo up")
 
 

@@ -117,7 +117,9 @@ def test_doctor_of_an_agent_that_is_not_ready(folder: Path) -> None:
             wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
             done = run_cli("doctor", "--agent", f"--connect={agent.socket}")
     assert done.returncode == 1
-    assert "not ready (the last datagram of our own was not seen by the programs)" in " ".join(done.stdout.split())
+    assert "not ready (the self-test failed: the programs did not see our own datagram)" in " ".join(
+        done.stdout.split()
+    )
     assert "The agent does not work" in done.stdout
 
 

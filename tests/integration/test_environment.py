@@ -233,7 +233,7 @@ def test_firewall_that_lets_nothing_in(folder: Path) -> None:
             for _ in range(5):
                 assert agent.snapshot()["ready"] is False
             assert agent.stop() == 0
-            assert len([line for line in agent.said if "sent over loopback was not seen" in line]) == 1
+            assert len([line for line in agent.said if "did not see a datagram sent over loopback" in line]) == 1
 
 
 # ---- places ----

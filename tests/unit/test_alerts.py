@@ -11,7 +11,7 @@ import boards
 import pytest
 import yaml
 
-from udpwatch.agent.cli import _parser
+from udpwatch.agent.cli import parse
 
 HERE = Path(__file__).resolve().parent
 CASES = HERE / "alerts_test.yaml"
@@ -94,4 +94,4 @@ def commands() -> list[str]:
 def test_what_is_told_to_type_is_accepted(command: str) -> None:
     filled = re.sub(r"\$\{port:text\}|\{\{ \$labels\.port \}\}|\bPORT\b", "53", command)
     assert "{" not in filled and "$" not in filled
-    _parser().parse_args(filled.split())
+    parse(filled.split())

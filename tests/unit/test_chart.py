@@ -16,7 +16,7 @@ import yaml
 from charts import CHART, HELM, NAMESPACE, ROOT, Manifest, Values, helm, needs_helm, only, render, template
 
 from udpwatch.agent import __version__
-from udpwatch.agent.cli import _parser
+from udpwatch.agent.cli import parse
 from udpwatch.agent.config import Settings, resolve
 from udpwatch.agent.model import Forwarded, Hooks
 from udpwatch.dns.options import read_conf
@@ -174,7 +174,7 @@ def settings(manifests: list[Manifest], folder: Path, address: str = "192.0.2.7"
         value = variable.get("value") or values[variable["valueFrom"]["fieldRef"]["fieldPath"]]
         environment[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], value)
     arguments = [argument.replace(mounted, str(folder)) for argument in container["args"]]
-    flags = vars(_parser().parse_args(arguments))
+    flags = vars(parse(arguments)[1])
     return resolve(flags, environment, Path(flags["config"]))
 
 

@@ -255,8 +255,8 @@ def test_odd_names_in_labels_and_json(host: Host) -> None:
     odd = 'a"b\\n{}[red]<b>'
     host.process(f"0::{DOCKER}\n", odd)
     host.docker(odd)
-    state = State(About("1", "6", "node", "packet", 0, ()), 10, 60)
-    state.add(Reading((seen(comm=odd),), Counters(), (), 0, 0, 0), lambda each: host.senders.lookup(each, 0), 0, 0)
+    state = State(About("1", "6", "node", "packet", 0, ()), 10, 60, host.senders)
+    state.add(Reading((seen(comm=odd),), Counters(), (), 0, 0, 0), 0, 0)
     snapshot = state.snapshot(True, 0)
     text = exposition(SnapshotCollector(lambda: snapshot), process=False)().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]

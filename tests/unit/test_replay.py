@@ -52,11 +52,11 @@ def test_what_the_agent_writes_can_be_read_back() -> None:
     assert (first.finding.verdict, first.finding.cause) == (Verdict.NEW, Cause.KERNEL_CHOSEN)
     assert first.original is not None
     assert first.original.source_port == 56789
-    assert played.sender_of(first).pod == "dns-7c9"
+    assert played.lookup(first).pod == "dns-7c9"
     assert second.finding.family == 6
-    assert played.sender_of(second).process == "unknown"
+    assert played.lookup(second).process == "unknown"
     assert forwarded.request is not None
-    assert played.sender_of(forwarded).process == ""
+    assert played.lookup(forwarded).process == ""
     assert list(played.events()) == []
     played.close()
 
@@ -78,7 +78,7 @@ def test_senders_are_told_apart(play: Callable[..., Replay]) -> None:
     played = play(line(pod="a", count=3), line(pod="b", count=4))
     list(played.events())
     increases = played.read(0).increases
-    assert {played.sender_of(increase).pod: increase.count for increase in increases} == {"a": 3, "b": 4}
+    assert {played.lookup(increase).pod: increase.count for increase in increases} == {"a": 3, "b": 4}
     assert played.read(0).increases == ()
 
 
@@ -112,8 +112,8 @@ def test_a_bad_line_is_skipped_and_counted(
 def test_names_cannot_break_out(play: Callable[..., Replay]) -> None:
     played = play(line(process="a\x1b[31m\n", pod="[bold]x"))
     (event,) = played.events()
-    assert played.sender_of(event).process == "a\\x1b[31m\\x0a"
-    assert played.sender_of(event).pod == "[bold]x"
+    assert played.lookup(event).process == "a\\x1b[31m\\x0a"
+    assert played.lookup(event).pod == "[bold]x"
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "nothing\n"])

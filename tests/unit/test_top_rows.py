@@ -105,10 +105,9 @@ def test_the_same_reading_again_changes_nothing() -> None:
     ("changes", "told"),
     [
         ({}, "total 1   findings 1   lost 0"),
-        ({"healed": 7}, "total 1   healed 7   findings 1   lost 0"),
         ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
     ],
-    ids=["quiet", "healed", "beyond"],
+    ids=["quiet", "beyond"],
 )
 def test_the_numbers_of_a_node(changes: dict[str, Any], told: str) -> None:
     lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)

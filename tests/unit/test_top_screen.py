@@ -411,12 +411,12 @@ def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
     now = 0.0
     monkeypatch.setattr(replay.time, "monotonic", lambda: now)
     played = Replay(path)
-    state = State(About("0.1.0", "6.1.0-18-amd64", "node-1", played.mode, NOW, ()), 1000, 3600)
+    state = State(About("0.1.0", "6.1.0-18-amd64", "node-1", played.mode, NOW, ()), 1000, 3600, played)
     meter, seen = Meter(), []
     for second in range(3):
         now = float(second)
         list(played.events())
-        state.add(played.read(0), played.sender_of, NOW + second, now)
+        state.add(played.read(0), NOW + second, now)
         snapshot = state.snapshot(True, NOW + second)
         seen.append(meter.add(Look(snapshot.time, (snapshot,))))
     played.close()

@@ -88,9 +88,6 @@ def _numbers(look: Look | None, condition: Condition, baseline: Baseline | None,
         ("findings", str(found), "fact"),
         ("lost", count_text(lost), "trouble" if lost else "fact"),
     ]
-    healed = sum(each.healed for each in look.snapshots)
-    if healed:
-        facts.insert(2, ("healed", count_text(healed), "fact"))
     if other:
         facts.insert(-1, ("in no row", count_text(other), "fact"))
     for label, fact, style in facts:

@@ -1,0 +1,62 @@
+"""`udpwatch events`: each wrong reply as the running agent finds it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from udpwatch.agent.client import follow
+from udpwatch.agent.client.connection import DEFAULT_SOCKET
+from udpwatch.agent.client.lines import Lines
+from udpwatch.agent.model import Verdict
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the filters."""
+    parser.description = (
+        "Follow the running agent's events. Times are in this machine's time zone. NAME may be a pattern: 'dns-*'."
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line (docs/events.md)")
+    parser.add_argument("--pod", metavar="NAME", help="only events of this pod")
+    parser.add_argument("--namespace", metavar="NAME", help="only events of this Kubernetes namespace")
+    parser.add_argument("--port", type=_port, metavar="N", help="only events of this server port")
+    parser.add_argument("--process", metavar="NAME", help="only events of this process")
+    parser.add_argument("--verdict", choices=[str(verdict) for verdict in Verdict], help="only with this verdict")
+    parser.add_argument(
+        "--since",
+        metavar="WHEN",
+        help="first print the events that the agent still holds from then on: seconds ago, 5m, 1h, a time (RFC 3339)",
+    )
+    parser.add_argument("--no-follow", action="store_true", help="only the events that the agent holds, at most 1,000")
+    parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print the events until the agent ends. Raises UdpwatchError."""
+    terminal = sys.stdout.isatty()
+    wanted = follow.Wanted(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
+    since = None if parsed.since is None else follow.moment(parsed.since, time.time())
+    lines = Lines(terminal and not os.environ.get("NO_COLOR"))
+    has_heading = not terminal or parsed.json
+    for told in follow.events(Path(parsed.connect or DEFAULT_SOCKET), wanted, since, not parsed.no_follow):
+        if "lost" in told:
+            print(f"udpwatch: {told['lost']} events are missing here: this reader was too slow", file=sys.stderr)
+        elif parsed.json:
+            print(json.dumps(told["event"], separators=(",", ":")), flush=True)
+        else:
+            line = lines.line(told["event"])
+            if not has_heading:  # after the first event has set the columns' widths
+                print(lines.head())
+                has_heading = True
+            print(line, flush=True)
+    return 0
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:6]) <= 65535:
+        raise argparse.ArgumentTypeError(f"invalid port {text!r}: expected a number from 1 to 65535")
+    return int(text)

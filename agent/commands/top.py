@@ -1,0 +1,86 @@
+"""`udpwatch top`: the servers that send wrong replies, live."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from typing import NoReturn
+
+from udpwatch.agent.client import explain
+from udpwatch.agent.client.connection import DEFAULT_SOCKET
+from udpwatch.agent.client.top import sources, text
+from udpwatch.agent.client.top.prometheus import PrometheusSource
+from udpwatch.agent.client.top.rows import Key
+from udpwatch.agent.testing import lab
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare where to read from and how to print."""
+    parser.description = (
+        "Attach to the agent that runs here; if none runs, start one for as long as this runs (root). Without a "
+        "terminal: print a line for each row that changed, every interval."
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
+    where.add_argument("--prometheus", metavar="URL", help="read all nodes from this Prometheus instead")
+    where.add_argument("--replay", metavar="FILE", help="play a recording of `udpwatch run --events FILE` instead")
+    parser.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="between two updates [1]")
+    parser.add_argument("--once", action="store_true", help="print one table, with rates over one interval")
+    parser.add_argument("--json", action="store_true", help="print one JSON object an interval; with --once, one")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Show the servers until the user quits. Raises UdpwatchError."""
+
+    def end(*_: object) -> NoReturn:
+        sys.exit(0)
+
+    # An agent that was started here must be stopped, whichever signal ends this process.
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with contextlib.closing(_source(parsed)) as source:
+            return _show(source, parsed)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _source(parsed: argparse.Namespace) -> sources.Source:
+    if parsed.prometheus:
+        return PrometheusSource(parsed.prometheus)
+    if parsed.replay:
+        return sources.open_replay(parsed.replay, lab.die_with_parent)
+    return sources.open_agent(parsed.connect, lab.die_with_parent)
+
+
+def _show(source: sources.Source, parsed: argparse.Namespace) -> int:
+    """Print one table or object, print lines or objects without end, or run the screen."""
+    if parsed.once:
+        look = text.once(source, parsed.interval)
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(json.dumps(text.as_json(look)) if parsed.json else text.table(look, width, source.name))
+        return 0
+    terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    if terminal and not parsed.json:
+        return text.interactive(source, parsed.interval, explain.short)
+    shown: dict[Key, int] = {}
+    for look in text.looks(source, parsed.interval, lambda line: print(f"udpwatch: {line}", file=sys.stderr)):
+        for line in [json.dumps(text.as_json(look))] if parsed.json else text.changes(look, shown):
+            print(line)
+        sys.stdout.flush()
+    return 0
+
+
+def _interval(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 3600:
+        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number from 0.1 to 3600")
+    return seconds
