@@ -33,6 +33,8 @@ def test_wheel_holds_every_source(site: Path) -> None:
         *(ROOT / "bpf").rglob("*.[ch]"),
         *(ROOT / "agent").rglob("*.py"),
         ROOT / "agent/udpwatch.service",
+        ROOT / "agent/py.typed",
+        ROOT / "dns/py.typed",
     ):
         assert (site / "udpwatch" / source.relative_to(ROOT)).read_bytes() == source.read_bytes()
 
