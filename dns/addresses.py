@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from udpwatch.dns.policy import Network
+from udpwatch.dns.names import Network
 
 _RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _NLM_F_REQUEST_DUMP = 0x301

@@ -1,10 +1,7 @@
-"""Which sockets there are: on everything, or on the addresses and interfaces that were named, as they come and go.
+"""The listening sockets: on every address, or on the configured addresses and interfaces as they come and go.
 
-On everything is one socket per family on the wildcard address, unless another program holds port 53 on one address
-(systemd-resolved does, on 127.0.0.53): then each address gets a socket of its own, but for that one.
-
-An address is no fence: Linux takes a packet for any of its addresses from any interface. So where interfaces were
-named, it counts by which one a question came, whatever address it asked (CVE-2012-3411).
+For every address there is one socket per family on the wildcard address, unless another program uses port 53 on one
+address (systemd-resolved does, on 127.0.0.53): then each other address gets its own socket.
 """
 
 from __future__ import annotations
@@ -13,19 +10,18 @@ import errno
 import ipaddress
 import logging
 import socket
-from fnmatch import fnmatchcase
 
-from udpwatch.dns import tcp, udp
+from udpwatch.dns import tcp, udp_socket
 from udpwatch.dns.addresses import Local
+from udpwatch.dns.admission import LOOPBACK, Admission
 from udpwatch.dns.errors import NetworkError
-from udpwatch.dns.limited_log import LIMITED
+from udpwatch.dns.names import pack_address
 from udpwatch.dns.settings import Server, Settings
 from udpwatch.dns.tcp import TcpServer
-from udpwatch.dns.udp import UdpSocket, UdpThread
-from udpwatch.dns.zone import pack_address
+from udpwatch.dns.udp import UdpServer
+from udpwatch.dns.udp_socket import UdpSocket
 
-LOOPBACK = "lo"
-#: what an address may do while it comes or goes; it is tried again
+#: Errors of an address that is just appearing or disappearing; binding is retried.
 _PASSING = {errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENXIO}
 _NO_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 
@@ -36,24 +32,20 @@ _Pair = tuple[UdpSocket, socket.socket]
 
 
 class Listening:
-    """Keeps the sockets in step with the addresses."""
+    """Keeps the sockets in step with this host's addresses."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._named = bool(settings.listen_addresses or settings.interfaces or settings.except_interfaces)
-        self._by_interface = bool(settings.interfaces or settings.except_interfaces)
-        self._ways: dict[int, bool] = {}  # interfaces by index: whether what comes by them is served
-        self._addresses = {pack_address(text) for text in settings.listen_addresses}
+    def __init__(self, settings: Settings, admission: Admission) -> None:
+        self._settings, self._admission = settings, admission
         self._open: dict[_SocketAddress, _Pair] = {}
         self._handed: set[_SocketAddress] = set()  # to the servers
-        #: Had by other programs when we began: theirs, also while they restart, until the address itself goes.
-        self._theirs: set[_SocketAddress] = set()
-        self._told: set[tuple[_SocketAddress, int]] = set()
+        #: In use by other programs at the start: left to them, also while they restart, until the address disappears.
+        self._taken: set[_SocketAddress] = set()
+        self._logged: set[tuple[_SocketAddress, int]] = set()
         self._wildcard = False
 
     @property
     def port(self) -> int:
-        """The port that is listened on; the one that the kernel chose, where 0 was asked for (tests)."""
+        """The port; if 0 was configured (tests), the one that the kernel chose."""
         for link, _ in self._open.values():
             found: int = link.link.getsockname()[1]
             return found
@@ -61,22 +53,23 @@ class Listening:
 
     @property
     def addresses(self) -> list[str]:
-        """Where it listens."""
+        """The addresses it listens on."""
         return [address[0] for address in self._open]
 
     def open(self, locals_: list[Local]) -> None:
-        """The first sockets; raises NetworkError where what was asked for belongs to another program."""
-        if not self._named and self._open_wildcard():
+        """Open the first sockets. Raises NetworkError if another program uses what was configured."""
+        named = self._settings.listen_addresses or self._admission.by_interface
+        if not named and self._open_wildcard():
             self._wildcard = True
             return
         self._adjust(locals_, starting=True)
         for text in self._settings.listen_addresses:
             if all(local.packed != pack_address(text) for local in locals_):
-                log.warning("%s is no address of this host yet: it is listened on when it comes", text)
+                log.warning("dns: %s is not an address of this host yet; listening on it when it appears", text)
 
-    def serve(self, udp_thread: UdpThread, tcp_server: TcpServer) -> None:
-        """Hand the sockets over, these and all that come."""
-        self._udp, self._tcp = udp_thread, tcp_server
+    def serve(self, udp_server: UdpServer, tcp_server: TcpServer) -> None:
+        """Hand the sockets, now and later, to the servers."""
+        self._udp, self._tcp = udp_server, tcp_server
         self._hand_over()
 
     def _hand_over(self) -> list[_SocketAddress]:
@@ -89,8 +82,7 @@ class Listening:
         return new
 
     def update(self, locals_: list[Local]) -> bool:
-        """Addresses or interfaces have changed. False: one of them could not be had yet, and should be tried again."""
-        self._ways = {}
+        """Follow a change of addresses. Return False if one of them could not be bound yet: try again soon."""
         if self._wildcard:
             return True
         gone, complete = self._adjust(locals_, starting=False)
@@ -104,50 +96,20 @@ class Listening:
         return complete
 
     def close(self) -> None:
-        """What was not handed over."""
+        """Close the sockets that were not handed over."""
         for address, (link, listener) in self._open.items():
             if address not in self._handed:
                 link.close()
                 listener.close()
         self._open.clear()
 
-    def serves(self, index: int, destination: bytes) -> bool:
-        """Whether a question is served that came by this interface for this address (4 or 16 octets); any thread may
-        ask. dnsmasq's rule: what comes to a `--listen-address`, by an interface that is served, or from this host."""
-        if not self._by_interface or destination in self._addresses:
-            return True
-        ways = self._ways
-        if (served := ways.get(index)) is not None:
-            return served
-        try:
-            name = socket.if_indextoname(index)
-        except OSError:  # it has gone; or no descriptor is free, so that this cannot be remembered
-            return False
-        served = ways[index] = name == LOOPBACK or self._is_served(name)
-        if not served:  # once for each interface: the answer is remembered
-            LIMITED.write(
-                log,
-                logging.WARNING,
-                "dns: ignoring query that came by %s, an interface that is not served; "
-                "--listen-address serves an address whichever way questions come",
-                name,
-            )
-        return served
-
-    def _is_served(self, interface: str) -> bool:
-        settings = self._settings
-        if _matches(interface, settings.except_interfaces):
-            return False
-        everything = not settings.listen_addresses and not settings.interfaces
-        return everything or _matches(interface, settings.interfaces)
-
     def is_own(self, server: Server, locals_: list[Local]) -> bool:
-        """Whether asking this server would be asking ourselves."""
+        """Return whether querying this server would mean querying ourselves."""
         if server.port != self.port:
             return False
         text, _, zone = server.address.partition("%")
         address = ipaddress.ip_address(text)
-        address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 leads to an IPv4 socket
+        address = getattr(address, "ipv4_mapped", None) or address  # ::ffff:127.0.0.1 reaches an IPv4 socket
         if address.is_unspecified:  # Linux connects it to loopback
             address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
         ours = {local.packed for local in locals_ if not zone or local.interface == zone}
@@ -158,7 +120,7 @@ class Listening:
     def _open_wildcard(self) -> bool:
         port = self._settings.port
         try:
-            for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104  asked for
+            for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104  the user asked for it
                 try:
                     self._open[host, port] = _pair((host, port), family, checked=True)
                 except OSError as error:
@@ -175,14 +137,14 @@ class Listening:
         return True
 
     def _wanted(self, locals_: list[Local]) -> dict[_SocketAddress, socket.AddressFamily]:
-        settings, port = self._settings, self._settings.port
+        settings, port, addresses = self._settings, self._settings.port, self._admission.addresses
         wanted: dict[_SocketAddress, socket.AddressFamily] = {}
         for local in locals_:
-            # As dnsmasq: this host is served by every --interface.
+            # As in dnsmasq, --interface always includes loopback.
             is_loopback = local.interface == LOOPBACK and bool(settings.interfaces)
-            excepted = _matches(local.interface, settings.except_interfaces)
-            by_interface = self._is_served(local.interface) or (is_loopback and not excepted)
-            if not local.usable or not (by_interface or local.packed in self._addresses):
+            excepted = self._admission.excepts_interface(local.interface)
+            by_interface = self._admission.serves_interface(local.interface) or (is_loopback and not excepted)
+            if not local.usable or not (by_interface or local.packed in addresses):
                 continue
             host = local.text.partition("%")[0]
             if len(local.packed) == 4:
@@ -190,54 +152,58 @@ class Listening:
             else:
                 scope = local.index if local.is_link_local else 0
                 wanted[host, port, 0, scope] = socket.AF_INET6
-        for packed in self._addresses:  # any of 127.0.0.0/8 can be bound, though only the first is listed
+        for packed in addresses:  # all of 127.0.0.0/8 can be bound, although only 127.0.0.1 is listed
             if packed[:1] == b"\x7f" and len(packed) == 4:
                 wanted[socket.inet_ntop(socket.AF_INET, packed), port] = socket.AF_INET
         return wanted
 
     def _adjust(self, locals_: list[Local], starting: bool) -> tuple[dict[_SocketAddress, _Pair], bool]:
-        """Open what is missing; returns what is to be closed, and whether everything wanted is open."""
+        """Open missing sockets. Return those to close, and whether everything wanted is open."""
         wanted, complete = self._wanted(locals_), True
-        self._theirs &= wanted.keys()
+        self._taken &= wanted.keys()
         for address, family in wanted.items():
-            if address in self._open or address in self._theirs:
+            if address in self._open or address in self._taken:
                 continue
             try:
-                checked = self._by_interface and pack_address(address[0]) not in self._addresses
+                checked = self._admission.by_interface and pack_address(address[0]) not in self._admission.addresses
                 self._open[address] = _pair(address, family, checked)
             except OSError as error:
-                number, complete = error.errno or 0, False
-                if starting and number not in _PASSING:
-                    if pack_address(address[0]) in self._addresses or number != errno.EADDRINUSE:
-                        raise NetworkError(_refused(address[0], self._settings.port, error)) from None
-                    self._theirs.add(address)
-                if number not in _PASSING and (address, number) not in self._told:
-                    self._told.add((address, number))
-                    log.warning("%s; the other addresses are served", _refused(address[0], self._settings.port, error))
-        if starting and not self._open and self._told:
+                complete = False
+                self._on_bind_error(address, error, starting)
+        if starting and not self._open and self._logged:
             raise NetworkError(
-                f"cannot listen on port {self._settings.port}: other programs have it on every address; stop them, or "
+                f"cannot listen on port {self._settings.port}: other programs use it on every address; stop them, or "
                 "choose another port with --port"
             )
         return {each: self._open.pop(each) for each in list(self._open) if each not in wanted}, complete
 
-
-def _matches(interface: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(interface, pattern) for pattern in patterns)
+    def _on_bind_error(self, address: _SocketAddress, error: OSError, starting: bool) -> None:
+        """Log that an address cannot be bound, once. At the start, raise NetworkError if it was configured."""
+        number = error.errno or 0
+        if number in _PASSING:
+            return
+        problem = _refused(address[0], self._settings.port, error)
+        if starting:
+            if pack_address(address[0]) in self._admission.addresses or number != errno.EADDRINUSE:
+                raise NetworkError(problem) from None
+            self._taken.add(address)
+        if (address, number) not in self._logged:
+            self._logged.add((address, number))
+            log.warning("dns: %s; the other addresses are served", problem)
 
 
 def _refused(address: str, port: int, error: OSError) -> str:
-    way_out = {
-        errno.EADDRINUSE: "another program has it; stop that one, or choose other addresses with --listen-address",
+    hint = {
+        errno.EADDRINUSE: "stop the other program, or choose other addresses with --listen-address",
         errno.EACCES: "CAP_NET_BIND_SERVICE is missing; run this as root, or choose another port with --port",
     }.get(error.errno or 0, "choose another address with --listen-address")
-    return f"cannot listen on {address} port {port}: {error.strerror}: {way_out}"
+    return f"cannot listen on {address} port {port}: {error.strerror}; {hint}"
 
 
 def _pair(address: _SocketAddress, family: socket.AddressFamily, checked: bool) -> _Pair:
-    link = udp.open_socket(address, family, checked)
+    link = udp_socket.open_socket(address, family, checked)
     try:
-        # Port 0 (tests): both on the one that the kernel chose first.
+        # Port 0 (tests): both on the port that the kernel chose first.
         chosen = (address[0], link.link.getsockname()[1], *address[2:])
         return link, tcp.open_socket(chosen, family)
     except BaseException:

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.wire import REASONS, Rcode, Type
+from udpwatch.dns.message import REASONS, Rcode, Type
 
 Cell = list[int]
 
@@ -148,7 +148,7 @@ class DnsCollector(Collector):
         yield duration
 
     def _cache_families(self) -> Iterator[Metric]:
-        statistics = self._cache.statistics
+        statistics = self._cache.counts
         memory_hits = sum(cell[0] for key, cell in list(self._metrics.answered.items()) if key[4] in ("cache", "stale"))
         yield _gauge("cache_entries", "Answers in the cache.", len(self._cache))
         yield _gauge("cache_bytes", "Memory that they take, about.", self._cache.bytes)

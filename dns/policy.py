@@ -5,11 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 
+from udpwatch.dns.message import Response, Type
+from udpwatch.dns.names import Network, address_of, is_single_label, is_subdomain, suffixes
 from udpwatch.dns.settings import Settings
-from udpwatch.dns.wire import Answer, Type, is_below, is_plain_name, suffixes
-from udpwatch.dns.zone import address_of
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 #: RFC 6303, sections 4.2 to 4.6, and what RFC 6890 adds: reverse look-ups that no public server knows
 PRIVATE = tuple(
@@ -38,7 +36,7 @@ def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: boo
 
     ``has_servers``: of its domain's own, who may know private addresses.
     """
-    if settings.domain_needed and kind in (Type.A, Type.AAAA) and is_plain_name(name):
+    if settings.domain_needed and kind in (Type.A, Type.AAAA) and is_single_label(name):
         return True
     if settings.bogus_priv and not has_servers and name.endswith(b"\x04arpa\x00"):
         # What stands in front of an address is below it: DNS service discovery asks b._dns-sd._udp.0.1.168.192....
@@ -50,9 +48,9 @@ def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: boo
     return False
 
 
-def rebinds(settings: Settings, answer: Answer) -> bool:
+def rebinds(settings: Settings, answer: Response) -> bool:
     """Whether an upstream server says that a name is at a private address (`--stop-dns-rebind`)."""
-    if not settings.stop_dns_rebind or any(is_below(answer.name, domain) for domain in settings.rebind_domains_ok):
+    if not settings.stop_dns_rebind or any(is_subdomain(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
     for record in answer.records.of(1):
         if (record.type, record.end - record.data) not in _ADDRESSES:

@@ -6,11 +6,11 @@ import logging
 from collections import OrderedDict
 from itertools import count
 
-from udpwatch.dns import wire
+from udpwatch.dns import message
+from udpwatch.dns.message import Malformed, Query, Rcode, Type
 from udpwatch.dns.metrics import NAMED_TYPES
+from udpwatch.dns.names import address_of, name_to_text, unpack_address
 from udpwatch.dns.responder import Forward, Reply
-from udpwatch.dns.wire import Malformed, Query, Rcode, Type, name_to_text
-from udpwatch.dns.zone import address_of, unpack_address
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ class QueryLog:
         #: client and id of a question -> serial number. One socket may ask twice, as glibc's does: A and AAAA.
         self._open: OrderedDict[tuple[str, int, int], int] = OrderedDict()
 
-    def tell(self, found: Reply | Forward, address: str, port: int) -> None:
+    def log_query(self, found: Reply | Forward, address: str, port: int) -> None:
         """A question, and its answer where there is one already."""
         if found.query is None:
             return
-        self.question(found.query, address, port)
+        self.query(found.query, address, port)
         if isinstance(found, Reply):
-            self.answer(found, address, port)
+            self.response(found, address, port)
 
-    def question(self, query: Query, address: str, port: int) -> None:
+    def query(self, query: Query, address: str, port: int) -> None:
         """That it came."""
         if self._extra:
             self._open[address, port, query.id] = next(self._serials)
@@ -55,7 +55,7 @@ class QueryLog:
         """That it was passed on."""
         self._write(query, address, port, f"forwarded {_asked(query)} to {server}")
 
-    def answer(self, reply: Reply, address: str, port: int) -> None:
+    def response(self, reply: Reply, address: str, port: int) -> None:
         """What the client gets, a line for each record of the answer section."""
         assert reply.query
         for text in _lines(reply, reply.query):
@@ -74,7 +74,7 @@ def _lines(reply: Reply, query: Query) -> list[str]:
     file = reply.found.origin if reply.found and reply.source == "hosts" else word
     lines = []
     try:
-        answer = wire.parse_answer(reply.data)
+        answer = message.parse_response(reply.data)
         if answer.truncated:
             return [f"{word} {name} is truncated"]
         for record in answer.records.of(1):
@@ -101,19 +101,19 @@ def _type(kind: int) -> str:
     return _TYPES.get(kind, f"type={kind}")
 
 
-def _owner(answer: wire.Answer, record: wire.Record, asked: str) -> str:
+def _owner(answer: message.Response, record: message.Record, asked: str) -> str:
     """A reverse name as the address that it stands for."""
-    name = wire.owner(answer, record.start)
+    name = message.owner(answer, record.start)
     packed = address_of(name) if record.type == Type.PTR else None
     if packed:
         return unpack_address(packed)
     return asked if name == answer.name else name_to_text(name)
 
 
-def _data(answer: wire.Answer, record: wire.Record) -> str:
+def _data(answer: message.Response, record: message.Record) -> str:
     packed = answer.message[record.data : record.end]
     if (record.type, len(packed)) in ((Type.A, 4), (Type.AAAA, 16)):
         return unpack_address(packed)
     if record.type == Type.PTR:
-        return name_to_text(wire.rdata_name(answer, record.owner_end))
+        return name_to_text(message.rdata_name(answer, record.owner_end))
     return f"<{_type(record.type)}>"

@@ -11,13 +11,15 @@ What a question is worth, in order
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from udpwatch.dns import wire
-from udpwatch.dns.cache import Cache, Entry, entry_of
+from udpwatch.dns import message
+from udpwatch.dns.cache import Cache
+from udpwatch.dns.cache_entry import Entry, entry_of
+from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
 from udpwatch.dns.policy import never_forwarded
-from udpwatch.dns.settings import DomainServers, Server, Settings
-from udpwatch.dns.wire import AA, TC, Answer, Class, Malformed, Query, Rcode, Type
+from udpwatch.dns.routes import Routes
+from udpwatch.dns.settings import Settings
 from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
 
 TCP_BYTES = 65_535
@@ -60,42 +62,18 @@ class Drop:
     reason: str
 
 
-@dataclass(slots=True)
-class Upstreams:
-    """Who is asked, in place of the settings and the resolv file; replaced whole when that file changes."""
-
-    default: tuple[Server, ...] = ()
-    domains: tuple[DomainServers, ...] = ()
-    by_domain: dict[bytes, DomainServers] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.by_domain = {each.domain: each for each in self.domains}
-
-    def for_name(self, name: bytes) -> tuple[Server, ...] | None:
-        """The servers of the most specific domain; (): the name is ours alone; None: nobody knows it."""
-        found = self.domain_of(name)
-        if found and found.standard and wire.is_plain_name(name):  # the rest of a name of one label are those like it
-            found = self.by_domain.get(b"", found)
-        return found.servers if found and not found.standard else self.default or None
-
-    def domain_of(self, name: bytes) -> DomainServers | None:
-        """The most specific domain of a name that something was said of."""
-        if not self.by_domain:
-            return None
-        for domain in wire.suffixes(name):
-            if (found := self.by_domain.get(domain)) is not None:
-                return found
-        return self.by_domain.get(b"") if name[0] and wire.is_plain_name(name) else None
+#: Logs a query, with its response where there is one already: (query, client address, client port).
+LogQuery = Callable[[Reply | Forward, str, int], None]
 
 
 class Responder:
-    """Answers questions. ``zone`` and ``upstreams`` are put in place from outside, whole."""
+    """Answers questions. ``zone`` and ``routes`` are put in place from outside, whole."""
 
     def __init__(self, settings: Settings, zone: Zone, cache: Cache) -> None:
         self._settings = settings
         self.zone = zone
         self.cache = cache
-        self.upstreams = Upstreams()
+        self.routes = Routes()
         self.version = "udpwatch"
         #: for servers.bind: "ADDRESS#PORT asked failed" of each
         self.server_statistics: Callable[[], list[str]] = list
@@ -105,11 +83,11 @@ class Responder:
     def respond(self, data: bytes, now: float, tcp: bool = False) -> Reply | Forward | Drop:
         """What these bytes get. ``now``: monotonic seconds. Never raises, whatever the bytes."""
         try:
-            query = wire.parse_query(data)
+            query = message.parse_query(data)
         except Malformed as error:
             if error.reason in ("short", "response"):
                 return Drop(error.reason)
-            return Reply(wire.bare(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
+            return Reply(message.build_error(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
         most = TCP_BYTES if tcp else query.udp_bytes(min(self._settings.edns_packet_max, MAX_UDP_BYTES))
         return self._refusal(data, query) or self._known(query, most, now) or self._unknown(query, most)
 
@@ -127,16 +105,16 @@ class Responder:
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Who else is asked."""
-        domain = self.upstreams.domain_of(query.name)
+        domain = self.routes.domain_of(query.name)
         ends_here = never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers))
-        servers = () if ends_here else self.upstreams.for_name(query.name)
+        servers = () if ends_here else self.routes.for_name(query.name)
         if servers == ():  # ours alone: what is not here is nowhere
             return self._nothing(query, Rcode.NOERROR if self.zone.exists(query.name) else Rcode.NXDOMAIN)
         if not servers or not query.recursion_desired:
             return self._nothing(query, Rcode.REFUSED)
         return Forward(query, most)
 
-    def entry_of(self, answer: Answer, now: float) -> Entry:
+    def entry_of(self, answer: Response, now: float) -> Entry:
         """What an upstream server's answer is here, to give and to keep. A name that has records of other types here is
         not denied: NXDOMAIN would be the word on these, too (RFC 8020)."""
         settings = self._settings
@@ -151,11 +129,11 @@ class Responder:
 
     def _nothing(self, query: Query, rcode: int) -> Reply:
         source = CONFIG if rcode in (Rcode.NOERROR, Rcode.NXDOMAIN) else "error"
-        return Reply(wire.message(query, rcode), source, rcode, query)
+        return Reply(message.build_response(query, rcode), source, rcode, query)
 
     def _refusal(self, data: bytes, query: Query) -> Reply | None:
         if query.opcode:
-            return Reply(wire.bare(data, Rcode.NOTIMP), "error", Rcode.NOTIMP, query)
+            return Reply(message.build_error(data, Rcode.NOTIMP), "error", Rcode.NOTIMP, query)
         if query.edns and query.edns.version:
             return self._nothing(query, Rcode.BADVERS)  # RFC 6891, section 6.1.3
         if query.type in _FORMERR_TYPES:
@@ -173,11 +151,11 @@ class Responder:
         if query.type == Type.ANY and found.rrsets:
             first = found.rrsets[0]  # RFC 8482, section 4.1: one RRset will do
             if first.type not in (Type.A, Type.AAAA):
-                records, count = [wire.record(_HINFO, first.ttl, _RFC8482)], 1
+                records, count = [message.build_record(_HINFO, first.ttl, _RFC8482)], 1
             found = Found((first,) if not records else (), found.exists, found.origin)
         for rrset in found.rrsets:
-            owner = wire.TO_QUESTION if rrset.owner == query.name else rrset.owner
-            records += [wire.record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
+            owner = message.TO_QUESTION if rrset.owner == query.name else rrset.owner
+            records += [message.build_record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
             count += len(rrset.data)
         data = fitted(query, rcode, AA, b"".join(records), (count, 0, 0), most)
         return Reply(data, source, rcode, query, FOREVER, found)
@@ -186,14 +164,14 @@ class Responder:
         """`version.bind` and the like, as dnsmasq answers them (dnsmasq(8), "cachesize.bind")."""
         if not self._settings.ident or query.type != Type.TXT or not query.name.endswith(_BIND):
             return self._nothing(query, Rcode.REFUSED)
-        statistics = self.cache.statistics
+        counts = self.cache.counts
         answers = {
             b"version": [self.version],
             b"authors": ["the udpwatch maintainers"],
             b"copyright": ["Apache-2.0"],
             b"cachesize": [str(self.cache.max_entries)],
-            b"insertions": [str(statistics.insertions)],
-            b"evictions": [str(statistics.evictions)],
+            b"insertions": [str(counts.insertions)],
+            b"evictions": [str(counts.evictions)],
             b"misses": [str(self.totals()[1])],
             b"hits": [str(self.totals()[0])],
             b"auth": ["0"],
@@ -204,7 +182,7 @@ class Responder:
             return self._nothing(query, Rcode.NOTIMP)
         strings = [line.encode()[:255] for line in answers[label][:MAX_STRINGS]]
         text = b"".join(bytes((len(string),)) + string for string in strings)
-        body = wire.record(Type.TXT, 0, text or b"\0", klass=Class.CH)
+        body = message.build_record(Type.TXT, 0, text or b"\0", klass=Class.CH)
         return Reply(fitted(query, 0, AA, body, (1, 0, 0), most), "config", 0, query)
 
 
@@ -212,17 +190,17 @@ def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int,
     """The response, or where it is too long one that says so (TC) and holds nothing but the question: stub resolvers
     match it, and come again over TCP (RFC 2181, section 9)."""
     if not _fits(query, len(body), most):
-        return wire.message(query, rcode, flags | TC)
-    return wire.message(query, rcode, flags, body, counts)
+        return message.build_response(query, rcode, flags | TC)
+    return message.build_response(query, rcode, flags, body, counts)
 
 
 def _fits(query: Query, body_bytes: int, most: int) -> bool:
-    return wire.HEADER_BYTES + len(query.question) + body_bytes + (wire.OPT_BYTES if query.edns else 0) <= most
+    return message.HEADER_BYTES + len(query.question) + body_bytes + (message.OPT_BYTES if query.edns else 0) <= most
 
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
     """An answer of an upstream server for this client; AA and AD are that server's word, and not ours to give."""
-    rcode = entry.rcode if entry.rcode <= wire.RCODE_MASK or query.edns else Rcode.SERVFAIL  # OPT has the upper bits
+    rcode = entry.rcode if entry.rcode <= message.RCODE_MASK or query.edns else Rcode.SERVFAIL  # OPT has the upper bits
     # Thousands of TTLs are not counted down for an answer that says nothing but to come again over TCP.
     body = entry.aged(now, source == "stale") if _fits(query, len(entry.body), most) else entry.body
     data = fitted(query, rcode, 0, body, entry.counts, most)

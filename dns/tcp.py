@@ -1,11 +1,11 @@
-"""The TCP path (RFC 7766): pipelined questions, answers as they are ready, and no way to keep others out.
+"""The TCP server (RFC 7766): pipelined queries, responses as soon as they are ready, and no way to lock others out.
 
-A connection that does nothing is closed when its place is wanted: the client with the most connections gives up the
-one that is idle for longest. So a thousand of one client cost another client nothing.
+An idle connection is closed when its slot is needed: the client with the most connections loses the one that has been
+idle longest. So a thousand connections of one client cost another client nothing.
 
-Memory is bounded in sum: of responses that their clients do not take MAX_HELD_BYTES are kept for all connections, then
-the client with most of them loses the connection with most; the kernel's buffers are small; of a query no more is kept
-than a query can be long. A response that costs the event loop a millisecond or so has a turn of the loop for itself.
+Memory is bounded in sum: at most MAX_HELD_BYTES of responses are kept for slow clients, over all connections; then the
+client with the most loses its connection with the most. The kernel's buffers are small, and no more of a query is kept
+than a query can be long. A response that costs the event loop about a millisecond gets a turn of its own.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ import socket
 import struct
 import sys
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Iterator
 
+from udpwatch.dns.admission import Admission
+from udpwatch.dns.forwarder import ClientQuery, Forwarder
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Metrics
-from udpwatch.dns.responder import Drop, Forward, Reply, Responder
-from udpwatch.dns.udp import LAYOUTS
-from udpwatch.dns.zone import pack_address
+from udpwatch.dns.names import pack_address
+from udpwatch.dns.responder import Drop, Forward, LogQuery, Reply, Responder
+from udpwatch.dns.udp_socket import LAYOUTS
 
 MAX_CONNECTIONS = 512
 MAX_CONNECTIONS_PER_CLIENT = 64  # an IPv6 client is its /64
-IDLE_SECONDS = 10.0  # without a whole question, or without taking an answer
-MAX_UNANSWERED = 16  # per connection; then it is not read
-MAX_HELD_BYTES = 16 << 20  # of responses that wait for their clients to take them, over all connections
-MAX_QUERY_BYTES = 4096  # what follows is read and dropped; the same over UDP
+IDLE_SECONDS = 10.0  # without a complete query, or without taking a response
+MAX_UNANSWERED = 16  # per connection; above that it is not read
+MAX_HELD_BYTES = 16 << 20  # of responses that slow clients have not taken, over all connections
+MAX_QUERY_BYTES = 4096  # the rest of a query is read and dropped; the same as over UDP
 READ_AHEAD_BYTES = 4096  # per connection; asyncio takes twice as much
 KERNEL_BUFFER_BYTES = 16 << 10  # per connection and direction; the kernel doubles it: 32 MB for all connections
-LARGE_RESPONSE_BYTES = 4096  # from here on a response has a turn of the event loop for itself
+LARGE_RESPONSE_BYTES = 4096  # from this size on a response gets a turn of the event loop of its own
 BACKLOG = 256
-ACCEPTED_IN_A_ROW = 64  # before others have their turn
-EXHAUSTED_SECONDS = 0.1  # until the next try to accept, where descriptors have run out
+ACCEPTED_IN_A_ROW = 64  # before other events get their turn
+EXHAUSTED_SECONDS = 0.1  # until the next attempt to accept when no descriptor is free
 
 #: level, IP_PKTINFO or IPV6_RECVPKTINFO, IP_PKTOPTIONS or IPV6_2292PKTOPTIONS
 _PKTOPTIONS = {socket.AF_INET: (socket.IPPROTO_IP, 8, 9), socket.AF_INET6: (socket.IPPROTO_IPV6, 49, 6)}
@@ -46,57 +48,54 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 
 log = logging.getLogger(__name__)
 
-#: takes a question that is not in memory and the client's address and port; what it gets in the end
-Ask = Callable[[Forward, str, int], Awaitable[Reply]]
-
 
 class _Connection:
-    def __init__(self, writer: asyncio.StreamWriter, client: str, port: int, family: str) -> None:
-        self.writer, self.client, self.port, self.family = writer, client, port, family
+    def __init__(self, writer: asyncio.StreamWriter, address: str, port: int) -> None:
+        self.writer, self.address, self.port = writer, address, port
+        self.family = "2" if ":" in address else "1"  # metric label
+        self.packed = pack_address(address.partition("%")[0])
         self.active = asyncio.get_running_loop().time()
         self.unanswered: set[asyncio.Task[None]] = set()
-        self.room = asyncio.Semaphore(MAX_UNANSWERED)
+        self.slots = asyncio.Semaphore(MAX_UNANSWERED)
         self.writing = asyncio.Lock()
-        self.held = 0  # octets of responses that wait for the client to take them
-        writer.transport.set_write_buffer_limits(high=0)  # what the kernel does not take is waited for
+        self.held = 0  # octets of responses that the client has not taken
+        writer.transport.set_write_buffer_limits(high=0)  # drain() waits for all that the kernel does not take
 
     def touch(self) -> None:
         self.active = asyncio.get_running_loop().time()
 
 
 class TcpServer:
-    """Answers on all TCP sockets; lives in the event loop's thread."""
+    """Answers queries on all TCP sockets. Runs in the event loop's thread."""
 
     def __init__(
         self,
         responder: Responder,
         metrics: Metrics,
-        admits: Callable[[bytes], bool],
-        serves: Callable[[int, bytes], bool],
-        ask: Ask,
-        tell: Callable[[Reply | Forward, str, int], None] | None,
+        admission: Admission,
+        forwarder: Forwarder,
+        log_query: LogQuery | None,
     ) -> None:
-        """``admits``, ``serves``, ``tell``: as `UdpThread` takes them."""
-        self._responder, self._metrics, self._admits, self._serves = responder, metrics, admits, serves
-        self._ask, self._tell = ask, tell
+        self._responder, self._metrics, self._admission = responder, metrics, admission
+        self._forwarder, self._log_query = forwarder, log_query
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
         self._listeners: set[socket.socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def add(self, listener: socket.socket) -> None:
-        """Serve a bound socket; it is ours from now on."""
+        """Serve a bound socket; the server owns it from now on."""
         self._listeners.add(listener)
         self._listen(listener)
 
     def remove(self, listener: socket.socket) -> None:
-        """Stop listening; open connections go on."""
+        """Stop listening. Open connections continue."""
         if listener in self._listeners:
             self._listeners.discard(listener)
             asyncio.get_running_loop().remove_reader(listener)
             listener.close()
 
     async def stop(self, grace: float) -> None:
-        """Stop listening, let answers that are under way go out for ``grace`` seconds, close everything."""
+        """Stop listening, wait up to ``grace`` seconds for responses in progress, then close everything."""
         for listener in list(self._listeners):
             self.remove(listener)
         waiting = {task for group in self._by_client.values() for each in group for task in each.unanswered}
@@ -106,28 +105,31 @@ class TcpServer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    # ---- connections ----
+
     def _listen(self, listener: socket.socket) -> None:
         if listener in self._listeners:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Not asyncio's way: without descriptors it logs hundreds of tracebacks a second, and frees nobody's place."""
+        """Accept connections. Not asyncio's way: without descriptors it logs hundreds of tracebacks a second, and frees
+        none."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTED_IN_A_ROW):
             try:
                 link, _ = listener.accept()
             except OSError as error:
                 if error.errno in _EXHAUSTED:
-                    self._without_descriptors(error)
+                    self._free_descriptor(error)
                     loop.remove_reader(listener)
                     loop.call_later(EXHAUSTED_SECONDS, self._listen, listener)
-                return  # nobody is waiting, or who did went away
+                return  # no connection waits, or it has been closed meanwhile
             link.setblocking(False)
-            task = loop.create_task(self._serve(link))
+            task = loop.create_task(self._serve_socket(link))
             self._tasks.add(task)
             task.add_done_callback(self._done)
 
-    def _without_descriptors(self, error: OSError) -> None:
+    def _free_descriptor(self, error: OSError) -> None:
         LIMITED.write(log, logging.WARNING, "dns: cannot accept a connection: %s", error.strerror)
         if self._by_client:
             self._close_idlest(max(self._by_client.values(), key=len))
@@ -137,8 +139,8 @@ class TcpServer:
         if not task.cancelled() and (error := task.exception()):
             LIMITED.write(log, logging.ERROR, "dns: a connection ended with %r", error, error=error)
 
-    async def _serve(self, link: socket.socket) -> None:
-        if not self._serves(*_arrival(link)):
+    async def _serve_socket(self, link: socket.socket) -> None:
+        if not self._admission.admits_ingress(*_arrival(link)):
             self._metrics.dropped["policy"][0] += 1
             link.close()
             return
@@ -147,37 +149,46 @@ class TcpServer:
         except BaseException:
             link.close()
             raise
+        await self.serve(reader, writer)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer the queries of one connection until it ends, then close it."""
         peer = writer.get_extra_info("peername")
         try:
-            if not peer:  # it has gone already
+            if not peer:  # it is closed already
                 return
-            packed = pack_address(peer[0].partition("%")[0])
-            if not self._admits(packed):
+            connection = _Connection(writer, peer[0], peer[1])
+            if not self._admission.admits_client(connection.packed):
                 self._metrics.dropped["policy"][0] += 1
                 return
-            client = packed if len(packed) == 4 else packed[:8]
-            connection = _Connection(writer, peer[0], peer[1], "2" if ":" in peer[0] else "1")
-            self._make_room(client)
-            self._by_client[client].add(connection)
-            self._metrics.tcp_connections += 1
-            try:
+            with self._registered(connection):
                 await self._converse(reader, connection)
-            finally:
-                for task in connection.unanswered:
-                    task.cancel()
-                self._hold(connection, -connection.held)
-                self._metrics.tcp_connections -= 1
-                self._by_client[client].discard(connection)
-                if not self._by_client[client]:
-                    del self._by_client[client]
         except (OSError, TimeoutError, asyncio.IncompleteReadError):
-            pass  # it went away, or was silent for too long
+            pass  # it was closed, or idle for too long
         finally:
             if writer.transport.get_write_buffer_size():
-                writer.transport.abort()  # nobody takes what is left
+                writer.transport.abort()  # the client does not take the rest
             writer.close()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
+
+    @contextlib.contextmanager
+    def _registered(self, connection: _Connection) -> Iterator[None]:
+        """Count a connection while it is open; make room for it first."""
+        client = connection.packed if len(connection.packed) == 4 else connection.packed[:8]
+        self._make_room(client)
+        self._by_client[client].add(connection)
+        self._metrics.tcp_connections += 1
+        try:
+            yield
+        finally:
+            for task in connection.unanswered:
+                task.cancel()
+            self._hold(connection, -connection.held)
+            self._metrics.tcp_connections -= 1
+            self._by_client[client].discard(connection)
+            if not self._by_client[client]:
+                del self._by_client[client]
 
     def _make_room(self, client: bytes) -> None:
         mine = self._by_client.get(client, set())
@@ -188,7 +199,7 @@ class TcpServer:
 
     def _close_idlest(self, connections: set[_Connection]) -> None:
         idlest = min(connections, key=lambda each: (bool(each.unanswered), each.active))
-        connections.discard(idlest)  # its place is free at once
+        connections.discard(idlest)  # its slot is free at once
         self._close(idlest, "room")
 
     def _close(self, connection: _Connection, reason: str) -> None:
@@ -196,61 +207,61 @@ class TcpServer:
         self._hold(connection, -connection.held)
         connection.writer.transport.abort()
 
-    def _hold(self, connection: _Connection, change: int) -> None:
-        connection.held += change
-        self._metrics.tcp_held_bytes += change
-
-    def _make_room_for_response(self) -> None:
-        """The client that takes least of what it asks for gives way, not the one that comes when memory is full."""
-        while self._metrics.tcp_held_bytes > MAX_HELD_BYTES:
-            greediest = max(self._by_client.values(), key=lambda group: sum(each.held for each in group))
-            victim = max(greediest, key=lambda each: each.held)
-            assert victim.held, "every octet that is held belongs to an open connection"
-            self._close(victim, "held")
+    # ---- queries and responses ----
 
     async def _converse(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
-        while True:
-            async with asyncio.timeout(IDLE_SECONDS):
-                try:
-                    size = int.from_bytes(await reader.readexactly(2), "big")
-                    data = await reader.readexactly(min(size, MAX_QUERY_BYTES))
-                    for left in range(size - len(data), 0, -READ_AHEAD_BYTES):
-                        await reader.readexactly(min(left, READ_AHEAD_BYTES))
-                except asyncio.IncompleteReadError:  # the client has asked all that it will
-                    break
-            if not size:
-                break
+        while (data := await _read_query(reader)) is not None:
             connection.touch()
             found = self._responder.respond(data, asyncio.get_running_loop().time(), tcp=True)
             if isinstance(found, Drop):
                 self._metrics.malformed[found.reason][0] += 1
-                break  # nothing that follows can be trusted
-            if self._tell:
-                self._tell(found, connection.client, connection.port)
+                break  # what follows cannot be trusted
+            if self._log_query:
+                self._log_query(found, connection.address, connection.port)
             if isinstance(found, Reply):
                 writing = self._write(connection, found)
                 del found, data  # while it waits, only one copy of the response is kept
                 await writing
                 continue
             async with asyncio.timeout(IDLE_SECONDS):
-                await connection.room.acquire()
-            task = asyncio.get_running_loop().create_task(self._finish(connection, found))
+                await connection.slots.acquire()
+            task = asyncio.get_running_loop().create_task(self._forward(connection, found))
             connection.unanswered.add(task)
             task.add_done_callback(connection.unanswered.discard)
             task.add_done_callback(self._done)
-        if connection.unanswered:  # a half-closed connection still gets its answers (RFC 7766, section 6.2.1)
+        if connection.unanswered:  # a half-closed connection still gets its responses (RFC 7766, section 6.2.1)
             await asyncio.wait(connection.unanswered)
 
-    async def _finish(self, connection: _Connection, forward: Forward) -> None:
+    async def _forward(self, connection: _Connection, forward: Forward) -> None:
         try:
-            writing = self._write(connection, await self._ask(forward, connection.client, connection.port))
+            writing = self._write(connection, await self._resolve(connection, forward))
             with contextlib.suppress(OSError, TimeoutError):
                 await writing
         finally:
-            connection.room.release()
+            connection.slots.release()
+
+    async def _resolve(self, connection: _Connection, forward: Forward) -> Reply:
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        future: asyncio.Future[Reply] = loop.create_future()
+
+        def deliver(reply: Reply) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        peer = connection.address, connection.port
+        client_query = ClientQuery(forward, connection.packed, future, lambda: peer, deliver, must_answer=True)
+        self._forwarder.submit(client_query)
+        try:
+            reply = await future
+        except asyncio.CancelledError:
+            self._forwarder.cancel(client_query)
+            raise
+        self._metrics.duration["forward"].observe(loop.time() - begun)
+        return reply
 
     async def _write(self, connection: _Connection, reply: Reply) -> None:
-        """Send a response. Raises OSError where the connection has ended, TimeoutError where its client is slow."""
+        """Send a response. Raises OSError if the connection is closed, TimeoutError if the client is slow."""
         if connection.writer.transport.is_closing():
             raise ConnectionAbortedError  # asyncio would log every write from the fifth on
         if reply.query is None:
@@ -260,7 +271,7 @@ class TcpServer:
             metrics.cell("tcp", connection.family, query.type, reply.rcode, reply.source)[0] += 1
         size = len(reply.data)
         self._hold(connection, size)
-        self._make_room_for_response()
+        self._limit_held_bytes()
         try:
             async with connection.writing:
                 if connection.writer.transport.is_closing():
@@ -277,35 +288,60 @@ class TcpServer:
             connection.writer.transport.abort()
             raise
         finally:
-            if connection.held:  # else all of it was let go when the connection was closed
+            if connection.held:  # else all of it was released when the connection was closed
                 self._hold(connection, -size)
         connection.touch()
         if size >= LARGE_RESPONSE_BYTES:
             await asyncio.sleep(0)
 
+    def _hold(self, connection: _Connection, change: int) -> None:
+        connection.held += change
+        self._metrics.tcp_held_bytes += change
+
+    def _limit_held_bytes(self) -> None:
+        """Close connections of the client that holds the most, not of the one that comes when memory is full."""
+        while self._metrics.tcp_held_bytes > MAX_HELD_BYTES:
+            greediest = max(self._by_client.values(), key=lambda group: sum(each.held for each in group))
+            victim = max(greediest, key=lambda each: each.held)
+            assert victim.held, "held octets belong to open connections"
+            self._close(victim, "held")
+
+
+async def _read_query(reader: asyncio.StreamReader) -> bytes | None:
+    """Return the next query, cut at MAX_QUERY_BYTES; None when the client sends no more. Raises TimeoutError."""
+    async with asyncio.timeout(IDLE_SECONDS):
+        try:
+            size = int.from_bytes(await reader.readexactly(2), "big")
+            data = await reader.readexactly(min(size, MAX_QUERY_BYTES))
+            for left in range(size - len(data), 0, -READ_AHEAD_BYTES):
+                await reader.readexactly(min(left, READ_AHEAD_BYTES))
+        except asyncio.IncompleteReadError:
+            return None
+    return data if size else None
+
 
 def _arrival(link: socket.socket) -> tuple[int, bytes]:
-    """By which interface (its index; 0: the kernel does not say) a connection came, and for which address."""
+    """Return the interface index (0 if the kernel does not report it) and the local address of a connection."""
     level, pktinfo, pktoptions = _PKTOPTIONS[link.family]
     index = LAYOUTS[link.family].index
     try:
         link.setsockopt(level, pktinfo, 1)
-        # One control message, as recvmsg(2) would give it; so dnsmasq asks, too.
-        told = link.getsockopt(level, pktoptions, index.stop + 16)
+        # One control message, as from recvmsg(2); dnsmasq does the same.
+        control = link.getsockopt(level, pktoptions, index.stop + 16)
     except OSError:
-        told = b""
+        control = b""
     address = pack_address(link.getsockname()[0].partition("%")[0])
-    return int.from_bytes(told[index], sys.byteorder), address
+    return int.from_bytes(control[index], sys.byteorder), address
 
 
 def open_socket(address: tuple[str, int] | tuple[str, int, int, int], family: socket.AddressFamily) -> socket.socket:
-    """A bound socket to listen on; raises OSError."""
+    """Bind a socket and listen. Raises OSError."""
     link = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     try:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
             link.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # accepted ones inherit them
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):  # accepted connections inherit them
             link.setsockopt(socket.SOL_SOCKET, option, KERNEL_BUFFER_BYTES)
         link.bind(address)
         link.listen(BACKLOG)

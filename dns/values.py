@@ -14,8 +14,9 @@ from typing import Any
 
 import dnslib
 
-from udpwatch.dns import wire
+from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
+from udpwatch.dns.names import lower, name_from_text, name_to_text, suffixes
 from udpwatch.dns.settings import DomainAddress, HostRecord, Server, Settings, StaticRecord
 
 MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
@@ -95,7 +96,7 @@ def _name(text: str) -> bytes:
     if any(character < " " or character == "\x7f" for character in text) or text.strip(" .") == "":
         raise Rejected("a name of at least one label, without control characters")
     try:
-        return wire.lower(wire.name_from_text(text))
+        return lower(name_from_text(text))
     except ValueError as error:
         raise Rejected(f"a name; this one has {error}") from None
 
@@ -207,7 +208,7 @@ def read_server(draft: Draft, value: str) -> None:
             continue
         entry = draft.domains.setdefault(domain, _Domain(kind))
         if entry.kind != kind:
-            text = wire.name_to_text(domain) if domain else "//"
+            text = name_to_text(domain) if domain else "//"
             raise Rejected(f"addresses, '#' or nothing, one of the three for a domain; {text} has another already")
         if server is not None:
             entry.servers[server] = None
@@ -246,9 +247,9 @@ def read_cname(draft: Draft, value: str) -> None:
         if name.startswith("*"):
             raise Rejected("aliases without *")
         if alias in draft.cnames:
-            raise Rejected(f"an alias once, and {wire.name_to_text(alias)} has a target already")
+            raise Rejected(f"an alias once, and {name_to_text(alias)} has a target already")
         draft.cnames[alias] = target
-        draft.add("records", StaticRecord(alias, wire.Type.CNAME, target, ttl))
+        draft.add("records", StaticRecord(alias, message.Type.CNAME, target, ttl))
 
 
 def read_txt(draft: Draft, value: str) -> None:
@@ -261,11 +262,11 @@ def read_txt(draft: Draft, value: str) -> None:
     data = _packed(dnslib.TXT(strings))
     if len(data) > 65535:
         raise Rejected("texts of 65535 octets at most")
-    draft.add("records", StaticRecord(_name(plain(name.strip(" "))), wire.Type.TXT, data))
+    draft.add("records", StaticRecord(_name(plain(name.strip(" "))), message.Type.TXT, data))
 
 
 def _packed(rdata: dnslib.RD) -> bytes:
-    """A record's data as on the wire."""
+    """A record's data as on the names."""
     buffer = dnslib.DNSBuffer()
     rdata.pack(buffer)
     return bytes(buffer.data)
@@ -273,7 +274,7 @@ def _packed(rdata: dnslib.RD) -> bytes:
 
 def _label(name: bytes) -> dnslib.DNSLabel:
     """dnslib's form of a name in wire format, by its labels: from text it would take the name through IDNA."""
-    return dnslib.DNSLabel([part[1 : 1 + part[0]] for part in wire.suffixes(name) if part[0]])
+    return dnslib.DNSLabel([part[1 : 1 + part[0]] for part in suffixes(name) if part[0]])
 
 
 def read_srv(draft: Draft, value: str) -> None:
@@ -283,7 +284,7 @@ def read_srv(draft: Draft, value: str) -> None:
     target = _name(rest[0]) if rest and rest[0] not in ("", ".") else ROOT
     port, priority, weight = [_short(number) for number in rest[1:]] + [1, 0, 0][max(len(rest) - 1, 0) :]
     data = _packed(dnslib.SRV(priority, weight, port, _label(target)))
-    draft.add("records", StaticRecord(_name(name), wire.Type.SRV, data))
+    draft.add("records", StaticRecord(_name(name), message.Type.SRV, data))
 
 
 def read_mx(draft: Draft, value: str) -> None:
@@ -291,14 +292,14 @@ def read_mx(draft: Draft, value: str) -> None:
     if not 1 <= len(rest) <= 2:
         raise Rejected("NAME,TARGET[,PREFERENCE]")
     data = _packed(dnslib.MX(_label(_name(rest[0])), _short(rest[1]) if len(rest) > 1 else 1))
-    draft.add("records", StaticRecord(_name(name), wire.Type.MX, data))
+    draft.add("records", StaticRecord(_name(name), message.Type.MX, data))
 
 
 def read_ptr(draft: Draft, value: str) -> None:
     names = parts(value)
     if len(names) != 2:
         raise Rejected("NAME,TARGET")
-    draft.add("records", StaticRecord(_name(names[0]), wire.Type.PTR, _name(names[1])))
+    draft.add("records", StaticRecord(_name(names[0]), message.Type.PTR, _name(names[1])))
 
 
 def read_host_record(draft: Draft, value: str) -> None:

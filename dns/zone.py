@@ -13,40 +13,22 @@ Rules
 
 from __future__ import annotations
 
-import io
-import os
-import re
-import socket
-import stat
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from pathlib import Path
 
 from udpwatch.dns.errors import HostsError
+from udpwatch.dns.hosts_file import Complain, hosts_files, read_hosts
+from udpwatch.dns.message import Type
+from udpwatch.dns.names import REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
-from udpwatch.dns.wire import MAX_NAME_BYTES, Type, is_plain_name, lower, name_from_text, name_to_text, suffixes
 
 CNAME_CHAIN = 10  # dnsmasq's; longer ones are a loop
 HOSTS, CONFIG = "hosts", "config"
-MAX_FILE_BYTES = 1 << 30
-MAX_COMPLAINTS = 20  # per file; the rest is one line
 MAX_ADDRESSES = 500  # of a name and family: they fit into one message over TCP, and its reader's limits
-DEV_NULL = os.makedev(1, 3)  # stands for an empty table
 FEW_DOMAINS = 8  # up to which a look at the end of a name saves taking it apart
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of an editor on another system
-CHANGING_TRIES, CHANGING_SECONDS = 20, 0.05  # a file that is written to while it is read
 
-#: what a line of a log says
-Complain = Callable[[str], None]
-
-_PLAIN_NAME = re.compile(rb"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 _ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
-_FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
-_REVERSE_4 = b"\x07in-addr\x04arpa\x00"
-_REVERSE_6 = b"\x03ip6\x04arpa\x00"
-_HEX = b"0123456789abcdef"
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +98,7 @@ class Zone:
             wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
         if wanted or any(rrset.type in _ADDRESS_BYTES for rrset in rrsets) or self._records.get(name) == {}:
             return Found(tuple(wanted), True, origin)
-        if name.endswith((_REVERSE_4, _REVERSE_6)) and (address := address_of(name)) in self._reverse:
+        if name.endswith((REVERSE_4, REVERSE_6)) and (address := address_of(name)) in self._reverse:
             target = self._reverse[address]
             ttl = self._own_ttl.get(target, self._ttl)
             pointers = (Rrset(name, Type.PTR, ttl, (target,)),) if kind in (Type.PTR, Type.ANY) else ()
@@ -129,7 +111,7 @@ class Zone:
         if not self._wild:
             return None
         for domain in suffixes(name):
-            if domain == b"\0" != name and b"" in self._delegated and is_plain_name(name):
+            if domain == b"\0" != name and b"" in self._delegated and is_single_label(name):
                 return None
             addresses = self._wild.get(domain, [])
             packed = [pack_address(address) for address in addresses if address is not None]
@@ -173,6 +155,11 @@ class Zone:
         self.entries += len(names)
         return fits
 
+    def _add_hosts_line(self, origin: str, packed: bytes, names: list[bytes]) -> str:
+        """What is wrong with it, or ""."""
+        fits = self._add_host(packed, names, origin)
+        return "" if fits else f"line: more than {MAX_ADDRESSES} addresses of a name"
+
     def _add_settings(self, settings: Settings) -> None:
         for host in settings.host_records:
             for address in host.addresses:
@@ -212,7 +199,7 @@ def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Z
     domain = settings.domain if settings.expand_hosts else b""
     for path in hosts_files(settings, missed.append):
         try:
-            _read_hosts(zone, path, domain, str(path) if settings.log_queries else "", complain)
+            read_hosts(path, domain, partial(zone._add_hosts_line, str(path) if settings.log_queries else ""), complain)
         except FileNotFoundError:
             if path == ETC_HOSTS:
                 continue
@@ -228,101 +215,6 @@ def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Z
     return zone
 
 
-def hosts_files(settings: Settings, complain: Complain) -> Iterator[Path]:
-    """Files in the order in which they are read; of a folder, every file whose name does not say that it is none
-    (dnsmasq's rule: ``#file#``, ``.file``, ``file~``)."""
-    if settings.hosts:
-        yield ETC_HOSTS
-    for path in settings.addn_hosts:
-        try:
-            inside = sorted(path.iterdir()) if path.is_dir() else None
-        except OSError as error:
-            complain(f"cannot read {path}: {error.strerror}")
-            continue
-        if inside is None:
-            yield path
-            continue
-        for each in inside:
-            if not _is_left_out(each.name) and not each.is_dir():
-                yield each
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(".") or name.endswith("~") or (name.startswith("#") and name.endswith("#"))
-
-
-def _read_steady(path: Path) -> bytes:
-    """A file that nobody wrote to meanwhile, whole: a half written one is read again. Raises OSError."""
-    for _ in range(CHANGING_TRIES):
-        # Not blocking: a FIFO must not hold us.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode) and before.st_rdev != DEV_NULL:
-                raise OSError(0, "it is no regular file")
-            if before.st_size > MAX_FILE_BYTES:
-                raise OSError(0, f"it has more than {MAX_FILE_BYTES >> 20} MB")
-            data = file.read(before.st_size)
-            after = os.fstat(file.fileno())
-        unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-        if unchanged and time.time() - after.st_mtime > CHANGING_SECONDS:  # not just truncated, to be written anew
-            break
-        time.sleep(CHANGING_SECONDS)
-    return data
-
-
-def _read_hosts(zone: Zone, path: Path, domain: bytes, origin: str, complain: Complain) -> None:
-    bad = 0
-    for number, line in enumerate(io.BytesIO(_read_steady(path).removeprefix(BYTE_ORDER_MARK)), 1):
-        words = line.partition(b"#")[0].split()
-        if not words:
-            continue
-        problem = _read_line(zone, words, domain, origin)
-        if problem:
-            bad += 1
-            if bad <= MAX_COMPLAINTS:
-                complain(f"bad {problem} at {path} line {number}")
-    if bad > MAX_COMPLAINTS:
-        complain(f"{bad - MAX_COMPLAINTS} more bad lines in {path}")
-
-
-def _read_line(zone: Zone, words: list[bytes], domain: bytes, origin: str) -> str:
-    """What is wrong with it, or ""; of its names the good ones count."""
-    try:
-        packed = pack_address(words[0].decode())
-    except (OSError, ValueError):
-        return "address"
-    names, problem = [], "" if len(words) > 1 else "line without a name"
-    for word in words[1:]:
-        name = _host_name(word)
-        if name is None:
-            problem = "name"
-            continue
-        if domain and name[1 + name[0]] == 0:  # one label
-            if len(name) - 1 + len(domain) <= MAX_NAME_BYTES:
-                names.append(name[:-1] + domain)
-            else:
-                problem = "name"
-        names.append(name)
-    if names and not zone._add_host(packed, names, origin):
-        return f"line: more than {MAX_ADDRESSES} addresses of a name"
-    return problem
-
-
-def _host_name(word: bytes) -> bytes | None:
-    """Wire format, in lower case; None for what is no host name."""
-    word = word.lower()
-    if _PLAIN_NAME.fullmatch(word) and len(word) < 254:
-        return b"".join([bytes((len(label),)) + label for label in word.split(b".")]) + b"\0"
-    try:
-        text = word.decode()
-        if "\\" in text or not text.isprintable():
-            return None
-        name = lower(name_from_text(text))
-    except ValueError:  # UnicodeDecodeError is one
-        return None
-    return name if name != b"\0" else None
-
-
 def _holds(known: bytes, packed: bytes) -> bool:
     """Whether an address is among others; a table of a thousand is no reason to take them apart."""
     at = known.find(packed)
@@ -333,37 +225,3 @@ def _holds(known: bytes, packed: bytes) -> bool:
 
 def _split(packed: bytes, size: int) -> tuple[bytes, ...]:
     return tuple(packed[at : at + size] for at in range(0, len(packed), size))
-
-
-# ---- addresses as names ----
-
-
-def pack_address(text: str) -> bytes:
-    """4 or 16 octets of a numeric address; raises OSError."""
-    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
-
-
-def unpack_address(packed: bytes) -> str:
-    """The numeric address of 4 or 16 octets."""
-    return socket.inet_ntop(_FAMILY[len(packed)], packed)
-
-
-def address_of(name: bytes) -> bytes | None:
-    """The address that a whole reverse name stands for (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
-    labels = name_to_text(name).split(".")
-    if name.endswith(_REVERSE_4) and len(labels) == 6 and labels[4] == "in-addr":
-        try:
-            return bytes(_octet(label) for label in reversed(labels[:4]))
-        except ValueError:
-            return None
-    if name.endswith(_REVERSE_6) and len(labels) == 34 and labels[32] == "ip6":
-        digits = "".join(reversed(labels[:32]))
-        if len(digits) == 32 and all(digit in _HEX.decode() for digit in digits):
-            return bytes.fromhex(digits)
-    return None
-
-
-def _octet(label: str) -> int:
-    if not label.isdecimal() or not label.isascii() or (label[0] == "0" and len(label) > 1):
-        raise ValueError(label)
-    return int(label)  # above 255: bytes() raises ValueError

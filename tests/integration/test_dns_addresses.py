@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-import dns.message
 import pytest
 from agents import wait_for
 from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch
@@ -31,6 +30,7 @@ from dns_server import (
     write,
 )
 
+import dns.message
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 NODE = ContainerHost
@@ -232,7 +232,7 @@ def test_listen_address_comes_goes_and_comes(lab: tuple[Namespace, Namespace], h
     node, client = lab
     size = 128 if ":" in address else 32
     with Responder(node, f"--addn-hosts={hosts}", f"--listen-address={address},127.0.0.1") as responder:
-        assert responder.has_said(f"{address} is no address of this host yet")
+        assert responder.has_said(f"{address} is not an address of this host yet")
         assert answers(node, "127.0.0.1")
         assert not answers(client, "10.1.0.1")  # not listened on
         for _ in range(2):
@@ -319,7 +319,7 @@ def test_another_program_on_a_real_address(lab: tuple[Namespace, Namespace], hos
         other = stack.enter_context(node.socket())
         other.bind(("10.1.0.7", PORT))
         with Responder(node, f"--addn-hosts={hosts}") as responder:
-            assert responder.has_said("cannot listen on 10.1.0.7 port 53: Address already in use: another program has")
+            assert responder.has_said("cannot listen on 10.1.0.7 port 53: Address already in use; stop the other")
             assert answers(client, "10.1.0.1")
             other.close()
             node.ip("addr add 10.1.0.8/24 dev eth0")
@@ -335,8 +335,8 @@ def test_taken_listen_address(lab: tuple[Namespace, Namespace], hosts: Path) -> 
         assert responder.process.wait(60) == 2
         responder.stop()
         assert responder.said == [
-            "udpwatch: cannot listen on 10.1.0.1 port 53: Address already in use: another program has it; stop that "
-            "one, or choose other addresses with --listen-address"
+            "udpwatch: cannot listen on 10.1.0.1 port 53: Address already in use; stop the other program, or choose "
+            "other addresses with --listen-address"
         ]
 
 
@@ -349,7 +349,7 @@ def test_every_address_is_taken(lab: tuple[Namespace, Namespace]) -> None:
         responder = Responder(node, ready=False)
         assert responder.process.wait(60) == 2
         responder.stop()
-        assert "other programs have it on every address" in responder.said[-1]
+        assert "other programs use it on every address" in responder.said[-1]
 
 
 def test_metrics_port_is_taken(lab: tuple[Namespace, Namespace]) -> None:
@@ -475,7 +475,7 @@ def test_an_interface_is_a_fence(
                     found = pool.map(partial(answers, place, tcp=tcp, seconds=1.5), asked)
                     assert {each for each, is_served in zip(asked, found, strict=True) if is_served} == served, place
         assert bool(responder.metric("dropped_total", reason="policy")) == (for_wan != for_lan)
-        assert responder.has_said("ignoring query that came by wan0") == (for_wan != for_lan)
+        assert responder.has_said("ignoring query on interface wan0") == (for_wan != for_lan)
 
 
 def test_a_fence_follows_its_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import dns.message
 import pytest
 from agents import wait_for
 from dns_server import (
@@ -28,6 +27,7 @@ from dns_server import (
     write,
 )
 
+import dns.message
 from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE = "127.0.0.1"
@@ -171,7 +171,7 @@ def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
         hosts.unlink()
         os.mkfifo(hosts)
         wait_for(lambda: responder.metric("hosts_reload_errors_total") == 1, "the error")
-        assert responder.has_said("the table before stays in force")
+        assert responder.has_said("the previous local names stay in use")
         assert is_at(node, "10.0.0.1")
         assert responder.metric("hosts_unreadable") == 1
         responder.reload()

@@ -13,7 +13,7 @@ import yaml
 from charts import CHART, ROOT, helm, leaves, needs_helm, nested, values_table
 
 from udpwatch.agent.config import SETTINGS, Setting
-from udpwatch.dns.options import OPTIONS
+from udpwatch.dns.option_table import OPTIONS
 
 SCHEMA = json.loads((CHART / "values.schema.json").read_text())
 DEFAULTS = yaml.safe_load((CHART / "values.yaml").read_text())

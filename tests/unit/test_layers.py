@@ -52,20 +52,6 @@ def test_imports_point_backwards(path: Path) -> None:
     assert imports_of(path) <= ALLOWED[stage] | {stage}
 
 
-def test_the_responder_is_usable_alone() -> None:
-    for path in DNS.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not [name for name in names if name.startswith("udpwatch.") and not name.startswith("udpwatch.dns")]
-
-
-def test_what_decides_opens_no_socket() -> None:
-    """Bytes in, bytes out: sockets and files are for the modules at the edge."""
-    for name in ("wire", "cache", "policy", "responder"):
-        assert "import socket" not in (DNS / f"{name}.py").read_text()
-
-
 def test_only_the_loading_child_imports_bcc() -> None:
     users = [path.name for path in AGENT.rglob("*.py") if "import bcc" in path.read_text().replace("cannot import", "")]
     assert users == ["loader_child.py"]

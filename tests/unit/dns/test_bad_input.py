@@ -13,9 +13,11 @@ import dns_messages as m
 import pytest
 
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.responder import Drop, Forward, Reply, Responder, Upstreams
+from udpwatch.dns.message import Rcode
+from udpwatch.dns.names import name_from_text
+from udpwatch.dns.responder import Drop, Forward, Reply, Responder
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Rcode, name_from_text
 from udpwatch.dns.zone import build
 
 KNOWN, UNKNOWN = "known.example", "unknown.example"
@@ -178,7 +180,7 @@ def responder(*servers: Server) -> Responder:
         records=(StaticRecord(name_from_text("text.example"), m.TXT, b"\1x"),),
     )
     made = Responder(settings, build(settings, pytest.fail), Cache(100, 0))
-    made.upstreams = Upstreams(servers)
+    made.routes = Routes(servers)
     return made
 
 

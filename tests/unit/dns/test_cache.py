@@ -9,15 +9,28 @@ import tracemalloc
 from array import array
 from typing import Any
 
-import dns.message
 import dns_messages as m
 import pytest
 
-from udpwatch.dns import cache
-from udpwatch.dns.cache import ENTRY_BYTES, FAILURE_SECONDS, STALE_RETRY_SECONDS, STALE_TTL, Cache, Entry, entry_of
-from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams, fitted, from_entry
+import dns.message
+from udpwatch.dns.cache import STALE_RETRY_SECONDS, Cache
+from udpwatch.dns.cache_entry import (
+    ENTRY_BYTES,
+    FAILURE_SECONDS,
+    MAX_NEGATIVE_TTL,
+    MAX_TTL,
+    STALE_TTL,
+    Entry,
+    Key,
+    entry_of,
+    failure,
+)
+from udpwatch.dns.cname import CnameLoop, follow
+from udpwatch.dns.message import Rcode, parse_query, parse_response
+from udpwatch.dns.names import lower, name_from_text
+from udpwatch.dns.responder import Forward, Reply, Responder, fitted, from_entry
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Rcode, lower, name_from_text, parse_answer, parse_query
 from udpwatch.dns.zone import build
 
 NAME, OTHER = "www.example", m.name("other.example")
@@ -26,7 +39,7 @@ KEY = (m.name(NAME), m.A, m.IN, 0)
 
 
 def entry(data: bytes, now: float = 0.0, neg_ttl: int = 0, max_ttl: int = 0, negcache: bool = True) -> Entry:
-    return entry_of(parse_answer(data), now, neg_ttl, max_ttl, negcache)
+    return entry_of(parse_response(data), now, neg_ttl, max_ttl, negcache)
 
 
 def lifetime(data: bytes, **settings: Any) -> float:
@@ -51,14 +64,14 @@ def negative(*authorities: bytes, rcode: int = 0, answers: tuple[bytes, ...] = (
 
 
 def ttls(data: bytes) -> list[int]:
-    return [record.ttl for record in parse_answer(data).records]
+    return [record.ttl for record in parse_response(data).records]
 
 
 def of_size(size: int, expires: float = 1e9, number: int = 0) -> Entry:
     return Entry(0, bytes(size), (0, 0, 0), array("H", [0] * number), 0.0, expires)
 
 
-def key(number: int) -> cache.Key:
+def key(number: int) -> Key:
     return (b"\x08%08d\0" % number, m.A, m.IN, 0)
 
 
@@ -71,7 +84,7 @@ def counted(kept: Cache) -> tuple[int, int]:
 def responder(kept: Cache, **changes: Any) -> Responder:
     settings = Settings(hosts=False, **changes)
     made = Responder(settings, build(settings, pytest.fail), kept)
-    made.upstreams = Upstreams((Server("192.0.2.53"),))
+    made.routes = Routes((Server("192.0.2.53"),))
     return made
 
 
@@ -93,7 +106,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (positive(address(300), address(0)), 0),
         (positive(address(0x80000000)), 0),
         (positive(address(0xFFFFFFFF)), 0),
-        (positive(address(0x7FFFFFFF)), cache.MAX_TTL),
+        (positive(address(0x7FFFFFFF)), MAX_TTL),
         (positive(alias(50, OTHER), address(300, OTHER)), 50),
         (positive(alias(500, OTHER), address(300, OTHER)), 300),
         (positive(address(300, OTHER), alias(500, OTHER)), 300),
@@ -119,7 +132,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (negative(m.soa(300, 60), rcode=Rcode.NXDOMAIN), 60),
         (negative(m.soa(300, 60, m.name("example")), rcode=Rcode.NXDOMAIN), 60),
         (negative(m.soa(300, 60, b"\0"), rcode=Rcode.NXDOMAIN), 60),
-        (negative(m.soa(900_000, 900_000)), cache.MAX_NEGATIVE_TTL),
+        (negative(m.soa(900_000, 900_000)), MAX_NEGATIVE_TTL),
         (negative(m.soa(0x80000001, 60)), 0),
         (negative(m.soa(300, 0x80000001)), 0),
         (negative(), 0),
@@ -169,7 +182,7 @@ def test_max_ttl_is_what_a_client_sees() -> None:
     assert ttls(respond(made, m.query(NAME), 400.0).data) == [5, 5], "a stale one, too"
     assert lifetime(positive(address(300)), max_ttl=60) == 300
     assert lifetime(negative(m.soa(300, 200)), max_ttl=60) == 200
-    assert lifetime(positive(address(0x7FFFFFFF)), max_ttl=0x7FFFFFFF) == cache.MAX_TTL
+    assert lifetime(positive(address(0x7FFFFFFF)), max_ttl=0x7FFFFFFF) == MAX_TTL
 
 
 @pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60, 300])
@@ -179,15 +192,15 @@ def test_chains_of_aliases(length: int) -> None:
     random.Random(1).shuffle(links)  # noqa: S311
     data = positive(*links, address(300, names[-1]))
     assert lifetime(data) == 100
-    assert [len(part) for part in cache.follow(parse_answer(data))[::2]] == [length, 1]
+    assert [len(part) for part in follow(parse_response(data))[::2]] == [length, 1]
 
 
 def test_a_loop_of_aliases_is_not_kept() -> None:
     back = alias(300, m.name(NAME), OTHER)
     for data in (positive(alias(300, OTHER), back), positive(alias(300, OTHER), alias(300, OTHER, OTHER))):
         assert lifetime(data) == 0
-        with pytest.raises(cache.Circle):
-            cache.follow(parse_answer(data))
+        with pytest.raises(CnameLoop):
+            follow(parse_response(data))
     soa = m.soa(300, 60, m.name("example"))
     assert lifetime(negative(soa, answers=(alias(300, OTHER), back))) == 0, "nor as NODATA"
 
@@ -251,7 +264,7 @@ def test_pointers_into_the_question_survive_another_case(asked: str) -> None:
     kept = Cache(10, 0)
     below = b"\x03ftp\xc0\x10"  # ftp.example, by way of the question
     data = m.response("Www.exAmple", m.A, (alias(60, below), address(50, b"\xc0\x29")))
-    answer = parse_answer(data)
+    answer = parse_response(data)
     kept.put((answer.name, m.A, m.IN, 0), entry_of(answer, 0.0, 0, 0, True))
     reply = respond(responder(kept), m.query(asked), 1.0)
     assert reply.data[12:].startswith(m.name(asked)), "the case of this client"
@@ -338,7 +351,7 @@ def test_any_gets_one_kind() -> None:
     """RFC 8482, section 4.1."""
     hosts = (HostRecord((name_from_text(NAME),), ("192.0.2.1", "192.0.2.2", "2001:db8::1")),)
     reply = respond(responder(Cache(0, 0), host_records=hosts), m.query(NAME, m.ANY), 0.0)
-    assert [record.type for record in parse_answer(reply.data).records] == [m.A, m.A]
+    assert [record.type for record in parse_response(reply.data).records] == [m.A, m.A]
 
 
 def test_extended_codes_need_opt() -> None:
@@ -355,7 +368,7 @@ def test_extended_codes_need_opt() -> None:
 
 def test_failures_are_kept_for_seconds() -> None:
     kept = Cache(10, 3600)
-    kept.put(KEY, cache.failure(50.0))
+    kept.put(KEY, failure(50.0))
     made = responder(kept)
     reply = respond(made, m.query(NAME), 50.0 + FAILURE_SECONDS - 0.1)
     assert reply.rcode == Rcode.SERVFAIL
@@ -376,7 +389,7 @@ def test_an_expired_answer_stands_in() -> None:
     again = respond(made, m.query(NAME), 400.0 + STALE_RETRY_SECONDS - 0.1)
     assert (again.source, ttls(again.data), again.until) == ("stale", [STALE_TTL, STALE_TTL], 0.0)
     assert isinstance(made.respond(m.query(NAME), 400.0 + STALE_RETRY_SECONDS), Forward), "the servers get a chance"
-    assert kept.statistics.stale == 2
+    assert kept.counts.stale == 2
     assert kept.stand_in(KEY, 1299.9)
     assert kept.stand_in(KEY, 1300.0) is None, "too old"
     kept.put(KEY, entry(positive(address(300)), 1400.0))
@@ -399,7 +412,7 @@ def test_statistics() -> None:
     for number in range(3):
         kept.put(key(number), of_size(10))
     assert kept.get(key(2), 0.0)
-    told = kept.statistics
+    told = kept.counts
     assert (told.hits, told.misses, told.insertions, told.evictions) == (1, 1, 3, 1)
 
 
@@ -425,7 +438,7 @@ def test_an_answer_of_thousands_of_records_takes_little_more_than_its_octets() -
     assert len(data) > 64_000
     tracemalloc.start()
     try:
-        answer = parse_answer(data)
+        answer = parse_response(data)
         made = entry_of(answer, 0.0, 0, 0, True)
         held, _ = tracemalloc.get_traced_memory()
     finally:
@@ -465,7 +478,7 @@ def test_it_is_bounded_whatever_happens() -> None:
             assert not kept._first.keys() & kept._second.keys()
             assert len(kept._second) <= 400
     assert (kept.bytes, kept._second_bytes) == counted(kept)
-    assert kept.statistics.evictions
+    assert kept.counts.evictions
 
 
 @pytest.mark.parametrize("negatives", [False, True], ids=["positive", "negative"])

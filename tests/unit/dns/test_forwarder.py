@@ -13,13 +13,17 @@ import pytest
 
 from udpwatch.dns import forwarder as module
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.forwarder import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, MAX_REPEATS_PER_CLIENT, Ask, Forwarder, HandOver
+from udpwatch.dns.failover import Failover
+from udpwatch.dns.forwarder import MAX_REPEATS_PER_CLIENT, ClientQuery, Forwarder
+from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, HandoverQueue
+from udpwatch.dns.message import Rcode, parse_query
 from udpwatch.dns.metrics import Metrics
-from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
+from udpwatch.dns.responder import Forward, Reply, Responder
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import Server, Settings
-from udpwatch.dns.udp import BATCH, Pending, UdpSocket, open_socket
-from udpwatch.dns.upstream import Upstream
-from udpwatch.dns.wire import Rcode, parse_query
+from udpwatch.dns.udp import Pending
+from udpwatch.dns.udp_socket import BATCH, UdpSocket, open_socket
+from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.zone import build
 
 A, B = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2"))
@@ -44,11 +48,11 @@ def test_one_client_cannot_fill_the_way_to_the_loop(link: UdpSocket) -> None:
         metrics, taken = Metrics(), Counter[bytes]()
         turns: list[int] = []
 
-        def take(each: Pending) -> None:
-            taken[each.peer] += 1
+        def take(each: ClientQuery) -> None:
+            taken[each.client] += 1
             turns[-1] += 1
 
-        hand_over = HandOver(metrics, take)
+        hand_over = HandoverQueue(metrics, take)
         hand_over.start()
         for first in range(0, 3_000, BATCH):
             hand_over.put([pending(link, A, first + number) for number in range(BATCH)])
@@ -71,7 +75,7 @@ def test_one_client_cannot_fill_the_way_to_the_loop(link: UdpSocket) -> None:
 def test_all_clients_together_have_a_limit(link: UdpSocket) -> None:
     async def run() -> None:
         metrics = Metrics()
-        hand_over = HandOver(metrics, lambda each: None)
+        hand_over = HandoverQueue(metrics, lambda each: None)
         hand_over.start()
         hand_over.put([pending(link, number.to_bytes(4, "big"), number) for number in range(MAX_QUEUED + 7)])
         assert metrics.forward_rejects["queue"][0] == 7
@@ -86,18 +90,19 @@ class Clients:
         settings = Settings(hosts=False, forward_max=LIMIT)
         self.metrics, cache = Metrics(), Cache(0, 0)
         responder = Responder(settings, build(settings, print), cache)
-        responder.upstreams = Upstreams((Server(*silent.getsockname()),))
-        self.forwarder = Forwarder(settings, responder, cache, Upstream(self.metrics), self.metrics, None)
+        responder.routes = Routes((Server(*silent.getsockname()),))
+        failover = Failover(UpstreamClient(self.metrics), self.metrics)
+        self.forwarder = Forwarder(settings, responder, cache, failover, self.metrics, None)
         self.got: list[tuple[bytes, int, int]] = []  # client, id, code
 
-    def ask(self, client: bytes, name: str, ident: int = 0, tcp: bool = False) -> Ask:
+    def ask(self, client: bytes, name: str, ident: int = 0, tcp: bool = False) -> ClientQuery:
         query = parse_query(m.query(f"{name}.example", ident=ident))
 
         def deliver(reply: Reply) -> None:
             self.got.append((client, ident, reply.rcode))
 
-        ask = Ask(Forward(query, 512), client, (client, ident), lambda: ("", 0), deliver, tcp)
-        self.forwarder.ask(ask)
+        ask = ClientQuery(Forward(query, 512), client, (client, ident), lambda: ("", 0), deliver, tcp)
+        self.forwarder.submit(ask)
         return ask
 
     def rejects(self) -> dict[str, int]:
@@ -189,10 +194,10 @@ def test_a_client_that_has_gone_leaves_its_place(silent: socket.socket) -> None:
     async def run() -> None:
         clients = Clients(silent)
         first, second = clients.ask(A, "a", 1, tcp=True), clients.ask(A, "a", 2, tcp=True)
-        clients.forwarder.give_up(first)
+        clients.forwarder.cancel(first)
         assert len(clients.forwarder) == 1
-        clients.forwarder.give_up(second)
-        clients.forwarder.give_up(second)
+        clients.forwarder.cancel(second)
+        clients.forwarder.cancel(second)
         assert len(clients.forwarder) == 0
         await clients.forwarder.stop()
         assert not clients.got

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import dns.exception
 import dns.flags
-import dns.message
 import dns.name
 import dns.opcode
 import dns.rcode
@@ -22,15 +21,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import dns.message
 import udpwatch
-from udpwatch.dns import cache, wire
-from udpwatch.dns.cache import Cache, entry_of
+from udpwatch.dns import message
+from udpwatch.dns.cache import Cache
+from udpwatch.dns.cache_entry import MAX_TTL, entry_of, failure
+from udpwatch.dns.message import Malformed, Steps, parse_query, parse_response, read_name
 from udpwatch.dns.metrics import DnsCollector, Metrics
+from udpwatch.dns.names import lower, name_from_text, name_to_text
 from udpwatch.dns.policy import rebinds
 from udpwatch.dns.querylog import QueryLog
-from udpwatch.dns.responder import Drop, Forward, Reply, Responder, Upstreams, from_entry
+from udpwatch.dns.responder import Drop, Forward, Reply, Responder, from_entry
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Malformed, Steps, name_from_text, parse_answer, parse_query, read_name
 from udpwatch.dns.zone import build
 
 LONG = os.environ.get("UDPWATCH_FUZZ", "") not in ("", "0")
@@ -156,14 +159,14 @@ def proper_queries(draw: st.DrawFn) -> bytes:
 def responder() -> Responder:
     """With a cache that holds answers of every kind."""
     made = Responder(SETTINGS, ZONE, Cache(100, 60))
-    made.upstreams = Upstreams((Server("192.0.2.53"),), SETTINGS.domain_servers)
+    made.routes = Routes((Server("192.0.2.53"),), SETTINGS.domain_servers)
     made.server_statistics = lambda: ["192.0.2.53#53 1 0", "fe80::1%ü#53 1 0", "x" * 300] * 400
     for data in REAL:
         with contextlib.suppress(Malformed):
-            answer = parse_answer(data)
+            answer = parse_response(data)
             for wants in (0, m.DO, m.CD):
                 made.cache.put((answer.name, answer.type, 1, wants), entry_of(answer, 0.0, 60, 0, True))
-    made.cache.put((m.name("plain"), m.TXT, 1, 0), cache.failure(0.0))
+    made.cache.put((m.name("plain"), m.TXT, 1, 0), failure(0.0))
     return made
 
 
@@ -172,7 +175,7 @@ RESPONDER = responder()
 
 def test_the_second_opinion_is_dnspython() -> None:
     """The folder `dns/` of this repository must not stand in its place."""
-    assert Path(dns.message.__file__).parent != Path(wire.__file__).parent
+    assert Path(dns.message.__file__).parent != Path(message.__file__).parent
     assert dns.message.Message.__module__ == "dns.message"
     assert udpwatch.__name__ == "udpwatch"
 
@@ -187,10 +190,10 @@ def test_queries_are_read_or_malformed(data: bytes) -> None:
     try:
         query = parse_query(data, steps)
     except Malformed as error:
-        assert error.reason in wire.REASONS
+        assert error.reason in message.REASONS
     else:
         assert len(query.name) <= 255
-        wire.name_to_text(query.name)
+        name_to_text(query.name)
     assert steps.taken + steps.jumps <= len(data) + 1
 
 
@@ -204,18 +207,18 @@ def test_answers_are_read_or_malformed(data: bytes) -> None:
             all_of(data[:2] + bytes([data[2] | 0x80]) + data[3:])
 
 
-def all_of(data: bytes) -> wire.Answer:
+def all_of(data: bytes) -> message.Response:
     """What a forwarder and a log do with an answer."""
-    answer = parse_answer(data)
+    answer = parse_response(data)
     assert 12 < answer.body_end <= len(data)
     entry = entry_of(answer, 0.0, 60, 0, True)
     assert all(0 <= at <= len(entry.body) - 4 for at in entry.ttls)
     assert sum(entry.counts) == len(entry.ttls)
-    assert 0 <= entry.expires <= cache.MAX_TTL
+    assert 0 <= entry.expires <= MAX_TTL
     assert len(entry.aged(7.5, False)) == len(entry.body)
     rebinds(SETTINGS, answer)
     for record in answer.records:
-        for read, at in ((wire.owner, record.start), (wire.rdata_name, record.owner_end)):
+        for read, at in ((message.owner, record.start), (message.rdata_name, record.owner_end)):
             with contextlib.suppress(Malformed):
                 assert len(read(answer, at)) <= 255
     return answer
@@ -225,11 +228,11 @@ def all_of(data: bytes) -> wire.Answer:
 @fuzz
 def test_names_are_read_or_malformed(data: bytes, at: int) -> None:
     steps = Steps(len(data))
-    for read in (read_name, wire.skip_name):
+    for read in (read_name, message.skip_name):
         with contextlib.suppress(Malformed):
             read(data, at, steps)
     with contextlib.suppress(Malformed):
-        assert wire.name_from_text(wire.name_to_text(read_name(data, at, steps))) == read_name(data, at, steps)
+        assert name_from_text(name_to_text(read_name(data, at, steps))) == read_name(data, at, steps)
 
 
 @given(messages, st.booleans())
@@ -238,7 +241,7 @@ def test_the_responder_raises_nothing(data: bytes, tcp: bool) -> None:
     found = RESPONDER.respond(data, 1.0, tcp)
     log = QueryLog(True)
     if isinstance(found, Reply | Forward):
-        log.tell(found, "192.0.2.1", 5353)
+        log.log_query(found, "192.0.2.1", 5353)
     if isinstance(found, Reply):
         assert found.data[:2] == data[:2]
         assert len(found.data) <= (65_535 if tcp else 1232)
@@ -271,7 +274,7 @@ def test_what_dnspython_takes_for_a_query_we_read_alike(data: bytes) -> None:
         return
     question = theirs.question[0]
     assert ours.id == theirs.id
-    assert ours.name == question.name.to_wire().translate(wire._LOWER)
+    assert ours.name == lower(question.name.to_wire())
     assert (ours.type, ours.klass) == (question.rdtype, question.rdclass)
     assert (ours.edns is None) == (theirs.edns < 0)
     if ours.edns:
@@ -302,7 +305,7 @@ def test_dnspython_reads_what_we_pass_on(data: bytes, kind: int, most: int) -> N
     """As far as it read what came: records are passed on as they are."""
     data = data[:2] + bytes([data[2] | 0x80]) + data[3:] if len(data) > 2 else data
     try:
-        answer = parse_answer(data)
+        answer = parse_response(data)
         before = dns.message.from_wire(data, raise_on_truncation=False)
     except Exception:
         return
@@ -324,7 +327,7 @@ def test_dnspython_reads_what_we_pass_on(data: bytes, kind: int, most: int) -> N
             assert [r.name for r in after.answer] == [r.name for r in before.answer]
 
 
-def _same_names_with_other_ttls(data: bytes, answer: wire.Answer, before: dns.message.Message) -> bool:
+def _same_names_with_other_ttls(data: bytes, answer: message.Response, before: dns.message.Message) -> bool:
     """Whether no name points into a TTL: such a name changes as time passes."""
     for ttl in (0, 30, 0xFFFF):
         changed = bytearray(data)
@@ -342,7 +345,7 @@ def _same_names_with_other_ttls(data: bytes, answer: wire.Answer, before: dns.me
 @pytest.mark.parametrize("size", [13, 40, 300])
 def test_errors_are_messages(size: int) -> None:
     for rcode in (1, 4):
-        read = dns.message.from_wire(wire.bare(bytes(each & 0xFF for each in range(size)), rcode))
+        read = dns.message.from_wire(message.build_error(bytes(each & 0xFF for each in range(size)), rcode))
         assert read.rcode() == rcode
 
 
@@ -414,7 +417,7 @@ def test_a_chain_in_the_question_ends_at_once(size: int) -> None:
     for flags in (0, m.QR):
         data, steps = m.header(flags=flags) + chain + b"\0\0\1\0\1", Steps(size)
         with pytest.raises(Malformed):
-            parse_answer(data) if flags else parse_query(data, steps)
+            parse_response(data) if flags else parse_query(data, steps)
         assert steps.taken + steps.jumps <= 2
 
 
@@ -424,18 +427,20 @@ def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) ->
     """All that is ever done with it: read, kept, and each name written to the log."""
     data = bomb(size, make, True)
     try:
-        answer = parse_answer(data)
+        answer = parse_response(data)
     except Malformed:
         return  # too many records
     entry_of(answer, 0.0, 60, 0, True)
     for record in answer.records:
-        for read, at in ((wire.owner, record.start), (wire.rdata_name, record.owner_end)):
+        for read, at in ((message.owner, record.start), (message.rdata_name, record.owner_end)):
             with contextlib.suppress(Malformed):
                 read(answer, at)
     steps = answer.steps.taken + answer.steps.jumps
     # Parsed: a step an octet; then the budget for names, with a jump for a step at the most, and where it has ended
     # each name a step of its own.
-    most = len(data) + 2 * min(wire.NAME_STEPS_PER_OCTET * len(data), wire.MAX_NAME_STEPS) + 4 * len(answer.records)
+    most = (
+        len(data) + 2 * min(message.NAME_STEPS_PER_OCTET * len(data), message.MAX_NAME_STEPS) + 4 * len(answer.records)
+    )
     assert steps <= most <= 10 * len(data)
 
 
@@ -443,16 +448,16 @@ def test_honest_answers_are_within_the_budget() -> None:
     """The dearest real names, those of IPv6 reverse look-ups; an alias with all the addresses that a message holds."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
-    answer = parse_answer(m.response(reverse, m.PTR, tuple(names)))
+    answer = parse_response(m.response(reverse, m.PTR, tuple(names)))
     for record in answer.records:
-        assert wire.owner(answer, record.start) == m.name(reverse)
-        assert wire.rdata_name(answer, record.owner_end).endswith(m.name("example.org"))
+        assert message.owner(answer, record.start) == m.name(reverse)
+        assert message.rdata_name(answer, record.owner_end).endswith(m.name("example.org"))
     alias = m.record(m.CNAME, m.name("a.long.chain.of.names.example.org"), 60)
     at = 12 + len(m.question("www.example")) + 12
     address = m.record(m.A, bytes(4), 50, pointer(at))
     head = len(m.response("www.example", m.A, (alias,)))
     data = m.response("www.example", m.A, (alias, *[address] * ((65_535 - head) // len(address))))
-    answer = parse_answer(data)
+    answer = parse_response(data)
     assert (len(data) > 65_500, len(answer.records) > 4_000) == (True, True)
     assert entry_of(answer, 0.0, 0, 0, True).expires == 50.0
     assert answer.steps.taken + answer.steps.jumps <= 2 * len(answer.records), "linear, two steps each"
@@ -461,11 +466,11 @@ def test_honest_answers_are_within_the_budget() -> None:
 def test_records_are_bounded() -> None:
     """The smallest that there can be: more than MAX_RECORDS fit into a message."""
     smallest = m.record(m.A, b"", 50, b"\0")
-    assert len(parse_answer(m.response("q", m.A, (smallest,) * wire.MAX_RECORDS)).records) == wire.MAX_RECORDS
-    data = m.response("q", m.A, (smallest,) * (wire.MAX_RECORDS + 1))
+    assert len(parse_response(m.response("q", m.A, (smallest,) * message.MAX_RECORDS)).records) == message.MAX_RECORDS
+    data = m.response("q", m.A, (smallest,) * (message.MAX_RECORDS + 1))
     assert len(data) <= 65_535
     with pytest.raises(Malformed):
-        parse_answer(data)
+        parse_response(data)
 
 
 def test_a_service_of_many_pods() -> None:
@@ -474,7 +479,7 @@ def test_a_service_of_many_pods() -> None:
     owners = [m.name(pod)[:-1] + pointer(12 + 11) for pod in pods]  # below web.default.svc.cluster.local
     records = tuple(m.record(m.SRV, struct.pack("!3H", 0, 1, 80) + owner, 30) for owner in owners)
     glue = tuple(m.record(m.A, bytes((10, 0, n >> 8, n & 255)), 30, owner) for n, owner in enumerate(owners))
-    answer = parse_answer(m.response(name, m.SRV, records, (), glue))
+    answer = parse_response(m.response(name, m.SRV, records, (), glue))
     entry = entry_of(answer, 0.0, 0, 0, True)
     assert (entry.counts, entry.expires) == ((700, 0, 700), 30.0)
     query = parse_query(m.query(name, m.SRV, m.opt()))
@@ -499,6 +504,6 @@ def test_random_messages_of_every_size() -> None:
 
 def test_metrics_can_name_everything_that_was_answered() -> None:
     metrics = Metrics()
-    for reason in wire.REASONS:
+    for reason in message.REASONS:
         metrics.malformed[reason][0] += 1
     assert list(DnsCollector(metrics, RESPONDER.cache, lambda: 0).collect())

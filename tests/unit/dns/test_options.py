@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from udpwatch.dns import options
 from udpwatch.dns.errors import ConfigError, DnsError, FileError
-from udpwatch.dns.options import OPTIONS, REFUSED, Information, Option, parse, read_conf, usage
+from udpwatch.dns.message import Type
+from udpwatch.dns.names import name_from_text
+from udpwatch.dns.option_table import OPTIONS, REFUSED, Option, usage
+from udpwatch.dns.options import Information, parse, read_conf
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Type, name_from_text
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / options.DOCUMENT

@@ -8,10 +8,12 @@ import dns_messages as m
 import pytest
 
 from udpwatch.dns.cache import Cache
+from udpwatch.dns.message import Rcode, parse_response
+from udpwatch.dns.names import is_single_label, is_subdomain, label_count, name_from_text
 from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, never_forwarded, rebinds
-from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
+from udpwatch.dns.responder import Forward, Reply, Responder
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainServers, HostRecord, Server, Settings
-from udpwatch.dns.wire import Rcode, is_below, is_plain_name, label_count, name_from_text, parse_answer
 from udpwatch.dns.zone import build
 
 DEFAULT, CORP, DEEP = Server("192.0.2.53"), Server("10.0.0.2"), Server("10.0.0.3")
@@ -24,7 +26,7 @@ def wire(text: str) -> bytes:
 def asked(settings: Settings, text: str, kind: int = m.A) -> int | str:
     """The code of the answer, or "forward"."""
     responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
-    responder.upstreams = Upstreams((DEFAULT,), settings.domain_servers)
+    responder.routes = Routes((DEFAULT,), settings.domain_servers)
     found = responder.respond(m.query(wire(text), kind), 0.0)
     if isinstance(found, Forward):
         return "forward"
@@ -132,7 +134,7 @@ def test_plain_names_are_not_passed_on(text: str, kind: int, expected: int | str
 
 
 def test_is_plain_name() -> None:
-    assert [is_plain_name(name) for name in (b"\0", b"\1a\0", b"\3a.b\0", b"\1a\1b\0")] == [True, True, True, False]
+    assert [is_single_label(name) for name in (b"\0", b"\1a\0", b"\3a.b\0", b"\1a\1b\0")] == [True, True, True, False]
 
 
 # ---- --stop-dns-rebind ----
@@ -141,7 +143,7 @@ def test_is_plain_name() -> None:
 def believed(settings: Settings, *records: bytes, name: str = "www.example", section: int = 1) -> bool:
     sections: list[tuple[bytes, ...]] = [(), (), ()]
     sections[section - 1] = records
-    return not rebinds(settings, parse_answer(m.response(name, m.A, *sections)))
+    return not rebinds(settings, parse_response(m.response(name, m.A, *sections)))
 
 
 def address(text: str, owner: bytes = m.TO_QUESTION) -> bytes:
@@ -210,11 +212,11 @@ def test_contains() -> None:
 # ---- who is asked ----
 
 
-def upstreams(*domains: tuple[str, tuple[Server, ...], bool]) -> Upstreams:
+def upstreams(*domains: tuple[str, tuple[Server, ...], bool]) -> Routes:
     made = (
         DomainServers(wire(text) if text != "//" else b"", servers, standard) for text, servers, standard in domains
     )
-    return Upstreams((DEFAULT,), tuple(made))
+    return Routes((DEFAULT,), tuple(made))
 
 
 @pytest.mark.parametrize(
@@ -253,8 +255,8 @@ def test_octets_that_look_like_a_domain_are_none() -> None:
 
 
 def test_nobody_to_ask() -> None:
-    assert Upstreams().for_name(wire("a.example")) is None
-    standard = Upstreams((), (DomainServers(wire("example"), (), True),))
+    assert Routes().for_name(wire("a.example")) is None
+    standard = Routes((), (DomainServers(wire("example"), (), True),))
     assert standard.for_name(wire("a.example")) is None, "# is the servers that there are"
 
 
@@ -278,9 +280,9 @@ def test_a_domain_that_is_ours_alone(text: str, expected: int | str) -> None:
 
 
 def test_names_below_others() -> None:
-    assert is_below(wire("a.b"), wire("b"))
-    assert is_below(wire("b"), wire("b"))
-    assert is_below(wire("b"), b"\0")
-    assert not is_below(wire("ab"), wire("b"))
-    assert not is_below(b"\x04xx\x01b\x00", wire("b"))
+    assert is_subdomain(wire("a.b"), wire("b"))
+    assert is_subdomain(wire("b"), wire("b"))
+    assert is_subdomain(wire("b"), b"\0")
+    assert not is_subdomain(wire("ab"), wire("b"))
+    assert not is_subdomain(b"\x04xx\x01b\x00", wire("b"))
     assert [label_count(name) for name in (b"\0", wire("a"), wire("a.b"))] == [0, 1, 2]

@@ -12,11 +12,14 @@ import dns_messages as m
 import pytest
 
 from udpwatch.dns import querylog
-from udpwatch.dns.cache import Cache, Entry, entry_of, failure
+from udpwatch.dns.cache import Cache
+from udpwatch.dns.cache_entry import Entry, entry_of, failure
+from udpwatch.dns.message import Rcode, parse_query, parse_response
+from udpwatch.dns.names import name_from_text
 from udpwatch.dns.querylog import QueryLog
-from udpwatch.dns.responder import Drop, Forward, Responder, Upstreams, from_entry
+from udpwatch.dns.responder import Drop, Forward, Responder, from_entry
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Rcode, name_from_text, parse_answer, parse_query
 from udpwatch.dns.zone import build
 
 CLIENT, PORT = "192.0.2.99", 40000
@@ -47,7 +50,7 @@ def responder(tmp_path: Path) -> Responder:
         domain_servers=(DomainServers(wire("lan"), ()),),
     )
     made = Responder(settings, build(settings, pytest.fail), Cache(10, 100))
-    made.upstreams = Upstreams((), settings.domain_servers)
+    made.routes = Routes((), settings.domain_servers)
     return made
 
 
@@ -68,7 +71,7 @@ def written(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 def told(responder: Responder, data: bytes, log: QueryLog | None = None, now: float = 1.0) -> None:
     found = responder.respond(data, now)
     assert not isinstance(found, Drop)
-    (log or QueryLog(False)).tell(found, CLIENT, PORT)
+    (log or QueryLog(False)).log_query(found, CLIENT, PORT)
 
 
 LOCAL = [
@@ -144,20 +147,20 @@ ANSWERS = [
 def test_what_others_say(
     written: Callable[[], list[str]], data: bytes, expected: list[str], source: str, word: str
 ) -> None:
-    answer = parse_answer(data)
+    answer = parse_response(data)
     query = parse_query(m.header() + answer.question)
     reply = from_entry(query, entry_of(answer, 0.0, 0, 0, True), 512, 0.0, source)
-    QueryLog(False).answer(reply, CLIENT, PORT)
+    QueryLog(False).response(reply, CLIENT, PORT)
     assert written() == [f"{word} {line}" for line in expected]
 
 
 def test_a_question_that_is_passed_on(responder: Responder, written: Callable[[], list[str]]) -> None:
-    responder.upstreams = Upstreams((Server("192.0.2.53"),))
+    responder.routes = Routes((Server("192.0.2.53"),))
     found, log = responder.respond(m.query("b.example"), 1.0), QueryLog(False)
     assert isinstance(found, Forward)
-    log.tell(found, CLIENT, PORT)
+    log.log_query(found, CLIENT, PORT)
     log.forwarded(found.query, "192.0.2.53#53", CLIENT, PORT)
-    log.answer(responder.refuse(found.query, Rcode.SERVFAIL), CLIENT, PORT)
+    log.response(responder.refuse(found.query, Rcode.SERVFAIL), CLIENT, PORT)
     assert written() == [
         f"query[A] b.example {FROM}",
         "forwarded b.example to 192.0.2.53#53",
@@ -175,7 +178,7 @@ def test_codes_without_a_name(written: Callable[[], list[str]]) -> None:
     query = parse_query(m.query("b.example", m.A, m.opt()))
     for rcode in (9, 23):
         reply = from_entry(query, Entry(rcode, b"", (0, 0, 0), array("H"), 0.0, 0.0), 512, 0.0, "forward")
-        QueryLog(False).answer(reply, CLIENT, PORT)
+        QueryLog(False).response(reply, CLIENT, PORT)
     assert written() == ["reply b.example is 9", "reply b.example is 23"]
 
 
@@ -237,14 +240,14 @@ def test_extra_begins_with_a_serial_number_and_the_client(
 
 def test_two_questions_of_one_socket_keep_their_numbers(responder: Responder, written: Callable[[], list[str]]) -> None:
     """glibc asks for A and AAAA at once."""
-    responder.upstreams, log = Upstreams((Server("192.0.2.53"),)), QueryLog(True)
+    responder.routes, log = Routes((Server("192.0.2.53"),)), QueryLog(True)
     pair = [responder.respond(m.query("b.example", kind, ident=kind), 1.0) for kind in (m.A, m.AAAA)]
     for found in pair:
         assert isinstance(found, Forward)
-        log.tell(found, CLIENT, PORT)
+        log.log_query(found, CLIENT, PORT)
     for found in pair:
         assert isinstance(found, Forward)
-        log.answer(responder.refuse(found.query, Rcode.SERVFAIL), CLIENT, PORT)
+        log.response(responder.refuse(found.query, Rcode.SERVFAIL), CLIENT, PORT)
     assert [line.split()[0] for line in written()] == ["1", "2", "1", "2"]
 
 
@@ -252,7 +255,7 @@ def test_open_questions_are_bounded(written: Callable[[], list[str]], monkeypatc
     monkeypatch.setattr(querylog, "MAX_OPEN", 3)
     log = QueryLog(True)
     for ident in range(10):
-        log.question(parse_query(m.query("b.example", ident=ident)), CLIENT, PORT)
+        log.query(parse_query(m.query("b.example", ident=ident)), CLIENT, PORT)
     assert len(log._open) == 3
     log.forwarded(parse_query(m.query("b.example", ident=0)), "192.0.2.53#53", CLIENT, PORT)
     assert written()[-1] == f"0 {CLIENT}/{PORT} forwarded b.example to 192.0.2.53#53"

@@ -14,13 +14,16 @@ from typing import Any
 import dns_messages as m
 import pytest
 
-from udpwatch.dns import zone
+from udpwatch.dns import hosts_file, zone
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.errors import FileError
-from udpwatch.dns.responder import Forward, Reply, Responder, Upstreams
+from udpwatch.dns.hosts_file import MAX_COMPLAINTS
+from udpwatch.dns.message import Rcode, parse_response
+from udpwatch.dns.names import address_of, name_from_text, name_to_text, unpack_address
+from udpwatch.dns.responder import Forward, Reply, Responder
+from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.wire import Rcode, name_from_text, name_to_text, parse_answer
-from udpwatch.dns.zone import MAX_ADDRESSES, MAX_COMPLAINTS, Zone, build
+from udpwatch.dns.zone import MAX_ADDRESSES, Zone, build
 
 UPSTREAM = Server("192.0.2.53")
 OTHER_TYPES = [m.AAAA, m.HTTPS, m.TXT, m.MX, m.NS, m.SOA, m.SRV, m.CNAME, m.PTR, 43, 65280]
@@ -58,7 +61,7 @@ def addresses(table: Zone, text: str | bytes, kind: int = m.A) -> list[str]:
     found = table.find(text if isinstance(text, bytes) else wire(text), kind)
     if found is None:
         return ["?"]
-    return [zone.unpack_address(data) for rrset in found.rrsets for data in rrset.data if rrset.type == kind]
+    return [unpack_address(data) for rrset in found.rrsets for data in rrset.data if rrset.type == kind]
 
 
 def pointer(table: Zone, address: str) -> str | None:
@@ -74,7 +77,7 @@ def answer(table: Zone, text: str, kind: int = m.A, settings: Settings | None = 
     """Code and number of records, from where there is an upstream server; "forward" where that one is asked."""
     settings = settings or Settings(hosts=False)
     responder = Responder(settings, table, Cache(0, 0))
-    responder.upstreams = Upstreams((UPSTREAM,), settings.domain_servers)
+    responder.routes = Routes((UPSTREAM,), settings.domain_servers)
     found = responder.respond(m.query(wire(text), kind), 0.0)
     if isinstance(found, Forward):
         return "forward"
@@ -252,7 +255,7 @@ def test_a_folder_is_read_in_order_without_what_is_no_file_of_it(tmp_path: Path)
     assert pointer(table, "192.0.2.1") is not None
     known = {name for name in ("a", "b", "hashchash", "d", "e", "gone") if addresses(table, name) != ["?"]}
     assert known == {"a", "b"}
-    found = list(zone.hosts_files(Settings(hosts=False, addn_hosts=(tmp_path,)), pytest.fail))
+    found = list(hosts_file.hosts_files(Settings(hosts=False, addn_hosts=(tmp_path,)), pytest.fail))
     assert [path.name for path in found] == ["#f", "a", "b", "g#"]
 
 
@@ -307,7 +310,8 @@ def test_a_link_to_nothing_in_a_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_etc_hosts_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zone, "ETC_HOSTS", tmp_path / "hosts")
+    for module in (hosts_file, zone):
+        monkeypatch.setattr(module, "ETC_HOSTS", tmp_path / "hosts")
     assert build(Settings(), pytest.fail).entries == 0
     (tmp_path / "hosts").write_text("192.0.2.1 a\n")
     assert build(Settings(), pytest.fail).entries == 1
@@ -324,11 +328,11 @@ def test_a_file_under_the_pen_is_read_again(tmp_path: Path, monkeypatch: pytest.
         return os.stat_result((*found[:6], found.st_size - 5 if state == 1 else found.st_size, *found[7:]))
 
     real = os.fstat
-    monkeypatch.setattr(zone.os, "fstat", fstat)
-    monkeypatch.setattr(zone.time, "sleep", waits.append)
+    monkeypatch.setattr(hosts_file.os, "fstat", fstat)
+    monkeypatch.setattr(hosts_file.time, "sleep", waits.append)
     table, _ = of_files(path)
     assert addresses(table, "half") == ["192.0.2.1"]
-    assert waits == [zone.CHANGING_SECONDS]
+    assert waits == [hosts_file.CHANGING_SECONDS]
 
 
 def test_a_file_that_never_rests_is_taken_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -341,11 +345,11 @@ def test_a_file_that_never_rests_is_taken_in_the_end(tmp_path: Path, monkeypatch
         os.utime(path, ns=(stamp, stamp))
         return real(descriptor)
 
-    monkeypatch.setattr(zone.os, "fstat", fstat)
-    monkeypatch.setattr(zone.time, "sleep", waits.append)
+    monkeypatch.setattr(hosts_file.os, "fstat", fstat)
+    monkeypatch.setattr(hosts_file.time, "sleep", waits.append)
     table, _ = of_files(path)
     assert addresses(table, "a") == ["192.0.2.1"]
-    assert len(waits) == zone.CHANGING_TRIES
+    assert len(waits) == hosts_file.CHANGING_TRIES
 
 
 # ---- reverse names ----
@@ -377,14 +381,14 @@ def test_reverse_names_of_both_families(load: Load) -> None:
 def test_what_is_no_reverse_name(load: Load, text: str) -> None:
     table, _ = load("192.0.2.1 first\n")
     assert table.find(wire(text), m.PTR) is None
-    assert zone.address_of(wire(text)) is None
+    assert address_of(wire(text)) is None
 
 
 def test_a_name_that_only_ends_like_a_reverse_one() -> None:
     """The octets of `in-addr.arpa` in a label, four numbers before it."""
     inside = b"\x011\x012\x010\x03192\x01e\x0fxx\x07in-addr\x04arpa\x00"
-    assert zone.address_of(inside) is None
-    assert zone.address_of(b"\x01a" * 33 + b"\x0ax\x03ip6\x04arpa\x00") is None
+    assert address_of(inside) is None
+    assert address_of(b"\x01a" * 33 + b"\x0ax\x03ip6\x04arpa\x00") is None
 
 
 def test_other_types_of_a_reverse_name_are_nodata(load: Load) -> None:
@@ -537,11 +541,11 @@ def test_the_longest_domain_decides_between_address_and_server(
         domain_servers=(DomainServers(domain, (told,) if isinstance(told, Server) else (), told == STANDARD),),
     )
     responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
-    responder.upstreams = Upstreams((UPSTREAM,), settings.domain_servers)
+    responder.routes = Routes((UPSTREAM,), settings.domain_servers)
     for text, who in expected.items():
         found = responder.respond(m.query(wire(text)), 0.0)
         if isinstance(found, Forward):
-            assert responder.upstreams.for_name(wire(text)) == (who,), text
+            assert responder.routes.for_name(wire(text)) == (who,), text
         else:
             assert isinstance(found, Reply)
             assert ("here" if m.counts_of(found.data)[1] else found.rcode) == who, text
@@ -600,7 +604,7 @@ def test_a_name_with_records_here_is_not_denied_by_others(kind: int) -> None:
     responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
     for text, rcode in (("a.example", Rcode.NOERROR), ("b.example", Rcode.NXDOMAIN), ("x.a.example", Rcode.NXDOMAIN)):
         denied = m.response(text, m.A, (), (m.soa(300, 60),), rcode=Rcode.NXDOMAIN)
-        entry = responder.entry_of(parse_answer(denied), 0.0)
+        entry = responder.entry_of(parse_response(denied), 0.0)
         assert (entry.rcode, entry.expires) == (rcode, 60.0)
 
 

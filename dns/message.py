@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
+from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, lower
+
 HEADER_BYTES = 12  # RFC 1035, section 4.1.1
-MAX_NAME_BYTES = 255  # RFC 1035, section 2.3.4
-MAX_LABEL_BYTES = 63
 NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real one takes about 1
 MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes 128 without pointers
 MAX_RECORDS = 5000  # of an answer; addresses in 65,535 octets are 4,094, and take 2 ms (a Service of so many pods)
@@ -83,7 +83,6 @@ DO = 0x8000  # of OPT's TTL field
 _header = struct.Struct("!6H")
 _fixed = struct.Struct("!HHIH")  # of a record, after its name
 _question_end = struct.Struct("!HH")
-_LOWER = bytes.maketrans(bytes(range(65, 91)), bytes(range(97, 123)))
 
 
 class Malformed(Exception):
@@ -110,11 +109,6 @@ class Steps:
 
 
 # ---- names ----
-
-
-def lower(name: bytes) -> bytes:
-    """A name in wire format in lower case. Length octets are below 64, so they stay what they are."""
-    return name.translate(_LOWER)
 
 
 def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> int:
@@ -176,85 +170,6 @@ def read_name(data: bytes, at: int, steps: Steps) -> bytes:
             at += 1 + length
     except IndexError:
         raise Malformed("name") from None
-
-
-def name_from_text(text: str) -> bytes:
-    r"""Wire format of a name in zone-file notation (``\.`` and ``\DDD``, RFC 1035, section 5.1); a final dot is
-    optional. Characters outside ASCII are taken as UTF-8. Raises ValueError with what is wrong.
-    """
-    if text in (".", ""):
-        return b"\0"
-    labels, label, raw, at = [], bytearray(), text.encode(), 0
-    while at < len(raw):
-        octet = raw[at]
-        at += 1
-        if octet == 0x5C:  # backslash
-            digits = raw[at : at + 3]
-            if len(digits) == 3 and digits.isdigit() and int(digits) < 256:
-                label.append(int(digits))
-                at += 3
-            elif at < len(raw) and not raw[at : at + 1].isdigit():
-                label.append(raw[at])
-                at += 1
-            else:
-                raise ValueError("a backslash that escapes nothing")
-        elif octet == 0x2E:
-            labels.append(bytes(label))
-            label.clear()
-        else:
-            label.append(octet)
-    if label:
-        labels.append(bytes(label))
-    if any(not part for part in labels):
-        raise ValueError("an empty label")
-    if any(len(part) > MAX_LABEL_BYTES for part in labels):
-        raise ValueError(f"a label of more than {MAX_LABEL_BYTES} octets")
-    name = b"".join(bytes([len(part)]) + part for part in labels) + b"\0"
-    if len(name) > MAX_NAME_BYTES:
-        raise ValueError(f"more than {MAX_NAME_BYTES} octets")
-    return name
-
-
-def name_to_text(name: bytes) -> str:
-    r"""A name for people, without the final dot; dots in labels, backslashes and what is not printable ASCII are
-    escaped, so that it stays on its line in a log."""
-    labels = []
-    at = 0
-    while name[at]:
-        label = name[at + 1 : at + 1 + name[at]]
-        labels.append("".join(_printable(octet) for octet in label))
-        at += 1 + name[at]
-    return ".".join(labels) or "."
-
-
-def _printable(octet: int) -> str:
-    if octet in (0x2E, 0x5C):
-        return f"\\{chr(octet)}"
-    return chr(octet) if 0x21 <= octet <= 0x7E else f"\\{octet:03d}"
-
-
-def suffixes(name: bytes) -> Iterator[bytes]:
-    """The name itself, then each name above it, the root last."""
-    at = 0
-    while name[at]:
-        yield name[at:]
-        at += 1 + name[at]
-    yield name[at:]
-
-
-def is_below(name: bytes, domain: bytes) -> bool:
-    """Whether a name is the domain or in it; both in lower case."""
-    return name.endswith(domain) and any(part == domain for part in suffixes(name))
-
-
-def is_plain_name(name: bytes) -> bool:
-    """One label, or the root."""
-    return not name[0] or not name[1 + name[0]]
-
-
-def label_count(name: bytes) -> int:
-    """How many labels, without the root's."""
-    return sum(1 for _ in suffixes(name)) - 1
 
 
 # ---- queries ----
@@ -432,7 +347,7 @@ class Records:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """A response, read as far as a forwarder has to."""
 
     message: bytes
@@ -453,8 +368,13 @@ class Answer:
         """Whether TCP would bring more."""
         return bool(self.flags & TC)
 
+    @property
+    def opcode(self) -> int:
+        """0 for a standard query."""
+        return (self.flags & OPCODE_MASK) >> 11
 
-def parse_answer(data: bytes) -> Answer:
+
+def parse_response(data: bytes) -> Response:
     """Read a response. Raises Malformed.
 
     The body that is passed on ends before OPT: what stands behind one, a signature of the transport at the most
@@ -475,7 +395,7 @@ def parse_answer(data: bytes) -> Answer:
     kind, klass = _question_end.unpack_from(data, end)
     records = Records(data)
     at, opt_at, extended = _find_records(data, end + 4, [] if flags & TC else counts, records, steps)
-    return Answer(
+    return Response(
         message=data,
         id=ident,
         flags=flags,
@@ -524,7 +444,7 @@ def _find_records(data: bytes, at: int, counts: list[int], records: Records, ste
     return at, opt_at, extended
 
 
-def rdata_name(answer: Answer, owner_end: int) -> bytes:
+def rdata_name(answer: Response, owner_end: int) -> bytes:
     """The name that is all of the data of the record whose owner ends there, in lower case. Raises Malformed."""
     at, length = owner_end + 10, int.from_bytes(answer.message[owner_end + 8 : owner_end + 10], "big")
     if skip_name(answer.message, at, answer.steps) != at + length:
@@ -532,7 +452,7 @@ def rdata_name(answer: Answer, owner_end: int) -> bytes:
     return lower(read_name(answer.message, at, answer.steps))
 
 
-def owner(answer: Answer, start: int) -> bytes:
+def owner(answer: Response, start: int) -> bytes:
     """The owner of the record that starts there, in lower case. Raises Malformed."""
     if answer.message.startswith(TO_QUESTION, start):
         return answer.name
@@ -547,7 +467,7 @@ def response_flags(query_flags: int, rcode: int = 0, flags: int = 0) -> int:
     return QR | RA | (query_flags & (RD | CD)) | flags | (rcode & RCODE_MASK)
 
 
-def message(
+def build_response(
     query: Query, rcode: int = 0, flags: int = 0, body: bytes = b"", counts: tuple[int, int, int] = (0, 0, 0)
 ) -> bytes:
     """A response: header, the question as the client wrote it, ``body``, and OPT where the client sent one."""
@@ -569,24 +489,24 @@ def opt(rcode: int = 0, dnssec_ok: bool = False) -> bytes:
     return struct.pack("!BHHBBHH", 0, Type.OPT, 1232, rcode >> 4, 0, DO if dnssec_ok else 0, 0)
 
 
-def bare(data: bytes, rcode: int) -> bytes:
+def build_error(data: bytes, rcode: int) -> bytes:
     """A response to what could not be read: twelve octets, never longer than what came."""
     ident, flags = struct.unpack_from("!HH", data)
     kept = response_flags(flags & ~CD, rcode, flags & OPCODE_MASK)
     return _header.pack(ident, kept, 0, 0, 0, 0)
 
 
-def record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = TO_QUESTION, klass: int = Class.IN) -> bytes:
+def build_record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = TO_QUESTION, klass: int = Class.IN) -> bytes:
     """One record; its owner is the question's name unless given."""
     return b"".join((owner_name, _fixed.pack(kind, klass, ttl, len(rdata)), rdata))
 
 
-def question_message(ident: int, question: bytes, flags: int, edns: bytes) -> bytes:
+def build_query(ident: int, question: bytes, flags: int, edns: bytes) -> bytes:
     """A query of our own; ``edns``: its OPT record, or nothing."""
     return _header.pack(ident, flags, 1, 0, 0, 1 if edns else 0) + question + edns
 
 
-def refusal_of(data: bytes, ident: int) -> int | None:
+def error_without_question(data: bytes, ident: int) -> int | None:
     """The code of a response without a question, as servers give it that could not read ours; None: it is not one."""
     if len(data) < HEADER_BYTES:
         return None

@@ -1,0 +1,121 @@
+"""What is kept of an upstream server's response, and for how long."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from dataclasses import dataclass
+
+from udpwatch.dns.cname import follow
+from udpwatch.dns.message import HEADER_BYTES, Malformed, Rcode, Response, Type, owner
+from udpwatch.dns.names import is_subdomain
+
+ENTRY_BYTES = 600  # of Python's objects around an answer
+MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
+MAX_NEGATIVE_TTL = 10_800  # RFC 2308, section 5
+FAILURE_SECONDS = 5  # RFC 9520, section 3.2: between 1 s and 5 min
+STALE_TTL = 30  # RFC 8767, section 5.2
+SOA_BYTES = 22  # two names, five numbers (RFC 1035, section 3.3.13)
+
+_ttl = struct.Struct("!I")
+
+Key = tuple[bytes, int, int, int]
+
+
+@dataclass(slots=True)
+class Entry:
+    """An answer: everything behind the question, without OPT."""
+
+    rcode: int
+    body: bytes
+    counts: tuple[int, int, int]
+    ttls: array[int]  # where they stand in body; as stored none is above MAX_TTL
+    stored: float  # monotonic seconds
+    expires: float
+    max_ttl: int = MAX_TTL  # seconds that a client is told at most
+    retry: float = 0.0  # while it stands in although it expired: not before this time is a server asked again
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about."""
+        return ENTRY_BYTES + len(self.body) + 2 * len(self.ttls)
+
+    def aged(self, now: float, stale: bool) -> bytes:
+        """The records with their TTLs as of now; with STALE_TTL where it stands in."""
+        passed, most = int(now - self.stored), self.max_ttl
+        if not self.ttls or (passed == 0 and most == MAX_TTL and not stale):
+            return self.body
+        body, stale_ttl = bytearray(self.body), min(STALE_TTL, most)
+        for offset in self.ttls:
+            if stale:
+                ttl = stale_ttl
+            else:
+                (kept,) = _ttl.unpack_from(body, offset)
+                ttl = min(max(kept - passed, 0), most)
+            _ttl.pack_into(body, offset, ttl)
+        return bytes(body)
+
+
+def entry_of(answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache: bool) -> Entry:
+    """What to keep of an answer. It expires at once where it must not be kept.
+
+    Positive: the smallest TTL of the records that answer the question, aliases included. NXDOMAIN and NODATA: besides,
+    the SOA's TTL or its MINIMUM, whichever is smaller (RFC 2308, section 5), else ``neg_ttl``. ``max_ttl`` is for
+    clients alone (0: no limit): what is kept for less than it is good for costs a server more questions.
+    """
+    start = len(answer.question) + HEADER_BYTES
+    ttls = answer.records.ttl_offsets(start)
+    entry = Entry(
+        rcode=answer.rcode,
+        body=_limited(answer.message[start : answer.body_end], ttls),
+        counts=answer.counts,
+        ttls=ttls,
+        stored=now,
+        expires=now,
+        max_ttl=min(max_ttl or MAX_TTL, MAX_TTL),
+    )
+    if answer.truncated or answer.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
+        return entry
+    try:
+        aliases, last, found = follow(answer)
+        lifetimes = [_seconds(_ttl.unpack_from(answer.message, end + 4)[0]) for end in (*aliases, *found)]
+        if answer.rcode == Rcode.NXDOMAIN or not found:
+            lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
+    except Malformed:  # its names cannot be read, as names must be, or lead nowhere
+        return entry
+    entry.expires = now + min(MAX_TTL, *lifetimes)
+    return entry
+
+
+def _limited(body: bytes, ttls: array[int]) -> bytes:
+    """The records, no TTL of theirs above MAX_TTL; the same object in the usual case."""
+    unpack = _ttl.unpack_from
+    high = [offset for offset in ttls if unpack(body, offset)[0] > MAX_TTL]
+    if not high:
+        return body
+    changed = bytearray(body)
+    for offset in high:
+        _ttl.pack_into(changed, offset, min(_seconds(unpack(body, offset)[0]), MAX_TTL))
+    return bytes(changed)
+
+
+def _seconds(ttl: int) -> int:
+    """A TTL with its top bit set is 0 (RFC 2181, section 8)."""
+    return 0 if ttl >> 31 else ttl
+
+
+def _negative_ttl(answer: Response, name: bytes, neg_ttl: int) -> int:
+    for record in answer.records.of(2):
+        if (
+            record.type == Type.SOA
+            and record.end - record.data >= SOA_BYTES
+            and is_subdomain(name, owner(answer, record.start))
+        ):
+            minimum: int = _ttl.unpack_from(answer.message, record.end - 4)[0]
+            return min(_seconds(record.ttl), _seconds(minimum), MAX_NEGATIVE_TTL)
+    return neg_ttl
+
+
+def failure(now: float, seconds: float = FAILURE_SECONDS) -> Entry:
+    """SERVFAIL, kept briefly so that a broken name is not looked for by everybody at once (RFC 9520)."""
+    return Entry(Rcode.SERVFAIL, b"", (0, 0, 0), array("H"), now, now + seconds)

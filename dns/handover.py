@@ -1,0 +1,102 @@
+"""Queries on their way from the UDP thread to the event loop, and their responses back to the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter, deque
+from collections.abc import Callable
+
+from udpwatch.dns.forwarder import ClientQuery
+from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.responder import Reply
+from udpwatch.dns.shares import network_of
+from udpwatch.dns.udp import Pending
+from udpwatch.dns.udp_socket import BATCH, peer_of
+
+TAKEN_PER_TURN = BATCH  # a turn of the event loop for each query would cost half as much again
+#: Queries that the event loop has not taken yet. Above that, clients have to retry: a flood must end somewhere, and
+#: even a refusal costs the event loop time.
+MAX_QUEUED, MAX_QUEUED_PER_CLIENT = 4_096, 1_024
+
+
+class HandoverQueue:
+    """A bounded queue, per client and in all, from the UDP thread to `Forwarder.submit`."""
+
+    def __init__(self, metrics: Metrics, submit: Callable[[ClientQuery], None]) -> None:
+        """``submit`` is called in the event loop."""
+        self._metrics, self._submit = metrics, submit
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._batches: deque[list[Pending]] = deque()
+        self._by_network: Counter[bytes] = Counter()
+        self._size = 0
+        self._scheduled = False
+
+    def start(self) -> None:
+        """Start in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+
+    def put(self, pending: list[Pending]) -> None:
+        """Queue a batch; any thread may call this. Queries above the limits are dropped and counted."""
+        kept = []
+        with self._lock:
+            for each in pending:
+                network = network_of(each.peer)
+                if self._by_network[network] >= MAX_QUEUED_PER_CLIENT:
+                    self._metrics.forward_rejects["queue_share"][0] += 1
+                elif self._size >= MAX_QUEUED:
+                    self._metrics.forward_rejects["queue"][0] += 1
+                else:
+                    self._by_network[network] += 1
+                    self._size += 1
+                    kept.append(each)
+            if not kept:
+                return
+            self._batches.append(kept)
+            wake, self._scheduled = not self._scheduled, True
+        if wake and self._loop:
+            try:
+                self._loop.call_soon_threadsafe(self._take)
+            except RuntimeError:  # the loop is closed
+                return
+
+    def _take(self) -> None:
+        """Submit at most TAKEN_PER_TURN queries, so that other events get their turn."""
+        assert self._loop
+        batch: list[Pending] = []
+        with self._lock:
+            while self._batches and len(batch) + len(self._batches[0]) <= TAKEN_PER_TURN:
+                batch += self._batches.popleft()
+            self._size -= len(batch)
+            for each in batch:
+                network = network_of(each.peer)
+                self._by_network[network] -= 1
+                if not self._by_network[network]:
+                    del self._by_network[network]
+            self._scheduled = bool(self._batches)
+        if self._scheduled:
+            self._loop.call_soon(self._take)
+        for each in batch:
+            self._submit(self._client_query(each))
+
+    def _client_query(self, pending: Pending) -> ClientQuery:
+        return ClientQuery(
+            pending.forward,
+            pending.peer,
+            origin=(pending.name, pending.forward.query.id),
+            peer=lambda: peer_of(pending.name),
+            deliver=lambda reply: self._send(pending, reply),
+            must_answer=False,
+        )
+
+    def _send(self, pending: Pending, reply: Reply) -> None:
+        assert self._loop
+        if reply.query:
+            cell = self._metrics.cell("udp", pending.socket.layout.name, reply.query.type, reply.rcode, reply.source)
+            cell[0] += 1
+        self._metrics.duration["forward"].observe(self._loop.time() - pending.received)
+        try:
+            pending.socket.send(reply.data, pending.name, pending.control)
+        except (OSError, ValueError):  # the address or its socket has disappeared meanwhile
+            self._metrics.dropped["send"][0] += 1

@@ -1,0 +1,136 @@
+"""Domain names and IP addresses as bytes: text, wire format, and the reverse names of addresses."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from collections.abc import Iterator
+
+MAX_NAME_BYTES = 255  # RFC 1035, section 2.3.4
+MAX_LABEL_BYTES = 63
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+_LOWER = bytes.maketrans(bytes(range(65, 91)), bytes(range(97, 123)))
+_FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
+REVERSE_4 = b"\x07in-addr\x04arpa\x00"
+REVERSE_6 = b"\x03ip6\x04arpa\x00"
+_HEX = b"0123456789abcdef"
+
+
+def lower(name: bytes) -> bytes:
+    """A name in wire format in lower case. Length octets are below 64, so they stay what they are."""
+    return name.translate(_LOWER)
+
+
+def name_from_text(text: str) -> bytes:
+    r"""Wire format of a name in zone-file notation (``\.`` and ``\DDD``, RFC 1035, section 5.1); a final dot is
+    optional. Characters outside ASCII are taken as UTF-8. Raises ValueError with what is wrong.
+    """
+    if text in (".", ""):
+        return b"\0"
+    labels, label, raw, at = [], bytearray(), text.encode(), 0
+    while at < len(raw):
+        octet = raw[at]
+        at += 1
+        if octet == 0x5C:  # backslash
+            digits = raw[at : at + 3]
+            if len(digits) == 3 and digits.isdigit() and int(digits) < 256:
+                label.append(int(digits))
+                at += 3
+            elif at < len(raw) and not raw[at : at + 1].isdigit():
+                label.append(raw[at])
+                at += 1
+            else:
+                raise ValueError("a backslash that escapes nothing")
+        elif octet == 0x2E:
+            labels.append(bytes(label))
+            label.clear()
+        else:
+            label.append(octet)
+    if label:
+        labels.append(bytes(label))
+    if any(not part for part in labels):
+        raise ValueError("an empty label")
+    if any(len(part) > MAX_LABEL_BYTES for part in labels):
+        raise ValueError(f"a label of more than {MAX_LABEL_BYTES} octets")
+    name = b"".join(bytes([len(part)]) + part for part in labels) + b"\0"
+    if len(name) > MAX_NAME_BYTES:
+        raise ValueError(f"more than {MAX_NAME_BYTES} octets")
+    return name
+
+
+def name_to_text(name: bytes) -> str:
+    r"""A name for people, without the final dot; dots in labels, backslashes and what is not printable ASCII are
+    escaped, so that it stays on its line in a log."""
+    labels = []
+    at = 0
+    while name[at]:
+        label = name[at + 1 : at + 1 + name[at]]
+        labels.append("".join(_printable(octet) for octet in label))
+        at += 1 + name[at]
+    return ".".join(labels) or "."
+
+
+def _printable(octet: int) -> str:
+    if octet in (0x2E, 0x5C):
+        return f"\\{chr(octet)}"
+    return chr(octet) if 0x21 <= octet <= 0x7E else f"\\{octet:03d}"
+
+
+def suffixes(name: bytes) -> Iterator[bytes]:
+    """The name itself, then each name above it, the root last."""
+    at = 0
+    while name[at]:
+        yield name[at:]
+        at += 1 + name[at]
+    yield name[at:]
+
+
+def is_subdomain(name: bytes, domain: bytes) -> bool:
+    """Whether a name is the domain or in it; both in lower case."""
+    return name.endswith(domain) and any(part == domain for part in suffixes(name))
+
+
+def is_single_label(name: bytes) -> bool:
+    """One label, or the root."""
+    return not name[0] or not name[1 + name[0]]
+
+
+def label_count(name: bytes) -> int:
+    """How many labels, without the root's."""
+    return sum(1 for _ in suffixes(name)) - 1
+
+
+# ---- addresses ----
+
+
+def pack_address(text: str) -> bytes:
+    """4 or 16 octets of a numeric address; raises OSError."""
+    return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+
+
+def unpack_address(packed: bytes) -> str:
+    """The numeric address of 4 or 16 octets."""
+    return socket.inet_ntop(_FAMILY[len(packed)], packed)
+
+
+def address_of(name: bytes) -> bytes | None:
+    """The address that a whole reverse name stands for (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
+    labels = name_to_text(name).split(".")
+    if name.endswith(REVERSE_4) and len(labels) == 6 and labels[4] == "in-addr":
+        try:
+            return bytes(_octet(label) for label in reversed(labels[:4]))
+        except ValueError:
+            return None
+    if name.endswith(REVERSE_6) and len(labels) == 34 and labels[32] == "ip6":
+        digits = "".join(reversed(labels[:32]))
+        if len(digits) == 32 and all(digit in _HEX.decode() for digit in digits):
+            return bytes.fromhex(digits)
+    return None
+
+
+def _octet(label: str) -> int:
+    if not label.isdecimal() or not label.isascii() or (label[0] == "0" and len(label) > 1):
+        raise ValueError(label)
+    return int(label)  # above 255: bytes() raises ValueError

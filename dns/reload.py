@@ -1,0 +1,135 @@
+"""Keeps the zone and the routes up to date with hosts files, resolv.conf and this host's addresses.
+
+A table is replaced whole, by one assignment; then what was remembered of the old one is dropped (``invalidate``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from udpwatch.dns import zone
+from udpwatch.dns.errors import HostsError
+from udpwatch.dns.failover import Failover
+from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.resolvconf import read_resolv
+from udpwatch.dns.responder import Responder
+from udpwatch.dns.routes import build_routes
+from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
+
+log = logging.getLogger(__name__)
+
+
+class ZoneReloader:
+    """Replaces the responder's zone."""
+
+    def __init__(
+        self, settings: Settings, responder: Responder, metrics: Metrics, invalidate: Callable[[], None]
+    ) -> None:
+        self._settings, self._responder, self._metrics, self._invalidate = settings, responder, metrics, invalidate
+        self._logged_error = ""  # so that retries do not repeat it
+        self._loading = asyncio.Lock()
+
+    def files(self) -> list[Path]:
+        """Return the files and folders to watch."""
+        return [*([ETC_HOSTS] if self._settings.hosts else []), *self._settings.addn_hosts]
+
+    def forget_errors(self) -> None:
+        """Log known errors again."""
+        self._logged_error = ""
+
+    async def load(self, missing_ok: bool = False) -> bool:
+        """Read all hosts files. Return whether all could be read.
+
+        If one cannot be read the old zone stays, except with ``missing_ok``, for the start.
+        """
+        async with self._loading:
+            try:
+                table = await asyncio.to_thread(zone.build, self._settings, warn, missing_ok)
+            except HostsError as error:
+                self._metrics.hosts_unreadable = error.files
+                if str(error) != self._logged_error:
+                    self._logged_error = str(error)
+                    self._metrics.reload_errors[0] += 1
+                    log.error("dns: %s; the previous local names stay in use", error)
+                return False
+            self._logged_error = ""
+            self._responder.zone = table
+            self._invalidate()
+            self._metrics.hosts_entries = table.entries
+            self._metrics.hosts_unreadable = table.unreadable
+            self._metrics.reload_time = time.time()
+            self._metrics.reloads[0] += 1
+            if not missing_ok:
+                log.info("dns: read %d local names", table.entries)
+            return not table.unreadable
+
+
+class RouteReloader:
+    """Replaces the responder's routes."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        responder: Responder,
+        failover: Failover,
+        is_own: Callable[[Server], bool],
+        invalidate: Callable[[], None],
+    ) -> None:
+        """``is_own``: whether querying this server would mean querying ourselves; it depends on our addresses."""
+        self._settings, self._responder, self._failover = settings, responder, failover
+        self._is_own, self._invalidate = is_own, invalidate
+        self._from_resolv: tuple[Server, ...] = ()
+        self._own: set[Server] = set()
+        self._logged_problems: list[str] = []
+
+    def forget_errors(self) -> None:
+        """Log known errors again."""
+        self._logged_problems = []
+
+    async def on_change(self) -> bool:
+        """Read the files again; for `Watch`."""
+        return self.read()
+
+    def read(self) -> bool:
+        """Read resolv.conf. Return whether all files could be read; if none could, the old servers stay."""
+        settings, problems, complete = self._settings, list[str](), True
+        if settings.resolv:
+            servers, complete = read_resolv(settings.resolv_files, problems.append)
+            if servers is not None:
+                self._from_resolv = servers
+            elif self._from_resolv:
+                problems.append("no resolv file can be read; the upstream servers stay as they are")
+        if problems != self._logged_problems:
+            self._logged_problems = problems
+            for text in problems:
+                warn(text)
+        self.apply()
+        return complete
+
+    def apply(self) -> None:
+        """Put new routes in place if the servers or this host's addresses have changed them."""
+        routes = build_routes(self._settings, self._from_resolv, self._without_own)
+        before = self._responder.routes
+        if (before.default, before.domains) == (routes.default, routes.domains):
+            return
+        self._responder.routes = routes
+        self._failover.forget_servers()
+        self._invalidate()
+        if before.default != routes.default:
+            log.info("dns: upstream servers: %s", ", ".join(map(str, routes.default)) or "none")
+
+    def _without_own(self, servers: tuple[Server, ...]) -> tuple[Server, ...]:
+        own = {server for server in servers if self._is_own(server)}
+        for server in own - self._own:
+            log.warning("dns: ignoring nameserver %s: it is this responder itself", server)
+        self._own = (self._own - set(servers)) | own
+        return tuple(server for server in servers if server not in own)
+
+
+def warn(text: str) -> None:
+    """Log a warning."""
+    log.warning("dns: %s", text)

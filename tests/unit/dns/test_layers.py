@@ -1,0 +1,114 @@
+"""Which module of dns/ may import which. The table is the design; `docs/architecture.md` draws it."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+DNS = Path(__file__).resolve().parents[3] / "dns"
+#: module -> modules of dns/ that it may import
+ALLOWED: dict[str, set[str]] = {
+    # bytes and values
+    "errors": set(),
+    "names": set(),
+    "shares": set(),
+    "settings": set(),
+    "message": {"names"},
+    "cname": {"message"},
+    "cache_entry": {"cname", "message", "names"},
+    "cache": {"cache_entry", "message"},
+    "policy": {"message", "names", "settings"},
+    "routes": {"names", "settings"},
+    "limited_log": set(),
+    "metrics": {"cache", "message"},
+    # files
+    "hosts_file": {"names", "settings"},
+    "resolvconf": {"settings"},
+    "watch": set(),
+    "zone": {"errors", "hosts_file", "message", "names", "settings"},
+    # from a query to a response
+    "responder": {"cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
+    "querylog": {"message", "metrics", "names", "responder"},
+    "statistics": {"cache", "metrics"},
+    # upstream servers
+    "transport": {"settings"},
+    "upstream": {"cache_entry", "cname", "message", "metrics", "settings", "transport"},
+    "failover": {"cache_entry", "message", "metrics", "settings", "upstream"},
+    "forwarder": {
+        *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "policy", "querylog"),
+        *("responder", "settings", "shares"),
+    },
+    # clients
+    "addresses": {"names"},
+    "address_monitor": {"addresses", "limited_log"},
+    "admission": {"limited_log", "names", "policy", "settings"},
+    "udp_socket": set(),
+    "udp": {"admission", "limited_log", "metrics", "responder", "udp_socket"},
+    "handover": {"forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},
+    "tcp": {"admission", "forwarder", "limited_log", "metrics", "names", "responder", "udp_socket"},
+    "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
+    # configuration
+    "conffile": {"errors"},
+    "values": {"conffile", "message", "names", "settings"},
+    "option_table": {"values"},
+    "options": {"conffile", "errors", "message", "names", "option_table", "settings", "values"},
+    # the whole
+    "reload": {"errors", "failover", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
+    "service": {
+        *("address_monitor", "addresses", "admission", "cache", "failover", "forwarder", "handover", "limited_log"),
+        *("listen", "metrics", "querylog", "reload", "responder", "settings", "statistics", "tcp", "udp", "upstream"),
+        *("watch", "zone"),
+    },
+    "__init__": set(),
+}
+#: Modules that decide: no sockets, no files, no clock of their own.
+WITHOUT_IO = {
+    "names",
+    "message",
+    "cname",
+    "cache_entry",
+    "cache",
+    "policy",
+    "routes",
+    "shares",
+    "responder",
+    "settings",
+}
+IO_CALLS = {"open", "socket.socket", "time.time", "time.monotonic", "asyncio.get_running_loop", "os.open"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of this project that a module imports, without `udpwatch.dns.`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "udpwatch.dns":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("udpwatch"):
+            found.add(node.module.removeprefix("udpwatch.dns."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("udpwatch")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(DNS.glob("*.py")), ids=lambda path: path.stem)
+def test_module_imports_only_what_the_table_allows(path: Path) -> None:
+    assert imports_of(path) <= ALLOWED[path.stem]
+
+
+def test_table_has_no_unused_permission() -> None:
+    unused = {name: ALLOWED[name] - imports_of(DNS / f"{name}.py") for name in ALLOWED}
+    assert not {name: modules for name, modules in unused.items() if modules}
+
+
+def test_import_graph_has_no_cycle() -> None:
+    TopologicalSorter({path.stem: imports_of(path) for path in DNS.glob("*.py")}).prepare()
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_IO))
+def test_deciding_module_does_no_io(name: str) -> None:
+    tree = ast.parse((DNS / f"{name}.py").read_text())
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & IO_CALLS
