@@ -24,7 +24,7 @@ FROM ${BASE}
 # python3-bpfcc brings LLVM and clang as libraries, the only compiler here; iproute2 puts the DNS responder's address on lo.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-bpfcc iproute2 \
-    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf /var/log/* \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt /var/cache/debconf /var/cache/ldconfig /var/log/* \
     && mkdir /etc/udpwatch /run/udpwatch && mkdir --mode=0700 /var/cache/udpwatch
 COPY --from=build /opt/udpwatch /opt/udpwatch
 ENV PATH=/opt/udpwatch/bin:/usr/sbin:/usr/bin:/sbin:/bin PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
@@ -34,8 +34,6 @@ STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=10s --start-period=20s CMD ["udpwatch", "doctor", "--agent"]
 ENTRYPOINT ["udpwatch"]
 CMD ["run"]
-ARG VERSION=0.1.0
 LABEL org.opencontainers.image.title="udpwatch" \
     org.opencontainers.image.description="Finds UDP replies that leave a node from another address than the one the client asked" \
-    org.opencontainers.image.licenses="Apache-2.0 AND GPL-2.0-only" \
-    org.opencontainers.image.version="${VERSION}"
+    org.opencontainers.image.licenses="Apache-2.0 AND GPL-2.0-only"

