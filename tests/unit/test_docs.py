@@ -39,6 +39,11 @@ def test_every_setting_is_documented_with_its_default() -> None:
     assert [(flag, default.strip()) for flag, default in rows] == expected
 
 
+def test_paths_in_contributing_exist() -> None:
+    named = set(re.findall(r"\b(?:agent|docs|helm|tests)/[\w./-]*\w", (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
+
+
 def test_links_lead_somewhere() -> None:
     for page in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
