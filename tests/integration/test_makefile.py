@@ -15,10 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 MISSING = "udpwatch-has-no-such-package"
 DEAD = "http://127.0.0.1:9"  # the discard port: nothing listens
-#: the machine's own package configuration does not count
-ENVIRONMENT = {
-    name: value for name, value in os.environ.items() if not name.upper().startswith(("PIP_", "NPM_CONFIG_"))
-}
+#: without the machine's own package configuration, and without what `make test` tells a make below it
+_LEFT_OUT = ("PIP_", "NPM_CONFIG_", "MAKE", "MFLAGS")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.upper().startswith(_LEFT_OUT)}
 
 APT_CONFIG = """
 Dir::Etc::SourceList "{folder}/sources.list";
