@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -155,7 +158,8 @@ def test_what_the_image_says(podman: Podman) -> None:
     assert (config["Entrypoint"], config["Cmd"], config["StopSignal"]) == (["udpwatch"], ["run"], "SIGTERM")
     assert health["Test"] == ["CMD", "udpwatch", "doctor", "--agent"]
     labels = {name.removeprefix("org.opencontainers.image."): text for name, text in config["Labels"].items()}
-    assert (labels["title"], labels["version"]) == ("udpwatch", __version__)
+    assert labels["title"] == "udpwatch"
+    assert "version" not in labels  # only a release has one (release/image.py)
     assert labels["licenses"] == "Apache-2.0 AND GPL-2.0-only"
     assert labels["description"]
     (size,) = re.findall(r"^It takes (\d+) MB", (DOCS / "docker.md").read_text(), re.MULTILINE)
@@ -186,6 +190,28 @@ def test_what_is_in_the_image(podman: Podman) -> None:
     assert found["pins"] == sorted([*pinned, f"udpwatch=={__version__}"])
     assert (found["tools"], found["not compiled"], found["bcc"]) == ([], [], True)
     assert found["sources"] > 500
+
+
+_SBOM = """
+import sys, pathlib, checks, image, sbom
+print(sbom.write(image.contents(pathlib.Path(sys.argv[1])), "image", "1", checks.Commit("0" * 40, 1)))
+"""
+
+
+def test_sbom_of_the_image_lists_its_packages(podman: Podman, archive: Path) -> None:
+    """As a release reads them from the archive, compared with what dpkg and Python say inside."""
+    environment = {**os.environ, "PYTHONPATH": str(image.ROOT / "release")}
+    command = [sys.executable, "-c", _SBOM, archive]
+    bom = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    found = {kind: set() for kind in ("deb/debian", "pypi")}
+    for component in bom["components"]:
+        kind, _, _ = component["purl"].removeprefix("pkg:").rpartition("/")
+        found[kind].add(f"{component['name']}=={component['version']}")
+    words = ["run", "--rm", f"--cgroup-parent={CGROUP_PARENT}", "--network=none", "--no-healthcheck"]
+    words += ["--entrypoint=/usr/bin/dpkg-query", image.IMAGE]
+    assert found["deb/debian"] == set(podman.call(*words, "-W", "-f=${Package}==${Version}\\n").splitlines())
+    pinned = {line for line in (image.ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")}
+    assert found["pypi"] == {*pinned, f"udpwatch=={__version__}"}
 
 
 # ---- as the chart runs it ----
