@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import dns.message
 import pytest
 from agents import wait_for
 from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch
@@ -30,7 +31,6 @@ from dns_server import (
     write,
 )
 
-import dns.message
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 NODE = ContainerHost

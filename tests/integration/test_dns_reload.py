@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import dns.message
 import pytest
 from agents import wait_for
 from dns_server import (
@@ -27,7 +28,6 @@ from dns_server import (
     write,
 )
 
-import dns.message
 from udpwatch.agent.testing.lab import Lab, Namespace
 
 NODE = "127.0.0.1"

@@ -9,10 +9,10 @@ import tracemalloc
 from array import array
 from typing import Any
 
+import dns.message
 import dns_messages as m
 import pytest
 
-import dns.message
 from udpwatch.dns.cache import STALE_RETRY_SECONDS, Cache
 from udpwatch.dns.cache_entry import (
     ENTRY_BYTES,

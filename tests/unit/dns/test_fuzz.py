@@ -13,6 +13,7 @@ from pathlib import Path
 
 import dns.exception
 import dns.flags
+import dns.message
 import dns.name
 import dns.opcode
 import dns.rcode
@@ -21,7 +22,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import dns.message
 import udpwatch
 from udpwatch.dns import message
 from udpwatch.dns.cache import Cache
