@@ -29,7 +29,8 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
 from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
 from udpwatch.agent.kernel.ctnetlink import Table
-from udpwatch.agent.kernel.loader import HOOKS, Limits
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.programs import BY_NAME, HOOKS
 from udpwatch.agent.model import Forwarded, Probe
 from udpwatch.agent.sources.sensor import Sensor
 
@@ -243,7 +244,7 @@ def _cgroup(watched: cgroup.Cgroup) -> Check:
 def _neighbours(watched: cgroup.Cgroup) -> Check:
     names: dict[str, list[str]] = {}
     try:
-        for hook in HOOKS:
+        for _, hook in HOOKS:
             for program in bpf.program_query(watched.fd, hook.attach):
                 names.setdefault(_program_name(program), []).append(hook.attach.name)
     except OSError as error:
@@ -320,13 +321,9 @@ def _probe(probe: Probe) -> Check:
     if probe.attached:
         how = f" by {probe.how}" if probe.how else ""
         return Check(probe.name, Status.OK, f"attached{how}; the verifier walked {probe.instructions} instructions")
-    without = {
-        "sendmsg4": "causes will be 'unknown' on this hook",
-        "sendmsg6": "causes will be 'unknown' on this hook",
-        "udp_sendmsg": "events do not tell whether PKTINFO was passed",
-        "udpv6_sendmsg": "events do not tell whether PKTINFO was passed",
-    }
-    return Check(probe.name, Status.WARN, probe.reason, without.get(probe.name, ""))
+    # A newer agent that answers on the socket may have programs that this doctor does not know.
+    without = BY_NAME[probe.name].without if probe.name in BY_NAME else ""
+    return Check(probe.name, Status.WARN, probe.reason, without)
 
 
 def _sockets(found: features.Features) -> list[Check]:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
-from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS
-from udpwatch.agent.kernel.loader import CLOCK, ENTER, FUNCTION_PROBES, HOOKS, SETTLE, SLOW, Loaded
+from udpwatch.agent.kernel.loader import Loaded
 from udpwatch.agent.kernel.probes import How
+from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HOOKS
 from udpwatch.agent.model import Probe
 
 MODULES = Path("/sys/module")
-_REQUIRED = {hook.name: hook.required for hook in HOOKS}
 
 
 class Attached:
@@ -26,14 +25,14 @@ class Attached:
         self._instructions = loaded.instructions
         self._how = loaded.features.functions
         wanted = loaded.programs.keys() | loaded.refused.keys()
-        self._hooks = [hook for hook in HOOKS if hook.name in wanted]
-        self._functions = [function.name for function in FUNCTION_PROBES if function.name in wanted]
-        self._reattached = {hook.name: 0 for hook in self._hooks}
+        self._hooks = {program.name: hook for program, hook in HOOKS if program.name in wanted}
+        self._functions = [program.name for program, _ in FUNCTIONS if program.name in wanted]
+        self._reattached = dict.fromkeys(self._hooks, 0)
         # fentry holds the function's module; a kprobe does not, and ends with it without a word.
         self._modules = {
-            function.name: (function.module, _loaded_at(function.module))
-            for function in SEND_FUNCTIONS + FLOW_FUNCTIONS
-            if self._how[function.name] == How.KPROBE and function.name in self._links and function.module
+            program.name: (function.module, _loaded_at(function.module))
+            for program, function in FUNCTIONS
+            if self._how[function.name] == How.KPROBE and program.name in self._links and function.module
         }
 
     def close(self) -> None:
@@ -49,25 +48,25 @@ class Attached:
         A function probe whose module was unloaded is gone: to attach it again takes rights that were given up.
         """
         lines = self._let_go_of_modules()
-        for hook in self._hooks:
-            link = self._links.get(hook.name)
+        for name, hook in self._hooks.items():
+            link = self._links.get(name)
             if link is None or bpf.link_cgroup_id(link):
                 continue
-            if hook.name not in self._refused:
-                lines.append(f"{hook.name} was detached from {self._cgroup.path} by somebody else")
+            if name not in self._refused:
+                lines.append(f"{name} was detached from {self._cgroup.path} by somebody else")
             try:
-                fresh = bpf.link_create(self._programs[hook.name], self._cgroup.fd, hook.attach)
+                fresh = bpf.link_create(self._programs[name], self._cgroup.fd, hook.attach)
             except OSError as error:
-                reason = f"cannot attach {hook.name} again: {error.strerror}"
-                if self._refused.get(hook.name) != reason:
+                reason = f"cannot attach {name} again: {error.strerror}"
+                if self._refused.get(name) != reason:
                     lines.append(reason)
-                self._refused[hook.name] = reason
+                self._refused[name] = reason
                 continue
             os.close(link)
-            self._links[hook.name] = fresh
-            self._refused.pop(hook.name, None)
-            self._reattached[hook.name] += 1
-            lines.append(f"{hook.name} is attached again")
+            self._links[name] = fresh
+            self._refused.pop(name, None)
+            self._reattached[name] += 1
+            lines.append(f"{name} is attached again")
         return lines
 
     def _let_go_of_modules(self) -> list[str]:
@@ -89,13 +88,13 @@ class Attached:
 
     def probes(self) -> tuple[Probe, ...]:
         """Every program, as the kernel reports it now."""
-        hooks = [self._probe(hook.name, self._is_linked(hook.name)) for hook in self._hooks]
+        hooks = [self._probe(name, self._is_linked(name)) for name in self._hooks]
         return (*hooks, *(self._probe(name, name in self._links) for name in self._functions))
 
     def unattached(self) -> dict[str, int]:
         """How many instructions the verifier walked of each program that is attached to nothing."""
-        names = {*(name for name, _, _ in SLOW), CLOCK, SETTLE, ENTER}
-        return {name: count for name, count in self._instructions.items() if name in names}
+        attached = {*self._hooks, *self._functions}
+        return {name: count for name, count in self._instructions.items() if name not in attached}
 
     def _is_linked(self, name: str) -> bool:
         link = self._links.get(name)
@@ -108,7 +107,7 @@ class Attached:
             name=name,
             attached=attached,
             # Without the cgroup hooks, conntrack's flows are all there is.
-            required=_REQUIRED.get(name, not self._hooks and name == "__nf_conntrack_confirm"),
+            required=BY_NAME[name].required or (not self._hooks and BY_NAME[name].is_for_forwarded),
             reattached=self._reattached.get(name, 0),
             run_seconds=info.run_time_ns / 1e9 if info else 0.0,
             runs=info.run_count if info else 0,

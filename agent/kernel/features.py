@@ -16,7 +16,8 @@ from typing import Any
 
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType, program_load, registers
 from udpwatch.agent.kernel.libbpf import Btf
-from udpwatch.agent.kernel.probes import MODULE_BTF, Function, try_functions
+from udpwatch.agent.kernel.probes import MODULE_BTF, try_functions
+from udpwatch.agent.kernel.programs import FUNCTIONS
 
 VMLINUX_BTF = Path("/sys/kernel/btf/vmlinux")
 
@@ -81,17 +82,17 @@ class Features:
     @property
     def flow_probes(self) -> bool:
         """Whether conntrack's functions can be probed: all of them, or none is."""
-        return all(self.functions[function.name] for function in FLOW_FUNCTIONS)
+        return all(self.functions[function.name] for function in _CONNTRACK_FUNCTIONS)
 
     @property
     def probes_reason(self) -> str:
         """Why one of the functions is not probed, conntrack's first; "": all are."""
-        reasons = (self.functions_reason.get(function.name, "") for function in FLOW_FUNCTIONS + SEND_FUNCTIONS)
+        reasons = (self.functions_reason.get(function.name, "") for function in _CONNTRACK_FUNCTIONS + _SEND_FUNCTIONS)
         return next(filter(None, reasons), "")
 
 
-SEND_FUNCTIONS = (Function("udp_sendmsg"), Function("udpv6_sendmsg", "ipv6"))
-FLOW_FUNCTIONS = (Function("__nf_conntrack_confirm", "nf_conntrack"), Function("nf_ct_delete", "nf_conntrack"))
+_SEND_FUNCTIONS = tuple(function for program, function in FUNCTIONS if not program.is_for_forwarded)
+_CONNTRACK_FUNCTIONS = tuple(function for program, function in FUNCTIONS if program.is_for_forwarded)
 
 _SKB = (ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS)
 _SENDMSG = (ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG)
@@ -194,7 +195,7 @@ def _undescribed(btf: Path, error: OSError | LookupError) -> str:
 
 def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
     """The members of Features that are about function probes; ``reason``: why there can be none."""
-    names = [function.name for function in SEND_FUNCTIONS + FLOW_FUNCTIONS]
+    names = [function.name for _, function in FUNCTIONS]
     offsets, functions, reasons = dict[str, int](), dict[str, str](), dict[str, str]()
     if not reason:
         try:
@@ -205,7 +206,7 @@ def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
         none = {"functions": dict.fromkeys(names, ""), "functions_reason": dict.fromkeys(names, reason)}
         return none | {"flow_offsets": {}}
     # Each send function by itself: a kernel without IPv6 has one of them. Of conntrack's, one is of no use.
-    for group in (*((function,) for function in SEND_FUNCTIONS), FLOW_FUNCTIONS):
+    for group in (*((function,) for function in _SEND_FUNCTIONS), _CONNTRACK_FUNCTIONS):
         how, reason = try_functions(group, btf)
         functions |= {function.name: how or "" for function in group}
         reasons |= {function.name: reason for function in group if not how}

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import capabilities
-from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.model import Hooks
@@ -27,75 +26,6 @@ from udpwatch.agent.model import Hooks
 LOAD_SECONDS = 240  # far above what any machine needs; a child that hangs must not hang the agent
 _MAX_ANSWER = 1 << 20
 _MAX_DESCRIPTORS = 64
-
-#: source file -> the maps that the agent reads
-MAPS = {
-    "reply.c": {
-        "conversations",
-        "hash_keys",
-        "ingress_next",
-        "egress_next",
-        "findings",
-        "findings_held",
-        "findings_beyond",
-        "all_findings",
-        "self_test",
-        "events",
-        "told",
-        "senders",
-        "counters",
-    },
-    "flows.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
-}
-
-
-#: maps of reply.c whose elements begin with a lock (locks.py)
-LOCKED = frozenset({"conversations", "addresses"})
-#: maps that are filled with random numbers before a program is attached
-KEYS = frozenset({"hash_keys", "flow_keys"})
-
-
-@dataclass(frozen=True, slots=True)
-class Hook:
-    """A program of reply.c and where it is attached; ``required`` ones must be, or the sensor is none."""
-
-    name: str
-    type: ProgramType
-    attach: AttachType
-    required: bool
-
-
-@dataclass(frozen=True, slots=True)
-class FunctionProbe:
-    """A program of flows.c and the kernel function that it is attached to; named after the function."""
-
-    name: str
-    program: str
-
-
-HOOKS = (
-    Hook("ingress", ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, True),
-    Hook("egress", ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_EGRESS, True),
-    Hook("sendmsg4", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, False),
-    Hook("sendmsg6", ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP6_SENDMSG, False),
-)
-
-
-#: programs that those of HOOKS go on in (bpf_tail_call), attached nowhere: (program, its hook, the map that names it,
-#: which is empty as soon as no process holds it)
-SLOW = (
-    ("ingress_slow", AttachType.CGROUP_INET_INGRESS, "ingress_next"),
-    ("egress_slow", AttachType.CGROUP_INET_EGRESS, "egress_next"),
-)
-
-FUNCTION_PROBES = (
-    FunctionProbe("udp_sendmsg", "send4"),
-    FunctionProbe("udpv6_sendmsg", "send6"),
-    FunctionProbe("__nf_conntrack_confirm", "confirm"),
-    FunctionProbe("nf_ct_delete", "gone"),
-)
-CLOCK = "clock_ticks"  # the program of reply.c that the agent runs itself
-SETTLE, ENTER = "settle", "enter"  # the programs of flows.c that the agent runs itself
 
 
 @dataclass(frozen=True, slots=True)

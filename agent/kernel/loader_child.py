@@ -34,21 +34,10 @@ from udpwatch.agent.kernel.bpf import (
     map_update,
     program_load_logged,
 )
-from udpwatch.agent.kernel.loader import (
-    CLOCK,
-    ENTER,
-    FUNCTION_PROBES,
-    HOOKS,
-    KEYS,
-    LOCKED,
-    MAPS,
-    SETTLE,
-    SLOW,
-    Hook,
-    Limits,
-)
+from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.objects import Cache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
+from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, KEYS, LOCKED, MAPS, ON_DEMAND, TAIL_CALLS, Hook, Program
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
@@ -100,9 +89,9 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "HAVE_SENDER_COMM": int(found.sender_comm),
         "HAVE_KERNEL_READ": int(found.conntrack),
         **{
-            f"{each.program.upper()}_ARGUMENT_{number}": index
-            for each in FUNCTION_PROBES
-            for number, index in enumerate(argument_indices(found.functions[each.name]))
+            f"{program.function.upper()}_ARGUMENT_{number}": index
+            for program, function in FUNCTIONS
+            for number, index in enumerate(argument_indices(found.functions[function.name]))
         },
         **found.offsets,
         **found.flow_offsets,
@@ -150,11 +139,11 @@ def _complaint() -> str:
     return f" ({errors[0]})" if errors else ""
 
 
-def _attach(hook: Hook, program: int, cgroup: int, path: str) -> int:
+def _attach(name: str, hook: Hook, program: int, cgroup: int, path: str) -> int:
     try:
         return link_create(program, cgroup, hook.attach)
     except OSError as error:
-        reason = f"cannot attach {hook.name} to {path}: {errno.errorcode.get(error.errno or 0, '?')}"
+        reason = f"cannot attach {name} to {path}: {errno.errorcode.get(error.errno or 0, '?')}"
         if error.errno == errno.EPERM and capabilities.may_load(capabilities.effective()):
             reason += (
                 ": another program holds this hook exclusively (Cilium upgraded from before 1.14 does); "
@@ -213,9 +202,12 @@ def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
     return {name: name_maps(code, numbers) for name, code in compiled.programs.items()}
 
 
-def _load(name: str, type_: ProgramType, attach: AttachType | None, programs: dict[str, bytes], answer: _Answer) -> int:
+def _load(
+    program: Program, type_: ProgramType, attach: AttachType | None, code: dict[str, bytes], answer: _Answer
+) -> int:
+    name = program.name
     try:
-        program, answer.instructions[name] = program_load_logged(type_, attach, programs[name], name)
+        descriptor, answer.instructions[name] = program_load_logged(type_, attach, code[program.function], name)
     except OSError as error:
         if error.errno == errno.EACCES and not capabilities.may_read_memory(capabilities.effective()):
             raise CannotRun(
@@ -223,49 +215,52 @@ def _load(name: str, type_: ProgramType, attach: AttachType | None, programs: di
                 "add CAP_PERFMON"
             ) from None
         raise UdpwatchError(f"the kernel refuses the program {name}: {_reason(error)}") from None
-    answer.add("program", name, program)
-    return program
+    answer.add("program", name, descriptor)
+    return descriptor
 
 
-def _load_hooks(programs: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
+def _load_on_demand(source: str, code: dict[str, bytes], answer: _Answer) -> None:
+    for program, place in ON_DEMAND:
+        if program.source == source:
+            _load(program, place.type, None, code, answer)
+
+
+def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
     # Before anything runs that goes on in them.
-    for name, attach, at in SLOW:
-        program = _load(name, ProgramType.CGROUP_SKB, attach, programs, answer)
-        map_update(maps[at], bytes(4), struct.pack("=I", program))
-    _load(CLOCK, ProgramType.SOCKET_FILTER, None, programs, answer)
-    for hook in HOOKS:
+    for program, call in TAIL_CALLS:
+        descriptor = _load(program, call.type, call.attach, code, answer)
+        map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
+    _load_on_demand("reply.c", code, answer)
+    for program, hook in HOOKS:
         try:
-            program = _load(hook.name, hook.type, hook.attach, programs, answer)
-            answer.add("link", hook.name, _attach(hook, program, request["cgroup"], request["path"]))
+            descriptor = _load(program, hook.type, hook.attach, code, answer)
+            link = _attach(program.name, hook, descriptor, request["cgroup"], request["path"])
+            answer.add("link", program.name, link)
         except UdpwatchError as error:
-            if hook.required:
+            if program.required:
                 raise
-            answer.refused[hook.name] = str(error)
+            answer.refused[program.name] = str(error)
 
 
-def _load_probes(
-    programs: dict[str, bytes], request: dict[str, Any], found: features.Features, answer: _Answer
-) -> None:
+def _load_probes(code: dict[str, bytes], request: dict[str, Any], found: features.Features, answer: _Answer) -> None:
     alone = request["hooks"] == Hooks.FUNCTION
-    sends = {function.name for function in features.SEND_FUNCTIONS}
-    for each in FUNCTION_PROBES:
-        if not found.functions[each.name]:
-            if each.name in sends:  # what follows from the others is said where flows are
-                answer.refused[each.name] = f"cannot probe {each.name}: {found.functions_reason[each.name]}"
+    for program, function in FUNCTIONS:
+        name, how = program.name, found.functions[function.name]
+        if not how:
+            if not program.is_for_forwarded:  # what follows from the others is said where flows are
+                answer.refused[name] = f"cannot probe {name}: {found.functions_reason[function.name]}"
             continue
-        if each.name not in sends and not request["forwarded"] and not alone:
+        if program.is_for_forwarded and not request["forwarded"] and not alone:
             continue
-        function = next(one for one in features.SEND_FUNCTIONS + features.FLOW_FUNCTIONS if one.name == each.name)
         try:
-            with Target(function, How(found.functions[each.name]), Path(request["btf"])) as target:
-                program, answer.instructions[each.name] = target.load(programs[each.program], each.program)
-                answer.add("program", each.name, program)
-                answer.add("link", each.name, target.attach(program))
+            with Target(function, How(how), Path(request["btf"])) as target:
+                descriptor, answer.instructions[name] = target.load(code[program.function], program.function)
+                answer.add("program", name, descriptor)
+                answer.add("link", name, target.attach(descriptor))
         except (OSError, LookupError) as error:
-            answer.refused[each.name] = f"cannot probe {each.name} by {found.functions[each.name]}: {error.args[-1]}"
+            answer.refused[name] = f"cannot probe {name} by {how}: {error.args[-1]}"
     if found.flow_probes:
-        for name in (SETTLE, ENTER):
-            _load(name, ProgramType.SOCKET_FILTER, None, programs, answer)
+        _load_on_demand("flows.c", code, answer)
 
 
 def _reason(error: OSError) -> str:

@@ -12,13 +12,13 @@ import fcntl
 import os
 import platform
 import struct
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.libbpf import Btf
+from udpwatch.agent.kernel.programs import Function
 
 MODULE_BTF = Path("/sys/kernel/btf")
 _KPROBE_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
@@ -38,14 +38,6 @@ class How(StrEnum):
 
     FENTRY = "fentry"
     KPROBE = "kprobe"
-
-
-@dataclass(frozen=True, slots=True)
-class Function:
-    """A function of the kernel and the module it may be in ("": always in the kernel itself)."""
-
-    name: str
-    module: str = ""
 
 
 def argument_indices(how: str) -> tuple[int, ...]:

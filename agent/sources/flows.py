@@ -1,4 +1,5 @@
-"""Wrong replies of other machines, seen in the flows that conntrack books: bpf/flows.c, or its events over netlink.
+"""Wrong replies of other machines, seen in the flows that conntrack books: function probes
+(flow_probes.py), or its events over netlink (flow_events.py).
 
 Rules
 1. Conntrack speaks once a flow: a finding made here counts flows.
@@ -6,60 +7,40 @@ Rules
    the same at first; GRACE_SECONDS later neither of the two may have been answered.
 3. In doubt nothing is claimed: a client that asked two addresses from one port, an address that was asked before, an
    entry that is gone. What could not be decided is counted.
-4. What a socket of this node sent is that socket's finding (reply.py), and what passes several namespaces is one.
+4. What a socket of this node sent is that socket's finding (sockets.py), and what passes several namespaces is one.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import ipaddress
-import itertools
-import os
-import resource
 import struct
-import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
-from udpwatch.agent.kernel import bpf, clock, netns, records
-from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
-from udpwatch.agent.kernel.loader import ENTER, SETTLE, Limits, Loaded
+from udpwatch.agent.kernel import bpf, clock, records
+from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Entry, Table
+from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.netlink import route_to
-from udpwatch.agent.kernel.shares import Shares
-from udpwatch.agent.model import Cause, Event, Finding, Increase, Tuple, Verdict
-from udpwatch.agent.sources.requests import MAX_REQUESTS, Requests
+from udpwatch.agent.model import Event, Finding, Increase, Tuple
 
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
 MAX_WAITING = 8_192
-#: Of all receive buffers, which the kernel doubles: half for our own namespace (15,000 events; a quarter is what they
-#: are, the rest the kernel's bookkeeping), half for all others together.
-RECEIVE_BYTES = 32 << 20
-MIN_RECEIVE_BYTES = 16 << 10
-LOOK_SECONDS = 5.0  # for namespaces that have come or gone
-READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
-TURN_SECONDS = 0.02  # of one namespace's events, where others wait
-TABLE_SECONDS = 0.3  # of tables in one reading; what is left is read in the next one
-TABLE_TURN = 200  # entries of one table before the next one's
-START_SECONDS = 5.0  # of tables before the first reading
-TABLE_ERROR_NS = 1_000_000_000  # a table tells whole seconds: of two times, either may be too early by one
 ANYBODY = ""  # in place of the server, where a group was asked: whoever answers is right
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
-_EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
 
-class _Settled(IntEnum):
+class Settled(IntEnum):
     """enum settled in bpf/records.h."""
 
     NONE, WRONG, ANSWERED, ASK, UNDECIDED = range(5)
 
 
-class _Source(Protocol):
+class FlowSource(Protocol):
     """Where candidates come from; `decided` gives those that were wrong replies."""
 
     undecided: int
@@ -108,7 +89,7 @@ class Told:
 class FlowSensor:
     """Adds up what its source has decided. Not thread-safe: one thread reads."""
 
-    def __init__(self, source: _Source, told: Told, limits: Limits) -> None:
+    def __init__(self, source: FlowSource, told: Told, limits: Limits) -> None:
         self._source, self._told, self._limits = source, told, limits
         self._fresh: dict[Finding, Increase] = {}
         self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
@@ -195,96 +176,7 @@ class FlowSensor:
             self._events.append(replace(event, count=known.count))
 
 
-# ---- function probes ----
-
-
-class ProbedFlows:
-    """Candidates of bpf/flows.c."""
-
-    def __init__(self, loaded: Loaded, limits: Limits) -> None:
-        """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
-        self._candidates = loaded.maps["candidates"]
-        self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
-        self._settle, self._enter = loaded.programs[SETTLE], loaded.programs[ENTER]
-        self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
-        self._keep_tables_until = clock.monotonic_ns() + limits.window_ns + int(GRACE_SECONDS * 1e9)
-        self.undecided = self.overruns = self.evicted = 0
-        self.flows = None
-        self.unheard = ()
-        self._read_existing(limits)
-
-    def close(self) -> None:
-        for table in self._tables.values():
-            table.close()
-        self._tables.clear()
-
-    def decided(self, now: int) -> Iterator[Event]:
-        """The candidates whose time has come and that were wrong replies; all of these are taken out.
-
-        The oldest first: what passes several namespaces was booked first in that of its sender, who is known there.
-        """
-        items = list(bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES))
-        candidates = [(key, records.tenant_of_candidate(raw), *records.decode_candidate(raw)) for key, raw in items]
-        held = Counter(tenant for _, tenant, _, _ in candidates)
-        for key, tenant, candidate, zone in sorted(candidates, key=lambda each: each[2].time):
-            if now - candidate.time < GRACE_SECONDS * 1e9:
-                break
-            event = candidate
-            outcome, _ = bpf.program_test_run(self._settle, _frame(key), 1)
-            bpf.map_delete(self._candidates, key)
-            held[tenant] -= 1
-            if outcome == _Settled.ASK:
-                table = self._tables.get(event.netns_inode or 0)
-                outcome, event = _settle_by_netlink(table, event, zone) if table else (_Settled.UNDECIDED, event)
-            if outcome == _Settled.WRONG:
-                yield event
-            elif outcome == _Settled.UNDECIDED:
-                self.undecided += 1
-        self._shares.set(held)
-        if self._tables and now > self._keep_tables_until:
-            self.close()
-
-    def _read_existing(self, limits: Limits) -> None:
-        with contextlib.suppress(OSError):  # no more descriptors to be had: what comes next is seen all the same
-            for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
-                with contextlib.suppress(OSError), netns.entered(fd):
-                    self._read_namespace(os.fstat(fd).st_ino, limits)
-
-    def _read_namespace(self, inode: int, limits: Limits) -> None:
-        table = Table()
-        asked: dict[records.Requester, list[tuple[str, int]]] = {}
-        now, timeout = clock.monotonic_ns(), _timeout()
-        try:
-            for entry in table.dump():
-                seen = now - _age(entry, timeout)
-                if entry.status & SEEN_REPLY or now - seen > limits.window_ns:
-                    continue
-                reply = entry.reply
-                client = records.Requester(
-                    inode, entry.zone, reply.destination, reply.destination_port, reply.source_port
-                )
-                if len(asked) >= limits.max_peers and client not in asked:
-                    continue
-                is_group = _is_group(entry.original.destination) or _is_broadcast(reply.source)
-                asked.setdefault(client, []).append((ANYBODY if is_group else reply.source, seen))
-            for client, servers in asked.items():
-                for server, seen in sorted(servers, key=lambda server: server[1])[-2:]:
-                    bpf.program_test_run(self._enter, _frame(records.encode_request(client, server, seen)), 1)
-        except BaseException:
-            table.close()
-            raise
-        if asked:
-            self._tables[inode] = table
-        else:
-            table.close()
-
-
-def _frame(message: bytes) -> bytes:
-    """A "packet" for a program that is run with a message: behind an Ethernet header, and as long as one must be."""
-    return bytes(14) + message.ljust(50, b"\0")
-
-
-def _timeout() -> int:
+def entry_timeout() -> int:
     """Seconds that conntrack keeps an unanswered UDP entry in the calling thread's namespace."""
     try:
         return int(_TIMEOUT.read_text())
@@ -292,24 +184,24 @@ def _timeout() -> int:
         return 30
 
 
-def _age(entry: Entry, timeout: int) -> int:
+def entry_age_ns(entry: Entry, timeout: int) -> int:
     """Nanoseconds since an unanswered entry was last refreshed; whole seconds, as conntrack tells it."""
     return max(0, timeout - (entry.timeout or 0)) * 1_000_000_000
 
 
-def _is_group(address: str) -> bool:
+def is_group(address: str) -> bool:
     """Whether it is a group's by itself: multicast, 240/4 with 255.255.255.255 in it."""
     asked = ipaddress.ip_address(address)
     return asked.is_multicast or (asked.version == 4 and int(asked) >> 28 == 15)
 
 
-def _is_broadcast(address: str) -> bool:
+def is_broadcast(address: str) -> bool:
     """Whether it is a group's as the calling thread's namespace routes it."""
     route = route_to(address)
     return route is not None and route.is_group
 
 
-def _settle_by_netlink(table: Table, event: Event, zone: int) -> tuple[_Settled, Event]:
+def settle_by_netlink(table: Table, event: Event, zone: int) -> tuple[Settled, Event]:
     """(the decision, the event with the request's own tuple in it), from conntrack's word on both entries."""
     finding = event.finding
     try:
@@ -317,341 +209,9 @@ def _settle_by_netlink(table: Table, event: Event, zone: int) -> tuple[_Settled,
         own = table.lookup(event.original, zone)
         request = table.lookup(Tuple(finding.expected, finding.port, event.peer, event.peer_port), zone)
     except OSError:
-        return _Settled.UNDECIDED, event
+        return Settled.UNDECIDED, event
     if own is None or request is None:
-        return _Settled.UNDECIDED, event
+        return Settled.UNDECIDED, event
     if (own.status | request.status) & SEEN_REPLY:
-        return _Settled.ANSWERED, event
-    return _Settled.WRONG, replace(event, request=request.original)
-
-
-# ---- conntrack's events ----
-
-
-class _Namespace:
-    """One namespace that is listened to: three descriptors."""
-
-    def __init__(self, fd: int, inode: int) -> None:
-        self.inode = inode
-        with contextlib.ExitStack() as opened:
-            self.fd = os.dup(fd)
-            opened.callback(os.close, self.fd)
-            with netns.entered(fd):
-                self.table = Table()
-                opened.callback(self.table.close)
-                self.listener = Listener(MIN_RECEIVE_BYTES)
-                self.is_silent = _is_silent()
-            opened.pop_all()
-
-    def close(self) -> None:
-        self.listener.close()
-        self.table.close()
-        os.close(self.fd)
-
-
-def _is_silent() -> bool:
-    """Whether the calling thread's namespace is set to have no events; a kernel without that setting always has."""
-    try:
-        return _EVENTS.read_text().strip() == "0"
-    except OSError:
-        return False
-
-
-def _allow_descriptors() -> None:
-    """As many as MAX_NAMESPACES take, beside what the agent opens otherwise, as far as this process may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 3 * MAX_NAMESPACES + 1024
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-class ListenedFlows:
-    """Candidates from conntrack's events, where function probes are not allowed."""
-
-    def __init__(self, limits: Limits, sockets: bool, told: Told) -> None:
-        """Listen in every namespace there is; ``sockets``: what a socket of this node sends is somebody else's matter.
-
-        Raises OSError where not even our own namespace can be listened to.
-        """
-        self._window_ns, self._sockets, self._told = limits.window_ns, sockets, told
-        self._missing = 0  # namespaces that could not be listened to at the last look
-        self._missing_reason = ""
-        self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the one that was read last at the end
-        self._own = 0  # the agent's namespace
-        self._requests = Requests(limits.window_ns, MAX_REQUESTS)
-        self._waiting: deque[tuple[Event, int]] = deque()
-        self._waiting_of: Counter[int] = Counter()  # namespace -> how many of them
-        self._tables: OrderedDict[int, Iterator[None]] = OrderedDict()  # being read, by namespace
-        self._missed: set[int] = set()  # namespaces whose events overran while their table was being read
-        self._judged: OrderedDict[tuple[int, int, Tuple], int] = OrderedDict()
-        self._looked = 0.0
-        self.undecided = self.overruns = 0
-        self.flows: int | None = 0
-        _allow_descriptors()
-        self._look_for_namespaces(must=True)
-        self._read_tables(time.monotonic() + START_SECONDS)
-
-    def close(self) -> None:
-        self._tables.clear()
-        for each in self._namespaces.values():
-            each.close()
-        self._namespaces.clear()
-
-    def decided(self, now: int) -> Iterator[Event]:
-        """Read what is there; then the candidates whose time has come and that were wrong replies."""
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._look_for_namespaces()
-        self._read_tables(time.monotonic() + TABLE_SECONDS)
-        self._read_events(time.monotonic() + READ_SECONDS)
-        self._requests.expire(now - 2 * self._window_ns)
-        until = time.monotonic() + READ_SECONDS
-        while self._waiting and now - self._waiting[0][0].time >= GRACE_SECONDS * 1e9 and time.monotonic() < until:
-            event, zone = self._waiting.popleft()
-            inode = event.netns_inode or 0
-            self._waiting_of[inode] -= 1
-            if not self._waiting_of[inode]:
-                del self._waiting_of[inode]
-            namespace = self._namespaces.get(event.netns_inode or 0)
-            outcome, event = self._settle(namespace, event, zone) if namespace else (_Settled.UNDECIDED, event)
-            if outcome == _Settled.WRONG:
-                yield event
-            elif outcome == _Settled.UNDECIDED:
-                self.undecided += 1
-
-    def _settle(self, namespace: _Namespace, event: Event, zone: int) -> tuple[_Settled, Event]:
-        outcome, event = _settle_by_netlink(namespace.table, event, zone)
-        if outcome != _Settled.WRONG:
-            return outcome, event
-        try:
-            with netns.entered(namespace.fd):
-                expected, actual = route_to(event.finding.expected), route_to(event.finding.actual)
-        except OSError:
-            return _Settled.UNDECIDED, event
-        if expected and expected.is_group:
-            return _Settled.ANSWERED, event
-        if self._sockets and actual and actual.is_local:
-            return _Settled.ANSWERED, event
-        # Events do not tell the interface; the way back does, unless routing is asymmetric.
-        finding = replace(event.finding, interface=actual.interface if actual else "")
-        return outcome, replace(event, finding=finding)
-
-    def _look_for_namespaces(self, must: bool = False) -> None:
-        self._looked = time.monotonic()
-        there: set[int] = set()
-        self._missing = 0
-        try:
-            for fd in itertools.islice(netns.everywhere(), 2 * MAX_NAMESPACES):
-                inode = os.fstat(fd).st_ino
-                there.add(inode)
-                self._own = self._own or inode  # the first one
-                if inode in self._namespaces:
-                    continue
-                if len(self._namespaces) < MAX_NAMESPACES:
-                    self._listen(fd, inode, must)
-                else:
-                    self._missing += 1
-                    self._missing_reason = f"{MAX_NAMESPACES} are listened to"
-        except OSError as error:  # no more descriptors to be had: which ones there are is not known
-            if must and not self._namespaces:
-                raise
-            self._miss(error)
-            return
-        for inode in self._namespaces.keys() - there:
-            self._tables.pop(inode, None)
-            self._missed.discard(inode)
-            self._namespaces.pop(inode).close()
-        self._share_buffers()
-
-    def _share_buffers(self) -> None:
-        """Our own namespace has one half of RECEIVE_BYTES; the others share the other half."""
-        half = RECEIVE_BYTES // 2
-        share = min(half, max(MIN_RECEIVE_BYTES, half // max(1, len(self._namespaces) - 1)))
-        for inode, each in self._namespaces.items():
-            each.listener.resize(half if inode == self._own else share)
-
-    def _listen(self, fd: int, inode: int, must: bool) -> None:
-        try:
-            self._namespaces[inode] = _Namespace(fd, inode)
-        except OSError as error:
-            if must and not self._namespaces:
-                raise
-            self._miss(error)
-            return
-        self._take_table(self._namespaces[inode], TABLE_ERROR_NS)
-
-    def _miss(self, error: OSError) -> None:
-        self._missing += 1
-        self._missing_reason = error.strerror or str(error)
-
-    @property
-    def unheard(self) -> tuple[str, ...]:
-        """Where flows are not seen, and why, a line each."""
-        lines = []
-        if silent := sum(each.is_silent for each in self._namespaces.values()):
-            lines.append(f"in {silent} network namespaces net.netfilter.nf_conntrack_events is 0")
-        if self._missing:
-            lines.append(f"{self._missing} network namespaces cannot be listened to: {self._missing_reason}")
-        return tuple(lines)
-
-    @property
-    def evicted(self) -> int:
-        return self._requests.evicted
-
-    def _read_events(self, until: float) -> None:
-        """Each namespace in turn, so that the events of one do not keep those of others waiting."""
-        waiting = list(self._namespaces)
-        while waiting:
-            again = []
-            for inode in waiting:
-                now = time.monotonic()
-                if now > until:
-                    return
-                self._namespaces.move_to_end(inode)
-                if self._read(self._namespaces[inode], min(until, now + TURN_SECONDS)):
-                    again.append(inode)
-            waiting = again
-
-    def _read(self, namespace: _Namespace, until: float) -> bool:
-        """Read its events; whether there may be more."""
-        try:
-            for entry in namespace.listener.read():
-                assert self.flows is not None
-                self.flows += 1
-                now = clock.monotonic_ns()
-                if not self._judge(namespace.inode, entry, now, 0):
-                    self._remember(namespace.inode, entry, now)
-                if time.monotonic() > until:
-                    return True
-        except Overrun:
-            self.overruns += 1
-            self._take_table(namespace, -TABLE_ERROR_NS)
-            return True
-        except OSError as error:
-            return error.errno == errno.EINTR
-        return False
-
-    def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
-        """Begin to take the table as it is, again where that is under way: first everybody's requests, then who mirrors
-        one that came ``later_ns`` before it.
-
-        What was there before we listened counts only if it has come later for sure; else it may have been the first to
-        call. After an overrun, of what we have watched, it counts unless it has come earlier for sure.
-        """
-        if namespace.inode in self._tables:
-            self._missed.add(namespace.inode)
-        else:
-            self._tables[namespace.inode] = self._entries_taken(namespace, later_ns)
-
-    def _read_tables(self, until: float) -> None:
-        """Each table in turn, a part of it at a time: the largest one belongs to whoever has the most flows."""
-        while self._tables and time.monotonic() < until:
-            inode, entries = next(iter(self._tables.items()))
-            self._tables.move_to_end(inode)
-            try:
-                for _ in range(TABLE_TURN):
-                    next(entries)
-            except StopIteration:
-                del self._tables[inode]
-                if inode in self._missed:
-                    self._missed.discard(inode)
-                    self._take_table(self._namespaces[inode], -TABLE_ERROR_NS)
-
-    def _entries_taken(self, namespace: _Namespace, later_ns: int) -> Iterator[None]:
-        """Look at one entry at each step."""
-        with contextlib.suppress(OSError):
-            for entry, seen in self._entries(namespace):
-                if seen is not None:
-                    self._remember(namespace.inode, entry, seen)
-                yield
-            for entry, seen in self._entries(namespace):
-                if seen is not None:
-                    self._judge(namespace.inode, entry, seen, later_ns)
-                yield
-
-    def _entries(self, namespace: _Namespace) -> Iterator[tuple[Entry, int | None]]:
-        """The entries of its table; of an unanswered one the time when it was last refreshed. Raises OSError."""
-        with netns.entered(namespace.fd):
-            timeout, table = _timeout(), Table()  # of its own: questions are asked meanwhile
-        with table:
-            for entry in table.dump():
-                age = _age(entry, timeout)
-                counts = not entry.status & SEEN_REPLY and age <= 2 * self._window_ns
-                yield entry, clock.monotonic_ns() - age if counts else None
-
-    def _remember(self, inode: int, entry: Entry, seen: int) -> None:
-        if entry.status & EXPECTED:
-            return
-        reply = entry.reply
-        server = ANYBODY if _is_group(entry.original.destination) else reply.source
-        client = records.Requester(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
-        self._requests.remember(client, server, seen)
-
-    def _judge(self, inode: int, entry: Entry, seen: int, later_ns: int) -> bool:
-        """Whether an entry mirrors the one request that it may answer wrongly; then it is a candidate, for once."""
-        expected = self._mirrored(inode, entry, seen, later_ns)
-        if not expected:
-            return False
-        now, identity = clock.monotonic_ns(), (inode, entry.zone, entry.original)
-        event = self._candidate(inode, entry, expected)
-        if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._told.has(event):
-            return True
-        # A namespace may have as many that wait as there is room left for.
-        if len(self._waiting) + self._waiting_of[inode] >= MAX_WAITING:
-            self.undecided += 1
-            return True
-        self._judged[identity] = now
-        self._judged.move_to_end(identity)
-        if len(self._judged) > MAX_WAITING:
-            self._judged.popitem(last=False)
-        self._waiting.append((event, entry.zone))
-        self._waiting_of[inode] += 1
-        return True
-
-    def _mirrored(self, inode: int, entry: Entry, seen: int, later_ns: int) -> str:
-        """The address that should have answered instead, of a request ``later_ns`` before this entry; "" for none."""
-        flow = entry.original
-        client = records.Requester(inode, entry.zone, flow.destination, flow.destination_port, flow.source_port)
-        known = self._requests.get(client)
-        if entry.status & EXPECTED or (known and any(server == flow.source for server, _ in known.servers)):
-            return ""
-        expected, asked = known.servers[-1] if known else (ANYBODY, 0)
-        if known:
-            in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
-            if expected == ANYBODY or in_time != [expected] or seen - asked < later_ns:
-                return ""
-        # Where nothing is known of the client, its request may have been evicted; where one is, another one may.
-        if self._requests.may_be_evicted(client, seen) or (known and inode in self._missed):
-            self.undecided += 1
-            return ""
-        return expected
-
-    @staticmethod
-    def _candidate(inode: int, entry: Entry, expected: str) -> Event:
-        flow = entry.original
-        finding = Finding(
-            expected=expected,
-            actual=flow.source,
-            port=flow.source_port,
-            family=entry.family,
-            verdict=Verdict.NEW,
-            cause=Cause.FORWARDED,
-            process="",
-            cgroup=0,
-            netns=inode,
-        )
-        return Event(
-            finding=finding,
-            time=clock.monotonic_ns(),
-            count=0,
-            peer=flow.destination,
-            peer_port=flow.destination_port,
-            segments=1,
-            pid=0,
-            uid=0,
-            netns_inode=inode,
-            original=entry.original,
-            reply=entry.reply,
-            flow=None,
-        )
+        return Settled.ANSWERED, event
+    return Settled.WRONG, replace(event, request=request.original)

@@ -16,10 +16,13 @@ from udpwatch.agent.kernel.attached import Attached
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
-from udpwatch.agent.kernel.loader import CLOCK, Limits, Loaded, load
+from udpwatch.agent.kernel.loader import Limits, Loaded, load
+from udpwatch.agent.kernel.programs import FUNCTIONS
 from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
-from udpwatch.agent.sources.flows import FlowSensor, ListenedFlows, ProbedFlows, Told
+from udpwatch.agent.sources.flow_events import ListenedFlows
+from udpwatch.agent.sources.flow_probes import ProbedFlows
+from udpwatch.agent.sources.flows import FlowSensor, Told
 from udpwatch.agent.sources.sockets import ReplySensor
 
 MAX_EVENTS = 10_000
@@ -41,7 +44,7 @@ class Sensor:
         self._cpus = possible_cpus()
         self._replies: ReplySensor | None = None
         if "findings" in loaded.maps:
-            self._replies = ReplySensor(loaded.maps, loaded.programs[CLOCK], limits)
+            self._replies = ReplySensor(loaded.maps, loaded.programs["clock_ticks"], limits)
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -72,7 +75,7 @@ class Sensor:
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
         told = Told(self._maps.get("told"), limits.window_ns)
-        if {"__nf_conntrack_confirm", "nf_ct_delete"} <= loaded.links.keys():
+        if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
             self._flows = FlowSensor(ProbedFlows(loaded, limits), told, limits)
         elif forwarded is Forwarded.ON:
             try:

@@ -9,7 +9,6 @@ Rules
 
 from __future__ import annotations
 
-import itertools
 import struct
 import time
 from collections import Counter, deque
@@ -50,13 +49,13 @@ class ReplySensor:
     """Reads the maps of reply.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
     def __init__(self, maps: dict[str, int], clock_program: int, limits: Limits) -> None:
-        """``clock_program``: the descriptor of the program CLOCK."""
+        """``clock_program``: the descriptor of the program clock_ticks."""
         self._limits = limits
         self._most = limits.max_findings // 2  # elements that are left in the map of findings
         self._maps = maps
         self._clock = clock_program
         self._known: dict[bytes, _Known] = {}
-        self._waiting: deque[bytes] = deque(maxlen=MAX_WAITING)
+        self._waiting: deque[bytes] = deque()  # MAX_WAITING at most
         self._conntrack = Conntrack()
         self._tracked = 0
         self._tracked_at = -COUNT_PEERS_SECONDS
@@ -73,26 +72,31 @@ class ReplySensor:
         self._ring.close()
 
     def events(self, most: int) -> Iterator[Event]:
-        """The events that are there now, ``most`` of them and those that wait; those of suspected replies once
+        """The events that are there now, ``most`` of them, and those that wait; those of suspected replies once
         conntrack has confirmed them.
 
-        One whose conversation stays undecided is never given out; it is counted as undecided with it.
+        An event whose conversation stays undecided is never returned; it is counted as undecided with it.
         """
-        waiting, self._waiting = self._waiting, deque(maxlen=MAX_WAITING)
-        ask_until = time.monotonic() + ASK_SECONDS
-        for raw in itertools.chain(waiting, self._ring.read(most)):
-            event = records.decode_event(raw)
-            if event.flow is None:
-                yield event
-                continue
-            may_ask = time.monotonic() < ask_until
-            answer = self._conntrack.is_wrong(event.finding, event.flow, event.pid) if may_ask else None
-            if answer:
-                yield event
-            elif answer is None and clock.monotonic_ns() - event.time < 2 * self._limits.window_ns:
-                if len(self._waiting) == MAX_WAITING:
-                    self.dropped += 1
-                self._waiting.append(raw)
+        waiting, asked = self._waiting, list[bytes]()
+        self._waiting = deque()
+        # Half of the time for each: neither those that stay undecided nor a flood of new ones delay the others.
+        begin = time.monotonic()
+        for group, seconds in ((self._ring.read(most), ASK_SECONDS / 2), (waiting, ASK_SECONDS)):
+            for raw in group:
+                event = records.decode_event(raw)
+                if event.flow is None:
+                    yield event
+                    continue
+                may_ask = time.monotonic() < begin + seconds
+                is_wrong = self._conntrack.is_wrong(event.finding, event.flow, event.pid) if may_ask else None
+                if is_wrong:
+                    yield event
+                elif is_wrong is None and clock.monotonic_ns() - event.time < 2 * self._limits.window_ns:
+                    (asked if may_ask else self._waiting).append(raw)
+        self._waiting += asked  # the next call asks first about those for which there was no time
+        self.dropped += max(0, len(self._waiting) - MAX_WAITING)
+        while len(self._waiting) > MAX_WAITING:
+            self._waiting.pop()
 
     def increases(self, forget_ns: int) -> Iterator[Increase]:
         """What was added since the last reading; elements unused for ``forget_ns`` are taken out of the map, and so

@@ -31,8 +31,9 @@ from test_scenes import V4, V6, bound
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 from udpwatch.agent.kernel.ctnetlink import Listener, Table
-from udpwatch.agent.kernel.features import FLOW_FUNCTIONS, SEND_FUNCTIONS, VMLINUX_BTF
+from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.probes import How, Target
+from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 ROUNDS = 9
@@ -81,8 +82,8 @@ def detached(held: loader.Loaded, root: int) -> Iterator[None]:
     try:
         yield
     finally:
-        for hook in loader.HOOKS:
-            held.links[hook.name] = bpf.link_create(held.programs[hook.name], root, hook.attach)
+        for program, hook in HOOKS:
+            held.links[program.name] = bpf.link_create(held.programs[program.name], root, hook.attach)
 
 
 def programs() -> None:
@@ -194,7 +195,7 @@ def function_probes() -> None:
             line("not allowed here", held.features.probes_reason, "see `make bench-kernel`")
             return
         empty = {}
-        for function in SEND_FUNCTIONS + FLOW_FUNCTIONS:
+        for _, function in FUNCTIONS:
             how = How(held.features.functions[function.name])
             target = stack.enter_context(Target(function, how, VMLINUX_BTF))
             empty[function.name] = target.load(RETURN_0, "empty")[0]
@@ -283,7 +284,7 @@ def pingpong(binary: Path, namespace: Namespace, how: str, count: int) -> float:
 def empty_programs(root: int) -> Iterator[None]:
     """Programs that only return, on our hooks: what the kernel itself takes for the hooks."""
     held = []
-    for hook in loader.HOOKS:
+    for _, hook in HOOKS:
         held.append(bpf.program_load(hook.type, hook.attach, RETURN_1))
         held.append(bpf.link_create(held[-1], root, hook.attach))
     try:

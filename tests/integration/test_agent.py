@@ -25,7 +25,8 @@ from machine import own_cgroup
 from udpwatch.agent.daemon import self_test
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType
-from udpwatch.agent.kernel.loader import HOOKS, Limits
+from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.programs import HOOKS, Hook, Program
 from udpwatch.agent.model import Forwarded
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
@@ -153,9 +154,9 @@ def test_every_error_series_exists_from_the_start(agent: Agent) -> None:
     _, text = agent.get("/metrics")
     for stage in ["rate_limit", "ring_full", "findings_full", "undecided", "remember", "unparsed", "queue", "output"]:
         assert f'udpwatch_events_lost_total{{stage="{stage}"}} 0.0' in text
-    for hook in HOOKS:
-        assert f'udpwatch_probe_attached{{probe="{hook.name}"}} 1.0' in text
-        assert f'udpwatch_probe_reattached_total{{probe="{hook.name}"}} 0.0' in text
+    for program, _ in HOOKS:
+        assert f'udpwatch_probe_attached{{probe="{program.name}"}} 1.0' in text
+        assert f'udpwatch_probe_reattached_total{{probe="{program.name}"}} 0.0' in text
     assert 'mode="packet"' in text
     assert 'process="other"' in text
 
@@ -195,7 +196,7 @@ def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int
 def attached_programs() -> list[int]:
     """Ids of all programs on our hooks of the root cgroup."""
     with closing(cgroup.find(None)) as root:
-        return [program for hook in HOOKS for program in bpf.program_query(root.fd, hook.attach)]
+        return [program for _, hook in HOOKS for program in bpf.program_query(root.fd, hook.attach)]
 
 
 def test_agent_holds_no_compiler_and_few_rights(agent: Agent) -> None:
@@ -413,11 +414,11 @@ def _stolen_link(agent: Agent, attach: AttachType) -> int:
     raise AssertionError(f"no {attach.name} link")
 
 
-@pytest.mark.parametrize("hook", HOOKS, ids=lambda hook: hook.name)
-def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, hook: object) -> None:
+@pytest.mark.parametrize(("program", "hook"), HOOKS, ids=[program.name for program, _ in HOOKS])
+def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, program: Program, hook: Hook) -> None:
     """As `bpftool link detach` does: noticed within 10 s, said, counted, attached again."""
-    name, attach = hook.name, hook.attach  # type: ignore[attr-defined]
-    link = _stolen_link(agent, attach)
+    name = program.name
+    link = _stolen_link(agent, hook.attach)
     try:
         bpf.link_detach(link)
     finally:

@@ -24,7 +24,7 @@ from test_scenes import bound
 
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.model import Forwarded, Hooks
-from udpwatch.agent.sources import flows
+from udpwatch.agent.sources import flow_events
 from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
 
 GREEDY_PROCESSES = 8
@@ -175,13 +175,13 @@ def test_namespaces_that_flood_conntracks_events(tmp_path: Path, port: int) -> N
                     each.listener._socket.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
                     for each in source._namespaces.values()
                 )
-                assert waiting <= 2 * flows.RECEIVE_BYTES
+                assert waiting <= 2 * flow_events.RECEIVE_BYTES
             router.ask("10.1.0.9", 4444, "10.2.0.5", port)
             router.answer("10.2.0.6", port, "10.1.0.9", 4444)
             wait_for(lambda: watch.count(port) == 1, "the router's wrong reply", 20)
             print(f"longest reading {slowest:.1f} s of CPU, overruns {source.overruns}, namespaces {listened}")
             assert listened >= 21
-            assert slowest < 2 * (flows.READ_SECONDS + flows.TABLE_SECONDS)
+            assert slowest < 2 * (flow_events.READ_SECONDS + flow_events.TABLE_SECONDS)
             assert source.overruns > 0
 
 

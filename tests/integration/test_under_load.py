@@ -22,6 +22,8 @@ from stub_resolvers import LOOKUP, resolve
 from test_scenes import V4, V6, Family, bound, source_control
 
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.model import Finding
+from udpwatch.agent.sources import sockets
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import Lab, Namespace
 
@@ -468,3 +470,34 @@ def test_requests_with_many_extension_headers(packet_watch: Watch, port: int) ->
                 serving.sendto(*question)
                 assert packet_watch.count(port) == wrong
                 assert packet_watch.sensor.counters().unparsed - before == unparsed
+
+
+def test_undecided_events_delay_no_others(netlink_watch: Watch, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More events stay undecided than there is time to ask about: another server's event comes with the next reading.
+
+    What conntrack says is scripted, and what a question costs: a guest's emulated CPU takes 20 ms for one.
+    """
+    clock, undecided = [0.0], range(port + 1, port + 41)
+
+    def is_wrong(finding: Finding, *_: object) -> bool | None:
+        clock[0] += 0.05
+        return None if finding.port in undecided else True
+
+    replies = netlink_watch.sensor._replies
+    assert replies
+    with Lab() as lab:
+        place = lab.namespace("place")
+        with place.socket() as client:
+            for each in (*undecided, port):
+                if each == port:
+                    monkeypatch.setattr(replies._conntrack, "is_wrong", is_wrong)
+                    monkeypatch.setattr(sockets.time, "monotonic", lambda: clock[0])
+                    netlink_watch.read()
+                    netlink_watch.read()  # those that wait take all the time there is
+                with bound(place, socket.AF_INET, "0.0.0.0", each) as server:
+                    server.sendto(*ask(client, "127.0.0.2", each, server))
+            netlink_watch.read()
+            assert [
+                event.finding.port for event in netlink_watch._events if event.finding.port in (port, *undecided)
+            ] == [port]
+    monkeypatch.undo()

@@ -36,7 +36,7 @@ import pytest
 from guest import HOT, SHARE_TAG
 from packages import SUITES, Kernel, Unavailable, obtain
 
-from udpwatch.agent.kernel.loader import CLOCK, ENTER, HOOKS, SETTLE, SLOW
+from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, PROGRAMS
 from udpwatch.agent.testing.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,8 +60,9 @@ BUDGET_FACTOR = 1.3
 TAIL_LINES = 40  # of a console
 MESSAGE_LINES = 12  # of a failed test
 
-#: programs that come with the hooks and are attached to nothing
-BESIDE_HOOKS = {*(name for name, _, _ in SLOW), CLOCK}
+ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
+#: the programs of the hooks, and those that come with them and are attached to nothing
+WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "reply.c"}
 
 ONE_CPU = "needs two CPUs, a guest has one"
 NO_FLOOD = "a flood takes more than an emulated CPU makes"
@@ -154,8 +155,8 @@ class Outcome:
 
     @property
     def attached(self) -> str:
-        """What is attached; SLOW, which others go on in, is not, nor what the agent runs itself."""
-        return " ".join(name for name in self.programs if name not in {*BESIDE_HOOKS, SETTLE, ENTER})
+        """The programs that are attached; tail calls and what the agent runs on demand are not."""
+        return " ".join(name for name in self.programs if name in ATTACHED)
 
     @property
     def passed(self) -> int:
@@ -441,9 +442,9 @@ def required(outcome: Outcome) -> set[str]:
     they are locked down. A machine's own kernel may allow less.
     """
     if outcome.row.kernel == NATIVE:
-        return {hook.name for hook in HOOKS if hook.required}
+        return {program.name for program in PROGRAMS if program.required}
     if outcome.lockdown == "confidentiality":
-        return {hook.name for hook in HOOKS} | BESIDE_HOOKS
+        return WITH_HOOKS
     return set(_budgets()[outcome.row.kernel])
 
 

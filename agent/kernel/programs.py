@@ -1,0 +1,135 @@
+"""The table of BPF programs: where each one is attached, and what is lost without it. A new program is one function in
+bpf/ and one row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from udpwatch.agent.kernel.bpf import AttachType, ProgramType
+
+#: source file -> its maps that the agent reads
+MAPS = {
+    "reply.c": {
+        "conversations",
+        "hash_keys",
+        "ingress_next",
+        "egress_next",
+        "findings",
+        "findings_held",
+        "findings_beyond",
+        "all_findings",
+        "self_test",
+        "events",
+        "told",
+        "senders",
+        "counters",
+    },
+    "flows.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
+}
+#: maps whose elements begin with a lock (locks.py)
+LOCKED = frozenset({"conversations", "addresses"})
+#: maps that are filled with random numbers before a program is attached
+KEYS = frozenset({"hash_keys", "flow_keys"})
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A hook of the watched cgroup."""
+
+    attach: AttachType
+    type: ProgramType = ProgramType.CGROUP_SKB
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A kernel function and the module it may be in ("": always in the kernel itself); probed by fentry or kprobe."""
+
+    name: str
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TailCall:
+    """Another program goes on in this one (bpf_tail_call). ``map`` names it; it is empty once no process holds it."""
+
+    attach: AttachType
+    map: str
+    type: ProgramType = ProgramType.CGROUP_SKB
+
+
+@dataclass(frozen=True, slots=True)
+class OnDemand:
+    """The agent runs it (BPF_PROG_TEST_RUN)."""
+
+    type: ProgramType = ProgramType.SOCKET_FILTER
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """One program of bpf/."""
+
+    name: str  # in metrics, `doctor` and docs; of a function probe, the kernel function's
+    function: str  # in the source file
+    source: str
+    place: Hook | Function | TailCall | OnDemand
+    required: bool = False  # without it, the agent does not start
+    without: str = ""  # what is lost without it
+    is_for_forwarded: bool = False  # finds wrong replies of machines behind this node: all such programs, or none
+
+
+SEND_WITHOUT = "events do not tell whether PKTINFO was passed"
+HOOK_WITHOUT = "the cause is 'unknown' for sockets that are not connected"
+FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
+
+PROGRAMS = (
+    Program("ingress_slow", "ingress_slow", "reply.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
+    Program("egress_slow", "egress_slow", "reply.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
+    Program("clock_ticks", "clock_ticks", "reply.c", OnDemand()),
+    Program("ingress", "ingress", "reply.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
+    Program("egress", "egress", "reply.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
+    Program(
+        "sendmsg4",
+        "sendmsg4",
+        "reply.c",
+        Hook(AttachType.CGROUP_UDP4_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
+        without=HOOK_WITHOUT,
+    ),
+    Program(
+        "sendmsg6",
+        "sendmsg6",
+        "reply.c",
+        Hook(AttachType.CGROUP_UDP6_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
+        without=HOOK_WITHOUT,
+    ),
+    Program("udp_sendmsg", "send4", "flows.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
+    Program("udpv6_sendmsg", "send6", "flows.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),
+    Program(
+        "__nf_conntrack_confirm",
+        "confirm",
+        "flows.c",
+        Function("__nf_conntrack_confirm", "nf_conntrack"),
+        without=FORWARDED_WITHOUT,
+        is_for_forwarded=True,
+    ),
+    Program(
+        "nf_ct_delete",
+        "gone",
+        "flows.c",
+        Function("nf_ct_delete", "nf_conntrack"),
+        without=FORWARDED_WITHOUT,
+        is_for_forwarded=True,
+    ),
+    Program("settle", "settle", "flows.c", OnDemand(), is_for_forwarded=True),
+    Program("enter", "enter", "flows.c", OnDemand(), is_for_forwarded=True),
+)
+
+BY_NAME = {program.name: program for program in PROGRAMS}
+#: (program, hook) of each program on a hook of the cgroup
+HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Hook))
+#: (program, function) of each function probe
+FUNCTIONS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Function))
+#: (program, tail call) of each program that another one goes on in
+TAIL_CALLS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, TailCall))
+#: (program, how) of each program that the agent runs itself
+ON_DEMAND = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, OnDemand))
