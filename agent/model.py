@@ -41,7 +41,7 @@ class Forwarded(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Flow:
+class Conversation:
     """The conversation behind one suspected reply; kept only where the verdict is unknown."""
 
     peer: str
@@ -67,7 +67,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Increase:
-    """``count`` more wrong replies of one kind since the last reading."""
+    """``count`` more wrong replies of one kind since the last sample."""
 
     finding: Finding
     count: int
@@ -116,7 +116,7 @@ class Event:
     netns_inode: int | None
     original: Tuple | None  # the conntrack entry of the reply itself
     reply: Tuple | None
-    flow: Flow | None
+    conversation: Conversation | None  # of a suspected reply
     request: Tuple | None = None  # the unanswered flow, as its client began it; of a reply seen from the side
     pktinfo: bool | None = None  # whether it was sent with IP_PKTINFO or IPV6_PKTINFO; None: not known
 
@@ -168,8 +168,8 @@ class ConntrackHealth:
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """One reading of the sensor."""
+class Sample:
+    """One sample of the sensor."""
 
     increases: tuple[Increase, ...]
     counters: Counters

@@ -99,7 +99,7 @@ enum quick { UNKNOWN_PEER, DONE, LOOK_CLOSER };
 static __always_inline enum quick ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
                                           const struct address *address, int is_client, __u64 now) {
     __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
-    __u16 not_now = SEVERAL | ACCUSED | (is_client ? 0 : CLIENTS);
+    __u16 not_now = SEVERAL | WRONGLY_ANSWERED | (is_client ? 0 : CLIENTS);
 
     if (READ_ONCE(way->tenant.flags) & not_now || !same(&way->address, address) ||
         age(asked, now) > (__s64)WINDOW_NS)
@@ -184,7 +184,7 @@ static __always_inline __u64 scores_of(const struct conversation_set *set,
         __u64 is_answered =
             (is_less(request->answered, request->asked) ^ 1) & ~(__u64)(flags & SEVERAL);
         score[i] = eviction_score(score[i], is_heavy(&request->tenant, &fresh->tenant), is_answered,
-                                  flags / ACCUSED & 1, request->asked, now);
+                                  flags / WRONGLY_ANSWERED & 1, request->asked, now);
         best = greater_of(best, score[i]);
     }
     return best;
@@ -305,7 +305,7 @@ judge_way(struct conversation *way, const struct address *source, int port_kept,
     }
     if (!is_pending(way))
         return NOT_A_REPLY;
-    way->tenant.flags |= ACCUSED;
+    way->tenant.flags |= WRONGLY_ANSWERED;
     return WRONG;
 }
 

@@ -42,17 +42,17 @@
 #define DEVICE_BUCKETS  256  /* NETDEV_HASHENTRIES */
 #define DEVICES         8    /* of one bucket looked at */
 /* One and a half times as many fingerprints as clients. */
-#define FORGOTTEN_FLOW_SETS (2 * REQUEST_SETS)
+#define FLOW_FINGERPRINT_SETS (2 * REQUEST_SETS)
 
 /* ---- maps; the first three are reply.c's as well: what has the same name is the same map ---- */
 
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
 #if HAVE_SOCKETS
-BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
+BPF_TABLE("lru_hash", struct reported_key, __u64, reported, MAX_REPORTED);
 #endif
 BPF_ARRAY(requests, struct request_set, REQUEST_SETS);
-BPF_ARRAY(forgotten_flows, struct forgotten_set, FORGOTTEN_FLOW_SETS);
+BPF_ARRAY(flow_fingerprints, struct fingerprint_set, FLOW_FINGERPRINT_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, flow_evictions, MAX_EVICTIONS);
 BPF_ARRAY(flow_keys, struct hash_keys, 1);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
@@ -246,9 +246,9 @@ static __always_inline struct request_set *set_of(__u64 tag) {
     return requests.lookup(&index);
 }
 
-static __always_inline struct forgotten_set *forgotten_of(__u64 hash) {
-    int index = share_of(hash, FORGOTTEN_FLOW_SETS);
-    return forgotten_flows.lookup(&index);
+static __always_inline struct fingerprint_set *fingerprints_of(__u64 hash) {
+    int index = share_of(hash, FLOW_FINGERPRINT_SETS);
+    return flow_fingerprints.lookup(&index);
 }
 
 /* The fingerprint of an evicted client: one while its request is pending, another when all that it
@@ -389,14 +389,14 @@ static __always_inline void note_eviction(const struct requests *evicted, __u64 
                                           const struct hash_keys *keys, __u64 now) {
     int is_answered = seems_answered(&evicted->asked[0]) & seems_answered(&evicted->asked[1]);
     __u64 hash = is_answered ? hash_of_answered(tag) : tag;
-    struct forgotten_set *set = forgotten_of(hash);
+    struct fingerprint_set *set = fingerprints_of(hash);
     struct tenant tenant = evicted->tenant;
     struct eviction fresh = {};
 
     COUNT(evicted, 1);
     tenant.flags = 0;
     if (set)
-        forget(set, hash, class_of(keys, &tenant), now);
+        note_fingerprint(set, hash, class_of(keys, &tenant), now);
     struct eviction *known = flow_evictions.lookup(&tenant);
     if (!known) {
         flow_evictions.insert(&tenant, &fresh);
@@ -411,11 +411,11 @@ static __always_inline void note_eviction(const struct requests *evicted, __u64 
 static __always_inline int may_be_evicted(const struct hash_keys *keys, __u64 hash,
                                           const struct tenant *tenant, __u64 now) {
     struct eviction *lost = evictions_of(tenant);
-    struct forgotten_set *set = forgotten_of(hash);
+    struct fingerprint_set *set = fingerprints_of(hash);
 
     if (!lost || !set || !is_remembered(lost->last, now))
         return 0;
-    return may_be_forgotten(set, hash, class_of(keys, tenant), 1, now);
+    return may_have_fingerprint(set, hash, class_of(keys, tenant), 1, now);
 }
 
 /* ---- a new flow ---- */
@@ -509,16 +509,16 @@ static __always_inline void identify(struct candidate *to, __u64 socket) {
 #endif
 
 /* Whether a socket of this node was found with this datagram: its own program ran before. */
-static __always_inline int is_told(const struct request_key *key, const struct address *source,
-                                   __u64 now) {
+static __always_inline int is_reported(const struct request_key *key, const struct address *source,
+                                       __u64 now) {
 #if HAVE_SOCKETS
-    struct told_key wire = {};
+    struct reported_key wire = {};
 
     wire.source = *source;
     wire.peer = key->client;
     wire.source_port = key->port;
     wire.peer_port = key->client_port;
-    __u64 *seen = told.lookup(&wire);
+    __u64 *seen = reported.lookup(&wire);
     return seen && is_remembered(*seen, now);
 #else
     return 0;
@@ -623,7 +623,7 @@ static __always_inline int is_candidate(struct scratch *room, const struct hash_
     struct request *request = judge(room, keys, now);
     if (!request)
         return 0;
-    if (is_told(key, &room->source, now))
+    if (is_reported(key, &room->source, now))
         return 1;
     struct candidate *candidate = &room->candidate;
     __builtin_memset(candidate, 0, sizeof(*candidate));

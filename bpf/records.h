@@ -18,13 +18,13 @@
 #define HASH_WORDS   12
 #define WAYS         8 /* conversations in a set */
 
-#define FORGOTTEN_WAYS 6 /* with `lost` a cache line */
-#define FORGOTTEN_LOST 2
-#define TENANT_CLASSES 80
-#define CLASSES_A_WORD 40
-#define CLASS_BITS     7
-#define TIME_BITS      24 /* of ticks of about a millisecond */
-#define TIME_SHIFT     20
+#define FINGERPRINT_WAYS 6 /* with `lost` a cache line */
+#define LOST_WORDS       2
+#define TENANT_CLASSES   80
+#define CLASSES_A_WORD   40
+#define CLASS_BITS       7
+#define TIME_BITS        24 /* of ticks of about a millisecond */
+#define TIME_SHIFT       20
 
 /* Addresses in a set, all of which one conversation may take: as many as the verifier lets us look
  * at. Without CAP_PERFMON it follows each loop speculatively, for good. */
@@ -85,9 +85,9 @@ struct tenant {
     __u16 flags; /* of the conversation */
 };
 
-#define SEVERAL 1 /* it asked several addresses: they are in `addresses` */
-#define ACCUSED 2 /* its pending request was answered wrongly */
-#define HEAVY   4 /* its tenant had pushed out many of its own when it came */
+#define SEVERAL          1 /* it asked several addresses: they are in `addresses` */
+#define WRONGLY_ANSWERED 2 /* its pending request was answered wrongly */
+#define HEAVY            4 /* its tenant had pushed out many of its own when it came */
 #define CLIENTS                                                                                    \
     8 /* a connected socket received the last request: an answer to this host, as a rule */
 
@@ -128,16 +128,16 @@ struct address_set {
  * conversation and address (33 bits, the lowest one of them always 1), the tenant's class (7 bits)
  * and the time. Each word of `lost` says of 40 classes whether fingerprints of theirs were
  * overwritten, and when that was last. */
-struct forgotten_set {
-    __u64 lost[FORGOTTEN_LOST];
-    __u64 way[FORGOTTEN_WAYS];
+struct fingerprint_set {
+    __u64 lost[LOST_WORDS];
+    __u64 way[FINGERPRINT_WAYS];
 };
 
 /* What of a tenant had to make room within the window. */
 struct eviction {
     __u64 since;   /* when `count` began */
     __u64 count;   /* of requests that were not answered yet */
-    __u64 last;    /* when a request that is in `forgotten` went */
+    __u64 last;    /* when a request that is in `fingerprints` went */
     __u64 pending; /* when one went that was not answered rightly */
     __u64 several; /* the last conversation that had asked several: more requests than one */
 };
@@ -180,7 +180,8 @@ struct socket_causes {
 };
 
 /* One finding: everything that user space may tell apart, nothing that grows with the clients.
- * Only where the verdict is unknown `flow` is filled in, so that each flow can be looked up. */
+ * Only where the verdict is unknown `conversation` is filled in, so that each one can be looked up.
+ */
 struct finding_key {
     struct address expected;
     struct address actual;
@@ -197,7 +198,7 @@ struct finding_key {
         __u16 peer_port;
         __u16 source_port; /* as it left, after NAT */
         __u32 pad;
-    } flow;
+    } conversation;
 };
 
 struct finding {
@@ -227,7 +228,7 @@ struct event {
 
 /* A datagram on the wire that a socket of this node answered wrongly with: conntrack will book it
  * in every namespace that it passes, and that is no finding of its own. */
-struct told_key {
+struct reported_key {
     struct address source;
     struct address peer;
     __u16 source_port;

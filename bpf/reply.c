@@ -21,7 +21,7 @@
 #include "conversations.h"
 #include "records.h"
 
-/* ---- limits and settings: SETS, ADDRESS_SETS, FORGOTTEN_SETS, MAX_EVICTIONS, MAX_FINDINGS,
+/* ---- limits and settings: SETS, ADDRESS_SETS, FINGERPRINT_SETS, MAX_EVICTIONS, MAX_FINDINGS,
  * MAX_TENANTS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
@@ -45,7 +45,7 @@
 
 BPF_ARRAY(conversations, struct conversation_set, SETS);
 BPF_ARRAY(addresses, struct address_set, ADDRESS_SETS);
-BPF_ARRAY(forgotten, struct forgotten_set, FORGOTTEN_SETS);
+BPF_ARRAY(fingerprints, struct fingerprint_set, FINGERPRINT_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, evictions, MAX_EVICTIONS);
 BPF_ARRAY(last_eviction, __u64, 1); /* of a pending request, whoever's it was */
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
@@ -61,7 +61,7 @@ BPF_TABLE("hash", struct finding_key, struct finding, findings, MAX_FINDINGS);
 BPF_TABLE("lru_hash", __u64, __u64, findings_held, MAX_TENANTS);
 BPF_TABLE("lru_hash", __u64, __u64, findings_beyond, MAX_TENANTS);
 BPF_ARRAY(all_findings, __u64, 1); /* as findings_held, of all tenants */
-BPF_TABLE("lru_hash", struct told_key, __u64, told, MAX_TOLD);
+BPF_TABLE("lru_hash", struct reported_key, __u64, reported, MAX_REPORTED);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
 /* What runs for each packet is short; the rest is in programs of its own, one a map, since the
  * kernel keeps programs of the two hooks apart: SLOW in agent/kernel/loader.py. */
@@ -223,9 +223,9 @@ static __always_inline struct address_set *addresses_of(__u64 tag, __u32 scope) 
     return addresses.lookup(&index);
 }
 
-static __always_inline struct forgotten_set *forgotten_of(__u64 hash) {
-    int index = share_of(hash, FORGOTTEN_SETS);
-    return forgotten.lookup(&index);
+static __always_inline struct fingerprint_set *fingerprints_of(__u64 hash) {
+    int index = share_of(hash, FINGERPRINT_SETS);
+    return fingerprints.lookup(&index);
 }
 
 static __always_inline void set_tenant(struct tenant *to, const struct conversation_key *key) {
@@ -240,17 +240,17 @@ static __always_inline void set_tenant(struct tenant *to, const struct conversat
 static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int answered,
                                           __u64 now) {
     const struct hash_keys *keys = keys_of_hash();
-    struct forgotten_set *set = forgotten_of(hash);
+    struct fingerprint_set *set = fingerprints_of(hash);
     struct tenant tenant = *of;
     struct eviction fresh = {};
-    int zero = 0, accused = of->flags & ACCUSED && !answered;
+    int zero = 0, wrongly_answered = of->flags & WRONGLY_ANSWERED && !answered;
 
     COUNT(evicted, 1);
     tenant.flags = 0;
     if (set && keys) {
         /* Apart from the pointers' checks, which the compiler would make one with it. */
-        if (!opaque(accused))
-            forget(set, hash, class_of(keys, &tenant), now);
+        if (!opaque(wrongly_answered))
+            note_fingerprint(set, hash, class_of(keys, &tenant), now);
     }
     __u64 *last = last_eviction.lookup(&zero);
     if (last && !answered && now - *last > REFRESH_NS)
@@ -262,7 +262,7 @@ static __always_inline void note_eviction(__u64 hash, const struct tenant *of, i
         if (!known)
             return;
     }
-    note_loss_of_tenant(known, !answered, accused, of->flags & SEVERAL, now);
+    note_loss_of_tenant(known, !answered, wrongly_answered, of->flags & SEVERAL, now);
 }
 
 static __always_inline struct eviction *evictions_of(const struct conversation_key *key) {
@@ -383,9 +383,9 @@ static __always_inline int may_have_asked(__u64 tag, const struct conversation_k
         return 1;
     set_tenant(&tenant, key);
     __u64 hash = request_hash(keys, tag, source);
-    struct forgotten_set *set = forgotten_of(hash);
+    struct fingerprint_set *set = fingerprints_of(hash);
     int or_lost = evicted && !tracked && is_remembered(evicted->last, now);
-    return set && may_be_forgotten(set, hash, class_of(keys, &tenant), or_lost, now);
+    return set && may_have_fingerprint(set, hash, class_of(keys, &tenant), or_lost, now);
 }
 
 /* A socket sends to a peer of which nothing is remembered: a reply all the same, if a pending
@@ -644,19 +644,19 @@ static __always_inline void send_event(struct __sk_buff *skb, const struct packe
 }
 
 /* Remember this datagram as a socket's finding, for those who watch conntrack's entries. */
-static __always_inline void tell(const struct packet *packet, __u64 now) {
-#if TELL
-    struct told_key key = {};
+static __always_inline void note_reported(const struct packet *packet, __u64 now) {
+#if NOTE_REPORTED
+    struct reported_key key = {};
 
     key.source = packet->source;
     key.peer = packet->destination;
     key.source_port = packet->source_port;
     key.peer_port = packet->destination_port;
-    __u64 *seen = told.lookup(&key);
+    __u64 *seen = reported.lookup(&key);
     if (seen)
         WRITE_ONCE(*seen, now);
     else
-        told.update(&key, &now);
+        reported.update(&key, &now);
 #endif
 }
 
@@ -706,17 +706,19 @@ static __always_inline int is_self_test(const struct conversation_key *key) {
 }
 
 /* Count a wrong reply and tell of it; key->expected is filled in. */
-static __always_inline void accuse(struct __sk_buff *skb, struct bpf_sock *sk,
-                                   const struct packet *packet, const struct conversation_key *peer,
-                                   struct finding_key *key, enum tracking tracking, __u64 tracked) {
+static __always_inline void report_wrong_reply(struct __sk_buff *skb, struct bpf_sock *sk,
+                                               const struct packet *packet,
+                                               const struct conversation_key *peer,
+                                               struct finding_key *key, enum tracking tracking,
+                                               __u64 tracked) {
     __u64 time = bpf_ktime_get_ns();
 #if HAVE_KERNEL_READ
     key->verdict = tracking == UNTRACKED ? VERDICT_UNTRACKED : VERDICT_NEW;
 #else
     key->verdict = VERDICT_UNKNOWN;
-    key->flow.peer = packet->destination;
-    key->flow.peer_port = packet->destination_port;
-    key->flow.source_port = packet->source_port;
+    key->conversation.peer = packet->destination;
+    key->conversation.peer_port = packet->destination_port;
+    key->conversation.source_port = packet->source_port;
 #endif
     key->netns = netns_of(peer->scope, skb);
     key->actual = packet->source;
@@ -725,7 +727,7 @@ static __always_inline void accuse(struct __sk_buff *skb, struct bpf_sock *sk,
     struct identity who = identify(skb, sk, key);
 
     COUNT(wrong, segments_of(skb));
-    tell(packet, time);
+    note_reported(packet, time);
     struct finding *finding = finding_of(key, segments_of(skb));
     if (!finding) {
         COUNT(overflow, segments_of(skb));
@@ -777,7 +779,7 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
         COUNT(undecided, segments_of(skb));
         return;
     }
-    accuse(skb, sk, packet, key, &finding, tracking, entry);
+    report_wrong_reply(skb, sk, packet, key, &finding, tracking, entry);
 }
 
 /* Clients' sockets are connected and have ephemeral ports, and there are many of them: a

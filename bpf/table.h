@@ -92,10 +92,10 @@ static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
 
 /* A higher score is evicted first. `held`: of its set, by its tenant. */
 static __always_inline __u64 eviction_score(__u64 held, __u64 is_heavy, __u64 is_answered,
-                                            __u64 is_accused, __u64 asked, __u64 now) {
+                                            __u64 is_wrongly_answered, __u64 asked, __u64 now) {
     __u64 elapsed = (now + REFRESH_NS - asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
     held += is_heavy * HEAVY_SHARE;
-    return held << 48 | is_answered << 47 | (is_accused & ~is_answered) << 46 | elapsed;
+    return held << 48 | is_answered << 47 | (is_wrongly_answered & ~is_answered) << 46 | elapsed;
 }
 
 /* How much one entry adds to what the tenant of another one holds: 1 for the namespace, 1 more for
@@ -128,7 +128,7 @@ static __always_inline __u64 fingerprint(__u64 hash, __u32 class) {
 }
 
 /* Note that a fingerprint was overwritten within the window. */
-static __always_inline void note_loss(struct forgotten_set *set, __u64 word, __u64 now) {
+static __always_inline void note_loss(struct fingerprint_set *set, __u64 word, __u64 now) {
     __u32 class = word >> TIME_BITS & ((1 << CLASS_BITS) - 1);
     __u64 bit = 1ULL << (class % CLASSES_A_WORD + TIME_BITS);
 #define LOSE(i)                                                                                    \
@@ -144,23 +144,26 @@ static __always_inline void note_loss(struct forgotten_set *set, __u64 word, __u
 }
 
 /* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
-static __always_inline void forget(struct forgotten_set *set, __u64 hash, __u32 class, __u64 now) {
+static __always_inline void note_fingerprint(struct fingerprint_set *set, __u64 hash, __u32 class,
+                                             __u64 now) {
     __u64 word = fingerprint(hash, class) << TIME_BITS | (now >> TIME_SHIFT & TIME_MASK);
-    __u64 elapsed[FORGOTTEN_WAYS], held, oldest = 0;
+    __u64 elapsed[FINGERPRINT_WAYS], held, oldest = 0;
 
 #pragma unroll
-    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+    for (int i = 0; i < FINGERPRINT_WAYS; i++) {
         elapsed[i] = ticks_since(READ_ONCE(set->way[i]), now);
         oldest = greater_of(oldest, elapsed[i]);
     }
-#define FORGET(i)                                                                                  \
+#define REPLACE_OLDEST(i)                                                                          \
     if (elapsed[i] == oldest) {                                                                    \
         held = READ_ONCE(set->way[i]);                                                             \
         WRITE_ONCE(set->way[i], word);                                                             \
         KEEP_APART(i);                                                                             \
         goto out;                                                                                  \
     }
-    FORGET(0) FORGET(1) FORGET(2) FORGET(3) FORGET(4) FORGET(5) return;
+    REPLACE_OLDEST(0)
+    REPLACE_OLDEST(1)
+    REPLACE_OLDEST(2) REPLACE_OLDEST(3) REPLACE_OLDEST(4) REPLACE_OLDEST(5) return;
 out:
     if (held && oldest <= WINDOW_TICKS)
         note_loss(set, held, now);
@@ -168,18 +171,18 @@ out:
 
 /* Whether a request is among them, or, with `or_lost`, may have been: of its tenant's class one was
  * overwritten. */
-static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u64 hash,
-                                            __u32 class, __u64 or_lost, __u64 now) {
+static __always_inline int may_have_fingerprint(const struct fingerprint_set *set, __u64 hash,
+                                                __u32 class, __u64 or_lost, __u64 now) {
     __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
 
 #pragma unroll
-    for (int i = 0; i < FORGOTTEN_WAYS; i++) {
+    for (int i = 0; i < FINGERPRINT_WAYS; i++) {
         __u64 held = READ_ONCE(set->way[i]);
         found |= is_zero((held ^ sought) >> TIME_BITS) &
                  is_less(ticks_since(held, now), WINDOW_TICKS + 1);
     }
 #pragma unroll
-    for (int i = 0; i < FORGOTTEN_LOST; i++) {
+    for (int i = 0; i < LOST_WORDS; i++) {
         __u64 lost = READ_ONCE(set->lost[i]);
         __u64 is_word = is_zero(class / CLASSES_A_WORD ^ i);
         found |= or_lost & is_word & lost >> (class % CLASSES_A_WORD + TIME_BITS) &
@@ -189,16 +192,16 @@ static __always_inline int may_be_forgotten(const struct forgotten_set *set, __u
 }
 
 /* Note in a tenant's record that one of its requests made room: `pending`, which nobody had
- * answered, or one of SEVERAL. An accused one leaves no fingerprint. */
-static __always_inline void note_loss_of_tenant(struct eviction *of, int pending, int accused,
-                                                int several, __u64 now) {
-    if (!accused && now - of->last > REFRESH_NS)
+ * answered, or one of SEVERAL. An wrongly_answered one leaves no fingerprint. */
+static __always_inline void note_loss_of_tenant(struct eviction *of, int pending,
+                                                int wrongly_answered, int several, __u64 now) {
+    if (!wrongly_answered && now - of->last > REFRESH_NS)
         WRITE_ONCE(of->last, now);
     if (several)
         WRITE_ONCE(of->several, now);
     if (pending && now - of->pending > REFRESH_NS)
         WRITE_ONCE(of->pending, now);
-    if (!pending || accused)
+    if (!pending || wrongly_answered)
         return;
     if (!is_remembered(of->since, now)) {
         WRITE_ONCE(of->since, now);

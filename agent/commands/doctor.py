@@ -339,9 +339,9 @@ def _sockets(found: features.Features) -> list[Check]:
 
 
 def _forwarded(sensor: Sensor, forwarded: Forwarded) -> Check:
-    if sensor.unheard:
+    if sensor.unwatched:
         change = "sysctl net.netfilter.nf_conntrack_events=2 in these namespaces, or raise the limit of open files"
-        return Check("forwarded", Status.WARN, "; ".join(sensor.unheard), change)
+        return Check("forwarded", Status.WARN, "; ".join(sensor.unwatched), change)
     if sensor.listens:
         return Check("forwarded", Status.OK, "wrong replies of other machines are looked for in conntrack's events")
     if sensor.sees_forwarded:

@@ -33,7 +33,7 @@ from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.model import Cause, Event, Reading, Row, Snapshot
+from udpwatch.agent.model import Cause, Event, Row, Sample, Snapshot
 from udpwatch.agent.sources.source import FindingSource
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ FINDING_LINES = 60  # logged in a minute
 HEALTH_SECONDS = 2.0
 DESCRIPTORS = 256  # some fifty for the programs, the rest for connections
 STOP_SECONDS = 10.0
-STALLED_SECONDS = 30.0  # without a reading for so long the agent is not healthy
+STALLED_SECONDS = 30.0  # without a sample for so long the agent is not healthy
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,13 @@ class _SensorThread(threading.Thread):
         source: FindingSource,
         forget: float,
         on_events: Callable[[list[Event]], None],
-        on_reading: Callable[[Reading, list[str], bool], None],
+        on_sample: Callable[[Sample, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
         self_test: SelfTest,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
         self._source, self._forget_ns = source, int(forget * 1e9)
-        self._on_events, self._on_reading, self._on_failure = on_events, on_reading, on_failure
+        self._on_events, self._on_sample, self._on_failure = on_events, on_sample, on_failure
         self._self_test = self_test
         self._stopping = threading.Event()
         self._may_take, self._taken_at = 0.0, time.monotonic()  # events, by EVENTS_PER_SECOND
@@ -121,7 +121,7 @@ class _SensorThread(threading.Thread):
         self._pass_reading([])
 
     def _pass_reading(self, changes: list[str]) -> None:
-        self._on_reading(self._source.read(self._forget_ns), changes, self._self_test.passed)
+        self._on_sample(self._source.sample(self._forget_ns), changes, self._self_test.passed)
 
     def _pass_events(self) -> None:
         now = time.monotonic()
@@ -136,7 +136,7 @@ class _SensorThread(threading.Thread):
             self._on_events(events)
 
     def stop(self) -> bool:
-        """Take a last reading and end; False where that takes too long."""
+        """Take a last sample and end; False where that takes too long."""
         self._stopping.set()
         self.join(STOP_SECONDS)
         return not self.is_alive()
@@ -246,7 +246,7 @@ class App:
         for line in self._watching.self_test.run():
             log.warning("%s", line)
         forget = self._settings.forget
-        self._on_reading(self._source.read(int(forget * 1e9)), [], self._watching.self_test.passed)
+        self._on_sample(self._source.sample(int(forget * 1e9)), [], self._watching.self_test.passed)
         if self._events:
             self._events.start()
         if self._http:
@@ -257,7 +257,7 @@ class App:
             await self._dns.start()
         if self._api:
             await self._api.start()
-        handlers = self._on_events, self._on_reading, self._on_failure
+        handlers = self._on_events, self._on_sample, self._on_failure
         self._thread = _SensorThread(self._source, forget, *handlers, self._watching.self_test)
         self._thread.start()
         systemd.notify("READY=1")
@@ -270,7 +270,7 @@ class App:
         await self._done.wait()
 
     async def _notify_watchdog(self) -> None:
-        """Tell systemd that the agent works: that the sensor's thread has made readings and that the loop runs."""
+        """Tell systemd that the agent works: that the sensor's thread has made samples and that the loop runs."""
         limit = systemd.watchdog_seconds()
         notified_at = 0.0
         while limit is not None:
@@ -325,7 +325,7 @@ class App:
         capabilities.drop_all_but(keep)
 
     def _on_events(self, events: list[Event]) -> None:
-        """In the sensor's thread, as _on_reading."""
+        """In the sensor's thread, as _on_sample."""
         offset, node = self._source.clock_offset(), self._settings.node
         told = [as_json(event, self._senders.lookup(event), node, event.time / 1e9 + offset) for event in events]
         if self._events:
@@ -334,11 +334,11 @@ class App:
         if self._api and (lost := self._api.post(told)):
             self._lose("queue", lost)
 
-    def _on_reading(self, reading: Reading, changes: list[str], self_test_passed: bool) -> None:
+    def _on_sample(self, sample: Sample, changes: list[str], self_test_passed: bool) -> None:
         now = time.time()
         for line in changes:
             log.warning("%s", line)
-        for row in self._state.add(reading, now, time.monotonic()):
+        for row in self._state.add(sample, now, time.monotonic()):
             self._log_finding(row)
         left_out = self._senders.left_out
         self._lose("attribution", left_out - self._left_out)
@@ -397,7 +397,7 @@ class App:
 
     def _healthy(self) -> tuple[bool, str]:
         age = time.monotonic() - self._read_at
-        return age < STALLED_SECONDS, f"last reading {age:.1f} s ago"
+        return age < STALLED_SECONDS, f"last sample {age:.1f} s ago"
 
     def _ready(self) -> tuple[bool, str]:
         if self._dns and not self._dns.ready:

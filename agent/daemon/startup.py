@@ -105,7 +105,7 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
             f"wrong replies of machines behind this node are not looked for ({sensor.forwarded_reason}); --forwarded "
             "reads conntrack's events instead, --no-forwarded ends this message"
         )
-    lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unheard]
+    lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
     lines += [probe.reason for probe in sensor.probes() if not probe.attached]
     return tuple(lines)
 

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Protocol
 
-from udpwatch.agent.model import Cause, Counters, Event, Increase, Reading, Row, Sender, Snapshot, Verdict
+from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, Sender, Snapshot, Verdict
 
 #: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
 LOSS_STAGES = {
@@ -36,7 +36,7 @@ LOSS_STAGES = {
 
 
 MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; those of further ones are counted together
-MAX_EVICTIONS = 100  # rows that make room in one reading
+MAX_EVICTIONS = 100  # rows that make room in one sample
 ENDED_SECONDS = 60.0  # longer than Prometheus takes between two scrapes: it fetches the last count
 LOOK_SECONDS = 5.0  # how often it is looked whether pods and containers have ended
 
@@ -68,7 +68,7 @@ class _Sum:
     ended: float | None = None  # monotonic seconds when its pod or container was first seen to have ended
 
 
-_NOTHING = Reading((), Counters(), (), 0, 0, 0)
+_NOTHING = Sample((), Counters(), (), 0, 0, 0)
 
 _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
@@ -87,7 +87,7 @@ class SenderLookup(Protocol):
         """Whether the sender's pod or container has ended; ``now``: monotonic seconds."""
 
     def namespace_of(self, tenant: int) -> str:
-        """The Kubernetes namespace of a tenant of the kernel's findings (Reading.beyond); "": none, or unknown."""
+        """The Kubernetes namespace of a tenant of the kernel's findings (Sample.beyond); "": none, or unknown."""
 
 
 class State:
@@ -108,16 +108,16 @@ class State:
         self._sums: dict[_Key, _Sum] = {}
         self._held: Counter[_Tenant] = Counter()  # rows
         self._other: dict[str, int] = {}  # namespace -> wrong replies in no row
-        self._beyond: dict[int, int] = {}  # Reading.beyond, as last added to `_other`
-        self._reading: Reading | None = None
+        self._beyond: dict[int, int] = {}  # Sample.beyond, as last added to `_other`
+        self._sample: Sample | None = None
         self._lost_here: dict[str, int] = {}
         self._losing = threading.Lock()
 
-    def add(self, reading: Reading, now: float, monotonic: float) -> list[Row]:
-        """Take a reading in; returns the rows that are new. ``now``: seconds since the epoch."""
+    def add(self, sample: Sample, now: float, monotonic: float) -> list[Row]:
+        """Take a sample in; returns the rows that are new. ``now``: seconds since the epoch."""
         fresh: dict[_Key, _Sum] = {}
         evictions = MAX_EVICTIONS
-        for increase in reading.increases:
+        for increase in sample.increases:
             sender, finding = self._senders.lookup(increase), increase.finding
             key = (
                 sender.process,
@@ -146,8 +146,8 @@ class State:
             known.count += increase.count
             known.last, known.touched, known.ended = now, monotonic, None
         if self._about.mode != "netlink":  # there what had no room was only suspected
-            self._add_beyond(reading.beyond)
-        self._reading = reading
+            self._add_beyond(sample.beyond)
+        self._sample = sample
         self._look_who_ended(monotonic)
         for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
             self._remove(idle)
@@ -211,22 +211,22 @@ class State:
             self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
     def snapshot(self, self_test_passed: bool, now: float) -> Snapshot:
-        """Everything, as of the last reading."""
-        reading = self._reading or _NOTHING
-        counters = reading.counters
+        """Everything, as of the last sample."""
+        sample = self._sample or _NOTHING
+        counters = sample.counters
         # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
         suspected = self._about.mode == "netlink"
         with self._losing:
             lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
-        lost["rate_limit"] += counters.rate_limited + reading.held_back
+        lost["rate_limit"] += counters.rate_limited + sample.held_back
         lost["ring_full"] += counters.ring_full
         lost["findings_full"] += 0 if suspected else counters.overflow
-        lost["undecided"] += reading.undecided + counters.undecided + (counters.overflow if suspected else 0)
+        lost["undecided"] += sample.undecided + counters.undecided + (counters.overflow if suspected else 0)
         lost["remember"] += counters.unremembered
-        lost["queue"] += reading.dropped
+        lost["queue"] += sample.dropped
         lost["flows_full"] += counters.candidates
-        lost["conntrack_overrun"] += reading.overruns
-        lost["probe_missed"] += sum(probe.missed for probe in reading.probes)
+        lost["conntrack_overrun"] += sample.overruns
+        lost["probe_missed"] += sum(probe.missed for probe in sample.probes)
         lost["unparsed"] += counters.unparsed
         return Snapshot(
             version=self._about.version,
@@ -235,21 +235,21 @@ class State:
             mode=self._about.mode,
             started=self._about.started,
             time=now,
-            ready=self._reading is not None
+            ready=self._sample is not None
             and self_test_passed
-            and all(probe.attached for probe in reading.probes if probe.required),
+            and all(probe.attached for probe in sample.probes if probe.required),
             notes=self._about.notes,
             rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
             other=sum(self._other.values()),
             other_of=dict(self._other),
             checked=counters.checked,
-            tracked_peers=reading.tracked_peers,
-            evicted_peers=reading.evicted_peers,
+            tracked_peers=sample.tracked_peers,
+            evicted_peers=sample.evicted_peers,
             lost=lost,
-            probes=reading.probes,
-            flows=reading.flows,
-            conntrack=reading.conntrack,
-            udp_sent=reading.udp_sent,
+            probes=sample.probes,
+            flows=sample.flows,
+            conntrack=sample.conntrack,
+            udp_sent=sample.udp_sent,
             self_test_passed=self_test_passed,
         )
 

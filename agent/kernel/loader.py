@@ -38,7 +38,7 @@ class Limits:
     events_per_second: int = 10  # of one finding
     ring_pages: int = 64  # a power of two
     max_candidates: int = 4_096  # new flows that wait for their decision
-    max_told: int = 8_192  # wrong replies of sockets that conntrack may book as new flows, too
+    max_reported: int = 8_192  # wrong replies of sockets that conntrack may book as new flows, too
 
 
 @dataclass(frozen=True, slots=True)

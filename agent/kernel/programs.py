@@ -21,7 +21,7 @@ MAPS = {
         "all_findings",
         "self_test",
         "events",
-        "told",
+        "reported",
         "senders",
         "counters",
     },

@@ -15,7 +15,7 @@ from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 from typing import NamedTuple
 
-from udpwatch.agent.model import Cause, Counters, Event, Finding, Flow, Tuple, Verdict
+from udpwatch.agent.model import Cause, Conversation, Counters, Event, Finding, Tuple, Verdict
 
 COMM_LEN = 16
 TUPLE_LEN = 40
@@ -37,7 +37,7 @@ class Tenant(ctypes.Structure):
     _fields_ = [("scope", c_uint32), ("port", c_uint16), ("flags", c_uint16)]
 
 
-class Conversation(ctypes.Structure):
+class ConversationRecord(ctypes.Structure):
     """struct conversation."""
 
     _fields_ = [("address", Address), ("asked", c_uint64), ("answered", c_uint64), ("tenant", Tenant)]
@@ -46,7 +46,7 @@ class Conversation(ctypes.Structure):
 class ConversationSet(ctypes.Structure):
     """struct conversation_set."""
 
-    _fields_ = [("lock", c_uint32), ("pad", c_uint32), ("tag", c_uint64 * WAYS), ("way", Conversation * WAYS)]
+    _fields_ = [("lock", c_uint32), ("pad", c_uint32), ("tag", c_uint64 * WAYS), ("way", ConversationRecord * WAYS)]
 
 
 class Requester(NamedTuple):
@@ -64,7 +64,7 @@ class Requester(NamedTuple):
         return self.inode << 16 | self.port
 
 
-class FindingFlow(ctypes.Structure):
+class FindingConversation(ctypes.Structure):
     """The anonymous struct in struct finding_key."""
 
     _fields_ = [("peer", Address), ("peer_port", c_uint16), ("source_port", c_uint16), ("pad", c_uint32)]
@@ -84,7 +84,7 @@ class FindingKey(ctypes.Structure):
         ("cause", c_uint8),
         ("family", c_uint8),
         ("pad", c_uint8 * 3),
-        ("flow", FindingFlow),
+        ("conversation", FindingConversation),
     ]
 
 
@@ -120,8 +120,8 @@ class EventRecord(ctypes.Structure):
     ]
 
 
-class ToldKey(ctypes.Structure):
-    """struct told_key."""
+class ReportedKey(ctypes.Structure):
+    """struct reported_key."""
 
     _fields_ = [
         ("source", Address),
@@ -228,8 +228,8 @@ def printable(name: bytes) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
-def decode_finding_key(raw: bytes) -> tuple[Finding, Flow | None]:
-    """struct finding_key; the flow only where the kernel left the verdict open.
+def decode_finding_key(raw: bytes) -> tuple[Finding, Conversation | None]:
+    """struct finding_key; the conversation only where the kernel left the verdict open.
 
     A value that this version does not know raises KeyError: program and agent are compiled from one tree,
     so that is a fault of ours and not an input.
@@ -237,7 +237,7 @@ def decode_finding_key(raw: bytes) -> tuple[Finding, Flow | None]:
     return _finding(FindingKey.from_buffer_copy(raw))
 
 
-def _finding(key: FindingKey) -> tuple[Finding, Flow | None]:
+def _finding(key: FindingKey) -> tuple[Finding, Conversation | None]:
     verdict = VERDICTS[key.verdict]
     finding = Finding(
         expected=decode_address(bytes(key.expected)),
@@ -252,8 +252,10 @@ def _finding(key: FindingKey) -> tuple[Finding, Flow | None]:
     )
     if verdict is not Verdict.UNKNOWN:
         return finding, None
-    flow = key.flow
-    return finding, Flow(decode_address(bytes(flow.peer)), flow.peer_port, flow.source_port)
+    conversation = key.conversation
+    return finding, Conversation(
+        decode_address(bytes(conversation.peer)), conversation.peer_port, conversation.source_port
+    )
 
 
 def tenant_of(finding: Finding) -> int:
@@ -286,7 +288,7 @@ def decode_tuple(raw: bytes) -> Tuple | None:
 def decode_event(raw: bytes) -> Event:
     """struct event, as it stands in the ring buffer."""
     record = EventRecord.from_buffer_copy(raw)
-    finding, flow = _finding(record.key)
+    finding, conversation = _finding(record.key)
     return Event(
         finding=finding,
         time=record.time,
@@ -299,7 +301,7 @@ def decode_event(raw: bytes) -> Event:
         netns_inode=record.netns_inode or None,
         original=decode_tuple(bytes(record.original)),
         reply=decode_tuple(bytes(record.reply)),
-        flow=flow,
+        conversation=conversation,
         pktinfo=PKTINFO[record.pktinfo],
     )
 
@@ -312,11 +314,11 @@ def tick_ns() -> int:
 def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
     """Of elements of struct conversation_set, when each of their ways was asked last, in nanoseconds of ticks."""
     words = CONVERSATION_SET_BYTES // 8
-    first = (ConversationSet.way.offset + Conversation.asked.offset) // 8
+    first = (ConversationSet.way.offset + ConversationRecord.asked.offset) // 8
     for batch in batches:
         numbers = array("Q", batch)
         for way in range(WAYS):
-            yield from numbers[first + way * ctypes.sizeof(Conversation) // 8 :: words]
+            yield from numbers[first + way * ctypes.sizeof(ConversationRecord) // 8 :: words]
 
 
 def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:
@@ -324,10 +326,10 @@ def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:
     return bytes(SelfTest(netns, port, peer_port))
 
 
-def encode_told(actual: str, port: int, peer: str, peer_port: int) -> bytes:
-    """struct told_key of a datagram on the wire."""
+def encode_reported(actual: str, port: int, peer: str, peer_port: int) -> bytes:
+    """struct reported_key of a datagram on the wire."""
     source, to = Address(*encode_address(actual)), Address(*encode_address(peer))
-    return bytes(ToldKey(source, to, port, peer_port))
+    return bytes(ReportedKey(source, to, port, peer_port))
 
 
 def encode_request(client: Requester, server: str, seen: int) -> bytes:
@@ -372,7 +374,7 @@ def decode_candidate(raw: bytes) -> tuple[Event, int]:
         netns_inode=key.netns,
         original=decode_tuple(bytes(record.original)),
         reply=decode_tuple(bytes(record.reply)),
-        flow=None,
+        conversation=None,
         request=decode_tuple(bytes(record.asking)),
         pktinfo=PKTINFO[record.pktinfo],
     )

@@ -9,7 +9,7 @@ import time
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Entry, Table
 from udpwatch.agent.kernel.netlink import route_to
-from udpwatch.agent.model import Finding, Flow, Tuple
+from udpwatch.agent.model import Conversation, Finding, Tuple
 
 MAX_NAMESPACES = 10_000
 MISSING_SECONDS = 5.0
@@ -22,7 +22,7 @@ class Conntrack:
         self._at_work: set[int] = set()
         self._missing: dict[int, float] = {}
 
-    def is_wrong(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
+    def is_wrong(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
         """Whether a suspected reply is wrong: True, or False where it was NAT; None: it cannot be told.
 
         Two questions, by tuple; conntrack finds an entry by either of its directions.
@@ -39,26 +39,26 @@ class Conntrack:
         """
         try:
             if finding.netns:
-                return self._ask_in(finding, flow, pid)
-            return self._ask_everywhere(finding, flow, pid)
+                return self._ask_in(finding, reply, pid)
+            return self._ask_everywhere(finding, reply, pid)
         except OSError:
             return None
 
-    def _ask_in(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
+    def _ask_in(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
         # A namespace that is gone is looked for in all of /proc: not again for each of its replies.
         now = time.monotonic()
         everywhere = now >= self._missing.get(finding.netns, 0)
         with netns.entered_by_cookie(finding.netns, pid, everywhere) as found:
             if found:
                 # A cookie is never used again, an inode number soon is.
-                return self._ask(finding, flow, finding.netns)
+                return self._ask(finding, reply, finding.netns)
         if everywhere:
             if len(self._missing) >= MAX_NAMESPACES:
                 self._missing.clear()
             self._missing[finding.netns] = now + MISSING_SECONDS
         return None
 
-    def _ask_everywhere(self, finding: Finding, flow: Flow, pid: int) -> bool | None:
+    def _ask_everywhere(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
         """The kernel did not tell the namespace: each that the process has to do with is asked, none may contradict.
 
         That one of several has no entries says nothing.
@@ -71,21 +71,21 @@ class Conntrack:
             answers = set()
             for fd in namespaces:
                 with netns.entered(fd):
-                    answers.add(self._ask(finding, flow, os.fstat(fd).st_ino, len(namespaces) > 1))
+                    answers.add(self._ask(finding, reply, os.fstat(fd).st_ino, len(namespaces) > 1))
         answers.discard(None)
         return answers.pop() if len(answers) == 1 else None
 
-    def _ask(self, finding: Finding, flow: Flow, here: int, one_of_several: bool = False) -> bool | None:
+    def _ask(self, finding: Finding, reply: Conversation, here: int, one_of_several: bool = False) -> bool | None:
         with Table() as table:
-            entry = table.lookup(Tuple(flow.peer, flow.peer_port, finding.actual, flow.source_port))
+            entry = table.lookup(Tuple(reply.peer, reply.peer_port, finding.actual, reply.source_port))
             if entry:
                 self._remember(here)
-                return _judge(entry, finding, flow)
-            entry = table.lookup(Tuple(finding.expected, finding.port, flow.peer, flow.peer_port))
+                return _judge(entry, finding, reply)
+            entry = table.lookup(Tuple(finding.expected, finding.port, reply.peer, reply.peer_port))
             if entry:
                 self._remember(here)
                 asked = entry.original
-                return (asked.destination, asked.destination_port) != (finding.actual, flow.source_port)
+                return (asked.destination, asked.destination_port) != (finding.actual, reply.source_port)
             if here not in self._at_work and table.entries() == 0:
                 return None if one_of_several else not _is_broadcast(finding.expected)
             self._remember(here)
@@ -97,10 +97,10 @@ class Conntrack:
         self._at_work.add(namespace)
 
 
-def _judge(entry: Entry, finding: Finding, flow: Flow) -> bool | None:
+def _judge(entry: Entry, finding: Finding, reply: Conversation) -> bool | None:
     """As `Conntrack.is_wrong`, by the entry that the suspected reply belongs to; in its namespace."""
     opener = entry.original
-    if (opener.source, opener.source_port) == (flow.peer, flow.peer_port) or _is_broadcast(finding.expected):
+    if (opener.source, opener.source_port) == (reply.peer, reply.peer_port) or _is_broadcast(finding.expected):
         return False
     if not entry.status & SEEN_REPLY:
         return True

@@ -20,11 +20,11 @@ from udpwatch.agent.kernel.netlink import route_to
 from udpwatch.agent.model import Cause, Event, Finding, Tuple, Verdict
 from udpwatch.agent.sources import flows
 from udpwatch.agent.sources.flows import (
-    ANYBODY,
+    ANY_SERVER,
     MAX_NAMESPACES,
     MAX_WAITING,
+    Reported,
     Settled,
-    Told,
     entry_age_ns,
     entry_timeout,
     is_group,
@@ -37,11 +37,11 @@ from udpwatch.agent.sources.requests import MAX_REQUESTS, Requests
 RECEIVE_BYTES = 32 << 20
 MIN_RECEIVE_BYTES = 16 << 10
 LOOK_SECONDS = 5.0  # for namespaces that have come or gone
-READ_SECONDS = 1.0  # of events in one reading; what is left waits, and if it is too much is read from the table
+READ_SECONDS = 1.0  # of events in one sample; what is left waits, and if it is too much is read from the table
 TURN_SECONDS = 0.02  # of one namespace's events, where others wait
-TABLE_SECONDS = 0.3  # of tables in one reading; what is left is read in the next one
+TABLE_SECONDS = 0.3  # of tables in one sample; what is left is read in the next one
 TABLE_TURN = 200  # entries of one table before the next one's
-START_SECONDS = 5.0  # of tables before the first reading
+START_SECONDS = 5.0  # of tables before the first sample
 TABLE_ERROR_NS = 1_000_000_000  # a table tells whole seconds: of two times, either may be too early by one
 _EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
@@ -88,12 +88,12 @@ def _allow_descriptors() -> None:
 class ListenedFlows:
     """Candidates from conntrack's events, where function probes are not allowed."""
 
-    def __init__(self, limits: Limits, sockets: bool, told: Told) -> None:
+    def __init__(self, limits: Limits, sockets: bool, reported: Reported) -> None:
         """Listen in every namespace there is; ``sockets``: what a socket of this node sends is somebody else's matter.
 
         Raises OSError where not even our own namespace can be listened to.
         """
-        self._window_ns, self._sockets, self._told = limits.window_ns, sockets, told
+        self._window_ns, self._sockets, self._reported = limits.window_ns, sockets, reported
         self._missing = 0  # namespaces that could not be listened to at the last look
         self._missing_reason = ""
         self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the one that was read last at the end
@@ -206,7 +206,7 @@ class ListenedFlows:
         self._missing_reason = error.strerror or str(error)
 
     @property
-    def unheard(self) -> tuple[str, ...]:
+    def unwatched(self) -> tuple[str, ...]:
         """Where flows are not seen, and why, a line each."""
         lines = []
         if silent := sum(each.is_silent for each in self._namespaces.values()):
@@ -304,7 +304,7 @@ class ListenedFlows:
         if entry.status & EXPECTED:
             return
         reply = entry.reply
-        server = ANYBODY if is_group(entry.original.destination) else reply.source
+        server = ANY_SERVER if is_group(entry.original.destination) else reply.source
         client = records.Requester(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
         self._requests.remember(client, server, seen)
 
@@ -315,7 +315,7 @@ class ListenedFlows:
             return False
         now, identity = clock.monotonic_ns(), (inode, entry.zone, entry.original)
         event = self._candidate(inode, entry, expected)
-        if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._told.has(event):
+        if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._reported.has(event):
             return True
         # A namespace may have as many that wait as there is room left for.
         if len(self._waiting) + self._waiting_of[inode] >= MAX_WAITING:
@@ -336,10 +336,10 @@ class ListenedFlows:
         known = self._requests.get(client)
         if entry.status & EXPECTED or (known and any(server == flow.source for server, _ in known.servers)):
             return ""
-        expected, asked = known.servers[-1] if known else (ANYBODY, 0)
+        expected, asked = known.servers[-1] if known else (ANY_SERVER, 0)
         if known:
             in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
-            if expected == ANYBODY or in_time != [expected] or seen - asked < later_ns:
+            if expected == ANY_SERVER or in_time != [expected] or seen - asked < later_ns:
                 return ""
         # Where nothing is known of the client, its request may have been evicted; where one is, another one may.
         if self._requests.may_be_evicted(client, seen) or (known and inode in self._missed):
@@ -373,5 +373,5 @@ class ListenedFlows:
             netns_inode=inode,
             original=entry.original,
             reply=entry.reply,
-            flow=None,
+            conversation=None,
         )

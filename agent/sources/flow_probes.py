@@ -15,7 +15,7 @@ from udpwatch.agent.kernel.shares import Shares
 from udpwatch.agent.model import Event
 from udpwatch.agent.sources import flows
 from udpwatch.agent.sources.flows import (
-    ANYBODY,
+    ANY_SERVER,
     MAX_NAMESPACES,
     Settled,
     entry_age_ns,
@@ -38,7 +38,7 @@ class ProbedFlows:
         self._keep_tables_until = clock.monotonic_ns() + limits.window_ns + int(flows.GRACE_SECONDS * 1e9)
         self.undecided = self.overruns = self.evicted = 0
         self.flows = None
-        self.unheard = ()
+        self.unwatched = ()
         self._read_existing(limits)
 
     def close(self) -> None:
@@ -94,7 +94,7 @@ class ProbedFlows:
                 if len(asked) >= limits.max_peers and client not in asked:
                     continue
                 group = is_group(entry.original.destination) or is_broadcast(reply.source)
-                asked.setdefault(client, []).append((ANYBODY if group else reply.source, seen))
+                asked.setdefault(client, []).append((ANY_SERVER if group else reply.source, seen))
             for client, servers in asked.items():
                 for server, seen in sorted(servers, key=lambda server: server[1])[-2:]:
                     bpf.program_test_run(self._enter, _frame(records.encode_request(client, server, seen)), 1)

@@ -30,7 +30,7 @@ from udpwatch.agent.model import Event, Finding, Increase, Tuple
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
 MAX_WAITING = 8_192
-ANYBODY = ""  # in place of the server, where a group was asked: whoever answers is right
+ANY_SERVER = ""  # in place of the server, where a group was asked: whoever answers is right
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
 
 
@@ -57,7 +57,7 @@ class FlowSource(Protocol):
     def evicted(self) -> int: ...
 
     @property
-    def unheard(self) -> tuple[str, ...]: ...
+    def unwatched(self) -> tuple[str, ...]: ...
 
     def close(self) -> None: ...
 
@@ -69,19 +69,19 @@ class _Sum:
     in_second: int = 0  # events
 
 
-class Told:
+class Reported:
     """reply.c's map of the datagrams that sockets of this node were found with."""
 
     def __init__(self, descriptor: int | None, window_ns: int) -> None:
-        """None: there is no such map, nothing was told."""
+        """None: there is no such map, nothing was reported."""
         self._descriptor, self._window_ns = descriptor, window_ns
 
     def has(self, event: Event) -> bool:
-        """Whether the event is about a datagram that has been told."""
+        """Whether the event is about a datagram that has been reported."""
         if self._descriptor is None:
             return False
         finding = event.finding
-        wire = records.encode_told(finding.actual, finding.port, event.peer, event.peer_port)
+        wire = records.encode_reported(finding.actual, finding.port, event.peer, event.peer_port)
         seen = bpf.map_lookup(self._descriptor, wire, 8)
         return seen is not None and struct.unpack("=Q", seen)[0] > event.time - 2 * self._window_ns
 
@@ -89,8 +89,8 @@ class Told:
 class FlowSensor:
     """Adds up what its source has decided. Not thread-safe: one thread reads."""
 
-    def __init__(self, source: FlowSource, told: Told, limits: Limits) -> None:
-        self._source, self._told, self._limits = source, told, limits
+    def __init__(self, source: FlowSource, reported: Reported, limits: Limits) -> None:
+        self._source, self._reported, self._limits = source, reported, limits
         self._fresh: dict[Finding, Increase] = {}
         self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
         self._seen: OrderedDict[tuple[str, int, str, int], tuple[int | None, int]] = OrderedDict()
@@ -116,9 +116,9 @@ class FlowSensor:
         return self._source.evicted
 
     @property
-    def unheard(self) -> tuple[str, ...]:
+    def unwatched(self) -> tuple[str, ...]:
         """Where flows are not seen, and why, a line each."""
-        return self._source.unheard
+        return self._source.unwatched
 
     def close(self) -> None:
         self._source.close()
@@ -143,7 +143,7 @@ class FlowSensor:
     def _is_another_ones(self, event: Event) -> bool:
         """Whether a socket's finding, or another namespace's, is about the same datagram."""
         finding = event.finding
-        if self._told.has(event):
+        if self._reported.has(event):
             return True
         wire = (finding.actual, finding.port, event.peer, event.peer_port)
         known = self._seen.get(wire)

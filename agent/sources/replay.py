@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.kernel.records import printable
-from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Reading, Sender, Tuple, Verdict
+from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Sample, Sender, Tuple, Verdict
 
 MAX_LINE = 65_536
 MAX_EVENTS = 10_000
@@ -85,12 +85,12 @@ class Replay:
             self._next = self._read_next()
             yield event
 
-    def read(self, _forget_ns: int) -> Reading:
+    def sample(self, _expire_ns: int) -> Sample:
         """What came since the last call."""
         increases, self._increases = tuple(self._increases), []
         # What was right was not recorded: as many replies as are known.
         counters = Counters(checked=self._wrong, wrong=self._wrong, unparsed=self._bad)
-        return Reading(increases, counters, (), 0, 0, 0)
+        return Sample(increases, counters, (), 0, 0, 0)
 
     def self_test(self) -> bool:
         """There is nothing that could be blind."""
@@ -125,9 +125,9 @@ class Replay:
             if not line.strip():
                 continue
             try:
-                told = json.loads(line)
-                at = datetime.fromisoformat(told["time"]).timestamp()
-                event = self._event(told, at)
+                record = json.loads(line)
+                at = datetime.fromisoformat(record["time"]).timestamp()
+                event = self._event(record, at)
             except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
                 self._bad += 1
                 log.warning("%s line %d is no event (%s): skipped", self._path, self._number, error)
@@ -138,44 +138,44 @@ class Replay:
             return self._position, event
         return None
 
-    def _event(self, told: dict[str, Any], at: float) -> Event:
-        cause = Cause(told["cause"])
+    def _event(self, record: dict[str, Any], at: float) -> Event:
+        cause = Cause(record["cause"])
         sender = Sender(
-            process="" if cause is Cause.FORWARDED else _text(told["process"]) or "unknown",
-            pid=int(told["pid"] or 0),
-            cgroup=_text(told["cgroup"]),
-            container=_text(told["container"]),
-            namespace=_text(told["namespace"]),
-            pod=_text(told["pod"]),
+            process="" if cause is Cause.FORWARDED else _text(record["process"]) or "unknown",
+            pid=int(record["pid"] or 0),
+            cgroup=_text(record["cgroup"]),
+            container=_text(record["container"]),
+            namespace=_text(record["namespace"]),
+            pod=_text(record["pod"]),
         )
         finding = Finding(
-            expected=_text(told["expected"]),
-            actual=_text(told["actual"]),
-            port=_whole(told["port"], 65_535),
-            family=int(told["family"]),
-            verdict=Verdict(told["verdict"]),
+            expected=_text(record["expected"]),
+            actual=_text(record["actual"]),
+            port=_whole(record["port"], 65_535),
+            family=int(record["family"]),
+            verdict=Verdict(record["verdict"]),
             cause=cause,
             process=sender.process,
             cgroup=self._number_of(sender),
-            netns=int(told["netns"] or 0),
-            interface=_text(told["interface"]),
+            netns=int(record["netns"] or 0),
+            interface=_text(record["interface"]),
         )
-        conntrack = told["conntrack"]
+        conntrack = record["conntrack"]
         return Event(
             finding=finding,
             time=int(at * 1e9),
-            count=_whole(told["count"], 1 << 63),
-            peer=_text(told["peer"]),
-            peer_port=int(told["peer_port"]),
+            count=_whole(record["count"], 1 << 63),
+            peer=_text(record["peer"]),
+            peer_port=int(record["peer_port"]),
             segments=1,
             pid=sender.pid,
-            uid=int(told["uid"] or 0),
-            netns_inode=told["netns"],
+            uid=int(record["uid"] or 0),
+            netns_inode=record["netns"],
             original=_tuple(conntrack["original"]),
             reply=_tuple(conntrack["reply"]),
-            flow=None,
+            conversation=None,
             request=_tuple(conntrack["request"]),
-            pktinfo=told["pktinfo"],
+            pktinfo=record["pktinfo"],
         )
 
     def _number_of(self, sender: Sender) -> int:
@@ -198,9 +198,12 @@ def _whole(value: object, most: int) -> int:
     return value
 
 
-def _tuple(told: dict[str, Any] | None) -> Tuple | None:
-    if told is None:
+def _tuple(record: dict[str, Any] | None) -> Tuple | None:
+    if record is None:
         return None
     return Tuple(
-        _text(told["source"]), int(told["source_port"]), _text(told["destination"]), int(told["destination_port"])
+        _text(record["source"]),
+        int(record["source_port"]),
+        _text(record["destination"]),
+        int(record["destination_port"]),
     )

@@ -19,10 +19,10 @@ from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
 from udpwatch.agent.kernel.programs import FUNCTIONS
 from udpwatch.agent.kernel.snmp import udp_sent
-from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Reading
+from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Sample
 from udpwatch.agent.sources.flow_events import ListenedFlows
 from udpwatch.agent.sources.flow_probes import ProbedFlows
-from udpwatch.agent.sources.flows import FlowSensor, Told
+from udpwatch.agent.sources.flows import FlowSensor, Reported
 from udpwatch.agent.sources.sockets import ReplySensor
 
 MAX_EVENTS = 10_000
@@ -74,12 +74,12 @@ class Sensor:
         return cls(cgroup, limits, loaded, forwarded)
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
-        told = Told(self._maps.get("told"), limits.window_ns)
+        reported = Reported(self._maps.get("reported"), limits.window_ns)
         if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
-            self._flows = FlowSensor(ProbedFlows(loaded, limits), told, limits)
+            self._flows = FlowSensor(ProbedFlows(loaded, limits), reported, limits)
         elif forwarded is Forwarded.ON:
             try:
-                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None, told), told, limits)
+                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None, reported), reported, limits)
             except OSError as error:
                 self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
         elif forwarded is Forwarded.AUTO:
@@ -100,9 +100,9 @@ class Sensor:
         return self._flows is not None
 
     @property
-    def unheard(self) -> tuple[str, ...]:
+    def unwatched(self) -> tuple[str, ...]:
         """Where conntrack's events are listened to in vain, and why, a line each."""
-        return self._flows.unheard if self._flows else ()
+        return self._flows.unwatched if self._flows else ()
 
     def close(self) -> None:
         """Detach and free everything."""
@@ -126,13 +126,13 @@ class Sensor:
         parts = [part.events(most) for part in (self._replies, self._flows) if part]
         return itertools.chain.from_iterable(parts)
 
-    def read(self, forget_ns: int) -> Reading:
-        """One reading of everything; findings that were quiet for ``forget_ns`` are forgotten."""
+    def sample(self, expire_ns: int) -> Sample:
+        """One reading of everything; findings that were quiet for ``expire_ns`` are forgotten."""
         replies, flows = self._replies, self._flows
-        parts = (replies.increases(forget_ns) if replies else (), flows.increases() if flows else ())
+        parts = (replies.increases(expire_ns) if replies else (), flows.increases() if flows else ())
         increases = tuple(itertools.chain.from_iterable(parts))
         counters = self.counters()
-        return Reading(
+        return Sample(
             increases=increases,
             counters=counters,
             probes=self.probes(),

@@ -1,7 +1,7 @@
 """What bpf/reply.c found: wrong replies of this node's own sockets.
 
 Rules
-1. Counts are the kernel's. What leaves here is the increase since the last reading, each datagram once.
+1. Counts are the kernel's. What leaves here is the increase since the last sample, each datagram once.
    An element that is taken out of the kernel's table loses nothing: its finding has left, and begins again at 0.
 2. A suspected reply (verdict unknown) leaves only after conntrack has been asked; what cannot be decided
    within two windows is counted as undecided and never reported.
@@ -19,15 +19,15 @@ from udpwatch.agent.kernel import bpf, clock, records
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.shares import Shares
-from udpwatch.agent.model import Event, Finding, Flow, Increase
+from udpwatch.agent.model import Conversation, Event, Finding, Increase
 from udpwatch.agent.sources.conntrack import Conntrack
 
 MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
-ASK_SECONDS = 1.0  # of netlink questions in one reading; what is left is asked in the next
+ASK_SECONDS = 1.0  # of netlink questions in one sample; what is left is asked in the next
 RESTING_NS = 200_000_000  # what a program may be counting in is not taken away from under it
 _NUMBER = struct.Struct("=Q")
 _FRAME_BYTES = 64  # a test run wants an Ethernet frame
-COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every reading
+COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every sample
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class _Known:
     """One element of the findings map, as last read."""
 
     finding: Finding
-    flow: Flow | None
+    conversation: Conversation | None
     counted: int = 0  # of its count, how many have left as increases, were NAT, or were given up
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
     translated: bool = False  # conntrack said that it is NAT
@@ -84,11 +84,11 @@ class ReplySensor:
         for group, seconds in ((self._ring.read(most), ASK_SECONDS / 2), (waiting, ASK_SECONDS)):
             for raw in group:
                 event = records.decode_event(raw)
-                if event.flow is None:
+                if event.conversation is None:
                     yield event
                     continue
                 may_ask = time.monotonic() < begin + seconds
-                is_wrong = self._conntrack.is_wrong(event.finding, event.flow, event.pid) if may_ask else None
+                is_wrong = self._conntrack.is_wrong(event.finding, event.conversation, event.pid) if may_ask else None
                 if is_wrong:
                     yield event
                 elif is_wrong is None and clock.monotonic_ns() - event.time < 2 * self._limits.window_ns:
@@ -98,8 +98,8 @@ class ReplySensor:
         while len(self._waiting) > MAX_WAITING:
             self._waiting.pop()
 
-    def increases(self, forget_ns: int) -> Iterator[Increase]:
-        """What was added since the last reading; elements unused for ``forget_ns`` are taken out of the map, and so
+    def increases(self, expire_ns: int) -> Iterator[Increase]:
+        """What was added since the last sample; elements unused for ``expire_ns`` are taken out of the map, and so
         are those of the tenants that hold the most of it, where more than half of it is in use.
         """
         now = clock.monotonic_ns()
@@ -113,18 +113,18 @@ class ReplySensor:
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = _Known(*records.decode_finding_key(key))
-            if known.flow is None or known.translated:
+            if known.conversation is None or known.translated:
                 yield from self._settle(known, count, last, pid)
             elif known.counted != count:
                 suspected.append((known, count, last, pid))
             # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
-            forget = 2 * self._limits.window_ns if known.flow else forget_ns
+            forget = 2 * self._limits.window_ns if known.conversation else expire_ns
             if last and known.counted == count and now - last > forget:  # 0: it is being filled in
                 quiet.append(key)
                 continue
             tenant = records.tenant_of(known.finding)
             held[tenant] = held.get(tenant, 0) + 1
-            if last and known.flow is None and now - last > RESTING_NS:  # others wait for conntrack's answer
+            if last and known.conversation is None and now - last > RESTING_NS:  # others wait for conntrack's answer
                 resting.setdefault(tenant, []).append((last, key))
         # Each tenant in turn, and of each what was asked about longest ago: it may stay undecided for as long as its
         # sender likes.
@@ -140,7 +140,7 @@ class ReplySensor:
         for key in quiet:
             try:
                 taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
-            except OSError:  # the kernel may be short of something: at the next reading
+            except OSError:  # the kernel may be short of something: at the next sample
                 continue
             known = self._known.pop(key)
             if taken:
@@ -158,9 +158,9 @@ class ReplySensor:
         if not fresh:
             return
         wrong: bool | None = True
-        if known.flow is not None:
+        if known.conversation is not None:
             # A wrong one is asked about anew each time: its entry may have been deleted, and NAT come in since.
-            wrong = False if known.translated else self._conntrack.is_wrong(known.finding, known.flow, pid)
+            wrong = False if known.translated else self._conntrack.is_wrong(known.finding, known.conversation, pid)
             known.translated = wrong is False
         if wrong is None:
             since = known.undecided_since = known.undecided_since or clock.monotonic_ns()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Protocol
 
-from udpwatch.agent.model import Event, Probe, Reading
+from udpwatch.agent.model import Event, Probe, Sample
 
 
 class FindingSource(Protocol):
@@ -28,8 +28,8 @@ class FindingSource(Protocol):
     def events(self, most: int) -> Iterator[Event]:
         """The events since the last call, about ``most`` of them."""
 
-    def read(self, forget_ns: int) -> Reading:
-        """Read everything; findings that were quiet for ``forget_ns`` are forgotten."""
+    def sample(self, expire_ns: int) -> Sample:
+        """Read everything; findings that were quiet for ``expire_ns`` are forgotten."""
 
     def self_test(self) -> bool:
         """Send a datagram with a wrong reply of our own; return whether it was seen."""

@@ -52,7 +52,7 @@ class Watch:
         self._events: list[Event] = []
 
     def read(self) -> None:
-        for increase in self.sensor.read(FOREVER_NS).increases:
+        for increase in self.sensor.sample(FOREVER_NS).increases:
             self._findings[increase.finding] = self._findings.get(increase.finding, 0) + increase.count
         self._events += self.sensor.events()
 

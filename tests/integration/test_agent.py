@@ -344,11 +344,11 @@ def test_map_of_peers_full(host: ContainerHost, port: int) -> None:
                 peers.add(question[1])
         server.sendto(*question)
         assert watch.count(port) == 1
-        reading = watch.sensor.read(1 << 62)
+        sample = watch.sensor.sample(1 << 62)
         assert len(peers) > 400  # the client's kernel may have used a port twice
-        assert reading.counters.remembered >= len(peers)
-        assert reading.tracked_peers <= 64
-        assert reading.evicted_peers == reading.counters.remembered - reading.tracked_peers
+        assert sample.counters.remembered >= len(peers)
+        assert sample.tracked_peers <= 64
+        assert sample.evicted_peers == sample.counters.remembered - sample.tracked_peers
 
 
 def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
@@ -365,7 +365,7 @@ def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
         counters = watch.sensor.counters()
         assert counters.overflow >= 32
         assert kept + counters.overflow == counters.wrong
-        assert sum(watch.sensor.read(1 << 62).beyond.values()) == counters.overflow
+        assert sum(watch.sensor.sample(1 << 62).beyond.values()) == counters.overflow
 
 
 def test_series_limit(host: ContainerHost, folder: Path, port: int) -> None:

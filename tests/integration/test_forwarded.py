@@ -169,7 +169,7 @@ def test_asked_before_the_agent_started(open_watch: Callable[..., Watch], port: 
 def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) -> None:
     """Where it was seen to go, its last status counts; where not, nothing is claimed and that is counted."""
     client, asked, other, _ = V4
-    before = sides.sensor.read(1 << 62).undecided
+    before = sides.sensor.sample(1 << 62).undecided
     router.ask(client, 4444, asked, port)
     router.answer(other, port, client, 4444)
     sides.read()
@@ -177,7 +177,7 @@ def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) 
     found = settled(sides, port)
     if sides.sensor.listens:
         assert not found
-        assert sides.sensor.read(1 << 62).undecided == before + 1
+        assert sides.sensor.sample(1 << 62).undecided == before + 1
     else:
         assert list(found.values()) == [1]
 
@@ -188,14 +188,14 @@ def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) 
 @both
 def test_ten_thousand_right_flows(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
     client, asked, _, _ = family
-    before = sides.sensor.read(1 << 62).flows
+    before = sides.sensor.sample(1 << 62).flows
     for number in range(10_000):
         router.ask(client, 20_000 + number, asked, port)
         router.answer(asked, port, client, 20_000 + number)
         if number % 1000 == 0:
             sides.read()
     assert not settled(sides, port)
-    assert sides.sensor.read(1 << 62).flows >= before + 10_000
+    assert sides.sensor.sample(1 << 62).flows >= before + 10_000
 
 
 @both
@@ -391,7 +391,7 @@ def test_many_of_a_pods_wrong_replies(open_watch: Callable[..., Watch], port: in
     """More than are kept in mind as its socket's until they are decided, each to another port of its client."""
     with ContainerHost() as host, ExitStack() as stack:
         inhabit(host.node)
-        watch = stack.enter_context(closing(open_watch(Limits(max_told=1024))))
+        watch = stack.enter_context(closing(open_watch(Limits(max_reported=1024))))
         host.container.ip("addr add 172.17.0.4/16 dev eth0")
         host.outside.ip(f"route add 172.17.0.0/16 via {host.ETH0}")
         with host.container.socket() as server:
@@ -415,8 +415,8 @@ def crowded(open_watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -
 
 
 def undecided(watch: Watch) -> int:
-    reading = watch.sensor.read(1 << 62)
-    return reading.undecided + reading.counters.undecided
+    sample = watch.sensor.sample(1 << 62)
+    return sample.undecided + sample.counters.undecided
 
 
 def test_a_flood_evicts_its_own_requests(crowded: tuple[Watch, Router], port: int) -> None:
@@ -425,10 +425,10 @@ def test_a_flood_evicts_its_own_requests(crowded: tuple[Watch, Router], port: in
     client, asked, other, _ = V4
     for number in range(8):
         router.ask(client, 4444 + number, asked, port)
-    before = watch.sensor.read(1 << 62).evicted_peers
+    before = watch.sensor.sample(1 << 62).evicted_peers
     for number in range(1000):
         router.ask(client, 20_000 + number, asked, port + 1)
-    assert watch.sensor.read(1 << 62).evicted_peers - before >= 1000 - 256
+    assert watch.sensor.sample(1 << 62).evicted_peers - before >= 1000 - 256
     for number in range(8):
         router.answer(other, port, client, 4444 + number)
     assert sum(settled(watch, port).values()) == 8
@@ -470,12 +470,12 @@ def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytes
         wait_for(lambda: watch.count(port), "the table to be read")
         ((finding, count),) = settled(watch, port).items()
         assert (finding.actual, count) == (other, 1)
-        overruns = watch.sensor.read(1 << 62).overruns
+        overruns = watch.sensor.sample(1 << 62).overruns
         assert overruns >= 1
         router.ask(client, 4444, asked, port)
         router.answer(other, port, client, 4444)
         assert sum(settled(watch, port).values()) == 2
-        assert watch.sensor.read(1 << 62).overruns == overruns
+        assert watch.sensor.sample(1 << 62).overruns == overruns
 
 
 def test_events_hold_udp_only(router: Router, port: int) -> None:
@@ -516,7 +516,7 @@ def test_a_namespace_without_events(router: Router) -> None:
     router.node.sysctl("net/netfilter/nf_conntrack_events", "0")
     try:
         with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
-            (said,) = watch.sensor.unheard
+            (said,) = watch.sensor.unwatched
             assert said == "in 1 network namespaces net.netfilter.nf_conntrack_events is 0"
     finally:
         router.node.sysctl("net/netfilter/nf_conntrack_events", "1")
@@ -538,12 +538,12 @@ def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
         try:
             watch.read()
             assert known <= set(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
-            (said,) = watch.sensor.unheard
+            (said,) = watch.sensor.unwatched
             assert "cannot be listened to: Too many open files" in said
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         watch.read()
-        assert watch.sensor.unheard == ()
+        assert watch.sensor.unwatched == ()
         assert len(set(watch.sensor._flows._source._namespaces) - known) >= 3  # type: ignore[union-attr]
 
 

@@ -471,7 +471,7 @@ def test_undecided_without_a_pause_is_counted(port: int, tmp_path: Path) -> None
             ask(client, lab.ETH0, port, server)  # the window is short
             lab.node.spawn("gone", lambda: flood(server, peer, 1)).wait()
             sent += 1
-            undecided = watch.sensor.read(1 << 62).undecided
+            undecided = watch.sensor.sample(1 << 62).undecided
         assert undecided == sent
         assert watch.count(port) == 0
 

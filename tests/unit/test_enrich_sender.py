@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from udpwatch.agent.attribution.sender import KEEP_SECONDS, RETRY_SECONDS, Roots, Senders
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
 from udpwatch.agent.daemon.state import About, State
-from udpwatch.agent.model import Cause, Counters, Finding, Increase, Reading, Sender, Verdict
+from udpwatch.agent.model import Cause, Counters, Finding, Increase, Sample, Sender, Verdict
 
 ID = "3f2a" * 16
 UID = "0d6b4a5f-7c1a-4f4e-9a3b-5f0e2c6d7a89"
@@ -256,7 +256,7 @@ def test_odd_names_in_labels_and_json(host: Host) -> None:
     host.process(f"0::{DOCKER}\n", odd)
     host.docker(odd)
     state = State(About("1", "6", "node", "packet", 0, ()), 10, 60, host.senders)
-    state.add(Reading((seen(comm=odd),), Counters(), (), 0, 0, 0), 0, 0)
+    state.add(Sample((seen(comm=odd),), Counters(), (), 0, 0, 0), 0, 0)
     snapshot = state.snapshot(True, 0)
     text = exposition(SnapshotCollector(lambda: snapshot), process=False)().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]

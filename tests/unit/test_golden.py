@@ -85,7 +85,7 @@ EVENTS = (
         netns_inode=4026532300,
         original=Tuple("172.17.0.1", 56789, "172.17.0.3", 40000),
         reply=Tuple("172.17.0.3", 40000, "172.17.0.1", 56789),
-        flow=None,
+        conversation=None,
     ),
     Event(
         finding=Finding("fd00::2", "fd00::1", 53, 6, Verdict.UNTRACKED, Cause.CONNECTED, "", 1, 0),
@@ -99,7 +99,7 @@ EVENTS = (
         netns_inode=None,
         original=None,
         reply=None,
-        flow=None,
+        conversation=None,
         pktinfo=False,
     ),
     Event(
@@ -116,7 +116,7 @@ EVENTS = (
         netns_inode=4026532300,
         original=Tuple("10.2.0.6", 53, "10.1.0.9", 40002),
         reply=Tuple("10.1.0.9", 40002, "10.2.0.6", 53),
-        flow=None,
+        conversation=None,
         request=Tuple("10.1.0.9", 40002, "10.2.0.5", 53),
     ),
 )

@@ -15,30 +15,30 @@ from hypothesis import strategies as st
 from udpwatch.agent.kernel import records
 from udpwatch.agent.kernel.records import (
     CandidateRecord,
-    Conversation,
+    ConversationRecord,
     ConversationSet,
     DumpedRequest,
     EventRecord,
     FindingKey,
     FindingValue,
+    ReportedKey,
     RequestKey,
     RequestRecord,
     SelfTest,
     StatsRecord,
     Tenant,
-    ToldKey,
 )
-from udpwatch.agent.model import Cause, Counters, Flow, Tuple, Verdict
+from udpwatch.agent.model import Cause, Conversation, Counters, Tuple, Verdict
 
 BPF = Path(__file__).resolve().parents[2] / "bpf"
 MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct tenant": Tenant,
-    "struct conversation": Conversation,
+    "struct conversation": ConversationRecord,
     "struct conversation_set": ConversationSet,
     "struct finding_key": FindingKey,
     "struct finding": FindingValue,
     "struct event": EventRecord,
-    "struct told_key": ToldKey,
+    "struct reported_key": ReportedKey,
     "struct request_key": RequestKey,
     "struct request": RequestRecord,
     "struct dumped_request": DumpedRequest,
@@ -110,20 +110,20 @@ def test_a_finding_key() -> None:
     key = FindingKey(netns=7, cgroup=9, comm=b"dns\x1b[31m\xff", port=53, verdict=1, cause=1, family=2)
     key.expected[:] = records.encode_address("172.16.13.13")
     key.actual[:] = records.encode_address("172.17.0.1")
-    finding, flow = records.decode_finding_key(bytes(key))
+    finding, conversation = records.decode_finding_key(bytes(key))
     assert (finding.expected, finding.actual, finding.port, finding.family) == ("172.16.13.13", "172.17.0.1", 53, 4)
     assert (finding.verdict, finding.cause) == (Verdict.NEW, Cause.KERNEL_CHOSEN)
     assert finding.process == "dns\\x1b[31m\\xff"
-    assert flow is None
+    assert conversation is None
 
 
 def test_a_suspected_one_carries_its_flow() -> None:
     key = FindingKey(port=53, verdict=3, cause=4, family=10)
-    key.flow.peer[:] = records.encode_address("fd00::2")
-    key.flow.peer_port, key.flow.source_port = 40000, 54
-    finding, flow = records.decode_finding_key(bytes(key))
+    key.conversation.peer[:] = records.encode_address("fd00::2")
+    key.conversation.peer_port, key.conversation.source_port = 40000, 54
+    finding, conversation = records.decode_finding_key(bytes(key))
     assert finding.verdict is Verdict.UNKNOWN
-    assert flow == Flow("fd00::2", 40000, 54)
+    assert conversation == Conversation("fd00::2", 40000, 54)
 
 
 def test_an_unknown_verdict_is_our_fault() -> None:

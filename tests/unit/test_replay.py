@@ -63,7 +63,7 @@ def test_what_the_agent_writes_can_be_read_back() -> None:
 
 def total(played: Replay) -> int:
     list(played.events())
-    return sum(increase.count for increase in played.read(0).increases)
+    return sum(increase.count for increase in played.sample(0).increases)
 
 
 def test_counts_are_those_of_the_findings_not_of_the_samples(play: Callable[..., Replay]) -> None:
@@ -77,9 +77,9 @@ def test_an_agent_that_was_started_again_counts_from_one(play: Callable[..., Rep
 def test_senders_are_told_apart(play: Callable[..., Replay]) -> None:
     played = play(line(pod="a", count=3), line(pod="b", count=4))
     list(played.events())
-    increases = played.read(0).increases
+    increases = played.sample(0).increases
     assert {played.lookup(increase).pod: increase.count for increase in increases} == {"a": 3, "b": 4}
-    assert played.read(0).increases == ()
+    assert played.sample(0).increases == ()
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_bad_line_is_skipped_and_counted(
     played = play(line(), bad, line(count=2))
     events: list[Event] = list(played.events())
     assert [event.count for event in events] == [1, 2]
-    assert played.read(0).counters.unparsed == 1
+    assert played.sample(0).counters.unparsed == 1
     assert "line 2 is no event" in caplog.text
 
 

@@ -9,15 +9,15 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
 from udpwatch.agent.daemon.state import ENDED_SECONDS, LOOK_SECONDS, LOSS_STAGES, About, SenderLookup, State
-from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Reading, Sender, Verdict
+from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Sample, Sender, Verdict
 
 
 def finding(port: int = 53, process: str = "dns", cgroup: int = 1) -> Finding:
     return Finding("10.0.0.2", "10.0.0.1", port, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, process, cgroup, 1)
 
 
-def reading(*increases: Increase, counters: Counters = Counters(), **others: Any) -> Reading:
-    return Reading(increases, counters, **({"probes": (), "undecided": 0} | others), tracked_peers=0, evicted_peers=0)
+def sample(*increases: Increase, counters: Counters = Counters(), **others: Any) -> Sample:
+    return Sample(increases, counters, **({"probes": (), "undecided": 0} | others), tracked_peers=0, evicted_peers=0)
 
 
 class Senders:
@@ -41,8 +41,8 @@ def state(max_series: int = 10, forget: float = 60, mode: str = "packet", sender
 
 def test_adds_up_and_tells_what_is_new() -> None:
     summed = state()
-    assert [row.port for row in summed.add(reading(Increase(finding(), 3, 0, 7)), 1, 1)] == [53]
-    assert summed.add(reading(Increase(finding(), 2, 0, 8)), 2, 2) == []
+    assert [row.port for row in summed.add(sample(Increase(finding(), 3, 0, 7)), 1, 1)] == [53]
+    assert summed.add(sample(Increase(finding(), 2, 0, 8)), 2, 2) == []
     (row,) = summed.snapshot(True, 3).rows
     assert (row.count, row.sender.pid, row.last) == (5, 8, 2)
 
@@ -52,39 +52,39 @@ def test_ready_is_who_sees() -> None:
     assert not summed.snapshot(True, 0).ready  # nothing was read yet
     ingress = Probe("ingress", True, True, 0, 0.0, 0, 1)
     optional = Probe("sendmsg4", False, False, 0, 0.0, 0, 1)
-    summed.add(reading(probes=(ingress, optional)), 1, 1)
+    summed.add(sample(probes=(ingress, optional)), 1, 1)
     assert summed.snapshot(True, 1).ready
     assert not summed.snapshot(False, 1).ready
-    summed.add(reading(probes=(replace(ingress, attached=False), optional)), 2, 2)
+    summed.add(sample(probes=(replace(ingress, attached=False), optional)), 2, 2)
     assert not summed.snapshot(True, 2).ready
 
 
 def test_findings_that_labels_do_not_tell_apart_are_one_row() -> None:
     summed = state()
-    summed.add(reading(Increase(finding(cgroup=1), 3, 0, 7), Increase(finding(cgroup=2), 4, 0, 8)), 1, 1)
+    summed.add(sample(Increase(finding(cgroup=1), 3, 0, 7), Increase(finding(cgroup=2), 4, 0, 8)), 1, 1)
     assert [row.count for row in summed.snapshot(True, 1).rows] == [7]
 
 
 def test_past_the_limit_nothing_is_lost() -> None:
     summed = state(max_series=2)
     for port in range(10):
-        summed.add(reading(Increase(finding(port), port, 0, 7)), 1, 1)
+        summed.add(sample(Increase(finding(port), port, 0, 7)), 1, 1)
     snapshot = summed.snapshot(True, 1)
     assert len(snapshot.rows) == 2
     assert sum(row.count for row in snapshot.rows) + snapshot.other == sum(range(10))
     # A finding that has its row keeps it.
-    summed.add(reading(Increase(finding(1), 100, 0, 7)), 2, 2)
+    summed.add(sample(Increase(finding(1), 100, 0, 7)), 2, 2)
     assert summed.snapshot(True, 2).rows[0].count == 101
 
 
 def test_quiet_rows_end_and_make_room() -> None:
     summed = state(max_series=1, forget=60)
-    summed.add(reading(Increase(finding(1), 1, 0, 7)), 0, 0)
-    summed.add(reading(), 60, 60)
+    summed.add(sample(Increase(finding(1), 1, 0, 7)), 0, 0)
+    summed.add(sample(), 60, 60)
     assert len(summed.snapshot(True, 60).rows) == 1
-    summed.add(reading(), 61, 61)
+    summed.add(sample(), 61, 61)
     assert summed.snapshot(True, 61).rows == ()
-    summed.add(reading(Increase(finding(2), 1, 0, 7)), 62, 62)
+    summed.add(sample(Increase(finding(2), 1, 0, 7)), 62, 62)
     assert [row.port for row in summed.snapshot(True, 62).rows] == [2]
 
 
@@ -99,10 +99,10 @@ class OfContainers(Senders):
 def test_tenant_with_the_most_rows_makes_room() -> None:
     summed = state(max_series=10, senders=OfContainers())
     greedy = [Increase(finding(port, cgroup=1), 1, 0, 7) for port in range(100)]
-    summed.add(reading(*greedy), 1, 1)
+    summed.add(sample(*greedy), 1, 1)
     innocent = [Increase(finding(port, cgroup=2), 1, 0, 8) for port in range(4)]
-    assert len(summed.add(reading(*innocent), 2, 2)) == 4
-    summed.add(reading(*greedy), 3, 3)
+    assert len(summed.add(sample(*innocent), 2, 2)) == 4
+    summed.add(sample(*greedy), 3, 3)
     snapshot = summed.snapshot(True, 3)
     assert len(snapshot.rows) == 10
     assert sum(row.sender.namespace == "ns2" for row in snapshot.rows) == 4
@@ -117,8 +117,8 @@ def test_machines_behind_different_interfaces_are_different_tenants() -> None:
         found = replace(finding(port, process="", cgroup=0), cause=Cause.FORWARDED, interface=interface)
         return Increase(found, 1, 0, 0)
 
-    summed.add(reading(*(forwarded(port, "vnet0") for port in range(100))), 1, 1)
-    summed.add(reading(*(forwarded(port, "vnet1") for port in range(200, 204))), 2, 2)
+    summed.add(sample(*(forwarded(port, "vnet0") for port in range(100))), 1, 1)
+    summed.add(sample(*(forwarded(port, "vnet1") for port in range(200, 204))), 2, 2)
     assert sum(row.interface == "vnet1" for row in summed.snapshot(True, 3).rows) == 4
 
 
@@ -126,7 +126,7 @@ def test_shares_end_equal_and_are_not_fought_over() -> None:
     summed = state(max_series=10, senders=OfContainers())
     for turn in range(20):
         both = [Increase(finding(port, cgroup=1 + port % 2), 1, 0, 7) for port in range(40)]
-        fresh = summed.add(reading(*both), turn, turn)
+        fresh = summed.add(sample(*both), turn, turn)
         assert not fresh or turn == 0
     rows = summed.snapshot(True, 30).rows
     assert sorted(row.sender.namespace for row in rows) == ["ns1"] * 5 + ["ns2"] * 5
@@ -134,9 +134,9 @@ def test_shares_end_equal_and_are_not_fought_over() -> None:
 
 def test_what_had_no_room_in_the_kernel_counts_under_its_namespace() -> None:
     summed = state(senders=OfContainers())
-    summed.add(reading(beyond={1: 5, 2: 7}), 1, 1)
-    summed.add(reading(beyond={1: 6, 2: 7}), 2, 2)
-    summed.add(reading(beyond={1: 2}), 3, 3)  # the kernel forgot it meanwhile
+    summed.add(sample(beyond={1: 5, 2: 7}), 1, 1)
+    summed.add(sample(beyond={1: 6, 2: 7}), 2, 2)
+    summed.add(sample(beyond={1: 2}), 3, 3)  # the kernel forgot it meanwhile
     snapshot = summed.snapshot(True, 3)
     assert snapshot.other_of == {"ns1": 8, "ns2": 7}
     assert snapshot.other == 15
@@ -148,7 +148,7 @@ def test_what_had_no_room_in_the_kernel_counts_under_its_namespace() -> None:
 
 def test_namespaces_with_an_other_of_their_own_are_bounded() -> None:
     summed = state(senders=OfContainers())
-    summed.add(reading(beyond=dict.fromkeys(range(1000), 1)), 1, 1)
+    summed.add(sample(beyond=dict.fromkeys(range(1000), 1)), 1, 1)
     snapshot = summed.snapshot(True, 1)
     assert len(snapshot.other_of) <= 101
     assert snapshot.other == 1000
@@ -159,7 +159,7 @@ def test_losses_are_summed_by_stage() -> None:
     counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, undecided=9, candidates=8)
     probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
     lost = {"undecided": 6, "overruns": 10, "held_back": 20, "beyond": {7: 1}}
-    summed.add(reading(counters=counters, probes=(probe,), **lost), 0, 0)
+    summed.add(sample(counters=counters, probes=(probe,), **lost), 0, 0)
     summed.lose("queue")
     summed.lose("output", 7)
     snapshot = summed.snapshot(True, 0)
@@ -184,7 +184,7 @@ def test_losses_are_summed_by_stage() -> None:
 def test_what_was_only_suspected_is_no_finding() -> None:
     """In mode netlink the kernel's overflow may be NAT: undecided, not wrong."""
     summed = state(mode="netlink")
-    summed.add(reading(counters=Counters(overflow=9), beyond={7: 9}), 0, 0)
+    summed.add(sample(counters=Counters(overflow=9), beyond={7: 9}), 0, 0)
     snapshot = summed.snapshot(True, 0)
     assert snapshot.other == 0
     assert snapshot.lost["undecided"] == 9
@@ -192,10 +192,10 @@ def test_what_was_only_suspected_is_no_finding() -> None:
 
 def test_a_wall_clock_that_jumps_ends_and_keeps_nothing() -> None:
     summed = state(forget=60)
-    summed.add(reading(Increase(finding(), 1, 0, 7)), now=1e9, monotonic=0)
-    summed.add(reading(), now=2e9, monotonic=1)
+    summed.add(sample(Increase(finding(), 1, 0, 7)), now=1e9, monotonic=0)
+    summed.add(sample(), now=2e9, monotonic=1)
     assert len(summed.snapshot(True, 2e9).rows) == 1
-    summed.add(reading(), now=1, monotonic=61)
+    summed.add(sample(), now=1, monotonic=61)
     assert summed.snapshot(True, 1).rows == ()
 
 
@@ -209,7 +209,7 @@ def test_ten_thousand_findings() -> None:
     summed = state(max_series=1_000, forget=1e6)
     total = 10_000 * 10_001 // 2
     for round_ in range(1, 4):
-        summed.add(reading(*ten_thousand()), round_, round_)
+        summed.add(sample(*ten_thousand()), round_, round_)
         snapshot = summed.snapshot(True, round_)
         assert len(snapshot.rows) == 1_000
         text = exposition(SnapshotCollector(lambda snapshot=snapshot: snapshot), process=False)().decode()
@@ -252,17 +252,17 @@ def with_containers(forget: float = 1e6, max_series: int = 10) -> tuple[State, C
     containers = Containers()
     summed = state(max_series, forget, senders=containers)
     increases = [Increase(finding(port, name), 1, 0, 7) for port, name in ((1, "a"), (2, "a"), (3, "b"), (1003, "a"))]
-    summed.add(reading(*increases), 0, 0)
+    summed.add(sample(*increases), 0, 0)
     return summed, containers
 
 
 def test_a_series_ends_some_time_after_its_pod() -> None:
     summed, containers = with_containers()
     containers.ended = {"a"}
-    summed.add(reading(), 0, 10)
-    summed.add(reading(), 0, 10 + ENDED_SECONDS)
+    summed.add(sample(), 0, 10)
+    summed.add(sample(), 0, 10 + ENDED_SECONDS)
     assert ports(summed) == [1, 2, 3, 1003]
-    summed.add(reading(), 0, 11 + ENDED_SECONDS)
+    summed.add(sample(), 0, 11 + ENDED_SECONDS)
     assert ports(summed) == [3, 1003]
     assert summed.snapshot(True, 0).other == 0
 
@@ -270,10 +270,10 @@ def test_a_series_ends_some_time_after_its_pod() -> None:
 def test_a_container_that_is_started_anew_keeps_its_series() -> None:
     summed, containers = with_containers()
     containers.ended = {"a"}
-    summed.add(reading(), 0, 10)
+    summed.add(sample(), 0, 10)
     containers.ended = set()
-    summed.add(reading(), 0, 10 + LOOK_SECONDS)
-    summed.add(reading(), 0, 11 + ENDED_SECONDS)
+    summed.add(sample(), 0, 10 + LOOK_SECONDS)
+    summed.add(sample(), 0, 11 + ENDED_SECONDS)
     assert ports(summed) == [1, 2, 3, 1003]
 
 
@@ -281,22 +281,22 @@ def test_an_answer_that_comes_after_the_end_gives_its_series_time() -> None:
     """The last answers of a container may be read after it has ended; Prometheus is to fetch them."""
     summed, containers = with_containers()
     containers.ended = {"a"}
-    summed.add(reading(), 0, 10)
-    summed.add(reading(Increase(finding(1, "a"), 1, 0, 7)), 0, 60)
-    summed.add(reading(), 0, 11 + ENDED_SECONDS)
+    summed.add(sample(), 0, 10)
+    summed.add(sample(Increase(finding(1, "a"), 1, 0, 7)), 0, 60)
+    summed.add(sample(), 0, 11 + ENDED_SECONDS)
     assert ports(summed) == [1, 3, 1003]
-    summed.add(reading(), 0, 200)
+    summed.add(sample(), 0, 200)
     assert ports(summed) == [3, 1003]
 
 
 def test_series_that_end_make_room() -> None:
     summed, containers = with_containers(max_series=4)
-    summed.add(reading(Increase(finding(9, "b"), 5, 0, 7)), 0, 1)
+    summed.add(sample(Increase(finding(9, "b"), 5, 0, 7)), 0, 1)
     assert summed.snapshot(True, 0).other == 5
     containers.ended = {"a"}
-    summed.add(reading(), 0, 10)
-    summed.add(reading(), 0, 100)
-    summed.add(reading(Increase(finding(9, "b"), 5, 0, 7)), 0, 101)
+    summed.add(sample(), 0, 10)
+    summed.add(sample(), 0, 100)
+    summed.add(sample(Increase(finding(9, "b"), 5, 0, 7)), 0, 101)
     assert ports(summed) == [3, 9, 1003]
     assert summed.snapshot(True, 0).other == 5
 
@@ -305,5 +305,5 @@ def test_it_is_looked_seldom_and_once_a_container() -> None:
     summed, containers = with_containers()
     containers.asked = 0
     for tenth in range(100, 300):
-        summed.add(reading(), 0, tenth / 10)
+        summed.add(sample(), 0, tenth / 10)
     assert containers.asked == 2 * 20 / LOOK_SECONDS

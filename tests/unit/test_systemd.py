@@ -105,17 +105,17 @@ def test_watchdog_seconds(monkeypatch: pytest.MonkeyPatch, variables: dict[str, 
     assert systemd.watchdog_seconds() == seconds
 
 
-def test_the_watchdog_hears_of_readings_only(manager: Manager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_samples_feed_the_watchdog(manager: Manager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """While the sensor stands still, the event loop alone does not keep the watchdog quiet."""
     go = threading.Event()
-    read = Replay.read
+    sample = Replay.sample
 
-    def read_when_allowed(self: Replay, forget_ns: int) -> object:
+    def sample_when_allowed(self: Replay, expire_ns: int) -> object:
         if threading.current_thread().name == "sensor":
             go.wait()
-        return read(self, forget_ns)
+        return sample(self, expire_ns)
 
-    monkeypatch.setattr(Replay, "read", read_when_allowed)
+    monkeypatch.setattr(Replay, "sample", sample_when_allowed)
     monkeypatch.setattr(app, "READ_SECONDS", 0.01)
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
@@ -126,7 +126,7 @@ def test_the_watchdog_hears_of_readings_only(manager: Manager, monkeypatch: pyte
         running = asyncio.create_task(agent.run())
         receive = lambda: asyncio.to_thread(manager.receive)  # noqa: E731
         try:
-            assert [await receive(), await receive()] == ["READY=1", "WATCHDOG=1"]  # the first reading is the start's
+            assert [await receive(), await receive()] == ["READY=1", "WATCHDOG=1"]  # the first sample is the start's
             await asyncio.sleep(0.5)
             assert manager.received() == []
             go.set()

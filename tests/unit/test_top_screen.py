@@ -416,7 +416,7 @@ def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
     for second in range(3):
         now = float(second)
         list(played.events())
-        state.add(played.read(0), NOW + second, now)
+        state.add(played.sample(0), NOW + second, now)
         snapshot = state.snapshot(True, NOW + second)
         seen.append(meter.add(Look(snapshot.time, (snapshot,))))
     played.close()
