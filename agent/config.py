@@ -1,6 +1,6 @@
-"""Settings: flags, then UDPWATCH_* environment variables, then one TOML file, in that order of strength.
+"""The settings. Flags override UDPWATCH_* environment variables, variables override the TOML file.
 
-Every setting is one line of SETTINGS; the flag, the variable and the key of the file have its name.
+Every setting is one entry of SETTINGS, which names its flag, its variable and its key in the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings of `udpwatch run`, checked."""
+    """The validated settings of `udpwatch run`."""
 
     metrics_listen: Address | None
     events: str | None
@@ -52,7 +52,7 @@ class Settings:
 
 
 class _Rejected(ValueError):
-    """What would be accepted."""
+    """Holds what is expected."""
 
 
 def _listen(value: object) -> Address | None:
@@ -62,13 +62,13 @@ def _listen(value: object) -> Address | None:
     host, colon, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     if not colon or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
-        raise _Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
+        raise _Rejected("HOST:PORT, such as 127.0.0.1:9953 or [::1]:9953, or 'off'")
     return Address(host, int(port))
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
-        raise _Rejected("a text that is not empty")
+        raise _Rejected("a non-empty text")
     return value
 
 
@@ -82,7 +82,7 @@ def _file(value: object) -> Path:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise _Rejected(f"a file that can be read ({error.strerror})") from None
+        raise _Rejected(f"a readable file ({error.strerror})") from None
     return path
 
 
@@ -141,12 +141,12 @@ def _switch(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One setting: how it is called, read, and explained."""
+    """One setting: its name, its parser and its help."""
 
     name: str
     parse: Callable[[object], Any]
     default: object  # goes through `parse` too; None: not set
-    metavar: str  # "": a switch, --x and --no-x
+    metavar: str  # "": a switch with the flags --x and --no-x
     help: str
     systemd: str = ""  # variable in which systemd gives a unit its own folders (systemd.exec(5)), instead of `default`
 
@@ -161,41 +161,51 @@ class Setting:
 
 SETTINGS = (
     Setting(
-        "metrics_listen", _listen, "127.0.0.1:9953", "HOST:PORT", "where Prometheus finds /metrics; 'off': nowhere"
+        "metrics_listen",
+        _listen,
+        "127.0.0.1:9953",
+        "HOST:PORT",
+        "serve /metrics and health on this address; 'off'",
     ),
-    Setting("events", _text, None, "FILE", "write each event as a JSON line to FILE, '-' for standard output"),
-    Setting("socket", _path_or_off, "/run/udpwatch/udpwatch.sock", "PATH", "the agent's Unix socket; 'off': none"),
-    Setting("socket_group", _text, None, "GROUP", "who may use that socket beside root: a group's name or number"),
-    Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 folder (default: the whole node)"),
+    Setting("events", _text, None, "FILE", "append each event as a JSON line to FILE; '-': standard output"),
+    Setting("socket", _path_or_off, "/run/udpwatch/udpwatch.sock", "PATH", "the agent's Unix socket; 'off': no socket"),
+    Setting("socket_group", _text, None, "GROUP", "group that may use the socket besides root: name or number"),
+    Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 directory (default: the whole node)"),
     Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
-    Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long a request is remembered (conntrack: 30)"),
-    Setting("max_peers", _integer(16, 1 << 22), 131_072, "N", "conversations remembered at once; 80 bytes each"),
-    Setting("max_series", _integer(1, 10_000), 1_000, "N", "findings with series of their own; the rest is 'other'"),
-    Setting("events_per_second", _integer(1, 100_000), 10, "N", "events of one finding; counts are always exact"),
-    Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after it was quiet for so long"),
+    Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long udpwatch remembers a request; conntrack: 30"),
+    Setting("max_peers", _integer(16, 1 << 22), 131_072, "N", "number of conversations to remember, 80 bytes each"),
+    Setting(
+        "max_series",
+        _integer(1, 10_000),
+        1_000,
+        "N",
+        "findings with series of their own; the excess is counted under 'other'",
+    ),
+    Setting("events_per_second", _integer(1, 100_000), 10, "N", "limit of events of one finding; counts stay exact"),
+    Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after this time without a wrong reply"),
     Setting(
         "hooks",
         _choice(Hooks),
         "all",
         "WHICH",
-        "all: function probes too, where the kernel allows them; cgroup; function",
+        "programs to attach: cgroup hooks, function probes, or all that the kernel allows",
     ),
     Setting(
         "forwarded",
         _choice(Forwarded),
         "auto",
         "",
-        "look for wrong replies of machines behind this node; auto: where function probes are allowed",
+        "check the replies of machines behind this node; auto: if function probes are allowed",
     ),
-    Setting("dns", _switch, "off", "", "answer this node's DNS queries, too, always from the address that was asked"),
-    Setting("dns_conf", _file, None, "FILE", "how it answers them, in dnsmasq's words (docs/dns-options.md)"),
-    Setting("replay", _file, None, "FILE", "play events that --events wrote, instead of watching; needs no root"),
+    Setting("dns", _switch, "off", "", "also run the DNS responder; it replies from the address that was asked"),
+    Setting("dns_conf", _file, None, "FILE", "the responder's options, in dnsmasq's syntax (docs/dns-options.md)"),
+    Setting("replay", _file, None, "FILE", "play a recording of --events instead of watching; needs no root"),
     Setting(
         "cache",
         _path_or_off,
         "/var/cache/udpwatch",
         "DIR",
-        "keep the compiled programs in DIR: the next start compiles nothing; 'off'",
+        "keep the compiled programs in DIR, so that the next start compiles nothing; 'off'",
         systemd="CACHE_DIRECTORY",
     ),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
@@ -206,7 +216,7 @@ LIMITS = ("window", "max_peers", "max_series", "events_per_second", "forget")
 
 
 def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], file: Path | None) -> Settings:
-    """Settings from the three sources; raises UsageError that names key, value and what would be accepted."""
+    """Merge the three sources. Raises UsageError that names the setting, its value and what is expected."""
     from_file = _read(file) if file else {}
     values: dict[str, Any] = {}
     for setting in SETTINGS:
@@ -216,15 +226,15 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], fil
         elif (value := environment.get(setting.variable)) is not None:
             source = setting.variable
         elif (value := from_file.get(setting.name)) is not None:
-            source = f"{file}: {setting.name}"
+            source = f"{setting.name} in {file}"
         elif setting.systemd and (value := environment.get(setting.systemd)):
             source, value = setting.systemd, value.split(":")[0]
         else:
             source, value = setting.flag, setting.default
         try:
             values[setting.name] = None if value is None else setting.parse(value)
-        except _Rejected as accepted:
-            raise UsageError(f"{source}: {value!r} is not accepted; it takes {accepted}") from None
+        except _Rejected as expected:
+            raise UsageError(f"invalid value {value!r} for {source}: expected {expected}") from None
     values["node"] = values["node"] or socket.gethostname()
     return Settings(**values)
 
@@ -235,9 +245,9 @@ def _read(file: Path) -> dict[str, object]:
     except OSError as error:
         raise UsageError(f"--config: cannot read {str(file)!r}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config: {str(file)!r} is not TOML: {error}") from None
+        raise UsageError(f"--config: cannot parse {str(file)!r} as TOML: {error}") from None
     unknown = content.keys() - {setting.name for setting in SETTINGS}
     if unknown:
-        names = " ".join(setting.name for setting in SETTINGS)
-        raise UsageError(f"{file}: {min(unknown)!r} is no setting; it takes {names}")
+        names = ", ".join(setting.name for setting in SETTINGS)
+        raise UsageError(f"{file}: unknown setting {min(unknown)!r}; valid settings: {names}")
     return content

@@ -1,13 +1,10 @@
-"""What can go wrong, by what the shell should be told. cli.py alone prints and exits.
-
-A message is one line: the thing that failed, the reason, and the way out.
-"""
+"""The errors, by exit status. A message is one line: `cannot VERB THING: REASON; HINT`."""
 
 from __future__ import annotations
 
 
 class UdpwatchError(Exception):
-    """It failed."""
+    """udpwatch failed."""
 
     exit_status = 1
 
@@ -19,6 +16,6 @@ class UsageError(UdpwatchError):
 
 
 class CannotRun(UdpwatchError):
-    """This machine, or this user on it, cannot run udpwatch; 77 as test harnesses use it for "skipped"."""
+    """This machine or this user cannot run udpwatch. 77 means "skipped" to test harnesses."""
 
     exit_status = 77

@@ -12,7 +12,7 @@ import signal
 import sys
 
 from udpwatch.agent import __version__
-from udpwatch.agent.daemon.http import HttpView
+from udpwatch.agent.daemon.http import HttpServer
 from udpwatch.agent.daemon.metrics import exposition
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
@@ -125,11 +125,11 @@ def ready(service: Service) -> tuple[bool, str]:
     return service.ready, "ready" if service.ready else "the tables are being read, or it is stopping"
 
 
-def _listen(where: str) -> HttpView | None:
+def _listen(where: str) -> HttpServer | None:
     if where == "off":
         return None
     host, _, port = where.rpartition(":")
     try:
-        return HttpView(host.strip("[]"), int(port))
+        return HttpServer(host.strip("[]"), int(port))
     except UdpwatchError as error:
         raise NetworkError(str(error)) from None

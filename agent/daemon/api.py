@@ -1,13 +1,12 @@
-"""The agent's Unix socket: newline-delimited JSON, one question a line, one answer a line (docs/events.md).
+"""The agent's Unix socket: newline-delimited JSON, one request a line, one response a line (docs/events.md).
 
     {"get": "snapshot"}              {"v": 1, "snapshot": {...}}
     {"get": "doctor"}                {"v": 1, "doctor": {...}}
-    {"get": "events", "limit": 10}   {"v": 1, "events": [...]}: the newest ones, the newest last
+    {"get": "events", "limit": 10}   {"v": 1, "events": [...]}: the newest ones, the newest at the end
     {"follow": "events"}             {"v": 1, "following": "events"}, then {"v": 1, "event": {...}} for each, and
-                                     {"v": 1, "lost": 3} where this reader was too slow for so many
+                                     {"v": 1, "lost": 3} if this reader was too slow for 3 of them
 
-Anything else is answered {"v": 1, "error": "..."}. A reader that is slow, or never reads, loses events of its own and
-keeps nobody waiting.
+The response to anything else is {"v": 1, "error": "..."}. A slow reader loses its own events and delays no other.
 """
 
 from __future__ import annotations
@@ -35,23 +34,25 @@ MODE = 0o660
 MAX_CLIENTS = 32
 MAX_LINE = 64 * 1024
 IDLE_SECONDS = 60.0
-STOP_SECONDS = 0.5  # for followers to take what is left
+STOP_SECONDS = 0.5  # for followers to read the last events
 KEPT_EVENTS = 1_000
 MAX_WAITING_EVENTS = 1_000  # per follower
-MAX_POSTED_EVENTS = 1_000  # by the sensor's thread, for the event loop
-EVENTS_PER_TURN = 100  # of the event loop, which serves others as well
+MAX_POSTED_EVENTS = 1_000  # from the sensor's thread to the event loop
+EVENTS_PER_TURN = 100  # the event loop also serves DNS
 
 
 def bind(path: Path, group: str | None = None) -> socket.socket:
-    """A listening socket at ``path``, mode 0660, for ``group`` (a name or number). A stale one is replaced, a live one
-    is refused. Raises UdpwatchError.
+    """Listen at ``path``, mode 0660, for ``group`` (a name or number). Replace a stale socket. Raises UdpwatchError,
+    also if another agent listens there.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         if _is_live(path):
-            raise UdpwatchError(f"another agent answers on {path}: stop it, or choose another --socket PATH")
-        # Bound beside and moved into place: nobody ever sees it with a wider mode.
+            raise UdpwatchError(
+                f"cannot listen on {path}: another agent does; stop it, or choose another --socket PATH"
+            )
+        # Bind under a temporary name, then rename: the socket never has a wider mode.
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         beside.unlink(missing_ok=True)
         listener.bind(str(beside))
@@ -63,8 +64,7 @@ def bind(path: Path, group: str | None = None) -> socket.socket:
     except OSError as error:
         listener.close()
         raise UdpwatchError(
-            f"cannot make the socket {path}: {error.strerror or error}; choose another with --socket PATH, or "
-            "--socket off"
+            f"cannot create the socket {path}: {error.strerror or error}; choose another --socket PATH, or --socket off"
         ) from None
     except UdpwatchError:
         listener.close()
@@ -78,13 +78,13 @@ def _group_id(group: str) -> int:
     try:
         return grp.getgrnam(group).gr_gid
     except KeyError:
-        raise UdpwatchError(f"--socket-group: there is no group {group!r} here; give another, or its number") from None
+        raise UdpwatchError(f"--socket-group: unknown group {group!r}; give another group, or its number") from None
 
 
 def _is_live(path: Path) -> bool:
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            raise UdpwatchError(f"{path} exists and is no socket: choose another --socket PATH")
+            raise UdpwatchError(f"cannot listen on {path}: the file is not a socket; choose another --socket PATH")
     except FileNotFoundError:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -102,7 +102,7 @@ _Result = TypeVar("_Result")
 
 
 class _Follower:
-    """One reader's events that wait to be sent."""
+    """The events that wait for one reader."""
 
     def __init__(self) -> None:
         self.waiting: deque[bytes] = deque()
@@ -127,7 +127,7 @@ class _Follower:
 
 
 class Api:
-    """Answers questions on a socket made by `bind`."""
+    """Serves requests on a socket from `bind`."""
 
     def __init__(
         self,
@@ -144,15 +144,15 @@ class Api:
         self._server: asyncio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._posted: deque[dict[str, Any]] = deque()
-        self._is_due = False  # whether the event loop is going to take them
+        self._is_due = False  # whether the event loop has been told to take them
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Begin to serve."""
         self._loop = asyncio.get_running_loop()
         self._server = await asyncio.start_unix_server(self._client, sock=self._listener, limit=MAX_LINE)
 
     async def stop(self) -> None:
-        """Tell followers what was posted last, stop, and take the socket away if it is still ours."""
+        """Send followers the last events, stop, and remove the socket if it is still ours."""
         while self._posted:
             self._publish(self._posted.popleft())
         until = time.monotonic() + STOP_SECONDS
@@ -168,8 +168,8 @@ class Api:
                 self._path.unlink()
 
     def post(self, events: list[dict[str, Any]]) -> int:
-        """Publish events from another thread, always the same one. Never blocks; returns for how many there was no
-        room because the event loop is busy.
+        """Publish events from one other thread. Never blocks; return how many were dropped because the event loop is
+        busy.
         """
         room = MAX_POSTED_EVENTS - len(self._posted)
         self._posted.extend(events[:room])
@@ -188,7 +188,7 @@ class Api:
             self._loop.call_soon(self._publish_posted)
 
     def _publish(self, event: dict[str, Any]) -> None:
-        """Keep an event, and pass it to all who follow."""
+        """Keep an event and send it to all followers."""
         self._events.append(event)
         if self._followers:
             line = _line({"event": event})
@@ -202,7 +202,7 @@ class Api:
             return
         self._clients.add(task)
         try:
-            # A client that asks and never reads stops at its full buffer and is dropped with the time.
+            # A client that never reads is disconnected after IDLE_SECONDS with a full buffer.
             with contextlib.suppress(TimeoutError, ConnectionError, ValueError, asyncio.CancelledError):
                 while line := await _within(reader.readline()):
                     question = _question(line)
@@ -217,7 +217,7 @@ class Api:
     async def _follow(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         follower = _Follower()
         self._followers.add(follower)
-        gone = asyncio.ensure_future(reader.read(1))  # its end, or a word that nobody asked for
+        gone = asyncio.ensure_future(reader.read(1))  # the connection's end, or bytes, which end it too
         try:
             await _write(writer, _line({"following": "events"}))
             while not gone.done():
@@ -259,6 +259,7 @@ async def _write(writer: asyncio.StreamWriter, data: bytes) -> None:
 
 
 async def _within(waited_for: Coroutine[Any, Any, _Result]) -> _Result:
-    """Not wait_for(): before Python 3.12 that one loses a cancellation that comes together with the result."""
+    """Await with a time-out. wait_for() is no choice: before Python 3.12 it loses a cancellation that arrives together
+    with the result."""
     async with asyncio.timeout(IDLE_SECONDS):
         return await waited_for

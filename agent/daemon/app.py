@@ -25,7 +25,7 @@ from udpwatch.agent import __version__
 from udpwatch.agent.config import Settings
 from udpwatch.agent.daemon import api, systemd
 from udpwatch.agent.daemon.event_log import EventWriter, as_json
-from udpwatch.agent.daemon.http import HttpView
+from udpwatch.agent.daemon.http import HttpServer
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
 from udpwatch.agent.daemon.self_test import SelfTest
 from udpwatch.agent.daemon.startup import watch_kernel, watch_recording
@@ -190,9 +190,9 @@ class App:
         self._may_log, self._not_logged = float(FINDING_LINES), 0
         self._left_out = 0  # look-ups, as counted so far
         with contextlib.ExitStack() as opened:
-            self._http: HttpView | None = None
+            self._http: HttpServer | None = None
             if settings.metrics_listen:
-                self._http = HttpView(settings.metrics_listen.host, settings.metrics_listen.port)
+                self._http = HttpServer(settings.metrics_listen.host, settings.metrics_listen.port)
                 opened.callback(self._http.stop)
             self._events: EventWriter | None = None
             if settings.events:

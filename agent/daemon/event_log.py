@@ -1,10 +1,10 @@
-"""Events as JSON lines, to standard output or a file.
+"""Writes events as JSON lines to standard output or a file.
 
 Rules
-1. Writing happens in a thread of its own behind a bounded queue: a slow disk or a pipe that nobody reads holds up
-   nothing else. What is not written is counted, never waited for.
-2. The agent is root, so no other user may choose what it writes to: every folder on the way to the file belongs to root
-   or the agent's user. In one that others can write to, a symbolic link is not followed, and the file has that owner.
+1. A thread of its own writes, behind a bounded queue: a slow disk or an unread pipe delays nothing else. Events that
+   cannot be written are counted.
+2. The agent is root, so no other user may choose what it writes to: root or the agent's user owns every folder of the
+   path. In a folder that others can write to, no symbolic link is followed, and root or the agent's user owns the file.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from udpwatch.agent.model import Event, Sender
 
 MAX_QUEUED = 10_000
 STOP_SECONDS = 2.0
-MAX_LINKS = 40  # on the way to a file, as the kernel has it
+MAX_LINKS = 40  # symbolic links in a path, as in the kernel
 
 log = logging.getLogger(__name__)
 
 
 def as_json(event: Event, sender: Sender, node: str, time: float) -> dict[str, Any]:
-    """The object of one event; the names are a promise (docs/events.md). ``time``: seconds since the epoch."""
+    """Return the JSON object of one event; docs/events.md promises its names. ``time``: seconds since the epoch."""
     finding = event.finding
     return {
         "time": datetime.fromtimestamp(time, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -69,13 +69,13 @@ def as_json(event: Event, sender: Sender, node: str, time: float) -> dict[str, A
 
 
 class EventWriter:
-    """Appends lines to "-" or a file, which is opened again when it was moved away or deleted."""
+    """Appends lines to "-" or a file; opens the file again after it was moved or deleted."""
 
     def __init__(self, target: str, lose: Callable[[str], None], broken: Callable[[], None]) -> None:
         """Open the target; raises UdpwatchError.
 
-        ``lose(stage)`` is called for each event that is lost, ``broken()`` once when standard output's reader is
-        gone; both from the writer's thread.
+        The writer's thread calls ``lose(stage)`` for each lost event, and ``broken()`` once when the reader of standard
+        output is gone.
         """
         self._path = None if target == "-" else Path(target)
         self._lose, self._broken = lose, broken
@@ -87,7 +87,7 @@ class EventWriter:
             self._fd = self._open()
         except OSError as error:
             raise UdpwatchError(
-                f"cannot write events to {target!r}: {error.strerror}; give a file in a folder that no other user can "
+                f"cannot write events to {target!r}: {error.strerror}; use a file in a folder that no other user can "
                 "write to, or - for standard output"
             ) from None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
@@ -104,7 +104,7 @@ class EventWriter:
             self._lose("queue")
 
     def stop(self) -> None:
-        """Write what is queued, for STOP_SECONDS at most; nothing to do if it has not begun."""
+        """Write the queued events for at most STOP_SECONDS; do nothing if not started."""
         if not self._thread.ident:
             return
         with contextlib.suppress(queue.Full):
@@ -131,11 +131,11 @@ class EventWriter:
             except OSError as error:
                 self._lose("output")
                 if not self._failing:
-                    log.error("cannot write events to %s: %s; lost events are counted", self._path, error.strerror)
+                    log.error("cannot write events to %s: %s; counting lost events", self._path, error.strerror)
                 self._failing = True
             else:
                 if self._failing:
-                    log.warning("events can be written to %s again", self._path)
+                    log.warning("writing events to %s again", self._path)
                 self._failing = False
 
     def _write(self, line: bytes) -> None:
@@ -146,12 +146,12 @@ class EventWriter:
             while written < len(line):
                 written += os.write(self._fd, line[written:])
         except OSError:
-            if written and stat.S_ISREG(os.fstat(self._fd).st_mode):  # the disk took half a line: take it back
+            if written and stat.S_ISREG(os.fstat(self._fd).st_mode):  # the disk took half a line: remove it
                 os.ftruncate(self._fd, os.fstat(self._fd).st_size - written)
             raise
 
     def _is_elsewhere(self) -> bool:
-        """Whether the path leads to another file by now, or to none (logrotate moves it away)."""
+        """Whether the path now names another file, or none (logrotate moves the file)."""
         if self._gone:
             return True
         try:
@@ -159,7 +159,7 @@ class EventWriter:
         except FileNotFoundError:
             return True
         except OSError:
-            return False  # it may not be looked at; the open one is as good as ever
+            return False  # no permission to look; the open file still works
         return (here.st_dev, here.st_ino) != (there.st_dev, there.st_ino)
 
     def _reopen(self) -> None:
@@ -168,18 +168,18 @@ class EventWriter:
         except OSError as error:
             if self._gone or os.fstat(self._fd).st_nlink == 0:
                 raise
-            # Better in the file that was moved away than lost.
+            # An event in the moved file is better than a lost one.
             if self._refused != error.strerror:
                 self._refused = error.strerror
-                log.warning("cannot open %s again: %s; events go to the file before", self._path, error.strerror)
+                log.warning("cannot open %s again: %s; writing to the former file", self._path, error.strerror)
             return
         os.close(self._fd)
         self._fd, self._gone, self._refused = fresh, False, None
 
 
 def open_for_append(path: Path) -> int:
-    """Open a file, or create it with mode 0640; a descriptor that does not block. A symbolic link is followed where no
-    other user could have made it. Raises OSError, PermissionError where another user could choose what is opened.
+    """Open or create (mode 0640) a file; return a non-blocking descriptor. Follow a symbolic link only if no other user
+    could have made it. Raises OSError, PermissionError if another user could choose which file is opened.
     """
     folder, at, left, links = os.open("/", os.O_PATH | os.O_CLOEXEC), Path("/"), list(path.absolute().parts[1:]), 0
     try:
@@ -208,8 +208,8 @@ def open_for_append(path: Path) -> int:
 
 
 def _check_folder(folder: int, at: Path) -> bool:
-    """Return whether others can write to it. Raises PermissionError where another user owns it, or where every user can
-    replace what is in it (no sticky bit)."""
+    """Return whether others can write to the folder. Raises PermissionError if another user owns it, or if every user
+    can replace its files (no sticky bit)."""
     status = os.fstat(folder)
     if status.st_uid not in (0, os.geteuid()):
         raise PermissionError(errno.EPERM, f"the folder {at} belongs to another user (uid {status.st_uid})")
@@ -220,8 +220,8 @@ def _check_folder(folder: int, at: Path) -> bool:
 
 
 def _link(folder: int, name: str) -> str | None:
-    """Return where a symbolic link leads; None for anything else, and for this process's own open files (/dev/stdout),
-    whose links are no paths."""
+    """Return the target of a symbolic link; None for anything else, and for this process's open files (/dev/stdout),
+    whose links are not paths."""
     with contextlib.suppress(OSError):
         link = os.readlink(name, dir_fd=folder)
         if not _is_own_files(folder):
@@ -237,12 +237,12 @@ def _is_own_files(folder: int) -> bool:
 
 
 def _open_in(folder: int, name: str, shared: bool, at: Path) -> int:
-    # A FIFO that nobody reads must not hold up the start.
+    # Opening a FIFO without a reader must not block the start.
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     follow = 0 if _is_own_files(folder) else os.O_NOFOLLOW
     fd = os.open(name, flags | follow, 0o640, dir_fd=folder)
     status = os.fstat(fd)
-    # A hard link to a file of ours has our owner, too.
+    # The owner does not tell: a hard link to one of our files has our owner too.
     hard_link = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
     if shared and (hard_link or status.st_uid not in (0, os.geteuid())):
         os.close(fd)

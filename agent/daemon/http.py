@@ -1,10 +1,10 @@
-"""HTTP for Prometheus and the kubelet: /metrics, /healthz, /readyz. Nothing else, nothing is ever changed by it.
+"""The HTTP server for Prometheus and the kubelet: /metrics, /healthz, /readyz. It is read-only.
 
 Rules
-1. Memory is bounded: MAX_CONNECTIONS, each with a request of MAX_REQUEST_BYTES at most, and one page for all that ask
-   for it at the same time.
-2. No client takes the places of others: the client with the most connections loses its oldest one first.
-3. A port that another program holds is no reason not to watch: HttpView binds it as soon as it is free.
+1. Memory is bounded: MAX_CONNECTIONS, each with a request of MAX_REQUEST_BYTES at most. Simultaneous scrapes share one
+   page.
+2. A full server closes the oldest connection of the client that has the most.
+3. The agent runs even if another program holds the port: HttpServer binds it as soon as it is free.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ MAX_REQUEST_BYTES = 16_384  # request line and headers together
 SLOT_SECONDS = 1.0
 BIND_SECONDS = 2.0  # between two attempts to bind a port that another program holds
 
-#: What an address may lack for a while; the attempt is repeated.
+#: Errors of bind(2) that can end by themselves: HttpServer tries again.
 _PASSING = {errno.EADDRINUSE, errno.EADDRNOTAVAIL}
-#: Why a connection was closed before its response was complete, with the limit that it met.
+#: Reasons to close a connection before its response is complete.
 CLOSED = {
-    "client": "its client opened more than MAX_CONNECTIONS_PER_CLIENT",
-    "full": "all of MAX_CONNECTIONS were taken",
+    "client": "its client had more than MAX_CONNECTIONS_PER_CLIENT",
+    "full": "there were MAX_CONNECTIONS",
     "size": "its request was longer than MAX_REQUEST_BYTES",
     "time": "it took longer than REQUEST_SECONDS",
 }
 
 _WAY_OUT = "choose another address with --metrics-listen HOST:PORT, or --metrics-listen off"
 
-#: (status, body) of a health question
+#: whether it is healthy, and the text to show
 Health = Callable[[], tuple[bool, str]]
 
 log = logging.getLogger(__name__)
 
 
 class HttpCollector(Collector):
-    """The metric of HTTP itself, for a registry."""
+    """The HTTP server's own metric, for a registry."""
 
     def __init__(self, closed: Counter[str]) -> None:
         """``closed``: connections by reason, of CLOSED."""
         self._closed = closed
 
     def collect(self) -> Iterator[Metric]:
-        """All reasons, those that never occurred at 0."""
+        """All reasons, also those at 0."""
         family = CounterMetricFamily(
             "udpwatch_http_connections_closed",
-            "HTTP connections closed before their response was complete, by the limit that they met: a client that "
-            "opens too many (client), all places taken (full), a request that is too long (size) or too slow (time).",
+            "HTTP connections closed before the response was complete, by reason: too many of one client (client), too "
+            "many in all (full), a request that is too long (size) or too slow (time).",
             labels=["reason"],
         )
         for reason in CLOSED:
@@ -98,17 +98,17 @@ class _Server(ThreadingHTTPServer):
     ) -> None:
         self.address_family, self.count = family, count
         self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        #: What may be closed for others. A closed one is no longer here, but holds its slot until its thread ends.
+        #: Connections that may be closed for others. A closed one is not here, but its thread still holds the slot.
         self._open: dict[int, _Connection] = {}
         super().__init__(address, handler)
 
     def server_bind(self) -> None:
-        """Bind without HTTPServer's look-up of this host's name: DNS may be what is broken here."""
+        """Bind without HTTPServer's lookup of the host name: DNS may be broken here."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], address: object) -> None:
-        """Give the connection a thread; where none is left, close another connection first."""
+        """Give the connection a thread; if none is left, close another connection first."""
         assert isinstance(request, socket.socket) and isinstance(address, tuple)  # a stream server's
         client = _client_of(address[0])
         mine = [each for each in self._open.copy().values() if each.client == client]
@@ -168,19 +168,19 @@ class _Server(ThreadingHTTPServer):
 
 
 def _client_of(host: str) -> bytes:
-    """What counts as one client: an IPv4 address, or the /64 of an IPv6 one."""
+    """The client's identity: an IPv4 address, or the /64 of an IPv6 address."""
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     return address.packed if address.version == 4 else address.packed[:8]
 
 
 class _Request(io.BufferedReader):
-    """What a client sends, MAX_REQUEST_BYTES at most: http.server itself takes 100 headers of 65,536 each."""
+    """A request of at most MAX_REQUEST_BYTES: http.server itself reads 100 headers of 65,536 bytes each."""
 
     left = MAX_REQUEST_BYTES
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """A line. Raises LineTooLong, which http.server knows."""
+        """Read a line. Raises LineTooLong, which http.server handles."""
         most = self.left + 1
         line = super().readline(most if size is None or size < 0 else min(size, most))
         self.left -= len(line)
@@ -190,7 +190,7 @@ class _Request(io.BufferedReader):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.0"  # a connection for each request: none is kept for later
+    protocol_version = "HTTP/1.0"  # one connection for each request
     timeout = REQUEST_SECONDS
     rbufsize = 0  # _Request has the buffer
     server_version = "udpwatch"
@@ -218,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         page = self.pages.get(self.path.partition("?")[0])
         if page is None:
             names = " ".join(self.pages)
-            status, kind, body = 404, "text/plain", f"not here; udpwatch serves {names}\n".encode()
+            status, kind, body = 404, "text/plain", f"not found; udpwatch serves {names}\n".encode()
         else:
             status, kind, body = page()
         self.send_response(status)
@@ -231,20 +231,20 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def log_message(self, format: str, *args: object) -> None:
-        """Log nothing: scrapes are not news."""
+        """Log no request."""
 
 
 class _Shared:
-    """Makes one page for all that ask for it at the same time, none of it older than their request."""
+    """Renders one page for simultaneous requests; the page is never older than a request."""
 
     def __init__(self, make: Callable[[], bytes]) -> None:
         self._make = make
         self._making = threading.Lock()
-        self._begun = self._made = 0  # which page: the first is 1
+        self._begun = self._made = 0  # numbers of pages; the first one is 1
         self._page = b""
 
     def __call__(self) -> bytes:
-        """A page whose making began after this call."""
+        """Return a page that was rendered after this call began."""
         wanted = self._begun + 1
         with self._making:
             if self._made < wanted:
@@ -253,12 +253,12 @@ class _Shared:
             return self._page
 
 
-class HttpView:
-    """Listens from the moment it is made, where it can; serves once started, in threads of its own."""
+class HttpServer:
+    """Listens when it is created, if it can; serves after `start`, in its own threads."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Bind; port 0 takes a free one. An address that another program holds, or that this host does not have yet, is
-        bound later: see `problem`. Raises UdpwatchError for one that cannot be bound at all.
+        """Bind; port 0 is any free port. If another program holds the address, or this host does not have it yet,
+        `start` tries again: see `problem`. Raises UdpwatchError for any other error.
         """
         self._handler = type("Handler", (_Handler,), {"pages": {}})
         self._where = f"{host}:{port}"
@@ -293,7 +293,7 @@ class HttpView:
 
     @property
     def url(self) -> str:
-        """Where it listens; "" where it does not."""
+        """The URL it listens on; "" if it does not listen."""
         if not self._server:
             return ""
         host, port = self._server.server_address[:2]
@@ -301,7 +301,7 @@ class HttpView:
         return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def start(self, metrics: Callable[[], bytes], healthy: Health, ready: Health) -> None:
-        """Begin to answer, or to wait for the address; log which."""
+        """Begin to serve, or to wait for the address; log which."""
         shared = _Shared(metrics)
 
         def verdict(question: Health) -> tuple[int, str, bytes]:
@@ -329,10 +329,10 @@ class HttpView:
         self._server.serve_forever()
 
     def stop(self) -> None:
-        """Stop listening, whether started or not; responses under way are finished by their own threads."""
+        """Stop listening; threads finish the responses that they have begun."""
         with self._bind_lock:
             self._stopping.set()
         if self._server:
-            if self._thread:  # shutdown() waits for a loop that must have begun, or be about to
+            if self._thread:  # shutdown() waits for the loop, which must have begun or be about to
                 self._server.shutdown()
             self._server.server_close()

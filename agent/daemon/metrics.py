@@ -1,4 +1,4 @@
-"""Prometheus metrics: one Snapshot, one scrape, so that all numbers of a scrape belong together."""
+"""Prometheus metrics. A scrape renders one Snapshot, so all its numbers belong together."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     """The metric families of one snapshot."""
     wrong = CounterMetricFamily(
         "udpwatch_reply_source_mismatch",
-        "UDP replies that left this node from another address (actual) than the one the client asked (expected). "
-        "The client does not get them: it waits for the other address. Past the limit of series all labels but the "
-        "namespace are 'other'.",
+        "UDP replies that left this node from a different address (actual) than the one the client asked (expected). "
+        "The client does not get them: it waits for the expected address. Beyond the limit of series, all labels "
+        "except namespace are 'other'.",
         labels=MISMATCH_LABELS,
     )
     for row in snapshot.rows:
@@ -48,12 +48,13 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
 
     yield CounterMetricFamily(
         "udpwatch_replies_checked",
-        "UDP datagrams sent to a peer that had asked this node before, right and wrong ones.",
+        "UDP replies compared with the address that the client asked, right and wrong ones.",
         value=snapshot.checked,
     )
     lost = CounterMetricFamily(
         "udpwatch_events_lost",
-        "What was not delivered, by the stage that lost it. Counts of wrong replies stay exact in spite of it.",
+        "Events and replies that were lost, by stage. Counts of wrong replies stay exact except for the stages "
+        "'undecided', 'flows_full', 'probe_missed', 'remember' and 'unparsed'.",
         labels=["stage"],
     )
     for stage, count in snapshot.lost.items():
@@ -62,12 +63,12 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
 
     attached = GaugeMetricFamily(
         "udpwatch_probe_attached",
-        "1 if the kernel says that this program is attached, 0 if not: then udpwatch is blind there.",
+        "1 if the kernel reports this program as attached, else 0: udpwatch is blind there.",
         labels=["probe"],
     )
     reattached = CounterMetricFamily(
         "udpwatch_probe_reattached",
-        "Times that this program had been detached by somebody else and was attached again.",
+        "Times that another program detached this program and the agent attached it again.",
         labels=["probe"],
     )
     seconds = CounterMetricFamily(
@@ -82,7 +83,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     missed = CounterMetricFamily(
         "udpwatch_probe_missed",
-        "Runs of this function probe that the kernel left out, since the CPU was in a probe already; stays 0 on "
+        "Runs of this function probe that the kernel skipped because the CPU was already in a probe; stays 0 on "
         "kernels that do not count them.",
         labels=["probe"],
     )
@@ -97,42 +98,42 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
 
     yield GaugeMetricFamily(
         "udpwatch_self_test_passed",
-        "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), 0 if not: "
-        "then udpwatch is blind. In mode 'function', and for an agent outside the cgroup that it watches: 1 if the "
-        "kernel says that they are attached.",
+        "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), else 0: "
+        "udpwatch is blind. In mode 'function', and for an agent outside the watched cgroup: 1 if the kernel reports "
+        "the programs as attached.",
         value=int(snapshot.self_test_passed),
     )
     if snapshot.udp_sent is not None:
         yield CounterMetricFamily(
             "udpwatch_udp_sent_datagrams",
-            "UDP datagrams sent in the agent's network namespace, by the kernel's own count: if it grows and "
-            "udpwatch_replies_checked_total does not, udpwatch is blind, unless its mode is 'function': then no reply "
-            "is checked, only flows.",
+            "UDP datagrams sent in the agent's network namespace, as the kernel counts them. If this grows and "
+            "udpwatch_replies_checked_total does not, udpwatch is blind; mode 'function' is an exception: it checks "
+            "flows, not replies.",
             value=snapshot.udp_sent,
         )
 
     yield CounterMetricFamily(
         "udpwatch_flows_checked",
-        "New UDP flows booked by conntrack in which wrong replies of other machines were looked for; stays 0 where "
-        "they are not looked for (udpwatch doctor).",
+        "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 where "
+        "this check is off (udpwatch doctor).",
         value=snapshot.flows,
     )
     yield from _conntrack(snapshot)
     yield GaugeMetricFamily(
         "udpwatch_tracked_peers",
-        "Conversations (peer, peer port, local port) that asked something within the window.",
+        "Conversations (client, client port, server port) with a request within the window.",
         value=snapshot.tracked_peers,
     )
     yield CounterMetricFamily(
         "udpwatch_peers_evicted",
-        "Requests that had to make room within the window, of the server port that has the most first. Replies to them "
-        "count as undecided; if udpwatch_events_lost_total{stage='undecided'} grows too, raise max_peers.",
+        "Requests evicted within the window, those of the server port with the most requests first. Replies to them "
+        "count as undecided. If udpwatch_events_lost_total{stage='undecided'} grows too, raise max_peers.",
         value=snapshot.evicted_peers,
     )
     info = GaugeMetricFamily(
         "udpwatch_build_info",
-        "Always 1. mode tells how conntrack is read: 'packet', or 'netlink' where the kernel forbids that; 'function' "
-        "is by conntrack's new flows alone.",
+        "Always 1. mode is how conntrack is read: 'packet', 'netlink' where the kernel does not allow 'packet', or "
+        "'function': from new flows only.",
         labels=["version", "kernel", "mode"],
     )
     info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
@@ -140,45 +141,44 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
-    """Absent where conntrack is not loaded."""
+    """Nothing if conntrack is not loaded."""
     health = snapshot.conntrack
     if health is None:
         return
     yield GaugeMetricFamily(
         "udpwatch_conntrack_entries",
-        "Conntrack entries in the agent's network namespace. At the limit new UDP flows are dropped.",
+        "Conntrack entries in the agent's network namespace. At the limit, the kernel drops new UDP flows.",
         value=health.entries,
     )
     yield GaugeMetricFamily(
         "udpwatch_conntrack_limit",
-        "Conntrack entries allowed there (net.netfilter.nf_conntrack_max).",
+        "Limit of conntrack entries in that namespace (net.netfilter.nf_conntrack_max).",
         value=health.limit,
     )
     yield CounterMetricFamily(
         "udpwatch_conntrack_insert_failed",
-        "New flows whose packet was dropped since another packet had booked the same flow: UDP clients that send two "
-        "questions at once from one socket lose one (two DNS questions, for A and AAAA, are the usual case). Or since "
-        "the table has too few buckets (net.netfilter.nf_conntrack_buckets).",
+        "Packets dropped because another packet had already created the entry of the same flow: a UDP client that "
+        "sends two requests at once from one socket loses one (usually DNS queries for A and AAAA). Also packets "
+        "dropped because the table has too few buckets (net.netfilter.nf_conntrack_buckets).",
         value=health.insert_failed,
     )
     yield CounterMetricFamily(
         "udpwatch_conntrack_dropped",
-        "Packets dropped since conntrack could not book their flow: its table was full, memory was short, or another "
-        "packet had booked the same flow (udpwatch_conntrack_insert_failed_total counts that, too). The table is full "
+        "Packets dropped because conntrack could not create an entry: the table was full, memory was short, or another "
+        "packet had created the entry (udpwatch_conntrack_insert_failed_total counts this case too). The table is full "
         "only if udpwatch_conntrack_entries is at the limit.",
         value=health.dropped,
     )
     yield CounterMetricFamily(
         "udpwatch_conntrack_early_drop",
-        "Entries not yet answered that were thrown out for new ones, since the table was full.",
+        "Entries without a reply that conntrack evicted for new ones because the table was full.",
         value=health.early_dropped,
     )
 
 
 def exposition(*collectors: Collector, process: bool = True) -> Callable[[], bytes]:
-    """A function that renders what the collectors have now in the Prometheus text format.
-
-    With ``process`` the process_* metrics of this process (memory, CPU time, descriptors) come along.
+    """Return a function that renders the collectors in the Prometheus text format; with ``process``, also the process_*
+    metrics of this process (memory, CPU time, descriptors).
     """
     registry = CollectorRegistry()
     for collector in collectors:

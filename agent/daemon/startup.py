@@ -27,8 +27,8 @@ class Watching:
     source: FindingSource
     senders: SenderLookup
     self_test: SelfTest
-    description: str  # of what is watched, for the log
-    notes: tuple[str, ...]  # what this machine does not allow and what follows, a line each
+    description: str  # what is watched, for the log
+    notes: tuple[str, ...]  # what does not work on this machine and what follows from it, one line each
     close: Callable[[], None]
     capabilities: frozenset[Capability]  # that the source still needs
 
@@ -49,7 +49,7 @@ def watch_kernel(settings: Settings) -> Watching:
 
     return Watching(
         source=sensor,
-        # Through our descriptor: no other process's mount is needed.
+        # Through our descriptor: another mount may go away.
         senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}"))),
         self_test=SelfTest(sensor, watched.contains(os.getpid())),
         description="the whole node" if watched.is_root else watched.path,
@@ -75,8 +75,7 @@ def watch_recording(settings: Settings) -> Watching:
 
 
 def _needed(sensor: Sensor) -> frozenset[Capability]:
-    """What attaching again needs; where conntrack is asked or listened to over netlink, what entering namespaces
-    needs."""
+    """The capabilities to attach again; if conntrack is read over netlink, also those to enter namespaces."""
     keep = {Capability.BPF, Capability.NET_ADMIN}
     if not sensor.features.conntrack or sensor.listens:
         keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
@@ -86,7 +85,7 @@ def _needed(sensor: Sensor) -> frozenset[Capability]:
 
 
 def limits(settings: Settings) -> Limits:
-    """The kernel programs' limits that follow from the settings."""
+    """Derive the kernel programs' limits from the settings."""
     return Limits(
         window_ns=int(settings.window * 1e9),
         max_peers=settings.max_peers,
@@ -96,14 +95,14 @@ def limits(settings: Settings) -> Limits:
 
 
 def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
-    """What this machine does not allow and what follows, a line each."""
+    """What does not work on this machine and what follows from it, one line each."""
     lines = _socket_notes(sensor, watched) if sensor.mode != "function" else []
     if sensor.mode == "function":
-        lines.append("only conntrack's new flows are looked at: findings count flows, not datagrams")
+        lines.append("udpwatch checks only conntrack's new flows: findings count flows, not datagrams")
     if sensor.forwarded_reason:
         lines.append(
-            f"wrong replies of machines behind this node are not looked for ({sensor.forwarded_reason}); --forwarded "
-            "reads conntrack's events instead, --no-forwarded ends this message"
+            f"udpwatch does not check the replies of machines behind this node ({sensor.forwarded_reason}); "
+            "--forwarded reads conntrack's events instead, --no-forwarded removes this message"
         )
     lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
     lines += [probe.reason for probe in sensor.probes() if not probe.attached]
@@ -115,17 +114,20 @@ def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:
     if not watched.is_root:
         where = "this container's part of the node" if cgroup.in_own_namespace() else "a part of the node"
         lines.append(
-            f"only {where} is watched: {watched.path} is not the root of cgroup v2; give the host's with --cgroup"
+            f"udpwatch watches only {where}: {watched.path} is not the root of cgroup v2; give the host's with --cgroup"
         )
     if not features.conntrack:
         lines.append(
-            f"conntrack cannot be read from the packet ({features.conntrack_reason}); each suspected reply is "
-            "checked over netlink before it is reported, and the verdict is 'unknown'"
+            f"cannot read conntrack from the packet ({features.conntrack_reason}): udpwatch checks each suspected "
+            "reply over netlink before it reports it, with the verdict 'unknown'"
         )
     if features.scope != "netns":
         lines.append(
-            "this kernel does not tell a packet's network namespace: an answer through another socket is missed"
+            "this kernel does not tell a packet's network namespace: udpwatch misses wrong replies through another "
+            "socket"
         )
     if not features.sender:
-        lines.append("this kernel does not tell who sends through a connected socket: process 'unknown'")
+        lines.append(
+            "this kernel does not tell which process sends through a connected socket: the process is 'unknown'"
+        )
     return lines

@@ -8,9 +8,8 @@ import socket
 
 
 def notify(state: str) -> None:
-    """Send a state, e.g. "READY=1"; nothing where no service manager asks for it.
-
-    It never waits: a manager that does not read loses the state, and restarts the agent by its own rules.
+    """Send a state, e.g. "READY=1", if a service manager wants it. Never blocks: the state is lost if the manager does
+    not read.
     """
     path = os.environ.get("NOTIFY_SOCKET", "")
     if not path.startswith(("/", "@")):
@@ -22,7 +21,7 @@ def notify(state: str) -> None:
 
 
 def watchdog_seconds() -> float | None:
-    """After how many seconds without "WATCHDOG=1" systemd restarts this process; None: it does not."""
+    """Seconds without "WATCHDOG=1" after which systemd restarts this process; None: systemd does not."""
     if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     with contextlib.suppress(ValueError):

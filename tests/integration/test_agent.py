@@ -394,7 +394,7 @@ def test_second_agent_on_one_socket_is_refused(agent: Agent, folder: Path) -> No
     with Agent(folder, ready=False) as second:
         assert second.process.wait(20) == 1
         wait_for(lambda: second.said, "its word")
-        assert "another agent answers" in second.said[0]
+        assert "another agent does" in second.said[0]
         assert len(second.said) == 1
     assert agent.snapshot()["ready"]
 

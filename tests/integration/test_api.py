@@ -129,7 +129,7 @@ def test_group_of_the_socket(folder: Path) -> None:
         assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"
     done = run_cli("run", f"--socket={folder}/other", "--metrics-listen=off", "--socket-group=nobody-has-it")
     assert done.returncode == 1
-    assert "--socket-group: there is no group 'nobody-has-it' here" in done.stderr
+    assert "--socket-group: unknown group 'nobody-has-it'" in done.stderr
 
 
 def test_replay_needs_no_root(folder: Path, host: ContainerHost, port: int) -> None:

@@ -302,4 +302,4 @@ def test_what_is_said_of_forwarded_replies(folder: Path, flag: str) -> None:
 def test_hooks_that_do_not_exist() -> None:
     done = run_cli("run", "--hooks", "most")
     assert done.returncode == 2
-    assert "--hooks: 'most' is not accepted; it takes all or cgroup or function" in done.stderr
+    assert "invalid value 'most' for --hooks: expected all or cgroup or function" in done.stderr

@@ -196,7 +196,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user's files are
 def refused(target: Path | str) -> str:
     with pytest.raises(UdpwatchError) as error:
         Losses().writer(str(target))
-    assert "; give a file in a folder that no other user can write to, or - for standard output" in str(error.value)
+    assert "; use a file in a folder that no other user can write to, or - for standard output" in str(error.value)
     return str(error.value)
 
 
@@ -318,5 +318,5 @@ def test_link_that_takes_the_place_of_a_rotated_file(
     assert (shared / "events.1").read_text() == '{"n":1}\n{"n":2}\n'
     assert [record.message for record in caplog.records if "symbolic link" in record.message] == [
         f"cannot open {shared}/events again: {shared}/events is a symbolic link in a folder that others can write to; "
-        "events go to the file before"
+        "writing to the former file"
     ]

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 
 from udpwatch.agent.daemon import http
-from udpwatch.agent.daemon.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpView
+from udpwatch.agent.daemon.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpServer
 from udpwatch.agent.errors import UdpwatchError
 
 LONG_HEADERS = b"".join(b"X-%d: %s\r\n" % (number, b"x" * 65_000) for number in range(99))
 
 
 @contextlib.contextmanager
-def serving(metrics: Callable[[], bytes] = lambda: b"metrics") -> Iterator[HttpView]:
-    view = HttpView("127.0.0.1", 0)
+def serving(metrics: Callable[[], bytes] = lambda: b"metrics") -> Iterator[HttpServer]:
+    view = HttpServer("127.0.0.1", 0)
     view.start(metrics, lambda: (True, "well"), lambda: (False, "not yet"))
     try:
         yield view
@@ -46,7 +46,7 @@ def respond(link: socket.socket, path: str = "/healthz") -> bytes:
     return b""
 
 
-def closed(view: HttpView, reason: str) -> float:
+def closed(view: HttpServer, reason: str) -> float:
     """The metric of connections that were closed early."""
     (family,) = view.collector.collect()
     return next(sample.value for sample in family.samples if sample.labels == {"reason": reason})
@@ -61,7 +61,7 @@ def eventually(condition: Callable[[], object]) -> None:
 
 def test_stopped_before_it_began() -> None:
     """The agent closes what it opened, also when it never came to start it: that must not wait for ever."""
-    view = HttpView("127.0.0.1", 0)
+    view = HttpServer("127.0.0.1", 0)
     stopping = threading.Thread(target=view.stop, daemon=True)
     stopping.start()
     stopping.join(5)
@@ -69,7 +69,7 @@ def test_stopped_before_it_began() -> None:
 
 
 def test_pages_over_ipv6() -> None:
-    view = HttpView("::1", 0)
+    view = HttpServer("::1", 0)
     view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (False, "not yet"))
     try:
         assert view.url.startswith("http://[::1]:")
@@ -92,7 +92,7 @@ def test_taken_port_is_bound_when_it_is_free(monkeypatch: pytest.MonkeyPatch) ->
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        view = HttpView("127.0.0.1", port)
+        view = HttpServer("127.0.0.1", port)
         view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
         assert view.problem == f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use"
         assert view.url == ""
@@ -107,7 +107,7 @@ def test_stopped_while_the_port_is_taken() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        view = HttpView("127.0.0.1", other.getsockname()[1])
+        view = HttpServer("127.0.0.1", other.getsockname()[1])
         view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
         begun = time.monotonic()
         view.stop()
@@ -116,7 +116,7 @@ def test_stopped_while_the_port_is_taken() -> None:
 
 def test_address_that_this_host_does_not_have_yet() -> None:
     """192.0.2.0/24 is for documentation (RFC 5737): no host has it."""
-    view = HttpView("192.0.2.1", 9953)
+    view = HttpServer("192.0.2.1", 9953)
     assert view.problem == "cannot listen on 192.0.2.1:9953 for metrics: Cannot assign requested address"
     view.stop()
 
@@ -124,7 +124,7 @@ def test_address_that_this_host_does_not_have_yet() -> None:
 @pytest.mark.parametrize("host", ["a..b", "255.255.255.255.255"])
 def test_address_that_cannot_exist(host: str) -> None:
     with pytest.raises(UdpwatchError, match=f"cannot listen on {host}:80 .*--metrics-listen off"):
-        HttpView(host, 80)
+        HttpServer(host, 80)
 
 
 # ---- limits ----
@@ -159,8 +159,8 @@ def test_long_request_line_is_refused() -> None:
 
 
 SERVER = """
-from udpwatch.agent.daemon.http import HttpView
-view = HttpView("127.0.0.1", 0)
+from udpwatch.agent.daemon.http import HttpServer
+view = HttpServer("127.0.0.1", 0)
 view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (True, "ready"))
 print(view.url, flush=True)
 input()
