@@ -1,128 +1,241 @@
-"""Questions on their way from the UDP thread to upstream servers, and who waits for them. No server answers here."""
+"""Queries in flight and the clients that wait for them. Upstream servers are a network double, time is virtual."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import dns_messages as m
 import pytest
+from upstream_double import ADDRESS, Script, Sent, UpstreamNetwork, honest, silent
+from virtual_time import now, run, turns
 
 from udpwatch.dns import forwarder as module
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.failover import Failover
-from udpwatch.dns.forwarder import MAX_REPEATS_PER_CLIENT, ClientQuery, Forwarder
-from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, HandoverQueue
+from udpwatch.dns.cache_entry import FAILURE_SECONDS
+from udpwatch.dns.failover import TOTAL_SECONDS, Failover
+from udpwatch.dns.forwarder import (
+    ALL_ASKED,
+    ALL_WAITING,
+    DELIVERED_PER_TURN,
+    FRESH_SECONDS,
+    MAX_REPEATS_PER_CLIENT,
+    MAX_SHED,
+    STALE_SECONDS,
+    ClientQuery,
+    Forwarder,
+)
 from udpwatch.dns.message import Rcode, parse_query
 from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.names import name_from_text
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
-from udpwatch.dns.settings import Server, Settings
-from udpwatch.dns.udp import Pending
-from udpwatch.dns.udp_socket import BATCH, UdpSocket, open_socket
+from udpwatch.dns.settings import DomainServers, Server, Settings
 from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.zone import build
 
-A, B = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2"))
+A, B, C = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2", "192.0.2.3"))
+SERVER = Server("198.51.100.53")
 LIMIT = 10
 
 
-@pytest.fixture
-def link() -> Iterator[UdpSocket]:
-    link = open_socket(("127.0.0.1", 0), socket.AF_INET, checked=False)
-    yield link
-    link.close()
-
-
-def pending(link: UdpSocket, client: bytes, number: int) -> Pending:
-    query = parse_query(m.query(f"n{number}.example", ident=number & 0xFFFF))
-    name = b"\2\0" + (1024 + number).to_bytes(2, "big") + client + bytes(8)
-    return Pending(link, name, bytes(32), Forward(query, 512), 0.0)
-
-
-def test_one_client_cannot_fill_the_way_to_the_loop(link: UdpSocket) -> None:
-    async def run() -> None:
-        metrics, taken = Metrics(), Counter[bytes]()
-        turns: list[int] = []
-
-        def take(each: ClientQuery) -> None:
-            taken[each.client] += 1
-            turns[-1] += 1
-
-        hand_over = HandoverQueue(metrics, take)
-        hand_over.start()
-        for first in range(0, 3_000, BATCH):
-            hand_over.put([pending(link, A, first + number) for number in range(BATCH)])
-        hand_over.put([pending(link, B, number) for number in range(10)])
-        while taken.total() < MAX_QUEUED_PER_CLIENT + 10:
-            turns.append(0)
-            await asyncio.sleep(0)
-        assert taken == {A: MAX_QUEUED_PER_CLIENT, B: 10}
-        assert metrics.forward_rejects["queue_share"][0] >= 3_000 - MAX_QUEUED_PER_CLIENT
-        assert metrics.forward_rejects["queue"][0] == 0
-        assert max(turns) == BATCH, "a turn of the loop takes no more"
-        hand_over.put([pending(link, A, 1)])  # its places are free again
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        assert taken[A] == MAX_QUEUED_PER_CLIENT + 1
-
-    asyncio.run(asyncio.wait_for(run(), 60))
-
-
-def test_all_clients_together_have_a_limit(link: UdpSocket) -> None:
-    async def run() -> None:
-        metrics = Metrics()
-        hand_over = HandoverQueue(metrics, lambda each: None)
-        hand_over.start()
-        hand_over.put([pending(link, number.to_bytes(4, "big"), number) for number in range(MAX_QUEUED + 7)])
-        assert metrics.forward_rejects["queue"][0] == 7
-
-    asyncio.run(run())
-
-
 class Clients:
-    """A forwarder whose upstream server is a socket that never answers, and what its clients get."""
+    """A forwarder with one upstream server, and what its clients get."""
 
-    def __init__(self, silent: socket.socket) -> None:
-        settings = Settings(hosts=False, forward_max=LIMIT)
-        self.metrics, cache = Metrics(), Cache(0, 0)
-        responder = Responder(settings, build(settings, print), cache)
-        responder.routes = Routes((Server(*silent.getsockname()),))
-        failover = Failover(UpstreamClient(self.metrics), self.metrics)
-        self.forwarder = Forwarder(settings, responder, cache, failover, self.metrics, None)
+    def __init__(self, script: Script = silent, cache: int = 100, limit: int = LIMIT, **settings: object) -> None:
+        made = Settings(hosts=False, forward_max=limit, **settings)  # type: ignore[arg-type]
+        self.metrics, self.cache = Metrics(), Cache(cache, 86_400)
+        self.responder = Responder(made, build(made, pytest.fail), self.cache)
+        self.responder.routes = Routes((SERVER,), made.domain_servers)
+        self.network = UpstreamNetwork({SERVER: script})
+        failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
+        self.forwarder = Forwarder(made, self.responder, self.cache, failover, self.metrics, None)
         self.got: list[tuple[bytes, int, int]] = []  # client, id, code
+        self.replies: list[tuple[float, Reply]] = []
 
     def ask(self, client: bytes, name: str, ident: int = 0, tcp: bool = False) -> ClientQuery:
         query = parse_query(m.query(f"{name}.example", ident=ident))
 
         def deliver(reply: Reply) -> None:
             self.got.append((client, ident, reply.rcode))
+            self.replies.append((now(), reply))
 
-        ask = ClientQuery(Forward(query, 512), client, (client, ident), lambda: ("", 0), deliver, tcp)
-        self.forwarder.submit(ask)
-        return ask
+        client_query = ClientQuery(Forward(query, 512), client, (client, ident), lambda: ("", 0), deliver, tcp)
+        self.forwarder.submit(client_query)
+        return client_query
 
     def rejects(self) -> dict[str, int]:
         return {reason: cell[0] for reason, cell in self.metrics.forward_rejects.items() if cell[0]}
 
+    async def all_served(self) -> None:
+        await self.forwarder.drain(60)
+        await turns()
+        assert len(self.forwarder) == 0
+        assert not self.network.open_udp_connections
 
-@pytest.fixture
-def silent() -> Iterator[socket.socket]:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
-        link.bind(("127.0.0.1", 0))
-        yield link
+
+# ---- responses ----
 
 
-def test_the_greediest_clients_oldest_question_gives_way(silent: socket.socket) -> None:
-    async def run() -> None:
-        clients = Clients(silent)
+def test_clients_that_ask_the_same_get_one_query_s_response() -> None:
+    async def ask() -> None:
+        clients = Clients(lambda sent: [(0.1, sent.respond(ADDRESS))])
+        for ident, client in enumerate((A, B, C)):
+            clients.ask(client, "www", ident)
+        await clients.all_served()
+        assert len(clients.network.sent) == 1
+        assert clients.metrics.coalesced[0] == 2
+        assert clients.got == [(A, 0, 0), (B, 1, 0), (C, 2, 0)]
+        for ident, (_, reply) in enumerate(clients.replies):
+            assert reply.data == m.response("www.example", m.A, (ADDRESS,), ident=ident)
+            assert reply.source == "forward"
+
+    run(ask())
+
+
+def test_response_is_cached() -> None:
+    async def ask() -> None:
+        clients = Clients(honest)
+        key = clients.ask(A, "www").forward.query.key
+        await clients.all_served()
+        entry = clients.cache.get(key, now())
+        assert entry
+        assert entry.expires == now() + 300
+
+    run(ask())
+
+
+def test_failure_is_cached_briefly() -> None:
+    async def ask() -> None:
+        clients = Clients(lambda sent: [(0.0, sent.respond(rcode=Rcode.SERVFAIL))])
+        key = clients.ask(A, "www").forward.query.key
+        await clients.all_served()
+        assert clients.got == [(A, 0, Rcode.SERVFAIL)]
+        assert clients.cache.get(key, now() + FAILURE_SECONDS - 0.01)
+        assert not clients.cache.get(key, now() + FAILURE_SECONDS)
+
+    run(ask())
+
+
+def test_silent_servers_end_with_servfail() -> None:
+    async def ask() -> None:
+        clients = Clients()
+        clients.ask(A, "www")
+        await clients.all_served()
+        ((at, reply),) = clients.replies
+        assert reply.rcode == Rcode.SERVFAIL
+        assert at < TOTAL_SECONDS
+
+    run(ask())
+
+
+def answers_once(first: float) -> Script:
+    """Responds to the first query with a TTL of 5 s after ``first`` seconds, then never again."""
+    seen: list[Sent] = []
+
+    def script(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+        seen.append(sent)
+        return [(first, sent.respond(m.record(m.A, bytes(4), 5)))] if len(seen) == 1 else []
+
+    return script
+
+
+def test_stale_response_is_sent_when_servers_are_slow() -> None:
+    async def ask() -> None:
+        clients = Clients(answers_once(0.0))
+        clients.ask(A, "www", 1)
+        await clients.all_served()
+        await asyncio.sleep(10)
+        begun = now()
+        clients.ask(A, "www", 2)
+        clients.ask(B, "www", 3)
+        await asyncio.sleep(STALE_SECONDS + 0.01)
+        assert [(round(at - begun, 3), reply.source) for at, reply in clients.replies[1:]] == [
+            (STALE_SECONDS, "stale"),
+            (STALE_SECONDS, "stale"),
+        ]
+        assert len(clients.forwarder) == 1, "the query continues"
+        await clients.all_served()
+        assert len(clients.replies) == 3, "each client gets one response"
+
+    run(ask())
+
+
+def test_no_stale_response_before_the_servers_had_their_time() -> None:
+    async def ask() -> None:
+        delays = iter((0.0, STALE_SECONDS - 0.1))
+        clients = Clients(lambda sent: [(next(delays, 9.0), sent.respond(m.record(m.A, bytes(4), 5)))])
+        clients.ask(A, "www", 1)
+        await clients.all_served()
+        await asyncio.sleep(10)
+        clients.ask(A, "www", 2)
+        await clients.all_served()
+        assert [reply.source for _, reply in clients.replies] == ["forward", "forward"]
+
+    run(ask())
+
+
+@pytest.mark.parametrize("stop", [False, True])
+def test_private_address_from_upstream_is_refused(stop: bool) -> None:
+    async def ask() -> None:
+        private = m.record(m.A, bytes((10, 0, 0, 1)), 300)
+        clients = Clients(lambda sent: [(0.0, sent.respond(private))], stop_dns_rebind=stop)
+        clients.ask(A, "www")
+        await clients.all_served()
+        assert clients.got == [(A, 0, Rcode.REFUSED if stop else Rcode.NOERROR)]
+        assert len(clients.cache) == (0 if stop else 1)
+
+    run(ask())
+
+
+def test_responses_to_many_clients_are_spread_over_turns() -> None:
+    async def ask() -> None:
+        clients = Clients(lambda sent: [(0.0, sent.respond(ADDRESS))], limit=1_000)
+        for number in range(100):
+            clients.ask(number.to_bytes(4, "big"), "www", number)
+        in_turn = []
+        while len(clients.got) < 100:
+            before = len(clients.got)
+            await asyncio.sleep(0)
+            in_turn.append(len(clients.got) - before)
+        assert max(in_turn) == DELIVERED_PER_TURN
+
+    run(ask())
+
+
+def test_internal_error_ends_with_servfail(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def ask() -> None:
+        clients = Clients(honest)
+        monkeypatch.setattr(clients.responder, "entry_of", lambda *_: 1 / 0)
+        clients.ask(A, "www")
+        await clients.all_served()
+        assert clients.got == [(A, 0, Rcode.SERVFAIL)]
+
+    run(ask())
+
+
+def test_name_without_servers_is_refused() -> None:
+    async def ask() -> None:
+        clients = Clients(honest)
+        clients.responder.routes = Routes()
+        clients.ask(A, "www")
+        assert clients.got == [(A, 0, Rcode.REFUSED)]
+
+    run(ask())
+
+
+# ---- limits and shares ----
+
+
+def test_greediest_client_s_oldest_query_gives_way() -> None:
+    async def ask() -> None:
+        clients = Clients()
         for number in range(LIMIT):
             clients.ask(A, f"a{number}", number)
         clients.ask(A, "one-more", 99)
-        assert (clients.got, clients.rejects()) == ([(A, 99, Rcode.REFUSED)], {"servers": 1}), "all of its are fresh"
+        assert (clients.got, clients.rejects()) == ([(A, 99, Rcode.REFUSED)], {"servers": 1}), "its queries are fresh"
         clients.ask(B, "b", 1)
         assert clients.got[1:] == [(A, 0, Rcode.REFUSED)]
         assert clients.rejects() == {"servers": 1, "shed": 1}
@@ -131,50 +244,108 @@ def test_the_greediest_clients_oldest_question_gives_way(silent: socket.socket) 
         assert len(clients.forwarder) == 0
         assert Counter(code for _, _, code in clients.got) == {Rcode.REFUSED: 2, Rcode.SERVFAIL: LIMIT}
 
-    asyncio.run(run())
+    run(ask())
 
 
-def test_an_old_question_gives_way_to_a_new_one_of_the_same_client(
-    silent: socket.socket, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Others may be behind the same address."""
-    monkeypatch.setattr(module, "FRESH_SECONDS", 0.0)
+@pytest.mark.parametrize(
+    ("seconds", "refused", "reason"), [(FRESH_SECONDS - 0.01, LIMIT, "servers"), (FRESH_SECONDS, 0, "shed")]
+)
+def test_query_gives_way_to_an_equally_greedy_client_once_it_is_old(seconds: float, refused: int, reason: str) -> None:
+    """Other users may be behind the same address."""
 
-    async def run() -> None:
-        clients = Clients(silent)
-        for number in range(LIMIT + 1):
+    async def ask() -> None:
+        clients = Clients()
+        for number in range(LIMIT):
             clients.ask(A, f"a{number}", number)
-        assert (clients.got, clients.rejects()) == ([(A, 0, Rcode.REFUSED)], {"shed": 1})
+        await asyncio.sleep(seconds)
+        clients.ask(A, "new", LIMIT)
+        assert (clients.got, clients.rejects()) == ([(A, refused, Rcode.REFUSED)], {reason: 1})
         await clients.forwarder.stop()
 
-    asyncio.run(run())
+    run(ask())
 
 
-def test_a_question_that_another_client_waits_for_goes_on(silent: socket.socket) -> None:
-    async def run() -> None:
-        clients = Clients(silent)
+def test_query_that_another_client_waits_for_continues() -> None:
+    async def ask() -> None:
+        clients = Clients()
         for number in range(LIMIT):
             clients.ask(A, f"n{number}", number)
         clients.ask(B, "n0", 50)  # waits for the oldest one, too
-        third = ipaddress.ip_address("192.0.2.3").packed
-        clients.ask(third, "c", 60)
-        assert clients.got == [(A, 0, Rcode.REFUSED), (A, 1, Rcode.REFUSED)], "the first of them freed no place"
+        clients.ask(C, "c", 60)
+        assert clients.got == [(A, 0, Rcode.REFUSED), (A, 1, Rcode.REFUSED)], "shedding the first freed no slot"
         assert clients.metrics.coalesced[0] == 1
         await clients.forwarder.stop()
         assert (B, 50, Rcode.SERVFAIL) in clients.got
 
-    asyncio.run(run())
+    run(ask())
+
+
+def test_shed_query_is_cancelled_upstream() -> None:
+    async def ask() -> None:
+        clients = Clients()
+        for number in range(LIMIT):
+            clients.ask(A, f"a{number}", number)
+        await turns()
+        assert len(clients.network.open_udp_connections) == LIMIT
+        clients.ask(B, "b")
+        await turns()
+        assert len(clients.network.open_udp_connections) == LIMIT
+        await clients.forwarder.stop()
+        assert not clients.network.open_udp_connections
+
+    run(ask())
+
+
+def test_few_clients_give_way_for_one_query() -> None:
+    """Two clients wait for each query: refusing one of them frees no slot."""
+
+    async def ask() -> None:
+        clients = Clients()
+        for number in range(LIMIT):  # one query for each of these clients, which are all as greedy
+            for ident in range(2):
+                clients.ask(number.to_bytes(4, "big"), f"n{number + ident}", ident)
+        await asyncio.sleep(FRESH_SECONDS)
+        before = len(clients.got)
+        clients.ask(A, "new", 77)
+        assert len(clients.got) - before <= MAX_SHED
+        await clients.forwarder.stop()
+
+    run(ask())
+
+
+def test_dead_servers_of_one_domain_leave_room_for_the_others() -> None:
+    dead = [Server(f"203.0.113.{number}") for number in range(ALL_ASKED + 1)]
+    domains = tuple(DomainServers(name_from_text(f"d{number}.example"), (each,)) for number, each in enumerate(dead))
+
+    async def ask() -> None:
+        clients = Clients(honest, domain_servers=domains)
+        clients.network.scripts |= dict.fromkeys(dead, silent)
+        for number in range(2 * LIMIT):
+            clients.ask(A, f"n{number}.d0", number)
+        assert clients.rejects() == {"servers": LIMIT}
+        clients.ask(B, "www", 1)
+        await turns()
+        assert clients.got[-1] == (B, 1, Rcode.NOERROR)
+        for domain in range(1, ALL_ASKED):
+            for number in range(LIMIT):
+                clients.ask(A, f"n{number}.d{domain}", number)
+        assert clients.rejects() == {"servers": LIMIT}
+        clients.ask(A, f"n.d{ALL_ASKED}", 1)
+        assert clients.rejects() == {"servers": LIMIT, "all": 1}
+        await clients.forwarder.stop()
+
+    run(ask())
 
 
 @pytest.mark.parametrize("tcp", [False, True])
-def test_repeats_take_nobodys_place(silent: socket.socket, tcp: bool) -> None:
-    async def run() -> None:
-        clients = Clients(silent)
-        most = min(MAX_REPEATS_PER_CLIENT, module.ALL_WAITING * LIMIT)
+def test_repeats_take_no_slots(tcp: bool) -> None:
+    async def ask() -> None:
+        clients = Clients()
+        most = min(MAX_REPEATS_PER_CLIENT, ALL_WAITING * LIMIT)
         for ident in range(most + 6):
             clients.ask(A, "same", ident, tcp)
         assert clients.rejects() == {"repeat": 5}
-        assert len(clients.got) == (5 if tcp else 0), "over UDP the client asks again, and finds it in the cache"
+        assert len(clients.got) == (5 if tcp else 0), "over UDP the client retries and finds it in the cache"
         clients.ask(A, "same", 1, tcp)  # the same again, from the same port
         assert clients.rejects() == {"repeat": 5}
         assert len(clients.forwarder) == 1
@@ -187,12 +358,32 @@ def test_repeats_take_nobodys_place(silent: socket.socket, tcp: bool) -> None:
             B: LIMIT - 1,
         }
 
-    asyncio.run(run())
+    run(ask())
 
 
-def test_a_client_that_has_gone_leaves_its_place(silent: socket.socket) -> None:
-    async def run() -> None:
-        clients = Clients(silent)
+def test_repeats_are_bounded_per_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_REPEATS_PER_CLIENT", 3)
+
+    async def ask() -> None:
+        clients = Clients()
+        for ident in range(10):
+            clients.ask(A, "same", ident)
+        assert clients.rejects() == {"repeat": 6}
+        clients.ask(B, "same", 1)
+        clients.ask(B, "same", 2)
+        assert clients.rejects() == {"repeat": 6}, "another client has its own"
+        await clients.forwarder.stop()
+        for ident in range(4):  # what was held is free again
+            clients.ask(A, "other", ident)
+        assert clients.rejects() == {"repeat": 6}
+        await clients.forwarder.stop()
+
+    run(ask())
+
+
+def test_client_that_disconnects_frees_its_slot() -> None:
+    async def ask() -> None:
+        clients = Clients()
         first, second = clients.ask(A, "a", 1, tcp=True), clients.ask(A, "a", 2, tcp=True)
         clients.forwarder.cancel(first)
         assert len(clients.forwarder) == 1
@@ -202,4 +393,28 @@ def test_a_client_that_has_gone_leaves_its_place(silent: socket.socket) -> None:
         await clients.forwarder.stop()
         assert not clients.got
 
-    asyncio.run(run())
+    run(ask())
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda clients, asked: clients.forwarder.cancel(asked[0]),
+        lambda clients, asked: [clients.ask(B, f"b{number}", number) for number in range(LIMIT)],
+    ],
+    ids=["cancelled", "shed"],
+)
+def test_books_are_empty_when_nothing_is_in_flight(end: Callable[[Clients, list[ClientQuery]], None]) -> None:
+    async def ask() -> None:
+        clients = Clients()
+        asked = [clients.ask(A, f"a{number}", number) for number in range(LIMIT)]
+        end(clients, asked)
+        await clients.forwarder.stop()
+        await turns()
+        forwarder = clients.forwarder
+        assert (len(forwarder), forwarder._total.queries, len(forwarder._total.shares)) == (0, 0, 0)
+        assert not forwarder._loads
+        assert not forwarder._repeats
+        assert not clients.network.open_udp_connections
+
+    run(ask())

@@ -1,0 +1,110 @@
+"""Queries on their way from the UDP thread to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections import Counter
+from collections.abc import Iterator
+
+import dns_messages as m
+import pytest
+from virtual_time import run, turns
+
+from udpwatch.dns.forwarder import ClientQuery
+from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, HandoverQueue
+from udpwatch.dns.message import parse_query
+from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.responder import Forward, Reply
+from udpwatch.dns.udp import Pending
+from udpwatch.dns.udp_socket import BATCH, UdpSocket, open_socket
+
+A, B = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2"))
+
+
+@pytest.fixture
+def link() -> Iterator[UdpSocket]:
+    link = open_socket(("127.0.0.1", 0), socket.AF_INET, checked=False)
+    yield link
+    link.close()
+
+
+def pending(link: UdpSocket, client: bytes, number: int) -> Pending:
+    query = parse_query(m.query(f"n{number}.example", ident=number & 0xFFFF))
+    name = b"\2\0" + (1024 + number).to_bytes(2, "big") + client + bytes(8)
+    return Pending(link, name, bytes(32), Forward(query, 512), 0.0)
+
+
+def test_one_client_cannot_fill_the_queue(link: UdpSocket) -> None:
+    async def flood() -> None:
+        metrics, taken = Metrics(), Counter[bytes]()
+        in_turn: list[int] = []
+
+        def take(query: ClientQuery) -> None:
+            taken[query.client] += 1
+            in_turn[-1] += 1
+
+        queue = HandoverQueue(metrics, take)
+        queue.start()
+        for first in range(0, 3_000, BATCH):
+            queue.put([pending(link, A, first + number) for number in range(BATCH)])
+        queue.put([pending(link, B, number) for number in range(10)])
+        for _ in range(100):
+            in_turn.append(0)
+            await asyncio.sleep(0)
+        assert taken == {A: MAX_QUEUED_PER_CLIENT, B: 10}
+        assert metrics.forward_rejects["queue_share"][0] >= 3_000 - MAX_QUEUED_PER_CLIENT
+        assert metrics.forward_rejects["queue"][0] == 0
+        assert max(in_turn) == BATCH, "a turn of the event loop takes no more"
+        in_turn.append(0)
+        queue.put([pending(link, A, 1)])  # its slots are free again
+        await turns()
+        assert taken[A] == MAX_QUEUED_PER_CLIENT + 1
+
+    run(flood())
+
+
+def test_queue_is_bounded_for_all_clients_together(link: UdpSocket) -> None:
+    async def flood() -> None:
+        metrics = Metrics()
+        queue = HandoverQueue(metrics, lambda query: None)
+        queue.start()
+        queue.put([pending(link, number.to_bytes(4, "big"), number) for number in range(MAX_QUEUED + 7)])
+        assert metrics.forward_rejects["queue"][0] == 7
+
+    run(flood())
+
+
+def test_response_goes_back_to_its_client(link: UdpSocket) -> None:
+    async def forward() -> bytes:
+        metrics = Metrics()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+            client.bind(("127.0.0.1", 0))
+            address, port = client.getsockname()
+            name = b"\2\0" + port.to_bytes(2, "big") + socket.inet_aton(address) + bytes(8)
+            control = bytes(20) + socket.inet_aton("127.0.0.1") + bytes(8)
+            query = parse_query(m.query("www.example"))
+            queue = HandoverQueue(metrics, lambda each: each.deliver(Reply(b"response", "forward", 0, query)))
+            queue.start()
+            queue.put([Pending(link, name, control, Forward(query, 512), 0.0)])
+            await turns()
+            client.settimeout(5)
+            assert metrics.dropped["send"][0] == 0
+            assert sum(metrics.duration["forward"].counts) == 1
+            return client.recv(100)
+
+    assert run(forward()) == b"response"
+
+
+def test_response_for_a_closed_socket_is_counted(link: UdpSocket) -> None:
+    async def forward() -> int:
+        metrics = Metrics()
+        queue = HandoverQueue(metrics, lambda each: each.deliver(Reply(b"response", "forward", 0)))
+        queue.start()
+        queue.put([pending(link, A, 1)])
+        link.close()
+        await turns()
+        return metrics.dropped["send"][0]
+
+    assert run(forward()) == 1
