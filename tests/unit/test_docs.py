@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from udpwatch.agent.config import SETTINGS
@@ -11,6 +12,50 @@ from udpwatch.agent.daemon.state import LOSS_STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
+PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/README.md")
+COLUMNS = 120
+#: Pages that are still too wide.
+TO_DO = {
+    "README.md",
+    "docs/attribution.md",
+    "docs/decisions/001-cgroup-hooks.md",
+    "docs/decisions/002-loading-child.md",
+    "docs/decisions/003-remembering.md",
+    "docs/decisions/004-netlink-mode.md",
+    "docs/decisions/005-namespaces-without-names.md",
+    "docs/decisions/006-flows.md",
+    "docs/decisions/007-compile-cache.md",
+    "docs/decisions/008-dns-in-batches.md",
+    "docs/dns-options.md",
+    "docs/dns.md",
+    "docs/docker.md",
+    "docs/events.md",
+    "docs/explain.md",
+    "docs/findings.md",
+    "docs/kernels.md",
+    "docs/kubernetes.md",
+    "docs/metrics.md",
+    "docs/monitoring.md",
+    "docs/runbooks/README.md",
+    "docs/runbooks/UdpwatchAgentDown.md",
+    "docs/runbooks/UdpwatchConntrackFull.md",
+    "docs/runbooks/UdpwatchDnsErrors.md",
+    "docs/runbooks/UdpwatchDnsFailing.md",
+    "docs/runbooks/UdpwatchDnsHostsUnreadable.md",
+    "docs/runbooks/UdpwatchDnsNoUpstream.md",
+    "docs/runbooks/UdpwatchDnsUpstreamFailing.md",
+    "docs/runbooks/UdpwatchEventsLost.md",
+    "docs/runbooks/UdpwatchManyWrongReplies.md",
+    "docs/runbooks/UdpwatchProbeDetached.md",
+    "docs/runbooks/UdpwatchProbeLost.md",
+    "docs/runbooks/UdpwatchSeesNoReplies.md",
+    "docs/runbooks/UdpwatchServerAnswersWrongly.md",
+    "docs/runbooks/UdpwatchTooManyServers.md",
+    "docs/security.md",
+    "docs/settings.md",
+    "docs/systemd.md",
+    "helm/udpwatch/README.md",
+}
 
 
 def test_every_metric_is_documented_and_the_reverse() -> None:
@@ -45,6 +90,22 @@ def test_paths_in_contributing_exist() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in (*ROOT.glob("*.md"), *DOCS.rglob("*.md")):
+    for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def long_lines(page: Path) -> Iterator[int]:
+    """Return the numbers of lines that are too long, except output in a code block without a language."""
+    output = False
+    for number, line in enumerate(page.read_text().splitlines(), start=1):
+        if line.startswith("```"):
+            output = not output and line == "```"
+        elif len(line) > COLUMNS and not output:
+            yield number
+
+
+def test_pages_are_at_most_120_columns_wide() -> None:
+    wide = {str(page.relative_to(ROOT)): list(long_lines(page)) for page in PAGES}
+    found = {name: numbers for name, numbers in wide.items() if numbers}
+    assert {name: numbers for name, numbers in found.items() if name not in TO_DO} == {}

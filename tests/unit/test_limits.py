@@ -13,9 +13,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/limits.md").read_text()
-ROWS = [
-    line for line in PAGE.splitlines() if line.startswith("| ") and ":" in line.rpartition("|")[0].rpartition("|")[2]
-]
+#: A bound: "- **NAME**: VALUE. EFFECT", "Counter: ...", "Code: ...", over several lines.
+ITEMS = [" ".join(item.split()) for item in re.findall(r"^- \*\*.*\n(?:  .*\n)*", PAGE, re.MULTILINE)]
 REFERENCE = re.compile(r"`((?:agent|dns)/[\w/]+\.py):([\w.]+)`")
 
 #: What bounds no tenant's doing: formats, what files and settings of the operator's may hold, and the screen.
@@ -98,17 +97,20 @@ def spellings(value: float) -> set[str]:
     return words | ({"one"} if whole == 1 else set())
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
-def test_numbers_are_those_of_the_code(row: str) -> None:
-    cells = [cell.strip() for cell in row.strip("| ").split(" | ")]
-    assert len(cells) == 5, row
-    references = REFERENCE.findall(cells[4])
-    assert references, row
+@pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.split("**")[1])
+def test_values_match_the_code(item: str) -> None:
+    parts = re.fullmatch(r"(.+?) Counter: (.+?) Code: (.+)", item)
+    assert parts, item
+    references = REFERENCE.findall(parts[3])
+    assert references, item
     for path, name in references:
         value = value_of(path, name)
-        text = f"{cells[0]} {cells[1]} {cells[2]}"
-        found = any(re.search(rf"(?<![\d,.]){re.escape(word)}(?![,.]?\d)", text) for word in spellings(value))
-        assert found, f"{path}:{name} is {value:g}, the row has none of {sorted(spellings(value))}"
+        found = any(re.search(rf"(?<![\d,.]){re.escape(word)}(?![,.]?\d)", parts[1]) for word in spellings(value))
+        assert found, f"{path}:{name} is {value:g}, the item has none of {sorted(spellings(value))}"
+
+
+def test_every_reference_is_part_of_an_item() -> None:
+    assert len(REFERENCE.findall(PAGE)) == sum(len(REFERENCE.findall(item)) for item in ITEMS)
 
 
 def test_each_bound_is_on_the_page() -> None:
