@@ -1,16 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* What reply.c and flows.c both do. No map is used here: bcc rewrites map calls in the main file
- * only. */
+/* What sockets.c and conntrack.c both do. No map is used here: bcc rewrites map calls in the main
+ * file only. */
 #ifndef UDPWATCH_COMMON_H
 #define UDPWATCH_COMMON_H
 
 #include "compat.h"
 #include "records.h"
 
-#define PROTO_UDP   17
-#define FAMILY_INET 2
-#define ROUTE_GROUP 0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
-#define DST_NOREF   1ULL       /* SKB_DST_NOREF */
+#define PROTO_UDP    17
+#define FAMILY_INET  2
+#define ROUTE_GROUP  0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
+#define CT_INFO_MASK 7ULL       /* NFCT_INFOMASK */
+#define DST_NOREF    1ULL       /* SKB_DST_NOREF */
+
+/* Atomic although per CPU: a program can be preempted, and interrupted by another run of itself. */
+#define COUNT(field, n)                                                                            \
+    do {                                                                                           \
+        struct stats *stats_ = stats_of_this_cpu();                                                \
+        if (stats_)                                                                                \
+            __sync_fetch_and_add(&stats_->field, (n));                                             \
+    } while (0)
 
 static __always_inline void set_ip4(struct address *to, __u32 address) {
     to->half[0] = 0;

@@ -65,7 +65,8 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 #define socket_of_send(ctx) bpf_get_socket_cookie(ctx)
 #endif
 
-/* Whether a hook of a send can tell the cause by the socket alone, without a call (see reply.c). */
+/* Whether a hook of a send can tell the cause by the socket alone, without a call (see sockets.c).
+ */
 #define CAUSE_BY_SOCKET (HAVE_KERNEL_READ && KNOW_CURRENT)
 
 /* The scope of a conversation: the network namespace, by its cookie, else by its address in the

@@ -7,7 +7,7 @@
  * 1. A set is changed under its lock. Without the lock only the times of a conversation with one
  *    address are moved. A reply is called wrong only under the lock.
  * 2. Which conversation is evicted: table.h.
- * 3. An eviction within the window is noted (reply.c); a reply that it may concern is undecided.
+ * 3. An eviction within the window is noted (sockets.c); a reply that it may concern is undecided.
  *
  * Without CAP_PERFMON the verifier refuses variable offsets into map memory, so each way is
  * addressed by a constant and selected by comparing values stored in it.

@@ -236,7 +236,7 @@ struct reported_key {
     __u32 pad;
 };
 
-/* ---- conntrack's flows, seen from the side (flows.c) ---- */
+/* ---- conntrack's flows, seen from the side (conntrack.c) ---- */
 
 #define ENTRY_GONE                                                                                 \
     0x80000000 /* in `final` of a candidate: the entry is gone, the other bits are its last status \
@@ -256,7 +256,7 @@ struct request {
     struct address server; /* zero: a group, which any source may answer */
     __u64 seen;            /* 0: this half is free */
     __u64 entry; /* address of its struct nf_conn; 0: read from a dump, conntrack has to be asked */
-    __u64 final; /* of an entry that is gone, flows.c: final_of() */
+    __u64 final; /* of an entry that is gone, conntrack.c: final_of() */
 };
 
 /* The two servers that a client asked last, from one port at one port. The table has no lock (these

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the tables of reply.c and flows.c have in common: sets of WAYS entries in an array map,
- * found by a keyed hash, with a share for each tenant (a server port of a network namespace). No
- * map is used here: bcc rewrites map calls in the main file only.
+ * What the tables of sockets.c and conntrack.c have in common: sets of WAYS entries in an array
+ * map, found by a keyed hash, with a share for each tenant (a server port of a network namespace).
+ * No map is used here: bcc rewrites map calls in the main file only.
  *
  * Which entry makes room: an expired one first. A full set evicts from the tenant that holds most
  * of it: what was answered, then what was answered wrongly, then the oldest. A tenant that has lost

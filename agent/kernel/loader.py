@@ -30,7 +30,7 @@ _MAX_DESCRIPTORS = 64
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Constants of the compile, bpf/reply.c and bpf/flows.c."""
+    """Constants of the compile, bpf/sockets.c and bpf/conntrack.c."""
 
     window_ns: int = 30_000_000_000
     max_peers: int = 131_072  # conversations that are remembered

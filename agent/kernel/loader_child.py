@@ -230,7 +230,7 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
     for program, call in TAIL_CALLS:
         descriptor = _load(program, call.type, call.attach, code, answer)
         map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
-    _load_on_demand("reply.c", code, answer)
+    _load_on_demand("sockets.c", code, answer)
     for program, hook in HOOKS:
         try:
             descriptor = _load(program, hook.type, hook.attach, code, answer)
@@ -260,7 +260,7 @@ def _load_probes(code: dict[str, bytes], request: dict[str, Any], found: feature
         except (OSError, LookupError) as error:
             answer.refused[name] = f"cannot probe {name} by {how}: {error.args[-1]}"
     if found.flow_probes:
-        _load_on_demand("flows.c", code, answer)
+        _load_on_demand("conntrack.c", code, answer)
 
 
 def _reason(error: OSError) -> str:
@@ -305,13 +305,13 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     constants = _constants(request, found)
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
     if hooks is not Hooks.FUNCTION:
-        compiled = _obtain("reply.c", request, constants)
+        compiled = _obtain("sockets.c", request, constants)
         _load_hooks(_link(compiled, maps), maps, request, answer)
-        read |= MAPS["reply.c"]
+        read |= MAPS["sockets.c"]
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
-        compiled = _obtain("flows.c", request, constants)
+        compiled = _obtain("conntrack.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)
-        read |= MAPS["flows.c"]
+        read |= MAPS["conntrack.c"]
     for name in sorted(read):
         answer.add("map", name, maps[name])
     words = {

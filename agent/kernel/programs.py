@@ -10,7 +10,7 @@ from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 
 #: source file -> its maps that the agent reads
 MAPS = {
-    "reply.c": {
+    "sockets.c": {
         "conversations",
         "hash_keys",
         "ingress_next",
@@ -25,7 +25,7 @@ MAPS = {
         "senders",
         "counters",
     },
-    "flows.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
+    "conntrack.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
 }
 #: maps whose elements begin with a lock (locks.py)
 LOCKED = frozenset({"conversations", "addresses"})
@@ -83,31 +83,31 @@ HOOK_WITHOUT = "the cause is 'unknown' for sockets that are not connected"
 FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 
 PROGRAMS = (
-    Program("ingress_slow", "ingress_slow", "reply.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
-    Program("egress_slow", "egress_slow", "reply.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
-    Program("clock_ticks", "clock_ticks", "reply.c", OnDemand()),
-    Program("ingress", "ingress", "reply.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
-    Program("egress", "egress", "reply.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
+    Program("ingress_slow", "ingress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
+    Program("egress_slow", "egress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
+    Program("clock_ticks", "clock_ticks", "sockets.c", OnDemand()),
+    Program("ingress", "ingress", "sockets.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
+    Program("egress", "egress", "sockets.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
     Program(
         "sendmsg4",
         "sendmsg4",
-        "reply.c",
+        "sockets.c",
         Hook(AttachType.CGROUP_UDP4_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
         without=HOOK_WITHOUT,
     ),
     Program(
         "sendmsg6",
         "sendmsg6",
-        "reply.c",
+        "sockets.c",
         Hook(AttachType.CGROUP_UDP6_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
         without=HOOK_WITHOUT,
     ),
-    Program("udp_sendmsg", "send4", "flows.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
-    Program("udpv6_sendmsg", "send6", "flows.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),
+    Program("udp_sendmsg", "send4", "conntrack.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
+    Program("udpv6_sendmsg", "send6", "conntrack.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),
     Program(
         "__nf_conntrack_confirm",
         "confirm",
-        "flows.c",
+        "conntrack.c",
         Function("__nf_conntrack_confirm", "nf_conntrack"),
         without=FORWARDED_WITHOUT,
         is_for_forwarded=True,
@@ -115,13 +115,13 @@ PROGRAMS = (
     Program(
         "nf_ct_delete",
         "gone",
-        "flows.c",
+        "conntrack.c",
         Function("nf_ct_delete", "nf_conntrack"),
         without=FORWARDED_WITHOUT,
         is_for_forwarded=True,
     ),
-    Program("settle", "settle", "flows.c", OnDemand(), is_for_forwarded=True),
-    Program("enter", "enter", "flows.c", OnDemand(), is_for_forwarded=True),
+    Program("settle", "settle", "conntrack.c", OnDemand(), is_for_forwarded=True),
+    Program("enter", "enter", "conntrack.c", OnDemand(), is_for_forwarded=True),
 )
 
 BY_NAME = {program.name: program for program in PROGRAMS}

@@ -1,4 +1,4 @@
-"""What each tenant holds of a bounded map: a program lets a tenant hold as many elements as are free (bpf/reply.c,
+"""What each tenant holds of a bounded map: a program lets a tenant hold as many elements as are free (bpf/sockets.c,
 `finding_of`). Programs only add to the numbers; whoever takes elements out sets them right here.
 """
 

@@ -1,4 +1,4 @@
-"""Flows from function probes: the candidates of bpf/flows.c."""
+"""Flows from function probes: the candidates of bpf/conntrack.c."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from udpwatch.agent.sources.flows import (
 
 
 class ProbedFlows:
-    """Candidates of bpf/flows.c."""
+    """Candidates of bpf/conntrack.c."""
 
     def __init__(self, loaded: Loaded, limits: Limits) -> None:
         """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""

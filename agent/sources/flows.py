@@ -70,7 +70,7 @@ class _Sum:
 
 
 class Reported:
-    """reply.c's map of the datagrams that sockets of this node were found with."""
+    """sockets.c's map of the datagrams that sockets of this node were found with."""
 
     def __init__(self, descriptor: int | None, window_ns: int) -> None:
         """None: there is no such map, nothing was reported."""

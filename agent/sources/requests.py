@@ -1,4 +1,4 @@
-"""Which servers a client asked, of conntrack's events: the twin of the table in bpf/flows.c.
+"""Which servers a client asked, of conntrack's events: the twin of the table in bpf/conntrack.c.
 
 Rules
 1. The table is bounded. A full one evicts from the namespace that holds the most, there from the server port that holds

@@ -1,4 +1,4 @@
-"""What bpf/reply.c found: wrong replies of this node's own sockets.
+"""What bpf/sockets.c found: wrong replies of this node's own sockets.
 
 Rules
 1. Counts are the kernel's. What leaves here is the increase since the last sample, each datagram once.
@@ -46,7 +46,7 @@ _Suspect = tuple[_Known, int, int, int]  # with its count, time and process id
 
 
 class ReplySensor:
-    """Reads the maps of reply.c, which stay the caller's to close. Not thread-safe: one thread reads."""
+    """Reads the maps of sockets.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
     def __init__(self, maps: dict[str, int], clock_program: int, limits: Limits) -> None:
         """``clock_program``: the descriptor of the program clock_ticks."""

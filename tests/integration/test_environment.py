@@ -55,9 +55,9 @@ def test_bcc_is_an_empty_folder(folder: Path) -> None:
 
 def test_source_that_does_not_compile(folder: Path) -> None:
     """The compiler's own word is passed on: bcc's exception has none."""
-    (folder / "reply.c").write_text("int ingress(struct __sk_buff *skb) { return 1 }\n")
-    wrapper = in_mount_namespace(f"mount --bind {folder}/reply.c {SOURCES}/reply.c")
-    assert_refused(run(folder, "--cache=off", wrapper=wrapper), 1, "cannot compile reply.c", "error: expected ';'")
+    (folder / "sockets.c").write_text("int ingress(struct __sk_buff *skb) { return 1 }\n")
+    wrapper = in_mount_namespace(f"mount --bind {folder}/sockets.c {SOURCES}/sockets.c")
+    assert_refused(run(folder, "--cache=off", wrapper=wrapper), 1, "cannot compile sockets.c", "error: expected ';'")
 
 
 def test_loader_that_says_much(folder: Path) -> None:

@@ -62,7 +62,7 @@ MESSAGE_LINES = 12  # of a failed test
 
 ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
 #: the programs of the hooks, and those that come with them and are attached to nothing
-WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "reply.c"}
+WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c"}
 
 ONE_CPU = "needs two CPUs, a guest has one"
 NO_FLOOD = "a flood takes more than an emulated CPU makes"

@@ -21,7 +21,7 @@ ONE, OTHER = "tests/integration/test_one.py", "tests/integration/test_other.py"
 FILES = {
     "pyproject.toml": "",
     "agent/daemon/app.py": "",
-    "bpf/reply.c": "",
+    "bpf/sockets.c": "",
     "docs/kernels.md": "",
     "tests/conftest.py": "",
     "tests/kernels/guest.py": "",
@@ -81,7 +81,7 @@ def test_what_failed_is_not(tree: Path) -> None:
         ("tests/integration/conftest.py", (set(), False)),
         ("tests/kernels/guest.py", (set(), False)),
         ("agent/daemon/app.py", (set(), False)),
-        ("bpf/reply.c", (set(), False)),
+        ("bpf/sockets.c", (set(), False)),
     ],
 )
 def test_what_a_change_makes_void(tree: Path, changed: str, left: tuple[set[str], bool]) -> None:

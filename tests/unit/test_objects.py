@@ -96,17 +96,17 @@ def test_everything_that_is_compiled_counts(tmp_path: Path) -> None:
     header = tmp_path / "include/linux/types.h"
     header.parent.mkdir(parents=True)
     header.write_text("")
-    (tmp_path / "reply.c").write_text("int x;")
+    (tmp_path / "sockets.c").write_text("int x;")
 
-    def key(source: str = "reply.c", **constants: int) -> str:
+    def key(source: str = "sockets.c", **constants: int) -> str:
         return objects.key(tmp_path, source, {"A": 1, "B": 2, **constants})
 
     before = key()
-    assert before == objects.key(tmp_path, "reply.c", {"B": 2, "A": 1})
-    different = {before, key("flows.c"), key(A=2), key(C=3)}
+    assert before == objects.key(tmp_path, "sockets.c", {"B": 2, "A": 1})
+    different = {before, key("conntrack.c"), key(A=2), key(C=3)}
     header.write_text("int y;")
     different.add(key())
-    (tmp_path / "reply.c").write_text("int z;")
+    (tmp_path / "sockets.c").write_text("int z;")
     different.add(key())
     (tmp_path / "new.h").touch()
     different.add(key())

@@ -16,30 +16,22 @@
  *              They do not run for the plain sends of a connected socket.
  * egress       after POSTROUTING, before segmentation: judge the source that really leaves.
  */
+#include "causes.h"
 #include "common.h"
 #include "compat.h"
 #include "conversations.h"
+#include "packet.h"
 #include "records.h"
+#include "tracking.h"
 
 /* ---- limits and settings: SETS, ADDRESS_SETS, FINGERPRINT_SETS, MAX_EVICTIONS, MAX_FINDINGS,
  * MAX_TENANTS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND come with the compile, from Limits in
  * agent/kernel/loader.py ---- */
 
-#define ALIKE_NS           10000000000ULL /* far longer than a send takes */
-#define IP6_EXTENSIONS     32             /* of 8 bytes at least; the kernel takes any number */
-#define IP6_FRAGMENT       44             /* RFC 8200, section 4.5 */
-#define IP6_AUTHENTICATION 51             /* RFC 4302 */
-#define SECOND_NS          1000000000ULL
-#define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
-#define FAMILY_INET6       10
-#define ROOT_CGROUP        1ULL         /* the id of the root of cgroup v2 (kernfs) */
-#define ROOT_TENANT        (1ULL << 63) /* no cgroup's id: a namespace of the root cgroup's */
-#define FIRST_EPHEMERAL    32768        /* ip_local_port_range's default; clients live above */
-#define CT_RELATED         1 /* IP_CT_RELATED: as new, of a connection that a helper announced */
-#define CT_NEW             2 /* IP_CT_NEW: original direction of a flow that nobody answered */
-#define CT_REPLY           3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
-#define CT_UNTRACKED       7 /* IP_CT_UNTRACKED */
-#define CT_INFO_MASK       7ULL /* NFCT_INFOMASK */
+#define SECOND_NS       1000000000ULL
+#define ROOT_CGROUP     1ULL         /* the id of the root of cgroup v2 (kernfs) */
+#define ROOT_TENANT     (1ULL << 63) /* no cgroup's id: a namespace of the root cgroup's */
+#define FIRST_EPHEMERAL 32768        /* ip_local_port_range's default; clients live above */
 
 /* ---- maps ---- */
 
@@ -74,137 +66,11 @@ static __always_inline struct stats *stats_of_this_cpu(void) {
     return counters.lookup(&zero);
 }
 
-/* Atomic although per CPU: a program can be preempted, and interrupted by another run of itself. */
-#define COUNT(field, n)                                                                            \
-    do {                                                                                           \
-        struct stats *stats_ = stats_of_this_cpu();                                                \
-        if (stats_)                                                                                \
-            __sync_fetch_and_add(&stats_->field, (n));                                             \
-    } while (0)
-
-/* ---- packets ---- */
-
-/* Datagrams in one packet of UDP_SEGMENT. */
-static __always_inline __u32 segments_of(struct __sk_buff *skb) {
-    return skb->gso_segs ? skb->gso_segs : 1;
-}
-
-struct packet {
-    struct address source, destination;
-    __u16 source_port, destination_port;
-    __u8 family;
-};
-
-static __always_inline int is_extension(__u8 next) {
-    /* RFC 8200, section 4: hop-by-hop, routing, destination options */
-    return next == 0 || next == 43 || next == 60 || next == IP6_FRAGMENT ||
-           next == IP6_AUTHENTICATION;
-}
-
-static __always_inline void set_ports(struct packet *packet, const __u16 *ports) {
-    packet->source_port = net16(ports[0]);
-    packet->destination_port = net16(ports[1]);
-}
-
-/* Behind IP options or extension headers. By copy: arithmetic on packet pointers with anything but
- * constants is refused to whom CAP_PERFMON is missing. */
-static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct packet *packet) {
-    __u16 ports[2];
-    if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports))) {
-        COUNT(unparsed, 1);
-        return 0;
-    }
-    set_ports(packet, ports);
-    return 1;
-}
-
-/* As `parse`, for an IPv6 packet that begins with the extension header `next`. */
-static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
-                                           struct packet *packet) {
-    __u32 at = 40;
-#pragma clang loop unroll(disable)
-    for (int i = 0; i < IP6_EXTENSIONS && is_extension(next); i++) {
-        __u8 header[4];
-        if (bpf_skb_load_bytes(skb, at, header, sizeof(header))) {
-            COUNT(unparsed, 1);
-            return 0;
-        }
-        if (next == IP6_FRAGMENT) {
-            if (header[2] || header[3] & 0xf8)
-                return 0;
-            at += 8;
-        } else {
-            at += next == IP6_AUTHENTICATION ? (header[1] + 2) * 4 : (header[1] + 1) * 8;
-        }
-        next = header[0];
-    }
-    if (is_extension(next))
-        COUNT(unparsed, 1);
-    return next == PROTO_UDP ? load_ports(skb, at, packet) : 0;
-}
-
-/* 1: `packet` holds a UDP datagram's addresses. 0: something else, or a fragment without ports. */
-static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
-    __u8 *data = (void *)(long)skb->data;
-    __u8 *end = (void *)(long)skb->data_end;
-
-    if (data + 28 > end)
-        return 0; /* shorter than any UDP datagram */
-    if (data[0] >> 4 == 4) {
-        if (data[9] != PROTO_UDP || net16(*(__u16 *)(data + 6)) & IP4_OFFSET_MASK)
-            return 0;
-        packet->family = FAMILY_INET;
-        set_ip4(&packet->source, *(__u32 *)(data + 12));
-        set_ip4(&packet->destination, *(__u32 *)(data + 16));
-        if ((data[0] & 15) == 5) {
-            set_ports(packet, (__u16 *)(data + 20));
-            KEEP_APART(1);
-            return 1;
-        }
-        return load_ports(skb, (data[0] & 15) * 4, packet);
-    }
-    if (data[0] >> 4 == 6) {
-        __u8 next = data[6];
-        if (next != PROTO_UDP && !is_extension(next))
-            return 0;
-        if (data + 48 > end)
-            return 0;
-        packet->family = FAMILY_INET6;
-        set_ip6(&packet->source, (__u32 *)(data + 8));
-        set_ip6(&packet->destination, (__u32 *)(data + 24));
-        if (next == PROTO_UDP) {
-            set_ports(packet, (__u16 *)(data + 40));
-            KEEP_APART(2);
-            return 1;
-        }
-        return skip_extensions(skb, next, packet);
-    }
-    return 0;
-}
-
-/* Whether a request went to a group: nobody can answer from a multicast or broadcast address.
- * What is a broadcast address only the route knows; where it cannot be read, the frame tells, which
- * is wrong for a device without frames (tun) and for clusters that address each other by
- * broadcast frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
-static __always_inline int asks_group(struct __sk_buff *skb, const struct packet *packet) {
-    if (is_group(&packet->destination, packet->family))
-        return 1;
-    if (packet->family != FAMILY_INET)
-        return 0;
-#if HAVE_KERNEL_READ
-    int known, group = routed_to_group((__u64)skb, &known);
-    if (known)
-        return group;
-#endif
-    return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
+static __always_inline void count_unparsed(void) {
+    COUNT(unparsed, 1);
 }
 
 /* ---- conversations ---- */
-
-/* RFC 4291, section 2.5.6: a link-local peer is another one on each link. */
-static __always_inline int is_link_local(const struct address *address) {
-    return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
-}
 
 static __always_inline const struct hash_keys *keys_of_hash(void) {
     int zero = 0;
@@ -409,74 +275,14 @@ static __always_inline struct socket_causes *causes_of_port(struct bpf_sock *sk)
     int index = sk->src_port & (SENDER_SLOTS - 1);
     return socket_causes.lookup(&index);
 }
-
-/* The memory of a socket is used again for another one, which may be of another kind: so they are
- * taken for alike again some time after they differed. A send does not take as long. */
-static __always_inline int are_alike(const struct socket_cause *known) {
-    __u32 differed = READ_ONCE(known->differed);
-    return !differed || (__u32)bpf_jiffies64() - differed > ALIKE_NS / TICK_NS;
-}
-
-/* Note the cause of one more send of a socket; whether all that is known of it have the same. */
-static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
-    if (known->cause == cause)
-        return are_alike(known);
-    if (are_alike(known))
-        WRITE_ONCE(known->before, known->cause);
-    WRITE_ONCE(known->differed, ((__u32)bpf_jiffies64() - 1) | 1); /* not 0, not later */
-    WRITE_ONCE(known->cause, cause);
-    return 0;
-}
-
-/* As note_cause, by the socket. To ask for the current thread costs more than all of this. */
-static __always_inline int note_socket(struct bpf_sock *sk, __u64 socket, __u16 cause) {
-    struct socket_causes *causes = causes_of_port(sk);
-
-    if (!causes)
-        return 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if (causes->way[i].socket == socket)
-            return note_cause(&causes->way[i], cause);
-    }
-    struct socket_cause *replaced = &causes->way[bpf_jiffies64() & 3];
-    WRITE_ONCE(replaced->socket, 0); /* nobody's while it changes */
-    WRITE_ONCE(replaced->differed, 0);
-    WRITE_ONCE(replaced->cause, cause);
-    WRITE_ONCE(replaced->socket, socket);
-    return 0;
-}
-
-/* The cause of a socket's send: *alike if all that is known of it have the same, else that of a
- * thread of which nothing is noted. 0 where nothing is known. */
-static __always_inline __u32 cause_of_socket(struct bpf_sock *sk, __u64 socket, int *alike) {
-    struct socket_causes *causes = causes_of_port(sk);
-    __u32 cause = 0;
-
-    *alike = 0;
-    if (!causes)
-        return 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const struct socket_cause *known = &causes->way[i];
-        if (READ_ONCE(known->socket) == socket) {
-            *alike = are_alike(known);
-            cause = *alike ? READ_ONCE(known->cause) : READ_ONCE(known->before);
-            if (READ_ONCE(known->socket) == socket)
-                return cause;
-            break;
-        }
-    }
-    *alike = 0;
-    return 0;
-}
 #endif
 
 static __always_inline void note_sender(struct bpf_sock_addr *ctx, int source_named) {
     __u64 socket = socket_of_send(ctx);
     __u32 cause = source_named ? CAUSE_EXPLICIT : CAUSE_KERNEL_CHOSEN;
 #if CAUSE_BY_SOCKET
-    if (ctx->sk->state != BPF_TCP_ESTABLISHED && note_socket(ctx->sk, socket, cause))
+    if (ctx->sk->state != BPF_TCP_ESTABLISHED &&
+        note_socket(causes_of_port(ctx->sk), socket, cause))
         return;
 #endif
     __u64 pid_tgid = bpf_get_current_pid_tgid();
@@ -511,20 +317,6 @@ struct identity {
     __u32 tgid, uid, pktinfo;
 };
 
-static __always_inline int leaves_from_own(struct bpf_sock *sk, const struct address *source,
-                                           __u8 family) {
-    /* Volatile: the verifier wants each member of a socket read at an offset of its own. */
-    __u32 own4 = READ_ONCE(sk->src_ip4), own[4];
-    own[0] = READ_ONCE(sk->src_ip6[0]);
-    own[1] = READ_ONCE(sk->src_ip6[1]);
-    own[2] = READ_ONCE(sk->src_ip6[2]);
-    own[3] = READ_ONCE(sk->src_ip6[3]);
-    if (family == FAMILY_INET)
-        return source->word[3] == own4;
-    return source->word[0] == own[0] && source->word[1] == own[1] && source->word[2] == own[2] &&
-           source->word[3] == own[3];
-}
-
 /* Who sends, into key->cause, key->cgroup, key->comm and the identity. */
 static __always_inline struct identity identify(struct __sk_buff *skb, struct bpf_sock *sk,
                                                 struct finding_key *key) {
@@ -539,7 +331,7 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
 #if CAUSE_BY_SOCKET
     int alike = 0;
     if (sk->state != BPF_TCP_ESTABLISHED)
-        cause = cause_of_socket(sk, socket, &alike);
+        cause = cause_of_socket(causes_of_port(sk), socket, &alike);
 #else
     const int alike = 0;
 #endif
@@ -657,42 +449,6 @@ static __always_inline void note_reported(const struct packet *packet, __u64 now
         WRITE_ONCE(*seen, now);
     else
         reported.update(&key, &now);
-#endif
-}
-
-#if HAVE_KERNEL_READ
-/* The source address of a conntrack tuple. */
-static __always_inline void read_source(__u64 tuple, __u8 family, struct address *to) {
-    if (family == FAMILY_INET) {
-        set_ip4(to, read_kernel32(tuple));
-    } else {
-        to->half[0] = read_kernel(tuple);
-        to->half[1] = read_kernel(tuple + 8);
-    }
-}
-#endif
-
-/* What conntrack made of a packet. */
-enum tracking { UNTRACKED, BOOKED_AS_NEW, IN_REPLY, BEGUN_HERE };
-
-/* Reads a packet's own entry. Where the peer has spoken in it already, `source` becomes the address
- * that the entry has on this side, before NAT: what the peer asked, if it asked anything. */
-static __always_inline enum tracking read_entry(struct __sk_buff *skb, const struct packet *packet,
-                                                __u64 *entry, struct address *source) {
-#if HAVE_KERNEL_READ
-    __u64 nfct = read_kernel((__u64)skb + OFFSET_SKB_NFCT), info = nfct & CT_INFO_MASK;
-
-    if (info == CT_UNTRACKED || !(nfct & ~CT_INFO_MASK))
-        return UNTRACKED;
-    *entry = nfct & ~CT_INFO_MASK;
-    if (info == CT_NEW || info == CT_RELATED)
-        return BOOKED_AS_NEW;
-    int is_reply = info >= CT_REPLY;
-    read_source(*entry + (is_reply ? OFFSET_TUPLE_REPLY : OFFSET_TUPLE_ORIGINAL), packet->family,
-                source);
-    return is_reply ? IN_REPLY : BEGUN_HERE;
-#else
-    return UNTRACKED;
 #endif
 }
 

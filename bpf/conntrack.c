@@ -20,7 +20,10 @@
  */
 #include "common.h"
 #include "compat.h"
+#include "entries.h"
+#include "pktinfo.h"
 #include "records.h"
+#include "requests.h"
 #include "table.h"
 
 /* ---- limits and settings: REQUEST_SETS, MAX_EVICTIONS, MAX_TENANTS, MAX_CANDIDATES, WINDOW_NS and
@@ -29,22 +32,12 @@
  * (agent/kernel/probes.py) ----
  */
 
-#define SOL_IP          0
-#define SOL_IPV6        41
-#define IP_PKTINFO      8
-#define IPV6_PKTINFO    50
-#define CONTROLS        4 /* control messages looked at */
-#define CONTROL_BYTES   16
-#define STATE_CONNECTED 1    /* TCP_ESTABLISHED */
-#define SEEN_REPLY      0x2  /* IPS_SEEN_REPLY */
-#define EXPECTED        0x1  /* IPS_EXPECTED: a helper announced it (FTP, TFTP, SIP) */
-#define CT_INFO_MASK    7ULL /* NFCT_INFOMASK */
-#define DEVICE_BUCKETS  256  /* NETDEV_HASHENTRIES */
-#define DEVICES         8    /* of one bucket looked at */
+#define STATE_CONNECTED 1 /* TCP_ESTABLISHED */
 /* One and a half times as many fingerprints as clients. */
 #define FLOW_FINGERPRINT_SETS (2 * REQUEST_SETS)
 
-/* ---- maps; the first three are reply.c's as well: what has the same name is the same map ---- */
+/* ---- maps; the first three are sockets.c's as well: what has the same name is the same map ----
+ */
 
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
@@ -60,22 +53,6 @@ BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
  * right at each reading. */
 BPF_TABLE("lru_hash", __u64, __u64, candidates_held, MAX_TENANTS);
 BPF_ARRAY(all_candidates, __u64, 1);
-
-/* struct nf_conntrack_tuple, include/net/netfilter/nf_conntrack_tuple.h: TUPLE_LEN bytes */
-struct tuple {
-    __u32 source[4];
-    __u16 source_port, layer3;
-    __u32 destination[4];
-    __u16 destination_port;
-    __u8 protocol, direction;
-};
-
-/* A request's entry, as it is now. */
-struct looked_up {
-    struct request_key key;
-    struct address server;
-    struct tuple reply;
-};
 
 /* Too large for the stack. A program is not run again on a CPU on which it is running. */
 struct scratch {
@@ -94,52 +71,7 @@ static __always_inline struct stats *stats_of_this_cpu(void) {
     return counters.lookup(&zero);
 }
 
-#define COUNT(field, n)                                                                            \
-    do {                                                                                           \
-        struct stats *stats_ = stats_of_this_cpu();                                                \
-        if (stats_)                                                                                \
-            __sync_fetch_and_add(&stats_->field, (n));                                             \
-    } while (0)
-
 /* ---- who sends ---- */
-
-/* Whether one of the control messages is a PKTINFO that names a source (ip(7), RFC 3542). Where
- * there are more than are looked at, and none of these is one, *pktinfo says so. */
-static __always_inline int names_source(__u64 message, __u32 *pktinfo) {
-    struct {
-        __u64 length;
-        __u32 level, type;
-        __u8 data[CONTROL_BYTES + 8];
-    } control;
-    __u64 at = read_kernel(message + OFFSET_MSG_CONTROL);
-    __u64 left = read_kernel(message + OFFSET_MSG_CONTROLLEN);
-
-    *pktinfo = PKTINFO_NONE;
-#pragma unroll
-    for (int i = 0; i < CONTROLS; i++) {
-        if (!at || left < CONTROL_BYTES)
-            return 0;
-        copy_from_kernel(&control, sizeof(control), (void *)at);
-        if (control.length < CONTROL_BYTES || control.length > left)
-            return 0;
-        if (control.level == SOL_IP && control.type == IP_PKTINFO) {
-            *pktinfo = PKTINFO_PASSED;
-            return *(__u32 *)(control.data + 4) != 0; /* ipi_spec_dst */
-        }
-        if (control.level == SOL_IPV6 && control.type == IPV6_PKTINFO) {
-            *pktinfo = PKTINFO_PASSED;
-            return *(__u64 *)control.data || *(__u64 *)(control.data + 8); /* ipi6_addr */
-        }
-        __u64 step = (control.length + 7) & ~7ULL;
-        if (step >= left)
-            return 0;
-        at += step;
-        left -= step;
-    }
-    if (left >= CONTROL_BYTES)
-        *pktinfo = PKTINFO_UNKNOWN;
-    return 0;
-}
 
 static __always_inline void note(__u64 socket, int bound, __u64 message) {
     __u64 pid_tgid = bpf_get_current_pid_tgid();
@@ -180,65 +112,11 @@ int send6(__u64 *ctx) {
 }
 #endif
 
-/* ---- conntrack's entries ---- */
-
-static __always_inline void read_tuple(struct tuple *to, __u64 entry, __u32 offset) {
-    copy_from_kernel(to, TUPLE_LEN, (void *)(entry + offset));
-}
-
-/* Conntrack keeps IPv4 in the first word. */
-static __always_inline void widen(struct address *to, const __u32 *from, __u8 family) {
-    if (family == FAMILY_INET) {
-        set_ip4(to, from[0]);
-        return;
-    }
-    set_ip6(to, from);
-}
-
-static __always_inline __u16 zone_of(__u64 entry) {
-#ifdef OFFSET_CT_ZONE
-    return read_kernel16(entry + OFFSET_CT_ZONE);
-#else
-    return 0;
-#endif
-}
-
-static __always_inline __u32 status_of(__u64 entry) {
-    return read_kernel(entry + OFFSET_CT_STATUS); /* a long, of which 32 bits are in use */
-}
-
-static __always_inline __u64 net_of(__u64 entry) {
-    return read_kernel(entry + OFFSET_CT_NET);
-}
-
-/* The key under which an answer to this flow would be looked for, and who should answer. */
-static __always_inline void key_of_flow(struct request_key *key, struct address *server,
-                                        const struct tuple *reply, __u64 entry) {
-    __u8 family = reply->layer3;
-    widen(&key->client, reply->destination, family);
-    widen(server, reply->source, family);
-    key->client_port = net16(reply->destination_port);
-    key->port = net16(reply->source_port);
-    key->netns = read_kernel32(net_of(entry) + OFFSET_NET_INUM);
-    key->zone = zone_of(entry);
-}
-
 /* ---- the table of requests ---- */
 
 static __always_inline const struct hash_keys *keys_of_hash(void) {
     int zero = 0;
     return flow_keys.lookup(&zero);
-}
-
-static __always_inline __u64 tag_of_request(const struct hash_keys *keys,
-                                            const struct request_key *key) {
-    struct conversation_key as = {};
-
-    as.scope = (__u64)key->zone << 32 | key->netns;
-    as.peer = key->client;
-    as.peer_port = key->client_port;
-    as.port = key->port;
-    return tag_of(keys, &as);
 }
 
 static __always_inline struct request_set *set_of(__u64 tag) {
@@ -249,132 +127,6 @@ static __always_inline struct request_set *set_of(__u64 tag) {
 static __always_inline struct fingerprint_set *fingerprints_of(__u64 hash) {
     int index = share_of(hash, FLOW_FINGERPRINT_SETS);
     return flow_fingerprints.lookup(&index);
-}
-
-/* The fingerprint of an evicted client: one while its request is pending, another when all that it
- * asked was answered. */
-static __always_inline __u64 hash_of_answered(__u64 tag) {
-    return ~tag | 1;
-}
-
-static __always_inline __u64 check_of(const struct requests *known, __u64 tag) {
-    __u64 check = tag ^ known->tenant.scope ^ (__u64)known->tenant.port << 32;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const struct request *request = &known->asked[i];
-        check = mixed(check + request->server.half[0]);
-        check = mixed(check + request->server.half[1]);
-        check = mixed(check + request->seen);
-        check = mixed(check + request->entry);
-    }
-    return check;
-}
-
-static __always_inline void copy_requests(struct requests *to, const struct requests *from) {
-#pragma unroll
-    for (int i = 0; i < sizeof(*to) / sizeof(__u64); i++)
-        ((__u64 *)to)[i] = READ_ONCE(((const __u64 *)from)[i]);
-}
-
-enum found { ABSENT, THERE, TORN };
-
-/* Copy what a client asked. *way: its number in the set. */
-static __always_inline enum found find_requests(const struct request_set *set, __u64 tag,
-                                                struct requests *known, __u32 *way) {
-    *way = WAYS;
-#pragma unroll
-    for (int i = 0; i < WAYS; i++) {
-        if (READ_ONCE(set->tag[i]) == tag)
-            *way = i;
-    }
-    if (*way >= WAYS)
-        return ABSENT;
-    copy_requests(known, &set->way[*way]);
-    return known->check == check_of(known, tag) ? THERE : TORN;
-}
-
-/* Write an entry as a whole; 0 where another CPU wrote to it meanwhile. */
-static __always_inline int write_requests(struct request_set *set, __u32 way, __u64 tag,
-                                          struct requests *known) {
-    if (way >= WAYS)
-        return 0;
-    known->check = check_of(known, tag);
-    WRITE_ONCE(set->tag[way], 0);
-    set->way[way] = *known;
-    WRITE_ONCE(set->tag[way], tag);
-    return READ_ONCE(set->way[way].check) == known->check && READ_ONCE(set->tag[way]) == tag;
-}
-
-/* One word that holds only while the request is the same: the entry's address, whether it was
- * answered, and 1. */
-static __always_inline __u64 final_of(__u64 entry, __u32 status) {
-    return entry << 2 | (status & SEEN_REPLY) | 1;
-}
-
-static __always_inline int is_final(const struct request *request) {
-    return request->entry && request->final >> 2 == request->entry << 2 >> 2;
-}
-
-/* The status of a request's entry, with ENTRY_GONE where that is its last; 0: unknown. Conntrack
- * uses the memory of an entry again for others. */
-static __always_inline __u32 status_of_request(const struct request *request, __u64 tag,
-                                               const struct hash_keys *keys,
-                                               struct looked_up *entry) {
-    if (is_final(request))
-        return (request->final & SEEN_REPLY) | ENTRY_GONE;
-    if (!request->entry)
-        return 0;
-    read_tuple(&entry->reply, request->entry, OFFSET_TUPLE_REPLY);
-    if (entry->reply.protocol != PROTO_UDP)
-        return 0;
-    __builtin_memset(&entry->key, 0, sizeof(entry->key));
-    key_of_flow(&entry->key, &entry->server, &entry->reply, request->entry);
-    if (tag_of_request(keys, &entry->key) != tag || !same(&entry->server, &request->server))
-        return 0;
-    return status_of(request->entry);
-}
-
-/* Whether a request is answered, for the choice of what makes room: the entry may be another's. */
-static __always_inline __u64 seems_answered(const struct request *request) {
-    if (!request->seen)
-        return 1;
-    if (is_final(request))
-        return request->final / SEEN_REPLY & 1;
-    return request->entry ? status_of(request->entry) / SEEN_REPLY & 1 : 0;
-}
-
-static __always_inline __u64 newest_of(const struct requests *known) {
-    __u64 one = known->asked[0].seen, other = known->asked[1].seen;
-    return one > other ? one : other;
-}
-
-/* The way of a set that makes room for a client of the tenant `fresh`. */
-static __always_inline __u32 way_to_evict(const struct request_set *set, const struct tenant *fresh,
-                                          __u64 now) {
-    __u64 best = 0;
-    __u32 way = 0;
-
-#pragma unroll
-    for (int i = 0; i < WAYS; i++) {
-        if (!READ_ONCE(set->tag[i]) || !is_remembered(newest_of(&set->way[i]), now))
-            return i;
-    }
-#pragma clang loop unroll(disable)
-    for (int i = 0; i < WAYS; i++) {
-        const struct requests *each = &set->way[i];
-        __u64 held = 0;
-#pragma clang loop unroll(disable)
-        for (int j = 0; j < WAYS; j++)
-            held += shares_of(&each->tenant, &set->way[j].tenant);
-        __u64 is_answered = seems_answered(&each->asked[0]) & seems_answered(&each->asked[1]);
-        __u64 score = eviction_score(held, is_heavy(&each->tenant, fresh), is_answered, 0,
-                                     newest_of(each), now);
-        if (score >= best) {
-            best = score;
-            way = i;
-        }
-    }
-    return way;
 }
 
 static __always_inline struct eviction *evictions_of(const struct tenant *of) {
@@ -420,12 +172,6 @@ static __always_inline int may_be_evicted(const struct hash_keys *keys, __u64 ha
 
 /* ---- a new flow ---- */
 
-static __always_inline void set_tenant(struct tenant *to, const struct request_key *key) {
-    to->scope = key->netns;
-    to->port = key->port;
-    to->flags = 0;
-}
-
 /* Note whom a client asked. `known` and `evicted` are the caller's scratch. */
 static __always_inline void remember(const struct hash_keys *keys, const struct request_key *key,
                                      const struct request *asked, __u64 now, struct requests *known,
@@ -466,23 +212,6 @@ static __always_inline void remember(const struct hash_keys *keys, const struct 
         COUNT(unremembered, 1);
     if (evicted_tag && is_remembered(newest_of(evicted), now))
         note_eviction(evicted, evicted_tag, keys, now);
-}
-
-/* The name of an interface of a namespace, by its index: the kernel's own table. */
-static __always_inline void read_interface(char *to, __u64 net, __u32 index) {
-    __u64 node = read_kernel(read_kernel(net + OFFSET_NET_DEVICES) +
-                             (index & (DEVICE_BUCKETS - 1)) * sizeof(__u64));
-#pragma unroll
-    for (int i = 0; i < DEVICES; i++) {
-        __u64 device = node - OFFSET_DEVICE_NODE;
-        if (!node)
-            return;
-        if (read_kernel32(device + OFFSET_DEVICE_INDEX) == index) {
-            copy_from_kernel(to, COMM_LEN, (void *)(device + OFFSET_DEVICE_NAME));
-            return;
-        }
-        node = read_kernel(node);
-    }
 }
 
 #if !HAVE_SOCKETS
@@ -713,15 +442,6 @@ int gone(__u64 *ctx) {
 }
 
 /* ---- the decision ---- */
-
-static __always_inline int same_words(const void *a, const void *b) {
-#pragma unroll
-    for (int i = 0; i < TUPLE_LEN / sizeof(__u32); i++) {
-        if (((const __u32 *)a)[i] != ((const __u32 *)b)[i])
-            return 0;
-    }
-    return 1;
-}
 
 /* The candidate whose entry's address stands in the "packet": an enum settled. */
 int settle(struct __sk_buff *skb) {

@@ -1,0 +1,140 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * The UDP header in a packet of a cgroup_skb program. No map is used here: bcc rewrites map calls
+ * in the main file only.
+ */
+#ifndef UDPWATCH_PACKET_H
+#define UDPWATCH_PACKET_H
+
+#include "common.h"
+
+#define IP6_EXTENSIONS     32     /* of 8 bytes at least; the kernel takes any number */
+#define IP6_FRAGMENT       44     /* RFC 8200, section 4.5 */
+#define IP6_AUTHENTICATION 51     /* RFC 4302 */
+#define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
+#define FAMILY_INET6       10
+
+/* The including file counts what cannot be read. */
+static __always_inline void count_unparsed(void);
+
+/* Datagrams in one packet of UDP_SEGMENT. */
+static __always_inline __u32 segments_of(struct __sk_buff *skb) {
+    return skb->gso_segs ? skb->gso_segs : 1;
+}
+
+struct packet {
+    struct address source, destination;
+    __u16 source_port, destination_port;
+    __u8 family;
+};
+
+static __always_inline int is_extension(__u8 next) {
+    /* RFC 8200, section 4: hop-by-hop, routing, destination options */
+    return next == 0 || next == 43 || next == 60 || next == IP6_FRAGMENT ||
+           next == IP6_AUTHENTICATION;
+}
+
+static __always_inline void set_ports(struct packet *packet, const __u16 *ports) {
+    packet->source_port = net16(ports[0]);
+    packet->destination_port = net16(ports[1]);
+}
+
+/* Behind IP options or extension headers. By copy: arithmetic on packet pointers with anything but
+ * constants is refused to whom CAP_PERFMON is missing. */
+static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct packet *packet) {
+    __u16 ports[2];
+    if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports))) {
+        count_unparsed();
+        return 0;
+    }
+    set_ports(packet, ports);
+    return 1;
+}
+
+/* As `parse`, for an IPv6 packet that begins with the extension header `next`. */
+static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
+                                           struct packet *packet) {
+    __u32 at = 40;
+#pragma clang loop unroll(disable)
+    for (int i = 0; i < IP6_EXTENSIONS && is_extension(next); i++) {
+        __u8 header[4];
+        if (bpf_skb_load_bytes(skb, at, header, sizeof(header))) {
+            count_unparsed();
+            return 0;
+        }
+        if (next == IP6_FRAGMENT) {
+            if (header[2] || header[3] & 0xf8)
+                return 0;
+            at += 8;
+        } else {
+            at += next == IP6_AUTHENTICATION ? (header[1] + 2) * 4 : (header[1] + 1) * 8;
+        }
+        next = header[0];
+    }
+    if (is_extension(next))
+        count_unparsed();
+    return next == PROTO_UDP ? load_ports(skb, at, packet) : 0;
+}
+
+/* 1: `packet` holds a UDP datagram's addresses. 0: something else, or a fragment without ports. */
+static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
+    __u8 *data = (void *)(long)skb->data;
+    __u8 *end = (void *)(long)skb->data_end;
+
+    if (data + 28 > end)
+        return 0; /* shorter than any UDP datagram */
+    if (data[0] >> 4 == 4) {
+        if (data[9] != PROTO_UDP || net16(*(__u16 *)(data + 6)) & IP4_OFFSET_MASK)
+            return 0;
+        packet->family = FAMILY_INET;
+        set_ip4(&packet->source, *(__u32 *)(data + 12));
+        set_ip4(&packet->destination, *(__u32 *)(data + 16));
+        if ((data[0] & 15) == 5) {
+            set_ports(packet, (__u16 *)(data + 20));
+            KEEP_APART(1);
+            return 1;
+        }
+        return load_ports(skb, (data[0] & 15) * 4, packet);
+    }
+    if (data[0] >> 4 == 6) {
+        __u8 next = data[6];
+        if (next != PROTO_UDP && !is_extension(next))
+            return 0;
+        if (data + 48 > end)
+            return 0;
+        packet->family = FAMILY_INET6;
+        set_ip6(&packet->source, (__u32 *)(data + 8));
+        set_ip6(&packet->destination, (__u32 *)(data + 24));
+        if (next == PROTO_UDP) {
+            set_ports(packet, (__u16 *)(data + 40));
+            KEEP_APART(2);
+            return 1;
+        }
+        return skip_extensions(skb, next, packet);
+    }
+    return 0;
+}
+
+/* Whether a request went to a group: nobody can answer from a multicast or broadcast address.
+ * What is a broadcast address only the route knows; where it cannot be read, the frame tells, which
+ * is wrong for a device without frames (tun) and for clusters that address each other by
+ * broadcast frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
+static __always_inline int asks_group(struct __sk_buff *skb, const struct packet *packet) {
+    if (is_group(&packet->destination, packet->family))
+        return 1;
+    if (packet->family != FAMILY_INET)
+        return 0;
+#if HAVE_KERNEL_READ
+    int known, group = routed_to_group((__u64)skb, &known);
+    if (known)
+        return group;
+#endif
+    return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
+}
+
+/* RFC 4291, section 2.5.6: a link-local peer is another one on each link. */
+static __always_inline int is_link_local(const struct address *address) {
+    return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
+}
+
+#endif
