@@ -1,2 +1,4 @@
-"""Maps numbers to names: process, container, pod. Each module has one lookup and one bounded cache; a miss is a value,
-never an error."""
+"""Find the sender of a reply: process, container, pod. Each module has one lookup and one bounded cache.
+
+A lookup that finds nothing returns an empty value and raises no error.
+"""

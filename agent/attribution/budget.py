@@ -1,9 +1,9 @@
-"""How many look-ups a second attribution may spend: in all, and on one tenant.
+"""Limit the lookups of attribution per second, in total and per tenant.
 
 Rules
-1. Each tenant has a token bucket of its own, and all share one. A look-up takes a token of both.
-2. The second half of the common bucket is for tenants that have hardly used their own: a few tenants that ask all the
-   time never keep a quiet one waiting.
+1. Each tenant has a token bucket, and all tenants share another one. A lookup takes one token from both.
+2. When the shared bucket is less than half full, only tenants whose own bucket is at least half full may take from it.
+   A few busy tenants therefore never delay a quiet one.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 
-PER_SECOND, BURST = 100, 256  # a look-up reads 64 files at worst, 0.9 ms
+PER_SECOND, BURST = 100, 256  # one lookup reads at most 64 files, which takes 0.9 ms
 PER_SECOND_OF_A_TENANT, BURST_OF_A_TENANT = 20, 64
-MAX_TENANTS = 4096  # that are remembered
+MAX_TENANTS = 4096
 
 
 @dataclass(slots=True)
@@ -28,14 +28,14 @@ class _Bucket:
 
 
 class Budget:
-    """Token buckets of tenants, and one of all."""
+    """Token buckets: one per tenant and one shared by all."""
 
     def __init__(self) -> None:
         self._all = _Bucket(BURST, PER_SECOND, 0.0)
-        self._tenants: OrderedDict[str, _Bucket] = OrderedDict()  # the one that asked last is the last
+        self._tenants: OrderedDict[str, _Bucket] = OrderedDict()  # least recently used first
 
     def take(self, tenant: str, now: float) -> bool:
-        """Whether there is a look-up left for a tenant; if so it is spent. ``now``: monotonic seconds."""
+        """Take one lookup for a tenant; return False if its budget is used up. ``now``: monotonic seconds."""
         self._all.fill(BURST, now)
         own = self._tenants.setdefault(tenant, _Bucket(BURST_OF_A_TENANT, PER_SECOND_OF_A_TENANT, now))
         own.fill(BURST_OF_A_TENANT, now)

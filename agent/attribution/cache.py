@@ -1,4 +1,4 @@
-"""The one kind of memory that the lookups have: bounded, and forgetting."""
+"""The cache that every lookup uses: bounded in size and in time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Cache(Generic[K, V]):
-    """At most ``limit`` values, the oldest thrown out first, each kept for so many seconds."""
+class TtlCache(Generic[K, V]):
+    """Keeps at most ``limit`` values for ``keep_seconds`` each; evicts the oldest first."""
 
     def __init__(self, limit: int, keep_seconds: float) -> None:
         self._limit, self._keep = limit, keep_seconds
@@ -20,12 +20,12 @@ class Cache(Generic[K, V]):
         return len(self._values)
 
     def get(self, key: K, now: float) -> V | None:
-        """What was put, None where nothing was or it is too old. ``now``: monotonic seconds."""
+        """Return a value, or None if it is missing or expired. ``now``: monotonic seconds."""
         found = self._values.get(key)
         return found[1] if found and now < found[0] else None
 
     def put(self, key: K, value: V, now: float, keep_seconds: float | None = None) -> V:
-        """Remember a value, and forget what is too old; returns the value."""
+        """Store and return a value; evict expired values."""
         self._values[key] = (now + (self._keep if keep_seconds is None else keep_seconds), value)
         self._values.move_to_end(key)
         while len(self._values) > self._limit or next(iter(self._values.values()))[0] <= now:

@@ -1,13 +1,14 @@
-"""From a cgroup's id to its path in the v2 hierarchy, and whether a cgroup that was there has gone.
+"""Map a cgroup id to its path in the v2 hierarchy, and detect when a cgroup is removed.
 
-An id is the inode number of the cgroup's folder, and is never given again. open_by_handle_at(2) would tell the path
-of one id, but needs CAP_DAC_READ_SEARCH; a walk needs nothing.
+The id is the inode number of the cgroup's directory; the kernel never reuses it. open_by_handle_at(2) would resolve a
+single id but requires CAP_DAC_READ_SEARCH. Walking the tree requires no capability.
 
 Rules
-1. A walk notes MAX_CGROUPS, and takes a tenth of the time at most.
-2. Each subtree has its share of them, however large the others are: of what is left after a folder's own children
-   are noted, one child's subtree gets as much as any other's, and what it does not need goes to the larger ones.
-3. What is left out is counted.
+1. A walk records at most MAX_CGROUPS cgroups. Walks take at most a tenth of the time.
+2. Each subtree gets a share of MAX_CGROUPS, whatever the size of the others: after a directory's own children are
+   recorded, the remaining room is divided equally among their subtrees. Small subtrees leave their unused share to the
+   larger ones.
+3. Skipped directories are counted.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from udpwatch.agent.attribution.cache import Cache
+from udpwatch.agent.attribution.cache import TtlCache
 from udpwatch.agent.attribution.container import MAX_PATH
 from udpwatch.agent.kernel.cgroup import ROOT_ID
 
@@ -30,117 +31,127 @@ MAX_CGROUPS = 8192
 MAX_DEPTH = 32
 _UP = re.compile(r"^(/\.\.)+(?=/|$)")
 _FOREVER = float("inf")
-_GONE = errno.ENOENT, errno.ENODEV
-_REST = 9  # after a walk, the next one waits so many times as long as it took
+_REMOVED = errno.ENOENT, errno.ENODEV
+_REST = 9  # the pause after a walk, in multiples of the walk's duration
 
 
 @dataclass(frozen=True, slots=True)
 class _Folder:
-    """A cgroup whose children are to be noted."""
+    """A cgroup whose children are to be recorded."""
 
     root: str
-    path: str  # below the root
-    below: int  # how many children it has
-    noted: int = 0  # how many of them are noted
+    path: str  # relative to the root
+    children: int
+    recorded: int = 0  # children recorded so far
 
 
 class Cgroups:
-    """The tree below a mount of cgroup v2; without one every answer is a miss."""
+    """The tree below a mount of cgroup v2. Without a mount, every lookup returns nothing."""
 
     def __init__(self, root: Path | None) -> None:
         self._root = root
-        # Those that have gone since the last walks, too. "": gone before it was seen.
-        self._paths: Cache[int, str] = Cache(2 * MAX_CGROUPS, _FOREVER)
-        self._seen: Cache[str, bool] = Cache(MAX_CGROUPS, _FOREVER)
+        # Removed cgroups keep their path here. "": the cgroup was removed before a walk saw it.
+        self._paths: TtlCache[int, str] = TtlCache(2 * MAX_CGROUPS, _FOREVER)
+        self._seen: TtlCache[str, bool] = TtlCache(MAX_CGROUPS, _FOREVER)
         self._next_walk = -_FOREVER
-        self.left_out = 0  # folders that walks did not look into or did not note, without what is below them
+        self.left_out = 0  # directories that walks skipped; their descendants are not counted
 
-    def path(self, number: int, now: float) -> str:
-        """The path of a cgroup, also of one that has gone since the last walk; "": not known. ``now``: monotonic."""
-        found = self._paths.get(number, now)
-        if found is not None or not number or not self._root or now < self._next_walk:
+    def path(self, cgroup_id: int, now: float) -> str:
+        """Return the path of a cgroup, or "" if it is unknown. ``now``: monotonic seconds.
+
+        A cgroup that was removed after the last walk is still found.
+        """
+        found = self._paths.get(cgroup_id, now)
+        if found is not None or not cgroup_id or not self._root or now < self._next_walk:
             return found or ""
-        begun = time.monotonic()
-        whole = self._walk(self._root, now)
-        self._next_walk = now + _REST * (time.monotonic() - begun)
-        found = self._paths.get(number, now)
-        if found is None and whole:  # an id is not given again: it will not come back
-            self._paths.put(number, "", now)
+        started = time.monotonic()
+        complete = self._walk(self._root, now)
+        self._next_walk = now + _REST * (time.monotonic() - started)
+        found = self._paths.get(cgroup_id, now)
+        if found is None and complete:  # ids are never reused, so no later walk can find it either
+            self._paths.put(cgroup_id, "", now)
         return found or ""
 
-    def is_at(self, number: int, path: str, now: float) -> bool:
-        """Whether a path that a process gives as its own is that of the cgroup with this id. ``now``: monotonic.
+    def is_at(self, cgroup_id: int, path: str, now: float) -> bool:
+        """Return whether a path from /proc/PID/cgroup is the path of this cgroup. ``now``: monotonic seconds.
 
-        True also where nothing is known to compare it with: no id, or no mount of cgroup v2.
+        Also True if there is nothing to compare: no id, or no mount of cgroup v2.
         """
-        if not number or not self._root:
+        if not cgroup_id or not self._root:
             return True
         if "/.." not in path:
             with contextlib.suppress(OSError, ValueError):
-                return (self._root / path.lstrip("/")).stat().st_ino == number
-        # As seen from another cgroup namespace, or below another root: it ends as the true one does.
-        known = self.path(number, now)
-        seen = _UP.sub("", path)
-        return bool(known) and (known.endswith(seen) or seen.endswith(known))
+                return (self._root / path.lstrip("/")).stat().st_ino == cgroup_id
+        # Seen from another cgroup namespace or below another root, the path only ends like the real one.
+        known = self.path(cgroup_id, now)
+        relative = _UP.sub("", path)
+        return bool(known) and (known.endswith(relative) or relative.endswith(known))
 
     def _walk(self, root: Path, now: float) -> bool:
-        """Note every cgroup; False where some were left out."""
+        """Record every cgroup; return False if some were skipped."""
         before = self.left_out
         try:
             status = root.stat()
         except OSError:
             return False
-        if status.st_ino == ROOT_ID:  # else it is a part of the tree, and not for us to say which
+        if status.st_ino == ROOT_ID:  # any other id means that the mount shows only a part of the tree
             self._paths.put(ROOT_ID, "/", now)
-        _, unfinished = self._note(_Folder(f"{root}", "", _below(status)), MAX_CGROUPS - 1, now)
-        self.left_out += sum(folder.below - folder.noted for folder in unfinished)
+        _, unfinished = self._record(_Folder(f"{root}", "", _below(status)), MAX_CGROUPS - 1, now)
+        self.left_out += sum(folder.children - folder.recorded for folder in unfinished)
         return self.left_out == before
 
-    def _note(self, folder: _Folder, share: int, now: float) -> tuple[int, list[_Folder]]:
-        """Note at most ``share`` of the cgroups below one: (how many it were, the folders with more of them)."""
+    def _record(self, folder: _Folder, share: int, now: float) -> tuple[int, list[_Folder]]:
+        """Record at most ``share`` cgroups below a directory.
+
+        Return how many were recorded, and the directories that have more of them.
+        """
         if not share:
             return 0, [folder]
         if folder.path.count("/") >= MAX_DEPTH or len(folder.path) >= MAX_PATH:
-            self.left_out += folder.below
+            self.left_out += folder.children
             return 0, []
         try:
-            children = list(islice(_unnoted(folder), share))
+            children = list(islice(_unrecorded(folder), share))
         except OSError as error:
-            self.left_out += error.errno not in _GONE
+            self.left_out += error.errno not in _REMOVED
             return 0, []
-        for number, child in children:
-            self._paths.put(number, child.path, now)
-        known = folder.noted + len(children)
-        own = [replace(folder, noted=known)] if len(children) == share and folder.below > known else []
-        noted, unfinished = self._divide([[child] for _, child in children if child.below], share - len(children), now)
-        return len(children) + noted, own + unfinished
+        for cgroup_id, child in children:
+            self._paths.put(cgroup_id, child.path, now)
+        known = folder.recorded + len(children)
+        own = [replace(folder, recorded=known)] if len(children) == share and folder.children > known else []
+        parents = [[child] for _, child in children if child.children]
+        recorded, unfinished = self._divide(parents, share - len(children), now)
+        return len(children) + recorded, own + unfinished
 
     def _divide(self, subtrees: list[list[_Folder]], share: int, now: float) -> tuple[int, list[_Folder]]:
-        """As `_note`, for subtrees that have equal shares; a subtree is given by its unfinished folders."""
+        """Do the same as `_record` for several subtrees with equal shares.
+
+        Each subtree is the list of its unfinished directories.
+        """
         left, finished = share, False
         while left and not finished:
             before, subtrees, finished = subtrees, [], True
             for position, folders in enumerate(before):
                 part = left // (len(before) - position)
                 if len(folders) == 1:
-                    noted, rest = self._note(folders[0], part, now)
+                    recorded, rest = self._record(folders[0], part, now)
                 else:
-                    noted, rest = self._divide([[folder] for folder in folders], part, now)
-                left -= noted
-                finished = finished and not noted
+                    recorded, rest = self._divide([[folder] for folder in folders], part, now)
+                left -= recorded
+                finished = finished and not recorded
                 if rest:
                     subtrees.append(rest)
         return share - left, [folder for folders in subtrees for folder in folders]
 
     def watch(self, path: str, now: float) -> None:
-        """Remember that a cgroup was there, if it was."""
+        """Remember a cgroup if it exists, for `is_removed`."""
         if self._children(path) is not None:
             self._seen.put(path, True, now)
 
-    def gone(self, path: str, now: float, when_empty: bool = False) -> bool:
-        """Whether a cgroup that `watch` saw is there no more, or has no other cgroup in it any more if that is asked.
+    def is_removed(self, path: str, now: float, when_empty: bool = False) -> bool:
+        """Return whether a cgroup that `watch` saw is removed, or, with ``when_empty``, has no child cgroup left.
 
-        One that `watch` never saw may be somewhere else.
+        False for a cgroup that `watch` never saw: it may be in another hierarchy.
         """
         if not self._seen.get(path, now):
             return False
@@ -148,7 +159,7 @@ class Cgroups:
         return children is None or (when_empty and children == 0)
 
     def _children(self, path: str) -> int | None:
-        """How many cgroups are in this one, None where there is no such one: each is a link to it (kernfs)."""
+        """Count the child cgroups; None if the cgroup does not exist. kernfs counts each child as a link."""
         if not self._root or "/.." in path or "\0" in path:
             return None
         try:
@@ -157,20 +168,20 @@ class Cgroups:
             return None
 
 
-def _unnoted(folder: _Folder) -> Iterator[tuple[int, _Folder]]:
-    """Each cgroup in one that is not noted yet, with its number. Raises OSError."""
+def _unrecorded(folder: _Folder) -> Iterator[tuple[int, _Folder]]:
+    """Yield the id and the directory of each child that is not recorded yet. Raises OSError."""
     with os.scandir(f"{folder.root}{folder.path}") as entries:
         folders = (entry for entry in entries if entry.is_dir(follow_symlinks=False))
-        for entry in islice(folders, folder.noted, None):
+        for entry in islice(folders, folder.recorded, None):
             try:
                 status = entry.stat(follow_symlinks=False)
             except OSError as error:
-                if error.errno in _GONE:
+                if error.errno in _REMOVED:
                     continue
                 raise
             yield entry.inode(), _Folder(folder.root, f"{folder.path}/{entry.name}", _below(status))
 
 
 def _below(status: os.stat_result) -> int:
-    """How many cgroups are in this one: each is a link to it (kernfs). File systems that do not count have one link."""
+    """Count the child cgroups. kernfs counts each as a link; file systems that do not count have one link."""
     return status.st_nlink - 2 if status.st_nlink > 1 else 1

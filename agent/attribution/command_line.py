@@ -1,16 +1,17 @@
-"""Read the arguments of a process without waiting for a process that withholds them.
+"""Read the command line of a process, without blocking on a process that withholds it.
 
-The kernel copies /proc/PID/cmdline out of the process's memory, under that memory's lock (mmap_lock). The process
-decides how long the lock is held: a reader of its /proc/PID/mem that waits for a FUSE file system, and an mmap(2)
-that waits for this reader, hold it forever. Of the files of /proc that attribution reads, cmdline is the only one
-that needs this lock: comm, cgroup, stat, exe and task/ do not.
+To read /proc/PID/cmdline, the kernel copies from the process's memory while it holds the lock of that memory
+(mmap_lock). The process controls how long the lock is held. For example, a reader of its /proc/PID/mem waits for a FUSE
+file system, and an mmap(2) waits for that reader: both hold the lock forever. Among the files in /proc that attribution
+reads, only cmdline needs this lock; comm, cgroup, stat, exe and task/ do not.
 
 Rules
-1. A thread of its own reads. After WAIT_SECONDS it is abandoned: it holds one descriptor, and ends with the agent,
-   since the kernel's wait for the lock is killable.
-2. One tenant has one abandoned thread, all together MAX_ABANDONED. Each counts for REST_SECONDS at least, even if it
-   returns sooner, so that a process that withholds its arguments for a moment at a time delays nothing for long.
-3. What is not read is counted and returned as None.
+1. A separate thread reads each command line. After WAIT_SECONDS the thread is abandoned. It keeps one descriptor open
+   and ends with the agent, because the kernel's wait for the lock is killable.
+2. Each tenant may have one abandoned thread, and all tenants together MAX_ABANDONED. An abandoned thread counts for at
+   least REST_SECONDS, even if it returns sooner. Otherwise a process could delay the agent again and again by
+   withholding its arguments for a moment each time.
+3. A command line that was not read is counted and returned as None.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import threading
 from pathlib import Path
 
-WAIT_SECONDS = 0.2  # usually 0.1 ms; more only on a machine without a free CPU
+WAIT_SECONDS = 0.2  # reading usually takes 0.1 ms; it takes longer only if no CPU is free
 MAX_ABANDONED = 8
 REST_SECONDS = 60.0
 
@@ -28,14 +29,14 @@ class CommandLines:
     """Reads files /proc/PID/cmdline."""
 
     def __init__(self) -> None:
-        self._abandoned: dict[str, tuple[_Reader, float]] = {}  # by tenant, with the end of its rest
+        self._abandoned: dict[str, tuple[_Reader, float]] = {}  # by tenant, with the time it counts until
         self.left_out = 0  # command lines that were not read
 
     def read(self, path: Path, limit: int, tenant: str, now: float) -> bytes | None:
-        """The first ``limit`` bytes of a /proc/PID/cmdline; None where the process withholds them.
+        """Return the first ``limit`` bytes of a /proc/PID/cmdline, or None if the process withholds them.
 
-        ``tenant``: of the process that is read, as `container.tenant` returns it. ``now``: monotonic seconds.
-        Raises OSError if there is no such process.
+        ``tenant``: the tenant of that process, from `container.tenant`. ``now``: monotonic seconds.
+        Raises OSError if the process does not exist.
         """
         busy = {key: (reader, end) for key, (reader, end) in self._abandoned.items() if reader.is_alive() or now < end}
         self._abandoned = busy
@@ -61,16 +62,16 @@ class _Reader(threading.Thread):
     def run(self) -> None:
         try:
             self.content = os.read(self._fd, self._limit)
-        except OSError:  # it has ended
+        except OSError:  # the process has exited
             pass
         finally:
             os.close(self._fd)
 
     def wait(self) -> bool:
-        """Read; False if that takes longer than WAIT_SECONDS."""
+        """Read the file; return False if that takes longer than WAIT_SECONDS."""
         try:
             self.start()
-        except RuntimeError:  # no more threads are allowed here
+        except RuntimeError:  # the limit of threads is reached
             os.close(self._fd)
             return False
         self.join(WAIT_SECONDS)

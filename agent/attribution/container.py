@@ -1,11 +1,11 @@
-"""From a cgroup's path to the container: every runtime writes its container's id into it.
+"""Find the container of a cgroup by its path: every runtime writes the container id into the path.
 
-Paths look like these (64 hexadecimal digits stand for ID, and the innermost one counts: containers are nested):
+Paths look as follows. ID stands for 64 hexadecimal digits. If containers are nested, the innermost ID counts.
 
     /docker/ID                                                              Docker, cgroupfs driver
     /system.slice/docker-ID.scope                                           Docker, systemd driver
     /kubepods.slice/kubepods-podUID.slice/cri-containerd-ID.scope           containerd; UID with _ for -
-    /system.slice/containerd.service/kubepods-podUID.slice:cri-containerd:ID  the same, when it has no systemd driver
+    /system.slice/containerd.service/kubepods-podUID.slice:cri-containerd:ID  the same, without the systemd driver
     /kubepods/burstable/podUID/ID                                           kubelet's cgroupfs driver, any runtime
     /kubepods.slice/kubepods-podUID.slice/crio-ID.scope                     CRI-O; crun adds /container
     /machine.slice/libpod-ID.scope                                          podman; it may add /container
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 MAX_PATHS = 4096
-MAX_PATH = 1024  # bytes of a cgroup's path; Kubernetes in Docker has 350
-MAX_LABEL = 253  # letters of a name, as many as Kubernetes allows; Docker and podman take any number
-MAX_DEPTH = 32  # folders of a path that are looked at for its tenant
-TENANT_DEPTH = 3  # folders of a path that names no container, pod, user or service
-RUNTIME_SERVICES = {  # with a container in each of their cgroups
+MAX_PATH = 1024  # bytes of a cgroup's path; Kubernetes in Docker needs 350
+MAX_LABEL = 253  # characters of a name: Kubernetes' limit; Docker and podman have none
+MAX_DEPTH = 32  # directories of a path that are searched for its tenant
+TENANT_DEPTH = 3  # directories that identify the tenant if no container, pod, user or service is in the path
+RUNTIME_SERVICES = {  # services whose child cgroups are containers
     *("containerd.service", "crio.service", "docker.service"),
     *("k3s.service", "k3s-agent.service", "rke2-agent.service", "rke2-server.service"),
 }
@@ -42,17 +42,17 @@ _MONITOR = "conmon"  # the process beside the container, in a cgroup of its own:
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """What a path tells of a container; "": nothing."""
+    """The container that a path names; "": unknown."""
 
     id: str = ""
     runtime: str = ""
     pod_uid: str = ""
-    cgroup: str = ""  # the pod's folder, else the container's: what ends with it
+    cgroup: str = ""  # the pod's directory, else the container's; it is removed when the pod or container ends
 
 
 @lru_cache(MAX_PATHS)
 def parse(path: str) -> Container:
-    """The innermost container of a cgroup's path; an empty one where the path names none."""
+    """Return the innermost container in a cgroup's path; all fields are "" if there is none."""
     parts = path.split("/")
     for end in range(len(parts), 0, -1):
         found = _CONTAINER.fullmatch(_name(parts[end - 1]))
@@ -67,10 +67,10 @@ def parse(path: str) -> Container:
 
 
 def tenant(paths: tuple[str, ...]) -> str:
-    """The folder that a process's tenant has as a whole, by its path in each hierarchy; "": not known.
+    """Return the cgroup that belongs to a tenant as a whole, or "" if it is unknown.
 
-    It is the outermost pod, container, user or service, since below it the tenant may make cgroups and choose their
-    names.
+    ``paths``: the path of one of its processes in each hierarchy. The outermost pod, container, user or service counts,
+    because below it the tenant may create cgroups and choose their names.
     """
     found = [_tenant(path) for path in paths]
     return next((folder for folder in found if folder.strip("/")), "")
@@ -88,9 +88,9 @@ def _tenant(path: str) -> str:
 
 
 def folder(path: str, container_id: str) -> str:
-    """The first cgroup on a path that is called like a container; "": none is.
+    """Return the first cgroup in a path that is named after a container, or "" if there is none.
 
-    It is called by the id, which need not be a number, with a runtime's prefix and ".scope" or without.
+    Its name is the id, with or without a runtime's prefix and ".scope". The id need not be hexadecimal.
     """
     names = {container_id, *(f"{runtime}-{container_id}" for runtime in RUNTIMES)} if container_id else set()
     parts = path.split("/")
@@ -101,13 +101,13 @@ def folder(path: str, container_id: str) -> str:
 
 
 def _name(part: str) -> str:
-    """A folder's name, of SLICE:RUNTIME:ID the last two as RUNTIME-ID."""
+    """Return a directory's name; for SLICE:RUNTIME:ID, return RUNTIME-ID."""
     *front, name = part.split(":")
     return f"{front[-1]}-{name}" if front and front[-1] else name
 
 
 def _pod(parts: list[str]) -> tuple[str, str]:
-    """(uid of the pod that a path leads through, the folder that is the pod's alone); "": none."""
+    """Return the pod's uid in a path, and the directory that belongs to the pod alone; "": none."""
     for end in range(len(parts), 0, -1):
         name, *behind = parts[end - 1].split(":")
         found = _POD.fullmatch(name)

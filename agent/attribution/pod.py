@@ -1,7 +1,7 @@
-"""From a container's id to its pod, by the names that kubelet gives to log files.
+"""Find the pod of a container by the names that kubelet gives to log files.
 
-/var/log/containers/POD_NAMESPACE_CONTAINER-ID.log is a link for each container, and /var/log/pods/NAMESPACE_POD_UID/
-a folder for each pod, with a folder for each container in it. Only names are read, never a log.
+/var/log/containers/POD_NAMESPACE_CONTAINER-ID.log is a link for each container. /var/log/pods/NAMESPACE_POD_UID/ is a
+directory for each pod, with one directory per container. Only names are read, never a log.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 from udpwatch.agent.kernel.records import printable
 
-MAX_NAMES = 16_384  # a node has 110 pods, unless told otherwise
-_SETTLED_SECONDS = 2.0  # a folder's time is coarse: what came within it may have left it as it was
-# Kubernetes' names have no "_", and a log file's name that is too long is cut, the id with it.
+MAX_NAMES = 16_384  # a node runs at most 110 pods by default
+_SETTLED_SECONDS = 2.0  # modification times are coarse: a later change may leave the time as it was
+# Kubernetes' names have no "_". A log file's name that is too long is cut, including the id.
 _CONTAINER = re.compile(r"(?P<pod>[^_]+)_(?P<namespace>[^_]+)_(?P<container>[^_]+)-(?P<id>[0-9a-f]{64})\.log")
 _POD = re.compile(r"(?P<namespace>[^_]+)_(?P<pod>[^_]+)_(?P<id>[0-9a-f-]{32,36})")
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """Kubernetes' names of a container; "": not known."""
+    """Kubernetes' names of a container; "": unknown."""
 
     namespace: str
     pod: str
@@ -33,15 +33,15 @@ class Pod:
 
 
 class _Folder:
-    """The names in a folder, read again when the folder has changed."""
+    """The names in a directory, read again when the directory has changed."""
 
     def __init__(self, path: Path, pattern: re.Pattern[str], clock: Callable[[], float]) -> None:
         self._path, self._pattern, self._clock = path, pattern, clock
         self._names: dict[str, dict[str, str]] = {}
-        self._changed = 0  # the folder's time when it was read, 0: may have changed since
+        self._changed = 0  # the directory's modification time when it was read; 0: read it again
 
     def get(self, key: str) -> dict[str, str] | None:
-        """The parts of the name that has this id."""
+        """Return the parts of the name that contains this id."""
         found = self._names.get(key)
         if found is None and self._read():
             found = self._names.get(key)
@@ -52,7 +52,7 @@ class _Folder:
             changed = self._path.stat().st_mtime_ns
             if changed == self._changed:
                 return False
-            # What has gone stays until the next miss: a container that has just ended is asked for, too.
+            # Removed names stay until the next miss, because a container that has just ended is looked up, too.
             self._names = {parts["id"]: parts for parts in self._list()}
         except OSError:
             self._changed = 0
@@ -69,7 +69,7 @@ class _Folder:
 
 
 class Pods:
-    """Looks containers up in the folders of their logs; it remembers no more than those folders hold."""
+    """Looks up pods in the directories of container logs; it caches no more than those directories hold."""
 
     def __init__(self, log_root: Path = Path("/var/log"), clock: Callable[[], float] = time.time) -> None:
         self._pods_folder = log_root / "pods"
@@ -77,7 +77,7 @@ class Pods:
         self._pods = _Folder(self._pods_folder, _POD, clock)
 
     def lookup(self, container_id: str, pod_uid: str) -> Pod | None:
-        """The names of a container, by its id, else by its pod's; None where there are none."""
+        """Return the names of a container by its own id, else by its pod's uid; None if neither is known."""
         found = self._containers.get(container_id) if container_id else None
         if found:
             return Pod(found["namespace"], found["pod"], found["container"])
@@ -87,7 +87,7 @@ class Pods:
         return None
 
     def _only_container(self, pod: dict[str, str]) -> str:
-        """The name of the pod's container, "" where it has several."""
+        """Return the name of the pod's container, or "" if it has several."""
         folder = self._pods_folder / f"{pod['namespace']}_{pod['pod']}_{pod['id']}"
         try:
             with os.scandir(folder) as entries:

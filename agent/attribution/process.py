@@ -1,6 +1,6 @@
-"""From what the kernel saw of the sender (a thread's name and a process id) to the process.
+"""Find the sending process by what the kernel reports: a thread's name and a process id.
 
-Of a process that has exited since, the thread's name is all that is left; its cgroup's id is in the finding.
+If the process has exited, only the thread's name is left; the finding still has the cgroup id.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from udpwatch.agent.attribution.cache import Cache
+from udpwatch.agent.attribution.cache import TtlCache
 from udpwatch.agent.attribution.command_line import CommandLines
 from udpwatch.agent.attribution.container import MAX_PATH, tenant
 from udpwatch.agent.kernel.records import printable
 
 MAX_PROCESSES = 4096
-KEEP_SECONDS = 60.0  # a process may change its name, and a process id is used again
-MAX_THREADS = 64  # looked at for one name: the rest would keep the agent from its events for as long as somebody likes
-MAX_COMMAND_BYTES = 1024  # of the command line; Java's have many thousand
-MAX_COMMAND_LETTERS = 2048  # of it as it is shown: control characters and quotes take up to five
+KEEP_SECONDS = 60.0  # a process may change its name, and the kernel reuses process ids
+MAX_THREADS = 64  # compared with a name; without a limit, a process could block the agent with many threads
+MAX_COMMAND_BYTES = 1024  # of the command line; those of Java have many thousands
+MAX_COMMAND_CHARACTERS = 2048  # as shown: a control character or quote becomes up to five characters
 _CUT = "…"
-_DELETED = " (deleted)"  # the kernel adds it to the path of a cgroup that is gone
+_DELETED = " (deleted)"  # the kernel appends this to the path of a removed cgroup
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """What is known of a sender; "" and (): not known."""
+    """A sending process; "" and (): unknown."""
 
     name: str
     executable: str = ""
     command: str = ""
-    cgroups: tuple[str, ...] = ()  # its path in each hierarchy: v2 first, then systemd's, then the other ones of v1
-    unified: str = ""  # its path in v2, by which it can be compared with what the kernel reported
+    cgroups: tuple[str, ...] = ()  # its path in each hierarchy: v2, then systemd's, then the others of v1
+    unified: str = ""  # its path in v2, to compare with the cgroup that the kernel reported
 
 
 class Processes:
-    """Looks senders up in /proc."""
+    """Looks up processes in /proc."""
 
     def __init__(self, proc_root: Path, command_lines: CommandLines) -> None:
         self._proc, self._command_lines = proc_root, command_lines
-        self._cache: Cache[tuple[int, str, int], Process] = Cache(MAX_PROCESSES, KEEP_SECONDS)
+        self._cache: TtlCache[tuple[int, str, int], Process] = TtlCache(MAX_PROCESSES, KEEP_SECONDS)
 
     def lookup(self, pid: int, comm: str, cgroup: int, now: float) -> Process:
-        """The process behind a thread's name. ``now``: monotonic seconds.
+        """Return the process of a sending thread. ``now``: monotonic seconds.
 
-        The kernel reports the name of the thread that sent. The process is called after its main thread; that one
-        is taken if one of the process's first MAX_THREADS threads still has the reported name, else the id may already
-        belong to somebody else, and the reported name stands. The cgroup's id only tells processes apart that had
-        the same id one after the other.
+        The kernel reports the name of the thread that sent. A process is named after its main thread. That name is used
+        if one of the first MAX_THREADS threads still has the reported name. Otherwise the kernel may have reused the
+        process id, and the reported name is used. ``cgroup`` distinguishes processes that had the same id one after
+        the other.
         """
         key = pid, comm, cgroup
         return self._cache.get(key, now) or self._cache.put(key, self._read(pid, comm, now), now)
@@ -74,8 +74,10 @@ class Processes:
         return Process(main, executable, _command(arguments), _paths(lines), unified)
 
     def _arguments(self, path: Path, tenant: str, now: float) -> list[bytes]:
-        """The arguments, as far as MAX_COMMAND_BYTES go; none of a kernel thread, of a process that is just ending and
-        of one that withholds them."""
+        """Return the arguments, up to MAX_COMMAND_BYTES.
+
+        A kernel thread, an exiting process and a process that withholds its command line have none.
+        """
         try:
             raw = self._command_lines.read(path, MAX_COMMAND_BYTES + 1, tenant, now) or b""
         except OSError:
@@ -87,7 +89,7 @@ class Processes:
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[Path]:
-    """A folder of /proc that stays that one process's, whoever gets its id next."""
+    """Yield a path to a /proc/PID that stays with this process, even if the kernel reuses its id."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield Path(f"/proc/self/fd/{fd}")
@@ -105,14 +107,16 @@ def _has_thread(tasks: Path, comm: str) -> bool:
 
 
 def cgroups_of(path: Path) -> tuple[str, ...]:
-    """The paths of a /proc/PID/cgroup, each once, v2 first. Raises OSError."""
+    """Return the paths in a /proc/PID/cgroup without duplicates, v2 first. Raises OSError."""
     return _paths(_cgroup_lines(path))
 
 
 def _cgroup_lines(path: Path) -> list[tuple[str, str]]:
-    """(controllers, path) of each line ID:CONTROLLERS:PATH that has a path of MAX_PATH at most; v2 has no controllers,
-    and comes first."""
-    # A cgroup's name may hold all that str.splitlines() takes for the end of a line, except "\n".
+    """Return (controllers, path) of each line ID:CONTROLLERS:PATH whose path has at most MAX_PATH bytes.
+
+    The line of v2 has no controllers and comes first.
+    """
+    # A cgroup's name may contain every line separator of str.splitlines() except "\n".
     lines = [line.split(":", 2) for line in os.fsdecode(path.read_bytes()).split("\n")]
     order = {"": 0, "name=systemd": 1}
     found = [(line[1], line[2].removesuffix(_DELETED)) for line in lines if len(line) == 3]
@@ -126,12 +130,14 @@ def _paths(lines: list[tuple[str, str]]) -> tuple[str, ...]:
 
 def _command(arguments: list[bytes]) -> str:
     text = shlex.join(map(printable, arguments))
-    return text if len(text) <= MAX_COMMAND_LETTERS else text[:MAX_COMMAND_LETTERS] + _CUT
+    return text if len(text) <= MAX_COMMAND_CHARACTERS else text[:MAX_COMMAND_CHARACTERS] + _CUT
 
 
 def _executable(link: Path, arguments: list[bytes]) -> str:
-    """The program's path: the kernel's word where it may be asked (CAP_SYS_PTRACE, for most processes), else that of
-    the process: its first argument, if that is a path."""
+    """Return the program's path from the kernel, else the first argument if it is a path, else "".
+
+    For most processes the kernel's link requires CAP_SYS_PTRACE.
+    """
     try:
         return printable(os.fsencode(link.readlink()).removesuffix(_DELETED.encode()))[:MAX_PATH]
     except OSError:

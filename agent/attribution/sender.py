@@ -1,10 +1,10 @@
-"""Who sent a reply: process, container, pod and their names, put together from the single lookups.
+"""Find the sender of a reply: combine the lookups of process, container and pod.
 
 Rules
-1. A lookup neither raises nor waits for a process. What the lookups of a tenant cost is bounded (`budget`); beyond
-   that a sender has the kernel's name and its container's, and is looked up when it is seen again.
-2. A sender that is not known as a whole is looked up again after one second, then after two, four and so on: a name
-   may come a moment after its container, or never.
+1. A lookup never raises and never blocks on a process. `budget` limits the lookups of each tenant. Beyond the limit, a
+   sender gets the name from the kernel and the names of its container; it is looked up when it is seen again.
+2. An incomplete sender is looked up again after one second, then after two, four and so on, because the name of a
+   container may appear later than the container, or never.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from udpwatch.agent.attribution.budget import Budget
-from udpwatch.agent.attribution.cache import Cache
+from udpwatch.agent.attribution.cache import TtlCache
 from udpwatch.agent.attribution.cgroups import Cgroups
 from udpwatch.agent.attribution.command_line import CommandLines
 from udpwatch.agent.attribution.container import MAX_LABEL, MAX_PATH, Container, folder, parse, tenant
@@ -26,7 +26,7 @@ from udpwatch.agent.attribution.runtime import Runtime, Runtimes
 from udpwatch.agent.kernel.records import printable
 from udpwatch.agent.model import Cause, Event, Increase, Sender
 
-MAX_SENDERS = 8192  # more than the budget allows in KEEP_SECONDS: nobody's flood evicts them
+MAX_SENDERS = 8192  # more than the budget allows in KEEP_SECONDS, so a flood cannot evict other senders
 MAX_CONTAINERS = 1024
 KEEP_SECONDS = 60.0
 RETRY_SECONDS = 1.0
@@ -38,7 +38,7 @@ _Key = tuple[int, str, int]
 
 @dataclass(frozen=True, slots=True)
 class Roots:
-    """Where the lookups read; the defaults are a host's own."""
+    """The directories that the lookups read; the defaults are those of a host."""
 
     proc: Path = Path("/proc")
     log: Path = Path("/var/log")
@@ -47,14 +47,14 @@ class Roots:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class _Cached:
     sender: Sender
-    wait: float  # seconds until it is looked up again
+    wait: float  # seconds until the next lookup, doubled each time
     retry_at: float  # monotonic seconds
 
 
 class Senders:
-    """Looks up who is behind findings and events."""
+    """Looks up the senders of findings and events."""
 
     def __init__(self, roots: Roots = Roots()) -> None:
         self._command_lines = CommandLines()
@@ -64,44 +64,49 @@ class Senders:
         self._pods = Pods(roots.log)
         self._docker = DockerNames(roots.docker)
         self._budget = Budget()
-        self._cache: Cache[_Key, _Known] = Cache(MAX_SENDERS, KEEP_SECONDS)
-        self._containers: Cache[int, Sender] = Cache(MAX_CONTAINERS, KEEP_SECONDS)  # by the cgroup's id: one in it
+        self._cache: TtlCache[_Key, _Cached] = TtlCache(MAX_SENDERS, KEEP_SECONDS)
+        self._containers: TtlCache[int, Sender] = TtlCache(MAX_CONTAINERS, KEEP_SECONDS)  # cgroup id -> a sender in it
         self.deferred = 0  # lookups beyond the budget
 
     @property
     def left_out(self) -> int:
-        """Look-ups beyond the budget; command lines not read because their process, or its tenant, withheld one; and
-        cgroups that a search by id left out because there were too many.
+        """Return how many lookups are incomplete.
+
+        They are lookups beyond the budget, command lines that a process or its tenant withheld, and cgroups that a
+        walk skipped because there were too many.
         """
         return self.deferred + self._command_lines.left_out + self._cgroups.left_out
 
-    def lookup(self, seen: Increase | Event, now: float | None = None) -> Sender:
-        """The sender of a reply. Ask soon: of a process that has exited less is known. ``now``: monotonic seconds."""
-        finding = seen.finding
+    def lookup(self, reply: Increase | Event, now: float | None = None) -> Sender:
+        """Return the sender of a reply. ``now``: monotonic seconds.
+
+        Call it soon after the reply: less is known about a process that has exited.
+        """
+        finding = reply.finding
         if finding.cause is Cause.FORWARDED:
-            return Sender("")  # another machine's
+            return Sender("")  # no process of this node sent it
         now = time.monotonic() if now is None else now
-        key = seen.pid, finding.process, finding.cgroup
+        key = reply.pid, finding.process, finding.cgroup
         known = self._cache.get(key, now)
         if known and now < known.retry_at:
             return known.sender
         path = self._cgroups.path(finding.cgroup, now)
-        # In the root cgroup, as on hosts with v1, the network namespace tells tenants apart.
+        # On hosts with cgroup v1 every process is in the root cgroup; the network namespace distinguishes tenants.
         if not self._budget.take(tenant((path,)) or f"netns {finding.netns}", now):
             self.deferred += 1
-            return known.sender if known else self._unread(*key, path, now)
-        return self._remember(key, known, now)
+            return known.sender if known else self._deferred_sender(*key, path, now)
+        return self._resolve_and_cache(key, known, now)
 
-    def _remember(self, key: _Key, known: _Known | None, now: float) -> Sender:
-        sender, complete = self._look(*key, now)
+    def _resolve_and_cache(self, key: _Key, known: _Cached | None, now: float) -> Sender:
+        sender, complete = self._resolve(*key, now)
         wait = 2 * known.wait if known else RETRY_SECONDS
         retry_at = now + (KEEP_SECONDS if complete else wait)
-        return self._cache.put(key, _Known(sender, wait, retry_at), now).sender
+        return self._cache.put(key, _Cached(sender, wait, retry_at), now).sender
 
-    def _unread(self, pid: int, comm: str, number: int, path: str, now: float) -> Sender:
-        """A sender by what is known without reading anything."""
+    def _deferred_sender(self, pid: int, comm: str, cgroup_id: int, path: str, now: float) -> Sender:
+        """Return what is known about a sender without reading a file."""
         name = comm or "unknown"
-        other = self._containers.get(number, now)
+        other = self._containers.get(cgroup_id, now)
         if other:
             return replace(other, process=name, pid=pid, executable="", command="")
         container = parse(path)
@@ -115,8 +120,8 @@ class Senders:
         )
 
     def namespace_of(self, tenant: int) -> str:
-        """The Kubernetes namespace of a tenant of the kernel's findings (records.tenant_of); "" where it has none."""
-        if tenant >= 1 << 63:  # in the root cgroup
+        """Return the Kubernetes namespace of a tenant in the kernel's findings (records.tenant_of), or ""."""
+        if tenant >= 1 << 63:  # the tenant is a network namespace, not a cgroup
             return ""
         key, now = (0, "", tenant), time.monotonic()
         known = self._cache.get(key, now)
@@ -125,23 +130,17 @@ class Senders:
         if not self._budget.take(f"findings of {tenant}", now):
             self.deferred += 1
             return ""
-        return self._remember(key, None, now).namespace
+        return self._resolve_and_cache(key, None, now).namespace
 
-    def _look(self, pid: int, comm: str, number: int, now: float) -> tuple[Sender, bool]:
-        process = self._processes.lookup(pid, comm, number, now)
-        # The id may be another process's by now: the kernel's word on the cgroup decides.
-        if process.cgroups and not self._cgroups.is_at(number, process.unified, now):
+    def _resolve(self, pid: int, comm: str, cgroup_id: int, now: float) -> tuple[Sender, bool]:
+        """Look up everything about a sender; return it, and whether it is complete."""
+        process = self._processes.lookup(pid, comm, cgroup_id, now)
+        # If the process is not in the cgroup that the kernel reported, the kernel has reused the process id.
+        if process.cgroups and not self._cgroups.is_at(cgroup_id, process.unified, now):
             process = Process(comm or "unknown")
-        paths = list(process.cgroups)
-        # Relative to this process's own cgroup namespace ("/../..") it leads nowhere; by its id it does.
-        if not paths or "/.." in paths[0]:
-            by_id = self._cgroups.path(number, now)
-            paths = [by_id, *paths] if by_id else paths
-        path = next((path for path in paths if parse(path).id), paths[0] if paths else "")
-        container, runtime = parse(path), Runtime()
-        if process.cgroups and path != "/":
-            runtime = self._runtimes.lookup(pid, path, now)
-        container = _agreed(container, runtime, path)
+        path = self._path(process, cgroup_id, now)
+        runtime = self._runtimes.lookup(pid, path, now) if process.cgroups and path != "/" else Runtime()
+        container = _merge(parse(path), runtime, path)
         pod, name = self._names(container, runtime, now)
         if container.cgroup:
             self._cgroups.watch(container.cgroup, now)
@@ -157,13 +156,22 @@ class Senders:
             namespace=pod.namespace[:MAX_LABEL],
             pod=pod.pod[:MAX_LABEL],
         )
-        # The id names this container only where the path is that of the v2 hierarchy.
-        if number and container.id and path in (process.unified, self._cgroups.path(number, now)):
-            self._containers.put(number, sender, now)
+        # The cgroup id identifies this container only if the path is in the v2 hierarchy.
+        if cgroup_id and container.id and path in (process.unified, self._cgroups.path(cgroup_id, now)):
+            self._containers.put(cgroup_id, sender, now)
         return sender, bool(name if container.id else path)
 
+    def _path(self, process: Process, cgroup_id: int, now: float) -> str:
+        """Return the path that names the container, else the first path of the process, else ""."""
+        paths = list(process.cgroups)
+        # A path with "/.." is relative to the agent's own cgroup namespace and useless; the id still leads to the path.
+        if not paths or "/.." in paths[0]:
+            by_id = self._cgroups.path(cgroup_id, now)
+            paths = [by_id, *paths] if by_id else paths
+        return next((path for path in paths if parse(path).id), paths[0] if paths else "")
+
     def _names(self, container: Container, runtime: Runtime, now: float) -> tuple[Pod, str]:
-        """(the pod, the container's name). Kubernetes' names go before those that a runtime made up for it."""
+        """Return the pod and the container's name. Names from Kubernetes take precedence over the runtime's."""
         pod = self._pods.lookup(container.id, container.pod_uid) or Pod("", "")
         name = pod.container or runtime.container
         if not name and not pod.pod and container.id and container.runtime in ("docker", ""):
@@ -171,19 +179,20 @@ class Senders:
         return pod, name
 
     def has_ended(self, sender: Sender, now: float) -> bool:
-        """Whether the sender's pod, or its container where it is in none, has ended as far as can be seen.
+        """Return whether the sender's pod, or its container outside a pod, has ended. ``now``: monotonic seconds.
 
-        A pod lives as long as anything in it does, its sandbox at least; not everybody removes its empty cgroup.
+        A pod ends with its last container, which is usually its sandbox. An empty cgroup counts as ended, too, because
+        some runtimes do not remove the pod's cgroup.
         """
         container = parse(sender.cgroup)
-        place = container.cgroup or folder(sender.cgroup, sender.container_id)
-        return bool(place) and self._cgroups.gone(place, now, when_empty=container.id not in place)
+        path = container.cgroup or folder(sender.cgroup, sender.container_id)
+        return bool(path) and self._cgroups.is_removed(path, now, when_empty=container.id not in path)
 
 
-def _agreed(container: Container, runtime: Runtime, path: str) -> Container:
-    """What the path tells, and what only the runtime's arguments do."""
+def _merge(container: Container, runtime: Runtime, path: str) -> Container:
+    """Complete the container that the path names with what the monitor's arguments contain."""
     if container.id:
         return replace(container, runtime=container.runtime or runtime.name)
-    if runtime.container_id:  # a name instead of a number: ctr lets its user choose
+    if runtime.container_id:  # the path has a name instead of an id: `ctr` lets the user choose
         return Container(runtime.container_id, runtime.name, "", folder(path, runtime.container_id))
     return container

@@ -142,8 +142,8 @@ def test_a_name_that_never_comes_is_looked_for_ever_more_rarely(host: Host, monk
     cgroup = host.container(FLOOD)  # without a file of Docker's
     host.process(7, FLOOD)
     looked = []
-    look = Senders._look
-    monkeypatch.setattr(Senders, "_look", lambda self, *key: looked.append(key[-1]) or look(self, *key))
+    look = Senders._resolve
+    monkeypatch.setattr(Senders, "_resolve", lambda self, *key: looked.append(key[-1]) or look(self, *key))
     for tenth in range(600):
         host.senders.lookup(seen(cgroup, 7), tenth / 10)
     waits = [later - earlier for earlier, later in pairwise(looked)]

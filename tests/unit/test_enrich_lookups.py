@@ -295,7 +295,7 @@ def test_a_cgroup_that_goes_while_its_folder_is_read(tmp_path: Path, monkeypatch
 def test_no_cgroups_here() -> None:
     for root in (None, Path("/nowhere")):
         assert Cgroups(root).path(7, 0) == ""
-        assert not Cgroups(root).gone("/a", 0)
+        assert not Cgroups(root).is_removed("/a", 0)
 
 
 def test_whether_a_cgroup_has_ended(tmp_path: Path) -> None:
@@ -303,10 +303,10 @@ def test_whether_a_cgroup_has_ended(tmp_path: Path) -> None:
     tree = Cgroups(tmp_path)
     for path in ("/a", "/b", "/../a", "/\0"):
         tree.watch(path, 0)
-    assert not tree.gone("/a", 1)
+    assert not tree.is_removed("/a", 1)
     (tmp_path / "a").rmdir()
-    assert tree.gone("/a", 2)
+    assert tree.is_removed("/a", 2)
     # Of what was never seen nobody knows.
-    assert not any(tree.gone(path, 2) for path in ("/b", "/../a", "/\0", "/never"))
+    assert not any(tree.is_removed(path, 2) for path in ("/b", "/../a", "/\0", "/never"))
     (tmp_path / "a").mkdir()
-    assert not tree.gone("/a", 3)
+    assert not tree.is_removed("/a", 3)

@@ -25,7 +25,7 @@ NOT_A_TENANTS = {
     "agent/attribution/docker.py:MAX_FILE_BYTES",
     "agent/attribution/pod.py:MAX_NAMES",
     "agent/attribution/process.py:MAX_PROCESSES",
-    "agent/attribution/process.py:MAX_COMMAND_LETTERS",
+    "agent/attribution/process.py:MAX_COMMAND_CHARACTERS",
     "agent/attribution/budget.py:MAX_TENANTS",
     "agent/attribution/runtime.py:MAX_ANCESTORS",
     "agent/attribution/runtime.py:MAX_ARGUMENTS_BYTES",

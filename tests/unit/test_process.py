@@ -131,7 +131,7 @@ def test_what_is_kept_of_a_hostile_process(tmp_path: Path) -> None:
         target /= "\x1b" * 100
     (folder / "exe").symlink_to(target)
     found = look(tmp_path, 7, "a")
-    assert len(found.command) == process.MAX_COMMAND_LETTERS + 1
+    assert len(found.command) == process.MAX_COMMAND_CHARACTERS + 1
     assert len(found.executable) == process.MAX_PATH
     assert (found.cgroups, found.unified) == (("/docker/x",), "")
 
