@@ -1,8 +1,7 @@
-"""`udpwatch doctor`: tries what udpwatch needs and says what works, what does not, what follows, what to change.
+"""`udpwatch doctor`: tries everything that udpwatch needs and prints what works, what does not, and what to change.
 
-Everything is tried, nothing is concluded from a version number: the programs are really loaded and attached for a
-moment, and a datagram of our own must be seen by them. The agent that runs here is asked what it has, and what it has
-kept of its capabilities; with --agent it alone.
+Nothing is derived from a version number: doctor loads and attaches the programs for a moment and runs the self-test. It
+also asks the running agent for its state and its capabilities; with --agent, it asks only the agent.
 """
 
 from __future__ import annotations
@@ -39,32 +38,32 @@ _NAME_WIDTH = 14
 
 
 class Status(StrEnum):
-    """What a check says of the machine."""
+    """The result of a check."""
 
     OK = "ok"
-    WARN = "warn"  # udpwatch works, with less
+    WARN = "warn"  # udpwatch works with limitations
     FAIL = "fail"  # udpwatch cannot work
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was tried."""
+    """One check."""
 
     name: str
     status: Status
     found: str
-    change: str = ""  # what to do about it
+    change: str = ""  # how to fix it
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All checks, and what follows from them."""
+    """All checks and the conclusion."""
 
     version: str
     checks: tuple[Check, ...]
-    mode: str | None  # None: it cannot work
+    mode: str | None  # None: udpwatch does not work here
     works: bool
-    running: bool = False  # it is about an agent that runs, not about what one could do
+    running: bool = False  # the report of a running agent, not of this machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,9 +89,11 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def ask(path: Path | None) -> Report:
-    """What the agent that answers on this socket says of itself; it works if it is ready. Raises UdpwatchError."""
+    """Ask the agent on this socket for its report; it works if it is ready. Raises UdpwatchError."""
     if path is None:
-        raise UdpwatchError("the agent has no socket, as it is set: ask its /readyz, or name a socket with --connect")
+        raise UdpwatchError(
+            "the agent's socket is disabled (--socket off): ask its /readyz, or give a socket with --connect"
+        )
     with reaching(path), Client(path) as client:
         told = client.doctor()
     checks = [_agent(told)]
@@ -102,31 +103,31 @@ def ask(path: Path | None) -> Report:
 
 
 def _agent(told: dict[str, Any]) -> Check:
-    kept = " ".join(told["capabilities"]) or "no capability"
-    found = f"{told['version']}, process {told['pid']}, mode {told['mode']}, has kept {kept}"
+    kept = " ".join(told["capabilities"]) or "none"
+    found = f"{told['version']}, process {told['pid']}, mode {told['mode']}, capabilities: {kept}"
     if told["ready"]:
         return Check("agent", Status.OK, f"ready: {found}")
     return Check("agent", Status.FAIL, f"not ready ({told['reason']}): {found}", "read its log")
 
 
 def _running(path: Path | None) -> Check:
-    """A line about the agent that runs; that it is not ready does not say that this machine cannot run one."""
+    """Check the running agent. One that is not ready is a warning: this machine may still be able to run udpwatch."""
     if path is None:
-        return Check("agent", Status.OK, "has no socket, as it is set")
+        return Check("agent", Status.OK, "the agent's socket is disabled (--socket off)")
     try:
         with reaching(path), Client(path) as client:
             check = _agent(client.doctor())
     except NoAgent:
-        return Check("agent", Status.OK, f"none answers on {path}")
+        return Check("agent", Status.OK, f"no agent runs here ({path})")
     except UdpwatchError as error:
         return Check("agent", Status.WARN, str(error))
     return check if check.status is Status.OK else replace(check, status=Status.WARN)
 
 
 def examine(settings: Settings) -> Report:
-    """Try everything as `udpwatch run` would with these settings. Raises UsageError for a cgroup path that is none."""
+    """Try everything as `udpwatch run` would with these settings. Raises UsageError for an invalid cgroup path."""
     btf = settings.btf or features.VMLINUX_BTF
-    conntrack = _conntrack()  # first: asking makes the kernel load it, and its module may have types of its own
+    conntrack = _conntrack()  # first: the kernel loads the module, which has types of its own
     checks = [_kernel(), _lockdown(), _btf(btf), _capabilities()]
     mode = None
     try:
@@ -152,7 +153,7 @@ def examine(settings: Settings) -> Report:
 
 
 def _limits(settings: Settings) -> Check:
-    """The limits that differ from their defaults."""
+    """List the limits that differ from their defaults."""
     changed = []
     for setting in SETTINGS:
         value = getattr(settings, setting.name)
@@ -179,17 +180,21 @@ def _lockdown() -> Check:
                 os.close(folder)
     except OSError as error:
         if error.errno == errno.ENOENT:
-            return Check("lockdown", Status.OK, "this kernel has none")
-        if os.geteuid() == 0:  # in a container: nothing is concluded from it
-            return Check("lockdown", Status.OK, f"not to be read here ({error.strerror}); what it forbids is tried")
+            return Check("lockdown", Status.OK, "this kernel does not support lockdown")
+        if os.geteuid() == 0:  # in a container: the checks below show what works
+            return Check(
+                "lockdown",
+                Status.OK,
+                f"cannot be read here ({error.strerror}); the checks below try what it may forbid",
+            )
         return Check("lockdown", Status.WARN, f"cannot be read: {error.strerror}", "run doctor as root")
     level = text.partition("[")[2].partition("]")[0] or text.strip()
     if level == "confidentiality":
         return Check(
             "lockdown",
             Status.WARN,
-            f"{level}: kernel memory may not be read, so conntrack is asked over netlink",
-            "boot with lockdown=integrity if conntrack shall be read from the packet",
+            f"{level}: programs cannot read kernel memory, so udpwatch asks conntrack over netlink",
+            "boot with lockdown=integrity to read conntrack from the packet",
         )
     return Check("lockdown", Status.OK, level)
 
@@ -225,19 +230,19 @@ def _capabilities() -> Check:
         return Check("capabilities", Status.FAIL, found, "run udpwatch as root, or with CAP_BPF and CAP_NET_ADMIN")
     if Capability.PERFMON not in have:
         return Check("capabilities", Status.WARN, found, "add CAP_PERFMON")
-    # What is missing is needed only without CAP_PERFMON, which is there.
+    # The missing ones are needed only without CAP_PERFMON.
     return Check("capabilities", Status.OK, " ".join(str(c) for c in Capability if c in have))
 
 
 def _cgroup(watched: cgroup.Cgroup) -> Check:
     if watched.is_root:
-        return Check("cgroup v2", Status.OK, f"{watched.path}, the root: every process of this node is below it")
+        return Check("cgroup v2", Status.OK, f"{watched.path}, the root: all processes of this node")
     reason = "a container with a cgroup namespace of its own" if cgroup.in_own_namespace() else "not the root"
     return Check(
         "cgroup v2",
         Status.WARN,
-        f"{watched.path} ({reason}): only processes below it are watched",
-        "mount the host's /sys/fs/cgroup into the container and give it with --cgroup",
+        f"{watched.path} ({reason}): udpwatch sees only processes below it",
+        "mount the host's /sys/fs/cgroup into the container and give its path with --cgroup",
     )
 
 
@@ -256,11 +261,11 @@ def _neighbours(watched: cgroup.Cgroup) -> Check:
         return Check(
             "other programs",
             Status.WARN,
-            f"Cilium is here: {found}",
-            "Cilium 1.18 without socket load balancing may detach other programs; udpwatch attaches again and counts "
-            "it in udpwatch_probe_reattached_total",
+            f"Cilium is present: {found}",
+            "Cilium 1.18 without socket load balancing may detach other programs; udpwatch attaches its programs "
+            "again and counts that in udpwatch_probe_reattached_total",
         )
-    return Check("other programs", Status.OK, f"{found}; they and udpwatch do not disturb each other")
+    return Check("other programs", Status.OK, f"{found}; they do not conflict with udpwatch")
 
 
 def _program_name(program: int) -> str:
@@ -282,15 +287,20 @@ def _conntrack() -> Check:
         return Check(
             "conntrack",
             Status.WARN,
-            f"cannot be asked over netlink: {error.strerror}",
-            "load nf_conntrack_netlink if this node uses NAT; without NAT nothing is lost",
+            f"cannot be read over netlink: {error.strerror}",
+            "load nf_conntrack_netlink if this node uses NAT; without NAT, udpwatch does not need it",
         )
-    found = f"answers over netlink; {health.entries} of {health.limit} entries in this namespace"
+    found = f"read over netlink; {health.entries} of {health.limit} entries in this namespace"
     if health.dropped or health.insert_failed or health.early_dropped:
         found += f"; {health.dropped} packets dropped, {health.insert_failed} inserts failed, {health.early_dropped} "
-        found += "entries thrown out early"
+        found += "entries evicted early"
     if health.entries > health.limit * 0.9:
-        return Check("conntrack", Status.WARN, found, "raise net.netfilter.nf_conntrack_max: a full table drops UDP")
+        return Check(
+            "conntrack",
+            Status.WARN,
+            found,
+            "raise net.netfilter.nf_conntrack_max: a full table drops UDP",
+        )
     return Check("conntrack", Status.OK, found)
 
 
@@ -302,12 +312,12 @@ def _sensor(sensor: Sensor, watched: cgroup.Cgroup, forwarded: Forwarded) -> lis
     if watched.contains(os.getpid()):
         seen = sensor.self_test()
         checks.append(
-            Check("test packet", Status.OK, "a datagram and its answer over loopback were seen")
+            Check("self-test", Status.OK, "the programs saw a datagram and its reply over loopback")
             if seen
             else Check(
-                "test packet",
+                "self-test",
                 Status.FAIL,
-                "a datagram sent over loopback was not seen",
+                "the programs did not see a datagram sent over loopback",
                 "bring lo up in this namespace",
             )
         )
@@ -327,13 +337,13 @@ def _probe(probe: Probe) -> Check:
 
 
 def _sockets(found: features.Features) -> list[Check]:
-    conntrack = "its verdict is read from each packet" if found.conntrack else found.conntrack_reason
+    conntrack = "from each packet" if found.conntrack else found.conntrack_reason
     checks = [Check("conntrack read", Status.OK if found.conntrack else Status.WARN, conntrack)]
     for name, has, without in (
-        ("namespace", found.scope == "netns", "an answer through another socket of it is missed"),
-        ("sender", found.sender, "the process behind a connected socket is not known"),
+        ("namespace", found.scope == "netns", "wrong replies through another socket are missed"),
+        ("sender", found.sender, "the process of a connected socket is unknown"),
     ):
-        text = "known to the packet programs" if has else f"not known to the packet programs: {without}"
+        text = "known to the programs" if has else f"unknown to the programs: {without}"
         checks.append(Check(name, Status.OK if has else Status.WARN, text))
     return checks
 
@@ -343,31 +353,31 @@ def _forwarded(sensor: Sensor, forwarded: Forwarded) -> Check:
         change = "sysctl net.netfilter.nf_conntrack_events=2 in these namespaces, or raise the limit of open files"
         return Check("forwarded", Status.WARN, "; ".join(sensor.unwatched), change)
     if sensor.listens:
-        return Check("forwarded", Status.OK, "wrong replies of other machines are looked for in conntrack's events")
+        return Check("forwarded", Status.OK, "replies of machines behind this node are checked in conntrack's events")
     if sensor.sees_forwarded:
-        return Check("forwarded", Status.OK, "wrong replies of other machines are looked for by function probes")
+        return Check("forwarded", Status.OK, "replies of machines behind this node are checked by function probes")
     if forwarded is Forwarded.OFF:
-        return Check("forwarded", Status.OK, "wrong replies of other machines are not looked for, as it is set")
+        return Check("forwarded", Status.OK, "replies of machines behind this node are not checked (--no-forwarded)")
     return Check(
         "forwarded",
         Status.WARN,
-        f"wrong replies of machines behind this node are not looked for: {sensor.forwarded_reason}",
-        "udpwatch run --forwarded reads conntrack's events over netlink instead; it costs more a flow",
+        f"replies of machines behind this node are not checked: {sensor.forwarded_reason}",
+        "udpwatch run --forwarded reads conntrack's events over netlink instead, which costs more per flow",
     )
 
 
 def as_json(report: Report) -> str:
-    """The report as one JSON object."""
+    """Render the report as one JSON object."""
     return json.dumps(asdict(report), indent=2)
 
 
 def as_text(report: Report, colour: bool) -> str:
-    """The report for people, 80 columns."""
+    """Render the report as text, 80 columns wide."""
     paint = _painter(colour and "NO_COLOR" not in os.environ)
     lines = []
     for check in report.checks:
         body = textwrap.wrap(check.found, _WIDTH - _NAME_WIDTH - 8) or [""]
-        # A name that is too long for its column has a line of its own.
+        # A name that is wider than its column gets its own line.
         beside = body.pop(0) if len(check.name) <= _NAME_WIDTH else ""
         lines.append(f"{paint(check.status)}  {check.name:<{_NAME_WIDTH}}  {beside}".rstrip())
         lines += [" " * (_NAME_WIDTH + 8) + line for line in body]
@@ -375,14 +385,14 @@ def as_text(report: Report, colour: bool) -> str:
             lines.append(" " * (_NAME_WIDTH + 8) + ("-> " if index == 0 else "   ") + line)
     lines.append("")
     meaning = {
-        "packet": "udpwatch works here, mode packet: conntrack's verdict is read from each packet.",
-        "netlink": "udpwatch works here, mode netlink: conntrack is asked about each suspected reply.",
-        "function": "udpwatch works here, mode function: by conntrack's new flows alone.",
+        "packet": "udpwatch works here, mode packet: it reads conntrack's verdict from each packet.",
+        "netlink": "udpwatch works here, mode netlink: it asks conntrack about each suspected reply.",
+        "function": "udpwatch works here, mode function: it checks only conntrack's new flows.",
     }
     if report.running:
-        lines.append("The agent works." if report.works else "The agent does not work: see the line marked fail.")
+        lines.append("The agent works." if report.works else "The agent does not work: see the line marked 'fail'.")
     else:
-        lines.append(meaning.get(report.mode or "", "udpwatch cannot work here: see the lines marked fail."))
+        lines.append(meaning.get(report.mode or "", "udpwatch does not work here: see the lines marked 'fail'."))
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
-"""Adds findings up, ages them, gives an immutable Snapshot.
+"""The agent's rows: adds findings up, ends old rows, publishes an immutable Snapshot.
 
 Rules
-1. Memory is bounded: a finding past the limit of rows counts under `other` of its namespace, none is lost. The tenant
-   (a container, else a cgroup) that has the most rows makes room for the others.
-2. A row ends when nothing was added to it for `forget` seconds, that of a pod or container that has ended after
-   ENDED_SECONDS. Its count goes with it, as a counter goes with its process; `other` never ends, nor grows by it.
-3. The clocks are arguments: wall time is only shown, rows age by the monotonic one, which nobody sets.
-4. One thread calls; `lose` alone may be called from any.
+1. Memory is bounded: beyond the limit of rows, wrong replies count under `other` of their namespace; none is lost. A
+   row of the tenant with the most rows is evicted first. A tenant is a container, else a cgroup.
+2. A row ends after `forget` seconds without a wrong reply, or ENDED_SECONDS after its pod or container has ended. Its
+   count ends with it, as a counter ends with its process; `other` never ends, and ended rows are not added to it.
+3. The clocks are arguments: wall time is only shown; rows age by the monotonic clock, which cannot be set.
+4. Not thread-safe, except for `lose`.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from typing import Protocol
 
 from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, Sender, Snapshot, Verdict
 
-#: Every place where an event or a peer can be lost, with what is lost there (metrics show each from the start).
+#: Every stage where events or replies can be lost, and what is lost there. Metrics show each from the start.
 LOSS_STAGES = {
     "rate_limit": "events held back in the kernel by events_per_second",
-    "ring_full": "events that the ring buffer had no room for",
-    "findings_full": "events of wrong replies for which the kernel's table of findings had no room",
-    "undecided": "replies that could not be judged: conntrack could not be asked, or what they answer had to make room",
-    "flows_full": "new flows that looked like wrong replies of other machines, for which there was no room",
-    "conntrack_overrun": "times that conntrack's events came faster than they were read; its table was read instead",
-    "probe_missed": "runs of function probes that the kernel left out",
-    "remember": "clients of conntrack's flows that two CPUs wrote at the same time",
+    "ring_full": "events for which the ring buffer had no room",
+    "findings_full": "events of wrong replies for which the kernel's findings table had no room",
+    "undecided": "replies without a decision: conntrack could not be asked, or their request had been evicted",
+    "flows_full": "candidates (new flows that may be wrong replies) for which there was no room",
+    "conntrack_overrun": "times that conntrack's events overran the buffer; udpwatch read the table instead",
+    "probe_missed": "runs of function probes that the kernel skipped",
+    "remember": "requests of flows that were not stored because two CPUs wrote the same slot",
     "unparsed": "UDP packets with unreadable headers",
-    "attribution": "look-ups of a process, a command line or a cgroup that a limit left out; the kernel's word stands",
-    "queue": "events dropped because their reader was too slow",
+    "attribution": "lookups of a process, command line or cgroup beyond a limit; the kernel's process name is shown",
+    "queue": "events dropped because the reader was too slow",
     "output": "events that could not be written",
 }
 
 
-MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; those of further ones are counted together
+MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces share one
 MAX_EVICTIONS = 100  # rows that make room in one sample
-ENDED_SECONDS = 60.0  # longer than Prometheus takes between two scrapes: it fetches the last count
-LOOK_SECONDS = 5.0  # how often it is looked whether pods and containers have ended
+ENDED_SECONDS = 60.0  # longer than a scrape interval, so that Prometheus gets the last count
+LOOK_SECONDS = 5.0  # how often to check whether pods and containers have ended
 
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """What does not change while the agent runs."""
+    """What stays the same while the agent runs."""
 
     version: str
     kernel: str
@@ -74,11 +74,11 @@ _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
 
 class SenderLookup(Protocol):
-    """Who sends. No method blocks."""
+    """Finds the sender of a reply. No method blocks."""
 
     @property
     def left_out(self) -> int:
-        """Lookups that were left out because a tenant asked for too many, since the start."""
+        """Lookups skipped since the start because a tenant had too many."""
 
     def lookup(self, seen: Increase | Event) -> Sender:
         """The sender of a reply."""
@@ -154,9 +154,7 @@ class State:
         return [_row(known) for known in fresh.values()]
 
     def _make_room(self, tenant: _Tenant) -> _Key | None:
-        """Take away the row of the tenant with the most that was touched longest ago; None where this one would have
-        as many then.
-        """
+        """Evict the oldest row of the tenant with the most rows; None if this tenant would then have as many."""
         most, held = max(self._held.items(), key=lambda each: each[1])
         if held <= self._held[tenant] + 1:
             return None
@@ -180,7 +178,7 @@ class State:
     def _add_beyond(self, beyond: dict[int, int]) -> None:
         for tenant, count in beyond.items():
             more = count - self._beyond.get(tenant, 0)
-            if more:  # a tenant that the kernel forgot begins at 0 again
+            if more:  # a tenant that the kernel has evicted begins at 0 again
                 self._add_other(self._senders.namespace_of(tenant), more if more > 0 else count)
         self._beyond = dict(beyond)
 
@@ -196,7 +194,7 @@ class State:
             if sender.container_id not in answers:
                 answers[sender.container_id] = self._senders.has_ended(sender, monotonic)
             if not answers[sender.container_id]:
-                known.ended = None  # it was only started anew
+                known.ended = None  # it was only restarted
             elif known.ended is None:
                 known.ended = monotonic
 
@@ -214,7 +212,7 @@ class State:
         """Everything, as of the last sample."""
         sample = self._sample or _NOTHING
         counters = sample.counters
-        # Where the kernel cannot tell NAT from a fault, what overflowed there was only suspected.
+        # In mode netlink the kernel cannot tell NAT from a wrong reply: what overflowed was only suspected.
         suspected = self._about.mode == "netlink"
         with self._losing:
             lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here

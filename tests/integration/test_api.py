@@ -91,17 +91,17 @@ def test_doctor_of_a_running_agent(agent: Agent) -> None:
 
 
 def test_doctor_asks_the_agent(agent: Agent) -> None:
-    """What it has kept of its capabilities is shown, by itself and beside what this machine allows."""
+    """Its remaining capabilities are shown, alone and beside what this machine supports."""
     here = f"--connect={agent.socket}"
     done = run_cli("doctor", "--agent", here)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"process {agent.pid}, mode packet, has kept CAP_BPF CAP_DAC_OVERRIDE CAP_NET_ADMIN" in " ".join(
+    assert f"process {agent.pid}, mode packet, capabilities: CAP_BPF CAP_DAC_OVERRIDE CAP_NET_ADMIN" in " ".join(
         done.stdout.split()
     )
     assert done.stdout.endswith("\nThe agent works.\n")
     report = json.loads(run_cli("doctor", "--json", here).stdout)
     (check,) = [check for check in report["checks"] if check["name"] == "agent"]
-    assert check["status"] == "ok" and "has kept" in check["found"]
+    assert check["status"] == "ok" and "capabilities: " in check["found"]
     agent.stop()
     done = run_cli("doctor", "--agent", here)
     assert (done.returncode, done.stdout) == (1, "")

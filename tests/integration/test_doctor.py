@@ -20,7 +20,7 @@ def test_doctor_here() -> None:
     assert done.returncode == 0, done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "mode packet" in done.stdout
-    for name in ("kernel", "lockdown", "BTF", "capabilities", "cgroup v2", "conntrack", "bcc", "egress", "test packet"):
+    for name in ("kernel", "lockdown", "BTF", "capabilities", "cgroup v2", "conntrack", "bcc", "egress", "self-test"):
         assert f"  {name} " in done.stdout
 
 
@@ -59,7 +59,7 @@ def test_doctor_without_rights() -> None:
 
 
 def test_doctor_without_bcc(agent: Agent) -> None:
-    """It tries the compiler, whatever the agent beside it has kept."""
+    """It runs the compiler, whichever capabilities the running agent has."""
     done = run_cli("doctor", wrapper=in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages"))
     assert done.returncode == 77
     assert "python3-bpfcc" in done.stdout

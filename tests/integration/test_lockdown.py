@@ -38,7 +38,7 @@ def test_the_mode(report: dict[str, dict[str, str]], confidential: bool) -> None
             assert report["forwarded"]["status"] == "warn"
         elif IN_MATRIX:
             assert watch.sensor.sees_forwarded, watch.sensor.forwarded_reason
-            assert report["forwarded"]["found"] == "wrong replies of other machines are looked for by function probes"
+            assert report["forwarded"]["found"] == "replies of machines behind this node are checked by function probes"
 
 
 def test_a_wrong_reply_is_found(confidential: bool, port: int) -> None:
