@@ -74,7 +74,9 @@ class Watch:
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._word.wait(), LOOK_SECONDS)
+                # Not wait_for(): before Python 3.12 it loses a cancellation that comes with the word.
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._word.wait()
                 await asyncio.sleep(SETTLE_SECONDS)
             self._word.clear()
             try:

@@ -103,3 +103,18 @@ def test_not_tried_all_the_time_but_at_every_change(file: Path, monkeypatch: pyt
         assert await reader.has_tried(0.3)
 
     watched(file, story)
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_stop_ends_a_watch_that_a_change_wakes(file: Path, turns: int) -> None:
+    async def play() -> None:
+        each = Watch(lambda: [file], Reader().read)
+        each.start()
+        await asyncio.sleep(0)
+        each._word.set()
+        for _ in range(turns):  # of the event loop, until the watch wakes
+            await asyncio.sleep(0)
+        async with asyncio.timeout(SECONDS):
+            await each.stop()
+
+    asyncio.run(play())
