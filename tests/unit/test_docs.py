@@ -29,8 +29,6 @@ TO_DO = {
     "docs/dns-options.md",
     "docs/dns.md",
     "docs/docker.md",
-    "docs/events.md",
-    "docs/explain.md",
     "docs/kernels.md",
     "docs/kubernetes.md",
     "docs/monitoring.md",
@@ -50,7 +48,6 @@ TO_DO = {
     "docs/runbooks/UdpwatchServerAnswersWrongly.md",
     "docs/runbooks/UdpwatchTooManyServers.md",
     "docs/security.md",
-    "docs/settings.md",
     "docs/systemd.md",
     "helm/udpwatch/README.md",
 }
