@@ -16,7 +16,6 @@ PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/
 COLUMNS = 120
 #: Pages that are still too wide.
 TO_DO = {
-    "README.md",
     "docs/attribution.md",
     "docs/decisions/001-cgroup-hooks.md",
     "docs/decisions/002-loading-child.md",
