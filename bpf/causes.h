@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * How the source address of a send was chosen. No map is used here: bcc rewrites map calls in the
- * main file only.
- */
+/* How the source address of a send was chosen. */
 #ifndef UDPWATCH_CAUSES_H
 #define UDPWATCH_CAUSES_H
 
@@ -11,14 +8,16 @@
 #define ALIKE_NS 10000000000ULL /* far longer than a send takes */
 
 #if CAUSE_BY_SOCKET
-/* The memory of a socket is used again for another one, which may be of another kind: so they are
- * taken for alike again some time after they differed. A send does not take as long. */
+/* Return whether all recent sends of a socket had the same cause. The kernel reuses the memory of a
+ * socket for sockets of another kind, so a difference counts only for a while. */
 static __always_inline int are_alike(const struct socket_cause *known) {
     __u32 differed = READ_ONCE(known->differed);
     return !differed || (__u32)bpf_jiffies64() - differed > ALIKE_NS / TICK_NS;
 }
 
-/* Note the cause of one more send of a socket; whether all that is known of it have the same. */
+/* Note the cause of one more send of a socket; return whether all recent sends had the same cause.
+
+ */
 static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
     if (known->cause == cause)
         return are_alike(known);
@@ -29,7 +28,8 @@ static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
     return 0;
 }
 
-/* As note_cause, by the socket. To ask for the current thread costs more than all of this. */
+/* Like note_cause, but find the socket first. Asking for the current thread would cost more than
+ * this whole function. */
 static __always_inline int note_socket(struct socket_causes *causes, __u64 socket, __u16 cause) {
     if (!causes)
         return 0;
@@ -39,15 +39,15 @@ static __always_inline int note_socket(struct socket_causes *causes, __u64 socke
             return note_cause(&causes->way[i], cause);
     }
     struct socket_cause *replaced = &causes->way[bpf_jiffies64() & 3];
-    WRITE_ONCE(replaced->socket, 0); /* nobody's while it changes */
+    WRITE_ONCE(replaced->socket, 0); /* invalid while it changes */
     WRITE_ONCE(replaced->differed, 0);
     WRITE_ONCE(replaced->cause, cause);
     WRITE_ONCE(replaced->socket, socket);
     return 0;
 }
 
-/* The cause of a socket's send: *alike if all that is known of it have the same, else that of a
- * thread of which nothing is noted. 0 where nothing is known. */
+/* Return the cause of a socket's send, 0 if it is unknown. *alike is 1 if all recent sends had this
+ * cause; otherwise the cause applies only to threads without a note of their own. */
 static __always_inline __u32 cause_of_socket(const struct socket_causes *causes, __u64 socket,
                                              int *alike) {
     __u32 cause = 0;
@@ -74,7 +74,7 @@ static __always_inline __u32 cause_of_socket(const struct socket_causes *causes,
 
 static __always_inline int leaves_from_own(struct bpf_sock *sk, const struct address *source,
                                            __u8 family) {
-    /* Volatile: the verifier wants each member of a socket read at an offset of its own. */
+    /* Volatile, because the verifier requires a separate read at the offset of each member. */
     __u32 own4 = READ_ONCE(sk->src_ip4), own[4];
     own[0] = READ_ONCE(sk->src_ip6[0]);
     own[1] = READ_ONCE(sk->src_ip6[1]);

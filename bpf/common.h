@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/* What sockets.c and conntrack.c both do. No map is used here: bcc rewrites map calls in the main
- * file only. */
+/* What sockets.c and conntrack.c share. Headers use no map, since bcc rewrites map calls in the
+ * main file only. */
 #ifndef UDPWATCH_COMMON_H
 #define UDPWATCH_COMMON_H
 
@@ -13,7 +13,8 @@
 #define CT_INFO_MASK 7ULL       /* NFCT_INFOMASK */
 #define DST_NOREF    1ULL       /* SKB_DST_NOREF */
 
-/* Atomic although per CPU: a program can be preempted, and interrupted by another run of itself. */
+/* Counting is atomic although the map is per CPU: a program can be preempted or interrupted by
+ * another run of itself. */
 #define COUNT(field, n)                                                                            \
     do {                                                                                           \
         struct stats *stats_ = stats_of_this_cpu();                                                \
@@ -27,7 +28,7 @@ static __always_inline void set_ip4(struct address *to, __u32 address) {
     to->word[3] = address;
 }
 
-/* By words: a copy of unknown alignment would be one of bytes. */
+/* Copy word by word: the compiler copies memory of unknown alignment byte by byte. */
 static __always_inline void set_ip6(struct address *to, const __u32 *from) {
     to->word[0] = from[0];
     to->word[1] = from[1];
@@ -48,8 +49,8 @@ static __always_inline int is_group(const struct address *address, __u8 family) 
 }
 
 #if HAVE_KERNEL_READ
-/* Whether the route of an IPv4 packet leads to a group: only it knows what is a broadcast address.
- * 0 also where the packet has no route; then *known is 0. */
+/* Return whether the route of an IPv4 packet leads to a group; only the route knows broadcast
+ * addresses. *known is 0 if the packet has no route. */
 static __always_inline int routed_to_group(__u64 skb, int *known) {
     __u64 route = read_kernel(skb + OFFSET_SKB_DST) & ~DST_NOREF;
     *known = route != 0;
@@ -61,8 +62,9 @@ static __always_inline int is_remembered(__u64 seen, __u64 now) {
     return seen && (now <= seen || now - seen <= WINDOW_NS);
 }
 
-/* A slot is a thread's: between the hooks of one send no other send uses it. Where egress does not
- * know its thread, it is the socket's, and says who sends as well. */
+/* Return the slot of the sending thread. No other send uses it between the hooks of one send. If
+ * egress cannot identify its thread, the slot belongs to the socket and also identifies the sender.
+ */
 static __always_inline __u32 sender_slot(__u64 socket, __u64 pid_tgid) {
     __u64 mixed = KNOW_CURRENT ? pid_tgid : socket * 0x9e3779b97f4a7c15ULL >> 40;
     return mixed & (SENDER_SLOTS - 1);

@@ -1,9 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * Everything that differs between kernels, and nothing else. agent/kernel/features.py finds out by
- * trying what this kernel allows and passes it in as HAVE_* (1 or 0) when the programs are
- * compiled, with OFFSET_* of the members of kernel structures where kernel memory may be read.
- */
+/* Differences between kernels, and nothing else. agent/kernel/features.py finds by trying what this
+ * kernel allows. It passes the result to the compiler as HAVE_* (1 or 0), and as OFFSET_* of
+ * members of kernel structures if the programs may read kernel memory. */
 #ifndef UDPWATCH_COMPAT_H
 #define UDPWATCH_COMPAT_H
 
@@ -18,9 +16,9 @@
 #define READ_ONCE(x)         (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, value) (*(volatile typeof(x) *)&(x) = (value))
 
-/* Ends a branch that must stay one. Where two branches differ only in an offset, the compiler makes
- * one of them with a computed offset, and the verifier allows arithmetic on a pointer to map or
- * stack memory with anything but constants only to whom CAP_PERFMON is given. */
+/* End a branch that the compiler must not merge with others. If two branches differ only in an
+ * offset, the compiler merges them and computes the offset. Without CAP_PERFMON, the verifier
+ * refuses arithmetic on pointers to map or stack memory with anything but constants. */
 #if HAVE_KERNEL_READ
 #define KEEP_APART(n)
 #else
@@ -28,12 +26,12 @@
 #endif
 
 #if HAVE_KERNEL_READ
-/* By number: bcc puts bpf_probe_read in place of bpf_probe_read_kernel, which these programs may
- * not call, where /proc/kallsyms does not show it the newer one (without CAP_SYSLOG). */
+/* Call the helper by its number. Without CAP_SYSLOG, bcc does not see the helper in /proc/kallsyms
+ * and replaces it with bpf_probe_read, which these programs may not call. */
 static int (*const copy_from_kernel)(void *to, __u32 size, const void *from) = (void *)113;
 
-/* By the member's own size: the first bytes of a wider read are the member only where the least
- * significant byte comes first. Without a number: pointers, longs, halves of an IPv6 address. */
+/* Read a member by its own size: on big-endian machines, the first bytes of a wider read are not
+ * the member. The function without a number reads pointers, longs and halves of IPv6 addresses. */
 #define READ_KERNEL(name, type)                                                                    \
     static __always_inline type name(__u64 address) {                                              \
         type value = 0;                                                                            \
@@ -55,8 +53,8 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 }
 #endif
 
-/* A socket's identity within one send: its address in the kernel, where function probes see it too,
- * else its cookie. */
+/* Identify a socket within one send: by its address in the kernel, which function probes also see,
+ * or else by its cookie. */
 #if HAVE_KERNEL_READ
 #define socket_of_skb(skb)  ((__u64)(skb)->sk)
 #define socket_of_send(ctx) ((__u64)(ctx)->sk)
@@ -65,14 +63,13 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 #define socket_of_send(ctx) bpf_get_socket_cookie(ctx)
 #endif
 
-/* Whether a hook of a send can tell the cause by the socket alone, without a call (see sockets.c).
- */
+/* Whether a hook can find the cause of a send from the socket alone, without a call (causes.h). */
 #define CAUSE_BY_SOCKET (HAVE_KERNEL_READ && KNOW_CURRENT)
 
-/* The scope of a conversation: the network namespace, by its cookie, else by its address in the
- * kernel, which leaves the kernel nowhere; where neither can be had, the socket.
- * bpf_get_netns_cookie() in cgroup_skb: Linux kernel commit c221d3744ad3 ("bpf: cgroups: Add
- * bpf_get_netns_cookie() for cgroup_skb") (in v6.15). */
+/* The scope of a conversation: the cookie of its network namespace, else the address of the
+ * namespace in the kernel (never sent to user space), else the socket. bpf_get_netns_cookie() in
+ * cgroup_skb: Linux kernel commit c221d3744ad3 ("bpf: cgroups: Add bpf_get_netns_cookie() for
+ * cgroup_skb") (in v6.15). */
 #if HAVE_NETNS_COOKIE
 #define scope_of_skb(skb)    bpf_get_netns_cookie(skb)
 #define netns_of(scope, skb) (scope)
@@ -84,12 +81,12 @@ static __always_inline __u32 read_netns_inode(struct __sk_buff *skb) {
 #define netns_of(scope, skb) 0
 #endif
 
-/* The clock of the table of conversations. The kernel puts a load in place of this call, where the
- * calls that read the time take 20 ns. Its precision, a tick, is far below the window's; its zero
- * is not CLOCK_MONOTONIC's, and it is not slewed with it. */
+/* The clock of the table of conversations. The kernel replaces this call with a load; calls that
+ * read the time take 20 ns. A tick is far shorter than the window. This clock starts at another
+ * time than CLOCK_MONOTONIC and is not slewed with it. */
 #define now_ns() (bpf_jiffies64() * TICK_NS)
 
-/* The current thread in cgroup_skb: by the helpers, else from its task_struct. */
+/* Identify the current thread in cgroup_skb: by the helpers, else from its task_struct. */
 #define KNOW_CURRENT (HAVE_CURRENT || HAVE_CURRENT_TASK)
 #if HAVE_CURRENT
 #define current_pid_tgid()  bpf_get_current_pid_tgid()
@@ -111,7 +108,7 @@ static __always_inline __u32 current_uid(void) {
     return read_kernel32(read_kernel(bpf_get_current_task() + OFFSET_TASK_CRED) + OFFSET_CRED_UID);
 }
 
-/* Else the cgroup of the process that made the socket, which may be another one's. */
+/* The socket may have been created by a process of another cgroup. */
 #ifdef OFFSET_TASK_CGROUPS
 static __always_inline __u64 read_current_cgroup(void) {
     __u64 set = read_kernel(bpf_get_current_task() + OFFSET_TASK_CGROUPS);

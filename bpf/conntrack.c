@@ -1,22 +1,25 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Function probes: wrong replies seen from the side, in the flows that conntrack books, and who
- * sends, told by udp_sendmsg() itself. They are attached where the kernel allows it, by fentry or
- * as kprobes.
+ * Function probes: find wrong replies of machines behind this node in conntrack's new flows, and
+ * learn about senders from udp_sendmsg(). They attach by fentry or as kprobes where the kernel
+ * allows it.
  *
  * Rules
- * 1. The programs only look.
- * 2. Conntrack speaks once a flow, when it books it: a finding made here counts flows.
- * 3. What mirrors an unanswered flow is a candidate, no more. Peers that call each other look the
- *    same at first; `settle` decides some time later, when they have answered each other.
- * 4. In doubt nothing is claimed: a client that asked two addresses from one port, an entry that
- *    went away unseen, a request that may have been evicted.
+ * 1. The programs only watch.
+ * 2. Conntrack confirms each flow once, so a finding of these programs counts flows.
+ * 3. A new flow that mirrors an unanswered flow is only a candidate: peers that call each other
+ *    look the same at first. `settle` decides some seconds later, when such peers have answered
+ *    each other.
+ * 4. Unclear cases are undecided: a client that asked two addresses from one port, an entry that
+ *    vanished unseen, a request that may have been evicted.
  *
- * send4/6      udp_sendmsg(), udpv6_sendmsg(): who sends, and whether with PKTINFO.
- * confirm      __nf_conntrack_confirm(): a new flow; remember whom it asks, see whom it mirrors.
- * gone         nf_ct_delete(): an entry's last status.
- * settle       attached to nothing; run by user space (BPF_PROG_TEST_RUN) on one candidate.
- * enter        likewise, on one request that conntrack knew before the probes were attached.
+ * send4/6      udp_sendmsg(), udpv6_sendmsg(): note the sender and whether it passed PKTINFO.
+ * confirm      __nf_conntrack_confirm(): note the request of a new flow, and check whether the flow
+ *              mirrors another one.
+ * gone         nf_ct_delete(): note the last status of an entry.
+ * settle       not attached; user space runs it (BPF_PROG_TEST_RUN) to decide one candidate.
+ * add_request  not attached; user space runs it to add one request that conntrack knew before the
+ *              probes were attached.
  */
 #include "common.h"
 #include "compat.h"
@@ -26,18 +29,16 @@
 #include "requests.h"
 #include "table.h"
 
-/* ---- limits and settings: REQUEST_SETS, MAX_EVICTIONS, MAX_TENANTS, MAX_CANDIDATES, WINDOW_NS and
- * FORWARDED come with the compile, from Limits in agent/kernel/loader.py; so do *_ARGUMENT_n, the
- * place of a function's n-th argument in the context, which fentry and kprobes do not share
- * (agent/kernel/probes.py) ----
- */
+/* ---- limits: the compiler gets REQUEST_SETS, MAX_EVICTIONS, MAX_TENANTS, MAX_CANDIDATES,
+ * WINDOW_NS and FORWARDED from agent/kernel/loader_child.py. *_ARGUMENT_n is the position of
+ * argument n of a function in the context, which differs between fentry and kprobes
+ * (agent/kernel/probes.py) ---- */
 
 #define STATE_CONNECTED 1 /* TCP_ESTABLISHED */
-/* One and a half times as many fingerprints as clients. */
+/* Fingerprints are one and a half times as many as clients. */
 #define FLOW_FINGERPRINT_SETS (2 * REQUEST_SETS)
 
-/* ---- maps; the first three are sockets.c's as well: what has the same name is the same map ----
- */
+/* ---- maps; maps of one name are one map: the first three are shared with sockets.c ---- */
 
 BPF_ARRAY(senders, struct sender, SENDER_SLOTS);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
@@ -49,12 +50,13 @@ BPF_ARRAY(flow_fingerprints, struct fingerprint_set, FLOW_FINGERPRINT_SETS);
 BPF_TABLE("lru_hash", struct tenant, struct eviction, flow_evictions, MAX_EVICTIONS);
 BPF_ARRAY(flow_keys, struct hash_keys, 1);
 BPF_TABLE("hash", __u64, struct candidate, candidates, MAX_CANDIDATES);
-/* By network namespace and interface that they came in by: how many wait, which user space sets
- * right at each reading. */
+/* By network namespace and incoming interface: the number of waiting candidates, which user space
+ * corrects at each sample. */
 BPF_TABLE("lru_hash", __u64, __u64, candidates_held, MAX_TENANTS);
 BPF_ARRAY(all_candidates, __u64, 1);
 
-/* Too large for the stack. A program is not run again on a CPU on which it is running. */
+/* Variables too large for the stack. The kernel does not run a program again on a CPU where it is
+ * already running. */
 struct scratch {
     struct candidate candidate;
     struct requests known, evicted;
@@ -64,14 +66,14 @@ struct scratch {
     struct tuple original, reply;
     struct looked_up entry;
 };
-BPF_PERCPU_ARRAY(scratch, struct scratch, 2); /* of `confirm`; of `enter` and `settle` */
+BPF_PERCPU_ARRAY(scratch, struct scratch, 2); /* 0: `confirm`; 1: `add_request` and `settle` */
 
 static __always_inline struct stats *stats_of_this_cpu(void) {
     int zero = 0;
     return counters.lookup(&zero);
 }
 
-/* ---- who sends ---- */
+/* ---- the sender ---- */
 
 static __always_inline void note(__u64 socket, int bound, __u64 message) {
     __u64 pid_tgid = bpf_get_current_pid_tgid();
@@ -86,7 +88,7 @@ static __always_inline void note(__u64 socket, int bound, __u64 message) {
     if (sender->socket == socket && sender->pid_tgid == pid_tgid && sender->cause == cause &&
         sender->pktinfo == pktinfo)
         return;
-    WRITE_ONCE(sender->socket, 0); /* nobody's while it changes */
+    WRITE_ONCE(sender->socket, 0); /* invalid while it changes */
     sender->pid_tgid = pid_tgid;
     sender->cause = cause;
     sender->pktinfo = pktinfo;
@@ -136,7 +138,7 @@ static __always_inline struct eviction *evictions_of(const struct tenant *of) {
     return flow_evictions.lookup(&tenant);
 }
 
-/* A client made room for another one within the window. */
+/* Note that a client was evicted within the window. */
 static __always_inline void note_eviction(const struct requests *evicted, __u64 tag,
                                           const struct hash_keys *keys, __u64 now) {
     int is_answered = seems_answered(&evicted->asked[0]) & seems_answered(&evicted->asked[1]);
@@ -158,8 +160,8 @@ static __always_inline void note_eviction(const struct requests *evicted, __u64 
         note_loss_of_tenant(known, !is_answered, 0, 0, now);
 }
 
-/* Whether a client's request may have been evicted within the window: `hash` as in note_eviction.
- */
+/* Return whether a request of the client may have been evicted within the window; `hash` is the one
+ * of note_eviction. */
 static __always_inline int may_be_evicted(const struct hash_keys *keys, __u64 hash,
                                           const struct tenant *tenant, __u64 now) {
     struct eviction *lost = evictions_of(tenant);
@@ -172,7 +174,7 @@ static __always_inline int may_be_evicted(const struct hash_keys *keys, __u64 ha
 
 /* ---- a new flow ---- */
 
-/* Note whom a client asked. `known` and `evicted` are the caller's scratch. */
+/* Note the server that a client asked. `known` and `evicted` are scratch memory of the caller. */
 static __always_inline void remember(const struct hash_keys *keys, const struct request_key *key,
                                      const struct request *asked, __u64 now, struct requests *known,
                                      struct requests *evicted) {
@@ -215,7 +217,8 @@ static __always_inline void remember(const struct hash_keys *keys, const struct 
 }
 
 #if !HAVE_SOCKETS
-/* Who sends, where no cgroup program tells: conntrack confirms a packet in its sender's context. */
+/* Fill in the sender if no cgroup program does: conntrack confirms a packet in the context of its
+ * sender. */
 static __always_inline void identify(struct candidate *to, __u64 socket) {
     __u64 pid_tgid = bpf_get_current_pid_tgid();
     __u32 index = sender_slot(socket, pid_tgid);
@@ -237,7 +240,8 @@ static __always_inline void identify(struct candidate *to, __u64 socket) {
 }
 #endif
 
-/* Whether a socket of this node was found with this datagram: its own program ran before. */
+/* Return whether the finding of a local socket covers this datagram; the program of the socket ran
+ * earlier. */
 static __always_inline int is_reported(const struct request_key *key, const struct address *source,
                                        __u64 now) {
 #if HAVE_SOCKETS
@@ -254,7 +258,7 @@ static __always_inline int is_reported(const struct request_key *key, const stru
 #endif
 }
 
-/* The one request that this flow may answer wrongly; NULL if it does not look so. */
+/* Return the one request that this flow may answer wrongly, else NULL. */
 static __always_inline struct request *mirrored(struct scratch *room, __u64 tag,
                                                 const struct hash_keys *keys, __u64 now) {
     struct request *newest = &room->known.asked[0], *other = &room->known.asked[1];
@@ -264,7 +268,7 @@ static __always_inline struct request *mirrored(struct scratch *room, __u64 tag,
         newest = &room->known.asked[1];
         other = &room->known.asked[0];
     }
-    /* Who was ever asked may come late, or call by itself. */
+    /* A server that was asked may reply late or begin a flow of its own. */
     if (same(&newest->server, source) || (other->seen && same(&other->server, source)))
         return 0;
     if (!(newest->server.half[0] | newest->server.half[1])) /* a group */
@@ -276,7 +280,7 @@ static __always_inline struct request *mirrored(struct scratch *room, __u64 tag,
     return newest;
 }
 
-/* What a new flow looks like to be: the wrong reply to the request that is returned, or NULL. */
+/* Return the request that a new flow seems to answer wrongly, else NULL. */
 static __always_inline struct request *judge(struct scratch *room, const struct hash_keys *keys,
                                              __u64 now) {
     const struct request_key *key = &room->key;
@@ -293,8 +297,8 @@ static __always_inline struct request *judge(struct scratch *room, const struct 
         request = mirrored(room, tag, keys, now);
     if (found == THERE && !request)
         return 0;
-    /* Where nothing is known of the client, its request may have been evicted; where one request
-     * is, another one may have been. */
+    /* If the client is unknown, its request may have been evicted; if one request is known, another
+     * one may have been evicted. */
     set_tenant(&tenant, key);
     if (found == TORN || may_be_evicted(keys, tag, &tenant, now) ||
         (request && may_be_evicted(keys, hash_of_answered(tag), &tenant, now))) {
@@ -304,7 +308,7 @@ static __always_inline struct request *judge(struct scratch *room, const struct 
     return request;
 }
 
-/* Ask for the decision of a new flow: it waits in `candidates` for user space. */
+/* Put a candidate into `candidates`, where it waits for user space. */
 static __always_inline void wait_for_decision(struct candidate *candidate, __u64 skb, __u64 entry,
                                               __u32 interface, const struct request *request) {
     candidate->request = *request;
@@ -320,8 +324,8 @@ static __always_inline void wait_for_decision(struct candidate *candidate, __u64
         identify(candidate, read_kernel(skb + OFFSET_SKB_SK));
     }
 #endif
-    /* A tenant may have as many that wait as there is room left for. One that waits under the same
-     * address is another entry's, which has gone. */
+    /* A tenant may have as many waiting candidates as there is free room. A candidate under the
+     * same address belongs to an entry that is gone. */
     __u64 tenant = (__u64)interface << 32 | candidate->key.netns, none = 0;
     int zero = 0;
     __u64 *held = candidates_held.lookup_or_try_init(&tenant, &none);
@@ -334,16 +338,16 @@ static __always_inline void wait_for_decision(struct candidate *candidate, __u64
     __sync_fetch_and_add(all, 1);
 }
 
-/* Whether a new flow looks like a wrong reply: a socket's, which was told, or one that waits for
- * its decision now. */
+/* Return whether a new flow looks like a wrong reply; it then waits as a candidate, unless the
+ * finding of a local socket covers it. */
 static __always_inline int is_candidate(struct scratch *room, const struct hash_keys *keys,
                                         __u64 skb, __u64 entry, __u64 now) {
-    __u32 interface = read_kernel32(skb + OFFSET_SKB_IIF); /* 0: sent here */
+    __u32 interface = read_kernel32(skb + OFFSET_SKB_IIF); /* 0: sent by this node */
     struct request_key *key = &room->key;
 
     if (interface ? !FORWARDED : HAVE_SOCKETS)
         return 0;
-    /* The client that this flow would answer: the request's key is where this flow goes. */
+    /* This flow goes to the client of the request that it would answer. */
     widen(&room->source, room->original.source, room->original.layer3);
     key->client_port = net16(room->original.destination_port);
     key->port = net16(room->original.source_port);
@@ -383,7 +387,7 @@ int confirm(__u64 *ctx) {
     if (status_of(entry) & EXPECTED)
         return 0;
     __u8 family = room->original.layer3;
-    __u64 now = bpf_ktime_get_ns(); /* as user space compares it */
+    __u64 now = bpf_ktime_get_ns(); /* the clock that user space compares it with */
     read_tuple(&room->reply, entry, OFFSET_TUPLE_REPLY);
     __builtin_memset(&room->key, 0, sizeof(room->key));
     widen(&room->key.client, room->original.destination, family);
@@ -433,7 +437,8 @@ int gone(__u64 *ctx) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         struct request *request = &set->way[way].asked[i];
-        /* Not from `entry` itself: the verifier allows no arithmetic with a pointer of fentry. */
+        /* Do not compute with `entry` itself: the verifier refuses arithmetic on a pointer argument
+         * of fentry. */
         __u64 noted = READ_ONCE(request->entry), final = final_of(opaque(noted), status);
         if (noted == entry)
             WRITE_ONCE(request->final, final);
@@ -443,7 +448,7 @@ int gone(__u64 *ctx) {
 
 /* ---- the decision ---- */
 
-/* The candidate whose entry's address stands in the "packet": an enum settled. */
+/* Decide the candidate of the entry whose address is in the "packet"; return an enum settled. */
 int settle(struct __sk_buff *skb) {
     struct tuple now;
     __u64 entry;
@@ -466,7 +471,7 @@ int settle(struct __sk_buff *skb) {
     if (status & SEEN_REPLY)
         return SETTLED_ANSWERED;
 
-    /* What became of the request's entry meanwhile stands where it is remembered. */
+    /* The end of the request's entry is noted in the table of requests. */
     struct request request = candidate->request;
     __u64 tag = tag_of_request(keys, &candidate->key);
     struct request_set *set = set_of(tag);
@@ -486,9 +491,9 @@ int settle(struct __sk_buff *skb) {
     return status & SEEN_REPLY ? SETTLED_ANSWERED : SETTLED_WRONG;
 }
 
-/* Note a request that conntrack knew before the probes were attached: a struct dumped_request in
- * the "packet". What a probe has seen of the same client is newer. */
-int enter(struct __sk_buff *skb) {
+/* Add a request that conntrack knew before the probes were attached; the "packet" is a struct
+ * dumped_request. Requests that a probe saw are newer. */
+int add_request(struct __sk_buff *skb) {
     struct dumped_request dumped;
     struct request asked = {};
     const struct hash_keys *keys = keys_of_hash();

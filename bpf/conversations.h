@@ -1,29 +1,29 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The table of conversations, and who asked which address in them. No map is used here: bcc
- * rewrites map calls in the main file only, so the caller looks sets up and hands them in.
+ * The table of conversations: which addresses each client asked. Headers use no map, since bcc
+ * rewrites map calls in the main file only; the caller looks sets up and passes them.
  *
  * Rules
- * 1. A set is changed under its lock. Without the lock only the times of a conversation with one
- *    address are moved. A reply is called wrong only under the lock.
- * 2. Which conversation is evicted: table.h.
- * 3. An eviction within the window is noted (sockets.c); a reply that it may concern is undecided.
+ * 1. A set is changed under its lock. Without the lock, only the times of a conversation with a
+ *    single address change. A reply is judged wrong only under the lock.
+ * 2. table.h chooses the conversation that is evicted.
+ * 3. sockets.c notes each eviction within the window; a reply that it may concern is undecided.
  *
- * Without CAP_PERFMON the verifier refuses variable offsets into map memory, so each way is
- * addressed by a constant and selected by comparing values stored in it.
+ * Without CAP_PERFMON, the verifier refuses variable offsets into map memory. Each way then has a
+ * constant offset and is selected by comparing values stored in it.
  */
 #ifndef UDPWATCH_CONVERSATIONS_H
 #define UDPWATCH_CONVERSATIONS_H
 
 #include "table.h"
 
-/* By number: bcc of Debian 12 has no wrappers for them. */
+/* Call the helpers by number: bcc of Debian 12 has no wrappers for them. */
 static void (*const spin_lock)(void *lock) = (void *)93;
 static void (*const spin_unlock)(void *lock) = (void *)94;
 
 /* ---- times ---- */
 
-/* The clock is coarse: two events of one tick still have an order. */
+/* The clock is coarse; the order of two events within one tick is kept. */
 static __always_inline __u64 after(__u64 now, __u64 other) {
     return now > other ? now : other + 1;
 }
@@ -36,26 +36,26 @@ static __always_inline int is_pending(const struct conversation *request) {
     return request->asked > request->answered;
 }
 
-/* A group is remembered as the address zero. */
+/* A group is stored as the address zero. */
 static __always_inline int is_any(const struct address *asked) {
     return !(asked->half[0] | asked->half[1]);
 }
 
-/* A group may be answered from any address. */
+/* A request to a group may be answered from any address. */
 static __always_inline int answers(const struct address *asked, const struct address *source) {
     return same(asked, source) || is_any(asked);
 }
 
-/* Nanoseconds since; below 0 where the tick is not over yet. */
+/* Return the nanoseconds since `then`, which are negative within one tick. */
 static __always_inline __s64 age(__u64 then, __u64 now) {
     return now - then;
 }
 
 /* ---- conversations ---- */
 
-/* X is a macro that takes the number of a way. Where the verifier allows no computed offset they
- * are written out, not a loop: what leaves a loop is made one piece of code for all ways, which
- * computes their offset (see KEEP_APART). */
+/* Apply the macro X to the number of each way. The calls are written out where the verifier refuses
+ * computed offsets: the compiler would merge the exits of a loop into code that computes the offset
+ * (KEEP_APART). */
 #define EACH_WAY(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7)
 #if HAVE_KERNEL_READ
 static __always_inline __u32 way_of(const __u64 *words, __u64 word) {
@@ -67,7 +67,7 @@ static __always_inline __u32 way_of(const __u64 *words, __u64 word) {
     return WAYS;
 }
 
-/* X for the way whose word is this one. */
+/* Apply X to the way with this word. */
 #define WAY_WITH(words, word, X)                                                                   \
     {                                                                                              \
         __u32 way_ = opaque(way_of(words, word));                                                  \
@@ -78,7 +78,7 @@ static __always_inline __u32 way_of(const __u64 *words, __u64 word) {
 #define WAY_WITH(words, word, X) EACH_WAY(X)
 #endif
 
-/* Volatile, so that the compiler selects among values and never among pointers. */
+/* Volatile, so that the compiler selects values and never pointers. */
 static __always_inline void copy(struct conversation *to, const struct conversation *from) {
     const volatile __u64 *words = (const volatile __u64 *)from;
 #pragma unroll
@@ -92,8 +92,8 @@ static __always_inline int is_expired(const struct conversation *request, __u64 
 
 /* ---- without the lock ---- */
 
-/* What a look without the lock came to. A way may become another conversation's while it is looked
- * at, so what was written is only done if the way still is this one's afterwards. */
+/* Results without the lock. Another conversation may take the way meanwhile; DONE means that the
+ * way still belonged to this conversation after the write. */
 enum quick { UNKNOWN_PEER, DONE, LOOK_CLOSER };
 
 static __always_inline enum quick ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
@@ -111,7 +111,7 @@ static __always_inline enum quick ask_way(struct conversation *way, const __u64 
                                                                                    : LOOK_CLOSER;
 }
 
-/* Note a request for the one address that its conversation asks. */
+/* Note a repeated request for the single address of a conversation. */
 static __always_inline enum quick ask_again(struct conversation_set *set, __u64 tag,
                                             const struct address *address, int is_client,
                                             __u64 now) {
@@ -143,8 +143,7 @@ static __always_inline enum quick answer_way(struct conversation *way, const __u
                                                                                    : LOOK_CLOSER;
 }
 
-/* Note a right reply from the one address that its conversation asks. One that was answered already
- * stays answered. */
+/* Note a right reply from the single address of a conversation. */
 static __always_inline enum quick answer(struct conversation_set *set, __u64 tag,
                                          const struct address *source, __u64 now) {
     enum quick quick;
@@ -160,7 +159,7 @@ static __always_inline enum quick answer(struct conversation_set *set, __u64 tag
 
 /* ---- under the lock ---- */
 
-/* The score of each way, where one must make room for `fresh`; returns the highest. */
+/* Score each way, of which one is evicted for `fresh`; return the highest score. */
 static __always_inline __u64 scores_of(const struct conversation_set *set,
                                        const struct conversation *fresh, __u64 *score, __u64 now) {
     __u64 best = 0;
@@ -190,7 +189,7 @@ static __always_inline __u64 scores_of(const struct conversation_set *set,
     return best;
 }
 
-/* Put a conversation where the least is lost; `evicted` and its tag are what was there. Under the
+/* Insert a conversation where the least is lost, and copy what it replaces. The caller holds the
  * lock of the set. */
 static __always_inline void insert(struct conversation_set *set, __u64 tag,
                                    const struct conversation *fresh, __u64 now,
@@ -218,9 +217,9 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
 }
 
 enum remembering {
-    KNOWN,   /* the address was asked before, and no other */
+    KNOWN,   /* this address was asked before, and no other */
     FRESH,   /* the conversation is new */
-    ANOTHER, /* it asked another address before, which is in `known` */
+    ANOTHER, /* it asked another address before, copied to `known` */
 };
 
 static __always_inline enum remembering note_in_way(struct conversation *way,
@@ -239,8 +238,8 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
     return ANOTHER;
 }
 
-/* Note a request in its conversation, unless another address was asked within the window. Where the
- * conversation is new, what had to make room is in `known`. Takes and gives back the lock. */
+/* Note a request in its conversation, unless another address was asked within the window. If the
+ * conversation is new, `known` is the one that was evicted. Takes and releases the lock. */
 static __always_inline enum remembering note_request(struct conversation_set *set, __u64 tag,
                                                      const struct conversation *fresh, __u64 now,
                                                      struct conversation *known,
@@ -274,9 +273,9 @@ static __always_inline void change_way(struct conversation *way, const struct co
     way->asked = fresh->asked;
 }
 
-/* Note the newest address of a conversation that asks several, if it is still there; what was there
- * before is in `known`. Where it has asked no other for a window it is one of a single address
- * again. Takes and gives back the lock. */
+/* Note the newest address of a conversation with several addresses, if it still exists, and copy
+ * its previous state to `known`. After a window without another address, the conversation has a
+ * single address again. Takes and releases the lock. */
 static __always_inline void set_newest(struct conversation_set *set, __u64 tag,
                                        const struct conversation *fresh, __u64 now,
                                        struct conversation *known) {
@@ -309,9 +308,9 @@ judge_way(struct conversation *way, const struct address *source, int port_kept,
     return WRONG;
 }
 
-/* Whether a datagram answers the one address that its conversation asked; the conversation is in
- * `known`, and nothing was decided if it asked SEVERAL. With `port_kept` 0 it leaves by another
- * port than it was asked at, and is right for nobody. Takes and gives back the lock. */
+/* Judge a datagram of a conversation with a single address, and copy the conversation to `known`; a
+ * conversation with SEVERAL addresses is not judged. If `port_kept` is 0, the datagram leaves from
+ * another port than the one asked and is right for no request. Takes and releases the lock. */
 static __always_inline enum judgement judge_one(struct conversation_set *set, __u64 tag,
                                                 const struct address *source, int port_kept,
                                                 __u64 now, struct conversation *known) {
@@ -333,7 +332,7 @@ out:
 
 /* ---- conversations with several addresses ---- */
 
-/* X is a macro that takes a pointer to a way. */
+/* Apply the macro X to a pointer to each way. */
 #if HAVE_KERNEL_READ
 #define EACH_ADDRESS(set, X)                                                                       \
     {                                                                                              \
@@ -352,8 +351,8 @@ out:
     FOUR(X, (set)->way + 12)
 #endif
 
-/* Note a request of a conversation; what had to make room is in `evicted`, whose hash is 0 where
- * nothing had to. Takes and gives back the lock. */
+/* Note a request; an answered one stays answered. Copy the one that was evicted, or set its hash to
+ * 0. Takes and releases the lock. */
 static __always_inline void note_address(struct address_set *set, const struct asked_address *fresh,
                                          struct asked_address *evicted) {
     __u64 lowest = NEVER;
@@ -363,7 +362,7 @@ static __always_inline void note_address(struct address_set *set, const struct a
 #define UPDATE(way)                                                                                \
     if ((way)->hash == fresh->hash) {                                                              \
         if ((way)->asked == fresh->asked)                                                          \
-            (way)->rank = lesser_of((way)->rank, fresh->rank); /* what was answered stays so */    \
+            (way)->rank = lesser_of((way)->rank, fresh->rank);                                     \
         else                                                                                       \
             (way)->rank = fresh->rank;                                                             \
         (way)->asked = fresh->asked;                                                               \
@@ -388,7 +387,7 @@ out:
     spin_unlock(&set->lock);
 }
 
-/* Note that a request was answered, if it is there. Takes and gives back the lock. */
+/* Note that a request was answered, if it is in the set. Takes and releases the lock. */
 static __always_inline void note_answer(struct address_set *set, __u64 hash) {
     spin_lock(&set->lock);
 #define SETTLE(way)                                                                                \
@@ -402,13 +401,13 @@ out:
     spin_unlock(&set->lock);
 }
 
-/* 1 where a way is one of two requests, else 0. */
+/* Return 1 if a way holds one of two requests, else 0. */
 static __always_inline __u64 is_request(const struct asked_address *way, __u64 one, __u64 other) {
     __u64 hash = READ_ONCE(way->hash);
     return is_zero(hash ^ one) | is_zero(hash ^ other);
 }
 
-/* Note that one of two requests is answered, if this way is one of them: then 1, else 0. */
+/* Mark a way as answered if it holds one of two requests; return 1 if it does, else 0. */
 static __always_inline __u64 answer_request(struct asked_address *way, __u64 one, __u64 other,
                                             __u64 now) {
     __u64 rank = READ_ONCE(way->rank), asked = READ_ONCE(way->asked);
@@ -417,15 +416,17 @@ static __always_inline __u64 answer_request(struct asked_address *way, __u64 one
     return is_it;
 }
 
-/* The later of two times of pending requests of one conversation. */
+/* Return the later of `newest` and the time of a way, if the way is a pending request of this
+ * conversation. */
 static __always_inline __u64 newest_of(__u64 newest, const struct asked_address *way, __u64 tag) {
     __u64 rank = READ_ONCE(way->rank);
     __u64 differs = (READ_ONCE(way->tag) ^ tag) | (READ_ONCE(way->asked) ^ rank);
     return greater_of(newest, rank & -is_zero(differs));
 }
 
-/* As judge_one, for a conversation that asked several; `hash` is that of the source, and `group`
- * of the address zero. For WRONG `expected` is the newest address with a pending request. */
+/* Like judge_one, for a conversation with several addresses. `hash` is the request of the source
+ * address, `group` the one of the address zero. If the result is WRONG, `expected` is the newest
+ * address with a pending request. Takes and releases the lock. */
 static __always_inline enum judgement judge_several(struct address_set *set, __u64 tag, __u64 hash,
                                                     __u64 group, __u64 now,
                                                     struct address *expected) {
@@ -433,7 +434,7 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
     __u64 newest = 0, right = 0;
 
     spin_lock(&set->lock);
-/* Both: the address asked, and a group that was asked as well. */
+/* The reply answers a request for its address and a request for a group. */
 #define ANSWER(way) right |= answer_request(way, hash, group, now);
     EACH_ADDRESS(set, ANSWER)
     if (right)
@@ -443,7 +444,7 @@ static __always_inline enum judgement judge_several(struct address_set *set, __u
     EACH_ADDRESS(set, NEWEST)
     if (!is_remembered(newest, now))
         goto out;
-    judgement = WRONG; /* no two of a conversation are asked at the same time */
+    judgement = WRONG; /* the times of two requests of one conversation differ */
 #define EXPECT(way)                                                                                \
     if (is_zero((READ_ONCE((way)->rank) ^ newest) | (READ_ONCE((way)->tag) ^ tag))) {              \
         expected->half[0] = (way)->address.half[0];                                                \

@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * Conntrack's entries in kernel memory. No map is used here: bcc rewrites map calls in the main
- * file only.
- */
+/* Read conntrack's entries in kernel memory. */
 #ifndef UDPWATCH_ENTRIES_H
 #define UDPWATCH_ENTRIES_H
 
@@ -11,7 +8,7 @@
 #define SEEN_REPLY     0x2 /* IPS_SEEN_REPLY */
 #define EXPECTED       0x1 /* IPS_EXPECTED: a helper announced it (FTP, TFTP, SIP) */
 #define DEVICE_BUCKETS 256 /* NETDEV_HASHENTRIES */
-#define DEVICES        8   /* of one bucket looked at */
+#define DEVICES        8   /* read from one bucket */
 
 /* struct nf_conntrack_tuple, include/net/netfilter/nf_conntrack_tuple.h: TUPLE_LEN bytes */
 struct tuple {
@@ -26,7 +23,7 @@ static __always_inline void read_tuple(struct tuple *to, __u64 entry, __u32 offs
     copy_from_kernel(to, TUPLE_LEN, (void *)(entry + offset));
 }
 
-/* Conntrack keeps IPv4 in the first word. */
+/* Convert conntrack's address, which holds IPv4 in the first word. */
 static __always_inline void widen(struct address *to, const __u32 *from, __u8 family) {
     if (family == FAMILY_INET) {
         set_ip4(to, from[0]);
@@ -44,14 +41,14 @@ static __always_inline __u16 zone_of(__u64 entry) {
 }
 
 static __always_inline __u32 status_of(__u64 entry) {
-    return read_kernel(entry + OFFSET_CT_STATUS); /* a long, of which 32 bits are in use */
+    return read_kernel(entry + OFFSET_CT_STATUS); /* a long, but only 32 bits are used */
 }
 
 static __always_inline __u64 net_of(__u64 entry) {
     return read_kernel(entry + OFFSET_CT_NET);
 }
 
-/* The key under which an answer to this flow would be looked for, and who should answer. */
+/* Get the key of the request that began this flow, and the server that should reply. */
 static __always_inline void key_of_flow(struct request_key *key, struct address *server,
                                         const struct tuple *reply, __u64 entry) {
     __u8 family = reply->layer3;
@@ -63,7 +60,7 @@ static __always_inline void key_of_flow(struct request_key *key, struct address 
     key->zone = zone_of(entry);
 }
 
-/* The name of an interface of a namespace, by its index: the kernel's own table. */
+/* Read the name of an interface from the namespace's own table. */
 static __always_inline void read_interface(char *to, __u64 net, __u32 index) {
     __u64 node = read_kernel(read_kernel(net + OFFSET_NET_DEVICES) +
                              (index & (DEVICE_BUCKETS - 1)) * sizeof(__u64));

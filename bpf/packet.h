@@ -1,23 +1,20 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * The UDP header in a packet of a cgroup_skb program. No map is used here: bcc rewrites map calls
- * in the main file only.
- */
+/* Find the UDP header in a packet of a cgroup_skb program. */
 #ifndef UDPWATCH_PACKET_H
 #define UDPWATCH_PACKET_H
 
 #include "common.h"
 
-#define IP6_EXTENSIONS     32     /* of 8 bytes at least; the kernel takes any number */
+#define IP6_EXTENSIONS     32     /* the kernel has no limit; each has 8 bytes or more */
 #define IP6_FRAGMENT       44     /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51     /* RFC 4302 */
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
 #define FAMILY_INET6       10
 
-/* The including file counts what cannot be read. */
+/* The including file defines this: it has the map of counters. */
 static __always_inline void count_unparsed(void);
 
-/* Datagrams in one packet of UDP_SEGMENT. */
+/* Return the number of datagrams in one packet (UDP_SEGMENT). */
 static __always_inline __u32 segments_of(struct __sk_buff *skb) {
     return skb->gso_segs ? skb->gso_segs : 1;
 }
@@ -39,8 +36,8 @@ static __always_inline void set_ports(struct packet *packet, const __u16 *ports)
     packet->destination_port = net16(ports[1]);
 }
 
-/* Behind IP options or extension headers. By copy: arithmetic on packet pointers with anything but
- * constants is refused to whom CAP_PERFMON is missing. */
+/* Read the ports behind IP options or extension headers. They are copied because the verifier
+ * refuses arithmetic on packet pointers with anything but constants without CAP_PERFMON. */
 static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct packet *packet) {
     __u16 ports[2];
     if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports))) {
@@ -51,7 +48,7 @@ static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct pa
     return 1;
 }
 
-/* As `parse`, for an IPv6 packet that begins with the extension header `next`. */
+/* Like `parse`, for an IPv6 packet that begins with the extension header `next`. */
 static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
                                            struct packet *packet) {
     __u32 at = 40;
@@ -76,7 +73,8 @@ static __always_inline int skip_extensions(struct __sk_buff *skb, __u8 next,
     return next == PROTO_UDP ? load_ports(skb, at, packet) : 0;
 }
 
-/* 1: `packet` holds a UDP datagram's addresses. 0: something else, or a fragment without ports. */
+/* Read addresses and ports of a UDP datagram into `packet`. Return 0 for other packets and for
+ * fragments without ports. */
 static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
     __u8 *data = (void *)(long)skb->data;
     __u8 *end = (void *)(long)skb->data_end;
@@ -115,10 +113,10 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
     return 0;
 }
 
-/* Whether a request went to a group: nobody can answer from a multicast or broadcast address.
- * What is a broadcast address only the route knows; where it cannot be read, the frame tells, which
- * is wrong for a device without frames (tun) and for clusters that address each other by
- * broadcast frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
+/* Return whether a request went to a group: a server cannot reply from a multicast or broadcast
+ * address. Only the route knows broadcast addresses. If the route is not readable, the frame
+ * decides; this is wrong for devices without frames (tun) and for clusters that use broadcast
+ * frames. A copy of our own broadcast arrives as PACKET_LOOPBACK. */
 static __always_inline int asks_group(struct __sk_buff *skb, const struct packet *packet) {
     if (is_group(&packet->destination, packet->family))
         return 1;
@@ -132,7 +130,7 @@ static __always_inline int asks_group(struct __sk_buff *skb, const struct packet
     return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
 }
 
-/* RFC 4291, section 2.5.6: a link-local peer is another one on each link. */
+/* A link-local address identifies a peer only together with its link (RFC 4291, section 2.5.6). */
 static __always_inline int is_link_local(const struct address *address) {
     return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
 }

@@ -1,8 +1,5 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * Whether a send names its source by a control message. No map is used here: bcc rewrites map calls
- * in the main file only.
- */
+/* Find whether a send names its source in a control message. */
 #ifndef UDPWATCH_PKTINFO_H
 #define UDPWATCH_PKTINFO_H
 
@@ -12,11 +9,11 @@
 #define SOL_IPV6      41
 #define IP_PKTINFO    8
 #define IPV6_PKTINFO  50
-#define CONTROLS      4 /* control messages looked at */
+#define CONTROLS      4 /* control messages that are read */
 #define CONTROL_BYTES 16
 
-/* Whether one of the control messages is a PKTINFO that names a source (ip(7), RFC 3542). Where
- * there are more than are looked at, and none of these is one, *pktinfo says so. */
+/* Return whether a control message is a PKTINFO with a source (ip(7), RFC 3542). *pktinfo is
+ * PKTINFO_UNKNOWN if there are more messages than are read. */
 static __always_inline int names_source(__u64 message, __u32 *pktinfo) {
     struct {
         __u64 length;

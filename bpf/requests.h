@@ -1,15 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * The table of requests: which servers a client asked, by conntrack's flows. No map is used here:
- * bcc rewrites map calls in the main file only, so the caller looks sets up and hands them in.
- */
+/* The table of requests: which servers a client asked, seen in conntrack's flows. Headers use no
+ * map, since bcc rewrites map calls in the main file only; the caller looks sets up and passes
+ * them. */
 #ifndef UDPWATCH_REQUESTS_H
 #define UDPWATCH_REQUESTS_H
 
 #include "entries.h"
 #include "table.h"
 
-/* A request's entry, as it is now. */
+/* The current state of a request's entry. */
 struct looked_up {
     struct request_key key;
     struct address server;
@@ -33,8 +32,8 @@ static __always_inline void set_tenant(struct tenant *to, const struct request_k
     to->flags = 0;
 }
 
-/* The fingerprint of an evicted client: one while its request is pending, another when all that it
- * asked was answered. */
+/* Return the fingerprint of an evicted client whose requests were all answered; the tag is the
+ * fingerprint of a client with a pending request. */
 static __always_inline __u64 hash_of_answered(__u64 tag) {
     return ~tag | 1;
 }
@@ -60,7 +59,7 @@ static __always_inline void copy_requests(struct requests *to, const struct requ
 
 enum found { ABSENT, THERE, TORN };
 
-/* Copy what a client asked. *way: its number in the set. */
+/* Copy the requests of a client; *way is their position in the set. */
 static __always_inline enum found find_requests(const struct request_set *set, __u64 tag,
                                                 struct requests *known, __u32 *way) {
     *way = WAYS;
@@ -75,7 +74,7 @@ static __always_inline enum found find_requests(const struct request_set *set, _
     return known->check == check_of(known, tag) ? THERE : TORN;
 }
 
-/* Write an entry as a whole; 0 where another CPU wrote to it meanwhile. */
+/* Write all requests of a client; return 0 if another CPU wrote to them meanwhile. */
 static __always_inline int write_requests(struct request_set *set, __u32 way, __u64 tag,
                                           struct requests *known) {
     if (way >= WAYS)
@@ -87,7 +86,7 @@ static __always_inline int write_requests(struct request_set *set, __u32 way, __
     return READ_ONCE(set->way[way].check) == known->check && READ_ONCE(set->tag[way]) == tag;
 }
 
-/* One word that holds only while the request is the same: the entry's address, whether it was
+/* Return one word that is valid only for the same request: the address of the entry, whether it was
  * answered, and 1. */
 static __always_inline __u64 final_of(__u64 entry, __u32 status) {
     return entry << 2 | (status & SEEN_REPLY) | 1;
@@ -97,8 +96,8 @@ static __always_inline int is_final(const struct request *request) {
     return request->entry && request->final >> 2 == request->entry << 2 >> 2;
 }
 
-/* The status of a request's entry, with ENTRY_GONE where that is its last; 0: unknown. Conntrack
- * uses the memory of an entry again for others. */
+/* Return the status of a request's entry, with ENTRY_GONE if it is the last one, and 0 if it is
+ * unknown. Conntrack reuses the memory of entries. */
 static __always_inline __u32 status_of_request(const struct request *request, __u64 tag,
                                                const struct hash_keys *keys,
                                                struct looked_up *entry) {
@@ -116,7 +115,8 @@ static __always_inline __u32 status_of_request(const struct request *request, __
     return status_of(request->entry);
 }
 
-/* Whether a request is answered, for the choice of what makes room: the entry may be another's. */
+/* Return whether a request seems answered, to choose what is evicted; the memory may belong to
+ * another entry by now. */
 static __always_inline __u64 seems_answered(const struct request *request) {
     if (!request->seen)
         return 1;
@@ -130,7 +130,7 @@ static __always_inline __u64 newest_of(const struct requests *known) {
     return one > other ? one : other;
 }
 
-/* The way of a set that makes room for a client of the tenant `fresh`. */
+/* Choose the way to evict for a client of the tenant `fresh`. */
 static __always_inline __u32 way_to_evict(const struct request_set *set, const struct tenant *fresh,
                                           __u64 now) {
     __u64 best = 0;

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What the tables of sockets.c and conntrack.c have in common: sets of WAYS entries in an array
- * map, found by a keyed hash, with a share for each tenant (a server port of a network namespace).
- * No map is used here: bcc rewrites map calls in the main file only.
+ * What the tables of sockets.c and conntrack.c share: sets of WAYS entries in an array map, found
+ * by a keyed hash, with a share for each tenant (a server port of a network namespace).
  *
- * Which entry makes room: an expired one first. A full set evicts from the tenant that holds most
- * of it: what was answered, then what was answered wrongly, then the oldest. A tenant that has lost
- * many requests counts as holding more. What was evicted within the window leaves a fingerprint.
+ * What is evicted: expired entries first. A full set evicts from the tenant that holds most of it:
+ * an answered request, else a wrongly answered one, else the oldest. A tenant that lost many
+ * requests counts as holding more. A request that is evicted within the window leaves a
+ * fingerprint.
  */
 #ifndef UDPWATCH_TABLE_H
 #define UDPWATCH_TABLE_H
@@ -14,18 +14,17 @@
 #include "common.h"
 #include "records.h"
 
-#define REFRESH_NS     (WINDOW_NS / 256) /* the precision of the time of a pending request */
+#define REFRESH_NS     (WINDOW_NS / 256) /* precision of the time of a pending request */
 #define NEVER          (1ULL << 62)      /* later than any time */
-#define HEAVY_SHARE    16 /* a heavy tenant counts as holding 8 more ways, 2 for each */
+#define HEAVY_SHARE    16 /* a heavy tenant counts as holding 8 more ways, with 2 points each */
 #define AGE_BITS       46
 #define AGE_SHIFT      10 /* ages are compared in microseconds */
-#define MANY_EVICTIONS 64 /* of a tenant within the window: more make it HEAVY */
+#define MANY_EVICTIONS 64 /* of one tenant within the window; more make it HEAVY */
 
 /* ---- hashes ---- */
 
-/* As NH, the universal hash of UMAC (RFC 4418, section 5.2), with sums that keep their carry: two
- * keys that differ collide with probability 2^-32 at the most for whoever does not know the words.
- */
+/* Like NH, the universal hash of UMAC (RFC 4418, section 5.2), but sums keep their carry: without
+ * the words, an attacker finds two keys that collide with probability 2^-32 at most. */
 static __always_inline __u64 pair(const struct hash_keys *keys, int at, __u64 a, __u64 b) {
     return (a + keys->word[at]) * (b + keys->word[at + 1]);
 }
@@ -36,7 +35,7 @@ static __always_inline __u64 mixed(__u64 x) {
     return x ^ x >> 29;
 }
 
-/* Never 0, which stands for a free way. */
+/* Return the tag of a conversation; 0 marks a free way and is never returned. */
 static __always_inline __u64 tag_of(const struct hash_keys *keys,
                                     const struct conversation_key *key) {
     const struct address *peer = &key->peer;
@@ -47,7 +46,7 @@ static __always_inline __u64 tag_of(const struct hash_keys *keys,
     return mixed(sum) | 1;
 }
 
-/* Of a request: of a conversation's tag and an address. Never 0. */
+/* Return the hash of a request, from the tag of its conversation and an address; never 0. */
 static __always_inline __u64 request_hash(const struct hash_keys *keys, __u64 tag,
                                           const struct address *address) {
     return mixed(tag + pair(keys, 8, address->word[0], address->word[1]) +
@@ -55,27 +54,27 @@ static __always_inline __u64 request_hash(const struct hash_keys *keys, __u64 ta
            1;
 }
 
-/* One of `count`, whatever number that is. */
+/* Map a hash to a number below `count`, which need not be a power of two. */
 static __always_inline __u32 share_of(__u64 hash, __u32 count) {
     return (hash >> 32) * count >> 32;
 }
 
-/* ---- without a branch: of each the verifier would follow both ways. The results are opaque too:
- * a compiler that knows them to be 0 or 1 may make branches of what is computed from them, as
- * LLVM 19 does (a million instructions for the verifier, in place of 40,000) ---- */
+/* ---- arithmetic without branches, because the verifier follows both sides of each branch. The
+ * results are opaque: if a compiler knows that they are 0 or 1, it may create branches again (LLVM
+ * 19 does, and the verifier walks a million instructions instead of 40,000) ---- */
 
 static __always_inline __u64 opaque(__u64 x) {
     asm volatile("" : "+r"(x));
     return x;
 }
 
-/* 1 where x is 0, else 0. */
+/* Return 1 if x is 0, else 0. */
 static __always_inline __u64 is_zero(__u64 x) {
     x = opaque(x);
     return opaque(~(x | opaque(-x)) >> 63);
 }
 
-/* 1 where a is less than b, else 0; they are less than 2^63 apart, as times are. */
+/* Return 1 if a < b, else 0. They must differ by less than 2^63, as times do. */
 static __always_inline __u64 is_less(__u64 a, __u64 b) {
     return opaque(opaque(a - b) >> 63);
 }
@@ -88,9 +87,11 @@ static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
     return a ^ ((a ^ b) & -is_less(b, a));
 }
 
-/* ---- which entry makes room ---- */
+/* ---- the choice of what is evicted ---- */
 
-/* A higher score is evicted first. `held`: of its set, by its tenant. */
+/* Return a score; the highest one is evicted. `held` is the share of the set that the tenant holds.
+
+ */
 static __always_inline __u64 eviction_score(__u64 held, __u64 is_heavy, __u64 is_answered,
                                             __u64 is_wrongly_answered, __u64 asked, __u64 now) {
     __u64 elapsed = (now + REFRESH_NS - asked) >> AGE_SHIFT & ((1ULL << AGE_BITS) - 1);
@@ -98,19 +99,20 @@ static __always_inline __u64 eviction_score(__u64 held, __u64 is_heavy, __u64 is
     return held << 48 | is_answered << 47 | (is_wrongly_answered & ~is_answered) << 46 | elapsed;
 }
 
-/* How much one entry adds to what the tenant of another one holds: 1 for the namespace, 1 more for
- * the port. */
+/* Return the points that entry b adds to the share of the tenant of entry a: 1 for the same
+ * namespace, 1 more for the same port. */
 static __always_inline __u64 shares_of(const struct tenant *a, const struct tenant *b) {
     __u64 same_scope = is_zero(a->scope ^ b->scope);
     return same_scope + (same_scope & is_zero(a->port ^ b->port));
 }
 
-/* 1 where an entry's tenant had lost many requests when it came, or now that `fresh` comes. */
+/* Return 1 if the tenant of an entry was heavy when the entry was added, or is heavy now that it
+ * adds `fresh`. */
 static __always_inline __u64 is_heavy(const struct tenant *of, const struct tenant *fresh) {
     return (of->flags / HEAVY & 1) | (fresh->flags / HEAVY & shares_of(of, fresh) >> 1);
 }
 
-/* ---- what had to make room ---- */
+/* ---- fingerprints of evicted requests ---- */
 
 #define TIME_MASK    ((1ULL << TIME_BITS) - 1)
 #define WINDOW_TICKS (WINDOW_NS >> TIME_SHIFT)
@@ -143,7 +145,8 @@ static __always_inline void note_loss(struct fingerprint_set *set, __u64 word, _
     LOSE(0) LOSE(1)
 }
 
-/* Without a lock: a fingerprint is one word, and of two that are written at once one is lost. */
+/* Add a fingerprint. This needs no lock: a fingerprint is one word, and of two concurrent writes
+ * one is lost. */
 static __always_inline void note_fingerprint(struct fingerprint_set *set, __u64 hash, __u32 class,
                                              __u64 now) {
     __u64 word = fingerprint(hash, class) << TIME_BITS | (now >> TIME_SHIFT & TIME_MASK);
@@ -169,8 +172,8 @@ out:
         note_loss(set, held, now);
 }
 
-/* Whether a request is among them, or, with `or_lost`, may have been: of its tenant's class one was
- * overwritten. */
+/* Return whether there is a fingerprint of a request. With `or_lost`, also return 1 if a
+ * fingerprint of the same class of tenants was overwritten. */
 static __always_inline int may_have_fingerprint(const struct fingerprint_set *set, __u64 hash,
                                                 __u32 class, __u64 or_lost, __u64 now) {
     __u64 sought = fingerprint(hash, class) << TIME_BITS, found = 0;
@@ -191,8 +194,8 @@ static __always_inline int may_have_fingerprint(const struct fingerprint_set *se
     return found & 1;
 }
 
-/* Note in a tenant's record that one of its requests made room: `pending`, which nobody had
- * answered, or one of SEVERAL. An wrongly_answered one leaves no fingerprint. */
+/* Note in the record of a tenant that one of its requests was evicted: a `pending` one, or one of a
+ * conversation with SEVERAL addresses. A wrongly answered one leaves no fingerprint. */
 static __always_inline void note_loss_of_tenant(struct eviction *of, int pending,
                                                 int wrongly_answered, int several, __u64 now) {
     if (!wrongly_answered && now - of->last > REFRESH_NS)
@@ -210,7 +213,7 @@ static __always_inline void note_loss_of_tenant(struct eviction *of, int pending
     __sync_fetch_and_add(&of->count, 1);
 }
 
-/* Whether a tenant has lost so many requests that its entries go first. */
+/* Return whether a tenant lost so many requests that its entries are evicted first. */
 static __always_inline int lost_many(const struct eviction *of, __u64 now) {
     return of->count >= MANY_EVICTIONS && is_remembered(of->pending, now);
 }

@@ -1,16 +1,13 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
-/*
- * What conntrack made of a packet: its own entry, read from the packet itself. No map is used here:
- * bcc rewrites map calls in the main file only.
- */
+/* Read conntrack's entry from the packet itself. */
 #ifndef UDPWATCH_TRACKING_H
 #define UDPWATCH_TRACKING_H
 
 #include "packet.h"
 
-#define CT_RELATED   1 /* IP_CT_RELATED: as new, of a connection that a helper announced */
-#define CT_NEW       2 /* IP_CT_NEW: original direction of a flow that nobody answered */
-#define CT_REPLY     3 /* IP_CT_IS_REPLY: ctinfo of this and above is the reply direction */
+#define CT_RELATED   1 /* IP_CT_RELATED: like IP_CT_NEW, for a flow that a helper announced */
+#define CT_NEW       2 /* IP_CT_NEW: original direction of an unreplied flow */
+#define CT_REPLY     3 /* IP_CT_IS_REPLY: from this value on, ctinfo means the reply direction */
 #define CT_UNTRACKED 7 /* IP_CT_UNTRACKED */
 
 #if HAVE_KERNEL_READ
@@ -25,11 +22,11 @@ static __always_inline void read_source(__u64 tuple, __u8 family, struct address
 }
 #endif
 
-/* What conntrack made of a packet. */
+/* How conntrack classified a packet. */
 enum tracking { UNTRACKED, BOOKED_AS_NEW, IN_REPLY, BEGUN_HERE };
 
-/* Reads a packet's own entry. Where the peer has spoken in it already, `source` becomes the address
- * that the entry has on this side, before NAT: what the peer asked, if it asked anything. */
+/* Read the entry of a packet. If the peer has sent in this flow, `source` becomes this host's
+ * address before NAT, which is the address that the peer asked, if it asked one. */
 static __always_inline enum tracking read_entry(struct __sk_buff *skb, const struct packet *packet,
                                                 __u64 *entry, struct address *source) {
 #if HAVE_KERNEL_READ

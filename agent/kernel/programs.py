@@ -121,7 +121,7 @@ PROGRAMS = (
         is_for_forwarded=True,
     ),
     Program("settle", "settle", "conntrack.c", OnDemand(), is_for_forwarded=True),
-    Program("enter", "enter", "conntrack.c", OnDemand(), is_for_forwarded=True),
+    Program("add_request", "add_request", "conntrack.c", OnDemand(), is_for_forwarded=True),
 )
 
 BY_NAME = {program.name: program for program in PROGRAMS}

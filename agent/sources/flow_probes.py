@@ -33,7 +33,7 @@ class ProbedFlows:
         """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
         self._candidates = loaded.maps["candidates"]
         self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
-        self._settle, self._enter = loaded.programs["settle"], loaded.programs["enter"]
+        self._settle, self._add_request = loaded.programs["settle"], loaded.programs["add_request"]
         self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
         self._keep_tables_until = clock.monotonic_ns() + limits.window_ns + int(flows.GRACE_SECONDS * 1e9)
         self.undecided = self.overruns = self.evicted = 0
@@ -97,7 +97,7 @@ class ProbedFlows:
                 asked.setdefault(client, []).append((ANY_SERVER if group else reply.source, seen))
             for client, servers in asked.items():
                 for server, seen in sorted(servers, key=lambda server: server[1])[-2:]:
-                    bpf.program_test_run(self._enter, _frame(records.encode_request(client, server, seen)), 1)
+                    bpf.program_test_run(self._add_request, _frame(records.encode_request(client, server, seen)), 1)
         except BaseException:
             table.close()
             raise
