@@ -103,7 +103,7 @@ def test_single_tests_are_no_whole_file(tree: Path) -> None:
 # ---- what is a fault although no test failed ----
 
 HOOKS = ["ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "clock_ticks"]
-PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle", "enter"]
+PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle", "add_request"]
 
 
 def faults(folder: Path, row: Row, programs: list[str], level: str = "none") -> list[str]:
