@@ -296,6 +296,7 @@ class Forwarder:
         waiting = deque(each for waiter in query.waiters.values() for each in waiter.queries.values())
         for waiter in query.waiters.values():
             self._release(waiter)
+        query.waiters.clear()  # each of them refers to the query: no work for the garbage collector
         self._remove(query)
         self._deliver(waiting, entry, rcode)
 
@@ -303,6 +304,7 @@ class Forwarder:
         """Free the slot of a query."""
         if query.timer:
             query.timer.cancel()
+            query.timer = None
         del self._in_flight[query.key]
         self._loads[query.servers].queries -= 1
         self._total.queries -= 1
@@ -340,6 +342,7 @@ class Forwarder:
     def _serve_stale(self, query: _InFlight) -> None:
         """The servers are slow: send an expired response, if there is one. The query continues and still counts for
         the same clients."""
+        query.timer = None
         for waiter in query.waiters.values():
             for origin, client_query in list(waiter.queries.items()):
                 if (reply := self._stale(client_query.forward)) is None:

@@ -74,7 +74,11 @@ class UpstreamClient:
         self._tcp_slots_of = {}  # queries in progress keep their reference to the old one
 
     async def query(self, server: Server, key: Key) -> Response:
-        """Return the server's response. Raises AttemptFailed."""
+        """Return the server's response. Raises AttemptFailed.
+
+        Nothing here may leave a cycle behind, as of a task and the frames of its exception: the garbage collector walks
+        all that is under way, with the interpreter's lock, and a flood of such queries would call it again and again.
+        """
         loop = asyncio.get_running_loop()
         begun = loop.time()
         self._metrics.upstream_asked[str(server)][0] += 1
@@ -88,11 +92,13 @@ class UpstreamClient:
             with contextlib.suppress(CnameLoop):  # forwarded as received, but not cached
                 follow(response)
         except OSError as error:
-            raise AttemptFailed("timeout" if isinstance(error, TimeoutError) else "network") from None
+            reason = "timeout" if isinstance(error, TimeoutError) else "network"
         except Malformed:
-            raise AttemptFailed("malformed") from None
-        self._metrics.upstream_duration[str(server)].observe(loop.time() - begun)
-        return response
+            reason = "malformed"
+        else:
+            self._metrics.upstream_duration[str(server)].observe(loop.time() - begun)
+            return response
+        raise AttemptFailed(reason)  # not above: the time-out would be its context, and refers to this task
 
     async def _exchange(self, server: Server, key: Key, edns: bytes) -> Response:
         """Return a response that can be forwarded. Raises AttemptFailed and OSError, including TimeoutError."""

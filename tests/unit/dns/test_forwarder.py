@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 from collections import Counter
 from collections.abc import Callable
@@ -74,6 +75,35 @@ class Clients:
         await turns()
         assert len(self.forwarder) == 0
         assert not self.network.open_udp_connections
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("ending", ["timeout", "shed", "response"])
+def test_queries_leave_no_work_for_the_garbage_collector(ending: str) -> None:
+    """A collection of all objects stops every thread for as long as it takes, and a flood of queries would order it."""
+
+    async def ask() -> None:
+        clients = Clients(honest if ending == "response" else silent)
+        for number in range(LIMIT * (2 if ending == "shed" else 1)):
+            clients.ask(A, f"n{number}")
+            await asyncio.sleep(FRESH_SECONDS / LIMIT)
+        await clients.all_served()
+
+    run(ask())  # imports, and fills caches
+    gc.collect()
+    gc.disable()
+    try:
+        run(ask())
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        found = Counter(type(each).__name__ for each in gc.garbage)
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not found.keys() & {"_InFlight", "_Waiter", "AttemptFailed", "Timeout"}, found
 
 
 # ---- responses ----
