@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import Counter, deque
+from collections import OrderedDict, deque
 from collections.abc import Callable
 
+from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.forwarder import ClientQuery
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.responder import Reply
@@ -15,21 +16,22 @@ from udpwatch.dns.udp import Pending
 from udpwatch.dns.udp_socket import BATCH, peer_of
 
 TAKEN_PER_TURN = BATCH  # a turn of the event loop for each query would cost half as much again
+TAKEN_WHERE_LIMITED = 8  # by a quota of CPU
 #: Queries that the event loop has not taken yet. Above that, clients have to retry: a flood must end somewhere, and
 #: even a refusal costs the event loop time.
 MAX_QUEUED, MAX_QUEUED_PER_CLIENT = 4_096, 1_024
 
 
 class HandoverQueue:
-    """A bounded queue, per client and in all, from the UDP thread to `Forwarder.submit`."""
+    """A bounded queue, per client and in all, from the UDP thread to `Forwarder.submit`. Clients take turns, however
+    much each of them asks; where the CPU is short (budget.py), they wait."""
 
-    def __init__(self, metrics: Metrics, submit: Callable[[ClientQuery], None]) -> None:
+    def __init__(self, metrics: Metrics, submit: Callable[[ClientQuery], None], budget: Budget = UNLIMITED) -> None:
         """``submit`` is called in the event loop."""
-        self._metrics, self._submit = metrics, submit
+        self._metrics, self._budget, self._submit = metrics, budget, submit
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
-        self._batches: deque[list[Pending]] = deque()
-        self._by_network: Counter[bytes] = Counter()
+        self._waiting: OrderedDict[bytes, deque[Pending]] = OrderedDict()  # by network; the first one's turn is next
         self._size = 0
         self._scheduled = False
 
@@ -39,22 +41,19 @@ class HandoverQueue:
 
     def put(self, pending: list[Pending]) -> None:
         """Queue a batch; any thread may call this. Queries above the limits are dropped and counted."""
-        kept = []
         with self._lock:
             for each in pending:
                 network = network_of(each.peer)
-                if self._by_network[network] >= MAX_QUEUED_PER_CLIENT:
+                waiting = self._waiting.get(network)
+                if waiting and len(waiting) >= MAX_QUEUED_PER_CLIENT:
                     self._metrics.forward_rejects["queue_share"][0] += 1
                 elif self._size >= MAX_QUEUED:
                     self._metrics.forward_rejects["queue"][0] += 1
                 else:
-                    self._by_network[network] += 1
+                    self._waiting.setdefault(network, deque()).append(each)
                     self._size += 1
-                    kept.append(each)
-            if not kept:
-                return
-            self._batches.append(kept)
-            wake, self._scheduled = not self._scheduled, True
+            wake = bool(self._size) and not self._scheduled
+            self._scheduled = self._scheduled or wake
         if wake and self._loop:
             try:
                 self._loop.call_soon_threadsafe(self._take)
@@ -64,17 +63,19 @@ class HandoverQueue:
     def _take(self) -> None:
         """Submit at most TAKEN_PER_TURN queries, so that other events get their turn."""
         assert self._loop
+        if delay := self._budget.delay():
+            self._loop.call_later(delay, self._take)
+            return
         batch: list[Pending] = []
+        most = TAKEN_WHERE_LIMITED if self._budget.is_limited else TAKEN_PER_TURN
         with self._lock:
-            while self._batches and len(batch) + len(self._batches[0]) <= TAKEN_PER_TURN:
-                batch += self._batches.popleft()
+            while self._waiting and len(batch) < most:
+                network, waiting = self._waiting.popitem(last=False)
+                batch.append(waiting.popleft())
+                if waiting:
+                    self._waiting[network] = waiting
             self._size -= len(batch)
-            for each in batch:
-                network = network_of(each.peer)
-                self._by_network[network] -= 1
-                if not self._by_network[network]:
-                    del self._by_network[network]
-            self._scheduled = bool(self._batches)
+            self._scheduled = bool(self._waiting)
         if self._scheduled:
             self._loop.call_soon(self._take)
         for each in batch:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import resource
+from collections.abc import Callable
 
 from udpwatch.dns import addresses
 from udpwatch.dns.address_monitor import AddressMonitor
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.admission import Admission
+from udpwatch.dns.budget import Budget
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.forwarder import ALL_ASKED, Forwarder
@@ -42,9 +45,10 @@ log = logging.getLogger(__name__)
 class Service:
     """A responder; call `start`, then `stop`."""
 
-    def __init__(self, settings: Settings, version: str) -> None:
-        """Bind the sockets. Raises DnsError, and then leaves nothing behind."""
+    def __init__(self, settings: Settings, version: str, cpus: Callable[[], float] = lambda: math.inf) -> None:
+        """Bind the sockets. Raises DnsError, and then leaves nothing behind. ``cpus``: how many may be used."""
         self._settings = settings
+        budget = Budget(cpus)
         _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)
         self.metrics = Metrics()
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
@@ -57,9 +61,9 @@ class Service:
         log_query = query_log.log_query if query_log else None
         self._admission = Admission(settings)
         self._listening = Listening(settings, self._admission)
-        failover = Failover(UpstreamClient(self.metrics), self.metrics)
+        failover = Failover(UpstreamClient(self.metrics, budget=budget), self.metrics)
         self._forwarder = Forwarder(settings, self._responder, self._cache, failover, self.metrics, query_log)
-        self._handover = HandoverQueue(self.metrics, self._forwarder.submit)
+        self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)
         common = self._responder, self.metrics, self._admission
         self._udp = UdpServer(*common, self._handover.put, log_query)
         self._tcp = TcpServer(*common, self._forwarder, log_query)

@@ -142,6 +142,8 @@ class UdpServer(threading.Thread):
 
     def run(self) -> None:
         """Serve until `stop`."""
+        with contextlib.suppress(OSError), open("/proc/thread-self/comm", "w") as comm:  # noqa: PTH123
+            comm.write(self.name)  # `top -H` shows it
         try:
             while not self._stopping:
                 for fd, _ in self._epoll.poll():

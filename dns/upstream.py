@@ -19,6 +19,7 @@ import struct
 from collections.abc import AsyncIterator
 
 from udpwatch.dns import message
+from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.cache_entry import Key
 from udpwatch.dns.cname import CnameLoop, follow
 from udpwatch.dns.message import CD, DO, RD, Malformed, Rcode, Response
@@ -59,9 +60,9 @@ class Busy(AttemptFailed):
 class UpstreamClient:
     """Queries single servers. Runs in the event loop's thread."""
 
-    def __init__(self, metrics: Metrics, transport: Transport | None = None) -> None:
+    def __init__(self, metrics: Metrics, transport: Transport | None = None, budget: Budget = UNLIMITED) -> None:
         """``transport``: None for real sockets."""
-        self._metrics = metrics
+        self._metrics, self._budget = metrics, budget
         self._transport = transport or SocketTransport()
         self._udp_answers = 0  # received in this turn of the event loop
         self._tcp_waiting = 0  # queries that wait for a slot
@@ -178,6 +179,8 @@ class UpstreamClient:
             async with asyncio.timeout(TCP_SECONDS):
                 received = await self._transport.exchange_tcp(server, data)
             async with self._parsing:
+                while delay := self._budget.delay():
+                    await asyncio.sleep(delay)
                 response = self._match(received, ident, key)
                 await asyncio.sleep(0)  # one turn of the event loop for each
         if not response:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from udpwatch.agent.attribution.docker import DockerNames
 from udpwatch.agent.attribution.pod import Pod, Pods
 from udpwatch.agent.attribution.process import Process, Processes
 from udpwatch.agent.attribution.runtime import Runtime, Runtimes
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.records import printable
 from udpwatch.agent.model import Cause, Event, Increase, Sender
 
@@ -56,7 +58,9 @@ class _Cached:
 class Senders:
     """Looks up the senders of findings and events."""
 
-    def __init__(self, roots: Roots = Roots()) -> None:
+    def __init__(self, roots: Roots = Roots(), pace: Callable[[], None] = unpaced) -> None:
+        """``pace`` is called at each lookup, and may pause (cpu.Pace)."""
+        self._pace = pace
         self._command_lines = CommandLines()
         self._processes = Processes(roots.proc, self._command_lines)
         self._cgroups = Cgroups(roots.cgroup)
@@ -82,6 +86,7 @@ class Senders:
 
         Call it soon after the reply: less is known about a process that has exited.
         """
+        self._pace()
         finding = reply.finding
         if finding.cause is Cause.FORWARDED:
             return Sender("")  # no process of this node sent it

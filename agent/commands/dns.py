@@ -17,6 +17,7 @@ from udpwatch.agent.daemon.metrics import exposition
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
+from udpwatch.agent.kernel.cpu import Cpus, make_way
 from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
 from udpwatch.dns.options import parse
 from udpwatch.dns.service import Service
@@ -54,12 +55,12 @@ def respond(settings: Settings) -> None:
 
 
 async def _run(settings: Settings) -> None:
-    loop, done = asyncio.get_running_loop(), asyncio.Event()
+    loop, done, cpus = asyncio.get_running_loop(), asyncio.Event(), Cpus()
     with contextlib.ExitStack() as opened:
-        http = _listen(settings.metrics_listen)
+        http = _listen(settings.metrics_listen, cpus)
         if http:
             opened.callback(http.stop)
-        service = Service(settings, __version__)
+        service = Service(settings, __version__, cpus)
         reloads: set[asyncio.Task[None]] = set()
 
         def reload() -> None:
@@ -80,6 +81,7 @@ async def _run(settings: Settings) -> None:
             if http:
                 http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
             await service.start()
+            make_way()
             log.info("ready")
             await done.wait()
         finally:
@@ -125,11 +127,11 @@ def ready(service: Service) -> tuple[bool, str]:
     return service.ready, "ready" if service.ready else "the tables are being read, or it is stopping"
 
 
-def _listen(where: str) -> HttpServer | None:
+def _listen(where: str, cpus: Cpus) -> HttpServer | None:
     if where == "off":
         return None
     host, _, port = where.rpartition(":")
     try:
-        return HttpServer(host.strip("[]"), int(port))
+        return HttpServer(host.strip("[]"), int(port), cpus)
     except UdpwatchError as error:
         raise NetworkError(str(error)) from None

@@ -33,6 +33,7 @@ from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.kernel.cpu import Cpus, Pace, make_way, show_name
 from udpwatch.agent.model import Cause, Event, Row, Sample, Snapshot
 from udpwatch.agent.sources.source import FindingSource
 
@@ -42,10 +43,10 @@ if TYPE_CHECKING:
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 READ_SECONDS = 0.5
 EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
-#: The sensor's thread may take this part of a CPU; above it, it reads less often. Counts wait in the kernel, and the
-#: same process answers DNS and the health page. MAX_PAUSE_SECONDS keeps findings fresh.
+#: The sensor's thread may take this part of a CPU, or of the quota where that is less; beyond that it is slower. Counts
+#: wait in the kernel, and the same process answers DNS and the health page.
 CPU_SHARE = 0.2
-MAX_PAUSE_SECONDS = 2.0
+SENSOR_NICE = 5  # whoever answers goes first
 FINDING_LINES = 60  # logged in a minute
 HEALTH_SECONDS = 2.0
 DESCRIPTORS = 256  # some fifty for the programs, the rest for connections
@@ -55,7 +56,7 @@ STALLED_SECONDS = 30.0  # without a sample for so long the agent is not healthy
 log = logging.getLogger(__name__)
 
 
-def open_dns(conf: Path | None) -> Service:
+def open_dns(conf: Path | None, cpus: Cpus) -> Service:
     """The responder, bound; raises UdpwatchError. Imported only where it is wanted: it takes memory."""
     from udpwatch.dns.errors import DnsError  # noqa: PLC0415
     from udpwatch.dns.options import read_conf  # noqa: PLC0415
@@ -68,7 +69,7 @@ def open_dns(conf: Path | None) -> Service:
             raise UdpwatchError(f"{conf}: metrics-listen is for `udpwatch dns`; the agent has --metrics-listen")
         if dns.user:
             raise UdpwatchError(f"{conf}: user is for `udpwatch dns`; the agent needs root")
-        return Service(dns, __version__)
+        return Service(dns, __version__, cpus)
     except DnsError as error:
         raise UdpwatchError(f"--dns: {error}") from None
 
@@ -84,11 +85,12 @@ class _SensorThread(threading.Thread):
         on_sample: Callable[[Sample, list[str], bool], None],
         on_failure: Callable[[BaseException], None],
         self_test: SelfTest,
+        pace: Pace,
     ) -> None:
         super().__init__(name="sensor", daemon=True)
         self._source, self._forget_ns = source, int(forget * 1e9)
         self._on_events, self._on_sample, self._on_failure = on_events, on_sample, on_failure
-        self._self_test = self_test
+        self._self_test, self._pace = self_test, pace
         self._stopping = threading.Event()
         self._may_take, self._taken_at = 0.0, time.monotonic()  # events, by EVENTS_PER_SECOND
 
@@ -100,13 +102,13 @@ class _SensorThread(threading.Thread):
 
     def _run(self) -> None:
         next_reading = next_health = 0.0
-        used = time.thread_time()
+        show_name()
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SENSOR_NICE)
+        self._pace.start(self._stopping.wait)
         while not self._stopping.is_set():
             self._source.wait(READ_SECONDS)
-            pause = (time.thread_time() - used) / CPU_SHARE
-            used = time.thread_time()
-            if pause > READ_SECONDS / 10:
-                self._stopping.wait(min(pause, MAX_PAUSE_SECONDS))
+            self._pace()
             self._pass_events()
             now = time.monotonic()
             if now >= next_reading:
@@ -182,6 +184,7 @@ class App:
             capabilities.require()
         _raise_descriptor_limit()
         self._settings, self._starting = settings, starting
+        self._cpus = Cpus()
         self._started = time.time()
         self._failure: BaseException | None = None
         self._said_ready: bool | None = None  # in the log
@@ -192,7 +195,7 @@ class App:
         with contextlib.ExitStack() as opened:
             self._http: HttpServer | None = None
             if settings.metrics_listen:
-                self._http = HttpServer(settings.metrics_listen.host, settings.metrics_listen.port)
+                self._http = HttpServer(settings.metrics_listen.host, settings.metrics_listen.port, self._cpus)
                 opened.callback(self._http.stop)
             self._events: EventWriter | None = None
             if settings.events:
@@ -204,10 +207,11 @@ class App:
                 opened.callback(listener.close)
                 self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor)
             with starting.interruptible():
-                self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings)
+                self._pace = Pace(CPU_SHARE, self._cpus)
+                self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings, self._pace)
             self._source, self._senders = self._watching.source, self._watching.senders
             opened.callback(self._watching.close)
-            self._dns = open_dns(settings.dns_conf) if settings.dns else None
+            self._dns = open_dns(settings.dns_conf, self._cpus) if settings.dns else None
             if self._dns:
                 opened.callback(self._dns.close)
             about = About(
@@ -258,11 +262,12 @@ class App:
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_sample, self._on_failure
-        self._thread = _SensorThread(self._source, forget, *handlers, self._watching.self_test)
+        self._thread = _SensorThread(self._source, forget, *handlers, self._watching.self_test, self._pace)
         self._thread.start()
         systemd.notify("READY=1")
         self._watchdog = self._loop.create_task(self._notify_watchdog())
         self._said_ready, reason = self._ready()
+        make_way()
         if self._said_ready:
             log.info("ready")
         else:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel.cpu import show_name
 from udpwatch.agent.model import Event, Sender
 
 MAX_QUEUED = 10_000
@@ -119,6 +120,7 @@ class EventWriter:
         return fd
 
     def _run(self) -> None:
+        show_name()
         while (event := self._queue.get()) is not None:
             try:
                 self._write(json.dumps(event, separators=(",", ":")).encode() + b"\n")

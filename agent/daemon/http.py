@@ -4,7 +4,8 @@ Rules
 1. Memory is bounded: MAX_CONNECTIONS, each with a request of MAX_REQUEST_BYTES at most. Simultaneous scrapes share one
    page.
 2. A full server closes the oldest connection of the client that has the most.
-3. The agent runs even if another program holds the port: HttpServer binds it as soon as it is free.
+3. Where the CPU is short (dns/budget.py), connections wait; those of clients that have cost less go first.
+4. The agent runs even if another program holds the port: HttpServer binds it as soon as it is free.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import http.client
 import io
 import ipaddress
 import logging
+import math
+import selectors
 import socket
 import socketserver
 import threading
@@ -29,12 +32,18 @@ from prometheus_client.registry import Collector
 
 from udpwatch.agent.daemon.metrics import CONTENT_TYPE
 from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel.cpu import show_name
+from udpwatch.dns.budget import Budget
 
 REQUEST_SECONDS = 10
 MAX_CONNECTIONS = 32
 MAX_CONNECTIONS_PER_CLIENT = 8  # an IPv6 client is its /64
 MAX_REQUEST_BYTES = 16_384  # request line and headers together
-SLOT_SECONDS = 1.0
+CPU_SHARE = 0.2  # of the quota, for all of HTTP
+BACKLOG = 128
+SLOT_SECONDS = 0.05  # between two looks for a thread that has ended
+IDLE_SECONDS = 0.5  # between two looks for connections that take too long
+MAX_CLIENTS = 1_024  # whose CPU is remembered
 BIND_SECONDS = 2.0  # between two attempts to bind a port that another program holds
 
 #: Errors of bind(2) that can end by themselves: HttpServer tries again.
@@ -79,6 +88,7 @@ class _Connection(NamedTuple):
     begun: float  # monotonic seconds
     client: bytes
     socket: socket.socket
+    address: object
 
 
 class _Server(ThreadingHTTPServer):
@@ -87,7 +97,7 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     allow_reuse_address = True
-    request_queue_size = MAX_CONNECTIONS
+    request_queue_size = BACKLOG
 
     def __init__(
         self,
@@ -95,10 +105,17 @@ class _Server(ThreadingHTTPServer):
         family: socket.AddressFamily,
         handler: type[_Handler],
         count: Callable[[str], None],
+        cpus: Callable[[], float],
     ) -> None:
         self.address_family, self.count = family, count
-        self._slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
-        #: Connections that may be closed for others. A closed one is not here, but its thread still holds the slot.
+        self._spent = 0.0  # seconds of CPU, by threads that have ended
+        self._spent_for: dict[bytes, float] = {}  # client -> the same
+        self._budget = Budget(cpus, CPU_SHARE, used=lambda: self._spent + time.thread_time())
+        self._lock = threading.Lock()
+        self._stopping = False
+        self._running = 0
+        self._waiting: list[_Connection] = []  # for a thread
+        #: What may be closed for others. A closed one is no longer here, but may have a thread that is about to end.
         self._open: dict[int, _Connection] = {}
         super().__init__(address, handler)
 
@@ -107,36 +124,70 @@ class _Server(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
+    def serve(self) -> None:
+        """Serve until `shutdown`."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self, selectors.EVENT_READ)
+            while not self._stopping:
+                if selector.select(self._begin()):
+                    with contextlib.suppress(OSError):  # it has gone, or there is no descriptor for it
+                        self.process_request(*self.get_request())
+                self._close_slow()
+        for each in self._waiting:
+            self.shutdown_request(each.socket)
+
+    def shutdown(self) -> None:
+        """Make `serve` return, within IDLE_SECONDS."""
+        self._stopping = True
+
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], address: object) -> None:
-        """Give the connection a thread; if none is left, close another connection first."""
+        """Take a connection in; where there is no room, close another one first."""
         assert isinstance(request, socket.socket) and isinstance(address, tuple)  # a stream server's
         client = _client_of(address[0])
         mine = [each for each in self._open.copy().values() if each.client == client]
         if len(mine) >= MAX_CONNECTIONS_PER_CLIENT:
             self._close_oldest(mine, "client")
-        if not self._slots.acquire(blocking=False):
-            if len(self._open) == MAX_CONNECTIONS:  # else a thread is about to end
-                self._close_oldest(self._greediest(), "full")
-            if not self._slots.acquire(timeout=SLOT_SECONDS):
-                self.count("full")
-                self.shutdown_request(request)
-                return
-        self._open[id(request)] = _Connection(time.monotonic(), client, request)
-        try:
-            super().process_request(request, address)
-        except BaseException:  # no thread is available
-            self._forget(request)
-            raise
+        if len(self._open) >= MAX_CONNECTIONS:
+            self._close_oldest(self._greediest(), "full")
+        connection = self._open[id(request)] = _Connection(time.monotonic(), client, request, address)
+        self._waiting.append(connection)
+
+    def _begin(self) -> float:
+        """Give threads to connections that wait; seconds until that should be tried again."""
+        while self._waiting:
+            if self._running >= MAX_CONNECTIONS:
+                return SLOT_SECONDS
+            if delay := self._budget.delay():
+                return min(delay, IDLE_SECONDS)
+            connection = min(self._waiting, key=lambda each: self._spent_for.get(each.client, 0.0))
+            self._waiting.remove(connection)
+            with self._lock:
+                self._running += 1
+            try:
+                super().process_request(connection.socket, connection.address)
+            except RuntimeError:  # no thread is to be had
+                self._end(connection.socket, connection.client, 0.0)
+                self.shutdown_request(connection.socket)
+        return IDLE_SECONDS
 
     def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], address: object) -> None:
         """Answer, in the connection's own thread."""
+        assert isinstance(request, socket.socket) and isinstance(address, tuple)
         try:
             super().process_request_thread(request, address)
         finally:
-            self._forget(request)
+            self._end(request, _client_of(address[0]), time.thread_time())
 
-    def service_actions(self) -> None:
-        """Close what takes too long; the serving loop calls this twice a second."""
+    def _end(self, request: socket.socket, client: bytes, used: float) -> None:
+        with self._lock:
+            self._open.pop(id(request), None)
+            self._running -= 1
+            self._spent += used
+            if len(self._spent_for) >= MAX_CLIENTS:
+                self._spent_for.clear()
+            self._spent_for[client] = self._spent_for.get(client, 0.0) + used
+
+    def _close_slow(self) -> None:
         now = time.monotonic()
         for each in self._open.copy().values():
             if now - each.begun > REQUEST_SECONDS:
@@ -153,18 +204,18 @@ class _Server(ThreadingHTTPServer):
         return max(clients.values(), key=len, default=[])
 
     def _close_oldest(self, connections: list[_Connection], reason: str) -> None:
-        """Wake the thread of the oldest connection, which then ends."""
+        """Close the oldest connection, or wake its thread, which then ends."""
         if not connections:
             return
         oldest = min(connections, key=lambda each: each.begun)
         if self._open.pop(id(oldest.socket), None):
             self.count(reason)
+            if oldest in self._waiting:
+                self._waiting.remove(oldest)
+                self.shutdown_request(oldest.socket)
+                return
             with contextlib.suppress(OSError):
                 oldest.socket.shutdown(socket.SHUT_RDWR)
-
-    def _forget(self, request: object) -> None:
-        self._open.pop(id(request), None)
-        self._slots.release()
 
 
 def _client_of(host: str) -> bytes:
@@ -256,12 +307,13 @@ class _Shared:
 class HttpServer:
     """Listens when it is created, if it can; serves after `start`, in its own threads."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, cpus: Callable[[], float] = lambda: math.inf) -> None:
         """Bind; port 0 is any free port. If another program holds the address, or this host does not have it yet,
-        `start` tries again: see `problem`. Raises UdpwatchError for any other error.
+        `start` tries again: see `problem`. Raises UdpwatchError for any other error. ``cpus``: how many
+        this process may use.
         """
         self._handler = type("Handler", (_Handler,), {"pages": {}})
-        self._where = f"{host}:{port}"
+        self._where, self._cpus = f"{host}:{port}", cpus
         self._thread: threading.Thread | None = None
         self._server: _Server | None = None
         self._closed: Counter[str] = Counter()
@@ -279,7 +331,7 @@ class HttpServer:
                 raise UdpwatchError(f"{self.problem}; {_WAY_OUT}") from None
 
     def _bind(self) -> None:
-        self._server = _Server(self._address, self._family, self._handler, self._count)
+        self._server = _Server(self._address, self._family, self._handler, self._count, self._cpus)
         self.problem = ""
 
     def _count(self, reason: str) -> None:
@@ -319,6 +371,7 @@ class HttpServer:
         self._thread.start()
 
     def _serve(self) -> None:
+        show_name()
         while not self._server:
             if self._stopping.wait(BIND_SECONDS):
                 return
@@ -326,13 +379,14 @@ class HttpServer:
                 if not self._stopping.is_set():
                     self._bind()
         log.info("metrics on %s/metrics", self.url)
-        self._server.serve_forever()
+        self._server.serve()
 
     def stop(self) -> None:
         """Stop listening; threads finish the responses that they have begun."""
         with self._bind_lock:
             self._stopping.set()
         if self._server:
-            if self._thread:  # shutdown() waits for the loop, which must have begun or be about to
-                self._server.shutdown()
+            self._server.shutdown()
+            if self._thread:
+                self._thread.join()
             self._server.server_close()

@@ -33,12 +33,12 @@ class Watching:
     capabilities: frozenset[Capability]  # that the source still needs
 
 
-def watch_kernel(settings: Settings) -> Watching:
-    """Load and attach; raises UdpwatchError."""
+def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
+    """Load and attach; raises UdpwatchError. ``pace``: as `Sensor` takes it."""
     watched = cgroup.find(settings.cgroup)
     try:
         btf = settings.btf or VMLINUX_BTF
-        sensor = Sensor.open(watched, limits(settings), btf, settings.hooks, settings.forwarded, settings.cache)
+        sensor = Sensor.open(watched, limits(settings), btf, settings.hooks, settings.forwarded, settings.cache, pace)
     except BaseException:
         watched.close()
         raise
@@ -50,7 +50,7 @@ def watch_kernel(settings: Settings) -> Watching:
     return Watching(
         source=sensor,
         # Through our descriptor: another mount may go away.
-        senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}"))),
+        senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}")), pace),
         self_test=SelfTest(sensor, watched.contains(os.getpid())),
         description="the whole node" if watched.is_root else watched.path,
         notes=notes(sensor, watched),

@@ -9,11 +9,12 @@ import os
 import resource
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from udpwatch.agent.kernel import clock, netns, records
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.netlink import route_to
@@ -88,12 +89,12 @@ def _allow_descriptors() -> None:
 class ListenedFlows:
     """Candidates from conntrack's events, where function probes are not allowed."""
 
-    def __init__(self, limits: Limits, sockets: bool, reported: Reported) -> None:
+    def __init__(self, limits: Limits, sockets: bool, reported: Reported, pace: Callable[[], None] = unpaced) -> None:
         """Listen in every namespace there is; ``sockets``: what a socket of this node sends is somebody else's matter.
 
         Raises OSError where not even our own namespace can be listened to.
         """
-        self._window_ns, self._sockets, self._reported = limits.window_ns, sockets, reported
+        self._window_ns, self._sockets, self._reported, self._pace = limits.window_ns, sockets, reported, pace
         self._missing = 0  # namespaces that could not be listened to at the last look
         self._missing_reason = ""
         self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the one that was read last at the end
@@ -128,6 +129,7 @@ class ListenedFlows:
         while (
             self._waiting and now - self._waiting[0][0].time >= flows.GRACE_SECONDS * 1e9 and time.monotonic() < until
         ):
+            self._pace()
             event, zone = self._waiting.popleft()
             inode = event.netns_inode or 0
             self._waiting_of[inode] -= 1
@@ -237,6 +239,7 @@ class ListenedFlows:
         """Read its events; whether there may be more."""
         try:
             for entry in namespace.listener.read():
+                self._pace()
                 assert self.flows is not None
                 self.flows += 1
                 now = clock.monotonic_ns()
@@ -271,6 +274,7 @@ class ListenedFlows:
             self._tables.move_to_end(inode)
             try:
                 for _ in range(TABLE_TURN):
+                    self._pace()
                     next(entries)
             except StopIteration:
                 del self._tables[inode]

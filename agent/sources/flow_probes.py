@@ -6,9 +6,10 @@ import contextlib
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from udpwatch.agent.kernel import bpf, clock, netns, records
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Table
 from udpwatch.agent.kernel.loader import Limits, Loaded
 from udpwatch.agent.kernel.shares import Shares
@@ -29,8 +30,9 @@ from udpwatch.agent.sources.flows import (
 class ProbedFlows:
     """Candidates of bpf/conntrack.c."""
 
-    def __init__(self, loaded: Loaded, limits: Limits) -> None:
+    def __init__(self, loaded: Loaded, limits: Limits, pace: Callable[[], None] = unpaced) -> None:
         """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
+        self._pace = pace
         self._candidates = loaded.maps["candidates"]
         self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
         self._settle, self._add_request = loaded.programs["settle"], loaded.programs["add_request"]
@@ -57,6 +59,7 @@ class ProbedFlows:
         for key, tenant, candidate, zone in sorted(candidates, key=lambda each: each[2].time):
             if now - candidate.time < flows.GRACE_SECONDS * 1e9:
                 break
+            self._pace()
             event = candidate
             outcome, _ = bpf.program_test_run(self._settle, _frame(key), 1)
             bpf.map_delete(self._candidates, key)

@@ -8,12 +8,13 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from udpwatch.agent.kernel import bpf, clock, netns, records
 from udpwatch.agent.kernel.attached import Attached
 from udpwatch.agent.kernel.cgroup import Cgroup
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
@@ -38,13 +39,21 @@ def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
 class Sensor:
     """Owns all descriptors. Not thread-safe: one thread reads."""
 
-    def __init__(self, cgroup: Cgroup, limits: Limits, loaded: Loaded, forwarded: Forwarded) -> None:
-        self._maps = loaded.maps
+    def __init__(
+        self,
+        cgroup: Cgroup,
+        limits: Limits,
+        loaded: Loaded,
+        forwarded: Forwarded,
+        pace: Callable[[], None] = unpaced,
+    ) -> None:
+        """``pace`` is called between small pieces of work, and may pause (cpu.Pace)."""
+        self._maps, self._pace = loaded.maps, pace
         self._attached = Attached(cgroup, loaded)
         self._cpus = possible_cpus()
         self._replies: ReplySensor | None = None
         if "findings" in loaded.maps:
-            self._replies = ReplySensor(loaded.maps, loaded.programs["clock_ticks"], limits)
+            self._replies = ReplySensor(loaded.maps, loaded.programs["clock_ticks"], limits, pace)
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -66,20 +75,22 @@ class Sensor:
         hooks: Hooks = Hooks.ALL,
         forwarded: Forwarded = Forwarded.AUTO,
         cache: Path | None = None,
+        pace: Callable[[], None] = unpaced,
     ) -> Sensor:
         """Load and attach. Raises what `loader.load` raises."""
         if hooks is not Hooks.CGROUP:
             _load_conntrack()
         loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache)
-        return cls(cgroup, limits, loaded, forwarded)
+        return cls(cgroup, limits, loaded, forwarded, pace)
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
         reported = Reported(self._maps.get("reported"), limits.window_ns)
         if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
-            self._flows = FlowSensor(ProbedFlows(loaded, limits), reported, limits)
+            self._flows = FlowSensor(ProbedFlows(loaded, limits, self._pace), reported, limits)
         elif forwarded is Forwarded.ON:
             try:
-                self._flows = FlowSensor(ListenedFlows(limits, self._replies is not None, reported), reported, limits)
+                source = ListenedFlows(limits, self._replies is not None, reported, self._pace)
+                self._flows = FlowSensor(source, reported, limits)
             except OSError as error:
                 self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
         elif forwarded is Forwarded.AUTO:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from udpwatch.agent.kernel import bpf, clock, records
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.shares import Shares
@@ -48,9 +49,11 @@ _Suspect = tuple[_Known, int, int, int]  # with its count, time and process id
 class ReplySensor:
     """Reads the maps of sockets.c, which stay the caller's to close. Not thread-safe: one thread reads."""
 
-    def __init__(self, maps: dict[str, int], clock_program: int, limits: Limits) -> None:
-        """``clock_program``: the descriptor of the program clock_ticks."""
-        self._limits = limits
+    def __init__(
+        self, maps: dict[str, int], clock_program: int, limits: Limits, pace: Callable[[], None] = unpaced
+    ) -> None:
+        """``clock_program``: the descriptor of the program clock_ticks. ``pace``: as `Sensor` takes it."""
+        self._limits, self._pace = limits, pace
         self._most = limits.max_findings // 2  # elements that are left in the map of findings
         self._maps = maps
         self._clock = clock_program
@@ -83,6 +86,7 @@ class ReplySensor:
         begin = time.monotonic()
         for group, seconds in ((self._ring.read(most), ASK_SECONDS / 2), (waiting, ASK_SECONDS)):
             for raw in group:
+                self._pace()
                 event = records.decode_event(raw)
                 if event.conversation is None:
                     yield event
@@ -109,6 +113,7 @@ class ReplySensor:
         resting: dict[int, list[tuple[int, bytes]]] = {}
         suspected: list[_Suspect] = []
         for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
+            self._pace()
             count, last, pid = records.decode_finding(value)
             known = self._known.get(key)
             if known is None:
@@ -131,6 +136,7 @@ class ReplySensor:
         for known, count, last, pid in _in_turn(suspected):
             if time.monotonic() > ask_until:
                 break
+            self._pace()
             known.asked_at = time.monotonic()
             yield from self._settle(known, count, last, pid)
         for tenant, excess in _excess(held, self._most).items():
@@ -138,6 +144,7 @@ class ReplySensor:
             held[tenant] -= len(taken_away)
             quiet += taken_away
         for key in quiet:
+            self._pace()
             try:
                 taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
             except OSError:  # the kernel may be short of something: at the next sample

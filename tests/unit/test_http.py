@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import socket
 import subprocess
@@ -220,6 +221,36 @@ def test_full_server_closes_a_connection_of_the_client_with_the_most() -> None:
         for link in others:
             link.close()
         assert closed(view, "client") == 0
+
+
+class Closed:
+    """A budget that is used up until somebody opens it, for one connection or for all."""
+
+    def __init__(self) -> None:
+        self.places = 0.0
+
+    def delay(self) -> float:
+        if self.places >= 1:
+            self.places -= 1
+            return 0.0
+        return 0.01
+
+
+def test_short_of_cpu_the_client_that_has_cost_less_goes_first() -> None:
+    with serving() as view:
+        assert respond(connect(view.url, "127.0.0.3")).endswith(b"well\n")  # it has cost something by now
+        budget = view._server._budget = Closed()  # type: ignore[union-attr, assignment]
+        greedy = [connect(view.url, "127.0.0.3") for _ in range(MAX_CONNECTIONS_PER_CLIENT + 2)]
+        innocent = connect(view.url, "127.0.0.2")
+        eventually(lambda: len(view._server._open) == MAX_CONNECTIONS_PER_CLIENT + 1)  # type: ignore[union-attr]
+        assert closed(view, "client") == 2, "those that wait count, and are closed at once"
+        assert greedy[0].recv(10) == b""
+        budget.places = 1
+        assert respond(innocent).endswith(b"well\n")
+        budget.places = math.inf
+        assert all(respond(link).endswith(b"well\n") for link in greedy[2:])
+        greedy[0].close()
+        greedy[1].close()
 
 
 def test_client_is_an_address_or_a_64() -> None:

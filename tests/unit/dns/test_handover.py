@@ -10,10 +10,11 @@ from collections.abc import Iterator
 
 import dns_messages as m
 import pytest
-from virtual_time import run, turns
+from virtual_time import now, run, turns
 
+from udpwatch.dns.budget import SHARE, Budget
 from udpwatch.dns.forwarder import ClientQuery
-from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, HandoverQueue
+from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, TAKEN_WHERE_LIMITED, HandoverQueue
 from udpwatch.dns.message import parse_query
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.responder import Forward, Reply
@@ -61,6 +62,41 @@ def test_one_client_cannot_fill_the_queue(link: UdpSocket) -> None:
         queue.put([pending(link, A, 1)])  # its slots are free again
         await turns()
         assert taken[A] == MAX_QUEUED_PER_CLIENT + 1
+
+    run(flood())
+
+
+def test_clients_take_turns(link: UdpSocket) -> None:
+    async def flood() -> None:
+        taken: list[bytes] = []
+        queue = HandoverQueue(Metrics(), lambda query: taken.append(query.client))
+        queue.start()
+        queue.put([pending(link, A, number) for number in range(BATCH)])
+        queue.put([pending(link, B, number) for number in range(3)])
+        await turns()
+        assert taken == [A, B] * 3 + [A] * (BATCH - 3)
+
+    run(flood())
+
+
+def test_queries_wait_while_the_cpu_quota_is_used_up(link: UdpSocket) -> None:
+    async def flood() -> None:
+        taken: list[float] = []
+        used = 0.0
+
+        def submit(_: ClientQuery) -> None:
+            nonlocal used
+            used += 0.004
+            taken.append(now())
+
+        budget = Budget(lambda: 0.5, SHARE, asyncio.get_running_loop().time, lambda: used)
+        queue = HandoverQueue(Metrics(), submit, budget)
+        queue.start()
+        queue.put([pending(link, A, number) for number in range(100)])
+        await asyncio.sleep(60)
+        assert len(taken) == 100
+        assert max(Counter(taken).values()) == TAKEN_WHERE_LIMITED, "one turn takes few"
+        assert 0.3 / (SHARE * 0.5) < taken[-1] < 0.4 / (SHARE * 0.5)
 
     run(flood())
 

@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "names": set(),
     "shares": set(),
+    "budget": set(),
     "settings": set(),
     "message": {"names"},
     "cname": {"message"},
@@ -35,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "statistics": {"cache", "metrics"},
     # upstream servers
     "transport": {"settings"},
-    "upstream": {"cache_entry", "cname", "message", "metrics", "settings", "transport"},
+    "upstream": {"budget", "cache_entry", "cname", "message", "metrics", "settings", "transport"},
     "failover": {"cache_entry", "message", "metrics", "settings", "upstream"},
     "forwarder": {
         *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "policy", "querylog"),
@@ -47,7 +48,7 @@ ALLOWED: dict[str, set[str]] = {
     "admission": {"limited_log", "names", "policy", "settings"},
     "udp_socket": set(),
     "udp": {"admission", "limited_log", "metrics", "responder", "udp_socket"},
-    "handover": {"forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},
+    "handover": {"budget", "forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},
     "tcp": {"admission", "forwarder", "limited_log", "metrics", "names", "responder", "udp_socket"},
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
@@ -58,7 +59,17 @@ ALLOWED: dict[str, set[str]] = {
     # the whole
     "reload": {"errors", "failover", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
     "service": {
-        *("address_monitor", "addresses", "admission", "cache", "failover", "forwarder", "handover", "limited_log"),
+        *(
+            "address_monitor",
+            "addresses",
+            "admission",
+            "budget",
+            "cache",
+            "failover",
+            "forwarder",
+            "handover",
+            "limited_log",
+        ),
         *("listen", "metrics", "querylog", "reload", "responder", "settings", "statistics", "tcp", "udp", "upstream"),
         *("watch", "zone"),
     },

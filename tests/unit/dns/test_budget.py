@@ -1,0 +1,54 @@
+"""The event loop's share of a quota. Time and CPU are arguments."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from udpwatch.dns.budget import BURST_SECONDS, SHARE, Budget
+
+
+class Thread:
+    """A thread that has worked for ``used`` of ``now`` seconds."""
+
+    def __init__(self, cpus: float) -> None:
+        self.now = self.used = 0.0
+        self.budget = Budget(lambda: cpus, SHARE, lambda: self.now, lambda: self.used)
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+        self.used += seconds
+
+
+def test_work_beyond_the_share_waits_until_it_has_been_saved() -> None:
+    thread = Thread(0.5)
+    thread.work(BURST_SECONDS)
+    assert thread.budget.delay() == 0
+    thread.work(0.1)
+    assert thread.budget.delay() == pytest.approx((0.1 - 0.1 * SHARE * 0.5 * (1 + BURST_SECONDS / 0.1)) / (SHARE * 0.5))
+    thread.now += thread.budget.delay()
+    assert thread.budget.delay() == pytest.approx(0)
+
+
+def test_a_long_rest_saves_no_more_than_a_burst() -> None:
+    thread = Thread(0.5)
+    thread.now += 1_000
+    assert thread.budget.delay() == 0
+    thread.work(2 * BURST_SECONDS)
+    assert thread.budget.delay() > 0
+
+
+def test_in_the_long_run_it_is_the_share() -> None:
+    thread = Thread(0.25)
+    for _ in range(1_000):
+        thread.work(0.003)
+        thread.now += thread.budget.delay()
+    assert thread.used / thread.now == pytest.approx(SHARE * 0.25, rel=0.05)
+
+
+@pytest.mark.parametrize("cpus", [1.0, 4.0, math.inf])
+def test_without_a_small_quota_nothing_waits(cpus: float) -> None:
+    thread = Thread(cpus)
+    thread.work(100)
+    assert thread.budget.delay() == 0
