@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A script's job in the background ignores SIGINT, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """Mirrors bpf/records.h: bytes from the kernel become model types here, and only here.
 
-tests/unit/test_records.py compiles the header and compares every size and offset with this file.
+tests/unit/agent/kernel/test_records.py compiles the header and compares every size and offset with this file.
 """
 
 from __future__ import annotations

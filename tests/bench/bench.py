@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from agents import Agent
-from conftest import Watch
 from load import RIGHT_PORT, SINK_PORT, TRACKING, answer_wrongly, compile_load, make_place
 from router import Router
-from test_scenes import V4, V6, bound
+from scene import V4, V6, bound
+from sensors import Watch
 
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType

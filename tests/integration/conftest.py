@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import pytest
 from agents import Agent, temporary
+from scene import SECOND, SECOND_6, VIP, VIP_6
+from sensors import Watch, open_netlink_watch
 
-from udpwatch.agent.kernel import cgroup
-from udpwatch.agent.kernel.features import VMLINUX_BTF
-from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.model import Event, Finding, Forwarded, Hooks
-from udpwatch.agent.sources.sensor import Sensor
 from udpwatch.agent.testing.lab import ContainerHost
 
-FOREVER_NS = 1 << 62
-#: Whether this is a guest of the kernel matrix (tests/kernels/guest.py): its kernel is known to allow everything that
-#: its lockdown does not forbid, and the whole machine is the tests'.
-IN_MATRIX = bool(os.environ.get("UDPWATCH_TEST_KERNEL"))
-PATIENCE_SECONDS = 30.0  # guests of the kernel matrix share their CPUs
 _ports = count(20_000)
 
 
@@ -34,47 +25,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-class Watch:
-    """A sensor, and all that it has found so far by local port. Each test has ports of its own."""
-
-    def __init__(
-        self,
-        limits: Limits = Limits(),
-        btf: Path = VMLINUX_BTF,
-        hooks: Hooks = Hooks.ALL,
-        forwarded: Forwarded = Forwarded.AUTO,
-        watched: Path | None = None,
-    ) -> None:
-        """``watched``: only this cgroup, so that nothing else on the machine disturbs."""
-        self.cgroup = cgroup.find(str(watched) if watched else None)
-        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded, Path(os.environ["UDPWATCH_CACHE"]))
-        self._findings: dict[Finding, int] = {}
-        self._events: list[Event] = []
-
-    def read(self) -> None:
-        for increase in self.sensor.sample(FOREVER_NS).increases:
-            self._findings[increase.finding] = self._findings.get(increase.finding, 0) + increase.count
-        self._events += self.sensor.events()
-
-    def findings(self, port: int) -> dict[Finding, int]:
-        """Findings on a local port, with their counts."""
-        self.read()
-        return {finding: number for finding, number in self._findings.items() if finding.port == port}
-
-    def count(self, port: int) -> int:
-        """Wrong replies from a local port."""
-        return sum(self.findings(port).values())
-
-    def events(self, port: int) -> list[Event]:
-        """Events of a local port."""
-        self.read()
-        return [event for event in self._events if event.finding.port == port]
-
-    def close(self) -> None:
-        self.sensor.close()
-        self.cgroup.close()
-
-
 @pytest.fixture(scope="session")
 def packet_watch() -> Iterator[Watch]:
     """Conntrack read from the packet."""
@@ -82,15 +32,6 @@ def packet_watch() -> Iterator[Watch]:
     assert watch.sensor.features.mode == "packet", watch.sensor.features.conntrack_reason
     yield watch
     watch.close()
-
-
-def open_netlink_watch(folder: Path) -> Watch:
-    """Conntrack is asked over netlink because the kernel's types are not available: the path names an empty file."""
-    nothing = folder / "empty"
-    nothing.touch()
-    watch = Watch(btf=nothing)
-    assert watch.sensor.features.mode == "netlink"
-    return watch
 
 
 @pytest.fixture(scope="session")
@@ -147,19 +88,6 @@ def host() -> Iterator[ContainerHost]:
             f"addr add {VIP_6}/128 dev lo nodad",
         )
         yield lab
-
-
-SECOND, SECOND_6 = "172.16.13.14", "fd00:13::14"
-VIP, VIP_6 = "10.99.0.1", "fd00:99::1"
-
-
-def ask(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[bytes, tuple[str, int]]:
-    """Send a question and wait until the server's socket has it: (the question, the peer as the server sees it)."""
-    client.settimeout(PATIENCE_SECONDS)
-    server.settimeout(PATIENCE_SECONDS)
-    client.sendto(b"question", (address, port))
-    data, peer = server.recvfrom(65535)
-    return data, peer
 
 
 @pytest.fixture

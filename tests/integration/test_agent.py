@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, wait_for
-from conftest import PATIENCE_SECONDS, Watch, ask
 from machine import own_cgroup
+from scene import PATIENCE_SECONDS, ask
+from sensors import Watch
 
 from udpwatch.agent.daemon import self_test
 from udpwatch.agent.kernel import bpf, cgroup

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 from agents import Agent, run_cli, wait_for
-from conftest import ask
+from scene import ask
 
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.lab import ContainerHost, Lab

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, temporary
-from conftest import ask
 from restricted import NOBODY, assert_refused, in_mount_namespace, run
+from scene import ask
 
 from udpwatch.agent.testing.lab import ContainerHost
 

@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import IN_MATRIX
 from router import Router
+from sensors import IN_MATRIX
 
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.model import ConntrackHealth

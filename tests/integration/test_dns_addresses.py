@@ -14,7 +14,6 @@ from pathlib import Path
 import dns.message
 import pytest
 from agents import wait_for
-from conftest import SECOND, SECOND_6, VIP, VIP_6, Watch
 from dns_server import (
     ANSWER_SECONDS,
     PORT,
@@ -30,6 +29,8 @@ from dns_server import (
     texts,
     write,
 )
+from scene import SECOND, SECOND_6, VIP, VIP_6
+from sensors import Watch
 
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 from agents import COMMAND, Agent, before_all, run_cli, wait_for
-from conftest import PATIENCE_SECONDS, ask
 from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
+from scene import PATIENCE_SECONDS, ask
 
 from udpwatch.agent.commands import doctor
 from udpwatch.agent.kernel.loader_child import SOURCES

@@ -18,13 +18,14 @@ from typing import IO, Any
 
 import pytest
 from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
-from conftest import ask
 from jsonschema import Draft202012Validator
+from repository import DOCS
+from scene import ask
 
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
-SCHEMA = Path(__file__).resolve().parents[2] / "docs/event.schema.json"
+SCHEMA = DOCS / "event.schema.json"
 PATIENCE_SECONDS = 60
 
 

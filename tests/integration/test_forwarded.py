@@ -13,8 +13,9 @@ from contextlib import ExitStack, closing
 
 import pytest
 from agents import wait_for
-from conftest import PATIENCE_SECONDS, Watch, ask
 from router import Machine, Router, inhabit
+from scene import PATIENCE_SECONDS, ask
+from sensors import Watch
 
 from udpwatch.agent.kernel.ctnetlink import Listener
 from udpwatch.agent.kernel.loader import Limits

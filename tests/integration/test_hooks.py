@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, before_all, run_cli, wait_for
-from conftest import Watch, ask
-from test_scenes import V4, Family, both, bound, source_control
+from scene import V4, Family, ask, both, bound, source_control
+from sensors import Watch
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, wait_for
-from conftest import Watch, ask
 from dns_server import Responder, bare_query, write
 from load import compile_load
 from machine import limited, own_cgroup
 from router import Router
-from test_scenes import bound
+from scene import ask, bound
+from sensors import Watch
 
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.model import Forwarded, Hooks

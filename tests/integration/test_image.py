@@ -18,7 +18,8 @@ import yaml
 from agents import wait_for
 from charts import needs_helm, render
 from machine import cgroup_folders, first_pid, listening, untouched
-from pods import CGROUP_PARENT, DOCS, Pod, Podman, blocks, counted, get
+from pods import CGROUP_PARENT, Pod, Podman, blocks, counted, get
+from repository import DOCS
 from runtimes import SERVER, Docker, RuntimeHost, ask_inside, build_server, image_tar
 
 from udpwatch.agent import __version__

@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 from agents import run_cli
-from conftest import IN_MATRIX, Watch, ask
-from test_scenes import V4, bound, finding_of
+from scene import V4, ask, bound, finding_of
+from sensors import IN_MATRIX, Watch
 
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import Forwarded, Verdict

@@ -17,8 +17,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_SECONDS, SECOND, Watch, ask
-from test_scenes import V4, Family, both, bound, finding_of, source_control
+from scene import PATIENCE_SECONDS, SECOND, V4, Family, ask, both, bound, finding_of, source_control
+from sensors import Watch
 
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import Cause, Verdict

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
 MISSING = "udpwatch-has-no-such-package"
 DEAD = "http://127.0.0.1:9"  # the discard port: nothing listens

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 from agents import Agent
-from conftest import ask
+from scene import ask
 
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -17,7 +17,7 @@ OTHER = {"x86_64": "arm64", "aarch64": "x86"}
 
 def test_programs_of_the_other_architecture(folder: Path, host: ContainerHost, port: int) -> None:
     """The verifier takes them, and they find the wrong reply: BPF is BPF, and both are little-endian. What differs, the
-    registers that kprobes read, is in tests/unit/test_architectures.py.
+    registers that kprobes read, is in tests/unit/agent/kernel/test_architectures.py.
     """
     environment = {**os.environ, "ARCH": OTHER[platform.machine()], "UDPWATCH_CACHE": "off"}
     with Agent(folder, "--hooks=cgroup", env=environment) as agent:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, run_cli, temporary, wait_for
-from conftest import PATIENCE_SECONDS, ask
 from dns_server import Responder, needs, texts, write
 from dns_server import ask as ask_dns
+from repository import GOLDEN
 from restricted import NOBODY, assert_refused, run, without
+from scene import PATIENCE_SECONDS, ask
 
 from udpwatch.agent import cli
 from udpwatch.agent.daemon import app  # noqa: F401  app: cli would import it as nobody
@@ -185,7 +186,7 @@ def test_agent_keeps_what_it_needs_and_gets_nothing_back(folder: Path) -> None:
 
 
 def test_replay_keeps_nothing(folder: Path) -> None:
-    recording = Path(__file__).parents[1] / "golden" / "replay.jsonl"
+    recording = GOLDEN / "replay.jsonl"
     with Agent(folder, f"--replay={recording}", "--events=-", stdout=subprocess.DEVNULL) as agent:
         assert_no_way_back(credentials(agent.pid), set())
 

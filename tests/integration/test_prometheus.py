@@ -30,6 +30,7 @@ import yaml
 from agents import Agent, run_cli, temporary, wait_for
 from boards import Question, filled_in
 from dns_server import Asked, FakeServer, ask, bare_query, right, write
+from repository import GOLDEN
 from scene_agent import InNamespace
 
 from udpwatch.agent.kernel import bpf
@@ -39,7 +40,7 @@ LISTEN = "127.0.0.1:9090"
 PORT, SHORT_PORT = 19_053, 19_054
 SERVER, SHORT_SERVER = "wrong-server", "short.server+1"
 AFAR, DEAD = "192.0.2.7", "172.16.13.99"
-RECORDING = boards.ROOT / "tests/golden/replay.jsonl"
+RECORDING = GOLDEN / "replay.jsonl"
 ENABLE_STATS = 32  # bpf(2); the programs' run times are counted while the descriptor is open
 
 RANGE_S, STEP_S, RATE_S = 600, 1, 5

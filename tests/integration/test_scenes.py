@@ -10,92 +10,35 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
 
 import pytest
-from conftest import PATIENCE_SECONDS, SECOND, SECOND_6, VIP, VIP_6, Watch, ask
 from machine import own_cgroup
+from scene import (
+    PATIENCE_SECONDS,
+    SECOND,
+    SECOND_6,
+    V4,
+    V6,
+    Family,
+    ask,
+    both,
+    bound,
+    finding_of,
+    picked_source,
+    source_control,
+    verdict_of,
+)
+from sensors import Watch
 
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.model import Cause, Finding, Verdict
+from udpwatch.agent.model import Cause, Verdict
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 SO_REUSEPORT = socket.SO_REUSEPORT
 UDP_SEGMENT = 103  # include/uapi/linux/udp.h
 SOL_UDP = 17
-
-
-@dataclass(frozen=True)
-class Family:
-    """The addresses of the scene in one family."""
-
-    name: str
-    inet: socket.AddressFamily
-    wildcard: str
-    eth0: str
-    second: str
-    docker0: str
-    vip: str
-    outside: str
-    number: int
-
-
-V4 = Family(
-    "IPv4",
-    socket.AF_INET,
-    "0.0.0.0",
-    ContainerHost.ETH0,
-    SECOND,
-    ContainerHost.DOCKER0,
-    VIP,
-    ContainerHost.OUTSIDE,
-    4,
-)
-V6 = Family(
-    "IPv6",
-    socket.AF_INET6,
-    "::",
-    ContainerHost.ETH0_6,
-    SECOND_6,
-    ContainerHost.DOCKER0_6,
-    VIP_6,
-    ContainerHost.OUTSIDE_6,
-    6,
-)
-both = pytest.mark.parametrize("family", [V4, V6], ids=lambda family: family.name)
-
-
-@contextmanager
-def bound(
-    namespace: Namespace, inet: socket.AddressFamily, address: str, port: int, *options: tuple[int, int, int]
-) -> Iterator[socket.socket]:
-    """A UDP socket, bound."""
-    with namespace.socket(inet) as made:
-        for option in options:
-            made.setsockopt(*option)
-        made.bind((address, port))
-        yield made
-
-
-def finding_of(watch: Watch, port: int) -> Finding:
-    """The only finding on a port."""
-    (finding,) = watch.findings(port)
-    return finding
-
-
-def verdict_of(watch: Watch, expected: Verdict) -> Verdict:
-    """In mode netlink every verdict is unknown, by design."""
-    return expected if watch.sensor.features.mode == "packet" else Verdict.UNKNOWN
-
-
-def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
-    """The address that routing picks for a peer: the first one for IPv4, by RFC 6724 for IPv6."""
-    with namespace.socket(family.inet) as probe:
-        probe.connect((peer, 9))
-        picked: str = probe.getsockname()[0]
-        return picked
 
 
 # ---- wrong replies ----
@@ -321,13 +264,6 @@ def test_pktinfo_with_another_address(watch: Watch, host: ContainerHost, port: i
         finding = finding_of(watch, port)
         assert watch.count(port) == 1
         assert (finding.actual, finding.cause) == (family.second, Cause.EXPLICIT)
-
-
-def source_control(family: Family, address: str) -> tuple[int, int, bytes]:
-    raw = socket.inet_pton(family.inet, address)
-    if family is V6:
-        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, raw + bytes(4)
-    return socket.IPPROTO_IP, servers.IP_PKTINFO, struct.pack("=i4s4s", 0, raw, bytes(4))
 
 
 @both

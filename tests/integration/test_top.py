@@ -20,11 +20,12 @@ from typing import Any, Self
 
 import pytest
 from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
-from conftest import ask
+from repository import GOLDEN
+from scene import ask
 
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
+EVENTS = GOLDEN / "events.jsonl"
 MANY = 5_000
 ENVIRONMENT = os.environ | {"LC_ALL": "C.UTF-8"}
 
@@ -235,7 +236,7 @@ def test_an_agent_that_is_stopped_and_started(folder: Path, host: ContainerHost,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_restores_the_terminal(folder: Path, number: signal.Signals) -> None:
-    with Terminal(folder, *top("--replay", str(GOLDEN))) as terminal:
+    with Terminal(folder, *top("--replay", str(EVENTS))) as terminal:
         terminal.shows("q quit", "plain-server")
         (child,) = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
         os.kill(terminal.pid, number)
@@ -245,7 +246,7 @@ def test_a_signal_restores_the_terminal(folder: Path, number: signal.Signals) ->
 
 @pytest.mark.parametrize("milliseconds", [300, 500, 700, 900, 1100, 1300])
 def test_a_signal_at_any_time_of_its_start(folder: Path, milliseconds: int) -> None:
-    with Terminal(folder, *top("--replay", str(GOLDEN))) as terminal:
+    with Terminal(folder, *top("--replay", str(EVENTS))) as terminal:
         time.sleep(milliseconds / 1000)  # no condition marks these moments
         os.kill(terminal.pid, signal.SIGTERM)
         terminal.ended()
@@ -255,7 +256,7 @@ def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
     code = (
         "from udpwatch.agent.client.top import screen; import sys; from udpwatch.agent.cli import main\n"
         "screen.TopApp.action_sort = lambda self: 1 / 0\n"
-        f"sys.exit(main(['top', '--replay', {str(GOLDEN)!r}]))"
+        f"sys.exit(main(['top', '--replay', {str(EVENTS)!r}]))"
     )
     with Terminal(folder, sys.executable, "-P", "-c", code) as terminal:
         terminal.shows("q quit", "plain-server")
@@ -321,7 +322,7 @@ def test_once_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port:
 
 def burst(path: Path, seconds: int) -> None:
     """A recording in which MANY servers answer wrongly, all of them every second."""
-    told = json.loads(GOLDEN.read_text().splitlines()[0])
+    told = json.loads(EVENTS.read_text().splitlines()[0])
     begin = datetime(2027, 1, 15, 8, tzinfo=UTC)
     with path.open("w") as file:
         for second in range(seconds):
@@ -403,7 +404,7 @@ def test_a_cluster(agent: Agent, folder: Path, host: ContainerHost, port: int) -
     """Two nodes: a real one, and one that replays a recording."""
     second = folder / "second"
     second.mkdir()
-    with Agent(second, f"--replay={GOLDEN}") as replay, wrong_server(host, port) as answer:
+    with Agent(second, f"--replay={EVENTS}") as replay, wrong_server(host, port) as answer:
         nodes = [each.url.removeprefix("http://") for each in (agent, replay)]
         with Prometheus(folder, nodes) as prometheus:
             answer(5)

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE_SECONDS, Watch, ask, open_netlink_watch
 from dns_server import Responder, needs
 from load import ASKED, RIGHT_PORT, SINK_PORT, TRACKING, Place, answer_wrongly, compile_load, make_place
 from machine import own_cgroup
+from scene import PATIENCE_SECONDS, V4, V6, Family, ask, bound, source_control
+from sensors import Watch, open_netlink_watch
 from stub_resolvers import LOOKUP, resolve
-from test_scenes import V4, V6, Family, bound, source_control
 
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import Finding

@@ -16,9 +16,10 @@ from pathlib import Path
 import image
 import pytest
 from agents import temporary, wait_for
-from conftest import ask
 from machine import cgroup_folders, remove_cgroups
-from pods import DOCS, blocks, counted
+from pods import blocks, counted
+from repository import DOCS
+from scene import ask
 
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.capabilities import Capability

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, temporary
-from conftest import ask
+from scene import ask
 from withheld import withheld
 
 from udpwatch.agent.attribution import command_line

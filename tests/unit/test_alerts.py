@@ -10,12 +10,13 @@ from pathlib import Path
 import boards
 import pytest
 import yaml
+from repository import DOCS
 
 from udpwatch.agent.cli import parse
 
 HERE = Path(__file__).resolve().parent
 CASES = HERE / "alerts_test.yaml"
-RUNBOOKS = boards.ROOT / "docs/runbooks"
+RUNBOOKS = DOCS / "runbooks"
 NAMES = [rule["alert"] for rule in boards.rules()]
 
 

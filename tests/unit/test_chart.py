@@ -13,7 +13,8 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from charts import CHART, HELM, NAMESPACE, ROOT, Manifest, Values, helm, needs_helm, only, render, template
+from charts import CHART, HELM, NAMESPACE, Manifest, Values, helm, needs_helm, only, render, template
+from repository import ROOT
 
 from udpwatch.agent import __version__
 from udpwatch.agent.cli import parse
@@ -192,7 +193,7 @@ def test_the_chart_is_of_this_version() -> None:
 
 
 def test_golden_defaults() -> None:
-    from test_golden import compare  # noqa: PLC0415  beside it, there is one way to write golden files
+    from golden import compare  # noqa: PLC0415  beside it, there is one way to write golden files
 
     compare("helm-template.yaml", template())
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from charts import CHART, ROOT, helm, leaves, needs_helm, nested, values_table
+from charts import CHART, helm, leaves, needs_helm, nested, values_table
+from repository import ROOT
 
 from udpwatch.agent.config import SETTINGS, Setting
 from udpwatch.dns.option_table import OPTIONS

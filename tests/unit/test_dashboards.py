@@ -18,8 +18,8 @@ from boards import Question, filled_in
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from repository import ROOT
 
-ROOT = boards.ROOT
 #: of Grafana's @grafana/data, valueFormats/categories.ts
 UNITS = {"short", "percentunit", "cps", "reqps", "pps", "ops", "s", "bytes", "bool_yes_no"}
 UNITS |= {"dateTimeAsIso", "dateTimeFromNow"}

@@ -7,11 +7,11 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from repository import DOCS, ROOT
+
 from udpwatch.agent.config import SETTINGS
 from udpwatch.agent.daemon.state import LOSS_STAGES
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
 PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/README.md")
 COLUMNS = 120
 #: Pages that are still too wide.

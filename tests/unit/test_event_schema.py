@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from golden import EVENTS
 from jsonschema import Draft202012Validator
-from test_docs import DOCS
-from test_golden import EVENTS, GOLDEN
+from repository import DOCS, GOLDEN
 
 from udpwatch.agent.daemon.event_log import as_json
 from udpwatch.agent.model import Cause, Sender, Verdict

@@ -3,130 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+
+from golden import EVENTS, ROW, SNAPSHOT, compare
 
 from udpwatch.agent.commands.doctor import Check, Report, Status, as_text
 from udpwatch.agent.daemon.app import describe
 from udpwatch.agent.daemon.event_log import as_json
 from udpwatch.agent.daemon.http import HttpCollector
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
-from udpwatch.agent.daemon.state import LOSS_STAGES
 from udpwatch.agent.model import (
-    Cause,
-    ConntrackHealth,
-    Event,
-    Finding,
-    Probe,
-    Row,
     Sender,
-    Snapshot,
-    Tuple,
-    Verdict,
 )
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.metrics import DnsCollector, Metrics
-
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-
-ROW = Row(
-    sender=Sender(
-        "openvpn", 4242, "/usr/sbin/openvpn", "openvpn --config server.conf", "/system.slice/openvpn.service"
-    ),
-    port=1194,
-    expected="172.16.13.13",
-    actual="172.17.0.1",
-    verdict="new",
-    cause="kernel-chosen",
-    family=4,
-    count=23,
-    first=1_800_000_000.0,
-    last=1_800_000_000.0,
-)
-SNAPSHOT = Snapshot(
-    version="0.1.0",
-    kernel="6.1.0",
-    node="node-1",
-    mode="packet",
-    started=1_800_000_000.0,
-    time=1_800_000_060.0,
-    ready=True,
-    notes=(),
-    rows=(ROW,),
-    other=2,
-    other_of={"": 2},
-    checked=1000,
-    tracked_peers=17,
-    evicted_peers=3,
-    lost=dict.fromkeys(LOSS_STAGES, 0) | {"rate_limit": 5},
-    probes=(
-        Probe("ingress", True, True, 0, 0.25, 1000, 600),
-        Probe("egress", True, True, 1, 0.5, 2000, 700),
-        Probe("sendmsg4", True, False, 0, 0.0, 0, 300),
-        Probe("sendmsg6", False, False, 0, 0.0, 0, 300, "cannot attach sendmsg6"),
-        Probe("__nf_conntrack_confirm", True, False, 0, 0.125, 500, 2000, how="kprobe", missed=2),
-    ),
-    flows=77,
-    conntrack=ConntrackHealth(1200, 65536, 3, 5, 7),
-    udp_sent=4000,
-)
-EVENTS = (
-    Event(
-        finding=Finding("172.16.13.13", "172.17.0.1", 56789, 4, Verdict.NEW, Cause.KERNEL_CHOSEN, "plain-server", 1, 3),
-        time=0,
-        count=1,
-        peer="172.17.0.3",
-        peer_port=40000,
-        segments=1,
-        pid=4242,
-        uid=0,
-        netns_inode=4026532300,
-        original=Tuple("172.17.0.1", 56789, "172.17.0.3", 40000),
-        reply=Tuple("172.17.0.3", 40000, "172.17.0.1", 56789),
-        conversation=None,
-    ),
-    Event(
-        finding=Finding("fd00::2", "fd00::1", 53, 6, Verdict.UNTRACKED, Cause.CONNECTED, "", 1, 0),
-        time=1_500_000_000,
-        count=23,
-        peer="fd00::3",
-        peer_port=40001,
-        segments=1,
-        pid=0,
-        uid=0,
-        netns_inode=None,
-        original=None,
-        reply=None,
-        conversation=None,
-        pktinfo=False,
-    ),
-    Event(
-        finding=Finding(
-            "10.2.0.5", "10.2.0.6", 53, 4, Verdict.NEW, Cause.FORWARDED, "", 0, 4026532300, interface="vnet3"
-        ),
-        time=2_000_000_000,
-        count=1,
-        peer="10.1.0.9",
-        peer_port=40002,
-        segments=1,
-        pid=0,
-        uid=0,
-        netns_inode=4026532300,
-        original=Tuple("10.2.0.6", 53, "10.1.0.9", 40002),
-        reply=Tuple("10.1.0.9", 40002, "10.2.0.6", 53),
-        conversation=None,
-        request=Tuple("10.1.0.9", 40002, "10.2.0.5", 53),
-    ),
-)
-
-
-def compare(name: str, text: str) -> None:
-    path = GOLDEN / name
-    if os.environ.get("UDPWATCH_GOLDEN") == "write":
-        path.write_text(text)
-    assert text == path.read_text(), f"{path} differs: `make golden` rewrites it"
 
 
 def test_golden_metrics() -> None:

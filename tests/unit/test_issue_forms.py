@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
+from repository import ROOT
 
 from udpwatch.agent import cli
 
-FOLDER = Path(__file__).resolve().parents[2] / ".github/ISSUE_TEMPLATE"
+FOLDER = ROOT / ".github/ISSUE_TEMPLATE"
 FORMS = sorted(FOLDER.glob("*.yaml"))
 INPUTS = {"checkboxes", "dropdown", "input", "textarea"}
 

@@ -6,8 +6,8 @@ import ast
 from pathlib import Path
 
 import pytest
+from repository import AGENT, DNS
 
-AGENT = Path(__file__).resolve().parents[2] / "agent"
 #: stage -> what it may import of ours
 ALLOWED = {
     "model": set(),
@@ -22,7 +22,6 @@ ALLOWED = {
     "commands": {"model", "errors", "config", "kernel", "sources", "daemon", "client", "testing", "udpwatch"},
 }
 WIRING = {"cli", "__init__"}
-DNS = AGENT.parent / "dns"
 #: What the agent takes of the responder beside starting it: how shares are counted, which knows nothing of either.
 OF_DNS = {"udpwatch.dns.shares"}
 

@@ -7,11 +7,10 @@ import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/limits.md").read_text()
 #: A bound: "- **NAME**: VALUE. EFFECT", "Counter: ...", "Code: ...", over several lines.
 ITEMS = [" ".join(item.split()) for item in re.findall(r"^- \*\*.*\n(?:  .*\n)*", PAGE, re.MULTILINE)]

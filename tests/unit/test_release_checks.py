@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 FILES = ("pyproject.toml", "agent/__init__.py", "helm/udpwatch/Chart.yaml", "CHANGELOG.md", "release")
 
 

@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from repository import GOLDEN
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.model import Cause, Event, Verdict
 from udpwatch.agent.sources import replay
 from udpwatch.agent.sources.replay import Replay
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
+EVENTS = GOLDEN / "events.jsonl"
 
 
 def line(**changes: Any) -> str:
-    told = json.loads(GOLDEN.read_text().splitlines()[0])
+    told = json.loads(EVENTS.read_text().splitlines()[0])
     return json.dumps(told | changes)
 
 
@@ -44,7 +45,7 @@ def play(tmp_path: Path) -> Iterator[Callable[..., Replay]]:
 
 
 def test_what_the_agent_writes_can_be_read_back() -> None:
-    played = Replay(GOLDEN)
+    played = Replay(EVENTS)
     events = list(played.events())
     assert [event.finding.port for event in events] == [56789, 53, 53]
     first, second, forwarded = events

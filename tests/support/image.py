@@ -20,12 +20,12 @@ from pathlib import Path
 
 import pytest
 from machine import cgroup_folders, remove_cgroups
+from repository import ROOT
 from runtimes import Docker
 
 from udpwatch.agent import __version__
 from udpwatch.agent.testing.lab import die_with_parent
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("UDPWATCH_IMAGES", Path.home() / ".cache/udpwatch/images"))
 IMAGE = f"udpwatch:{__version__}"  # as the chart names it
 SUITE = "bookworm"

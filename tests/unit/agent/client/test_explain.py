@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from test_golden import ROW, compare
+from golden import ROW, compare
 
 from udpwatch.agent.client.explain import advice, as_object, matching, of_remedy, short, why
 from udpwatch.agent.client.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_top_rows import NOW, look, row
+from repository import GOLDEN
 from textual import events
 from textual.widgets import Input
+from top_snapshots import NOW, look, row
 
 from udpwatch.agent.client import explain
 from udpwatch.agent.client.top.feed import News
@@ -28,7 +29,6 @@ from udpwatch.agent.model import Row, Sender
 from udpwatch.agent.sources import replay
 from udpwatch.agent.sources.replay import Replay
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 THREE = (row("aaa", 3, 5), row("bbb", 1, 7, pod="web-0", namespace="shop"), row("ccc", 2, 6))
 
 

@@ -10,11 +10,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from repository import BPF
 
 from udpwatch.agent.kernel import features
 from udpwatch.agent.kernel.libbpf import Btf
 
-SOURCES = Path(__file__).resolve().parents[2] / "bpf"
 OF_CONNTRACK = ("nf_conn", "nf_conntrack_tuple_hash")
 _INT, _POINTER, _STRUCT, _ENUM, _TYPEDEF = 1, 2, 4, 6, 8  # BTF_KIND_*
 _FOLLOWED = {_TYPEDEF, 9, 10, 11}  # and volatile, const, restrict
@@ -138,6 +138,6 @@ def test_members_are_read_at_their_size(monkeypatch: pytest.MonkeyPatch) -> None
     """A wider read takes the neighbour for the member where the most significant byte comes first."""
     monkeypatch.setattr(features, "Btf", Sizes)
     sizes = features.conntrack_offsets() | features.flow_offsets()
-    found = {each for path in SOURCES.glob("*.[ch]") for each in reads(path.read_text())}
+    found = {each for path in BPF.glob("*.[ch]") for each in reads(path.read_text())}
     assert len(found) >= 15
     assert {(name, size) for name, size in found if sizes.get(name, size) != size} == set()

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_top_rows import NOW, look, row, snapshot
+from repository import DOCS, GOLDEN
+from top_snapshots import NOW, look, row, snapshot
 
 from udpwatch.agent.cli import main
 from udpwatch.agent.client.top import sources, text
@@ -29,7 +30,7 @@ from udpwatch.agent.client.top.rows import Look, Order, rows
 from udpwatch.agent.client.top.sources import AgentSource, open_agent
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 
-EVENTS = Path(__file__).resolve().parents[1] / "golden/events.jsonl"
+EVENTS = GOLDEN / "events.jsonl"
 
 
 class Script:
@@ -82,7 +83,7 @@ def test_the_object_is_for_programs() -> None:
     }  # fmt: skip
     assert told["nodes"][0]["wrong"] == 8
     assert told["wrong_per_second"] == 7.0
-    documented = (Path(__file__).resolve().parents[2] / "docs/top.md").read_text()
+    documented = (DOCS / "top.md").read_text()
     for names in (told, told["nodes"][0], told["findings"][0]):
         assert not [name for name in names if f"`{name}`" not in documented]
 

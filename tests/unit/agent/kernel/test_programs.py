@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, MAPS, PROGRAMS, Program
 
-ROOT = Path(__file__).resolve().parents[2]
 SOURCES = {program.source for program in PROGRAMS}
 
 

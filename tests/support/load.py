@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from conftest import PATIENCE_SECONDS, ask
-from test_scenes import V4, Family, bound
+from scene import PATIENCE_SECONDS, V4, Family, ask, bound
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

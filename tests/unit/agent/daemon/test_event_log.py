@@ -294,10 +294,15 @@ def test_own_descriptor() -> None:
     assert os.read(reading, 100) == b'{"n":1}\n'
     os.close(reading)
     os.close(writing)
-    script = "from test_events import write_one; write_one('/dev/stdout')"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, check=True, timeout=60
-    )
+    script = """
+from udpwatch.agent.daemon.event_log import EventWriter
+
+writer = EventWriter("/dev/stdout", print, print)
+writer.start()
+writer.put({"n": 1})
+writer.stop()
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, check=True, timeout=60)
     assert done.stdout == b'{"n":1}\n'
 
 

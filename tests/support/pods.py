@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from agents import wait_for
 from prometheus_client.parser import text_string_to_metric_families
+from repository import DOCS
 from runtimes import Docker
 
 from udpwatch.agent.testing.lab import Namespace
@@ -28,7 +29,6 @@ from udpwatch.agent.testing.lab import Namespace
 Manifest = dict[str, Any]
 
 CGROUP_PARENT = "/udpwatch-test"  # one of machine.CGROUP_PARENTS
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 #: what says nothing about what a container may do, or what a test asks for itself
 _ELSEWHERE = {"name", "imagePullPolicy", "ports", "lifecycle", "startupProbe", "livenessProbe", "readinessProbe"}
 _ELSEWHERE |= {"terminationMessagePolicy"}

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
+from top_snapshots import NOW, look, row
 
 from udpwatch.agent.client.top.banner import Condition, banner, spark
 from udpwatch.agent.client.top.layout import (
@@ -22,29 +23,6 @@ from udpwatch.agent.client.top.layout import (
     rate_text,
 )
 from udpwatch.agent.client.top.rows import Look, Meter, Order, baseline_of, other_of, rows, total_of
-from udpwatch.agent.model import Row, Sender, Snapshot
-
-NOW = 1_800_000_000.0
-
-
-def row(process: str = "openvpn", port: int = 1194, count: int = 1, **changes: Any) -> Row:
-    who = {name: changes.pop(name) for name in ("namespace", "pod", "container") if name in changes}
-    plain_row = Row(
-        Sender(process, 4242, **who), port, "172.16.13.13", "172.17.0.1", "new", "kernel-chosen", 4, count, NOW, NOW
-    )
-    return replace(plain_row, **changes)
-
-
-def snapshot(*found: Row, **changes: Any) -> Snapshot:
-    plain_snapshot = Snapshot(
-        "0.1.0", "6.1.0", "node-1", "packet", NOW - 60, NOW, True, (), found, 0, 100, 1, 0, {"rate_limit": 0}, ()
-    )
-    return replace(plain_snapshot, **changes)
-
-
-def look(seconds: float, *found: Row, **changes: Any) -> Look:
-    return Look(NOW + seconds, (snapshot(*found, time=NOW + seconds, **changes),))
-
 
 # Rates
 

@@ -7,13 +7,12 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CHART = ROOT / "helm/udpwatch"
 HELM = ROOT / "build/tools/helm"
 NAMESPACE = "monitoring"

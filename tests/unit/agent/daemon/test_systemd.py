@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import GOLDEN
 
 from udpwatch.agent.config import resolve
 from udpwatch.agent.daemon import app, systemd
 from udpwatch.agent.daemon.app import App, Starting
 from udpwatch.agent.sources.replay import Replay
 
-RECORDING = Path(__file__).parents[1] / "golden/replay.jsonl"
+RECORDING = GOLDEN / "replay.jsonl"
 
 
 class Manager:
@@ -117,6 +118,8 @@ def test_only_samples_feed_the_watchdog(manager: Manager, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Replay, "sample", sample_when_allowed)
     monkeypatch.setattr(app, "READ_SECONDS", 0.01)
+    # The agent runs in the tests' own process, which must keep its capabilities for the tests that follow.
+    monkeypatch.setattr(app.capabilities, "drop_all_but", lambda keep: None)
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
 

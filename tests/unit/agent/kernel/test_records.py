@@ -6,11 +6,11 @@ import ctypes
 import ipaddress
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from repository import BPF
 
 from udpwatch.agent.kernel import records
 from udpwatch.agent.kernel.records import (
@@ -30,7 +30,6 @@ from udpwatch.agent.kernel.records import (
 )
 from udpwatch.agent.model import Cause, Conversation, Counters, Tuple, Verdict
 
-BPF = Path(__file__).resolve().parents[2] / "bpf"
 MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct tenant": Tenant,
     "struct conversation": ConversationRecord,

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_golden import GOLDEN, compare
+from golden import compare
+from repository import GOLDEN
 
 from udpwatch.agent.client.follow import NoAgent, Wanted, events, moment
 from udpwatch.agent.client.lines import Lines, server_of

@@ -1,0 +1,107 @@
+"""The host that most scenes play on, in both families of addresses, and the steps that scenes are made of."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+from sensors import Watch
+
+from udpwatch.agent.model import Finding, Verdict
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost, Namespace
+
+PATIENCE_SECONDS = 30.0  # guests of the kernel matrix share their CPUs
+SECOND, SECOND_6 = "172.16.13.14", "fd00:13::14"
+VIP, VIP_6 = "10.99.0.1", "fd00:99::1"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The addresses of the scene in one family."""
+
+    name: str
+    inet: socket.AddressFamily
+    wildcard: str
+    eth0: str
+    second: str
+    docker0: str
+    vip: str
+    outside: str
+    number: int
+
+
+V4 = Family(
+    "IPv4",
+    socket.AF_INET,
+    "0.0.0.0",
+    ContainerHost.ETH0,
+    SECOND,
+    ContainerHost.DOCKER0,
+    VIP,
+    ContainerHost.OUTSIDE,
+    4,
+)
+V6 = Family(
+    "IPv6",
+    socket.AF_INET6,
+    "::",
+    ContainerHost.ETH0_6,
+    SECOND_6,
+    ContainerHost.DOCKER0_6,
+    VIP_6,
+    ContainerHost.OUTSIDE_6,
+    6,
+)
+both = pytest.mark.parametrize("family", [V4, V6], ids=lambda family: family.name)
+
+
+@contextmanager
+def bound(
+    namespace: Namespace, inet: socket.AddressFamily, address: str, port: int, *options: tuple[int, int, int]
+) -> Iterator[socket.socket]:
+    """A UDP socket, bound."""
+    with namespace.socket(inet) as made:
+        for option in options:
+            made.setsockopt(*option)
+        made.bind((address, port))
+        yield made
+
+
+def finding_of(watch: Watch, port: int) -> Finding:
+    """The only finding on a port."""
+    (finding,) = watch.findings(port)
+    return finding
+
+
+def verdict_of(watch: Watch, expected: Verdict) -> Verdict:
+    """In mode netlink every verdict is unknown, by design."""
+    return expected if watch.sensor.features.mode == "packet" else Verdict.UNKNOWN
+
+
+def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
+    """The address that routing picks for a peer: the first one for IPv4, by RFC 6724 for IPv6."""
+    with namespace.socket(family.inet) as probe:
+        probe.connect((peer, 9))
+        picked: str = probe.getsockname()[0]
+        return picked
+
+
+def ask(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[bytes, tuple[str, int]]:
+    """Send a question and wait until the server's socket has it: (the question, the peer as the server sees it)."""
+    client.settimeout(PATIENCE_SECONDS)
+    server.settimeout(PATIENCE_SECONDS)
+    client.sendto(b"question", (address, port))
+    data, peer = server.recvfrom(65535)
+    return data, peer
+
+
+def source_control(family: Family, address: str) -> tuple[int, int, bytes]:
+    raw = socket.inet_pton(family.inet, address)
+    if family is V6:
+        return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, raw + bytes(4)
+    return socket.IPPROTO_IP, servers.IP_PKTINFO, struct.pack("=i4s4s", 0, raw, bytes(4))

@@ -1,0 +1,30 @@
+"""Snapshots and samples for tests of `udpwatch top`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from udpwatch.agent.client.top.rows import Look
+from udpwatch.agent.model import Row, Sender, Snapshot
+
+NOW = 1_800_000_000.0
+
+
+def row(process: str = "openvpn", port: int = 1194, count: int = 1, **changes: Any) -> Row:
+    who = {name: changes.pop(name) for name in ("namespace", "pod", "container") if name in changes}
+    plain_row = Row(
+        Sender(process, 4242, **who), port, "172.16.13.13", "172.17.0.1", "new", "kernel-chosen", 4, count, NOW, NOW
+    )
+    return replace(plain_row, **changes)
+
+
+def snapshot(*found: Row, **changes: Any) -> Snapshot:
+    plain_snapshot = Snapshot(
+        "0.1.0", "6.1.0", "node-1", "packet", NOW - 60, NOW, True, (), found, 0, 100, 1, 0, {"rate_limit": 0}, ()
+    )
+    return replace(plain_snapshot, **changes)
+
+
+def look(seconds: float, *found: Row, **changes: Any) -> Look:
+    return Look(NOW + seconds, (snapshot(*found, time=NOW + seconds, **changes),))
