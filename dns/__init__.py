@@ -1,1 +1,2 @@
-"""The DNS responder: dnsmasq's job on a node, always from the address that was asked. Imports nothing from agent/."""
+"""The DNS responder: dnsmasq's job on a node, with responses from the address that was asked. Imports nothing from
+agent/."""

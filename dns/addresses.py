@@ -1,5 +1,7 @@
-"""This namespace's addresses, as the kernel has them now, and a word when they change (rtnetlink, raw: pyroute2 takes
-20 MB of memory, and the agent has 45)."""
+"""This network namespace's addresses, and notification of their changes.
+
+Raw rtnetlink: pyroute2 takes 20 MB of memory, and the agent's budget is 45 MB.
+"""
 
 from __future__ import annotations
 
@@ -31,25 +33,25 @@ class Local:
     """An address of this host."""
 
     packed: bytes  # 4 or 16 octets
-    network: Network  # what is directly connected
-    index: int  # of the interface
+    network: Network  # the directly connected network
+    index: int  # interface index
     interface: str
-    usable: bool  # False while duplicate address detection goes on, or after it failed
+    usable: bool  # False while duplicate address detection runs, or if it failed
 
     @property
     def text(self) -> str:
-        """As a person writes it, with its zone where it needs one."""
+        """The numeric address, with its zone if it is link-local."""
         address = ipaddress.ip_address(self.packed)
         return f"{address}%{self.interface}" if self.is_link_local else str(address)
 
     @property
     def is_link_local(self) -> bool:
-        """IPv6 only: then it means nothing without its interface."""
+        """Whether it is an IPv6 link-local address, which needs its interface."""
         return len(self.packed) == 16 and ipaddress.ip_address(self.packed).is_link_local
 
 
 def snapshot() -> list[Local]:
-    """All addresses; raises OSError."""
+    """Return all addresses. Raises OSError."""
     names = dict(socket.if_nameindex())
     found: list[Local] = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as link:
@@ -93,7 +95,7 @@ def _read(payload: bytes, names: dict[int, str]) -> Local | None:
         attributes[kind] = payload[at + _attribute.size : at + length]
         at += length + 3 & ~3
     peer = attributes.get(_IFA_ADDRESS)
-    packed = attributes.get(_IFA_LOCAL, peer)  # on a point-to-point link the two differ
+    packed = attributes.get(_IFA_LOCAL, peer)  # they differ on a point-to-point link
     if packed is None:
         return None
     if _IFA_FLAGS in attributes:
@@ -108,7 +110,7 @@ def _read(payload: bytes, names: dict[int, str]) -> Local | None:
 
 
 def changes() -> socket.socket:
-    """A socket that becomes readable when addresses or links change; what it says does not matter."""
+    """Return a socket that becomes readable when addresses or links change. Its contents do not matter."""
     link = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE
     )
@@ -117,7 +119,7 @@ def changes() -> socket.socket:
 
 
 def drain(link: socket.socket) -> None:
-    """Read all that is there. ENOBUFS says that something was lost: as good as a change. Raises OSError."""
+    """Read and discard everything. ENOBUFS means that a message was lost, which counts as a change. Raises OSError."""
     while True:
         try:
             link.recv(_RECEIVE_BYTES)

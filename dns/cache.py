@@ -1,13 +1,13 @@
-"""Answers of upstream servers, as they came, bounded in number and in bytes.
+"""Responses of upstream servers, bounded in number and in bytes.
 
 Rules
-1. An answer is kept packed: its code, its records, and where their TTLs stand, in two octets each. A hit copies it and
-   counts the TTLs down; nothing is taken apart. How long it is kept is decided by the records that answer its question,
-   by way of its aliases: what else a server writes into it is passed on with it, and is never the answer to another.
-2. Two queues (segmented LRU): an answer enters the first, and moves to the second when it is asked for again. What has
-   to go is the oldest of the first. A flood of names that are asked once, negative or not, pushes out only its like.
-3. Expired answers stay while there is room: they stand in when every upstream server is down (RFC 8767).
-4. Every method takes the lock: the UDP thread looks up, the loop's thread adds.
+1. A response is kept packed: its code, its records, and the offsets of their TTLs in two octets each. A hit copies it
+   and counts the TTLs down; nothing is parsed. Its lifetime depends on the records that answer its question, including
+   aliases: other records in it are forwarded with it, but never answer another question.
+2. Two queues (segmented LRU): a response enters the first and moves to the second when it is asked for again. The
+   oldest of the first is evicted. A flood of names that are asked once, negative or not, evicts only its own entries.
+3. Expired responses stay while there is room: they are served when every upstream server is down (RFC 8767).
+4. Every method takes the lock: the UDP thread looks up, the event loop's thread adds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from udpwatch.dns.message import Rcode
 
 MAX_BYTES = 32 << 20
 PROTECTED_SHARE = 0.8
-STALE_RETRY_SECONDS = 5.0  # how long a stale answer stands in before the servers are tried again
+STALE_RETRY_SECONDS = 5.0  # how long a stale response is served before the servers are queried again
 
 
 @dataclass(slots=True)
@@ -37,10 +37,10 @@ class CacheCounts:
 
 
 class Cache:
-    """Answers by what was asked."""
+    """Responses by question."""
 
     def __init__(self, max_entries: int, stale_seconds: float, max_bytes: int = MAX_BYTES) -> None:
-        """``max_entries`` 0: nothing is kept."""
+        """``max_entries`` 0: cache nothing."""
         self._max_entries, self._max_bytes, self._stale = max_entries, max_bytes, stale_seconds
         self._first: OrderedDict[Key, Entry] = OrderedDict()
         self._second: OrderedDict[Key, Entry] = OrderedDict()
@@ -53,16 +53,16 @@ class Cache:
 
     @property
     def max_entries(self) -> int:
-        """How many there may be."""
+        """The maximum number of entries."""
         return self._max_entries
 
     @property
     def bytes(self) -> int:
-        """What all entries take, about."""
+        """Approximate memory of all entries."""
         return self._bytes
 
     def get(self, key: Key, now: float) -> Entry | None:
-        """An answer that may be given now: a fresh one, or one that stands in; counts hit or miss."""
+        """Return a fresh entry, or a stale one that is being served. Count a hit or a miss."""
         with self._lock:
             entry = self._peek(key)
             if entry is None or (now >= entry.expires and now >= entry.retry):
@@ -75,7 +75,7 @@ class Cache:
             return entry
 
     def stand_in(self, key: Key, now: float) -> Entry | None:
-        """An expired answer, since no server gives a new one; from now on it is a hit, for a while."""
+        """Return an expired entry because no server responds. For a while, `get` returns it, too."""
         with self._lock:
             entry = self._peek(key)
             if entry is None or entry.rcode == Rcode.SERVFAIL or now >= entry.expires + self._stale:
@@ -85,7 +85,7 @@ class Cache:
             return entry
 
     def put(self, key: Key, entry: Entry) -> None:
-        """Keep an answer; what it displaces goes."""
+        """Add an entry and evict others if necessary."""
         if not self._max_entries or entry.size > self._max_bytes // 8:
             return
         with self._lock:
@@ -103,14 +103,14 @@ class Cache:
                 self._evict()
 
     def clear(self) -> None:
-        """Forget everything (SIGHUP)."""
+        """Remove all entries (SIGHUP)."""
         with self._lock:
             self._first.clear()
             self._second.clear()
             self._bytes = self._second_bytes = 0
 
     def keys(self, most: int) -> list[Key]:
-        """Some of what is kept, oldest first."""
+        """Return up to ``most`` keys, oldest first."""
         with self._lock:
             return list(islice((*self._first, *self._second), most))
 

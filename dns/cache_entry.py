@@ -1,4 +1,4 @@
-"""What is kept of an upstream server's response, and for how long."""
+"""What the cache keeps of a response, and for how long."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from udpwatch.dns.cname import follow
 from udpwatch.dns.message import HEADER_BYTES, Malformed, Rcode, Response, Type, owner
 from udpwatch.dns.names import is_subdomain
 
-ENTRY_BYTES = 600  # of Python's objects around an answer
+ENTRY_BYTES = 600  # of Python objects per entry
 MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
 MAX_NEGATIVE_TTL = 10_800  # RFC 2308, section 5
 FAILURE_SECONDS = 5  # RFC 9520, section 3.2: between 1 s and 5 min
@@ -24,24 +24,24 @@ Key = tuple[bytes, int, int, int]
 
 @dataclass(slots=True)
 class Entry:
-    """An answer: everything behind the question, without OPT."""
+    """A response: everything after the question, without OPT."""
 
     rcode: int
     body: bytes
     counts: tuple[int, int, int]
-    ttls: array[int]  # where they stand in body; as stored none is above MAX_TTL
+    ttls: array[int]  # offsets in body; no stored TTL is above MAX_TTL
     stored: float  # monotonic seconds
     expires: float
-    max_ttl: int = MAX_TTL  # seconds that a client is told at most
-    retry: float = 0.0  # while it stands in although it expired: not before this time is a server asked again
+    max_ttl: int = MAX_TTL  # seconds; the largest TTL that a client sees
+    retry: float = 0.0  # while it is served stale: the servers are not queried again before this time
 
     @property
     def size(self) -> int:
-        """Bytes that it takes, about."""
+        """Approximate memory, in bytes."""
         return ENTRY_BYTES + len(self.body) + 2 * len(self.ttls)
 
     def aged(self, now: float, stale: bool) -> bytes:
-        """The records with their TTLs as of now; with STALE_TTL where it stands in."""
+        """Return the records with their TTLs as of now, or with STALE_TTL if ``stale``."""
         passed, most = int(now - self.stored), self.max_ttl
         if not self.ttls or (passed == 0 and most == MAX_TTL and not stale):
             return self.body
@@ -57,11 +57,11 @@ class Entry:
 
 
 def entry_of(answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache: bool) -> Entry:
-    """What to keep of an answer. It expires at once where it must not be kept.
+    """Create the entry of a response. It expires at once if it must not be cached.
 
-    Positive: the smallest TTL of the records that answer the question, aliases included. NXDOMAIN and NODATA: besides,
-    the SOA's TTL or its MINIMUM, whichever is smaller (RFC 2308, section 5), else ``neg_ttl``. ``max_ttl`` is for
-    clients alone (0: no limit): what is kept for less than it is good for costs a server more questions.
+    Positive responses live as long as the smallest TTL of the records that answer the question, including aliases.
+    NXDOMAIN and NODATA also have the SOA's TTL or MINIMUM, whichever is smaller (RFC 2308, section 5), else
+    ``neg_ttl``. ``max_ttl`` (0: no limit) applies to clients only: caching for less would cost more upstream queries.
     """
     start = len(answer.question) + HEADER_BYTES
     ttls = answer.records.ttl_offsets(start)
@@ -81,14 +81,14 @@ def entry_of(answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache:
         lifetimes = [_seconds(_ttl.unpack_from(answer.message, end + 4)[0]) for end in (*aliases, *found)]
         if answer.rcode == Rcode.NXDOMAIN or not found:
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
-    except Malformed:  # its names cannot be read, as names must be, or lead nowhere
+    except Malformed:  # its names are invalid or form a loop
         return entry
     entry.expires = now + min(MAX_TTL, *lifetimes)
     return entry
 
 
 def _limited(body: bytes, ttls: array[int]) -> bytes:
-    """The records, no TTL of theirs above MAX_TTL; the same object in the usual case."""
+    """Return the records with no TTL above MAX_TTL; usually the same object."""
     unpack = _ttl.unpack_from
     high = [offset for offset in ttls if unpack(body, offset)[0] > MAX_TTL]
     if not high:
@@ -100,7 +100,7 @@ def _limited(body: bytes, ttls: array[int]) -> bytes:
 
 
 def _seconds(ttl: int) -> int:
-    """A TTL with its top bit set is 0 (RFC 2181, section 8)."""
+    """Return a TTL, or 0 if its top bit is set (RFC 2181, section 8)."""
     return 0 if ttl >> 31 else ttl
 
 
@@ -117,5 +117,5 @@ def _negative_ttl(answer: Response, name: bytes, neg_ttl: int) -> int:
 
 
 def failure(now: float, seconds: float = FAILURE_SECONDS) -> Entry:
-    """SERVFAIL, kept briefly so that a broken name is not looked for by everybody at once (RFC 9520)."""
+    """Create a SERVFAIL entry, cached briefly so that clients do not all retry a broken name at once (RFC 9520)."""
     return Entry(Rcode.SERVFAIL, b"", (0, 0, 0), array("H"), now, now + seconds)

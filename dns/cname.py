@@ -10,20 +10,22 @@ _type_and_class = struct.Struct("!HH")
 
 
 class CnameLoop(Malformed):
-    """Aliases that lead back to one another: they can be read, and passed on, but answer nothing that could be kept."""
+    """A chain of aliases without an end. It can be parsed and forwarded, but gives nothing to cache."""
 
     def __init__(self) -> None:
         super().__init__("record")
 
 
 def follow(answer: Response) -> tuple[list[int], bytes, list[int]]:
-    """The aliases from the question's name on, the name that they lead to, and its records of the question's type;
-    each as the offset where its owner ends.
+    """Follow the aliases from the question's name.
 
-    There may be as many aliases as the message holds, and the budget for its names. Raises Malformed, and CnameLoop.
+    Return the aliases, the name at their end, and that name's records of the question's type; aliases and records as
+    offsets of the ends of their owners.
+
+    The number of aliases is limited by the message and by its budget for names. Raises Malformed and CnameLoop.
     """
     message, named = answer.message, dict[bytes, list[int]]()
-    written: dict[bytes, bytes] = {}  # the same octets, most often a pointer, are the same name: it is read once
+    written: dict[bytes, bytes] = {}  # equal octets, usually a pointer, are the same name: it is read once
     for start, owner_end in answer.records.spans(1):
         if _type_and_class.unpack_from(message, owner_end)[1] == answer.klass:
             octets = message[start:owner_end]

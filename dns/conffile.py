@@ -1,10 +1,10 @@
-r"""dnsmasq's configuration files: lines of ``name=value`` or ``name``, as its option.c reads them.
+r"""Reads dnsmasq's configuration files: lines of ``name=value`` or ``name``, parsed as its option.c does.
 
 Rules
-1. A character between quotes has no special meaning any more. It is *hidden* until the value has been taken apart, so
-   that a comma or a space between quotes does not separate; `plain` brings it back.
-2. What is hidden lies where no text can come from: UTF-8 never decodes to a lone surrogate, and bytes of the command
-   line that are no UTF-8 become U+DC80 and up.
+1. A quoted character has no special meaning. It is *hidden* until the value has been split, so that a comma or a space
+   in quotes does not separate; `plain` restores it.
+2. Hidden characters are lone surrogates below U+DC80, which no input contains: UTF-8 never decodes to a lone surrogate,
+   and bytes of the command line that are not UTF-8 become U+DC80 and above.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLANK = str.maketrans(_SPACE, " " * len(_SPACE))
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One setting of a file."""
+    """One setting in a file."""
 
     where: str  # FILE line N
     name: str
@@ -33,23 +33,23 @@ class Line:
 
 
 def plain(text: str) -> str:
-    """The text with what was hidden in its place again."""
+    """Restore hidden characters."""
     return text.translate(_SHOW)
 
 
 def parts(text: str, separator: str = ",") -> list[str]:
-    """What stands between separators that are not hidden, without the spaces around it, in plain characters."""
+    """Split at separators that are not hidden. The parts have no surrounding spaces and are plain."""
     return [plain(part.strip(" ")) for part in text.split(separator)]
 
 
 def shown(path: Path) -> str:
-    """A path for a message of one line."""
+    """Return a path for a message of one line."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
 
 def lines(path: Path) -> Iterator[Line]:
-    """A file's settings. Raises FileError where it cannot be read, ConfigError for a line that cannot."""
+    """Yield a file's settings. Raises FileError if it cannot be read, ConfigError for an invalid line."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -68,8 +68,10 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 def folder_files(value: str) -> list[Path]:
-    """The files that ``conf-dir=FOLDER[,SUFFIX..]`` means, sorted: without those that end in a SUFFIX; with *SUFFIX
-    only those that do. Backups and hidden files never count. Raises FileError where one cannot be looked at.
+    """Return the files of ``conf-dir=FOLDER[,SUFFIX..]``, sorted.
+
+    Files that end in SUFFIX are left out; with *SUFFIX, all others are. Backups and hidden files never count. Raises
+    FileError if the folder or a file cannot be inspected.
     """
     name, *suffixes = parts(value)
     folder = Path(name)
@@ -95,10 +97,10 @@ def _counts(name: str, wanted: tuple[str, ...], ignored: tuple[str, ...]) -> boo
 
 
 def _unquote(line: str) -> str:
-    """A line without its comment and its quotes, what was quoted hidden. Raises ValueError with what is wrong."""
+    """Remove the comment and the quotes, and hide what was quoted. Raises ValueError with the problem."""
     if "\0" in line:
         raise ValueError("a NUL character")
-    if '"' not in line and "#" not in line:  # nearly every line of a list of a million
+    if '"' not in line and "#" not in line:  # nearly every line of a long list
         return line.translate(_BLANK)
     out: list[str] = []
     white, at = True, 0
@@ -117,7 +119,7 @@ def _unquote(line: str) -> str:
 
 
 def _quoted(line: str, at: int, out: list[str]) -> int:
-    """Hide what follows an opening quote; the offset behind the closing one. Raises ValueError."""
+    """Hide what follows an opening quote. Return the offset after the closing one. Raises ValueError."""
     while at < len(line):
         character = line[at]
         at += 1

@@ -1,4 +1,4 @@
-"""Hosts files: which ones there are, and what stands in them."""
+"""Finds and reads hosts files."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from udpwatch.dns.names import MAX_NAME_BYTES, lower, name_from_text, pack_addre
 from udpwatch.dns.settings import ETC_HOSTS, Settings
 
 MAX_FILE_BYTES = 1 << 30
-MAX_COMPLAINTS = 20  # per file; the rest is one line
-DEV_NULL = os.makedev(1, 3)  # stands for an empty table
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of an editor on another system
-CHANGING_TRIES, CHANGING_SECONDS = 20, 0.05  # a file that is written to while it is read
+MAX_COMPLAINTS = 20  # per file; the rest are counted in one line
+DEV_NULL = os.makedev(1, 3)  # allowed: an empty file
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # written by editors on other systems
+CHANGING_TRIES, CHANGING_SECONDS = 20, 0.05  # for a file that is being written
 
 #: Takes a log line.
 Complain = Callable[[str], None]
-#: Takes an address (4 or 16 octets) and its names; what is wrong with them, or "".
+#: Takes an address (4 or 16 octets) and its names. Returns the problem with them, or "".
 Add = Callable[[bytes, list[bytes]], str]
 
 _PLAIN_NAME = re.compile(rb"[a-z0-9_-]{1,63}(?:\.[a-z0-9_-]{1,63})*")
 
 
 def hosts_files(settings: Settings, complain: Complain) -> Iterator[Path]:
-    """Files in the order in which they are read; of a folder, every file whose name does not say that it is none
+    """Yield hosts files in the order in which they are read. In a folder, backups and hidden files do not count
     (dnsmasq's rule: ``#file#``, ``.file``, ``file~``)."""
     if settings.hosts:
         yield ETC_HOSTS
@@ -51,19 +51,19 @@ def _is_left_out(name: str) -> bool:
 
 
 def _read_steady(path: Path) -> bytes:
-    """A file that nobody wrote to meanwhile, whole: a half written one is read again. Raises OSError."""
+    """Return a file's contents; read it again if it was written meanwhile. Raises OSError."""
     for _ in range(CHANGING_TRIES):
-        # Not blocking: a FIFO must not hold us.
+        # Non-blocking: opening a FIFO must not hang.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             before = os.fstat(file.fileno())
             if not stat.S_ISREG(before.st_mode) and before.st_rdev != DEV_NULL:
-                raise OSError(0, "it is no regular file")
+                raise OSError(0, "not a regular file")
             if before.st_size > MAX_FILE_BYTES:
-                raise OSError(0, f"it has more than {MAX_FILE_BYTES >> 20} MB")
+                raise OSError(0, f"larger than {MAX_FILE_BYTES >> 20} MB")
             data = file.read(before.st_size)
             after = os.fstat(file.fileno())
         unchanged = (before.st_size, before.st_mtime_ns) == (after.st_size, after.st_mtime_ns)
-        if unchanged and time.time() - after.st_mtime > CHANGING_SECONDS:  # not just truncated, to be written anew
+        if unchanged and time.time() - after.st_mtime > CHANGING_SECONDS:  # else it may just have been truncated
             break
         time.sleep(CHANGING_SECONDS)
     return data
@@ -86,7 +86,7 @@ def read_hosts(path: Path, domain: bytes, add: Add, complain: Complain) -> None:
 
 
 def _read_line(add: Add, words: list[bytes], domain: bytes) -> str:
-    """What is wrong with it, or ""; of its names the good ones count."""
+    """Add the valid names of a line. Return the problem with it, or ""."""
     try:
         packed = pack_address(words[0].decode())
     except (OSError, ValueError):
@@ -109,7 +109,7 @@ def _read_line(add: Add, words: list[bytes], domain: bytes) -> str:
 
 
 def _host_name(word: bytes) -> bytes | None:
-    """Wire format, in lower case; None for what is no host name."""
+    """Convert to wire format in lower case; None for an invalid host name."""
     word = word.lower()
     if _PLAIN_NAME.fullmatch(word) and len(word) < 254:
         return b"".join([bytes((len(label),)) + label for label in word.split(b".")]) + b"\0"

@@ -1,6 +1,6 @@
-"""Log lines that a packet can cause: a few a minute of each kind, then how many were left out.
+"""Rate limit for log lines that a packet can cause: a few per minute of each kind, then the number left out.
 
-Whoever may send a packet could otherwise fill the disk, and hide one line among a million.
+Otherwise anyone who can send a packet could fill the disk, or hide one line among a million.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ MINUTE = 60.0
 
 @dataclass(slots=True)
 class _Kind:
-    until: float  # end of the minute that began with the first line
+    until: float  # the end of the minute that started with the first line
     written: int = 0
     left_out: int = 0
-    last: tuple[object, ...] = ()  # its arguments
+    last: tuple[object, ...] = ()  # arguments of the last line left out
 
 
 class LimitedLog:
-    """Writes to loggers; any thread may call it."""
+    """Writes to loggers. Any thread may use it."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock``: seconds that never go back."""
+        """``clock``: monotonic seconds."""
         self._clock = clock
         self._kinds: dict[tuple[logging.Logger, int, str], _Kind] = {}
         self._lock = threading.Lock()
@@ -35,8 +35,10 @@ class LimitedLog:
     def write(
         self, log: logging.Logger, level: int, message: str, *args: object, error: BaseException | None = None
     ) -> None:
-        """Log a line, unless its minute is full. ``message``: its format, which makes its kind; ``error``: with its
-        traceback."""
+        """Log a line unless too many of its kind were logged in this minute.
+
+        ``message``: the format, which defines the kind. ``error``: log its traceback, too.
+        """
         now, key = self._clock(), (log, level, message)
         with self._lock:
             kind = self._kinds.get(key)
@@ -56,7 +58,7 @@ class LimitedLog:
             log.log(level, message, *args, exc_info=error)
 
     def flush(self, everything: bool = False) -> None:
-        """Log how many lines were left out of the minutes that are over, or of all."""
+        """Log how many lines were left out in minutes that are over; with ``everything``, in all."""
         now = self._clock()
         with self._lock:
             over = [(key, kind) for key, kind in self._kinds.items() if everything or now >= kind.until]
@@ -70,8 +72,8 @@ class LimitedLog:
 def _summary(message: str, kind: _Kind | None) -> str:
     if not kind or not kind.left_out:
         return ""
-    return f"dns: {kind.left_out} more lines like this were left out, the last: {message % kind.last}"
+    return f"dns: left out {kind.left_out} more lines like this, the last: {message % kind.last}"
 
 
-#: What all of the responder writes to; `Service` calls its `flush`.
+#: Shared by all modules of the responder; `Service` calls its `flush`.
 LIMITED = LimitedLog()

@@ -1,12 +1,12 @@
-"""DNS messages as bytes. Everything that arrives from a network is read here, and nowhere else.
+"""DNS messages as bytes. All untrusted bytes are parsed here, and nowhere else.
 
 Rules
-1. Nothing raises but Malformed, whatever the bytes are.
-2. Time is linear in the message's size: to find where its parts stand takes a step an octet at the most, and to read
-   names with their compression undone has a budget for the whole message. `Steps` counts, and a test holds it down.
-3. Names are kept as they are on the wire, without compression, in lower case for look-ups (RFC 4343). A label may hold
-   any octet (RFC 2181, section 11).
-4. A message that was received is passed on as it is; only its id, its flags, its TTLs and its OPT record change.
+1. Parsing raises nothing but Malformed, whatever the bytes are.
+2. Time is linear in the message's size: finding its parts takes at most one step per octet, and decompressing names has
+   a budget for the whole message. `Steps` counts, and a test limits it.
+3. Names are kept in wire format, uncompressed, in lower case for lookups (RFC 4343). A label may hold any octet
+   (RFC 2181, section 11).
+4. A received message is forwarded as it is; only its id, flags, TTLs and OPT record change.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from typing import NamedTuple
 from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, lower
 
 HEADER_BYTES = 12  # RFC 1035, section 4.1.1
-NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real one takes about 1
-MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes 128 without pointers
-MAX_RECORDS = 5000  # of an answer; addresses in 65,535 octets are 4,094, and take 2 ms (a Service of so many pods)
-MAX_MESSAGE_BYTES = 65_535  # of an answer; its length over TCP has two octets (RFC 1035, section 4.2.2)
-MAX_ADDITIONAL = 64  # of a query; a real one has OPT, and a signature
+NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real message takes about 1
+MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes at most 128 without pointers
+MAX_RECORDS = 5000  # of a response; 65,535 octets hold 4,094 addresses (a large headless Service), which take 2 ms
+MAX_MESSAGE_BYTES = 65_535  # of a response; over TCP its length has two octets (RFC 1035, section 4.2.2)
+MAX_ADDITIONAL = 64  # records of a query; a real query has OPT and a signature
 OPT_BYTES = 11  # without options (RFC 6891, section 6.1.2)
 MIN_UDP_BYTES = 512  # RFC 1035, section 4.2.1
 POINTER = 0xC0
-TO_QUESTION = b"\xc0\x0c"  # a pointer to the question's name, which stands right behind the header
+TO_QUESTION = b"\xc0\x0c"  # a pointer to the question's name, which follows the header
 
 
 class Type(IntEnum):
-    """Record types that are treated differently from others."""
+    """Record types that the responder treats specially."""
 
     A = 1
     NS = 2
@@ -57,7 +57,7 @@ class Type(IntEnum):
 
 
 class Class(IntEnum):
-    """Classes that are answered."""
+    """Supported classes."""
 
     IN = 1
     CH = 3
@@ -86,19 +86,19 @@ _question_end = struct.Struct("!HH")
 
 
 class Malformed(Exception):
-    """Bytes that are no proper message. ``reason`` is one of a fixed few words: it becomes a label."""
+    """Bytes that are not a valid message. ``reason`` is one of REASONS: it becomes a metric label."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
 
 
-#: Every `Malformed.reason`; metrics show each from the start.
+#: All values of `Malformed.reason`; metrics show each from the start.
 REASONS = ("short", "response", "question", "name", "record", "opt", "sections")
 
 
 class Steps:
-    """What reading one message has cost: labels and options looked at, and jumps; and what its names may still cost."""
+    """The cost of parsing one message: steps taken (labels and options), jumps, and steps left for its names."""
 
     __slots__ = ("jumps", "left", "taken")
 
@@ -112,9 +112,10 @@ class Steps:
 
 
 def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> int:
-    """The offset behind the name at ``at``; a pointer is not followed. Raises Malformed, also for a pointer where the
-    name may not be ``compressed``, and for one that does not lead back, or leads into the header: its id is not the
-    same for the next client.
+    """Return the offset after the name at ``at``, without following pointers.
+
+    Raises Malformed, also for a pointer if the name must not be ``compressed``, and for one that does not point back or
+    that points into the header, whose id differs for the next client.
     """
     start = at
     try:
@@ -129,7 +130,7 @@ def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> in
                     raise Malformed("name")
                 return at + 2
             at += 1 + length
-            if length > MAX_LABEL_BYTES or at - start >= MAX_NAME_BYTES:  # the root's octet is still to come
+            if length > MAX_LABEL_BYTES or at - start >= MAX_NAME_BYTES:  # the root label is still to come
                 raise Malformed("name")
     except IndexError:
         raise Malformed("name") from None
@@ -137,10 +138,10 @@ def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> in
 
 
 def read_name(data: bytes, at: int, steps: Steps) -> bytes:
-    """The whole name at ``at``, compression undone, case as it is. Raises Malformed.
+    """Return the name at ``at``, uncompressed, case unchanged. Raises Malformed.
 
-    A pointer must lead before where the part that it ends began (RFC 1035, section 4.1.4: "a prior occurrence"), so
-    that every chain ends; what all names of a message may cost together is limited.
+    A pointer must point before the part that it ends (RFC 1035, section 4.1.4: "a prior occurrence"), so that every
+    chain ends; the cost of all names of a message together is limited.
     """
     parts, size, limit = [], 1, at
     try:
@@ -179,23 +180,23 @@ def read_name(data: bytes, at: int, steps: Steps) -> bytes:
 class Edns:
     """The OPT record of a query (RFC 6891)."""
 
-    udp_bytes: int  # as the client says; below 512 counts as 512
+    udp_bytes: int  # the client's value; less than 512 counts as 512
     version: int
     dnssec_ok: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A query that can be answered, or refused in a proper way."""
+    """A query that can be answered or refused."""
 
     id: int
     flags: int
-    question: bytes  # name, type and class as they came
+    question: bytes  # name, type and class as received
     name: bytes  # in lower case
     type: int
     klass: int
     edns: Edns | None
-    signed: bool = False  # a TSIG came with it (RFC 8945)
+    signed: bool = False  # it has a TSIG (RFC 8945)
 
     @property
     def opcode(self) -> int:
@@ -204,25 +205,25 @@ class Query:
 
     @property
     def recursion_desired(self) -> bool:
-        """Whether somebody else may be asked."""
+        """Whether upstream servers may be queried."""
         return bool(self.flags & RD)
 
     @property
     def key(self) -> tuple[bytes, int, int, int]:
-        """What an answer is kept under: name, type, class, and the flags that change an answer (DO and CD)."""
+        """The cache key: name, type, class, and the flags that change a response (DO and CD)."""
         wants = (self.flags & CD) | (DO if self.edns and self.edns.dnssec_ok else 0)
         return self.name, self.type, self.klass, wants
 
     def udp_bytes(self, most: int) -> int:
-        """The longest answer that fits over UDP."""
+        """Return the longest response that fits over UDP."""
         return min(max(self.edns.udp_bytes, MIN_UDP_BYTES), most) if self.edns else MIN_UDP_BYTES
 
 
 def parse_query(data: bytes, steps: Steps | None = None) -> Query:
-    """Read a query. Raises Malformed; with reason "short" or "response" nothing may be answered, else FORMERR.
+    """Parse a query. Raises Malformed: with reason "short" or "response" there must be no response, else FORMERR.
 
-    Only the shape is judged: an opcode, class or type that nobody serves is a proper query all the same. What follows
-    the last record is ignored.
+    Only the format is checked: a query with an unsupported opcode, class or type is valid. Bytes after the last record
+    are ignored.
     """
     if len(data) < HEADER_BYTES:
         raise Malformed("short")
@@ -230,12 +231,12 @@ def parse_query(data: bytes, steps: Steps | None = None) -> Query:
     if flags & QR:
         raise Malformed("response")
     steps = steps or Steps(len(data))
-    if flags & OPCODE_MASK:  # other opcodes fill the sections as they like
+    if flags & OPCODE_MASK:  # other opcodes use the sections in other ways
         return Query(ident, flags, b"", b"\0", 0, 0, None)
     if questions != 1:  # RFC 9619
         raise Malformed("question")
     at = HEADER_BYTES
-    end = skip_name(data, at, steps, compressed=False)  # nothing stands before it that it could point to
+    end = skip_name(data, at, steps, compressed=False)  # there is nothing before it to point to
     if end + 4 > len(data):
         raise Malformed("question")
     kind, klass = _question_end.unpack_from(data, end)
@@ -260,7 +261,7 @@ def parse_query(data: bytes, steps: Steps | None = None) -> Query:
 
 
 def _record(data: bytes, at: int) -> tuple[int, int, int, int]:
-    """Type, class, TTL and length of a record whose name ends at ``at``."""
+    """Return type, class, TTL and length of the record whose owner ends at ``at``."""
     try:
         fixed: tuple[int, int, int, int] = _fixed.unpack_from(data, at)
     except struct.error:
@@ -271,7 +272,7 @@ def _record(data: bytes, at: int) -> tuple[int, int, int, int]:
 
 
 def _check_options(data: bytes, at: int, length: int, steps: Steps) -> None:
-    """RFC 6891, section 6.1.2: code, length, data, until the record ends exactly."""
+    """Check EDNS options: code, length, data, up to the exact end of the record (RFC 6891, section 6.1.2)."""
     end = at + length
     while at < end:
         steps.taken += 1
@@ -282,11 +283,11 @@ def _check_options(data: bytes, at: int, length: int, steps: Steps) -> None:
         raise Malformed("opt")
 
 
-# ---- answers of others ----
+# ---- responses ----
 
 
-class Record(NamedTuple):  # a dataclass would take three times as long to make
-    """Where a record stands in a message."""
+class Record(NamedTuple):  # a dataclass takes three times as long to create
+    """Where a record is in a message."""
 
     section: int  # 1 answer, 2 authority, 3 additional
     start: int
@@ -294,24 +295,24 @@ class Record(NamedTuple):  # a dataclass would take three times as long to make
     type: int
     klass: int
     ttl: int
-    data: int  # offset of its data
+    data: int  # offset of its RDATA
     end: int
 
 
 class Records:
     """The records of a message, in four octets each.
 
-    Only offsets are kept: thousands of objects per answer took 20 times the memory of the answer itself. A `Record` is
-    made when one is read, so it should be dropped before the next one is.
+    Only offsets are kept: an object per record would take 20 times the memory of the response. A `Record` is created
+    when it is read; drop it before reading the next one.
     """
 
     __slots__ = ("_message", "_owner_ends", "_sections", "_starts")
 
     def __init__(self, message: bytes) -> None:
-        """Without records; ``message`` has at most MAX_MESSAGE_BYTES."""
+        """Create an empty list; ``message`` has at most MAX_MESSAGE_BYTES."""
         self._message = message
         self._starts, self._owner_ends = array("H"), array("H")
-        self._sections = [0, 0, 0]  # the index behind the last record of each
+        self._sections = [0, 0, 0]  # the index after the last record of each
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -321,24 +322,24 @@ class Records:
             yield from self.of(section)
 
     def of(self, section: int) -> Iterator[Record]:
-        """The records of one section (1 answer, 2 authority, 3 additional)."""
+        """Yield the records of one section (1 answer, 2 authority, 3 additional)."""
         for start, owner_end in self.spans(section):
             yield self._make(section, start, owner_end)
 
     def spans(self, section: int) -> Iterator[tuple[int, int]]:
-        """Where each record of a section starts, and where its owner ends: all that a loop over thousands needs."""
+        """Yield where each record of a section starts and where its owner ends: enough for loops over thousands."""
         first = self._sections[section - 2] if section > 1 else 0
         last = self._sections[section - 1]
         return zip(self._starts[first:last], self._owner_ends[first:last], strict=True)
 
     @property
     def counts(self) -> tuple[int, int, int]:
-        """How many each section has."""
+        """The number of records in each section."""
         first, second, third = self._sections
         return first, second - first, third - second
 
     def ttl_offsets(self, base: int) -> array[int]:
-        """Where the TTLs stand, counted from ``base``."""
+        """Return the offsets of the TTLs, counted from ``base``."""
         return array("H", [owner_end + 4 - base for owner_end in self._owner_ends])
 
     def _make(self, section: int, start: int, owner_end: int) -> Record:
@@ -348,24 +349,24 @@ class Records:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A response, read as far as a forwarder has to."""
+    """A response, parsed as far as a forwarder needs."""
 
     message: bytes
     id: int
     flags: int
     name: bytes  # of the question, in lower case
-    question: bytes  # as it came
+    question: bytes  # as received
     type: int
     klass: int
     records: Records  # without OPT
     rcode: int  # with OPT's upper bits
-    body_end: int  # where the records end that are passed on
+    body_end: int  # where the forwarded records end
     counts: tuple[int, int, int]  # of those
     steps: Steps = field(compare=False)
 
     @property
     def truncated(self) -> bool:
-        """Whether TCP would bring more."""
+        """Whether the complete response must be fetched over TCP."""
         return bool(self.flags & TC)
 
     @property
@@ -375,11 +376,10 @@ class Response:
 
 
 def parse_response(data: bytes) -> Response:
-    """Read a response. Raises Malformed.
+    """Parse a response. Raises Malformed.
 
-    The body that is passed on ends before OPT: what stands behind one, a signature of the transport at the most
-    (RFC 8945), means nothing to a client. Of a truncated one no record is read: where it was cut is anybody's guess
-    (RFC 2181, section 9).
+    The forwarded body ends before OPT: what follows, at most a signature of the transport (RFC 8945), means nothing to
+    a client. The records of a truncated response are not parsed: it may be cut anywhere (RFC 2181, section 9).
     """
     if len(data) < HEADER_BYTES:
         raise Malformed("short")
@@ -412,15 +412,17 @@ def parse_response(data: bytes) -> Response:
 
 
 def _find_records(data: bytes, at: int, counts: list[int], records: Records, steps: Steps) -> tuple[int, int, int]:
-    """Note where the records from ``at`` on stand: where they end, where OPT stands (0: nowhere), and the upper bits
-    of the code that it holds. Raises Malformed. Written for speed: the loop's body runs thousands of times per answer.
+    """Record the offsets of the records from ``at`` on. Return where they end, where OPT is (0: nowhere), and the upper
+    bits of its response code. Raises Malformed.
+
+    Written for speed: the body of the loop runs thousands of times per response.
     """
     opt_at = extended = pointers = 0
     starts, owner_ends, size = records._starts, records._owner_ends, len(data)
     unpack, opt_type = _fixed.unpack_from, int(Type.OPT)
     for section, count in enumerate(counts, 1):
         for _ in range(count):
-            if data.startswith(TO_QUESTION, at):  # nearly all owners of a long answer
+            if data.startswith(TO_QUESTION, at):  # nearly all owners in a long response
                 owner_end = at + 2
                 pointers += 1
             else:
@@ -445,7 +447,8 @@ def _find_records(data: bytes, at: int, counts: list[int], records: Records, ste
 
 
 def rdata_name(answer: Response, owner_end: int) -> bytes:
-    """The name that is all of the data of the record whose owner ends there, in lower case. Raises Malformed."""
+    """Return the name that is the whole RDATA of the record whose owner ends at ``owner_end``, in lower case. Raises
+    Malformed."""
     at, length = owner_end + 10, int.from_bytes(answer.message[owner_end + 8 : owner_end + 10], "big")
     if skip_name(answer.message, at, answer.steps) != at + length:
         raise Malformed("record")
@@ -453,24 +456,24 @@ def rdata_name(answer: Response, owner_end: int) -> bytes:
 
 
 def owner(answer: Response, start: int) -> bytes:
-    """The owner of the record that starts there, in lower case. Raises Malformed."""
+    """Return the owner of the record at ``start``, in lower case. Raises Malformed."""
     if answer.message.startswith(TO_QUESTION, start):
         return answer.name
     return lower(read_name(answer.message, start, answer.steps))
 
 
-# ---- making messages ----
+# ---- building messages ----
 
 
 def response_flags(query_flags: int, rcode: int = 0, flags: int = 0) -> int:
-    """A response's flags: RD and CD copied, RA set, Z, AD and TC of the query never (RFC 6895, section 2.1)."""
+    """Return a response's flags: RD and CD copied, RA set; Z, AD and TC are not copied (RFC 6895, section 2.1)."""
     return QR | RA | (query_flags & (RD | CD)) | flags | (rcode & RCODE_MASK)
 
 
 def build_response(
     query: Query, rcode: int = 0, flags: int = 0, body: bytes = b"", counts: tuple[int, int, int] = (0, 0, 0)
 ) -> bytes:
-    """A response: header, the question as the client wrote it, ``body``, and OPT where the client sent one."""
+    """Build a response: header, the question as received, ``body``, and OPT if the query has one."""
     answers, authorities, additional = counts
     ours = opt(rcode, query.edns.dnssec_ok) if query.edns else b""  # DO is copied (RFC 3225, section 3)
     header = _header.pack(
@@ -485,29 +488,30 @@ def build_response(
 
 
 def opt(rcode: int = 0, dnssec_ok: bool = False) -> bytes:
-    """Our OPT record: what we take over UDP without fragments (RFC 9715), version 0, no options."""
+    """Build our OPT record: the size we accept over UDP without fragments (RFC 9715), version 0, no options."""
     return struct.pack("!BHHBBHH", 0, Type.OPT, 1232, rcode >> 4, 0, DO if dnssec_ok else 0, 0)
 
 
 def build_error(data: bytes, rcode: int) -> bytes:
-    """A response to what could not be read: twelve octets, never longer than what came."""
+    """Build a response to a malformed query: a header only, so never longer than the query."""
     ident, flags = struct.unpack_from("!HH", data)
     kept = response_flags(flags & ~CD, rcode, flags & OPCODE_MASK)
     return _header.pack(ident, kept, 0, 0, 0, 0)
 
 
 def build_record(kind: int, ttl: int, rdata: bytes, owner_name: bytes = TO_QUESTION, klass: int = Class.IN) -> bytes:
-    """One record; its owner is the question's name unless given."""
+    """Build a record; by default its owner is the question's name."""
     return b"".join((owner_name, _fixed.pack(kind, klass, ttl, len(rdata)), rdata))
 
 
 def build_query(ident: int, question: bytes, flags: int, edns: bytes) -> bytes:
-    """A query of our own; ``edns``: its OPT record, or nothing."""
+    """Build a query. ``edns``: its OPT record, or b""."""
     return _header.pack(ident, flags, 1, 0, 0, 1 if edns else 0) + question + edns
 
 
 def error_without_question(data: bytes, ident: int) -> int | None:
-    """The code of a response without a question, as servers give it that could not read ours; None: it is not one."""
+    """Return the code of an error response without a question, which servers send for queries that they cannot parse;
+    else None."""
     if len(data) < HEADER_BYTES:
         return None
     found, flags, questions, *_ = _header.unpack_from(data)

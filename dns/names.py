@@ -19,13 +19,14 @@ _HEX = b"0123456789abcdef"
 
 
 def lower(name: bytes) -> bytes:
-    """A name in wire format in lower case. Length octets are below 64, so they stay what they are."""
+    """Convert a name in wire format to lower case. Length octets are below 64, so they do not change."""
     return name.translate(_LOWER)
 
 
 def name_from_text(text: str) -> bytes:
-    r"""Wire format of a name in zone-file notation (``\.`` and ``\DDD``, RFC 1035, section 5.1); a final dot is
-    optional. Characters outside ASCII are taken as UTF-8. Raises ValueError with what is wrong.
+    r"""Convert a name in zone-file notation (``\.`` and ``\DDD``, RFC 1035, section 5.1) to wire format.
+
+    A final dot is optional. Characters outside ASCII become UTF-8. Raises ValueError with the problem.
     """
     if text in (".", ""):
         return b"\0"
@@ -61,8 +62,8 @@ def name_from_text(text: str) -> bytes:
 
 
 def name_to_text(name: bytes) -> str:
-    r"""A name for people, without the final dot; dots in labels, backslashes and what is not printable ASCII are
-    escaped, so that it stays on its line in a log."""
+    r"""Convert a name to text, without the final dot. Dots in labels, backslashes and octets that are not printable
+    ASCII are escaped, so that a name stays on its line in a log."""
     labels = []
     at = 0
     while name[at]:
@@ -79,7 +80,7 @@ def _printable(octet: int) -> str:
 
 
 def suffixes(name: bytes) -> Iterator[bytes]:
-    """The name itself, then each name above it, the root last."""
+    """Yield the name, then each name above it, up to the root."""
     at = 0
     while name[at]:
         yield name[at:]
@@ -88,17 +89,17 @@ def suffixes(name: bytes) -> Iterator[bytes]:
 
 
 def is_subdomain(name: bytes, domain: bytes) -> bool:
-    """Whether a name is the domain or in it; both in lower case."""
+    """Return whether a name is the domain or below it; both in lower case."""
     return name.endswith(domain) and any(part == domain for part in suffixes(name))
 
 
 def is_single_label(name: bytes) -> bool:
-    """One label, or the root."""
+    """Return whether a name has one label, or is the root."""
     return not name[0] or not name[1 + name[0]]
 
 
 def label_count(name: bytes) -> int:
-    """How many labels, without the root's."""
+    """Return the number of labels, without the root."""
     return sum(1 for _ in suffixes(name)) - 1
 
 
@@ -106,17 +107,17 @@ def label_count(name: bytes) -> int:
 
 
 def pack_address(text: str) -> bytes:
-    """4 or 16 octets of a numeric address; raises OSError."""
+    """Convert a numeric address to 4 or 16 octets. Raises OSError."""
     return socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
 
 
 def unpack_address(packed: bytes) -> str:
-    """The numeric address of 4 or 16 octets."""
+    """Convert 4 or 16 octets to a numeric address."""
     return socket.inet_ntop(_FAMILY[len(packed)], packed)
 
 
 def address_of(name: bytes) -> bytes | None:
-    """The address that a whole reverse name stands for (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
+    """Return the address of a complete reverse name (RFC 1035, section 3.5; RFC 3596, section 2.5), or None."""
     labels = name_to_text(name).split(".")
     if name.endswith(REVERSE_4) and len(labels) == 6 and labels[4] == "in-addr":
         try:

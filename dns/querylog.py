@@ -1,4 +1,5 @@
-"""Questions and answers in dnsmasq's words (its log.c), which many programs read: `query[A] NAME from ADDRESS`."""
+"""Logs queries and responses in dnsmasq's format (its log.c), which many programs parse: `query[A] NAME from
+ADDRESS`."""
 
 from __future__ import annotations
 
@@ -14,29 +15,29 @@ from udpwatch.dns.responder import Forward, Reply
 
 log = logging.getLogger(__name__)
 
-MAX_OPEN = 10_000  # questions whose answer has not come
+MAX_OPEN = 10_000  # queries without a response yet
 
 _WORDS = {"cache": "cached", "stale": "cached-stale", "forward": "reply"}  # "config" for the rest
-#: dnsmasq's names for what is no label of a metric
+#: dnsmasq's names of types that are not metric labels
 _TYPES: dict[int, str] = {
     **NAMED_TYPES,
     **{13: "HINFO", 35: "NAPTR", 39: "DNAME", 44: "SSHFP", 52: "TLSA", 64: "SVCB", 99: "SPF", 256: "URI", 257: "CAA"},
 }
 _FAMILIES: dict[int, str] = {Type.A: "NODATA-IPv4", Type.AAAA: "NODATA-IPv6"}
-_OF_FILES = {Type.A, Type.AAAA, Type.PTR}  # what a hosts file can say
+_OF_FILES = {Type.A, Type.AAAA, Type.PTR}  # types of hosts files
 
 
 class QueryLog:
-    """Writes to this module's logger, a line each."""
+    """Writes to this module's logger."""
 
     def __init__(self, extra: bool) -> None:
-        """``extra``: each line begins with a serial number and the client (`--log-queries=extra`)."""
+        """``extra``: each line starts with a serial number and the client (`--log-queries=extra`)."""
         self._extra, self._serials = extra, count(1)
-        #: client and id of a question -> serial number. One socket may ask twice, as glibc's does: A and AAAA.
+        #: client and query id -> serial number. One socket may send two queries, as glibc's does for A and AAAA.
         self._open: OrderedDict[tuple[str, int, int], int] = OrderedDict()
 
     def log_query(self, found: Reply | Forward, address: str, port: int) -> None:
-        """A question, and its answer where there is one already."""
+        """Log a query, and its response if there is one already."""
         if found.query is None:
             return
         self.query(found.query, address, port)
@@ -44,7 +45,7 @@ class QueryLog:
             self.response(found, address, port)
 
     def query(self, query: Query, address: str, port: int) -> None:
-        """That it came."""
+        """Log that a query arrived."""
         if self._extra:
             self._open[address, port, query.id] = next(self._serials)
             if len(self._open) > MAX_OPEN:
@@ -52,11 +53,11 @@ class QueryLog:
         self._write(query, address, port, f"query[{_type(query.type)}] {_asked(query)} from {address}")
 
     def forwarded(self, query: Query, server: str, address: str, port: int) -> None:
-        """That it was passed on."""
+        """Log that a query was forwarded."""
         self._write(query, address, port, f"forwarded {_asked(query)} to {server}")
 
     def response(self, reply: Reply, address: str, port: int) -> None:
-        """What the client gets, a line for each record of the answer section."""
+        """Log a response, one line for each record of the answer section."""
         assert reply.query
         for text in _lines(reply, reply.query):
             self._write(reply.query, address, port, text)
@@ -80,7 +81,7 @@ def _lines(reply: Reply, query: Query) -> list[str]:
         for record in answer.records.of(1):
             told = file if record.type in _OF_FILES else word
             lines.append(f"{told} {_owner(answer, record, name)} is {_data(answer, record)}")
-    except Malformed:  # an upstream server's records are passed on as they came
+    except Malformed:  # records are forwarded as received
         lines.append(f"{word} {name} is <unreadable>")
     if not lines or reply.rcode:
         what = _FAMILIES.get(query.type, "NODATA") if reply.rcode == Rcode.NOERROR else _rcode(reply.rcode)
@@ -89,7 +90,7 @@ def _lines(reply: Reply, query: Query) -> list[str]:
 
 
 def _asked(query: Query) -> str:
-    """In the case in which it was asked, as dnsmasq has it."""
+    """Return the name in the case of the query, as dnsmasq does."""
     return name_to_text(query.question[:-4] or query.name)
 
 
@@ -102,7 +103,7 @@ def _type(kind: int) -> str:
 
 
 def _owner(answer: message.Response, record: message.Record, asked: str) -> str:
-    """A reverse name as the address that it stands for."""
+    """Return an owner; for a reverse name, its address."""
     name = message.owner(answer, record.start)
     packed = address_of(name) if record.type == Type.PTR else None
     if packed:

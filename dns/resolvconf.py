@@ -1,4 +1,4 @@
-"""resolv.conf: the upstream servers that it names."""
+"""Reads upstream servers from resolv.conf."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _NAMESERVER = re.compile(r"^\s*nameserver\s+(\S+)", re.MULTILINE)
 
 
 def _read(path: Path) -> tuple[int, str]:
-    """When a file was changed, and what is in it; never waits, as for a FIFO's other end. Raises OSError."""
+    """Return a file's mtime and contents. Never blocks, as a FIFO would. Raises OSError."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISCHR(status.st_mode):  # /dev/null is one of these
-            raise OSError(0, "it is no regular file")
+            raise OSError(0, "not a regular file")
         return status.st_mtime_ns, file.read(MAX_RESOLV_BYTES).decode(errors="replace")
 
 
 def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tuple[tuple[Server, ...] | None, bool]:
-    """The servers of the newest file (dnsmasq's rule for several), None where none could be read; whether all could."""
+    """Return the servers of the newest file (dnsmasq's rule), or None if none could be read; and whether all could."""
     newest, text, complete = -1, "", True
     for path in files:
         try:
@@ -46,7 +46,7 @@ def read_resolv(files: tuple[Path, ...], complain: Callable[[str], None]) -> tup
         try:
             socket.inet_pton(socket.AF_INET6 if ":" in address else socket.AF_INET, address)
         except OSError:
-            complain(f"ignoring nameserver {word!r}: no numeric address")
+            complain(f"ignoring nameserver {word!r}: not a numeric address")
             continue
         if Server(word) not in servers:
             servers.append(Server(word))

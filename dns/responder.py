@@ -1,11 +1,12 @@
-"""Bytes in, bytes out: what a question gets, from the local names, the cache, or whom it is passed on to. No sockets.
+"""Decides what a query gets: a response from the local names or the cache, or forwarding. Bytes in, bytes out; no
+sockets.
 
-What a question is worth, in order
-1. bytes that are no query: nothing, or FORMERR, never longer than what came (docs/dns.md);
-2. what nobody serves (opcodes, classes, zone transfers): NOTIMP, REFUSED, BADVERS;
-3. local names: what they have, and every type of those that have an address;
-4. the cache;
-5. an upstream server, if the client wants recursion and there is one; else REFUSED.
+In this order
+1. Malformed bytes: no response, or FORMERR, which is never longer than the query (docs/dns.md).
+2. Unsupported queries (opcodes, classes, zone transfers): NOTIMP, REFUSED, BADVERS.
+3. Local names: their records, and NODATA for other types of names that have an address.
+4. The cache.
+5. An upstream server, if the client wants recursion and there is one; else REFUSED.
 """
 
 from __future__ import annotations
@@ -23,41 +24,41 @@ from udpwatch.dns.settings import Settings
 from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
 
 TCP_BYTES = 65_535
-MAX_UDP_BYTES = 4096  # whatever the settings say: more has never come through unharmed
-#: for how long a local answer may be given again without a look: until something changes
+MAX_UDP_BYTES = 4096  # whatever the settings say: larger responses do not arrive reliably
+#: How long a local response may be repeated without a lookup: until a table changes.
 FOREVER = float("inf")
 
-_FORMERR_TYPES = {Type.OPT, Type.TKEY, Type.TSIG}  # records of a message, not of a name
+_FORMERR_TYPES = {Type.OPT, Type.TKEY, Type.TSIG}  # records that belong to a message, not to a name
 _REFUSED_TYPES = {Type.AXFR, Type.IXFR, Type.MAILA, Type.MAILB}
 _HINFO = 13
 _RFC8482 = b"\x07RFC8482\x00"
 _BIND = b"\x04bind\x00"
-MAX_STRINGS = 200  # of a TXT record: they fit into one
+MAX_STRINGS = 200  # of 255 octets: they fit into one TXT record
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer, and what the books say of it."""
+    """A response, with what metrics and log record of it."""
 
     data: bytes
     source: str  # hosts, config, cache, stale, forward, error
     rcode: int
-    query: Query | None = None  # None: the question could not be read
-    until: float = 0.0  # monotonic; the same bytes get the same answer until then
+    query: Query | None = None  # None: the query is malformed
+    until: float = 0.0  # monotonic seconds; until then the same query gets the same response
     found: Found | None = None  # for the log
 
 
 @dataclass(frozen=True, slots=True)
 class Forward:
-    """A question for upstream servers."""
+    """The query goes to upstream servers."""
 
     query: Query
-    most: int  # octets of the answer
+    most: int  # maximum octets of the response
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Nothing may be answered."""
+    """The query gets no response."""
 
     reason: str
 
@@ -67,7 +68,7 @@ LogQuery = Callable[[Reply | Forward, str, int], None]
 
 
 class Responder:
-    """Answers questions. ``zone`` and ``routes`` are put in place from outside, whole."""
+    """Answers queries. ``zone`` and ``routes`` are replaced whole, from outside."""
 
     def __init__(self, settings: Settings, zone: Zone, cache: Cache) -> None:
         self._settings = settings
@@ -75,13 +76,13 @@ class Responder:
         self.cache = cache
         self.routes = Routes()
         self.version = "udpwatch"
-        #: for servers.bind: "ADDRESS#PORT asked failed" of each
+        #: For servers.bind: "ADDRESS#PORT queries failures" of each.
         self.server_statistics: Callable[[], list[str]] = list
-        #: for hits.bind and misses.bind: questions answered here, and passed on
+        #: For hits.bind and misses.bind: queries answered locally, and forwarded.
         self.totals: Callable[[], tuple[int, int]] = lambda: (0, 0)
 
     def respond(self, data: bytes, now: float, tcp: bool = False) -> Reply | Forward | Drop:
-        """What these bytes get. ``now``: monotonic seconds. Never raises, whatever the bytes."""
+        """Return what a query gets. ``now``: monotonic seconds. Never raises, whatever the bytes."""
         try:
             query = message.parse_query(data)
         except Malformed as error:
@@ -92,7 +93,7 @@ class Responder:
         return self._refusal(data, query) or self._known(query, most, now) or self._unknown(query, most)
 
     def _known(self, query: Query, most: int, now: float) -> Reply | None:
-        """What is in memory."""
+        """Answer from memory."""
         if query.klass == Class.CH:
             return self._chaos(query, most)
         found = self.zone.find(query.name, query.type)
@@ -104,19 +105,21 @@ class Responder:
         return None
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
-        """Who else is asked."""
+        """Decide about a name that is not in memory."""
         domain = self.routes.domain_of(query.name)
         ends_here = never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers))
         servers = () if ends_here else self.routes.for_name(query.name)
-        if servers == ():  # ours alone: what is not here is nowhere
+        if servers == ():  # local only
             return self._nothing(query, Rcode.NOERROR if self.zone.exists(query.name) else Rcode.NXDOMAIN)
         if not servers or not query.recursion_desired:
             return self._nothing(query, Rcode.REFUSED)
         return Forward(query, most)
 
     def entry_of(self, answer: Response, now: float) -> Entry:
-        """What an upstream server's answer is here, to give and to keep. A name that has records of other types here is
-        not denied: NXDOMAIN would be the word on these, too (RFC 8020)."""
+        """Create the cache entry of a response.
+
+        NXDOMAIN for a name with local records of other types becomes NODATA: it would deny these, too (RFC 8020).
+        """
         settings = self._settings
         entry = entry_of(answer, now, settings.neg_ttl, settings.max_ttl, settings.negcache)
         if entry.rcode == Rcode.NXDOMAIN and self.zone.exists(answer.name):
@@ -124,7 +127,7 @@ class Responder:
         return entry
 
     def refuse(self, query: Query, rcode: int) -> Reply:
-        """The answer to a question that was passed on in vain."""
+        """Build the response to a query that could not be forwarded or resolved."""
         return self._nothing(query, rcode)
 
     def _nothing(self, query: Query, rcode: int) -> Reply:
@@ -140,7 +143,7 @@ class Responder:
             return self._nothing(query, Rcode.FORMERR)
         if query.klass not in (Class.IN, Class.CH) or query.type in _REFUSED_TYPES or query.type == 0:
             return self._nothing(query, Rcode.REFUSED)
-        if query.signed:  # with a key that cannot be known here: no answer may look as if it had been
+        if query.signed:  # with an unknown key: a response would look as if it had been verified
             return self._nothing(query, Rcode.REFUSED)
         return None
 
@@ -161,7 +164,7 @@ class Responder:
         return Reply(data, source, rcode, query, FOREVER, found)
 
     def _chaos(self, query: Query, most: int) -> Reply:
-        """`version.bind` and the like, as dnsmasq answers them (dnsmasq(8), "cachesize.bind")."""
+        """Answer `version.bind` and similar names as dnsmasq does (dnsmasq(8), "cachesize.bind")."""
         if not self._settings.ident or query.type != Type.TXT or not query.name.endswith(_BIND):
             return self._nothing(query, Rcode.REFUSED)
         counts = self.cache.counts
@@ -187,8 +190,8 @@ class Responder:
 
 
 def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int, int, int], most: int) -> bytes:
-    """The response, or where it is too long one that says so (TC) and holds nothing but the question: stub resolvers
-    match it, and come again over TCP (RFC 2181, section 9)."""
+    """Build a response; if it is too long, one with TC and only the question, so that stub resolvers retry over TCP
+    (RFC 2181, section 9)."""
     if not _fits(query, len(body), most):
         return message.build_response(query, rcode, flags | TC)
     return message.build_response(query, rcode, flags, body, counts)
@@ -199,11 +202,13 @@ def _fits(query: Query, body_bytes: int, most: int) -> bool:
 
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
-    """An answer of an upstream server for this client; AA and AD are that server's word, and not ours to give."""
-    rcode = entry.rcode if entry.rcode <= message.RCODE_MASK or query.edns else Rcode.SERVFAIL  # OPT has the upper bits
-    # Thousands of TTLs are not counted down for an answer that says nothing but to come again over TCP.
+    """Build the response of a cache entry for this client, without AA and AD, which are the server's claims."""
+    rcode = (
+        entry.rcode if entry.rcode <= message.RCODE_MASK or query.edns else Rcode.SERVFAIL
+    )  # only OPT has room for the upper bits
+    # A truncated response has no TTLs to count down.
     body = entry.aged(now, source == "stale") if _fits(query, len(entry.body), most) else entry.body
     data = fitted(query, rcode, 0, body, entry.counts, most)
-    # TTLs are whole seconds: until they count down the same bytes are right.
+    # TTLs are whole seconds: the same bytes are valid until the next second.
     until = min(entry.expires, entry.stored + int(now - entry.stored) + 1) if source == "cache" else 0.0
     return Reply(data, source, rcode, query, until)

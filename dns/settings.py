@@ -1,4 +1,4 @@
-"""What the responder is told, checked. options.py makes it from dnsmasq's words; nothing else is read anywhere."""
+"""The validated settings of a responder. options.py creates them from dnsmasq's options."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Server:
 
     address: str  # numeric; a link-local one with %interface
     port: int = 53
-    source: str = ""  # address to ask from; "": as routing says
-    interface: str = ""  # or interface (SO_BINDTODEVICE)
+    source: str = ""  # source address; "": chosen by routing
+    interface: str = ""  # SO_BINDTODEVICE; "": any
 
     def __str__(self) -> str:
         return f"{self.address}#{self.port}"
@@ -24,16 +24,16 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class DomainServers:
-    """Who answers for a domain and what is below it."""
+    """The servers of a domain and of all names below it."""
 
-    domain: bytes  # wire format, lower case; b"": names of one label
-    servers: tuple[Server, ...]  # (): nobody, it is ours alone
-    standard: bool = False  # "#": the servers that answer for everything else
+    domain: bytes  # wire format, lower case; b"": names with one label
+    servers: tuple[Server, ...]  # (): the domain is local only
+    standard: bool = False  # "#": use the default servers
 
 
 @dataclass(frozen=True, slots=True)
 class DomainAddress:
-    """`--address`: a domain, and all below it, at one address."""
+    """`--address`: one address for a domain and all names below it."""
 
     domain: bytes  # wire format, lower case; b"\\0": every name
     address: str | None  # None: NXDOMAIN
@@ -41,17 +41,17 @@ class DomainAddress:
 
 @dataclass(frozen=True, slots=True)
 class StaticRecord:
-    """A record from the settings."""
+    """A configured record."""
 
     name: bytes  # wire format, lower case
     type: int
-    data: bytes  # as on the wire, names uncompressed
+    data: bytes  # RDATA in wire format, names uncompressed
     ttl: int | None = None  # None: local_ttl
 
 
 @dataclass(frozen=True, slots=True)
 class HostRecord:
-    """`--host-record`: names with both addresses, and the reverse."""
+    """`--host-record`: names with their addresses, and reverse names."""
 
     names: tuple[bytes, ...]  # wire format, lower case; the first is the canonical one
     addresses: tuple[str, ...]
@@ -64,9 +64,9 @@ class Settings:
 
     port: int = 53
     listen_addresses: tuple[str, ...] = ()
-    interfaces: tuple[str, ...] = ()  # names; a final * stands for any rest
+    interfaces: tuple[str, ...] = ()  # names; a final * matches any ending
     except_interfaces: tuple[str, ...] = ()
-    local_service: bool = True  # answer directly connected networks only; off where listening is told explicitly
+    local_service: bool = True  # serve directly connected networks only; off if listening is configured
     hosts: bool = True  # ETC_HOSTS
     addn_hosts: tuple[Path, ...] = ()  # files and folders
     resolv: bool = True
@@ -85,15 +85,15 @@ class Settings:
     rebind_localhost_ok: bool = False
     rebind_domains_ok: tuple[bytes, ...] = ()
     local_ttl: int = 0  # seconds
-    neg_ttl: int = 0  # seconds, for negative answers without SOA; 0: they are not kept
-    max_ttl: int = 0  # seconds that a client sees at most; 0: no limit
-    cache_size: int = 10_000  # answers; 0: no cache
+    neg_ttl: int = 0  # seconds, for negative responses without SOA; 0: do not cache them
+    max_ttl: int = 0  # seconds; the largest TTL that a client sees; 0: no limit
+    cache_size: int = 10_000  # responses; 0: no cache
     negcache: bool = True
-    stale_seconds: int = 86_400  # for which an expired answer may stand in while every upstream is down; 0: never
-    forward_max: int = 1_000  # questions under way to the servers of one domain at the same time
+    stale_seconds: int = 86_400  # how long expired responses are served while all servers are down; 0: never
+    forward_max: int = 1_000  # queries in flight to the servers of one domain
     edns_packet_max: int = 1232  # octets over UDP
     log_queries: bool = False
     log_extra: bool = False
     ident: bool = True  # answer CHAOS *.bind
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
-    user: str = ""  # to change to where started as root; "": nobody
+    user: str = ""  # the user to change to when started as root; "": nobody

@@ -1,11 +1,11 @@
-"""How much each client has of something that all share, so that the greediest gives way first. No sockets, no clock.
+"""How much of a shared resource each client uses, so that the greediest gives way first. No sockets, no clock.
 
 Rules
-1. A client is an address; for IPv6 it counts as its /64 first, and as its address among those of the same /64. A host
-   may choose its address within a /64 freely, and the pods of a node often have one /64 between them.
+1. A client is an address. An IPv6 client counts first as its /64, and as its address among those of the same /64: a
+   host may choose its address within a /64 freely, and the pods of a node often share one /64.
 2. Every step takes constant time, however many clients there are: their addresses may be forged.
-3. Of clients that have the same, the one that has had it for longest is the greediest: a flood of forged addresses, one
-   item each, then pushes out its own oldest items.
+3. Of clients with equal counts, the one that has had its count longest is the greediest: a flood of forged addresses
+   with one item each then evicts its own oldest items.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-LINK_LOCAL = b"\xfe\x80"  # the first octets of fe80::/10, as far as it is used (RFC 4291, section 2.5.6)
+LINK_LOCAL = b"\xfe\x80"  # the first octets of fe80::/64, the part of fe80::/10 in use (RFC 4291, section 2.5.6)
 NETWORK_BYTES = 8
 
 Client = bytes  # 4 or 16 octets
@@ -23,12 +23,12 @@ _Item = TypeVar("_Item", bound=Hashable)
 
 
 def network_of(client: Client) -> bytes:
-    """What a client counts as first: an IPv4 address itself, an IPv6 address's /64, a link-local address itself."""
+    """Return what a client counts as first: the /64 of an IPv6 address; an IPv4 or link-local address itself."""
     return client if len(client) == 4 or client.startswith(LINK_LOCAL) else client[:NETWORK_BYTES]
 
 
 class Counts(Generic[_Name]):
-    """How much each name has, and which has most."""
+    """The count of each name, and which name has the highest."""
 
     __slots__ = ("_by_count", "_counts", "_most")
 
@@ -44,7 +44,7 @@ class Counts(Generic[_Name]):
         return self._counts.get(name, 0)
 
     def greediest(self) -> _Name:
-        """The name with the highest count; of several, the one that has had it for longest."""
+        """Return the name with the highest count; of several, the one that has had it longest."""
         return next(iter(self._by_count[self._most]))
 
     def add(self, name: _Name, change: int) -> None:
@@ -61,7 +61,7 @@ class Counts(Generic[_Name]):
             self._by_count.setdefault(after, OrderedDict())[name] = None
         else:
             del self._counts[name]
-        if after > self._most or self._most not in self._by_count:  # the only one with the most now has one less
+        if after > self._most or self._most not in self._by_count:  # the only name that had the most has one less
             self._most = after
 
 
@@ -78,7 +78,7 @@ class Shares(Generic[_Item]):
         return self._size
 
     def add(self, client: Client, item: _Item) -> None:
-        """Take one in."""
+        """Add an item of a client."""
         network = network_of(client)
         self._networks.add(network, 1)
         self._clients.setdefault(network, Counts()).add(client, 1)
@@ -86,7 +86,7 @@ class Shares(Generic[_Item]):
         self._size += 1
 
     def remove(self, client: Client, item: _Item) -> None:
-        """Let one go."""
+        """Remove an item of a client."""
         network = network_of(client)
         self._networks.add(network, -1)
         clients = self._clients[network]
@@ -100,12 +100,14 @@ class Shares(Generic[_Item]):
         self._size -= 1
 
     def to_give_way(self, client: Client) -> tuple[_Item, bool]:
-        """Which item should go when one more of this client is to come in, and whether its owner has more than the
-        client would have then. If not, both have as good a claim. There must be an item."""
+        """Return the item that gives way to a new one of this client, and whether its owner has more.
+
+        The new item counts for the client; without more, both have an equal claim. There must be an item.
+        """
         network = network_of(client)
         greediest = self._networks.greediest()
         mine, most = self._networks[network] + 1, self._networks[greediest]
-        if network == greediest or mine > most:  # it is among its own network's clients that one has to give way
+        if network == greediest or mine > most:  # a client of the same network gives way
             clients = self._clients[network]
             owner = clients.greediest()
             return self._oldest(owner), clients[owner] > clients[client] + 1

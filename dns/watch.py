@@ -1,5 +1,5 @@
-"""Notices when one of a set of files has changed, however it was done: written, replaced, or a link turned elsewhere
-(as Kubernetes does with a ConfigMap). inotify gives the word; what counts is that the files' state is another one."""
+"""Watches files for changes of any kind: written, replaced, or a symbolic link that points elsewhere (as Kubernetes
+updates a ConfigMap). inotify wakes the watch; a change counts when the files' state differs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 from inotify_simple import INotify, flags
 
 SETTLE_SECONDS = 0.1  # for a burst of changes to end
-#: For what inotify does not see: folders that are not there yet, network file systems.
+#: For what inotify does not report: folders that do not exist yet, network file systems.
 LOOK_SECONDS = 5.0
-MAX_PAUSE_SECONDS = 300.0  # between two tries to read what cannot be read; they begin LOOK_SECONDS apart
+MAX_PAUSE_SECONDS = 300.0  # between attempts to read unreadable files; the first pause is LOOK_SECONDS
 
 _WHAT = flags.CLOSE_WRITE | flags.CREATE | flags.DELETE | flags.MOVED_FROM | flags.MOVED_TO | flags.ATTRIB
 
-#: path, device, inode, size, time of the last change of any kind: when it can be read again, it is another state, too
+#: path, device, inode, size, mtime, ctime; ctime changes with permissions, so a file that becomes readable differs
 State = tuple[tuple[str, int, int, int, int, int], ...]
 _MISSING = (0, 0, 0, 0, 0)
 
@@ -28,23 +28,23 @@ log = logging.getLogger(__name__)
 
 
 class Watch:
-    """Watches the files that ``files`` names at the moment; calls ``changed`` in the event loop, one call at a time.
+    """Watches the files that ``files`` returns; calls ``changed`` in the event loop, one call at a time.
 
-    ``changed`` says whether it could read them all. If not it is called again after a while: what was in the way need
-    not have been the files' own state (no descriptor was free, say).
+    ``changed`` returns whether it could read all files. If not, it is called again after a while: the cause need not be
+    in the files (there may have been no free descriptor).
     """
 
     def __init__(self, files: Callable[[], list[Path]], changed: Callable[[], Awaitable[bool]]) -> None:
         self._files, self._changed = files, changed
-        self._seen: State | None = self._state()  # that was read
-        self._failed: State | None = None  # that could not be read
-        self._again, self._pause = 0.0, LOOK_SECONDS  # when that is tried again (monotonic seconds), the next pause
+        self._seen: State | None = self._state()  # the state that was read
+        self._failed: State | None = None  # the state that could not be read
+        self._again, self._pause = 0.0, LOOK_SECONDS  # next attempt (monotonic seconds), next pause
         self._notify: INotify | None = None
-        with contextlib.suppress(OSError):  # as many instances as this user may have: then looking has to do
+        with contextlib.suppress(OSError):  # the limit on inotify instances is reached: polling has to do
             self._notify = INotify(nonblocking=True)
 
     def start(self, read: bool = True) -> None:
-        """Begin. ``read``: whether all could be read in the state that they had when this was made."""
+        """Start. ``read``: whether all files could be read in the state they had when the watch was created."""
         if not read:
             self._note_failure(self._seen)
             self._seen = None
@@ -55,7 +55,7 @@ class Watch:
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """End."""
+        """Stop."""
         if hasattr(self, "_task"):
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -83,18 +83,18 @@ class Watch:
                 self._mark()
                 state = self._state()
                 if state != self._seen and (state != self._failed or time.monotonic() >= self._again):
-                    self._note_failure(state)  # unless it turns out well
+                    self._note_failure(state)  # until `changed` succeeds
                     if await self._changed():
                         self._seen, self._failed, self._pause = state, None, LOOK_SECONDS
-            except Exception:  # a fault of ours must not end the watch
-                log.exception("dns: a change of files could not be followed")
+            except Exception:  # a bug must not end the watch
+                log.exception("dns: cannot follow a change of files: internal error")
 
     def _note_failure(self, state: State | None) -> None:
         self._failed, self._again = state, time.monotonic() + self._pause
         self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
 
     def _mark(self) -> None:
-        """Watch the folders of all files, and of what they are links to. To watch one again changes nothing."""
+        """Watch the folders of all files and of their link targets. Watching a folder again has no effect."""
         if not self._notify:
             return
         for folder in {each for path in self._files() for each in _folders(path)}:
@@ -116,10 +116,12 @@ class Watch:
 
 
 def _folders(path: Path) -> set[Path]:
-    """Where something has to happen for this path to lead to something else: its folder, those of the links on the way
-    to it, and the one where it really is."""
+    """Return the folders in which a change can make this path lead to another file.
+
+    These are its own, those of the symbolic links on the way, and that of the target.
+    """
     found = {path, path.parent}
-    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: links in a circle
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a loop of links
         found |= {each.parent for each in (path, *path.parents) if each.is_symlink()}
         found.add(path.resolve().parent)
     return found

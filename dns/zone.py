@@ -1,14 +1,15 @@
-"""The local names: hosts files and the records of the settings, as one table, built whole and never changed.
+"""The local names: hosts files and configured records, as one table that is built whole and never changed.
 
 Rules
-1. A reader has the old table or the new one, never a mixture: `build` makes a new one, its caller puts it in place.
-2. A name that has an address or an alias has an answer for every type, if an empty one (NODATA): asked for what it
-   does not have, it is never looked for elsewhere. musl's resolver takes the NXDOMAIN of an upstream server for the
-   whole name. A name that has other records alone is somebody else's for the rest: one MX record must not take a public
-   domain's addresses away. So is a name above one that exists (an empty non-terminal, RFC 8020). But where this
-   responder has the only word on them (`--local=/DOMAIN/`, `--address=/DOMAIN/`) both exist, and are not denied.
-3. A bad line is reported with file and number, and skipped. A file that cannot be read is an error of the whole: the
-   caller keeps the table that it has. The others are read nevertheless, so that all such files are counted.
+1. A reader sees the old table or the new one, never a mixture: `build` creates a new one, and its caller puts it in
+   place.
+2. A name with an address or an alias is answered for every type, with NODATA for types that it does not have, and is
+   never forwarded: musl's resolver takes an upstream NXDOMAIN for the whole name. A name with only other records is
+   forwarded for other types: one MX record must not hide a public domain's addresses. The same holds for a name above
+   an existing one (an empty non-terminal, RFC 8020). In local-only domains (`--local=/DOMAIN/`, `--address=/DOMAIN/`)
+   both kinds of names exist, so they get NODATA instead of NXDOMAIN.
+3. An invalid line is reported with file and line number, and skipped. If a file cannot be read the build fails and the
+   caller keeps its table. The other files are read nevertheless, so that all unreadable files are counted.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from udpwatch.dns.message import Type
 from udpwatch.dns.names import REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
 
-CNAME_CHAIN = 10  # dnsmasq's; longer ones are a loop
+CNAME_CHAIN = 10  # dnsmasq's limit; a longer chain is a loop
 HOSTS, CONFIG = "hosts", "config"
-MAX_ADDRESSES = 500  # of a name and family: they fit into one message over TCP, and its reader's limits
-FEW_DOMAINS = 8  # up to which a look at the end of a name saves taking it apart
+MAX_ADDRESSES = 500  # per name and family: they fit into one message over TCP and into client limits
+FEW_DOMAINS = 8  # up to this number, comparing suffixes is cheaper than splitting names
 
 _ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
 
@@ -38,45 +39,45 @@ class Rrset:
     owner: bytes  # wire format
     type: int
     ttl: int  # seconds
-    data: tuple[bytes, ...]  # each as on the wire, names uncompressed
+    data: tuple[bytes, ...]  # RDATA in wire format, names uncompressed
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is known here of a question. No records: NODATA, or NXDOMAIN where ``exists`` is False."""
+    """The local answer to a question. Without records: NODATA, or NXDOMAIN if ``exists`` is False."""
 
     rrsets: tuple[Rrset, ...]
     exists: bool
-    origin: str  # a hosts file's name where queries are logged, else HOSTS; or CONFIG
+    origin: str  # CONFIG or HOSTS; if queries are logged, the hosts file's name
 
 
 class Zone:
-    """All local names. Made by `build`; nothing changes it afterwards."""
+    """All local names. Created by `build`, never changed afterwards."""
 
     def __init__(self, settings: Settings) -> None:
         self._ttl = settings.local_ttl
-        #: name -> addresses one behind the other; 60 bytes a name less than a list
+        #: name -> concatenated addresses: 60 bytes per name less than a list
         self._addresses: dict[int, dict[bytes, bytes]] = {Type.A: {}, Type.AAAA: {}}
         self._reverse: dict[bytes, bytes] = {}  # packed address -> name
         self._records: dict[bytes, dict[int, list[StaticRecord]]] = {}
-        self._own_ttl: dict[bytes, int] = {}  # of names from host-record
+        self._own_ttl: dict[bytes, int] = {}  # names of host-record
         self._wild: dict[bytes, list[str | None]] = {}
-        self._delegated = {each.domain for each in settings.domain_servers}  # what `--server` says of a domain
-        self._above: set[bytes] = set()  # names above others, in the domains that are ours alone
-        self._origins: dict[bytes, str] = {}  # name -> "config", or, where queries are logged, a file
-        self.entries = 0  # names and aliases read
-        self.unreadable = 0  # files that are missing in it
+        self._delegated = {each.domain for each in settings.domain_servers}  # domains that `--server` names
+        self._above: set[bytes] = set()  # names above others, in local-only domains
+        self._origins: dict[bytes, str] = {}  # name -> CONFIG; if queries are logged, also a file
+        self.entries = 0  # names and aliases
+        self.unreadable = 0  # files that could not be read
 
     def find(self, name: bytes, kind: int) -> Found | None:
-        """What is known of a name (wire format, lower case); None: nothing, somebody else may."""
+        """Return the local answer for a name (wire format, lower case), or None if the name is not local."""
         aliases: list[Rrset] = []
         at = name
         for _ in range(CNAME_CHAIN):
             found = self._find(at, kind)
-            if found is None and aliases and at in self._records:  # the alias says enough, as dnsmasq's
+            if found is None and aliases and at in self._records:  # answer with the alias alone, as dnsmasq does
                 return Found(tuple(aliases), True, CONFIG)
             if found is None:
-                return None  # an alias of what is not known here is no answer
+                return None  # an alias to a name that is not local
             if not found.rrsets or found.rrsets[0].type != Type.CNAME or kind in (Type.CNAME, Type.ANY):
                 return Found((*aliases, *found.rrsets), found.exists, found.origin)
             aliases += found.rrsets
@@ -106,8 +107,8 @@ class Zone:
         return self._find_wild(name, kind)
 
     def _find_wild(self, name: bytes, kind: int) -> Found | None:
-        """By `--address`, unless `--server` says something of a longer domain, or servers of this one stand against
-        nothing but NXDOMAIN (dnsmasq's rule)."""
+        """Answer by `--address`, unless `--server` names a longer domain, or the same domain while `--address` gives it
+        no address (dnsmasq's rule)."""
         if not self._wild:
             return None
         for domain in suffixes(name):
@@ -130,15 +131,15 @@ class Zone:
         return None
 
     def exists(self, name: bytes) -> bool:
-        """Whether a name that nothing was found of exists all the same, and may not be denied: it has records of other
-        types, or is in a domain that is ours alone, and has others below it."""
+        """Return whether a name without a local answer exists and must not get NXDOMAIN: it has records of other types,
+        or it has names below it in a local-only domain."""
         return name in self._above or name in self._records
 
     # ---- building ----
 
     def _add_host(self, packed: bytes, names: list[bytes], origin: str = "") -> bool:
-        """Names (wire format, lower case) of an address; the first one is what the address is called. False: one has
-        MAX_ADDRESSES already."""
+        """Add names (wire format, lower case) of an address; the first one is its reverse name. Return False if a name
+        has MAX_ADDRESSES already."""
         table, fits = self._addresses[Type.A if len(packed) == 4 else Type.AAAA], True
         for name in names:
             known = table.get(name)
@@ -156,7 +157,7 @@ class Zone:
         return fits
 
     def _add_hosts_line(self, origin: str, packed: bytes, names: list[bytes]) -> str:
-        """What is wrong with it, or ""."""
+        """Add a line of a hosts file. Return the problem with it, or ""."""
         fits = self._add_host(packed, names, origin)
         return "" if fits else f"line: more than {MAX_ADDRESSES} addresses of a name"
 
@@ -165,7 +166,7 @@ class Zone:
             for address in host.addresses:
                 self._add_host(pack_address(address), list(host.names), CONFIG)
             for name in host.names:
-                self._records.setdefault(name, {})  # has an answer for every type, also without an address
+                self._records.setdefault(name, {})  # is answered for every type, also without an address
                 if host.ttl is not None:
                     self._own_ttl[name] = host.ttl
         for record in settings.records:
@@ -189,9 +190,9 @@ class Zone:
 
 
 def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
-    """Read every file. Raises HostsError where some cannot be read, unless ``missing_ok``: then they are complained of.
+    """Read every file. Raises HostsError if some cannot be read; with ``missing_ok``, complain instead.
 
-    ``/etc/hosts`` may be missing always, as for dnsmasq.
+    ``/etc/hosts`` may always be missing, as with dnsmasq.
     """
     zone = Zone(settings)
     missed: list[str] = []
@@ -216,7 +217,7 @@ def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Z
 
 
 def _holds(known: bytes, packed: bytes) -> bool:
-    """Whether an address is among others; a table of a thousand is no reason to take them apart."""
+    """Return whether an address is among concatenated ones, without splitting them."""
     at = known.find(packed)
     while at > 0 and at % len(packed):
         at = known.find(packed, at + 1)

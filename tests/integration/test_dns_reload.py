@@ -192,7 +192,7 @@ def test_unreadable_files_are_counted(node: Namespace, tmp_path: Path) -> None:
         for name in ("one", "two"):
             os.mkfifo(tmp_path / "new")
             (tmp_path / "new").rename(tmp_path / name)
-        said = f"cannot read {tmp_path}/one: it is no regular file, and 1 more"
+        said = f"cannot read {tmp_path}/one: not a regular file, and 1 more"
         wait_for(lambda: responder.has_said(said), "both to be missed")
         assert responder.metric("hosts_unreadable") == 2
         (tmp_path / "one").unlink()

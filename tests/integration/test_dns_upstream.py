@@ -698,7 +698,7 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
             wait_for(lambda: running.has_said("the upstream servers stay as they are"), "its absence to be noticed")
             assert texts(scene.ask("three.example")) == GOOD
             os.mkfifo(file)  # nobody must be waited for
-            wait_for(lambda: running.has_said(f"cannot read {file}: it is no regular file"), "the FIFO to be noticed")
+            wait_for(lambda: running.has_said(f"cannot read {file}: not a regular file"), "the FIFO to be noticed")
             assert texts(scene.ask("four.example")) == GOOD and len(second.asked) == 3
             file.unlink()
             write(file, "# nobody")

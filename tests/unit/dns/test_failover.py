@@ -168,6 +168,19 @@ def test_silent_server_is_queried_last_for_a_while() -> None:
     run(queries())
 
 
+def test_timeouts_before_a_response_do_not_count() -> None:
+    first = iter([silent, after(1.5), silent, silent])
+    group = Group(lambda sent: next(first)(sent), after(2.5))
+
+    async def queries() -> None:
+        await group.query()  # the first attempt times out at 3.0 s, the second one to FIRST succeeds at 3.1 s
+        await group.query()  # FIRST times out at 3.0 s, SECOND succeeds at 3.3 s
+        assert group.failures(FIRST) == {"timeout": 2}
+        assert group.failover.order((FIRST, THIRD)) == [FIRST, THIRD], "not two in a row"
+
+    run(queries())
+
+
 def test_one_response_ends_the_silence() -> None:
     responses = iter([silent, honest, silent])
     group = Group(lambda sent: next(responses)(sent))  # noqa: PLW0108  each query takes the next one
@@ -181,10 +194,12 @@ def test_one_response_ends_the_silence() -> None:
 
 
 def test_changed_servers_start_without_a_history() -> None:
-    group = Group(servfail, honest)
+    group = Group(silent, honest)
 
     async def queries() -> None:
-        await group.query()
+        with pytest.raises(ResolutionFailed):
+            await group.failover.query(KEY, (FIRST,))
+        await group.failover.query(KEY, (SECOND,))
         assert group.failover.order(group.servers) == [SECOND, FIRST]
         group.failover.forget_servers()
         assert group.failover.order(group.servers) == [FIRST, SECOND]

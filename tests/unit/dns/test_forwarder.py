@@ -25,6 +25,7 @@ from udpwatch.dns.forwarder import (
     MAX_REPEATS_PER_CLIENT,
     MAX_SHED,
     STALE_SECONDS,
+    WAITING,
     ClientQuery,
     Forwarder,
 )
@@ -327,17 +328,29 @@ def test_shed_query_is_cancelled_upstream() -> None:
 
 
 def test_few_clients_give_way_for_one_query() -> None:
-    """Two clients wait for each query: refusing one of them frees no slot."""
+    """Two clients wait for each query: refusing the first of them frees no slot."""
 
     async def ask() -> None:
         clients = Clients()
-        for number in range(LIMIT):  # one query for each of these clients, which are all as greedy
-            for ident in range(2):
-                clients.ask(number.to_bytes(4, "big"), f"n{number + ident}", ident)
+        for number in range(2 * LIMIT):
+            clients.ask(number.to_bytes(4, "big"), f"n{number % LIMIT}", number)
         await asyncio.sleep(FRESH_SECONDS)
-        before = len(clients.got)
         clients.ask(A, "new", 77)
-        assert len(clients.got) - before <= MAX_SHED
+        assert [ident for _, ident, _ in clients.got] == [*range(MAX_SHED), 77]
+        assert clients.rejects() == {"shed": MAX_SHED, "servers": 1}
+        await clients.forwarder.stop()
+
+    run(ask())
+
+
+def test_clients_that_wait_for_one_query_are_bounded() -> None:
+    async def ask() -> None:
+        clients = Clients()
+        for number in range(WAITING * LIMIT):
+            clients.ask(number.to_bytes(4, "big"), "same", number)
+        assert not clients.got
+        clients.ask(A, "same", 77)
+        assert (clients.got, clients.rejects()) == ([(A, 77, Rcode.REFUSED)], {"servers": 1})
         await clients.forwarder.stop()
 
     run(ask())

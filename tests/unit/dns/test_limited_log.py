@@ -40,7 +40,7 @@ def test_a_flood_is_a_few_lines_and_a_number(
     assert not caplog.messages, "its minute is not over"
     clock.now = 60.0
     limited.flush()
-    assert caplog.messages == ["dns: 995 more lines like this were left out, the last: dns: bad 999"]
+    assert caplog.messages == ["dns: left out 995 more lines like this, the last: dns: bad 999"]
     limited.flush(everything=True)
     assert len(caplog.messages) == 1, "told once"
 
@@ -52,7 +52,7 @@ def test_the_next_minute_tells_of_the_one_before(
         limited.write(log, logging.WARNING, "dns: bad %d", number)
     clock.now = 61.0
     limited.write(log, logging.WARNING, "dns: bad %d", 7)
-    assert caplog.messages[-2:] == ["dns: 2 more lines like this were left out, the last: dns: bad 6", "dns: bad 7"]
+    assert caplog.messages[-2:] == ["dns: left out 2 more lines like this, the last: dns: bad 6", "dns: bad 7"]
 
 
 def test_kinds_do_not_crowd_each_other_out(limited: LimitedLog, caplog: pytest.LogCaptureFixture) -> None:
@@ -62,4 +62,4 @@ def test_kinds_do_not_crowd_each_other_out(limited: LimitedLog, caplog: pytest.L
     assert caplog.messages[-1] == "dns: rare"
     assert caplog.records[-1].exc_info
     limited.flush(everything=True)
-    assert caplog.messages[-1] == "dns: 95 more lines like this were left out, the last: dns: frequent"
+    assert caplog.messages[-1] == "dns: left out 95 more lines like this, the last: dns: frequent"

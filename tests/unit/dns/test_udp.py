@@ -258,6 +258,17 @@ def test_interface_decides_whatever_address_was_asked(monkeypatch: pytest.Monkey
     assert case.dropped() == {"policy": 2}
 
 
+def test_interface_index_that_is_used_again_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {2: "lan0"}
+    monkeypatch.setattr(socket, "if_indextoname", names.__getitem__)
+    case = Case(checked=True, local_service=False, interfaces=("lan0",))
+    assert len(case.serve(Datagram(KNOWN, CLIENT, index=2))) == 1
+    names[2] = "wan0"
+    case.admission.update([])
+    case.server.readmit()
+    assert not case.serve(Datagram(KNOWN, CLIENT, index=2))
+
+
 def test_listen_address_is_served_on_every_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "if_indextoname", {3: "wan0"}.__getitem__)
     case = Case(checked=True, local_service=False, interfaces=("lan0",), listen_addresses=("10.1.0.9",))

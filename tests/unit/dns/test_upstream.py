@@ -26,7 +26,7 @@ from udpwatch.dns.upstream import (
     UpstreamClient,
 )
 
-SERVER, OTHER, THIRD = Server("192.0.2.53"), Server("192.0.2.54"), Server("192.0.2.55")
+SERVER, OTHER, THIRD, FOURTH = (Server(f"192.0.2.{number}") for number in (53, 54, 55, 56))
 KEY = (m.name("www.example"), m.A, m.IN, 0)
 
 
@@ -237,14 +237,16 @@ def test_connection_closed_in_the_middle_is_a_failure() -> None:
 
 def test_server_that_blocks_its_tcp_slots_leaves_the_others_theirs() -> None:
     async def block() -> None:
-        network = UpstreamNetwork({SERVER: over_tcp(silent), OTHER: over_tcp(silent), THIRD: over_tcp(honest)})
+        blocking = over_tcp(silent)
+        network = UpstreamNetwork({SERVER: blocking, OTHER: blocking, FOURTH: blocking, THIRD: over_tcp(honest)})
         client = UpstreamClient(Metrics(), network)
         tasks = [asyncio.create_task(client.query(SERVER, KEY)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
         assert network.open_tcp[SERVER] == MAX_TCP_ANSWERS_PER_SERVER
         assert (await client.query(THIRD, KEY)).records
         assert now() == 0.0
-        tasks += [asyncio.create_task(client.query(OTHER, KEY)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
+        for server in (OTHER, FOURTH):
+            tasks += [asyncio.create_task(client.query(server, KEY)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
         assert network.open_tcp.total() == MAX_TCP_ANSWERS
         results = await asyncio.gather(*tasks, return_exceptions=True)

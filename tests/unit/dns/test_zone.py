@@ -275,7 +275,7 @@ def test_dev_null_is_an_empty_table() -> None:
 
 def test_a_fifo_is_refused_and_holds_nobody(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(FileError, match=f"cannot read {tmp_path}/fifo: it is no regular file"):
+    with pytest.raises(FileError, match=f"cannot read {tmp_path}/fifo: not a regular file"):
         of_files(tmp_path / "fifo")
 
 
