@@ -1,7 +1,8 @@
-"""The options of `udpwatch dns`: one row each."""
+"""The options of `udpwatch dns`: one row each. --help and docs/dns-options.md are generated from this table."""
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -18,8 +19,8 @@ def _help(draft: Draft, _: str) -> None:
 def _version(draft: Draft, _: str) -> None:
     try:
         version = metadata.version("udpwatch")
-    except metadata.PackageNotFoundError:  # a tree that is not installed
-        version = "of a tree that is not installed"
+    except metadata.PackageNotFoundError:  # a source tree
+        version = "(not installed)"
     draft.information = Information(f"udpwatch {version}")
 
 
@@ -28,54 +29,56 @@ def _version(draft: Draft, _: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: how it is called, read, and explained."""
+    """One option: its name, how to read it, and its documentation."""
 
     name: str
-    short: str  # dnsmasq's letter; "": none
-    value: str  # what it takes; "": nothing; "[=..]": may be left out, and stands in the same word
+    short: str  # dnsmasq's short option; "": none
+    value: str  # format of the value; "": none; "[=..]": optional, in the same argument
     read: Read
     help: str
-    differs: str = ""  # from dnsmasq
-    once: bool = False  # as dnsmasq has it
-    here: bool = False  # on the command line only
+    differs: str = ""  # difference from dnsmasq
+    once: bool = False  # may not be repeated, as in dnsmasq
+    command_line_only: bool = False
 
     @property
     def flag(self) -> str:
-        """As it is written, with what it takes."""
+        """The option with the format of its value."""
         return f"--{self.name}" + (
             self.value if self.value.startswith("[=") else f"={self.value}" if self.value else ""
         )
 
     @property
     def needs_value(self) -> bool:
-        """Whether it cannot stand alone."""
+        """Whether the value is required."""
         return bool(self.value) and not self.value.startswith("[=")
 
 
-def _option(usage: str, read: Read, help_: str, differs: str = "", once: bool = False, here: bool = False) -> Option:
-    """A row; ``usage`` is how --help writes the option: ``[-LETTER ]--NAME[=VALUE]``, or ``[=VALUE]`` at the end."""
+def _option(
+    usage: str, read: Read, help_: str, differs: str = "", once: bool = False, command_line_only: bool = False
+) -> Option:
+    """Create a row. ``usage`` is ``[-LETTER ]--NAME[=VALUE]``; an optional value is written ``[=VALUE]``."""
     short, _, long = usage.rpartition("--")
     name = long.partition("=")[0].removesuffix("[")
     value = long[len(name) :].removeprefix("=")
-    return Option(name, short.strip("- "), value, read, help_, differs, once, here)
+    return Option(name, short.strip("- "), value, read, help_, differs, once, command_line_only)
 
 
-_FOREGROUND = "nothing: udpwatch always stays in the foreground"
+_FOREGROUND = "no effect: udpwatch always stays in the foreground"
 
 OPTIONS = (
-    # where it listens
+    # listening
     _option(
         "-p --port=PORT", values.one("port", values.port_number), "listen on this port (53)", "0 is refused", once=True
     ),
     _option(
         "-a --listen-address=ADDRESS[,..]",
         values.several("listen_addresses", values.listen_address),
-        "listen on these addresses; one that does not exist yet is picked up when it comes",
+        "listen on these addresses, also when they appear later",
     ),
     _option(
         "-i --interface=NAME[,..]",
         values.several("interfaces", values.listening_device),
-        "listen on these interfaces; a final * stands for any rest",
+        "listen on these interfaces; a final * matches any ending",
         "a label (eth0:1) is refused",
     ),
     _option(
@@ -84,18 +87,18 @@ OPTIONS = (
         "do not listen on these interfaces",
         "a label (eth0:1) is refused",
     ),
-    _option("--bind-dynamic", values.so_it_is, "nothing: each address has a socket, and comes and goes with it"),
+    _option("--bind-dynamic", values.accept_noop, "no effect: each address always has its own socket while it exists"),
     _option(
         "-z --bind-interfaces",
-        values.so_it_is,
-        "as --bind-dynamic",
-        "an address that is missing is no failure; beside --bind-dynamic it is accepted",
+        values.accept_noop,
+        "the same as --bind-dynamic",
+        "a missing address is not an error; may be combined with --bind-dynamic",
     ),
     _option(
         "--local-service[=net|host]",
         values.read_local_service,
-        "answer hosts of directly connected networks only; host: listen on lo only; without effect where "
-        "--interface, --except-interface or --listen-address is given",
+        "serve only clients in directly connected networks; host: listen on lo only; no effect with --interface, "
+        "--except-interface or --listen-address",
         "net is the default",
         once=True,
     ),
@@ -104,169 +107,183 @@ OPTIONS = (
     _option(
         "-H --addn-hosts=PATH",
         values.each("addn_hosts", values.file_path),
-        "read this file of hosts, or all of this folder, too; may be repeated",
-        "changes are picked up without SIGHUP",
+        "also read this hosts file, or all files of this folder; may be repeated",
+        "changes take effect without SIGHUP",
     ),
-    _option("--hostsdir=FOLDER", values.each("addn_hosts", values.file_path), "as --addn-hosts"),
-    _option("-E --expand-hosts", values.on("expand_hosts"), "names without a dot in hosts files get --domain too"),
+    _option("--hostsdir=FOLDER", values.each("addn_hosts", values.file_path), "the same as --addn-hosts"),
+    _option("-E --expand-hosts", values.on("expand_hosts"), "also add --domain to names without a dot in hosts files"),
     _option(
         "-s --domain=DOMAIN",
         values.one("domain", values.domain_name),
         "the domain for --expand-hosts and --srv-host",
-        "a range of addresses, and #, are refused: there is no DHCP; the last one counts",
+        "an address range and # are refused, because there is no DHCP; the last value wins",
     ),
-    _option("--domain-suffix=DOMAIN", values.one("domain", values.domain_name), "as --domain"),
+    _option("--domain-suffix=DOMAIN", values.one("domain", values.domain_name), "the same as --domain"),
     _option(
         "-A --address=/DOMAIN/[..][ADDRESS|#]",
         values.read_address,
-        "a domain, and all below it, at an address; #: 0.0.0.0 and ::; nothing: NXDOMAIN; /#/: every name",
-        "//, *DOMAIN and an address without a domain are refused; other types have no records and are not passed on",
+        "answer a domain and all names below it with this address; #: 0.0.0.0 and ::; nothing: NXDOMAIN; "
+        "/#/: every name",
+        "//, *DOMAIN and an address without a domain are refused; other types get NODATA and are not forwarded",
     ),
     _option(
         "--host-record=NAME[,..][,IPv4][,IPv6][,TTL]",
         values.read_host_record,
-        "names at addresses, and the reverse for the first name",
+        "addresses of names, and the reverse of the first name",
         "a second address of a family, and a record without name or address, are refused",
     ),
     _option("--cname=ALIAS[,..],TARGET[,TTL]", values.read_cname, "aliases of a name", "*.DOMAIN is refused"),
     _option(
-        "-Y --txt-record=NAME[,TEXT..]", values.read_txt, "a TXT record; each text is one string, or several of 255"
+        "-Y --txt-record=NAME[,TEXT..]",
+        values.read_txt,
+        "a TXT record; each text is one string, or several if longer than 255",
     ),
     _option(
         "-W --srv-host=_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]",
         values.read_srv,
-        "an SRV record; without DOMAIN in --domain; without TARGET the service is not offered",
+        "an SRV record; without DOMAIN in --domain; without TARGET the service is not available",
     ),
-    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", values.read_mx, "an MX record", "TARGET may not be left out"),
-    _option("--ptr-record=NAME,TARGET", values.read_ptr, "a PTR record", "TARGET may not be left out"),
+    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", values.read_mx, "an MX record", "TARGET is required"),
+    _option("--ptr-record=NAME,TARGET", values.read_ptr, "a PTR record", "TARGET is required"),
     _option("-T --local-ttl=SECONDS", values.one("local_ttl", values.seconds), "TTL of local names (0)", once=True),
     # upstream servers
-    _option("-R --no-resolv", values.on("resolv", False), "read no resolv file: only --server counts"),
+    _option("-R --no-resolv", values.on("resolv", False), "do not read a resolv file: use only --server"),
     _option(
         "-r --resolv-file=FILE",
         values.each("resolv_files", values.file_path),
-        "find upstream servers in this file instead of /etc/resolv.conf; may be repeated",
-        "the file may not be left out",
+        "read upstream servers from this file instead of /etc/resolv.conf; may be repeated",
+        "the value is required",
     ),
     _option("-n --no-poll", values.on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
     _option(
         "-S --server=[/DOMAIN/[..]][ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]|#]",
         values.read_server,
-        "an upstream server, for some domains or for all; #: those of the rest; nothing: the domain is local; "
+        "an upstream server, for all names or for these domains; #: the default servers; nothing: the domain is local; "
         "//: names without a dot",
-        "refused: names of servers, *DOMAIN, a port to ask from, and for one domain more than one of servers, # "
-        "and nothing",
+        "refused: server names, *DOMAIN, a source port, and more than one of servers, # and nothing for a domain",
     ),
     _option(
         "--local=/DOMAIN/[..][ADDRESS|#]",
         values.read_local,
-        "as --server, most often without an address",
-        "a domain is needed",
+        "the same as --server; usually without an address",
+        "a domain is required",
     ),
     _option(
         "-0 --dns-forward-max=N",
         values.one("forward_max", values.whole(1, 65535)),
-        "questions under way to the servers of one domain (1000), four times as many to all",
+        "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
         "dnsmasq's default is 150",
         once=True,
     ),
     _option(
         "-P --edns-packet-max=OCTETS",
         values.one("edns_packet_max", values.whole(512, 65535)),
-        "the longest message over UDP (1232)",
+        "maximum size of a response over UDP (1232)",
         "less than 512 is refused",
         once=True,
     ),
-    _option("-D --domain-needed", values.on("domain_needed"), "do not forward A and AAAA of names without a dot"),
+    _option(
+        "-D --domain-needed", values.on("domain_needed"), "do not forward A and AAAA queries for names without a dot"
+    ),
     _option(
         "-b --bogus-priv",
         values.on("bogus_priv"),
-        "do not forward the reverse of private addresses, but to a --server of their domain",
-        "of every type, not PTR and ANY alone, and with labels in front (b._dns-sd._udp.); not of parts of an address",
+        "do not forward reverse lookups of private addresses, except to a --server for their domain",
+        "applies to every type, not only PTR and ANY, and to names below an address (b._dns-sd._udp.); not to parts of "
+        "an address",
     ),
     _option(
         "--stop-dns-rebind",
         values.on("stop_dns_rebind"),
-        "refuse private addresses from upstream",
-        "the answer is REFUSED; dnsmasq's is empty",
+        "reject private addresses in upstream responses",
+        "the response is REFUSED; dnsmasq's is empty",
     ),
     _option(
         "--rebind-localhost-ok",
         values.on("rebind_localhost_ok"),
-        "with --stop-dns-rebind: let 127.0.0.0/8, 0.0.0.0/8, ::1 and :: pass",
+        "with --stop-dns-rebind: allow 127.0.0.0/8, 0.0.0.0/8, ::1 and ::",
     ),
     _option(
         "--rebind-domain-ok=[/]DOMAIN[/..]",
         values.read_rebind_domain_ok,
-        "with --stop-dns-rebind: let these domains pass",
+        "with --stop-dns-rebind: allow these domains",
     ),
-    # the cache
+    # cache
     _option(
         "-c --cache-size=N",
         values.one("cache_size", values.whole(0, values.MAX_CACHE_SIZE)),
-        "answers kept (10000); 0: none",
-        "dnsmasq's default is 150; answers of every type are kept",
+        "maximum number of cached responses (10000); 0: no cache",
+        "dnsmasq's default is 150; responses of every type are cached",
         once=True,
     ),
-    _option("-N --no-negcache", values.on("negcache", False), "keep no negative answers"),
+    _option("-N --no-negcache", values.on("negcache", False), "do not cache negative responses"),
     _option(
         "--neg-ttl=SECONDS",
         values.one("neg_ttl", values.seconds),
-        "keep negative answers without SOA for this long (0: they are not kept)",
+        "cache negative responses without SOA for this long (0: not at all)",
         once=True,
     ),
     _option(
         "--max-ttl=SECONDS",
         values.one("max_ttl", values.seconds),
-        "the longest TTL that a client sees (0: no limit)",
+        "maximum TTL that clients see (0: no limit)",
         once=True,
     ),
     _option(
         "--use-stale-cache[=SECONDS|off]",
         values.one("stale_seconds", values.stale_seconds),
-        "let an expired answer stand in while every upstream server is down, for this long (86400; 0: no limit)",
-        "on by default, for outages only; off is ours",
+        "serve expired responses for this long while every upstream server is down (86400; 0: no limit)",
+        "on by default, but only during outages; only udpwatch has off",
         once=True,
     ),
-    _option("--no-round-robin", values.so_it_is, "nothing: answers keep their order", "dnsmasq rotates without it"),
-    # what it tells
-    _option("-q --log-queries[=extra]", values.read_log_queries, "log questions and answers; extra: number and client"),
-    _option("--no-ident", values.on("ident", False), "do not answer CHAOS names in bind."),
+    _option(
+        "--no-round-robin",
+        values.accept_noop,
+        "no effect: records always keep their order",
+        "without this option dnsmasq rotates them",
+    ),
+    # logging and metrics
+    _option(
+        "-q --log-queries[=extra]",
+        values.read_log_queries,
+        "log queries and responses; extra: with serial number and client",
+    ),
+    _option("--no-ident", values.on("ident", False), "do not answer CHAOS names below bind."),
     _option(
         "--metrics-listen=HOST:PORT|off",
         values.one("metrics_listen", values.metrics_listen),
-        "where Prometheus finds /metrics (127.0.0.1:9953)",
-        "dnsmasq has no such option",
+        "serve Prometheus metrics at /metrics on this address (127.0.0.1:9953)",
+        "only udpwatch has this option",
         once=True,
     ),
-    # how it runs
+    # process
     _option(
         "-u --user=NAME",
         values.one("user", values.user_name),
-        "where started as root, change to this user (nobody) and keep no capability but CAP_NET_BIND_SERVICE",
-        "root is uid 0 without other capabilities; other groups of the user are kept",
+        "if started as root, change to this user (nobody) and keep only CAP_NET_BIND_SERVICE",
+        "root means uid 0 without other capabilities; the user's supplementary groups are kept",
         once=True,
     ),
     _option(
         "-C --conf-file=FILE",
         values.read_conf_file,
-        "read options from this file too; may be repeated",
-        "without it no file is read, /etc/dnsmasq.conf least of all; - is refused",
+        "also read options from this file; may be repeated",
+        "no file is read by default, not even /etc/dnsmasq.conf; - is refused",
     ),
     _option(
         "-7 --conf-dir=FOLDER[,SUFFIX|*SUFFIX..]",
         values.read_conf_dir,
-        "read options from a folder's files, without those that end in SUFFIX, or only those that do",
+        "read options from a folder's files, except those that end in SUFFIX; with *SUFFIX, only those",
     ),
-    _option("-k --keep-in-foreground", values.so_it_is, _FOREGROUND),
-    _option("-d --no-daemon", values.so_it_is, _FOREGROUND, "no debug mode"),
-    _option("--test", values.test_only, "read everything, then say that it is fine or not", here=True),
-    _option("-v --version", _version, "show the version", here=True),
-    _option("-w --help", _help, "show this", "`--help dhcp` is not to be had", here=True),
+    _option("-k --keep-in-foreground", values.accept_noop, _FOREGROUND),
+    _option("-d --no-daemon", values.accept_noop, _FOREGROUND, "no debug mode"),
+    _option("--test", values.test_only, "read and check everything, then exit", command_line_only=True),
+    _option("-v --version", _version, "show the version", command_line_only=True),
+    _option("-w --help", _help, "show this help", "`--help dhcp` is not supported", command_line_only=True),
 )
 
-#: dnsmasq's other options, with those that its --help does not show and those that came after 2.90; behind a colon the
-#: letter of those that have one.
+#: dnsmasq's other options, including those that its --help does not show and those added after 2.90; after a colon
+#: the short option, if there is one.
 _REFUSED = """
     add-cpe-id add-mac add-subnet alias:V all-servers auth-peer auth-sec-servers auth-server auth-soa auth-ttl auth-zone
     bogus-nxdomain:B bootp-dynamic:3 bridge-interface caa-record cache-rr clear-on-reload conf-script
@@ -295,9 +312,24 @@ REFUSED_SHORT = {short: name for name, short in REFUSED.items() if short}
 
 
 def usage() -> str:
-    """What --help shows."""
-    rows = ["Usage: udpwatch dns [options]", "", "The options are dnsmasq's, but for --metrics-listen:"]
+    """Return the text of --help."""
+    rows = ["Usage: udpwatch dns [options]", "", "The options are those of dnsmasq, except --metrics-listen:"]
     for option in OPTIONS:
         rows.append(f"{f'-{option.short}, ' if option.short else '':4}{option.flag}")
         rows.append(f"        {option.help}")
-    return "\n".join([*rows, "", f"Where they differ from dnsmasq's: {DOCUMENT}"])
+    return "\n".join([*rows, "", f"Differences from dnsmasq: {DOCUMENT}"])
+
+
+def markdown() -> str:
+    """Return the list of options in docs/dns-options.md."""
+    items = []
+    for option in OPTIONS:
+        short = f", `-{option.short}`" if option.short else ""
+        differs = f" Differs: {option.differs}." if option.differs else ""
+        text = f"`{option.flag}`{short}: {option.help}.{differs}"
+        items.append(
+            textwrap.fill(
+                text, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        )
+    return "\n".join(items) + "\n"

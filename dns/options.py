@@ -1,11 +1,11 @@
-"""The words after `udpwatch dns`, and configuration files, dnsmasq's way.
+"""Reads the command line of `udpwatch dns` and configuration files, as dnsmasq does.
 
 Rules
-1. Every option is one row of OPTIONS; the command line, files, --help and docs/dns-options.md are made from it.
-2. Nothing is ignored. What dnsmasq has and we do not is refused by name, and so is what nobody has.
-3. A word never means anything else than it means to dnsmasq; where that is not what we do, it is refused.
-4. Order does not matter between options, but where dnsmasq says so: a file wins over the command line, and the order of
-   servers and of names is kept. What depends on several options is worked out at the end, in `_finish`.
+1. Every option is one row of option_table.py.
+2. Nothing is ignored. Options that only dnsmasq has are refused by name, and so are unknown ones.
+3. An option never means anything else than it means to dnsmasq; if udpwatch does not do that, the option is refused.
+4. The order of options does not matter, except where it does for dnsmasq: files override the command line, and the
+   order of servers and names is kept. What depends on several options is computed at the end, in `_finish`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ MAX_DEPTH = 16  # conf-file within conf-file
 
 
 def parse(arguments: Sequence[str]) -> Settings | Information:
-    """Read the words after `udpwatch dns`. Raises ConfigError for a word, or a line of a file, that is not accepted,
-    and FileError for a configuration file that cannot be read.
+    """Read the arguments of `udpwatch dns`. Raises ConfigError for an invalid argument or line of a file, and FileError
+    for a configuration file that cannot be read.
     """
     draft = Draft()
     for word in arguments:
@@ -50,12 +50,12 @@ def read_conf(path: Path) -> Settings:
 
 
 def _words(arguments: Sequence[str]) -> Iterator[tuple[str, Option, str | None]]:
-    """How the option is written, the option, and its value, as getopt_long takes words apart. Raises ConfigError."""
+    """Yield each option as written, its row and its value, split as getopt_long does. Raises ConfigError."""
     words = iter(arguments)
     for word in words:
         if word == "--":
             for rest in words:
-                raise ConfigError(f"{rest!r}: a word that belongs to no option; see --help")
+                raise ConfigError(f"{rest!r}: unexpected argument; see --help")
         elif word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             option = _long(name)
@@ -72,27 +72,29 @@ def _words(arguments: Sequence[str]) -> Iterator[tuple[str, Option, str | None]]
                 if option.needs_value:
                     yield where, option, word[at:] or _next(where, words)
                     break
-                yield where, option, None  # getopt gives -q no value
-        elif word.strip():  # dnsmasq passes over empty words, which scripts leave behind
-            raise ConfigError(f"{word!r}: a word that belongs to no option; see --help")
+                yield where, option, None  # getopt never gives -q a value
+        elif word.strip():  # dnsmasq ignores empty arguments, which scripts leave behind
+            raise ConfigError(f"{word!r}: unexpected argument; see --help")
 
 
 def _next(where: str, words: Iterator[str]) -> str:
-    """The word behind an option. One that looks like an option is not taken: dnsmasq lets the values of --resolv-file,
-    --cache-size and --conf-file be left out, and would read it as one."""
+    """Return the value in the next argument. One that looks like an option is refused: the values of --resolv-file,
+    --cache-size and --conf-file are optional in dnsmasq, which would read it as an option."""
     value = next(words, "-")
     if value.startswith("-"):
-        raise ConfigError(f"{where}: it takes a value" + (f", which {value!r} is not" if len(value) > 1 else ""))
+        raise ConfigError(f"{where}: missing value" + (f" before {value!r}" if len(value) > 1 else ""))
     return value
 
 
 def _long(name: str) -> Option:
-    """The option of this name, or the only one of ours and dnsmasq's that begins so. Raises ConfigError."""
+    """Return the option with this name or unambiguous abbreviation. Raises ConfigError."""
     if name not in BY_NAME and name not in REFUSED:
         meant = [known for known in (*BY_NAME, *REFUSED) if known.startswith(name)]
         if len(meant) > 1:
             more = ", .." if len(meant) > 5 else ""
-            raise ConfigError(f"--{name}: this may be {', '.join(f'--{known}' for known in meant[:5])}{more}")
+            raise ConfigError(
+                f"--{name}: ambiguous option; it could be {', '.join(f'--{known}' for known in meant[:5])}{more}"
+            )
         name = meant[0] if meant else name
     return _known(name, f"--{name}", "--help")
 
@@ -106,21 +108,21 @@ def _letter(letter: str) -> Option:
 
 def _known(name: str, where: str, see: str) -> Option:
     if name in REFUSED:
-        raise ConfigError(f"{where}: udpwatch's responder does not have this option of dnsmasq's; see {DOCUMENT}")
+        raise ConfigError(f"{where}: udpwatch does not support this dnsmasq option; see {DOCUMENT}")
     if name not in BY_NAME:
-        raise ConfigError(f"{where if where.isprintable() else repr(where)}: there is no such option; see {see}")
+        raise ConfigError(f"{where if where.isprintable() else repr(where)}: unknown option; see {see}")
     return BY_NAME[name]
 
 
 def _read_files(draft: Draft, depth: int) -> None:
-    """Read the files that have been named, and those that they name, each where it is named.
+    """Read the files named so far; files that they name are read in their place.
 
-    As with dnsmasq, a file counts once, however often it is named; thus a circle ends.
+    As in dnsmasq, each file is read once, so that a loop ends.
     """
     files, draft.files = draft.files, []
     for path in files:
         if depth > MAX_DEPTH:
-            raise ConfigError(f"conf-file: {shown(path)} is more than {MAX_DEPTH} files deep")
+            raise ConfigError(f"conf-file: {shown(path)} is nested more than {MAX_DEPTH} files deep")
         try:
             status = path.stat()
         except OSError as error:
@@ -131,27 +133,27 @@ def _read_files(draft: Draft, depth: int) -> None:
         for line in lines(path):
             where = f"{line.where}: {line.name}"
             option = _known(line.name, where, DOCUMENT)
-            if option.here:
-                raise ConfigError(f"{where}: an option for the command line only")
+            if option.command_line_only:
+                raise ConfigError(f"{where}: allowed on the command line only")
             _apply(draft, where, option, line.value, in_file=True)
             if draft.files:
                 _read_files(draft, depth + 1)
 
 
 def _apply(draft: Draft, where: str, option: Option, value: str | None, in_file: bool) -> None:
-    """Add one option to the draft. Raises ConfigError, and FileError for a folder."""
+    """Add one option to the draft. Raises ConfigError; FileError for a folder."""
     if value is not None and not option.value:
-        raise ConfigError(f"{where}: it takes no value, and {_shown(value)} is one")
+        raise ConfigError(f"{where}: unexpected value {_shown(value)}; this option takes none")
     if value is None and option.needs_value:
-        raise ConfigError(f"{where}: it takes {option.value}")
+        raise ConfigError(f"{where}: missing value; expected {option.value}")
     if option.once:
         if draft.once.get(option.name) is in_file:
-            raise ConfigError(f"{where}: given before; it counts once")
+            raise ConfigError(f"{where}: given more than once")
         draft.once[option.name] = in_file
     try:
         option.read(draft, value or "")
     except Rejected as error:
-        raise ConfigError(f"{where}: {_shown(value or '')} is not accepted; it takes {error}") from None
+        raise ConfigError(f"{where}: invalid value {_shown(value or '')}; expected {error}") from None
 
 
 def _shown(value: str) -> str:
@@ -159,11 +161,11 @@ def _shown(value: str) -> str:
     return repr(text if len(text) <= 200 else text[:200] + "..")
 
 
-# ---- what depends on several options ----
+# ---- combinations of options ----
 
 
 def _finish(draft: Draft) -> Settings:
-    """Settings from all that was said. Raises ConfigError for what does not fit together."""
+    """Create the settings. Raises ConfigError for options that contradict each other."""
     many = {name: tuple(items) for name, items in draft.many.items()}
     said: dict[str, Any] = draft.fields | many
     said["domain_servers"] = tuple(
@@ -171,7 +173,9 @@ def _finish(draft: Draft) -> Settings:
     )
     settings = Settings(**said)
     if settings.resolv and not settings.poll and len(settings.resolv_files) > 1:
-        raise ConfigError("--no-poll: it takes one --resolv-file: the newest of several is found by looking")
+        raise ConfigError(
+            "--no-poll: allowed with one --resolv-file only; finding the newest of several requires polling"
+        )
     _check_cnames(draft.cnames)
     changes: dict[str, Any] = {"records": tuple(_qualified(record, settings.domain) for record in settings.records)}
     if settings.interfaces or settings.except_interfaces or settings.listen_addresses:
@@ -182,7 +186,7 @@ def _finish(draft: Draft) -> Settings:
 
 
 def _qualified(record: StaticRecord, domain: bytes) -> StaticRecord:
-    """An SRV record of _SERVICE._PROTO alone goes into --domain."""
+    """Add --domain to an SRV record of _SERVICE._PROTO alone."""
     if record.type != message.Type.SRV or not domain or names.label_count(record.name) != 2:
         return record
     name = record.name[:-1] + domain
@@ -192,14 +196,14 @@ def _qualified(record: StaticRecord, domain: bytes) -> StaticRecord:
 
 
 def _check_cnames(cnames: dict[bytes, bytes]) -> None:
-    """Raises ConfigError where aliases lead in a circle."""
+    """Raise ConfigError if aliases form a loop."""
     fine: set[bytes] = set()
     for alias in cnames:
         path: dict[bytes, None] = {}
         name = alias
         while name in cnames and name not in fine:
             if name in path:
-                raise ConfigError(f"--cname: {names.name_to_text(name)} leads back to itself")
+                raise ConfigError(f"--cname: {names.name_to_text(name)} forms a loop")
             path[name] = None
             name = cnames[name]
         fine.update(path)

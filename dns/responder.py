@@ -203,9 +203,8 @@ def _fits(query: Query, body_bytes: int, most: int) -> bool:
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
     """Build the response of a cache entry for this client, without AA and AD, which are the server's claims."""
-    rcode = (
-        entry.rcode if entry.rcode <= message.RCODE_MASK or query.edns else Rcode.SERVFAIL
-    )  # only OPT has room for the upper bits
+    has_room = entry.rcode <= message.RCODE_MASK or query.edns  # only OPT has the upper bits
+    rcode = entry.rcode if has_room else Rcode.SERVFAIL
     # A truncated response has no TTLs to count down.
     body = entry.aged(now, source == "stale") if _fits(query, len(entry.body), most) else entry.body
     data = fitted(query, rcode, 0, body, entry.counts, most)

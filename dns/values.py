@@ -1,7 +1,6 @@
-"""What stands behind an option, read strictly into a draft of the settings.
+"""Reads the values of options, strictly, into a draft of the settings.
 
-A reader takes the draft and the option's value, and adds to the one what the other says; it raises Rejected, with what
-would be accepted in its place.
+A reader takes the draft and an option's value and adds it to the draft. It raises Rejected with what it expected.
 """
 
 from __future__ import annotations
@@ -20,42 +19,42 @@ from udpwatch.dns.names import lower, name_from_text, name_to_text, suffixes
 from udpwatch.dns.settings import DomainAddress, HostRecord, Server, Settings, StaticRecord
 
 MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
-MAX_CACHE_SIZE = 5_000_000  # where dnsmasq cuts off
-MAX_INTERFACE_BYTES = 15  # IFNAMSIZ, less its NUL
+MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
+MAX_INTERFACE_BYTES = 15  # IFNAMSIZ without its NUL
 ROOT = b"\0"
 
 
 @dataclass(frozen=True, slots=True)
 class Information:
-    """What was asked for instead of a responder: --help, --version or --test. Print it and end with status 0."""
+    """The output of --help, --version or --test: print it and exit with status 0."""
 
     text: str
 
 
 class Rejected(ValueError):
-    """What would be accepted."""
+    """An invalid value; the text is what was expected."""
 
 
 @dataclass(slots=True)
 class _Domain:
-    """What has been said about who answers for a domain."""
+    """The servers of a domain so far."""
 
-    kind: str  # "servers", "standard" or "ours"
+    kind: str  # "servers", "standard" ("#") or "local"
     servers: dict[Server, None] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Draft:
-    """What has been read so far. Dictionaries without values keep order and forget repetitions."""
+    """The options read so far. Dictionaries without values keep order and drop repetitions."""
 
-    fields: dict[str, Any] = field(default_factory=dict)  # of Settings, those with one value
-    many: dict[str, dict[Any, None]] = field(default_factory=dict)  # those with several
+    fields: dict[str, Any] = field(default_factory=dict)  # of Settings, with one value
+    many: dict[str, dict[Any, None]] = field(default_factory=dict)  # of Settings, with several values
     domains: dict[bytes, _Domain] = field(default_factory=dict)
     cnames: dict[bytes, bytes] = field(default_factory=dict)  # alias: target
-    local_service: str = ""  # "net", "host"; "": nothing said
-    once: dict[str, bool] = field(default_factory=dict)  # options that may come once: whether in a file
-    files: list[Path] = field(default_factory=list)  # to be read next
-    seen: set[tuple[int, int]] = field(default_factory=set)  # device and inode of files that have been read
+    local_service: str = ""  # "net", "host"; "": not given
+    once: dict[str, bool] = field(default_factory=dict)  # options that must not be repeated: whether from a file
+    files: list[Path] = field(default_factory=list)  # to read next
+    seen: set[tuple[int, int]] = field(default_factory=set)  # device and inode of the files that were read
     information: Information | None = None
     test: bool = False
 
@@ -66,7 +65,7 @@ class Draft:
 Read = Callable[[Draft, str], None]
 
 
-# ---- values: each returns what Settings holds, or raises Rejected ----
+# ---- values: each parser returns a value for Settings, or raises Rejected ----
 
 
 def whole(low: int, high: int) -> Callable[[str], int]:
@@ -90,20 +89,20 @@ def file_path(text: str) -> Path:
 
 
 def _name(text: str) -> bytes:
-    """Wire format in lower case. A name outside ASCII is refused: clients ask for its xn-- form, as dnsmasq would."""
+    """Convert to wire format in lower case. Only ASCII: clients ask for the xn-- form of other names."""
     if not text.isascii():
-        raise Rejected("names in ASCII; an international one in its xn-- form")
+        raise Rejected("a name in ASCII; write an international name in its xn-- form")
     if any(character < " " or character == "\x7f" for character in text) or text.strip(" .") == "":
-        raise Rejected("a name of at least one label, without control characters")
+        raise Rejected("a name with at least one label and without control characters")
     try:
         return lower(name_from_text(text))
     except ValueError as error:
-        raise Rejected(f"a name; this one has {error}") from None
+        raise Rejected(f"a valid name; this one has {error}") from None
 
 
 def domain_name(text: str) -> bytes:
     if text == "#" or "," in text:
-        raise Rejected("one domain, without a range of addresses, and not '#'")
+        raise Rejected("one domain, without an address range, other than '#'")
     return _name(text)
 
 
@@ -122,12 +121,12 @@ def listen_address(text: str) -> str:
 
 
 def _device(text: str, star: bool = False) -> str:
-    """An interface's name as the kernel takes it (dev_valid_name)."""
+    """Check an interface name as the kernel does (dev_valid_name)."""
     bare = text[:-1] if star and text.endswith("*") else text
     good = bare.isprintable() and not set(bare) & set(" /:*#@%") and bare not in (".", "..")
     if not good or not text or len(bare.encode()) > MAX_INTERFACE_BYTES:
-        rest = ", or its beginning and *" if star else ""
-        raise Rejected(f"the name of an interface, at most {MAX_INTERFACE_BYTES} bytes{rest}")
+        rest = ", or a prefix followed by *" if star else ""
+        raise Rejected(f"an interface name of at most {MAX_INTERFACE_BYTES} bytes{rest}")
     return text
 
 
@@ -137,7 +136,7 @@ def listening_device(text: str) -> str:
 
 def user_name(text: str) -> str:
     if not text or not text.isprintable() or "\0" in text or ":" in text:
-        raise Rejected("the name of a user")
+        raise Rejected("a user name")
     return text
 
 
@@ -157,7 +156,7 @@ def _server(text: str) -> Server:
     address = _address(numeric)
     interface, origin = "", ""
     if "#" in source:
-        raise Rejected("no port to ask from: each question has one of its own")
+        raise Rejected("no source port: each query has a random one")
     for number, part in enumerate(parts(source, "@") if "@" in text else []):
         try:
             asker = ipaddress.ip_address(part)
@@ -167,12 +166,12 @@ def _server(text: str) -> Server:
             interface = _device(part)
             continue
         if origin or number > 1 or asker.version != address.version:
-            raise Rejected("one source, an address of the server's family")
+            raise Rejected("one source address, of the server's family")
         origin = str(asker)
     if percent or (address.version == 6 and address.is_link_local):
         zone = zone or interface
         if not (address.version == 6 and address.is_link_local) or not zone:
-            raise Rejected("%INTERFACE with a link-local IPv6 address, and only there")
+            raise Rejected("%INTERFACE for a link-local IPv6 address, and for no other")
         numeric = f"{address}%{_device(zone)}"
     else:
         numeric = str(address)
@@ -180,14 +179,14 @@ def _server(text: str) -> Server:
 
 
 def _domains(text: str) -> tuple[list[bytes], str]:
-    """``/DOMAIN/../REST``: the domains and REST. ``#`` is the root, nothing is b""."""
+    """Split ``/DOMAIN/../REST`` into the domains and REST. ``#`` is the root, an empty domain is b""."""
     *names, rest = parts(text[1:], "/")
     if not text.startswith("/") or not names:
-        raise Rejected("/DOMAIN/ in front")
+        raise Rejected("/DOMAIN/ first")
     domains = []
     for name in names:
         if name.startswith("*"):
-            raise Rejected("whole labels: dnsmasq's *DOMAIN is not to be had here")
+            raise Rejected("whole labels; dnsmasq's *DOMAIN is not supported")
         domains.append(ROOT if name == "#" else _name(name.lstrip(".")) if name else b"")
     return domains, rest
 
@@ -198,32 +197,34 @@ def _domains(text: str) -> tuple[list[bytes], str]:
 def read_server(draft: Draft, value: str) -> None:
     value = plain(value)
     domains, rest = _domains(value) if value.startswith("/") else ([ROOT], value)
-    kind = {"": "ours", "#": "standard"}.get(rest, "servers")
+    kind = {"": "local", "#": "standard"}.get(rest, "servers")
     server = _server(rest) if kind == "servers" else None
     for domain in domains:
         if domain == ROOT:
             if server is None:
-                raise Rejected("an address, or a domain in front of nothing or '#'")
+                raise Rejected("an address, or a domain before nothing or '#'")
             draft.add("servers", server)
             continue
         entry = draft.domains.setdefault(domain, _Domain(kind))
         if entry.kind != kind:
             text = name_to_text(domain) if domain else "//"
-            raise Rejected(f"addresses, '#' or nothing, one of the three for a domain; {text} has another already")
+            raise Rejected(
+                f"addresses, '#' or nothing, the same kind each time for a domain; {text} already has another"
+            )
         if server is not None:
             entry.servers[server] = None
 
 
 def read_local(draft: Draft, value: str) -> None:
     if not plain(value).startswith("/"):
-        raise Rejected("/DOMAIN/; a server for everything is --server")
+        raise Rejected("/DOMAIN/; use --server for a default server")
     read_server(draft, value)
 
 
 def read_address(draft: Draft, value: str) -> None:
     domains, rest = _domains(plain(value))
     if b"" in domains:
-        raise Rejected("a domain, or '#' for every name; '//' is not to be had here")
+        raise Rejected("a domain, or '#' for every name; '//' is not supported")
     addresses = {"": (None,), "#": ("0.0.0.0", "::")}.get(rest) or (str(_address(rest)),)  # noqa: S104
     for domain in domains:
         for address in addresses:
@@ -247,7 +248,7 @@ def read_cname(draft: Draft, value: str) -> None:
         if name.startswith("*"):
             raise Rejected("aliases without *")
         if alias in draft.cnames:
-            raise Rejected(f"an alias once, and {name_to_text(alias)} has a target already")
+            raise Rejected(f"each alias once; {name_to_text(alias)} already has a target")
         draft.cnames[alias] = target
         draft.add("records", StaticRecord(alias, message.Type.CNAME, target, ttl))
 
@@ -257,23 +258,23 @@ def read_txt(draft: Draft, value: str) -> None:
     strings: list[bytes] = []
     for string in text.lstrip(" ").split(",") if comma else [""]:
         octets = plain(string).encode()
-        # A longer one goes on in another, as dnsmasq has it.
+        # A longer text continues in the next string, as in dnsmasq.
         strings += [octets[at : at + 255] for at in range(0, max(len(octets), 1), 255)]
     data = _packed(dnslib.TXT(strings))
     if len(data) > 65535:
-        raise Rejected("texts of 65535 octets at most")
+        raise Rejected("at most 65535 octets of text")
     draft.add("records", StaticRecord(_name(plain(name.strip(" "))), message.Type.TXT, data))
 
 
 def _packed(rdata: dnslib.RD) -> bytes:
-    """A record's data as on the names."""
+    """Return RDATA in wire format."""
     buffer = dnslib.DNSBuffer()
     rdata.pack(buffer)
     return bytes(buffer.data)
 
 
 def _label(name: bytes) -> dnslib.DNSLabel:
-    """dnslib's form of a name in wire format, by its labels: from text it would take the name through IDNA."""
+    """Convert a name in wire format to dnslib's form by its labels: from text, dnslib would apply IDNA."""
     return dnslib.DNSLabel([part[1 : 1 + part[0]] for part in suffixes(name) if part[0]])
 
 
@@ -318,10 +319,10 @@ def read_host_record(draft: Draft, value: str) -> None:
             names.append(_name(part))
             continue
         if address.version in addresses:
-            raise Rejected("one address of a family; another takes another --host-record")
+            raise Rejected("one address per family; use another --host-record for more")
         addresses[address.version] = str(_address(part))
     if not names or not addresses:
-        raise Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL], with a name and an address at least")
+        raise Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL] with at least a name and an address")
     draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
 
 
@@ -346,12 +347,12 @@ def stale_seconds(text: str) -> int:
     try:
         return seconds(text) or MAX_SECONDS
     except Rejected:
-        raise Rejected(f"seconds up to {MAX_SECONDS}, 0 for no limit, or 'off'") from None
+        raise Rejected(f"seconds from 1 to {MAX_SECONDS}, 0 for no limit, or 'off'") from None
 
 
 def read_conf_file(draft: Draft, value: str) -> None:
     if plain(value) == "-":
-        raise Rejected("a file; standard input is not read")
+        raise Rejected("a file; standard input is not supported")
     draft.files.append(file_path(plain(value)))
 
 
@@ -397,5 +398,5 @@ def several(name: str, parse: Callable[[str], object]) -> Read:
     return read
 
 
-def so_it_is(_: Draft, __: str) -> None:
-    """For what we do in any case."""
+def accept_noop(_: Draft, __: str) -> None:
+    """Accept an option whose behaviour is always on."""

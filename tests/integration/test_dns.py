@@ -248,7 +248,7 @@ def test_ready_once_loaded(lab: tuple[Namespace, Namespace], tmp_path: Path) -> 
     ("words", "status", "said"),
     [
         (["--no-such-option"], 1, "--no-such-option"),
-        (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "does not have this option"),
+        (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "does not support this dnsmasq option"),
         (["--port=99999"], 1, "port"),
         (["--conf-file=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
         (["--conf-dir=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),

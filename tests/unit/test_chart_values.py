@@ -113,7 +113,7 @@ def test_the_settings_are_those_of_the_agent() -> None:
 def test_the_dns_options_are_those_of_the_responder() -> None:
     pattern = SCHEMA["properties"]["dns"]["properties"]["options"]["items"]["pattern"]
     accepted = pattern.removeprefix("^(").partition(")")[0].split("|")
-    options = {option.name for option in OPTIONS if not option.here}
+    options = {option.name for option in OPTIONS if not option.command_line_only}
     assert options >= DNS_BY_THE_CHART.keys()
     assert accepted == [option.name for option in OPTIONS if option.name in options - DNS_BY_THE_CHART.keys()]
 

@@ -170,7 +170,7 @@ def test_silent_server_is_queried_last_for_a_while() -> None:
 
 def test_timeouts_before_a_response_do_not_count() -> None:
     first = iter([silent, after(1.5), silent, silent])
-    group = Group(lambda sent: next(first)(sent), after(2.5))
+    group = Group(lambda sent: next(first)(sent), after(2.5))  # noqa: PLW0108  each query takes the next one
 
     async def queries() -> None:
         await group.query()  # the first attempt times out at 3.0 s, the second one to FIRST succeeds at 3.1 s
