@@ -188,7 +188,7 @@ def _answers(node: Namespace) -> bool:
 
 
 @pytest.mark.parametrize(("name", "kind"), QUESTIONS)
-def test_as_dnsmasq(
+def test_same_responses_as_dnsmasq(
     lab: tuple[Namespace, Namespace], responder: Responder, dnsmasq: Namespace, name: str, kind: str
 ) -> None:
     ours, theirs = ask(lab[1], NODE, name, kind), ask(dnsmasq, "127.0.0.1", name, kind)
@@ -225,7 +225,7 @@ def test_without_upstream(folder: Path) -> None:
 # ---- the process ----
 
 
-def test_ready_once_loaded(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
+def test_ready_when_the_tables_are_loaded(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
     lines = [f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(300_000)]
     hosts = write(tmp_path / "hosts", *lines)
     with Lab() as built:
@@ -263,7 +263,7 @@ def test_exit_statuses(words: list[str], status: int, said: str | None) -> None:
         assert said in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-def test_no_permission(lab: tuple[Namespace, Namespace]) -> None:
+def test_missing_permission(lab: tuple[Namespace, Namespace]) -> None:
     wrapper = ("setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service")
     with Lab() as built:
         responder = Responder(built.namespace("node"), ready=False, wrapper=wrapper)
@@ -272,7 +272,7 @@ def test_no_permission(lab: tuple[Namespace, Namespace]) -> None:
         assert "CAP_NET_BIND_SERVICE is missing" in responder.said[-1] and len(responder.said) == 1
 
 
-def test_log_of_queries(lab: tuple[Namespace, Namespace], folder: Path) -> None:
+def test_query_log(lab: tuple[Namespace, Namespace], folder: Path) -> None:
     with Lab() as built:
         node = built.namespace("node")
         with FakeServer(node, "127.0.0.99", port=5300):
@@ -315,7 +315,7 @@ def test_statistics_on_request(lab: tuple[Namespace, Namespace], responder: Resp
     assert responder.has_said("cache size 10000, 0/")
 
 
-def test_interrupted_at_any_time(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
+def test_interrupt_at_any_time(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
     """SIGTERM while the table is being read."""
     lines = [f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(300_000)]
     hosts = write(tmp_path / "hosts", *lines)

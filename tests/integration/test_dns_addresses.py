@@ -117,7 +117,9 @@ def test_node_itself(scene: ContainerHost, responder: Responder, packet_watch: W
     assert responder.metric("dropped_total") == 0
 
 
-def test_the_watch_looks(scene: ContainerHost, packet_watch: Watch, port: int) -> None:
+def test_sensor_finds_a_server_with_the_bug_in_the_same_scene(
+    scene: ContainerHost, packet_watch: Watch, port: int
+) -> None:
     """A server that does what udpwatch dns does not is found, in this very scene."""
     with scene.node.socket() as server, scene.container.socket() as client:
         server.bind(("0.0.0.0", port))
@@ -130,7 +132,7 @@ def test_the_watch_looks(scene: ContainerHost, packet_watch: Watch, port: int) -
     assert packet_watch.count(port) == 1
 
 
-def test_each_family_is_counted_as_itself(scene: ContainerHost, responder: Responder) -> None:
+def test_families_are_counted_separately(scene: ContainerHost, responder: Responder) -> None:
     """Also where both ask in the very same octets, and the answer is remembered."""
 
     def asked(family: str) -> int:
@@ -146,7 +148,7 @@ def test_each_family_is_counted_as_itself(scene: ContainerHost, responder: Respo
     assert (asked("1"), asked("2")) == (before[0] + 2, before[1] + 3)
 
 
-def test_groups_get_no_answer(scene: ContainerHost, responder: Responder) -> None:
+def test_query_to_a_group_gets_no_response(scene: ContainerHost, responder: Responder) -> None:
     """Nobody may answer from a group's address, and any other would be wrong."""
     before = responder.metric("dropped_total", reason="group")
     with scene.container.socket() as four, scene.container.socket(socket.AF_INET6) as six:
@@ -164,7 +166,9 @@ def test_groups_get_no_answer(scene: ContainerHost, responder: Responder) -> Non
                 client.recv(100)
 
 
-def test_address_goes_while_upstream_is_asked(scene: ContainerHost, responder: Responder, upstream: FakeServer) -> None:
+def test_address_disappears_while_a_query_is_in_flight(
+    scene: ContainerHost, responder: Responder, upstream: FakeServer
+) -> None:
     arrived, go = threading.Event(), threading.Event()
 
     def slow(asked: Asked) -> bytes:
@@ -229,7 +233,7 @@ def comes(namespace: Namespace, address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["10.98.0.1", "fd98::1"])
-def test_listen_address_comes_goes_and_comes(lab: tuple[Namespace, Namespace], hosts: Path, address: str) -> None:
+def test_listen_address_appears_and_disappears(lab: tuple[Namespace, Namespace], hosts: Path, address: str) -> None:
     node, client = lab
     size = 128 if ":" in address else 32
     with Responder(node, f"--addn-hosts={hosts}", f"--listen-address={address},127.0.0.1") as responder:
@@ -246,7 +250,7 @@ def test_listen_address_comes_goes_and_comes(lab: tuple[Namespace, Namespace], h
         assert answers(node, "127.0.0.1", tcp=True)
 
 
-def test_address_that_is_still_checked_for_duplicates(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
+def test_address_during_duplicate_address_detection(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
     """A new IPv6 address cannot be bound for a second or two."""
     node, client = lab
     with Responder(node, f"--addn-hosts={hosts}", "--interface=eth0"):
@@ -266,7 +270,7 @@ def test_link_local_listen_address(lab: tuple[Namespace, Namespace], hosts: Path
         assert not answers(client, "fd01::1")
 
 
-def test_interface_comes_later(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
+def test_interface_appears_later(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
     node, client = lab
     with Responder(node, f"--addn-hosts={hosts}", "--interface=br*", "--except-interface=br7") as responder:
         assert answers(node, "127.0.0.1")  # loopback is always served with --interface, as by dnsmasq
@@ -297,7 +301,9 @@ def test_many_addresses_at_once(lab: tuple[Namespace, Namespace], hosts: Path) -
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
-def test_another_program_on_one_address(lab: tuple[Namespace, Namespace], hosts: Path, kind: socket.SocketKind) -> None:
+def test_another_program_uses_one_address(
+    lab: tuple[Namespace, Namespace], hosts: Path, kind: socket.SocketKind
+) -> None:
     """systemd-resolved has 127.0.0.53 port 53; that is no reason to fail."""
     node, client = lab
     with node.socket(kind=kind) as other:
@@ -312,7 +318,7 @@ def test_another_program_on_one_address(lab: tuple[Namespace, Namespace], hosts:
             comes(client, "10.1.0.9")
 
 
-def test_another_program_on_a_real_address(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
+def test_another_program_uses_a_real_address(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
     """libvirt's dnsmasq has its bridge; the address stays its own, also when it restarts."""
     node, client = lab
     node.ip("addr add 10.1.0.7/24 dev eth0")
@@ -328,7 +334,7 @@ def test_another_program_on_a_real_address(lab: tuple[Namespace, Namespace], hos
             assert not answers(client, "10.1.0.7", seconds=1.0)
 
 
-def test_taken_listen_address(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
+def test_listen_address_in_use(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
     node, _ = lab
     with node.socket() as other:
         other.bind(("10.1.0.1", PORT))
@@ -341,7 +347,7 @@ def test_taken_listen_address(lab: tuple[Namespace, Namespace], hosts: Path) -> 
         ]
 
 
-def test_every_address_is_taken(lab: tuple[Namespace, Namespace]) -> None:
+def test_every_address_in_use(lab: tuple[Namespace, Namespace]) -> None:
     node, _ = lab
     with node.socket() as four, node.socket(socket.AF_INET6) as six:
         four.bind(("0.0.0.0", PORT))
@@ -353,7 +359,7 @@ def test_every_address_is_taken(lab: tuple[Namespace, Namespace]) -> None:
         assert "other programs use it on every address" in responder.said[-1]
 
 
-def test_metrics_port_is_taken(lab: tuple[Namespace, Namespace]) -> None:
+def test_metrics_port_in_use(lab: tuple[Namespace, Namespace]) -> None:
     node, _ = lab
     with node.socket(kind=socket.SOCK_STREAM) as other:
         other.bind(("127.0.0.1", 9953))
@@ -462,7 +468,7 @@ def border() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
 
 
 @pytest.mark.parametrize("options", FENCES, ids=" ".join)
-def test_an_interface_is_a_fence(
+def test_queries_are_filtered_by_ingress_interface(
     border: tuple[Namespace, Namespace, Namespace], hosts: Path, options: tuple[str, ...]
 ) -> None:
     """An address is none: a host on the WAN may send to one of the LAN's, and to one of lo's (CVE-2012-3411)."""
@@ -479,7 +485,7 @@ def test_an_interface_is_a_fence(
         assert responder.has_said("ignoring query on interface wan0") == (for_wan != for_lan)
 
 
-def test_a_fence_follows_its_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:
+def test_filter_follows_a_renamed_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:
     """What was remembered of an interface ends with its name."""
     node, lan, _ = border
     with Responder(node, f"--addn-hosts={hosts}", "--interface=lan*"):
@@ -499,7 +505,7 @@ def test_a_fence_follows_its_interface(border: tuple[Namespace, Namespace, Names
 
 
 @pytest.mark.parametrize("server", ["127.0.0.1", "127.0.0.7", "10.1.0.1", "fd01::1", "0.0.0.0", "::ffff:127.0.0.1"])
-def test_itself_is_no_upstream(lab: tuple[Namespace, Namespace], server: str) -> None:
+def test_responder_does_not_query_itself(lab: tuple[Namespace, Namespace], server: str) -> None:
     node, client = lab
     options = (f"--server={server}", f"--server=/corp.example/{server}")
     with Responder(node, *options) as responder:
@@ -509,7 +515,7 @@ def test_itself_is_no_upstream(lab: tuple[Namespace, Namespace], server: str) ->
         assert "udpwatch_dns_upstream_requests_total{" not in responder.get("/metrics")[1]
 
 
-def test_link_local_upstream_is_of_its_link(lab: tuple[Namespace, Namespace]) -> None:
+def test_link_local_upstream_belongs_to_its_link(lab: tuple[Namespace, Namespace]) -> None:
     """Docker gives its bridge fe80::1, and so do many routers to themselves."""
     node, client = lab
     node.ip("link add docker0 type bridge", "link set docker0 up", "addr add fe80::1/64 dev docker0 nodad")
@@ -520,7 +526,7 @@ def test_link_local_upstream_is_of_its_link(lab: tuple[Namespace, Namespace]) ->
         assert texts(ask(client, "10.1.0.1", "www.example")) == ["192.0.2.80"]
 
 
-def test_upstream_becomes_our_own_address(lab: tuple[Namespace, Namespace]) -> None:
+def test_upstream_address_becomes_our_own(lab: tuple[Namespace, Namespace]) -> None:
     node, client = lab
     with Responder(node, "--server=10.1.0.77") as responder:
         node.ip("addr add 10.1.0.77/24 dev eth0")

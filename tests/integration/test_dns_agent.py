@@ -45,7 +45,7 @@ def wrong_reply(scene: ContainerHost, port: int) -> None:
         assert client.recvfrom(100)[1][0] == scene.DOCKER0
 
 
-def test_both_at_once(
+def test_sensor_and_responder_together(
     scene: ContainerHost, folder: Path, conf: Path, hosts: Path, port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with FakeServer(scene.outside, scene.OUTSIDE), InNamespace(scene, folder, f"--dns-conf={conf}") as agent:
@@ -86,7 +86,7 @@ def test_both_at_once(
         assert resident <= RESIDENT_MB
 
 
-def test_addresses_that_come_later(scene: ContainerHost, folder: Path, hosts: Path) -> None:
+def test_addresses_that_appear_later(scene: ContainerHost, folder: Path, hosts: Path) -> None:
     """Most capabilities have been given up by then; port 53 still needs one."""
     lines = ["no-hosts", "no-resolv", f"addn-hosts={hosts}", "listen-address=172.17.0.53,fd00:17::53"]
     conf = write(folder / "dns.conf", *lines)
@@ -110,7 +110,7 @@ def _answers(scene: ContainerHost, address: str) -> bool:
         return False
 
 
-def test_port_is_taken(scene: ContainerHost, folder: Path) -> None:
+def test_port_in_use(scene: ContainerHost, folder: Path) -> None:
     conf = write(folder / "dns.conf", f"listen-address={scene.ETH0}")
     with scene.node.socket() as other:
         other.bind((scene.ETH0, 53))
@@ -121,7 +121,7 @@ def test_port_is_taken(scene: ContainerHost, folder: Path) -> None:
         assert len(agent.said) == 1
 
 
-def test_stopped_while_it_reads(scene: ContainerHost, folder: Path, hosts: Path, conf: Path) -> None:
+def test_stop_while_tables_are_read(scene: ContainerHost, folder: Path, hosts: Path, conf: Path) -> None:
     write(hosts, *(f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(200_000)))
     agent = InNamespace(scene, folder, f"--dns-conf={conf}", ready=False)
     wait_for(lambda: any("metrics on" in line for line in agent.said), "it to start")

@@ -60,7 +60,7 @@ def the_same(answers: dict[str, dns.message.Message]) -> str:
     return f"back in time: {got}" if other < one else ""
 
 
-def test_a_hundred_generations(node: Namespace, tmp_path: Path) -> None:
+def test_hundred_reloads_under_load(node: Namespace, tmp_path: Path) -> None:
     hosts = tmp_path / "hosts"
     generation(hosts, 0)
     with Responder(node, f"--addn-hosts={hosts}") as responder:
@@ -152,7 +152,7 @@ def test_folder(node: Namespace, tmp_path: Path) -> None:
         wait_for(lambda: rcode(ask(node, NODE, "a.test")) == "REFUSED", "the file to be gone")
 
 
-def test_file_that_comes_later(node: Namespace, tmp_path: Path) -> None:
+def test_file_that_appears_later(node: Namespace, tmp_path: Path) -> None:
     hosts = tmp_path / "later" / "hosts"
     with Responder(node, f"--addn-hosts={hosts}") as responder:
         assert responder.has_said(f"cannot read {hosts}: No such file or directory")
@@ -201,7 +201,7 @@ def test_unreadable_files_are_counted(node: Namespace, tmp_path: Path) -> None:
         wait_for(lambda: responder.metric("hosts_unreadable") == 0, "all to be read")
 
 
-def test_unreadable_for_its_mode(node: Namespace, tmp_path: Path) -> None:
+def test_unreadable_by_permission(node: Namespace, tmp_path: Path) -> None:
     """Without CAP_DAC_OVERRIDE, as in the agent: chmod is a change, too."""
     hosts = write(tmp_path / "hosts", "10.0.0.1 a.test")
     tmp_path.chmod(0o755)
@@ -216,7 +216,7 @@ def test_unreadable_for_its_mode(node: Namespace, tmp_path: Path) -> None:
         wait_for(lambda: is_at(node, "10.0.0.2"), "the file to be read", seconds=4)
 
 
-def test_hangup_forgets_the_cache(node: Namespace) -> None:
+def test_hangup_clears_the_cache(node: Namespace) -> None:
     with FakeServer(node, "127.0.0.99", port=5300) as server:
         with Responder(node, "--server=127.0.0.99#5300") as responder:
             for _ in range(3):

@@ -86,7 +86,7 @@ def many_descriptors(count: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("address", [NODE, "fd01::1"])
-def test_a_thousand_idle_connections(lab: tuple[Namespace, Namespace], responder: Responder, address: str) -> None:
+def test_thousand_idle_connections(lab: tuple[Namespace, Namespace], responder: Responder, address: str) -> None:
     """From one client, which for IPv6 is a /64: another one is answered within a second, and so is this one."""
     node, client = lab
     if ":" in address:
@@ -110,7 +110,7 @@ def test_a_thousand_idle_connections(lab: tuple[Namespace, Namespace], responder
     wait_for(lambda: responder.metric("tcp_connections") == 0, "them to be forgotten")
 
 
-def test_idle_connections_end(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
+def test_idle_connections_are_closed(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
     with connected(lab[1], NODE, socket.SOCK_STREAM) as link:
         link.settimeout(60)
         send_message(link, bare_query("host.test"))
@@ -168,7 +168,7 @@ def test_half_close(lab: tuple[Namespace, Namespace], responder: Responder) -> N
 
 
 @pytest.mark.parametrize("name", ["host.test", "pipeline{}.example"])
-def test_pipelined(lab: tuple[Namespace, Namespace], responder: Responder, name: str) -> None:
+def test_pipelined_queries(lab: tuple[Namespace, Namespace], responder: Responder, name: str) -> None:
     with connected(lab[1], NODE, socket.SOCK_STREAM) as link:
         queries = [bare_query(name.format(number), number) for number in range(2_000)]
         data = b"".join(struct.pack("!H", len(query)) + query for query in queries)
@@ -180,7 +180,7 @@ def test_pipelined(lab: tuple[Namespace, Namespace], responder: Responder, name:
         assert all(rcode(answer) == "NOERROR" and answer.answer for answer in answers)
 
 
-def test_byte_by_byte(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
+def test_query_byte_by_byte(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
     with connected(lab[1], NODE, socket.SOCK_STREAM) as link:
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         query = bare_query("host.test", 77)
@@ -222,7 +222,7 @@ def test_reset_in_the_middle(lab: tuple[Namespace, Namespace], responder: Respon
     assert texts(ask(lab[1], NODE, "host.test", tcp=True)) == ["10.0.0.1"]
 
 
-def test_big_answers(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
+def test_large_responses(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
     """Over UDP they are cut, with the question in them; over TCP they are whole."""
     short = ask(lab[1], NODE, "big.test")
     assert short.flags & 0x0200 and not short.answer and short.question

@@ -113,7 +113,7 @@ def long_answer(asked: Asked) -> bytes:
     return asked.data[:2] + struct.pack("!HHHHH", 0x8180, 1, count, 0, 0) + question + records
 
 
-def test_long_answers_let_go_at_once(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     """900 answers of 60 KB: memory stays bounded, the event loop goes on, and everything refused is counted."""
     held: list[Asked] = []
 

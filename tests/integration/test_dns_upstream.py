@@ -253,7 +253,7 @@ def faulty(scene: Scene) -> Iterator[tuple[FakeServer, FakeServer, Responder]]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_next_server_is_tried(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder], fault: str) -> None:
+def test_next_server_is_queried(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder], fault: str) -> None:
     first, second, _ = faulty
     name = f"{_letters(fault)}.next.example"
     for server in (first, second):
@@ -292,7 +292,7 @@ def test_servfail_in_time(scene: Scene, faulty: tuple[FakeServer, FakeServer, Re
         assert not got[number].answer, fault
 
 
-def test_bomb_in_the_data(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder]) -> None:
+def test_malicious_response(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder]) -> None:
     """What is in a record is passed on as it came: it costs us nothing."""
     for server in faulty[:2]:
         server.script = truncated(bomb)
@@ -300,7 +300,7 @@ def test_bomb_in_the_data(scene: Scene, faulty: tuple[FakeServer, FakeServer, Re
     assert rcode(answer) == "SERVFAIL" or answer.flags & dns.flags.TC
 
 
-def test_aliases_however_many(scene: Scene) -> None:
+def test_long_cname_chain(scene: Scene) -> None:
     """As dnsmasq: a long chain is an answer, and kept; one that leads back is passed on, and asked for again."""
 
     def chained(asked: Asked) -> bytes:
@@ -323,14 +323,14 @@ def test_aliases_however_many(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize("way", ["slow", "byte by byte", "truncated"])
-def test_answer_after_all(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder], way: str) -> None:
+def test_late_response_counts(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder], way: str) -> None:
     first, second, _ = faulty
     script = {"slow": slow, "byte by byte": truncated(byte_by_byte), "truncated": truncated(right)}[way]
     first.script = second.script = script
     assert texts(scene.ask(f"{way.replace(' ', '')}.late.example", port=FAULTY_PORT)) == GOOD
 
 
-def test_nobody_listens(scene: Scene) -> None:
+def test_server_without_listener(scene: Scene) -> None:
     """ICMP says so at once: the next server is asked without waiting."""
     with FakeServer(scene.servers, SECOND), responder(scene, servers=("10.2.0.8", SECOND)) as running:
         assert texts(scene.ask("icmp.example")) == GOOD
@@ -341,7 +341,7 @@ def test_nobody_listens(scene: Scene) -> None:
         assert rcode(scene.ask("icmp.example")) == "SERVFAIL"
 
 
-def test_a_server_that_does_not_know_edns(scene: Scene) -> None:
+def test_server_without_edns(scene: Scene) -> None:
     """FORMERR in twelve octets, as old servers say it: the question is put again without OPT, at once."""
 
     def old(asked: Asked) -> bytes:
@@ -356,7 +356,7 @@ def test_a_server_that_does_not_know_edns(scene: Scene) -> None:
         assert server.names() == ["old.example.", "old.example."]
 
 
-def test_a_refusal_without_a_question(scene: Scene) -> None:
+def test_error_without_question(scene: Scene) -> None:
     """It is a refusal, not a forgery: the next server is asked at once."""
     with (
         FakeServer(scene.servers, FIRST, lambda asked: asked.data[:2] + b"\x80\x05" + bytes(8)),
@@ -376,12 +376,12 @@ def test_no_such_host(scene: Scene) -> None:
         assert rcode(scene.ask("nohost.example")) == "SERVFAIL"
 
 
-def test_over_ipv6(scene: Scene) -> None:
+def test_upstream_over_ipv6(scene: Scene) -> None:
     with FakeServer(scene.servers, "fd02::2", truncated(right)), responder(scene, servers=("fd02::2",)):
         assert texts(scene.ask("six.example")) == GOOD
 
 
-def test_asked_from(scene: Scene) -> None:
+def test_source_address_and_interface(scene: Scene) -> None:
     """ADDRESS@SOURCE, ADDRESS@INTERFACE, and a link-local server."""
     scene.servers.ip("addr add fe80::53/64 dev eth0 nodad")
     with FakeServer(scene.servers, FIRST) as server:
@@ -413,7 +413,7 @@ def test_failover_and_back(scene: Scene) -> None:
 # ---- asked once, kept, and counted down ----
 
 
-def test_same_question_of_many(scene: Scene) -> None:
+def test_same_query_of_many_clients(scene: Scene) -> None:
     go = threading.Event()
 
     def script(asked: Asked) -> bytes:
@@ -444,7 +444,7 @@ def test_ttl_counts_down(scene: Scene) -> None:
         assert len(server.asked) == 1
 
 
-def test_negative_answers_are_kept(scene: Scene) -> None:
+def test_negative_responses_are_cached(scene: Scene) -> None:
     soa = ("60 SOA ns. admin. 1 2 3 4 60",)
     script: Script = lambda asked: asked.answer(rcode=3, authority=soa)  # noqa: E731
     with FakeServer(scene.servers, FIRST, script) as server, responder(scene):
@@ -454,7 +454,7 @@ def test_negative_answers_are_kept(scene: Scene) -> None:
         assert len(server.asked) == 1
 
 
-def test_servfail_is_kept_briefly(scene: Scene) -> None:
+def test_servfail_is_cached_briefly(scene: Scene) -> None:
     with FakeServer(scene.servers, FIRST, code(2)) as server, responder(scene):
         assert rcode(scene.ask("fail.example")) == "SERVFAIL"
         asked = len(server.asked)
@@ -464,7 +464,7 @@ def test_servfail_is_kept_briefly(scene: Scene) -> None:
         wait_for(lambda: texts(scene.ask("fail.example")) == GOOD, "it to be asked again")
 
 
-def test_stale_answers(scene: Scene) -> None:
+def test_stale_responses(scene: Scene) -> None:
     short: Script = lambda asked: asked.answer("1 A 192.0.2.80")  # noqa: E731
     with FakeServer(scene.servers, FIRST, short) as server, responder(scene) as running:
         assert texts(scene.ask("stale.example")) == GOOD
@@ -479,7 +479,7 @@ def test_stale_answers(scene: Scene) -> None:
         wait_for(lambda: texts(scene.ask("stale.example")) == ["192.0.2.99"], "the server to be asked again")
 
 
-def test_no_stale_answers(scene: Scene) -> None:
+def test_no_stale_responses_when_disabled(scene: Scene) -> None:
     short: Script = lambda asked: asked.answer("1 A 192.0.2.80")  # noqa: E731
     with FakeServer(scene.servers, FIRST, short) as server, responder(scene, "--use-stale-cache=off"):
         assert texts(scene.ask("stale.example")) == GOOD
@@ -498,7 +498,7 @@ def test_forward_limit(scene: Scene) -> None:
         assert running.metric("forward_rejects_total") == 30
 
 
-def test_forward_limit_is_each_domains_own(scene: Scene) -> None:
+def test_forward_limit_is_per_domain(scene: Scene) -> None:
     """A dead server has what it may have, the others have theirs."""
     limit = 20
     options = (f"--dns-forward-max={limit}", f"--server=/dead.example/{SECOND}", f"--server=/dying.example/{THIRD}")
@@ -537,7 +537,7 @@ def test_servers_of_domains(scene: Scene) -> None:
 # ---- guessing ----
 
 
-def test_ports_and_ids_differ(scene: Scene) -> None:
+def test_ports_and_ids_are_random(scene: Scene) -> None:
     with FakeServer(scene.servers, FIRST) as server, responder(scene, "--cache-size=0"):
         with connected(scene.client, NODE) as client:
             for number in range(200):
@@ -551,7 +551,7 @@ def test_ports_and_ids_differ(scene: Scene) -> None:
         assert sum(step <= 2 for step in steps) < 20  # not one after the other
 
 
-def test_forged_answers(scene: Scene) -> None:
+def test_forged_responses(scene: Scene) -> None:
     """65,535 wrong ids and one wrong question, from the server's own address and port, before the true answer."""
     done = threading.Event()
 
@@ -574,7 +574,7 @@ def test_forged_answers(scene: Scene) -> None:
         assert texts(scene.ask("forged.example")) == GOOD  # nothing else was kept
 
 
-def test_forged_from_elsewhere(scene: Scene) -> None:
+def test_forged_responses_from_other_addresses(scene: Scene) -> None:
     """Another port, another address: the kernel does not even deliver them."""
 
     def script(asked: Asked) -> bytes:
@@ -607,7 +607,7 @@ def flood(scene: Scene, count: int, window: int = 400) -> int:
     return answered
 
 
-def test_nothing_leaks(scene: Scene) -> None:
+def test_no_descriptor_or_memory_leaks(scene: Scene) -> None:
     """2,000 forwarded questions and 500 TCP connections later the process has the descriptors that it had."""
     with FakeServer(scene.servers, FIRST), responder(scene, "--cache-size=0") as running:
         scene.ask("warm.example")
@@ -708,7 +708,7 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
             wait_for(lambda: rcode(scene.ask("six.example")) == "NOERROR", "the file to be back")
 
 
-def test_files_that_cannot_be_read_for_a_moment(scene: Scene, tmp_path: Path) -> None:
+def test_temporarily_unreadable_files(scene: Scene, tmp_path: Path) -> None:
     """No descriptor is free when they change, and they do not change again."""
     resolv, hosts = tmp_path / "resolv.conf", tmp_path / "hosts"
     write(resolv, "nameserver 10.2.0.2")
@@ -745,7 +745,7 @@ def test_resolv_file_without_poll(scene: Scene, tmp_path: Path) -> None:
             assert texts(scene.ask("two.example")) == GOOD and len(second.asked) == 1
 
 
-def test_asyncio_has_nothing_to_complain_of(scene: Scene) -> None:
+def test_asyncio_debug_mode_reports_nothing(scene: Scene) -> None:
     wrapper = environment(PYTHONASYNCIODEBUG="1", PYTHONWARNINGS="error")
     with FakeServer(scene.servers, FIRST, truncated(right)):
         with Responder(scene.node, f"--server={FIRST}", wrapper=wrapper) as running:

@@ -186,7 +186,7 @@ def responder(*servers: Server) -> Responder:
 
 @pytest.mark.parametrize("tcp", [False, True], ids=["udp", "tcp"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.label)
-def test_each_gets_what_the_table_says(case: Case, tcp: bool) -> None:
+def test_query_gets_the_response_of_the_table(case: Case, tcp: bool) -> None:
     found = responder().respond(case.data, 0.0, tcp)
     if case.rcode is None:
         assert found == Drop(case.reason)
@@ -223,7 +223,7 @@ def test_each_gets_what_the_table_says(case: Case, tcp: bool) -> None:
         assert data[-2:] == b"\0\0"
 
 
-def test_the_cases_are_told_apart() -> None:
+def test_cases_have_unique_names() -> None:
     assert len({case.label for case in CASES}) == len(CASES)
 
 
@@ -231,7 +231,7 @@ def test_the_cases_are_told_apart() -> None:
 @pytest.mark.parametrize(
     "data", [m.query(UNKNOWN), m.query(KNOWN, 252), m.query(KNOWN)[:-1], m.query(KNOWN, flags=0x7800)]
 )
-def test_errors_echo_no_flag(data: bytes, bits: int) -> None:
+def test_error_does_not_echo_flags(data: bytes, bits: int) -> None:
     """The same errors with and without them."""
     with_bits = data[:2] + struct.pack("!H", m.flags_of(data) | bits) + data[4:]
     plain, other = (responder().respond(each, 0.0) for each in (data, with_bits))
@@ -240,11 +240,11 @@ def test_errors_echo_no_flag(data: bytes, bits: int) -> None:
 
 
 @pytest.mark.parametrize("data", [m.query(UNKNOWN), m.query(b"\x04\xff\0.\x80\x00"), raw(NAME_255), raw(b"\0")])
-def test_what_is_odd_but_proper_is_passed_on(data: bytes) -> None:
+def test_unusual_but_valid_query_is_forwarded(data: bytes) -> None:
     assert isinstance(responder(Server("192.0.2.1")).respond(data, 0.0), Forward)
 
 
-def test_any_without_addresses_says_so() -> None:
+def test_any_without_addresses_gets_hinfo() -> None:
     """HINFO (RFC 8482, section 4.2) stands for records of other types; a name that has nothing says nothing."""
     text = responder().respond(m.query("text.example", m.ANY), 0.0)
     assert isinstance(text, Reply)
@@ -256,7 +256,7 @@ def test_any_without_addresses_says_so() -> None:
 
 
 @pytest.mark.parametrize("flags", [0, m.DO])
-def test_do_is_copied(flags: int) -> None:
+def test_do_flag_is_copied(flags: int) -> None:
     """RFC 3225, section 3."""
     found = responder().respond(m.query(KNOWN, m.A, m.opt(flags=flags)), 0.0)
     assert isinstance(found, Reply)

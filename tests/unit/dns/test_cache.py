@@ -151,11 +151,11 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (m.response(NAME, m.SOA, (m.soa(30, 5),)), 30),
     ],
 )
-def test_how_long_it_is_kept(data: bytes, expected: int) -> None:
+def test_lifetime_of_responses(data: bytes, expected: int) -> None:
     assert lifetime(data) == expected
 
 
-def test_neg_ttl_is_for_answers_without_soa() -> None:
+def test_neg_ttl_applies_to_responses_without_soa() -> None:
     assert lifetime(negative(), neg_ttl=40) == 40
     assert lifetime(negative(rcode=Rcode.NXDOMAIN), neg_ttl=40) == 40
     assert lifetime(negative(m.soa(300, 60)), neg_ttl=40) == 60
@@ -163,13 +163,13 @@ def test_neg_ttl_is_for_answers_without_soa() -> None:
     assert lifetime(positive(), neg_ttl=40) == 300
 
 
-def test_negcache_off() -> None:
+def test_no_negcache_keeps_no_negative_response() -> None:
     for data in (negative(m.soa(300, 60)), negative(rcode=Rcode.NXDOMAIN)):
         assert lifetime(data, negcache=False, neg_ttl=40) == 0
     assert lifetime(positive(), negcache=False) == 300
 
 
-def test_max_ttl_is_what_a_client_sees() -> None:
+def test_max_ttl_limits_what_clients_see() -> None:
     """And not how long an answer is kept, as with dnsmasq."""
     kept = Cache(10, 1000)
     kept.put(KEY, entry(positive(address(300), address(20)), max_ttl=5))
@@ -186,7 +186,7 @@ def test_max_ttl_is_what_a_client_sees() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60, 300])
-def test_chains_of_aliases(length: int) -> None:
+def test_cname_chains_are_followed(length: int) -> None:
     names = [m.name(NAME), *(m.name(f"n{each}.example") for each in range(length))]
     links = [alias(100 + each, names[each + 1], names[each]) for each in range(length)]
     random.Random(1).shuffle(links)  # noqa: S311
@@ -195,7 +195,7 @@ def test_chains_of_aliases(length: int) -> None:
     assert [len(part) for part in follow(parse_response(data))[::2]] == [length, 1]
 
 
-def test_a_loop_of_aliases_is_not_kept() -> None:
+def test_cname_loop_is_not_cached() -> None:
     back = alias(300, m.name(NAME), OTHER)
     for data in (positive(alias(300, OTHER), back), positive(alias(300, OTHER), alias(300, OTHER, OTHER))):
         assert lifetime(data) == 0
@@ -205,7 +205,7 @@ def test_a_loop_of_aliases_is_not_kept() -> None:
     assert lifetime(negative(soa, answers=(alias(300, OTHER), back))) == 0, "nor as NODATA"
 
 
-def test_names_that_cannot_be_read_are_not_kept() -> None:
+def test_response_with_invalid_names_is_not_cached() -> None:
     cut = m.record(m.CNAME, b"\x05oth", 300)
     assert lifetime(positive(cut)) == 0
     assert lifetime(positive(m.record(m.CNAME, OTHER + b"x", 300))) == 0
@@ -214,7 +214,7 @@ def test_names_that_cannot_be_read_are_not_kept() -> None:
 # ---- how a client gets it ----
 
 
-def test_ttls_count_down_by_whole_seconds() -> None:
+def test_ttls_count_down_in_whole_seconds() -> None:
     kept = Cache(10, 0)
     kept.put(KEY, entry(positive(address(300), address(10)), 1000.7))
     made = responder(kept)
@@ -224,7 +224,7 @@ def test_ttls_count_down_by_whole_seconds() -> None:
     assert isinstance(made.respond(m.query(NAME), 1010.7), Forward), "expired"
 
 
-def test_until_is_when_they_count_down() -> None:
+def test_reply_is_valid_until_its_ttls_change() -> None:
     kept = Cache(10, 0)
     kept.put(KEY, entry(positive(address(3)), 1000.75))
     made = responder(kept)
@@ -236,12 +236,12 @@ def test_until_is_when_they_count_down() -> None:
         assert isinstance(later, Forward) or later.data != reply.data
 
 
-def test_a_ttl_of_0_is_given_as_0() -> None:
+def test_ttl_of_0_stays_0() -> None:
     made = entry(positive(address(0), address(0xFFFFFFFF)))
     assert ttls(from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward").data) == [0, 0]
 
 
-def test_opt_and_what_is_behind_it_stay_behind() -> None:
+def test_opt_and_records_after_it_are_not_forwarded() -> None:
     behind = m.record(250, b"signature", 0)
     data = m.response(NAME, m.A, (address(300),), (), (address(30, OTHER), m.opt(m.option(10, bytes(16))), behind))
     made = entry(data + b"trailing")
@@ -253,14 +253,14 @@ def test_opt_and_what_is_behind_it_stay_behind() -> None:
     assert with_edns == m.header(1, 1, 0, 2, m.QR | m.RD | m.RA) + m.question(NAME) + made.body + m.opt()
 
 
-def test_the_upstreams_flags_are_its_own() -> None:
+def test_upstream_flags_are_not_passed_on() -> None:
     made = entry(positive(flags=m.AA | m.AD | m.CD | m.Z | m.RA))
     reply = from_entry(parse_query(m.query(NAME, flags=m.RD)), made, 512, 0.0, "cache")
     assert m.flags_of(reply.data) == m.QR | m.RD | m.RA
 
 
 @pytest.mark.parametrize("asked", ["www.example", "WWW.EXAMPLE", "wWw.ExAmPlE"])
-def test_pointers_into_the_question_survive_another_case(asked: str) -> None:
+def test_pointers_into_a_question_in_another_case_stay_valid(asked: str) -> None:
     kept = Cache(10, 0)
     below = b"\x03ftp\xc0\x10"  # ftp.example, by way of the question
     data = m.response("Www.exAmple", m.A, (alias(60, below), address(50, b"\xc0\x29")))
@@ -277,7 +277,7 @@ def test_pointers_into_the_question_survive_another_case(asked: str) -> None:
     assert reply.query.key == KEY
 
 
-def test_do_and_cd_are_other_questions() -> None:
+def test_do_and_cd_have_entries_of_their_own() -> None:
     queries = [
         m.query(NAME, m.A, *extra, flags=flags) for flags in (m.RD, m.RD | m.CD) for extra in ((m.opt(flags=m.DO),), ())
     ]
@@ -306,7 +306,7 @@ def test_do_and_cd_are_other_questions() -> None:
         (512, True, 65535),
     ],
 )
-def test_what_is_too_long_says_so(edns: int | None, tcp: bool, most: int) -> None:
+def test_response_too_long_is_truncated(edns: int | None, tcp: bool, most: int) -> None:
     """TC, with the question, which stub resolvers match, and OPT; and nothing else."""
     extra = () if edns is None else (m.opt(size=edns),)
     data, ours = m.query(NAME, m.A, *extra), b"" if edns is None else m.opt()
@@ -324,7 +324,7 @@ def test_what_is_too_long_says_so(edns: int | None, tcp: bool, most: int) -> Non
             assert reply.data == m.header(1, 0, 0, len(extra), flags | m.TC) + m.question(NAME) + ours
 
 
-def test_edns_packet_max_is_the_limit() -> None:
+def test_edns_packet_max_limits_responses() -> None:
     kept = Cache(10, 0)
     kept.put(KEY, Entry(0, bytes(3000), (1, 0, 0), array("H"), 0.0, 100.0))
     for limit, truncated in ((512, True), (4096, False), (65535, False)):
@@ -332,13 +332,13 @@ def test_edns_packet_max_is_the_limit() -> None:
         assert bool(m.flags_of(reply.data) & m.TC) == truncated
 
 
-def test_a_count_that_no_header_holds() -> None:
+def test_counts_above_the_header_field_are_rejected() -> None:
     """It is not even tried to write it: the body is too long before."""
     data = fitted(parse_query(m.query(NAME)), 0, 0, bytes(1_600_000), (100_000, 0, 0), 65_535)
     assert m.flags_of(data) & m.TC
 
 
-def test_local_answers_too_long_are_truncated() -> None:
+def test_local_response_too_long_is_truncated() -> None:
     record = StaticRecord(name_from_text(NAME), m.TXT, b"\xff" + bytes(255))
     made = responder(Cache(0, 0), records=(record,) * 3)
     reply = respond(made, m.query(NAME, m.TXT), 0.0)
@@ -347,14 +347,14 @@ def test_local_answers_too_long_are_truncated() -> None:
     assert m.counts_of(respond(made, m.query(NAME, m.TXT), 0.0, True).data) == (1, 3, 0, 0)
 
 
-def test_any_gets_one_kind() -> None:
+def test_any_gets_records_of_one_type() -> None:
     """RFC 8482, section 4.1."""
     hosts = (HostRecord((name_from_text(NAME),), ("192.0.2.1", "192.0.2.2", "2001:db8::1")),)
     reply = respond(responder(Cache(0, 0), host_records=hosts), m.query(NAME, m.ANY), 0.0)
     assert [record.type for record in parse_response(reply.data).records] == [m.A, m.A]
 
 
-def test_extended_codes_need_opt() -> None:
+def test_extended_response_code_needs_opt() -> None:
     """BADCOOKIE of an upstream server is not NOERROR for a client that cannot read it."""
     made = Entry(23, b"", (0, 0, 0), array("H"), 0.0, 0.0)
     plain = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
@@ -366,7 +366,7 @@ def test_extended_codes_need_opt() -> None:
 # ---- when servers are down ----
 
 
-def test_failures_are_kept_for_seconds() -> None:
+def test_failure_is_cached_briefly() -> None:
     kept = Cache(10, 3600)
     kept.put(KEY, failure(50.0))
     made = responder(kept)
@@ -377,7 +377,7 @@ def test_failures_are_kept_for_seconds() -> None:
     assert kept.stand_in(KEY, 60.0) is None, "a failure stands in for nothing"
 
 
-def test_an_expired_answer_stands_in() -> None:
+def test_expired_response_is_served_stale() -> None:
     kept = Cache(10, 1000)
     kept.put(KEY, entry(positive(address(300), address(3000)), 0.0))
     made = responder(kept)
@@ -396,7 +396,7 @@ def test_an_expired_answer_stands_in() -> None:
     assert respond(made, m.query(NAME), 1401.0).source == "cache"
 
 
-def test_nothing_stands_in_where_that_is_off() -> None:
+def test_no_stale_response_when_disabled() -> None:
     kept = Cache(10, 0)
     kept.put(KEY, entry(positive(address(300)), 0.0))
     assert kept.stand_in(KEY, 300.0) is None
@@ -416,14 +416,14 @@ def test_statistics() -> None:
     assert (told.hits, told.misses, told.insertions, told.evictions) == (1, 1, 3, 1)
 
 
-def test_no_cache_keeps_nothing() -> None:
+def test_cache_of_size_0_keeps_nothing() -> None:
     kept = Cache(0, 0)
     kept.put(KEY, of_size(1))
     assert (len(kept), kept.bytes, kept.get(KEY, 0.0)) == (0, 0, None)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_a_tiny_cache_takes_what_is_new(most: int) -> None:
+def test_cache_of_size_1_keeps_the_newest(most: int) -> None:
     """Also after what it holds was asked for."""
     kept = Cache(most, 0)
     for number in range(20):
@@ -432,7 +432,7 @@ def test_a_tiny_cache_takes_what_is_new(most: int) -> None:
         assert len(kept) <= most
 
 
-def test_an_answer_of_thousands_of_records_takes_little_more_than_its_octets() -> None:
+def test_large_response_takes_little_more_than_its_octets() -> None:
     """Read and ready to be kept: offsets, not objects. Hundreds of them may be under way at the same time."""
     data = positive(*(m.record(m.A, struct.pack("!I", number), 300) for number in range(4_000)))
     assert len(data) > 64_000
@@ -448,7 +448,7 @@ def test_an_answer_of_thousands_of_records_takes_little_more_than_its_octets() -
     assert made.size >= len(made.body) + 2 * len(made.ttls)
 
 
-def test_an_answer_that_would_fill_it_is_not_kept() -> None:
+def test_response_that_would_fill_the_cache_is_not_cached() -> None:
     kept = Cache(10, 0, 80_000)
     kept.put(KEY, of_size(10_000))
     assert len(kept) == 0
@@ -456,7 +456,7 @@ def test_an_answer_that_would_fill_it_is_not_kept() -> None:
     assert len(kept) == 1
 
 
-def test_it_is_bounded_whatever_happens() -> None:
+def test_cache_stays_within_its_bounds() -> None:
     """Puts, overwriting, hits, and clearing, at random; the sums are exact all the while."""
     draw = random.Random(9)  # noqa: S311
     kept = Cache(500, 100, 400_000)
@@ -482,7 +482,7 @@ def test_it_is_bounded_whatever_happens() -> None:
 
 
 @pytest.mark.parametrize("negatives", [False, True], ids=["positive", "negative"])
-def test_a_flood_of_names_pushes_out_only_its_like(negatives: bool) -> None:
+def test_flood_of_names_evicts_only_its_own_entries(negatives: bool) -> None:
     kept = Cache(1000, 0)
     for number in range(700):
         kept.put(key(number), entry(positive(), 0.0))
@@ -494,7 +494,7 @@ def test_a_flood_of_names_pushes_out_only_its_like(negatives: bool) -> None:
     assert len(kept) == 1000
 
 
-def test_what_is_asked_for_again_stays_longest() -> None:
+def test_entries_asked_for_again_stay_longest() -> None:
     kept = Cache(10, 0)
     for number in range(12):
         kept.put(key(number), of_size(1))
@@ -504,7 +504,7 @@ def test_what_is_asked_for_again_stays_longest() -> None:
     assert kept.keys(2) == kept.keys(100)[:2]
 
 
-def test_two_threads() -> None:
+def test_cache_is_thread_safe() -> None:
     kept, faults, stop = Cache(300, 100, 300_000), [], threading.Event()
 
     def reads() -> None:
@@ -548,7 +548,7 @@ def test_two_threads() -> None:
         ("auth.bind", b"0"),
     ],
 )
-def test_chaos_names_tell_the_statistics(asked: str, text: bytes) -> None:
+def test_chaos_names_report_statistics(asked: str, text: bytes) -> None:
     kept = Cache(2, 0)
     for number in range(3):
         kept.put(key(number), of_size(1))
@@ -588,9 +588,9 @@ def test_chaos_servers() -> None:
         ("xbind", True, Rcode.REFUSED),
     ],
 )
-def test_other_chaos_names(asked: str, ident: bool, rcode: int) -> None:
+def test_unknown_chaos_names_are_refused(asked: str, ident: bool, rcode: int) -> None:
     assert respond(responder(Cache(2, 0), ident=ident), m.query(asked, m.TXT, klass=m.CH), 0.0).rcode == rcode
 
 
-def test_keys_are_in_lower_case() -> None:
+def test_cache_key_is_in_lower_case() -> None:
     assert lower(m.name("WWW.Example")) == KEY[0]

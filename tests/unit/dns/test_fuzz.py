@@ -173,7 +173,7 @@ def responder() -> Responder:
 RESPONDER = responder()
 
 
-def test_the_second_opinion_is_dnspython() -> None:
+def test_dns_module_is_dnspython() -> None:
     """The folder `dns/` of this repository must not stand in its place."""
     assert Path(dns.message.__file__).parent != Path(message.__file__).parent
     assert dns.message.Message.__module__ == "dns.message"
@@ -185,7 +185,7 @@ def test_the_second_opinion_is_dnspython() -> None:
 
 @given(messages)
 @fuzz
-def test_queries_are_read_or_malformed(data: bytes) -> None:
+def test_parse_query_raises_only_malformed(data: bytes) -> None:
     steps = Steps(len(data))
     try:
         query = parse_query(data, steps)
@@ -199,7 +199,7 @@ def test_queries_are_read_or_malformed(data: bytes) -> None:
 
 @given(messages)
 @fuzz
-def test_answers_are_read_or_malformed(data: bytes) -> None:
+def test_parse_response_raises_only_malformed(data: bytes) -> None:
     with contextlib.suppress(Malformed):
         all_of(data)
     if len(data) > 12:  # the same as an answer
@@ -226,7 +226,7 @@ def all_of(data: bytes) -> message.Response:
 
 @given(st.binary(max_size=400), st.integers(0, 420))
 @fuzz
-def test_names_are_read_or_malformed(data: bytes, at: int) -> None:
+def test_read_name_raises_only_malformed(data: bytes, at: int) -> None:
     steps = Steps(len(data))
     for read in (read_name, message.skip_name):
         with contextlib.suppress(Malformed):
@@ -237,7 +237,7 @@ def test_names_are_read_or_malformed(data: bytes, at: int) -> None:
 
 @given(messages, st.booleans())
 @fuzz
-def test_the_responder_raises_nothing(data: bytes, tcp: bool) -> None:
+def test_responder_never_raises(data: bytes, tcp: bool) -> None:
     found = RESPONDER.respond(data, 1.0, tcp)
     log = QueryLog(True)
     if isinstance(found, Reply | Forward):
@@ -258,7 +258,7 @@ def test_the_responder_raises_nothing(data: bytes, tcp: bool) -> None:
 
 @given(st.one_of(mutated(), structured(), proper_queries()))
 @fuzz
-def test_what_dnspython_takes_for_a_query_we_read_alike(data: bytes) -> None:
+def test_queries_are_parsed_as_by_dnspython(data: bytes) -> None:
     try:
         theirs = dns.message.from_wire(data)
     except Exception:  # it raises what it likes
@@ -284,7 +284,7 @@ def test_what_dnspython_takes_for_a_query_we_read_alike(data: bytes) -> None:
 
 @given(proper_queries(), st.booleans())
 @fuzz
-def test_dnspython_reads_what_we_answer(data: bytes, tcp: bool) -> None:
+def test_dnspython_parses_our_responses(data: bytes, tcp: bool) -> None:
     ours = parse_query(data)  # raises nothing
     found = RESPONDER.respond(data, 1.5, tcp)
     assert not isinstance(found, Drop)
@@ -301,7 +301,7 @@ def test_dnspython_reads_what_we_answer(data: bytes, tcp: bool) -> None:
 
 @given(st.one_of(structured(), mutated()), st.sampled_from([m.A, m.AAAA, m.PTR]), st.sampled_from([512, 1232, 65535]))
 @fuzz
-def test_dnspython_reads_what_we_pass_on(data: bytes, kind: int, most: int) -> None:
+def test_dnspython_parses_forwarded_responses(data: bytes, kind: int, most: int) -> None:
     """As far as it read what came: records are passed on as they are."""
     data = data[:2] + bytes([data[2] | 0x80]) + data[3:] if len(data) > 2 else data
     try:
@@ -343,7 +343,7 @@ def _same_names_with_other_ttls(data: bytes, answer: message.Response, before: d
 
 
 @pytest.mark.parametrize("size", [13, 40, 300])
-def test_errors_are_messages(size: int) -> None:
+def test_errors_are_valid_messages(size: int) -> None:
     for rcode in (1, 4):
         read = dns.message.from_wire(message.build_error(bytes(each & 0xFF for each in range(size)), rcode))
         assert read.rcode() == rcode
@@ -402,7 +402,7 @@ MAKES = ["pointers", "labels", "data", "long", "plain"]
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", MAKES)
-def test_a_bomb_as_a_query_costs_a_step_an_octet(size: int, make: str) -> None:
+def test_malicious_query_costs_one_step_per_octet(size: int, make: str) -> None:
     data, steps = bomb(size, make, False), Steps(size)
     assert size * 0.4 < len(data) <= size
     with contextlib.suppress(Malformed):
@@ -411,7 +411,7 @@ def test_a_bomb_as_a_query_costs_a_step_an_octet(size: int, make: str) -> None:
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_chain_in_the_question_ends_at_once(size: int) -> None:
+def test_pointer_in_the_question_is_rejected_at_once(size: int) -> None:
     """The message that costs dnslib 46 s."""
     chain = b"".join(pointer(at) for at in range(12, size - 8, 2))
     for flags in (0, m.QR):
@@ -423,7 +423,7 @@ def test_a_chain_in_the_question_ends_at_once(size: int) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", MAKES)
-def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) -> None:
+def test_malicious_response_costs_a_few_steps_per_octet(size: int, make: str) -> None:
     """All that is ever done with it: read, kept, and each name written to the log."""
     data = bomb(size, make, True)
     try:
@@ -444,7 +444,7 @@ def test_a_bomb_as_an_answer_costs_a_few_steps_an_octet(size: int, make: str) ->
     assert steps <= most <= 10 * len(data)
 
 
-def test_honest_answers_are_within_the_budget() -> None:
+def test_real_responses_are_within_the_budget() -> None:
     """The dearest real names, those of IPv6 reverse look-ups; an alias with all the addresses that a message holds."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
@@ -463,7 +463,7 @@ def test_honest_answers_are_within_the_budget() -> None:
     assert answer.steps.taken + answer.steps.jumps <= 2 * len(answer.records), "linear, two steps each"
 
 
-def test_records_are_bounded() -> None:
+def test_number_of_records_is_bounded() -> None:
     """The smallest that there can be: more than MAX_RECORDS fit into a message."""
     smallest = m.record(m.A, b"", 50, b"\0")
     assert len(parse_response(m.response("q", m.A, (smallest,) * message.MAX_RECORDS)).records) == message.MAX_RECORDS
@@ -473,7 +473,7 @@ def test_records_are_bounded() -> None:
         parse_response(data)
 
 
-def test_a_service_of_many_pods() -> None:
+def test_headless_service_with_many_pods() -> None:
     """A headless Service of Kubernetes: an SRV record and an address for each pod. It is kept, and whole over TCP."""
     name, pods = "_http._tcp.web.default.svc.cluster.local", [f"10-0-{n >> 8}-{n & 255}" for n in range(700)]
     owners = [m.name(pod)[:-1] + pointer(12 + 11) for pod in pods]  # below web.default.svc.cluster.local
@@ -502,7 +502,7 @@ def test_random_messages_of_every_size() -> None:
             all_of(bytes(data))
 
 
-def test_metrics_can_name_everything_that_was_answered() -> None:
+def test_every_response_has_metric_labels() -> None:
     metrics = Metrics()
     for reason in message.REASONS:
         metrics.malformed[reason][0] += 1

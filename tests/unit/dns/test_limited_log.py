@@ -29,9 +29,7 @@ def limited(clock: Clock, caplog: pytest.LogCaptureFixture) -> LimitedLog:
     return LimitedLog(clock)
 
 
-def test_a_flood_is_a_few_lines_and_a_number(
-    limited: LimitedLog, clock: Clock, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_flood_is_a_few_lines_and_a_count(limited: LimitedLog, clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     for number in range(1_000):
         limited.write(log, logging.WARNING, "dns: bad %d", number)
     assert caplog.messages == [f"dns: bad {number}" for number in range(LINES_PER_MINUTE)]
@@ -45,7 +43,7 @@ def test_a_flood_is_a_few_lines_and_a_number(
     assert len(caplog.messages) == 1, "told once"
 
 
-def test_the_next_minute_tells_of_the_one_before(
+def test_next_minute_reports_the_lines_left_out(
     limited: LimitedLog, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(7):
@@ -55,7 +53,7 @@ def test_the_next_minute_tells_of_the_one_before(
     assert caplog.messages[-2:] == ["dns: left out 2 more lines like this, the last: dns: bad 6", "dns: bad 7"]
 
 
-def test_kinds_do_not_crowd_each_other_out(limited: LimitedLog, caplog: pytest.LogCaptureFixture) -> None:
+def test_kinds_have_separate_limits(limited: LimitedLog, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(100):
         limited.write(log, logging.WARNING, "dns: frequent")
     limited.write(log, logging.ERROR, "dns: rare", error=ValueError("why"))

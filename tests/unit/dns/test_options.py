@@ -237,7 +237,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("word", "expected"), GOOD, ids=[word[:60] for word in ONE_WORD])
-def test_good_values(word: str, expected: dict[str, Any], tmp_path: Path) -> None:
+def test_valid_values(word: str, expected: dict[str, Any], tmp_path: Path) -> None:
     assert settings(word) == replace(Settings(), **expected)
     file = tmp_path / "f.conf"
     file.write_text(word.removeprefix("--") + "\n")
@@ -245,7 +245,7 @@ def test_good_values(word: str, expected: dict[str, Any], tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("word", BAD, ids=[word[:60] for word in BAD])
-def test_bad_values(word: str) -> None:
+def test_invalid_values(word: str) -> None:
     name, _, value = word.partition("=")
     message = rejected(word)
     assert message.startswith(f"{name}: ")
@@ -254,7 +254,7 @@ def test_bad_values(word: str) -> None:
     assert len(message) < 2000
 
 
-def test_every_option_has_a_good_and_a_bad_value() -> None:
+def test_every_option_has_a_valid_and_an_invalid_value() -> None:
     commands = {"test", "version", "help"}
     assert {word[2:].partition("=")[0] for word in ONE_WORD} == set(BY_NAME) - commands
     valued = {option.name for option in OPTIONS if option.value} - {"domain-suffix"}
@@ -271,7 +271,7 @@ def test_switches_take_no_value(option: Option) -> None:
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.needs_value], ids=lambda option: option.name)
-def test_a_value_that_is_missing(option: Option, tmp_path: Path) -> None:
+def test_missing_value(option: Option, tmp_path: Path) -> None:
     assert rejected(f"--{option.name}") == f"--{option.name}: missing value"
     assert rejected(f"--{option.name}", "--no-hosts") == f"--{option.name}: missing value before '--no-hosts'"
     file = tmp_path / "f.conf"
@@ -282,11 +282,11 @@ def test_a_value_that_is_missing(option: Option, tmp_path: Path) -> None:
 # ---- several options together ----
 
 
-def test_without_options_all_is_default() -> None:
+def test_defaults_without_options() -> None:
     assert settings() == Settings()
 
 
-def test_servers_of_a_domain_add_up_in_their_order() -> None:
+def test_servers_of_a_domain_keep_their_order() -> None:
     words = (
         "--server=/a.example/192.0.2.9",
         "--server=/b.example/",
@@ -297,29 +297,29 @@ def test_servers_of_a_domain_add_up_in_their_order() -> None:
 
 
 @pytest.mark.parametrize("second", ["/a.example/", "/a.example/#"])
-def test_a_domain_has_servers_or_not(second: str) -> None:
+def test_servers_of_a_domain_must_be_of_one_kind(second: str) -> None:
     message = rejected("--server=/a.example/192.0.2.1", f"--server={second}")
     assert message.startswith(f"--server: invalid value {second!r}")
     assert "a.example" in message
 
 
-def test_an_alias_has_one_target() -> None:
+def test_alias_has_one_target() -> None:
     assert "a.example already has a target" in rejected("--cname=a.example,b.example", "--cname=A.example,c.example")
 
 
 @pytest.mark.parametrize("targets", [["aa"], ["ab", "ba"], ["ab", "bc", "ca"], ["xa", "ab", "bc", "cb"]])
-def test_aliases_lead_somewhere(targets: list[str]) -> None:
+def test_alias_loop_is_refused(targets: list[str]) -> None:
     assert "--cname: " in rejected(*(f"--cname={alias},{target}" for alias, target in targets))
 
 
-def test_a_chain_of_aliases_is_fine() -> None:
+def test_alias_chain_is_accepted() -> None:
     words = [f"--cname=n{number},n{number + 1}" for number in range(2000)]
     assert len(settings(*words).records) == 2000
     assert len(settings(*reversed(words)).records) == 2000
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_service_without_domain_is_in_ours(order: int) -> None:
+def test_srv_host_without_domain_gets_the_domain(order: int) -> None:
     words = ("--domain=a.example", "--srv-host=_ldap._tcp,b.example,389")[::order]
     (service,) = settings(*words).records
     assert service.name == name_from_text("_ldap._tcp.a.example")
@@ -327,20 +327,20 @@ def test_a_service_without_domain_is_in_ours(order: int) -> None:
     assert alone.name == name_from_text("_ldap._tcp")
 
 
-def test_a_service_whose_name_gets_too_long() -> None:
+def test_srv_host_too_long_with_domain_is_refused() -> None:
     domain = ".".join(["x" * 61] * 4)
     assert rejected(f"--domain={domain}", f"--srv-host={'y' * 10}.z").startswith("--srv-host: yyyyyyyyyy.z is too long")
 
 
 @pytest.mark.parametrize("word", ["-i eth0", "-I eth0", "-a 192.0.2.1"])
 @pytest.mark.parametrize("service", ["--local-service", "--local-service=host"])
-def test_local_service_gives_way(word: str, service: str) -> None:
+def test_listening_options_override_local_service(word: str, service: str) -> None:
     result = settings(service, *word.split())
     assert not result.local_service
     assert "lo" not in result.interfaces
 
 
-def test_no_poll_takes_one_resolv_file() -> None:
+def test_no_poll_allows_one_resolv_file() -> None:
     words = ("-n", "-r", "/a", "-r", "/b")
     assert rejected(*words).startswith("--no-poll: ")
     assert settings(*words, "-R").resolv_files == (Path("/a"), Path("/b"))
@@ -352,7 +352,7 @@ _VALUES = {"metrics-listen": "off", "local-service": "net", "edns-packet-max": "
 
 
 @pytest.mark.parametrize("option", ONCE, ids=lambda option: option.name)
-def test_once_is_once_and_a_file_wins(option: Option, tmp_path: Path) -> None:
+def test_single_option_is_allowed_once_and_files_win(option: Option, tmp_path: Path) -> None:
     word = f"--{option.name}={_VALUES.get(option.name, 7)}"
     assert rejected(word, word) == f"--{option.name}: given more than once"
     file = tmp_path / "f.conf"
@@ -362,7 +362,7 @@ def test_once_is_once_and_a_file_wins(option: Option, tmp_path: Path) -> None:
     assert rejected("-C", str(file)) == f"{file} line 2: {option.name}: given more than once"
 
 
-def test_a_file_wins_wherever_it_is_named(tmp_path: Path) -> None:
+def test_file_wins_at_any_position(tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     file.write_text("port=2\ndomain=b.example\n")
     for words in (("-p1", "-s", "a.example", "-C", str(file)), ("-C", str(file), "-p1", "-s", "a.example")):
@@ -390,7 +390,7 @@ def test_a_file_wins_wherever_it_is_named(tmp_path: Path) -> None:
         ("--me=off", {"metrics_listen": "off"}),
     ],
 )
-def test_words_as_getopt_takes_them(words: str, expected: dict[str, Any]) -> None:
+def test_arguments_are_split_as_by_getopt(words: str, expected: dict[str, Any]) -> None:
     assert settings(*words.split()) == replace(Settings(), **expected)
 
 
@@ -420,16 +420,16 @@ def test_words_as_getopt_takes_them(words: str, expected: dict[str, Any]) -> Non
         (["-px"], "-p: invalid value 'x'; expected a whole number from 1 to 65535"),
     ],
 )
-def test_words_that_are_refused(words: list[str], message: str) -> None:
+def test_invalid_arguments(words: list[str], message: str) -> None:
     assert rejected(*words).startswith(message)
 
 
-def test_empty_words_are_passed_over() -> None:
+def test_empty_arguments_are_ignored() -> None:
     assert settings("", "-h", " ") == replace(Settings(), hosts=False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_only_dnsmasq_has_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_unsupported_dnsmasq_option_is_refused_by_name(name: str, tmp_path: Path) -> None:
     why = "udpwatch does not support this dnsmasq option; see docs/dns-options.md"
     assert rejected(f"--{name}") == rejected(f"--{name}=x") == f"--{name}: {why}"
     if REFUSED[name]:
@@ -450,13 +450,13 @@ def test_commands() -> None:
 
 
 @pytest.mark.parametrize("name", ["help", "test", "version"])
-def test_commands_are_none_of_a_file(name: str, tmp_path: Path) -> None:
+def test_commands_are_refused_in_files(name: str, tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     file.write_text(name)
     assert rejected("-C", str(file)) == f"{file} line 1: {name}: allowed on the command line only"
 
 
-def test_help_names_every_option() -> None:
+def test_help_lists_every_option() -> None:
     shown = re.findall(r"^(?:-(.), |    )--([\w-]+)", usage(), re.MULTILINE)
     assert shown == [(option.short, option.name) for option in OPTIONS]
 
@@ -506,13 +506,13 @@ def test_lines(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
         (b"server=/a/1.2.3.4\nlocal=/a/", "line 2: local: invalid value '/a/'; expected addresses, '#' or nothing"),
     ],
 )
-def test_lines_that_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+def test_invalid_lines(data: bytes, message: str, tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     file.write_bytes(data)
     assert rejected("-C", str(file)).startswith(f"{file} {message}")
 
 
-def test_no_file_is_read_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(_: Path) -> bytes:
         raise AssertionError
 
@@ -520,7 +520,7 @@ def test_no_file_is_read_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings("-h") == replace(Settings(), hosts=False)
 
 
-def test_files_within_files(tmp_path: Path) -> None:
+def test_included_file_is_read_in_place(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text(f"server=192.0.2.1\nconf-file={b}\nserver=192.0.2.3\n")
     b.write_text("server=192.0.2.2\n")
@@ -529,7 +529,7 @@ def test_files_within_files(tmp_path: Path) -> None:
     assert rejected("-C", str(a)).startswith(f"{b} line 1: server: invalid value 'x'")
 
 
-def test_a_file_counts_once_so_that_circles_end(tmp_path: Path) -> None:
+def test_file_is_read_once_so_that_loops_end(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text(f"port=54\nconf-file={b}\n")
     b.write_text(f"conf-file={a}\nconf-file={b}\nconf-dir={tmp_path}\n")
@@ -537,7 +537,7 @@ def test_a_file_counts_once_so_that_circles_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "fine"), [(options.MAX_DEPTH, True), (options.MAX_DEPTH + 1, False)])
-def test_files_go_so_deep(count: int, fine: bool, tmp_path: Path) -> None:
+def test_nesting_of_files_is_limited(count: int, fine: bool, tmp_path: Path) -> None:
     for number in range(1, count):
         (tmp_path / f"{number}").write_text(f"conf-file={tmp_path}/{number + 1}\n")
     (tmp_path / f"{count}").write_text("port=54\n")
@@ -580,7 +580,7 @@ def _loop(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_missing, _folder, _loop])
-def test_files_that_cannot_be_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_unreadable_files(make: Callable[[Path], None], tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     make(file)
     for read in (lambda: read_conf(file), lambda: parse(["-C", str(file)])):
@@ -590,14 +590,14 @@ def test_files_that_cannot_be_read(make: Callable[[Path], None], tmp_path: Path)
 
 
 @pytest.mark.parametrize("make", [_missing, lambda path: path.write_text(""), _loop])
-def test_folders_that_cannot_be_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_unreadable_folders(make: Callable[[Path], None], tmp_path: Path) -> None:
     folder = tmp_path / "conf.d"
     make(folder)
     with pytest.raises(FileError, match=f"^conf-dir: cannot read {folder}: "):
         parse([f"--conf-dir={folder}"])
 
 
-def test_a_pipe_is_a_file(tmp_path: Path) -> None:
+def test_pipe_is_read_as_a_file(tmp_path: Path) -> None:
     """As in `--conf-file=<(..)`."""
     reading, writing = os.pipe()
     os.write(writing, b"port=54\n")
@@ -612,7 +612,7 @@ def test_a_pipe_is_a_file(tmp_path: Path) -> None:
 
 
 @needs_dnsmasq
-def test_every_option_of_dnsmasq_is_ours_or_refused() -> None:
+def test_every_dnsmasq_option_is_supported_or_refused() -> None:
     text = subprocess.run(["dnsmasq", "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
     theirs = {name: short for short, name in re.findall(r"^(?:-(.), |    )--([\w-]+)", text, re.MULTILINE)}
     ours = {option.name: option.short for option in OPTIONS} | REFUSED
@@ -627,7 +627,7 @@ def test_every_option_of_dnsmasq_is_ours_or_refused() -> None:
 @pytest.mark.parametrize(
     "word", [word for word in ONE_WORD if not word.startswith(OURS) and not word.startswith("--conf-")]
 )
-def test_dnsmasq_accepts_what_we_accept(word: str, tmp_path: Path) -> None:
+def test_dnsmasq_accepts_what_udpwatch_accepts(word: str, tmp_path: Path) -> None:
     assert dnsmasq_test("-C", "/dev/null", word) == ""
     file = tmp_path / "f.conf"
     file.write_text(word.removeprefix("--") + "\n")
@@ -644,7 +644,7 @@ def test_dnsmasq_accepts_what_we_accept(word: str, tmp_path: Path) -> None:
     ],
     ids=lambda option: option.name,
 )
-def test_dnsmasq_agrees_about_what_takes_a_value_and_what_comes_once(option: Option, tmp_path: Path) -> None:
+def test_dnsmasq_agrees_on_values_and_repetition(option: Option, tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     if not option.value:
         file.write_text(f"{option.name}=1")
@@ -673,7 +673,7 @@ def test_dnsmasq_agrees_about_what_takes_a_value_and_what_comes_once(option: Opt
         "x",
     ],
 )
-def test_dnsmasq_takes_words_apart_as_we_do(words: str) -> None:
+def test_dnsmasq_splits_arguments_alike(words: str) -> None:
     try:
         parse(words.split())
         accepted = True
@@ -695,12 +695,12 @@ def test_golden_document_lists_the_options() -> None:
     assert DOCUMENT.read_text()[start:].startswith(markdown() + "\n## ")
 
 
-def test_the_document_names_what_is_refused() -> None:
+def test_document_lists_refused_options() -> None:
     listed = DOCUMENT.read_text().partition("## Refused\n")[2]
     assert re.findall(r"`([\w-]+)`", listed) == list(REFUSED)
 
 
-def test_the_example_of_the_document(tmp_path: Path) -> None:
+def test_example_in_the_document_is_valid(tmp_path: Path) -> None:
     file = tmp_path / "f.conf"
     file.write_text(DOCUMENT.read_text().split("```")[1])
     assert len(read_conf(file).domain_servers) == 2
@@ -721,7 +721,7 @@ _WORDS = st.one_of(
 
 
 @given(st.lists(_WORDS, max_size=4))
-def test_whatever_the_words_are(words: list[str]) -> None:
+def test_random_arguments_raise_only_dns_errors(words: list[str]) -> None:
     """Settings, or one line that says why not."""
     words = [word for word in words if not word.startswith(("--conf-", "-C", "-7"))]
     try:
@@ -734,7 +734,7 @@ def test_whatever_the_words_are(words: list[str]) -> None:
     st.binary(max_size=60)
     | st.lists(_WORDS, max_size=3).map("\n".join).map(lambda text: text.encode("utf-8", "ignore"))
 )
-def test_whatever_is_in_a_file(data: bytes) -> None:
+def test_random_files_raise_only_dns_errors(data: bytes) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.write(data.replace(b"--", b"").replace(b"conf", b""))
         file.flush()

@@ -67,18 +67,18 @@ PUBLIC_NAMES = [
 
 
 @pytest.mark.parametrize("text", PRIVATE_NAMES)
-def test_private_reverse_names_end_here(text: str) -> None:
+def test_private_reverse_names_are_not_forwarded(text: str) -> None:
     for kind in (m.PTR, m.A, m.TXT):
         assert asked(Settings(hosts=False, bogus_priv=True), text, kind) == Rcode.NXDOMAIN
     assert asked(Settings(hosts=False), text, m.PTR) == "forward"
 
 
 @pytest.mark.parametrize("text", PUBLIC_NAMES)
-def test_other_names_do_not(text: str) -> None:
+def test_other_reverse_names_are_forwarded(text: str) -> None:
     assert asked(Settings(hosts=False, bogus_priv=True), text, m.PTR) == "forward"
 
 
-def test_what_is_in_a_hosts_file_is_answered_all_the_same() -> None:
+def test_local_private_names_are_answered() -> None:
     hosts = (HostRecord((wire("a"),), ("10.0.0.1",)),)
     settings = Settings(hosts=False, bogus_priv=True, host_records=hosts)
     assert asked(settings, "1.0.0.10.in-addr.arpa", m.PTR) == Rcode.NOERROR
@@ -98,7 +98,7 @@ def test_what_is_in_a_hosts_file_is_answered_all_the_same() -> None:
         ),
     ],
 )
-def test_a_server_of_the_domain_knows_private_addresses(
+def test_private_reverse_names_go_to_servers_of_their_domain(
     told: tuple[tuple[str, tuple[Server, ...], bool], ...], expected: dict[str, int | str]
 ) -> None:
     """One of its own: the servers of the rest (`--server=/DOMAIN/#`) know no more than they did, to dnsmasq too."""
@@ -107,7 +107,7 @@ def test_a_server_of_the_domain_knows_private_addresses(
     assert {text: asked(settings, f"{text}.in-addr.arpa", m.PTR) for text in expected} == expected
 
 
-def test_a_long_reverse_name_is_soon_read() -> None:
+def test_long_reverse_name_is_read_quickly() -> None:
     settings = Settings(bogus_priv=True)
     assert not never_forwarded(settings, b"\x011" * 120 + b"\x07in-addr\x04arpa\x00", m.PTR)
     assert never_forwarded(settings, b"\x011" * 117 + b"\x0210\x07in-addr\x04arpa\x00", m.PTR)
@@ -128,12 +128,12 @@ def test_a_long_reverse_name_is_soon_read() -> None:
         ("com", m.NS, "forward"),
     ],
 )
-def test_plain_names_are_not_passed_on(text: str, kind: int, expected: int | str) -> None:
+def test_domain_needed_keeps_single_labels(text: str, kind: int, expected: int | str) -> None:
     assert asked(Settings(hosts=False, domain_needed=True), text, kind) == expected
     assert asked(Settings(hosts=False), text, kind) == "forward"
 
 
-def test_is_plain_name() -> None:
+def test_is_single_label() -> None:
     assert [is_single_label(name) for name in (b"\0", b"\1a\0", b"\3a.b\0", b"\1a\1b\0")] == [True, True, True, False]
 
 
@@ -159,7 +159,7 @@ OUTSIDE = ["8.8.8.8", "172.32.0.1", "2a00::1", "::ffff:8.8.8.8", "64:ff9b::808:8
 
 
 @pytest.mark.parametrize("text", LOCAL + INSIDE)
-def test_private_addresses_are_not_believed(text: str) -> None:
+def test_private_addresses_are_rejected(text: str) -> None:
     assert not believed(STOP, address(text))
     assert not believed(STOP, address("8.8.8.8"), address(text)), "not even beside others"
     assert not believed(STOP, m.record(m.CNAME, m.name("x"), 60), address(text, m.name("x"))), "by way of an alias"
@@ -167,7 +167,7 @@ def test_private_addresses_are_not_believed(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
-def test_public_addresses_are(text: str) -> None:
+def test_public_addresses_are_accepted(text: str) -> None:
     assert believed(STOP, address(text))
 
 
@@ -194,7 +194,7 @@ def test_domains_may_be_allowed(name: str, expected: bool) -> None:
     assert believed(ok, address("10.0.0.1"), name=name) == expected
 
 
-def test_only_addresses_that_are_answers_count() -> None:
+def test_only_addresses_in_the_answer_section_count() -> None:
     for section in (2, 3):
         assert believed(STOP, address("10.0.0.1"), section=section)
     assert believed(STOP, m.record(m.A, bytes((10, 0, 0, 1, 0)), 60))
@@ -237,7 +237,7 @@ def upstreams(*domains: tuple[str, tuple[Server, ...], bool]) -> Routes:
         (".", (DEFAULT,)),
     ],
 )
-def test_the_most_specific_domain_decides_by_whole_labels(text: str, expected: tuple[Server, ...]) -> None:
+def test_most_specific_domain_wins_by_whole_labels(text: str, expected: tuple[Server, ...]) -> None:
     made = upstreams(
         ("google.com", (CORP,), False),
         ("deep.google.com", (DEEP,), False),
@@ -248,19 +248,19 @@ def test_the_most_specific_domain_decides_by_whole_labels(text: str, expected: t
     assert made.for_name(wire(text)) == expected
 
 
-def test_octets_that_look_like_a_domain_are_none() -> None:
+def test_octets_within_a_label_are_not_a_domain() -> None:
     made = upstreams(("google.com", (CORP,), False))
     assert made.for_name(b"\x0dxx\x06google\x03com\x00") == (DEFAULT,)
     assert made.for_name(b"\x0agoogle.com\x00") == (DEFAULT,)
 
 
-def test_nobody_to_ask() -> None:
+def test_no_servers() -> None:
     assert Routes().for_name(wire("a.example")) is None
     standard = Routes((), (DomainServers(wire("example"), (), True),))
     assert standard.for_name(wire("a.example")) is None, "# is the servers that there are"
 
 
-def test_names_of_one_label() -> None:
+def test_servers_of_single_labels() -> None:
     made = upstreams(("//", (CORP,), False), ("lan", (DEEP,), False), ("ours", (), False), ("std", (), True))
     asked = {text: made.for_name(wire(text)) for text in ("host", "lan", "ours", "std")}
     assert asked == {"host": (CORP,), "lan": (DEEP,), "ours": (), "std": (CORP,)}
@@ -274,12 +274,12 @@ def test_names_of_one_label() -> None:
     ("text", "expected"),
     [("ours", Rcode.NXDOMAIN), ("a.ours", Rcode.NXDOMAIN), ("a.corp", "forward"), ("b", "forward")],
 )
-def test_a_domain_that_is_ours_alone(text: str, expected: int | str) -> None:
+def test_local_only_domain(text: str, expected: int | str) -> None:
     domains = (DomainServers(wire("ours"), ()), DomainServers(wire("corp"), (CORP,)))
     assert asked(Settings(hosts=False, domain_servers=domains), text) == expected
 
 
-def test_names_below_others() -> None:
+def test_is_subdomain() -> None:
     assert is_subdomain(wire("a.b"), wire("b"))
     assert is_subdomain(wire("b"), wire("b"))
     assert is_subdomain(wire("b"), b"\0")

@@ -100,7 +100,7 @@ LOCAL = [
 
 
 @pytest.mark.parametrize(("name", "kind", "expected"), LOCAL, ids=lambda value: str(value)[:40])
-def test_what_is_known_here(
+def test_local_responses(
     responder: Responder,
     written: Callable[[], list[str]],
     tmp_path: Path,
@@ -144,7 +144,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("data", "expected"), ANSWERS, ids=lambda value: str(value)[-60:])
 @pytest.mark.parametrize(("source", "word"), [("forward", "reply"), ("cache", "cached"), ("stale", "cached-stale")])
-def test_what_others_say(
+def test_upstream_responses(
     written: Callable[[], list[str]], data: bytes, expected: list[str], source: str, word: str
 ) -> None:
     answer = parse_response(data)
@@ -154,7 +154,7 @@ def test_what_others_say(
     assert written() == [f"{word} {line}" for line in expected]
 
 
-def test_a_question_that_is_passed_on(responder: Responder, written: Callable[[], list[str]]) -> None:
+def test_forwarded_query(responder: Responder, written: Callable[[], list[str]]) -> None:
     responder.routes = Routes((Server("192.0.2.53"),))
     found, log = responder.respond(m.query("b.example"), 1.0), QueryLog(False)
     assert isinstance(found, Forward)
@@ -168,7 +168,7 @@ def test_a_question_that_is_passed_on(responder: Responder, written: Callable[[]
     ]
 
 
-def test_a_failure_from_the_cache(responder: Responder, written: Callable[[], list[str]]) -> None:
+def test_failure_from_the_cache(responder: Responder, written: Callable[[], list[str]]) -> None:
     responder.cache.put((wire("b.example"), m.A, m.IN, 0), failure(0.0))
     told(responder, m.query("b.example"))
     assert written()[1:] == ["cached b.example is SERVFAIL"]
@@ -190,14 +190,14 @@ def test_codes_without_a_name(written: Callable[[], list[str]]) -> None:
         (m.query("version.bind", m.TXT, klass=m.CH), ["query[TXT] version.bind", "config version.bind is <TXT>"]),
     ],
 )
-def test_odd_questions(
+def test_unusual_queries(
     responder: Responder, written: Callable[[], list[str]], data: bytes, expected: list[str]
 ) -> None:
     told(responder, data)
     assert written() == [f"{expected[0]} {FROM}", *expected[1:]]
 
 
-def test_what_could_not_be_read_is_not_told(responder: Responder, written: Callable[[], list[str]]) -> None:
+def test_malformed_query_is_not_logged(responder: Responder, written: Callable[[], list[str]]) -> None:
     told(responder, m.query("a.lan")[:-1])
     assert written() == []
 
@@ -213,9 +213,7 @@ def test_what_could_not_be_read_is_not_told(responder: Responder, written: Calla
         (b"\x02\r\x7f\0", "\\013\\127"),
     ],
 )
-def test_names_stay_on_their_line(
-    responder: Responder, written: Callable[[], list[str]], name: bytes, text: str
-) -> None:
+def test_names_are_escaped(responder: Responder, written: Callable[[], list[str]], name: bytes, text: str) -> None:
     told(responder, m.query(name))
     assert written() == [f"query[A] {text} {FROM}", "config error is REFUSED"]
 
@@ -223,7 +221,7 @@ def test_names_stay_on_their_line(
 # ---- extra ----
 
 
-def test_extra_begins_with_a_serial_number_and_the_client(
+def test_extra_starts_with_serial_number_and_client(
     responder: Responder, written: Callable[[], list[str]], tmp_path: Path
 ) -> None:
     log = QueryLog(True)
@@ -238,7 +236,7 @@ def test_extra_begins_with_a_serial_number_and_the_client(
     ]
 
 
-def test_two_questions_of_one_socket_keep_their_numbers(responder: Responder, written: Callable[[], list[str]]) -> None:
+def test_two_queries_of_one_socket_keep_their_numbers(responder: Responder, written: Callable[[], list[str]]) -> None:
     """glibc asks for A and AAAA at once."""
     responder.routes, log = Routes((Server("192.0.2.53"),)), QueryLog(True)
     pair = [responder.respond(m.query("b.example", kind, ident=kind), 1.0) for kind in (m.A, m.AAAA)]
@@ -251,7 +249,7 @@ def test_two_questions_of_one_socket_keep_their_numbers(responder: Responder, wr
     assert [line.split()[0] for line in written()] == ["1", "2", "1", "2"]
 
 
-def test_open_questions_are_bounded(written: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unanswered_queries_are_bounded(written: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(querylog, "MAX_OPEN", 3)
     log = QueryLog(True)
     for ident in range(10):

@@ -27,7 +27,7 @@ def made(*clients: bytes) -> Shares[int]:
     return shares
 
 
-def test_ipv6_counts_by_64_bits() -> None:
+def test_ipv6_client_counts_as_its_64() -> None:
     assert (
         network_of(packed("2001:db8:0:1::5"))
         == network_of(packed("2001:db8:0:1:ffff::"))
@@ -48,11 +48,11 @@ def test_ipv6_counts_by_64_bits() -> None:
         ((B, A, A, C, A, B), C, (1, True)),
     ],
 )
-def test_the_greediest_gives_way(clients: tuple[bytes, ...], newcomer: bytes, expected: tuple[int, bool]) -> None:
+def test_greediest_client_gives_way(clients: tuple[bytes, ...], newcomer: bytes, expected: tuple[int, bool]) -> None:
     assert made(*clients).to_give_way(newcomer) == expected
 
 
-def test_a_network_of_many_addresses_is_one_client() -> None:
+def test_addresses_of_one_64_count_as_one_client() -> None:
     many = [packed(f"2001:db8:0:1::{each:x}") for each in range(1, 11)]
     victim = packed("2001:db8:0:2::1")
     shares = made(victim, victim, *many)
@@ -60,7 +60,7 @@ def test_a_network_of_many_addresses_is_one_client() -> None:
     assert shares.to_give_way(packed("192.0.2.1")) == (2, True)
 
 
-def test_pods_of_one_64_have_shares_of_their_own() -> None:
+def test_addresses_of_one_64_have_separate_shares() -> None:
     """A node often has one /64 for all its pods."""
     attacker, victim = packed("fd00::bad"), packed("fd00::1")
     shares = made(victim, *[attacker] * 10)
@@ -70,7 +70,7 @@ def test_pods_of_one_64_have_shares_of_their_own() -> None:
     assert other.to_give_way(A) == (1, True)
 
 
-def test_an_item_that_leaves_counts_no_more() -> None:
+def test_removed_item_no_longer_counts() -> None:
     shares = made(A, A, B)
     shares.remove(A, 0)
     shares.remove(A, 1)
@@ -79,7 +79,7 @@ def test_an_item_that_leaves_counts_no_more() -> None:
     assert (len(shares), vars(shares)["_items"], vars(shares)["_clients"]) == (0, {}, {})
 
 
-def test_counts_agree_with_a_plain_count() -> None:
+def test_counts_agree_with_a_simple_model() -> None:
     draw, counts, plain = random.Random(4), Counts[int](), Counter[int]()  # noqa: S311
     for _ in range(20_000):
         name = draw.randrange(50)
@@ -92,7 +92,7 @@ def test_counts_agree_with_a_plain_count() -> None:
     assert len(counts) == sum(1 for count in plain.values() if count)
 
 
-def test_a_step_costs_the_same_however_many_clients_there_are() -> None:
+def test_cost_does_not_depend_on_the_number_of_clients() -> None:
     """Addresses can be forged. Ten times as many, and nowhere near ten times the time."""
 
     def seconds(clients: int) -> float:

@@ -65,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_tried_until_it_is_read(file: Path) -> None:
+def test_unreadable_state_is_retried(file: Path) -> None:
     async def story(reader: Reader) -> None:
         reader.can = False
         file.write_text("another")
@@ -80,7 +80,7 @@ def test_tried_until_it_is_read(file: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_not_read_at_the_start(file: Path) -> None:
+def test_state_unread_at_the_start_is_retried(file: Path) -> None:
     async def story(reader: Reader) -> None:
         assert await reader.has_tried()
         assert not await reader.has_tried(0.2)
@@ -89,7 +89,7 @@ def test_not_read_at_the_start(file: Path) -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_not_tried_all_the_time_but_at_every_change(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_are_spaced_but_changes_are_not(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "MAX_PAUSE_SECONDS", 100.0)
 
     async def story(reader: Reader) -> None:

@@ -88,7 +88,7 @@ def answer(table: Zone, text: str, kind: int = m.A, settings: Settings | None = 
 # ---- the syntax ----
 
 
-def test_a_line_is_an_address_and_names(load: Load) -> None:
+def test_line_has_an_address_and_names(load: Load) -> None:
     table, complaints = load("192.0.2.1 a.example alias other.example\n2001:db8::1\tsix.example\t\tv6\n")
     for text in ("a.example", "alias", "other.example"):
         assert addresses(table, text) == ["192.0.2.1"]
@@ -115,7 +115,7 @@ def test_a_line_is_an_address_and_names(load: Load) -> None:
         "192.0.2.1\x0ba.example\x0c\n",
     ],
 )
-def test_however_it_is_written(load: Load, text: str | bytes) -> None:
+def test_lines_with_unusual_spacing(load: Load, text: str | bytes) -> None:
     table, complaints = load(text)
     assert addresses(table, "a.example") == ["192.0.2.1"]
     assert addresses(table, "b.example") == ["?"]
@@ -123,19 +123,19 @@ def test_however_it_is_written(load: Load, text: str | bytes) -> None:
     assert complaints == []
 
 
-def test_carriage_returns_alone_end_no_line(load: Load) -> None:
+def test_carriage_return_does_not_end_a_line(load: Load) -> None:
     table, complaints = load("192.0.2.1 a\r192.0.2.2 b\r")
     assert addresses(table, "b") == ["192.0.2.1"], "as dnsmasq: all of it is one line"
     assert complaints == []
 
 
-def test_addresses_of_a_name_add_up(load: Load) -> None:
+def test_addresses_of_a_name_are_collected(load: Load) -> None:
     table, _ = load("192.0.2.2 a\n192.0.2.1 a\n2001:db8::1 a\n192.0.2.2 a\n")
     assert addresses(table, "a") == ["192.0.2.2", "192.0.2.1"]
     assert addresses(table, "a", m.AAAA) == ["2001:db8::1"]
 
 
-def test_addresses_are_compared_whole(load: Load) -> None:
+def test_addresses_are_compared_in_full(load: Load) -> None:
     """Two that together hold the octets of a third."""
     table, _ = load("1.2.3.4 a\n5.6.7.8 a\n2.3.4.5 a\n3.4.5.6 a\n5.6.7.8 a\n")
     assert addresses(table, "a") == ["1.2.3.4", "5.6.7.8", "2.3.4.5", "3.4.5.6"]
@@ -145,26 +145,26 @@ def test_addresses_are_compared_whole(load: Load) -> None:
     ("text", "name"),
     [("under_score.example", None), ("-dash-", None), ("1.2.3.4", None), ("ü.example", b"\x02\xc3\xbc\x07example\0")],
 )
-def test_odd_names_are_names(load: Load, text: str, name: bytes | None) -> None:
+def test_unusual_names_are_accepted(load: Load, text: str, name: bytes | None) -> None:
     table, complaints = load(f"192.0.2.1 {text}\n")
     assert addresses(table, name or wire(text)) == ["192.0.2.1"]
     assert complaints == []
 
 
-def test_case_is_ascii_case(load: Load) -> None:
+def test_case_is_folded_for_ascii_only(load: Load) -> None:
     """U+017F, which Python and IDNA fold to s, is another letter."""
     table, _ = load("192.0.2.1 \u017f.example\n")
     assert addresses(table, "s.example") == ["?"]
 
 
-def test_the_longest_names(load: Load) -> None:
+def test_longest_names(load: Load) -> None:
     longest = ".".join(["a" * 63] * 3 + ["b" * 61])
     table, complaints = load(f"192.0.2.1 {longest}\n192.0.2.1 c{longest}\n192.0.2.1 {'d' * 64}.example\n")
     assert addresses(table, longest) == ["192.0.2.1"]
     assert [line.partition(" at ")[0] for line in complaints] == ["bad name", "bad name"]
 
 
-def test_ttl_is_the_settings(load: Load) -> None:
+def test_ttl_is_local_ttl(load: Load) -> None:
     table, _ = load("192.0.2.1 a\n", local_ttl=77)
     found = table.find(wire("a"), m.A)
     assert found
@@ -197,7 +197,7 @@ def test_ttl_is_the_settings(load: Load) -> None:
         ("192.0.2.1 \u202ea", "name"),
     ],
 )
-def test_a_bad_line_is_named_and_skipped(load: Load, tmp_path: Path, line: str, problem: str) -> None:
+def test_invalid_line_is_reported_and_skipped(load: Load, tmp_path: Path, line: str, problem: str) -> None:
     table, complaints = load(f"192.0.2.8 before\n{line}\n192.0.2.9 after\n")
     assert complaints == [f"bad {problem} at {tmp_path / 'hosts'} line 2"]
     assert addresses(table, "before") == ["192.0.2.8"]
@@ -205,20 +205,20 @@ def test_a_bad_line_is_named_and_skipped(load: Load, tmp_path: Path, line: str, 
     assert table.entries == 2
 
 
-def test_octets_that_are_no_text(load: Load) -> None:
+def test_line_that_is_not_utf8(load: Load) -> None:
     table, complaints = load(b"\xff\xfe a\n192.0.2.1 \xff\xfe b\n\x00\x00\x00\x00\n192.0.2.2 c\n")
     assert [line.partition(" at ")[0] for line in complaints] == ["bad address", "bad name", "bad address"]
     assert addresses(table, "b") == ["192.0.2.1"], "the good names of a bad line count"
     assert addresses(table, "c") == ["192.0.2.2"]
 
 
-def test_complaints_are_few(load: Load, tmp_path: Path) -> None:
+def test_complaints_are_limited(load: Load, tmp_path: Path) -> None:
     _, complaints = load("nonsense line\n" * 1000)
     assert len(complaints) == MAX_COMPLAINTS + 1
     assert complaints[-1] == f"{1000 - MAX_COMPLAINTS} more bad lines in {tmp_path / 'hosts'}"
 
 
-def test_a_huge_line(load: Load) -> None:
+def test_huge_line(load: Load) -> None:
     """Many names of one address; and one word of a megabyte, which is shown to nobody."""
     many = " ".join(f"n{each}.example" for each in range(50_000))
     table, complaints = load(f"192.0.2.1 {many}\n192.0.2.2 {'x' * (1 << 20)}\n{'y' * (1 << 20)}\n192.0.2.3 z\n")
@@ -228,7 +228,7 @@ def test_a_huge_line(load: Load) -> None:
     assert all(len(line) < 300 for line in complaints)
 
 
-def test_addresses_of_a_name_are_bounded(load: Load) -> None:
+def test_number_of_addresses_of_a_name_is_bounded(load: Load) -> None:
     """Not quadratic, and the answer fits into a message: a count of addresses beyond 65,535 could not be written."""
     lines = "".join(f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} many\n" for each in range(70_000))
     begun = time.process_time()
@@ -245,7 +245,7 @@ def test_addresses_of_a_name_are_bounded(load: Load) -> None:
 # ---- files ----
 
 
-def test_a_folder_is_read_in_order_without_what_is_no_file_of_it(tmp_path: Path) -> None:
+def test_folder_is_read_in_order_without_backups(tmp_path: Path) -> None:
     for name in ("b", "a", "#c#", ".d", "e~", "#f", "g#"):
         (tmp_path / name).write_text(f"192.0.2.1 {name.strip('.~').replace('#', 'hash')}\n")
     (tmp_path / "folder").mkdir()
@@ -259,7 +259,7 @@ def test_a_folder_is_read_in_order_without_what_is_no_file_of_it(tmp_path: Path)
     assert [path.name for path in found] == ["#f", "a", "b", "g#"]
 
 
-def test_files_add_up_and_the_first_names_the_address(tmp_path: Path) -> None:
+def test_first_file_gives_the_reverse_name(tmp_path: Path) -> None:
     (tmp_path / "1").write_text("192.0.2.1 first alias\n")
     (tmp_path / "2").write_text("192.0.2.1 second\n192.0.2.2 first\n")
     table, _ = of_files(tmp_path / "1", tmp_path / "2")
@@ -268,12 +268,12 @@ def test_files_add_up_and_the_first_names_the_address(tmp_path: Path) -> None:
     assert pointer(table, "192.0.2.2") == "first"
 
 
-def test_dev_null_is_an_empty_table() -> None:
+def test_dev_null_is_an_empty_file() -> None:
     table, complaints = of_files(Path("/dev/null"))
     assert (table.entries, complaints) == (0, [])
 
 
-def test_a_fifo_is_refused_and_holds_nobody(tmp_path: Path) -> None:
+def test_fifo_is_refused_without_blocking(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(FileError, match=f"cannot read {tmp_path}/fifo: not a regular file"):
         of_files(tmp_path / "fifo")
@@ -282,7 +282,7 @@ def test_a_fifo_is_refused_and_holds_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["missing", "device", "socket", "folder in a file", "too long", "loop", "link to nothing"]
 )
-def test_what_cannot_be_read_is_an_error_of_the_whole(tmp_path: Path, kind: str) -> None:
+def test_unreadable_file_fails_the_build(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "hosts"
     (tmp_path / "good").write_text("192.0.2.1 good\n")
     if kind == "device":
@@ -303,7 +303,7 @@ def test_what_cannot_be_read_is_an_error_of_the_whole(tmp_path: Path, kind: str)
     assert [line.startswith(f"cannot read {path}: ") for line in complaints] == [True]
 
 
-def test_a_link_to_nothing_in_a_folder_is_an_error(tmp_path: Path) -> None:
+def test_broken_link_in_a_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
     with pytest.raises(FileError, match="No such file"):
         of_files(tmp_path)
@@ -317,7 +317,7 @@ def test_etc_hosts_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert build(Settings(), pytest.fail).entries == 1
 
 
-def test_a_file_under_the_pen_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_is_being_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, waits = tmp_path / "hosts", []
     path.write_text("192.0.2.1 half")
     os.utime(path, (1_000_000_000, 1_000_000_000))  # at rest since long ago, but for its size
@@ -335,7 +335,7 @@ def test_a_file_under_the_pen_is_read_again(tmp_path: Path, monkeypatch: pytest.
     assert waits == [hosts_file.CHANGING_SECONDS]
 
 
-def test_a_file_that_never_rests_is_taken_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_that_keeps_changing_is_read_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, waits, stamps = tmp_path / "hosts", [], iter(range(1000))
     path.write_text("192.0.2.1 a\n")
     real = os.fstat
@@ -378,13 +378,13 @@ def test_reverse_names_of_both_families(load: Load) -> None:
         "1.2.0.192.e.x\\007in-addr\\004arpa",
     ],
 )
-def test_what_is_no_reverse_name(load: Load, text: str) -> None:
+def test_invalid_reverse_names(load: Load, text: str) -> None:
     table, _ = load("192.0.2.1 first\n")
     assert table.find(wire(text), m.PTR) is None
     assert address_of(wire(text)) is None
 
 
-def test_a_name_that_only_ends_like_a_reverse_one() -> None:
+def test_name_that_only_ends_like_a_reverse_name() -> None:
     """The octets of `in-addr.arpa` in a label, four numbers before it."""
     inside = b"\x011\x012\x010\x03192\x01e\x0fxx\x07in-addr\x04arpa\x00"
     assert address_of(inside) is None
@@ -411,12 +411,12 @@ def test_expand_hosts(load: Load) -> None:
     assert pointer(table, "192.0.2.2") == "long.other"
 
 
-def test_a_domain_alone_expands_nothing(load: Load) -> None:
+def test_domain_alone_does_not_expand_names(load: Load) -> None:
     table, _ = load("192.0.2.1 short\n", domain=wire("example.org"))
     assert addresses(table, "short.example.org") == ["?"]
 
 
-def test_what_would_be_too_long_is_not_expanded(load: Load) -> None:
+def test_name_too_long_is_not_expanded(load: Load) -> None:
     domain = wire(".".join(["d" * 63] * 3))
     table, complaints = load(f"192.0.2.1 {'s' * 63}\n", expand_hosts=True, domain=domain)
     assert addresses(table, "s" * 63) == ["192.0.2.1"]
@@ -433,7 +433,7 @@ def test_host_records(load: Load) -> None:
     assert ttls == {"alias": 60, "of-a-file": 5}
 
 
-def test_a_host_record_without_addresses_exists() -> None:
+def test_host_record_without_addresses_gets_nodata() -> None:
     table = of_settings(host_records=(HostRecord((wire("empty"),), ()),))
     assert answer(table, "empty") == (Rcode.NOERROR, 0)
 
@@ -442,7 +442,7 @@ def cnames(*pairs: tuple[str, str], ttl: int | None = None) -> tuple[StaticRecor
     return tuple(StaticRecord(wire(alias), m.CNAME, wire(target), ttl) for alias, target in pairs)
 
 
-def test_aliases_lead_to_what_is_known_here(load: Load) -> None:
+def test_alias_of_a_local_name(load: Load) -> None:
     table, _ = load("192.0.2.1 a\n", records=cnames(("b", "a"), ("c", "b"), ("out", "elsewhere.example"), ttl=9))
     found = table.find(wire("c"), m.A)
     assert found
@@ -456,14 +456,14 @@ def test_aliases_lead_to_what_is_known_here(load: Load) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 9, 10, 11, 40])
-def test_loops_of_aliases_end(length: int) -> None:
+def test_alias_loop_ends(length: int) -> None:
     ring = cnames(*((f"n{each}", f"n{(each + 1) % length}") for each in range(length)))
     table = of_settings(records=ring)
     assert answer(table, "n0") == (Rcode.NOERROR, 0)
     assert answer(table, "n0", m.CNAME) == (Rcode.NOERROR, 1)
 
 
-def test_an_alias_into_a_wildcard_domain() -> None:
+def test_alias_into_a_wildcard_domain() -> None:
     nothing = (DomainAddress(wire("nx"), None), DomainAddress(wire("wild"), "192.0.2.1"))
     table = of_settings(records=cnames(("a", "b.nx"), ("c", "d.wild")), addresses=nothing)
     assert answer(table, "a") == (Rcode.NXDOMAIN, 1), "of the last name (RFC 6604)"
@@ -500,7 +500,7 @@ def test_wildcard_addresses(load: Load) -> None:
     assert answer(table, "x.gone.wild", m.TXT) == (Rcode.NXDOMAIN, 0)
 
 
-def test_an_address_for_every_name() -> None:
+def test_address_for_every_name() -> None:
     table = of_settings(addresses=(DomainAddress(b"\0", "192.0.2.9"),))
     assert addresses(table, "any.name.at.all") == ["192.0.2.9"]
     assert addresses(table, b"\0") == ["192.0.2.9"]
@@ -531,7 +531,7 @@ STANDARD = "the servers of the rest"
         (("ex", None), ("ex", None), {"a.ex": Rcode.NXDOMAIN}),
     ],
 )
-def test_the_longest_domain_decides_between_address_and_server(
+def test_longest_domain_wins_between_address_and_server(
     address: tuple[str, str | None], server: tuple[str, Server | str | None], expected: dict[str, Server | str | int]
 ) -> None:
     domain, told = (b"" if server[0] == "//" else wire(server[0])), server[1]
@@ -551,7 +551,7 @@ def test_the_longest_domain_decides_between_address_and_server(
             assert ("here" if m.counts_of(found.data)[1] else found.rcode) == who, text
 
 
-def test_a_server_of_a_domain_takes_no_local_name_away(load: Load) -> None:
+def test_server_of_a_domain_does_not_hide_local_names(load: Load) -> None:
     table, _ = load(
         "192.0.2.1 a.ok\n",
         addresses=(DomainAddress(b"\0", "192.0.2.9"),),
@@ -565,7 +565,7 @@ def test_a_server_of_a_domain_takes_no_local_name_away(load: Load) -> None:
 
 
 @pytest.mark.parametrize("kind", OTHER_TYPES)
-def test_a_name_that_exists_has_an_answer_for_every_type(load: Load, kind: int) -> None:
+def test_local_name_is_answered_for_every_type(load: Load, kind: int) -> None:
     """musl takes an upstream's NXDOMAIN for AAAA as the word on A, too."""
     table, _ = load("192.0.2.1 a.example\n")
     assert answer(table, "a.example", kind) == (Rcode.NOERROR, 0)
@@ -575,7 +575,7 @@ ONLY = [m.MX, m.TXT, m.SRV, m.PTR]
 
 
 @pytest.mark.parametrize("kind", ONLY)
-def test_a_record_without_an_address_takes_nothing_else_away(kind: int) -> None:
+def test_name_with_other_records_is_forwarded_for_other_types(kind: int) -> None:
     """`--mx-host=example.org,..` leaves a public domain its addresses; a domain that is ours alone has none."""
     records = tuple(
         StaticRecord(wire(text), kind, bytes(7)) for text in ("a.example", "a.ours", "plain", "a.nx", "a.w")
@@ -599,7 +599,7 @@ def test_a_record_without_an_address_takes_nothing_else_away(kind: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ONLY)
-def test_a_name_with_records_here_is_not_denied_by_others(kind: int) -> None:
+def test_upstream_nxdomain_does_not_deny_local_records(kind: int) -> None:
     settings = Settings(hosts=False, records=(StaticRecord(wire("a.example"), kind, bytes(7)),))
     responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
     for text, rcode in (("a.example", Rcode.NOERROR), ("b.example", Rcode.NXDOMAIN), ("x.a.example", Rcode.NXDOMAIN)):
@@ -608,20 +608,20 @@ def test_a_name_with_records_here_is_not_denied_by_others(kind: int) -> None:
         assert (entry.rcode, entry.expires) == (rcode, 60.0)
 
 
-def test_an_alias_of_a_name_without_an_address() -> None:
+def test_alias_of_a_name_without_address() -> None:
     """As dnsmasq: the alias alone, not the word of somebody who does not know it."""
     table = of_settings(records=(*cnames(("a", "text")), StaticRecord(wire("text"), m.TXT, b"\1x")))
     assert [answer(table, "a", kind) for kind in (m.TXT, m.A, m.MX)] == [(0, 2), (0, 1), (0, 1)]
     assert answer(table, "text", m.A) == "forward"
 
 
-def test_names_that_do_not_exist_are_asked_for_elsewhere(load: Load) -> None:
+def test_unknown_names_are_forwarded(load: Load) -> None:
     table, _ = load("192.0.2.1 a.example\n")
     assert answer(table, "b.example") == "forward"
     assert answer(table, "b.a.example") == "forward"
 
 
-def test_a_name_above_another(load: Load) -> None:
+def test_empty_non_terminal(load: Load) -> None:
     """An empty non-terminal: somebody else's business, but where nobody else may be asked. There NXDOMAIN would deny
     what is below it (RFC 8020)."""
     ours = (DomainServers(wire("ours"), ()), DomainServers(wire("theirs.ours"), (UPSTREAM,)))
@@ -642,7 +642,7 @@ def test_a_name_above_another(load: Load) -> None:
         assert answer(table, text, m.A, settings) == (Rcode.NXDOMAIN, 0), text
 
 
-def test_a_table_is_told_by_file_where_queries_are_logged(load: Load, tmp_path: Path) -> None:
+def test_origin_is_the_file_when_queries_are_logged(load: Load, tmp_path: Path) -> None:
     table, _ = load("192.0.2.1 a\n", log_queries=True, records=cnames(("b", "a")))
     origins = {name: found.origin for name in ("a", "b") if (found := table.find(wire(name), m.CNAME))}
     assert origins == {"a": str(tmp_path / "hosts"), "b": "config"}
