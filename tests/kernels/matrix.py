@@ -322,19 +322,15 @@ async def _keep(source: asyncio.StreamReader, path: Path) -> None:
 
 
 def state(tree: Path) -> dict[str, str]:
-    """Test file -> digest of all that its outcome depends on: the program, what tests share, itself, and the test files
-    that it imports. "": of the first two alone.
+    """Test file -> digest of all that its outcome depends on: the program, what tests share, and itself. "": of the
+    first two alone.
     """
-    tests = {path.stem: path for path in (tree / "tests/integration").glob("test_*.py")}
+    tests = set((tree / "tests/integration").glob("test_*.py"))
     shared = [tree / "pyproject.toml", tree / "tests/conftest.py", tree / "tests/kernels/guest.py"]
     for folder in (tree / part for part in ("agent", "bpf", "dns", "tests/integration", "tests/support")):
         shared += [path for path in folder.rglob("*") if path.suffix in (".py", ".c", ".h")]
-    common = _digest([path for path in shared if path not in tests.values()])
-    digests = {"": common}
-    for path in tests.values():
-        imported = [tests[name] for name in re.findall(r"from (test_\w+) import", path.read_text())]
-        digests[str(path.relative_to(tree))] = common + _digest([path, *imported])
-    return digests
+    common = _digest([path for path in shared if path not in tests])
+    return {"": common} | {str(path.relative_to(tree)): common + _digest([path]) for path in tests}
 
 
 def _digest(paths: Sequence[Path]) -> str:

@@ -26,7 +26,8 @@ FILES = {
     "tests/conftest.py": "",
     "tests/kernels/guest.py": "",
     "tests/integration/conftest.py": "",
-    ONE: "from test_other import helper",
+    "tests/support/agents.py": "",
+    ONE: "",
     OTHER: "",
 }
 
@@ -77,7 +78,8 @@ def test_what_failed_is_not(tree: Path) -> None:
     [
         ("docs/kernels.md", ({ONE, OTHER}, True)),
         (ONE, ({OTHER}, True)),
-        (OTHER, (set(), True)),  # the other one imports it
+        (OTHER, ({ONE}, True)),
+        ("tests/support/agents.py", (set(), False)),
         ("tests/integration/conftest.py", (set(), False)),
         ("tests/kernels/guest.py", (set(), False)),
         ("agent/daemon/app.py", (set(), False)),

@@ -1,27 +1,10 @@
-"""What `udpwatch top` shows, without a screen: rates, order, filter, baseline, and everything in so many columns."""
+"""The rows of `udpwatch top`: rates, order, filter, baseline."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from rich.cells import cell_len
 from top_snapshots import NOW, look, row
 
-from udpwatch.agent.client.top.banner import Condition, banner, spark
-from udpwatch.agent.client.top.layout import (
-    address_text,
-    age_text,
-    cells,
-    columns_for,
-    count_text,
-    heading,
-    plain,
-    rate_text,
-)
 from udpwatch.agent.client.top.rows import Look, Meter, Order, baseline_of, other_of, rows, total_of
 
 # Rates
@@ -77,19 +60,6 @@ def test_the_same_reading_again_changes_nothing() -> None:
     second = meter.add(look(1, row(count=12)))
     third = meter.add(look(1, row(count=12)))
     assert (third.rates, third.history) == (second.rates, second.history)
-
-
-@pytest.mark.parametrize(
-    ("changes", "told"),
-    [
-        ({}, "total 1   findings 1   lost 0"),
-        ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
-    ],
-    ids=["quiet", "beyond"],
-)
-def test_the_numbers_of_a_node(changes: dict[str, Any], told: str) -> None:
-    lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
-    assert told in "".join(text for text, _ in lines[1])
 
 
 def test_a_clock_that_was_set_back_does_no_harm() -> None:
@@ -154,114 +124,3 @@ def test_after_a_clear_only_what_grew_is_shown() -> None:
     assert (other_of(later, baseline), total_of(later, baseline)) == (1, 3)
     restarted = look(2, row(count=1), started=NOW + 2)
     assert [line.total for line in rows(restarted, Order.RATE, baseline=baseline)] == [1]
-
-
-# In characters
-
-
-@pytest.mark.parametrize(
-    ("rate", "text"),
-    [(None, "·"), (0, "0"), (0.001, "<0.01"), (0.05, "0.05"), (0.1, "0.1"), (12.34, "12.3"), (99.9, "99.9"),
-     (100, "100"), (1234, "1.2k"), (999_999, "1.0M"), (54_321, "54k"), (12e9, "12G")],
-)  # fmt: skip
-def test_rate_text(rate: float | None, text: str) -> None:
-    assert rate_text(rate) == text
-
-
-@given(st.floats(0, 1e14))
-def test_numbers_keep_their_column(number: float) -> None:
-    assert len(rate_text(number)) <= 5
-    assert len(count_text(number)) <= 7
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(-5, "0s"), (59.9, "59s"), (61, "1m"), (7200, "2h"), (1e6, "11d")])
-def test_age_text(seconds: float, text: str) -> None:
-    assert age_text(seconds) == text
-
-
-def test_an_address_keeps_both_its_ends() -> None:
-    assert address_text("fd00:1234:5678::13", 11) == "fd00:…8::13"
-    assert address_text("10.0.0.1", 10) == "10.0.0.1  "
-
-
-NAMES = st.text(max_size=40)
-ADDRESSES = st.sampled_from(["10.0.0.1", "172.16.113.113", "fd00:1234:5678:9abc:def0:1234:5678:9abc"])
-
-
-@given(
-    st.lists(st.tuples(NAMES, NAMES, ADDRESSES, st.integers(1, 10**12)), max_size=4),
-    st.integers(40, 240),
-    st.booleans(),
-    st.sampled_from(list(Order)),
-)
-def test_every_line_is_as_wide_as_the_screen_or_less(
-    found: list[tuple[str, str, str, int]], width: int, cluster: bool, order: Order
-) -> None:
-    seen = look(0, *(row(name, 53, count, pod=pod, expected=where) for name, pod, where, count in found))
-    lines = rows(seen, order)
-    columns = columns_for(lines, width, cluster, order)
-    for painted in (heading(columns, order, False), *(cells(line, columns, NOW) for line in lines)):
-        text = "".join(part for part, _ in painted)
-        assert cell_len(text) <= width
-        assert text.isprintable()
-    for painted in banner(seen, Condition("agent", NOW), None, width):
-        assert cell_len("".join(part for part, _ in painted)) <= max(width, 70)
-
-
-def test_addresses_of_usual_length_are_whole_in_80_columns() -> None:
-    long = row("unbound-control-very-long", 65535, 123_456, namespace="kube-system", pod="coredns-7c9f6d-x2x9k")
-    lines = rows(look(0, long), Order.RATE)
-    text = plain(cells(lines[0], columns_for(lines, 80, False, Order.RATE), NOW))
-    assert "172.16.13.13" in text
-    assert "172.17.0.1" in text
-    assert "65535" in text
-    assert "coredns" in text
-
-
-def test_the_heading_shows_what_it_is_sorted_by() -> None:
-    lines = rows(look(0, row()), Order.TOTAL)
-    for order, backwards, arrow in (
-        (Order.TOTAL, False, "total▼"),
-        (Order.PORT, False, "port▲"),
-        (Order.PORT, True, "port▼"),
-    ):
-        assert arrow in plain(heading(columns_for(lines, 80, False, order), order, backwards))
-
-
-# The lines above
-
-
-def test_spark_has_the_newest_at_the_right() -> None:
-    bars, peak = spark([(NOW - 150, 1.0), (NOW, 4.0)], NOW, 10)
-    assert peak == 4.0
-    assert bars[-1] == "█"
-    assert bars.startswith("    ")
-    assert spark([], NOW, 10) == (" " * 10, 0.0)
-    assert spark([], NOW, 0) == ("", 0.0)
-
-
-def test_spark_is_flat_where_nothing_is_wrong() -> None:
-    bars, peak = spark([(NOW - second, 0.0) for second in range(60, 0, -1)], NOW, 50)
-    assert (set(bars.strip()), peak) == ({"▁"}, 0.0)
-
-
-def state(seen: Look | None, **changes: Any) -> str:
-    lines = banner(seen, replace(Condition("/run/a.sock", NOW + 1), **changes), None, 80)
-    return "\n".join(map(plain, lines))
-
-
-def test_the_banner_says_how_it_stands() -> None:
-    good = look(0, row())
-    assert "● 1s ago" in state(good)
-    assert "paused at " in state(good, paused=NOW)
-    assert "not connected: retrying, as of 1s ago" in state(good, trouble="Connection refused")
-    assert "Connection refused" in state(good, trouble="Connection refused")
-    assert "/run/a.sock" in state(None)
-    assert "not ready" in state(look(0, row(), ready=False))
-    assert "2 nodes" in state(replace(good, cluster=True, snapshots=good.snapshots * 2))
-
-
-def test_the_banner_counts() -> None:
-    text = state(look(0, row(count=3), other=4, lost={"queue": 2, "output": 3}))
-    for fact in ("total 7", "in no row 4", "findings 1", "lost 5"):
-        assert fact in text

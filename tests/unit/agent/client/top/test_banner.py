@@ -1,0 +1,62 @@
+"""The lines above the table of `udpwatch top`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from top_snapshots import NOW, look, row
+
+from udpwatch.agent.client.top.banner import Condition, banner, spark
+from udpwatch.agent.client.top.layout import plain
+from udpwatch.agent.client.top.rows import Look
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, "total 1   findings 1   lost 0"),
+        ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
+    ],
+    ids=["quiet", "beyond"],
+)
+def test_the_numbers_of_a_node(changes: dict[str, Any], told: str) -> None:
+    lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
+    assert told in "".join(text for text, _ in lines[1])
+
+
+def test_spark_has_the_newest_at_the_right() -> None:
+    bars, peak = spark([(NOW - 150, 1.0), (NOW, 4.0)], NOW, 10)
+    assert peak == 4.0
+    assert bars[-1] == "█"
+    assert bars.startswith("    ")
+    assert spark([], NOW, 10) == (" " * 10, 0.0)
+    assert spark([], NOW, 0) == ("", 0.0)
+
+
+def test_spark_is_flat_where_nothing_is_wrong() -> None:
+    bars, peak = spark([(NOW - second, 0.0) for second in range(60, 0, -1)], NOW, 50)
+    assert (set(bars.strip()), peak) == ({"▁"}, 0.0)
+
+
+def state(seen: Look | None, **changes: Any) -> str:
+    lines = banner(seen, replace(Condition("/run/a.sock", NOW + 1), **changes), None, 80)
+    return "\n".join(map(plain, lines))
+
+
+def test_the_banner_says_how_it_stands() -> None:
+    good = look(0, row())
+    assert "● 1s ago" in state(good)
+    assert "paused at " in state(good, paused=NOW)
+    assert "not connected: retrying, as of 1s ago" in state(good, trouble="Connection refused")
+    assert "Connection refused" in state(good, trouble="Connection refused")
+    assert "/run/a.sock" in state(None)
+    assert "not ready" in state(look(0, row(), ready=False))
+    assert "2 nodes" in state(replace(good, cluster=True, snapshots=good.snapshots * 2))
+
+
+def test_the_banner_counts() -> None:
+    text = state(look(0, row(count=3), other=4, lost={"queue": 2, "output": 3}))
+    for fact in ("total 7", "in no row 4", "findings 1", "lost 5"):
+        assert fact in text
