@@ -1,4 +1,4 @@
-"""The programs on their hooks: whether they are still there, and attaching them again."""
+"""Check that the programs are attached, and attach them again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MODULES = Path("/sys/module")
 
 
 class Attached:
-    """Owns the programs and links that the loader handed over. Health is asked of the kernel, never remembered."""
+    """Own the programs and links that the loader passed on. The state always comes from the kernel."""
 
     def __init__(self, cgroup: Cgroup, loaded: Loaded) -> None:
         self._cgroup = cgroup
@@ -28,7 +28,7 @@ class Attached:
         self._hooks = {program.name: hook for program, hook in HOOKS if program.name in wanted}
         self._functions = [program.name for program, _ in FUNCTIONS if program.name in wanted]
         self._reattached = dict.fromkeys(self._hooks, 0)
-        # fentry holds the function's module; a kprobe does not, and ends with it without a word.
+        # fentry keeps a function's module loaded. A kprobe does not: it silently ends when the module is unloaded.
         self._modules = {
             program.name: (function.module, _loaded_at(function.module))
             for program, function in FUNCTIONS
@@ -43,17 +43,17 @@ class Attached:
             group.clear()
 
     def keep(self) -> list[str]:
-        """Ask the kernel about every link and attach again what somebody detached; a line for each change.
+        """Attach again what was detached; return a line for each change.
 
-        A function probe whose module was unloaded is gone: to attach it again takes rights that were given up.
+        A function probe whose module was unloaded stays detached: attaching it needs capabilities that were dropped.
         """
-        lines = self._let_go_of_modules()
+        lines = self._detach_from_unloaded_modules()
         for name, hook in self._hooks.items():
             link = self._links.get(name)
             if link is None or bpf.link_cgroup_id(link):
                 continue
             if name not in self._refused:
-                lines.append(f"{name} was detached from {self._cgroup.path} by somebody else")
+                lines.append(f"{name} was detached from {self._cgroup.path} by another program")
             try:
                 fresh = bpf.link_create(self._programs[name], self._cgroup.fd, hook.attach)
             except OSError as error:
@@ -66,33 +66,33 @@ class Attached:
             self._links[name] = fresh
             self._refused.pop(name, None)
             self._reattached[name] += 1
-            lines.append(f"{name} is attached again")
+            lines.append(f"{name} was attached again")
         return lines
 
-    def _let_go_of_modules(self) -> list[str]:
-        """Detach from modules that are not what they were; a line for each such probe."""
+    def _detach_from_unloaded_modules(self) -> list[str]:
+        """Detach from modules that were unloaded or reloaded; return a line for each probe."""
         lines = []
         for name, (module, loaded_at) in list(self._modules.items()):
             if _loaded_at(module) == loaded_at:
                 continue
             del self._modules[name]
             os.close(self._links.pop(name))
-            self._refused[name] = f"{name} is not probed any more: its module {module} was unloaded; restart udpwatch"
+            self._refused[name] = f"cannot probe {name} any longer: its module {module} was unloaded; restart udpwatch"
             lines.append(self._refused[name])
         return lines
 
     @property
     def complete(self) -> bool:
-        """Whether the kernel says that every required program is attached."""
+        """Whether the kernel reports every required program as attached."""
         return all(probe.attached for probe in self.probes() if probe.required)
 
     def probes(self) -> tuple[Probe, ...]:
-        """Every program, as the kernel reports it now."""
+        """Return every program in its current state."""
         hooks = [self._probe(name, self._is_linked(name)) for name in self._hooks]
         return (*hooks, *(self._probe(name, name in self._links) for name in self._functions))
 
     def unattached(self) -> dict[str, int]:
-        """How many instructions the verifier walked of each program that is attached to nothing."""
+        """Return the number of instructions that the verifier walked for each program that is not attached."""
         attached = {*self._hooks, *self._functions}
         return {name: count for name, count in self._instructions.items() if name not in attached}
 
@@ -106,7 +106,7 @@ class Attached:
         return Probe(
             name=name,
             attached=attached,
-            # Without the cgroup hooks, conntrack's flows are all there is.
+            # Without the cgroup hooks, the programs for conntrack's flows are the only source of findings.
             required=BY_NAME[name].required or (not self._hooks and BY_NAME[name].is_for_forwarded),
             reattached=self._reattached.get(name, 0),
             run_seconds=info.run_time_ns / 1e9 if info else 0.0,
@@ -119,7 +119,7 @@ class Attached:
 
 
 def _loaded_at(module: str) -> int:
-    """A number that another loading of the module does not have; 0 where it is not loaded, nor a part of the kernel."""
+    """Return a number that differs for each time the module is loaded, 0 if it is not loaded or built in."""
     try:
         return (MODULES / module).stat().st_ino
     except OSError:

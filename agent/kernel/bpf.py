@@ -1,10 +1,10 @@
-"""bpf(2) by hand: what the agent needs after the loader has gone.
+"""Call bpf(2) directly: what the agent needs after the loader has exited.
 
-bcc and its LLVM never enter this process (design: a child loads and exits), so maps are read, programs
-queried and links made with the system call itself. Layouts are those of ``union bpf_attr`` in the kernel's
-``include/uapi/linux/bpf.h``; an attribute shorter than the kernel's is padded with zeros by the kernel.
+bcc and its LLVM never enter this process, so it reads maps, queries programs and creates links with the system call
+itself. The layouts are those of ``union bpf_attr`` in the kernel's ``include/uapi/linux/bpf.h``; the kernel pads a
+shorter attribute with zeros.
 
-Every function raises OSError with the kernel's errno when the kernel refuses.
+Every function raises OSError with the errno of the kernel.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _ATTR_BYTES = 128
 _NO_COMMAND = 0x7FFFFFFF
 _BATCH = 1024
 _LOG_ALL, _LOG_STATISTICS = 1, 4  # BPF_LOG_LEVEL1, BPF_LOG_STATS in include/linux/bpf_verifier.h
-_ENOTSUPP = 524  # the kernel's own, in no header of user space
+_ENOTSUPP = 524  # internal to the kernel, in no header of user space
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Command(IntEnum):
-    """enum bpf_cmd."""
+    """Mirror enum bpf_cmd."""
 
     MAP_CREATE = 0
     MAP_LOOKUP_ELEM = 1
@@ -55,7 +55,7 @@ class Command(IntEnum):
 
 
 class ProgramType(IntEnum):
-    """enum bpf_prog_type."""
+    """Mirror enum bpf_prog_type."""
 
     SOCKET_FILTER = 1
     KPROBE = 2
@@ -65,7 +65,7 @@ class ProgramType(IntEnum):
 
 
 class AttachType(IntEnum):
-    """enum bpf_attach_type."""
+    """Mirror enum bpf_attach_type."""
 
     CGROUP_INET_INGRESS = 0
     CGROUP_INET_EGRESS = 1
@@ -76,7 +76,7 @@ class AttachType(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class MapDefinition:
-    """What a map is created with; the type is enum bpf_map_type, a ring buffer's entries are its bytes."""
+    """The parameters of a new map. The type is an enum bpf_map_type; the entries of a ring buffer are its bytes."""
 
     name: str
     type: int
@@ -88,18 +88,18 @@ class MapDefinition:
 
 @dataclass(frozen=True, slots=True)
 class ProgramInfo:
-    """What the kernel says of a loaded program; run times stay 0 unless kernel.bpf_stats_enabled is 1."""
+    """What the kernel reports about a loaded program. Run times stay 0 unless kernel.bpf_stats_enabled is 1."""
 
     id: int
     name: str
     run_time_ns: int
     run_count: int
     instructions: int
-    missed: int  # runs that the kernel left out, since the program was running on that CPU already
+    missed: int  # runs that the kernel skipped because the program was already running on that CPU
 
 
 def bpf(command: Command, attribute: ctypes.Array[ctypes.c_char], size: int | None = None) -> int:
-    """Call bpf(2) with a prepared attribute; returns the system call's own result."""
+    """Call bpf(2) with a prepared attribute; return the result of the system call."""
     result: int = _libc.syscall(_number(), int(command), attribute, len(attribute) if size is None else size)
     if result < 0:
         number = ctypes.get_errno()
@@ -108,8 +108,8 @@ def bpf(command: Command, attribute: ctypes.Array[ctypes.c_char], size: int | No
 
 
 def is_forbidden() -> bool:
-    """Whether bpf(2) is refused before the kernel looks at what is asked, as seccomp does it. Asks for what there is
-    not: who has CAP_BPF is told so by the kernel (EINVAL).
+    """Return whether bpf(2) is refused before the kernel examines the command, as seccomp does. The probe is an unknown
+    command, for which a process with CAP_BPF gets EINVAL.
     """
     nothing = _attribute("")
     result: int = _libc.syscall(_number(), _NO_COMMAND, nothing, len(nothing))
@@ -120,7 +120,9 @@ def _number() -> int:
     try:
         return _SYSCALL_NUMBER[platform.machine()]
     except KeyError:
-        raise OSError(errno.ENOSYS, f"no bpf(2) system call number is known for {platform.machine()}") from None
+        raise OSError(
+            errno.ENOSYS, f"unsupported architecture {platform.machine()}: its number of bpf(2) is unknown"
+        ) from None
 
 
 def _attribute(layout: str, *values: int) -> ctypes.Array[ctypes.c_char]:
@@ -132,18 +134,21 @@ def _address(buffer: ctypes.Array[ctypes.c_char]) -> int:
 
 
 def registers(destination: int, source: int) -> int:
-    """The byte of an instruction that names both: two bit-fields (struct bpf_insn), in the machine's byte order."""
+    """Pack two register numbers into the byte of an instruction (bit-fields of struct bpf_insn, in the machine's byte
+    order).
+    """
     return destination | source << 4 if sys.byteorder == "little" else source | destination << 4
 
 
 def source_register(both: int) -> int:
-    """The second one of such a byte."""
+    """Return the source register of such a byte."""
     return both >> 4 if sys.byteorder == "little" else both & 0xF
 
 
 def map_create(definition: MapDefinition, btf: int = 0, key_type: int = 0, value_type: int = 0) -> int:
-    """Create a map; returns its descriptor. ``btf``: the descriptor of what describes its key and value, by their
-    types' numbers.
+    """Create a map; return its descriptor.
+
+    ``btf`` is the descriptor of the types of its key and value, ``key_type`` and ``value_type`` their numbers.
     """
     raw = struct.pack(
         "=IIIIIII16sIIII",
@@ -164,19 +169,19 @@ def map_create(definition: MapDefinition, btf: int = 0, key_type: int = 0, value
 
 
 def btf_load(types: bytes) -> int:
-    """Give the kernel a description of types (struct btf_header and what follows it); returns its descriptor."""
+    """Load a description of types (struct btf_header and its data); return its descriptor."""
     buffer = ctypes.create_string_buffer(types, len(types))
     return bpf(Command.BTF_LOAD, _attribute("QQIII", _address(buffer), 0, len(types), 0, 0))
 
 
 def map_definition(fd: int, name: str) -> MapDefinition:
-    """What a map was created with (struct bpf_map_info), under a name that the kernel may have cut."""
+    """Return the parameters of a map (struct bpf_map_info), with the given name, because the kernel truncates names."""
     kind, _id, *sizes = struct.unpack_from("=6I", _info(fd, 24))
     return MapDefinition(name, kind, *sizes)
 
 
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
-    """The value under ``key`` (for per-CPU maps: all CPUs' values, each padded to 8 bytes), None where none is."""
+    """Return the value of ``key``, or None. A per-CPU map returns the values of all CPUs, each padded to 8 bytes."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value = ctypes.create_string_buffer(value_size)
     try:
@@ -189,7 +194,7 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
 
 
 def map_update(fd: int, key: bytes, value: bytes, only_new: bool = False) -> None:
-    """Put ``value`` under ``key``; with ``only_new`` raises FileExistsError where there is one already."""
+    """Set the value of ``key``; with ``only_new``, raise FileExistsError if it exists."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value_buffer = ctypes.create_string_buffer(value, len(value))
     addresses = _address(key_buffer), _address(value_buffer)
@@ -197,7 +202,7 @@ def map_update(fd: int, key: bytes, value: bytes, only_new: bool = False) -> Non
 
 
 def map_delete(fd: int, key: bytes) -> bool:
-    """Delete ``key``; False where it was not there."""
+    """Delete ``key``; return whether it existed."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
     try:
         bpf(Command.MAP_DELETE_ELEM, _attribute("I4xQQQ", fd, _address(key_buffer), 0, 0))
@@ -209,10 +214,10 @@ def map_delete(fd: int, key: bytes) -> bool:
 
 
 def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
-    """Delete ``key`` and return its last value, None where it was not there.
+    """Delete ``key`` and return its last value, or None.
 
-    In one step where the kernel can (Linux kernel commit 3e87f192b405 ("bpf: Add lookup_and_delete_elem support to
-    hashtab") (in v5.14)), in two elsewhere.
+    This is one step since Linux kernel commit 3e87f192b405 ("bpf: Add lookup_and_delete_elem support to hashtab") (in
+    v5.14), and two steps before.
     """
     key_buffer = ctypes.create_string_buffer(key, len(key))
     value = ctypes.create_string_buffer(value_size)
@@ -231,10 +236,10 @@ def map_take(fd: int, key: bytes, value_size: int) -> bytes | None:
 
 
 def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, bytes, bytes]]:
-    """Walk a hash map or an array: (number of elements, their keys, their values) a batch at a time.
+    """Yield (number of elements, their keys, their values) of a hash map or an array, one batch at a time.
 
-    BPF_MAP_LOOKUP_BATCH copies whole buckets and does not touch the elements' LRU state
-    (Linux kernel commit 057996380a42 ("bpf: Add batch ops to all htab bpf map") (in v5.6)).
+    BPF_MAP_LOOKUP_BATCH copies whole buckets and does not change the LRU state of the elements (Linux kernel commit
+    057996380a42 ("bpf: Add batch ops to all htab bpf map") (in v5.6)).
     """
     size = _BATCH
     cursor = ctypes.create_string_buffer(8)
@@ -257,7 +262,7 @@ def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, 
         try:
             bpf(Command.MAP_LOOKUP_BATCH, attribute)
         except OSError as error:
-            if error.errno == errno.ENOSPC:  # one bucket holds more than the batch: try again with more room
+            if error.errno == errno.ENOSPC:  # a bucket is larger than the batch: retry with a larger one
                 size *= 2
                 continue
             if error.errno != errno.ENOENT:
@@ -272,13 +277,13 @@ def map_batches(fd: int, key_size: int, value_size: int) -> Iterator[tuple[int, 
 
 
 def array_values(fd: int, value_size: int) -> Iterator[bytes]:
-    """The values of an array map in order, a batch at a time."""
+    """Yield the values of an array map in order, one batch at a time."""
     for _, _, values in map_batches(fd, 4, value_size):
         yield values
 
 
 def map_items(fd: int, key_size: int, value_size: int) -> Iterator[tuple[bytes, bytes]]:
-    """Every (key, value) of a hash map."""
+    """Yield every (key, value) of a hash map."""
     for count, keys, values in map_batches(fd, key_size, value_size):
         for index in range(count):
             yield (
@@ -296,10 +301,10 @@ def program_load(
     log: ctypes.Array[ctypes.c_char] | None = None,
     log_level: int = 0,
 ) -> int:
-    """Load instructions under the GPL; returns the program's descriptor.
+    """Load instructions under the GPL; return the descriptor of the program.
 
-    ``function``: BTF id of the function that a TRACING program is for, and the descriptor of the module's BTF that
-    the id is in (0: vmlinux). The verifier writes into ``log``, as much as ``log_level`` says.
+    ``function`` is for TRACING programs: the BTF id of the function, and the descriptor of the BTF of its module (0:
+    vmlinux). The verifier writes to ``log`` as much as ``log_level`` asks for.
     """
     code = ctypes.create_string_buffer(instructions, len(instructions))
     licence = ctypes.create_string_buffer(b"GPL")
@@ -326,8 +331,9 @@ def program_load(
 def program_load_logged(
     type_: ProgramType, attach: AttachType | None, instructions: bytes, name: str, function: tuple[int, int] = (0, 0)
 ) -> tuple[int, int]:
-    """As `program_load`: (descriptor, instructions that the verifier walked). The error of a refused program says
-    what the verifier said last.
+    """Load a program; return (descriptor, number of instructions that the verifier walked).
+
+    If the verifier refuses the program, the error contains its last message.
     """
     log = ctypes.create_string_buffer(1 << 16)
     try:
@@ -346,7 +352,7 @@ def program_load_logged(
 
 
 def program_test_run(fd: int, packet: bytes, repeat: int) -> tuple[int, int]:
-    """Run a program on an Ethernet frame ``repeat`` times: (its return value, mean nanoseconds a run)."""
+    """Run a program ``repeat`` times on an Ethernet frame; return (its return value, mean nanoseconds per run)."""
     data = ctypes.create_string_buffer(packet, len(packet))
     attribute = _attribute("IIIIQQII", fd, 0, len(packet), 0, _address(data), 0, repeat, 0)
     bpf(Command.PROG_TEST_RUN, attribute)
@@ -355,7 +361,7 @@ def program_test_run(fd: int, packet: bytes, repeat: int) -> tuple[int, int]:
 
 
 def program_query(cgroup_fd: int, attach: AttachType) -> list[int]:
-    """Ids of the programs attached to this cgroup itself on this hook, in the order they run."""
+    """Return the ids of the programs on a hook of this cgroup, in their order."""
     ids = ctypes.create_string_buffer(4 * 64)  # BPF_CGROUP_MAX_PROGS
     attribute = _attribute("IIIIQI4x", cgroup_fd, attach, 0, 0, _address(ids), 64)
     bpf(Command.PROG_QUERY, attribute)
@@ -364,7 +370,7 @@ def program_query(cgroup_fd: int, attach: AttachType) -> list[int]:
 
 
 def program_fd(program_id: int) -> int:
-    """A descriptor of the program with this id (needs CAP_SYS_ADMIN)."""
+    """Return a descriptor of the program with this id; this needs CAP_SYS_ADMIN."""
     return bpf(Command.PROG_GET_FD_BY_ID, _attribute("III", program_id, 0, 0))
 
 
@@ -375,7 +381,7 @@ def _info(fd: int, size: int) -> ctypes.Array[ctypes.c_char]:
 
 
 def program_info(fd: int) -> ProgramInfo:
-    """struct bpf_prog_info of a program."""
+    """Return struct bpf_prog_info of a program."""
     info = _info(fd, 224)
     return ProgramInfo(
         id=struct.unpack_from("=I", info, 4)[0],
@@ -388,33 +394,36 @@ def program_info(fd: int) -> ProgramInfo:
 
 
 def link_create(program: int, cgroup: int, attach: AttachType) -> int:
-    """Attach a program to a cgroup; it stays attached as long as the returned descriptor is open somewhere.
+    """Attach a program to a cgroup; return a descriptor. The program stays attached while any process holds the
+    descriptor.
 
-    Links are always BPF_F_ALLOW_MULTI: they forbid nothing to programs in cgroups below.
+    Links always allow other programs on the same hook (BPF_F_ALLOW_MULTI).
     """
     return bpf(Command.LINK_CREATE, _attribute("IIII", program, cgroup, attach, 0))
 
 
 def link_detach(link: int) -> None:
-    """Detach a link by force, as ``bpftool link detach`` does; the descriptor stays open."""
+    """Detach a link, like ``bpftool link detach``; the descriptor stays open."""
     bpf(Command.LINK_DETACH, _attribute("I", link))
 
 
 def link_cgroup_id(link: int) -> int:
-    """The id of the cgroup that a link is attached to, 0 once it has been detached or the cgroup is gone."""
+    """Return the id of the cgroup of a link, 0 if the link is detached or the cgroup is gone."""
     info = _info(link, 32)
     cgroup: int = struct.unpack_from("=Q", info, 16)[0]
     return cgroup
 
 
 def tracing_attach(program: int) -> int:
-    """Attach a TRACING program to the function it was loaded for; attached as long as the descriptor is open."""
+    """Attach a TRACING program to its function; it stays attached while the returned descriptor is open."""
     return bpf(Command.RAW_TRACEPOINT_OPEN, _attribute("QI4x", 0, program))
 
 
 def module_btf(module: str) -> int:
-    """A descriptor of a loaded module's own BTF (Linux kernel commit 5329722057d4 ("bpf: Assign ID to vmlinux BTF and
-    return extra info for BTF in GET_OBJ_INFO") (in v5.11)); needs CAP_SYS_ADMIN. Raises OSError where it has none.
+    """Return a descriptor of the BTF of a loaded module; this needs CAP_SYS_ADMIN.
+
+    Modules have their own BTF since Linux kernel commit 5329722057d4 ("bpf: Assign ID to vmlinux BTF and return extra
+    info for BTF in GET_OBJ_INFO") (in v5.11).
     """
     number = 0
     while True:

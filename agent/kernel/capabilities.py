@@ -1,4 +1,4 @@
-"""Capabilities of this process: which it has, which it lacks, and giving them up."""
+"""Read, check and drop the capabilities of this process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Capability(IntEnum):
-    """The ones that udpwatch has a use for (include/uapi/linux/capability.h)."""
+    """The capabilities that udpwatch uses (include/uapi/linux/capability.h)."""
 
     DAC_OVERRIDE = 1
     NET_BIND_SERVICE = 10
@@ -35,20 +35,20 @@ class Capability(IntEnum):
         return f"CAP_{self.name}"
 
 
-#: What each is needed for. CAP_SYS_ADMIN stands in for BPF and PERFMON on every kernel that has them.
+#: What each capability is for. CAP_SYS_ADMIN replaces CAP_BPF and CAP_PERFMON on every kernel that has these.
 PURPOSE = {
     Capability.BPF: "load the programs and read their maps",
     Capability.NET_ADMIN: "attach them to the cgroup",
-    Capability.PERFMON: "read conntrack's entry from the packet, probe functions",
+    Capability.PERFMON: "read conntrack's entry from the packet; probe functions",
     Capability.SYS_ADMIN: "without CAP_PERFMON: enter namespaces to ask their conntrack; mount cgroup v2 privately",
-    Capability.DAC_OVERRIDE: "open an event file again that belongs to somebody else by then",
-    Capability.NET_BIND_SERVICE: "with --dns: listen on port 53 of addresses that come later",
+    Capability.DAC_OVERRIDE: "reopen an event file that another user owns by then",
+    Capability.NET_BIND_SERVICE: "with --dns: listen on port 53 of addresses that are added later",
     Capability.SYS_PTRACE: "without CAP_PERFMON: find a process's network namespace",
 }
 
 
 def effective() -> frozenset[Capability]:
-    """The capabilities in force now."""
+    """Return the effective capabilities."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("CapEff:"):
             mask = int(line.split()[1], 16)
@@ -57,30 +57,30 @@ def effective() -> frozenset[Capability]:
 
 
 def may_load(have: Collection[Capability]) -> bool:
-    """Whether programs can be loaded and attached: CAP_BPF (or CAP_SYS_ADMIN) and CAP_NET_ADMIN."""
+    """Return whether programs can be loaded and attached: this needs CAP_BPF (or CAP_SYS_ADMIN) and CAP_NET_ADMIN."""
     return Capability.NET_ADMIN in have and (Capability.BPF in have or Capability.SYS_ADMIN in have)
 
 
 def may_read_memory(have: Collection[Capability]) -> bool:
-    """Whether programs may see kernel pointers and memory: CAP_PERFMON (or CAP_SYS_ADMIN)."""
+    """Return whether programs may read kernel memory: this needs CAP_PERFMON (or CAP_SYS_ADMIN)."""
     return Capability.PERFMON in have or Capability.SYS_ADMIN in have
 
 
 def require() -> None:
-    """Raise CannotRun unless programs can be loaded and attached, before anything else is begun."""
+    """Raise CannotRun unless programs can be loaded and attached."""
     have = effective()
     if may_load(have):
         return
     if os.geteuid() != 0:
-        raise CannotRun("watching the kernel needs root: run udpwatch as root")
+        raise CannotRun("cannot load BPF programs: this user is not root; run udpwatch as root")
     missing = {Capability.BPF, Capability.NET_ADMIN} - have
     names = " and ".join(sorted(map(str, missing)))
-    raise CannotRun(f"{names} missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`")
+    raise CannotRun(f"cannot load BPF programs: {names} missing; see `udpwatch doctor`")
 
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A user to change to."""
+    """A user for `drop_all_but` to switch to."""
 
     name: str
     uid: int
@@ -88,12 +88,12 @@ class User:
 
 
 def drop_all_but(keep: Iterable[Capability], user: User | None = None) -> None:
-    """Give up every capability of the calling thread but these, and change to ``user``, if given.
+    """Drop every capability of the calling thread except these, and switch to ``user`` if given.
 
-    What it executes cannot have more: the bounding set is no larger, the inheritable and ambient sets are empty, and
-    no_new_privs is set. Threads started later inherit all of it; those that run already do not.
+    No program that it executes can gain more: the bounding set shrinks, the inheritable and ambient sets are empty, and
+    no_new_privs is set. Threads that start later inherit this; running threads do not.
 
-    Raises OSError, with the bounding set reduced already.
+    Raises OSError; the bounding set may have shrunk by then.
     """
     kept = set(keep) & effective()
     _reduce_bounding_set(kept)
@@ -113,10 +113,10 @@ def drop_all_but(keep: Iterable[Capability], user: User | None = None) -> None:
 
 
 def _reduce_bounding_set(kept: Collection[int]) -> None:
-    """Without CAP_SETPCAP the bounding set stays as it is; no_new_privs then has to do."""
+    """Shrink the bounding set. Without CAP_SETPCAP it stays, and only no_new_privs protects."""
     for number in range(64):
         held = _libc.prctl(_PR_CAPBSET_READ, number, 0, 0, 0)
-        if held < 0:  # beyond the last capability that this kernel has
+        if held < 0:  # above the last capability of this kernel
             return
         if held and number not in kept and _libc.prctl(_PR_CAPBSET_DROP, number, 0, 0, 0) != 0:
             if ctypes.get_errno() == errno.EPERM:

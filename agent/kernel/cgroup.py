@@ -1,4 +1,4 @@
-"""Which cgroup to watch: the root of the v2 hierarchy, wherever it is, mounted or not."""
+"""Find the cgroup to watch: the root of the v2 hierarchy, mounted or not."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class Cgroup:
     """An open cgroup v2 folder."""
 
     fd: int
-    path: str  # for people: where it was found
+    path: str  # where it was found, for messages
     id: int
 
     @property
     def is_root(self) -> bool:
-        """Whether every process of the node is below it."""
+        """Whether this cgroup contains every process of the node."""
         return self.id == ROOT_ID
 
     def contains(self, pid: int) -> bool:
-        """Whether a process is in this cgroup or below it; a member list that cannot be read contains nothing."""
+        """Return whether a process is in this cgroup or below it. Member lists that are not readable count as empty."""
         if self.is_root:
             return True
         for _root, _folders, _files, folder in os.fwalk(".", dir_fd=self.fd):
@@ -43,20 +43,20 @@ class Cgroup:
         return False
 
     def close(self) -> None:
-        """Close the folder; links made on it stay."""
+        """Close the folder; its links stay."""
         os.close(self.fd)
 
 
 def in_own_namespace() -> bool:
-    """Whether this process sees only a part of the cgroup tree, as in a container with its own cgroup namespace."""
+    """Return whether this process sees only a part of the cgroup tree, as in a container with a cgroup namespace."""
     return Path("/proc/self/ns/cgroup").stat().st_ino != _INIT_CGROUP_NAMESPACE
 
 
 def _open(path: str) -> Cgroup:
-    """Open a folder that must be of cgroup v2; raises OSError."""
+    """Open a folder of cgroup v2; raise OSError if it is not one."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.stat("cgroup.controllers", dir_fd=fd)  # in every folder of v2, in none of v1
+        os.stat("cgroup.controllers", dir_fd=fd)  # exists in every folder of v2 and in none of v1
     except FileNotFoundError:
         os.close(fd)
         raise OSError(errno.EINVAL, "not a cgroup v2 folder", path) from None
@@ -64,8 +64,9 @@ def _open(path: str) -> Cgroup:
 
 
 def _mounted(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[str]:
-    """Mount points of cgroup2 in this mount namespace."""
-    # Blank, tab, "\n" and "\\" are written in octal; not so what else Python takes for the end of a line or word.
+    """Yield the mount points of cgroup2 in this mount namespace."""
+    # The kernel writes space, tab, newline and backslash in octal, but not the other characters at which Python splits
+    # lines or words.
     for line in os.fsdecode(mountinfo.read_bytes()).split("\n"):
         mount, _, kind = line.partition(" - ")
         if kind.startswith("cgroup2 "):
@@ -75,16 +76,16 @@ def _mounted(mountinfo: Path = Path("/proc/self/mountinfo")) -> Iterator[str]:
 def find(path: str | None) -> Cgroup:
     """Open the cgroup to watch.
 
-    With a path, that one: raises UsageError when it is none. Without, the first of these that is the root of the
-    hierarchy: what is mounted here, what process 1 sees (a container with hostPID), a private mount; and where
-    none of them is the root, the first that could be opened at all. Raises CannotRun.
+    If ``path`` is given, open it; raise UsageError if it is not a cgroup v2 folder. Otherwise return the first root of
+    the hierarchy among the local mounts, the mounts of process 1 (in a container with hostPID) and a private mount. If
+    none is the root, return the first that opens. Raise CannotRun if none does.
     """
     if path is not None:
         try:
             return _open(path)
         except OSError as error:
             raise UsageError(
-                f"cgroup: cannot use {path!r}: {error.strerror}; give the mount point of cgroup v2"
+                f"cgroup: cannot use {path!r}: {error.strerror}; expected the mount point of cgroup v2"
             ) from None
     found: Cgroup | None = None
     reasons = []
@@ -108,7 +109,7 @@ def find(path: str | None) -> Cgroup:
         except OSError as error:
             reasons.append(str(error.strerror))
             raise CannotRun(
-                f"cannot open cgroup v2 ({'; '.join(reasons)}): mount it, e.g. mount -t cgroup2 none /mnt, "
+                f"cannot open cgroup v2: {'; '.join(reasons)}; mount it, e.g. mount -t cgroup2 none /mnt, "
                 "and give --cgroup /mnt"
             ) from None
         found = Cgroup(fd, "a private mount of cgroup2", os.fstat(fd).st_ino)

@@ -1,6 +1,6 @@
-"""The clock of the kernel programs (bpf_ktime_get_ns, bpf_jiffies64): the host's CLOCK_MONOTONIC.
+"""Read the clock of the kernel programs: the CLOCK_MONOTONIC of the host (bpf_ktime_get_ns).
 
-In a time namespace (time_namespaces(7)) this process's own CLOCK_MONOTONIC differs from it by a constant.
+In a time namespace (time_namespaces(7)), the CLOCK_MONOTONIC of this process differs from it by a constant.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ _OFFSETS = Path("/proc/self/timens_offsets")
 
 
 def monotonic_ns() -> int:
-    """Nanoseconds, comparable with the times of kernel programs."""
+    """Return nanoseconds that are comparable with the times of kernel programs."""
     return time.monotonic_ns() - _offset_ns()
 
 
 @functools.cache
 def _offset_ns() -> int:
-    """What the time namespace adds; the kernel keeps it from changing once a process is in there."""
+    """Return the offset of the time namespace, which is constant for a process."""
     try:
         lines = _OFFSETS.read_text().splitlines()
     except OSError:  # a kernel without time namespaces

@@ -1,8 +1,8 @@
-"""Conntrack over netlink, read raw: look an entry up, dump a table, listen to new entries, ask how it is.
+"""Talk to conntrack over netlink: look up an entry, dump a table, listen to new entries, read the counters.
 
-Raw, since entries come by the thousand: pyroute2 takes 89 us to decode one, this takes about 5. Layouts are those of
-include/uapi/linux/netfilter/nfnetlink_conntrack.h. A socket belongs to the network namespace that the calling thread is
-in when it is made. All of it needs CAP_NET_ADMIN, and the first question makes the kernel load conntrack's modules.
+Messages are decoded here because there are thousands: pyroute2 needs 89 us per entry, this code about 5. Layouts are
+those of include/uapi/linux/netfilter/nfnetlink_conntrack.h. A socket belongs to the network namespace of the thread
+that creates it. Everything needs CAP_NET_ADMIN, and the first request makes the kernel load the modules of conntrack.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _BODY = netlink.HEADER.size + _GENERAL.size  # where the attributes begin
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One UDP entry."""
+    """One UDP entry of conntrack."""
 
     original: Tuple
     reply: Tuple
@@ -53,11 +53,11 @@ class Entry:
 
 
 class Overrun(OSError):
-    """The kernel had to drop events: the socket's buffer was full."""
+    """The kernel dropped events because the buffer of the socket was full."""
 
 
 def _tuple(raw: memoryview) -> tuple[Tuple | None, int]:
-    """(the tuple, its own zone); None where it is not UDP."""
+    """Return (tuple, its own zone); the tuple is None if it is not UDP."""
     source = destination = b""
     source_port = destination_port = protocol = zone = 0
     for kind, value in attributes(raw):
@@ -84,7 +84,7 @@ def _tuple(raw: memoryview) -> tuple[Tuple | None, int]:
 
 
 def decode(body: memoryview) -> Entry | None:
-    """The entry in a message (what follows struct nfgenmsg); None where it is not a UDP entry with both directions."""
+    """Decode the entry in a message (after struct nfgenmsg); return None if it is not UDP or lacks a direction."""
     tuples: dict[int, Tuple] = {}
     status = zone = 0
     timeout = None
@@ -121,10 +121,10 @@ def _encode_tuple(wanted: Tuple, zone: int) -> bytes:
 
 
 class Table:
-    """Questions to one namespace's conntrack."""
+    """Send requests to the conntrack of one namespace."""
 
     def __init__(self) -> None:
-        """Open a socket in the calling thread's namespace; raises OSError."""
+        """Open a socket in the namespace of the calling thread; raises OSError."""
         self._netlink = Netlink(_NETLINK_NETFILTER)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class Table:
         self.close()
 
     def lookup(self, wanted: Tuple, zone: int = 0) -> Entry | None:
-        """The UDP entry of which this is one direction, None where there is none; raises OSError."""
+        """Return the UDP entry that has this tuple in either direction, or None; raises OSError."""
         family = socket.AF_INET6 if ":" in wanted.source else socket.AF_INET
         try:
             for body in self._ask(_GET, family, _encode_tuple(wanted, zone)):
@@ -147,14 +147,14 @@ class Table:
         return None
 
     def dump(self) -> Iterator[Entry]:
-        """Every UDP entry of the namespace; raises OSError."""
+        """Yield every UDP entry of the namespace; raises OSError."""
         for body in self._ask(_GET, socket.AF_UNSPEC, dump=True):
             entry = decode(body)
             if entry:
                 yield entry
 
     def health(self) -> ConntrackHealth:
-        """Entries, their limit, and what was lost (the kernel's own counters, of 32 bits a CPU); raises OSError."""
+        """Return the number of entries, their limit and the loss counters (32 bits per CPU); raises OSError."""
         entries, limit = self._size()
         failed = dropped = early = 0
         for body in self._ask(_GET_STATS_CPU, socket.AF_UNSPEC, dump=True):
@@ -165,7 +165,7 @@ class Table:
         return ConntrackHealth(entries, limit, failed, dropped, early)
 
     def entries(self) -> int:
-        """How many entries the namespace has; raises OSError."""
+        """Return the number of entries of the namespace; raises OSError."""
         return self._size()[0]
 
     def _size(self) -> tuple[int, int]:
@@ -179,8 +179,9 @@ class Table:
 
 
 def _udp_only() -> bytes:
-    """A classic BPF filter: the protocol in the original tuple is UDP. SKF_AD_NLATTR and SKF_AD_NLATTR_NEST find an
-    attribute from the offset in A by the type in X (net/core/filter.c).
+    """Return a classic BPF filter that accepts only entries whose original tuple is UDP.
+
+    SKF_AD_NLATTR and SKF_AD_NLATTR_NEST find an attribute from the offset in A by the type in X (net/core/filter.c).
     """
     find, nest = 0xFFFFF000 + 12, 0xFFFFF000 + 16  # SKF_AD_OFF + SKF_AD_NLATTR, SKF_AD_NLATTR_NEST
     program = [
@@ -202,10 +203,10 @@ def _udp_only() -> bytes:
 
 
 class Listener:
-    """New UDP entries of one namespace, as they are booked."""
+    """Receive the new UDP entries of one namespace."""
 
     def __init__(self, buffer_bytes: int) -> None:
-        """Listen in the calling thread's namespace; raises OSError."""
+        """Listen in the namespace of the calling thread; raises OSError."""
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER
         )
@@ -222,7 +223,7 @@ class Listener:
             raise
 
     def resize(self, buffer_bytes: int) -> None:
-        """Set what may wait to be read, of which the kernel takes twice as much; raises OSError."""
+        """Set the size of the receive buffer, which the kernel doubles; raises OSError."""
         self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer_bytes)
 
     def fileno(self) -> int:
@@ -232,7 +233,7 @@ class Listener:
         self._socket.close()
 
     def read(self) -> Iterator[Entry]:
-        """What is there now. Raises Overrun where events were dropped; what is still there can be read afterwards."""
+        """Yield the waiting entries. Raise Overrun if events were dropped; waiting entries can still be read."""
         while True:
             try:
                 raw = self._socket.recv(netlink.BUFFER)
@@ -240,7 +241,7 @@ class Listener:
                 return
             except OSError as error:
                 if error.errno == errno.ENOBUFS:
-                    raise Overrun(error.errno, "conntrack's events came faster than they were read") from None
+                    raise Overrun(error.errno, "conntrack sent events faster than they were read") from None
                 raise
             for kind, content in messages(raw):
                 if kind == _NEW:

@@ -1,7 +1,7 @@
-"""What this kernel lets our programs do, found by trying, never from a version number.
+"""Find what this kernel allows BPF programs to do, by trying and never from a version number.
 
-Each probe is a program of a few instructions that calls one helper: the verifier's answer is the answer. The
-results reach bpf/compat.h as HAVE_* of the compile. Only this file and that one know about kernels.
+Each probe is a program of a few instructions that calls one helper; the verifier accepts or refuses it. The results
+reach bpf/compat.h as HAVE_* of the compile. Only this file and compat.h know about kernel differences.
 """
 
 from __future__ import annotations
@@ -50,43 +50,43 @@ _CONTEXT_AS_THIRD = _instruction(0xBF, 3, 1)
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the programs may use; each missing one costs what is written behind it."""
+    """What the programs may use. The comment behind each member says what is lost without it."""
 
-    netns_cookie: bool  # else, without `conntrack`, two sockets of a namespace do not share what they remember
-    current: bool  # else no process for connected sockets
-    current_task: bool  # the same from the task's own structure, where the helpers are refused
-    current_comm: bool  # else the name of such a process is only what /proc still says of its id
+    netns_cookie: bool  # without it and `conntrack`, two sockets of a namespace do not share their conversations
+    current: bool  # without it, the process of connected sockets is unknown
+    current_task: bool  # the same facts, read from the task_struct where the helpers are refused
+    current_comm: bool  # without it, the process name is read from /proc
     sender_comm: bool  # the same for unconnected sockets
-    conntrack: bool  # kernel memory can be read; else conntrack is asked over netlink before a finding is reported
-    offsets: dict[str, int]  # of kernel structures' members, for `conntrack`
+    conntrack: bool  # programs may read kernel memory; without it, conntrack is asked over netlink
+    offsets: dict[str, int]  # of members of kernel structures, for `conntrack`
     conntrack_reason: str  # why `conntrack` is False
-    functions: dict[str, str]  # function -> how it is probed, a `probes.How`; "": not
-    functions_reason: dict[str, str]  # function -> why it is not; only of those that are not
-    flow_offsets: dict[str, int]  # for the programs on them
+    functions: dict[str, str]  # function -> a `probes.How`; "": not probed
+    functions_reason: dict[str, str]  # function -> why it is not probed
+    flow_offsets: dict[str, int]  # for the programs on these functions
 
     @property
     def scope(self) -> str:
-        """What one conversation is told from another by: "netns", or the "socket" alone."""
+        """What separates conversations: "netns", or only the "socket"."""
         return "netns" if self.netns_cookie or self.conntrack else "socket"
 
     @property
     def sender(self) -> bool:
-        """Whether it is known who sends through a connected socket."""
+        """Whether the sender of a connected socket is known."""
         return self.current or self.current_task
 
     @property
     def mode(self) -> str:
-        """One word for metrics and doctor: where conntrack's opinion comes from."""
+        """How conntrack is read, in one word for metrics and doctor."""
         return "packet" if self.conntrack else "netlink"
 
     @property
     def flow_probes(self) -> bool:
-        """Whether conntrack's functions can be probed: all of them, or none is."""
+        """Whether all functions of conntrack can be probed; one alone is useless."""
         return all(self.functions[function.name] for function in _CONNTRACK_FUNCTIONS)
 
     @property
     def probes_reason(self) -> str:
-        """Why one of the functions is not probed, conntrack's first; "": all are."""
+        """Why a function is not probed, conntrack's functions first; "" if all are probed."""
         reasons = (self.functions_reason.get(function.name, "") for function in _CONNTRACK_FUNCTIONS + _SEND_FUNCTIONS)
         return next(filter(None, reasons), "")
 
@@ -99,7 +99,7 @@ _SENDMSG = (ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG)
 
 
 def _helper(number: int, before: bytes = b"", kind: tuple[ProgramType, AttachType] = _SKB) -> str:
-    """Try a helper; the reason why it is refused, "" when it is allowed."""
+    """Try a helper; return why it is refused, or ""."""
     program = before + _instruction(0x85, 0, 0, number) + _RETURN_1
     try:
         fd = program_load(*kind, program)
@@ -111,9 +111,9 @@ def _helper(number: int, before: bytes = b"", kind: tuple[ProgramType, AttachTyp
 
 @contextlib.contextmanager
 def _types(path: Path) -> Iterator[Btf]:
-    """The kernel's types, conntrack's among them: where the kernel itself has no use for those, its module has them.
+    """Open the types of the kernel including conntrack's, which may be in its module.
 
-    Raises OSError when the BTF file cannot be read and LookupError where nothing describes conntrack.
+    Raises OSError if a BTF file cannot be read, and LookupError if none describes conntrack.
     """
     with contextlib.closing(Btf(path)) as kernel:
         try:
@@ -131,15 +131,15 @@ def _types(path: Path) -> Iterator[Btf]:
 
 
 def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
-    """OFFSET_* of everything that the egress program reads from kernel memory.
+    """Return OFFSET_* of everything that the egress program reads from kernel memory.
 
-    Raises OSError when the BTF file cannot be read and LookupError when this kernel's structures lack a member, or
-    conntrack is not there.
+    Raises OSError if a BTF file cannot be read, and LookupError if a structure lacks a member or conntrack is not
+    loaded.
     """
     with _types(path) as btf:
         tuples = btf.offset("nf_conn", "tuplehash") + btf.offset("nf_conntrack_tuple_hash", "tuple")
         cgroup = {}
-        with contextlib.suppress(LookupError):  # only where no helper tells it (HAVE_CURRENT_TASK)
+        with contextlib.suppress(LookupError):  # used only if no helper returns it (HAVE_CURRENT_TASK)
             cgroup = {
                 "OFFSET_TASK_CGROUPS": btf.offset("task_struct", "cgroups"),
                 "OFFSET_CSS_SET_CGROUP": btf.offset("css_set", "dfl_cgrp"),
@@ -164,7 +164,7 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
 
 
 def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
-    """OFFSET_* of what the function probes read besides. Raises what `conntrack_offsets` raises."""
+    """Return OFFSET_* of what the function probes read in addition. Raises what `conntrack_offsets` raises."""
     with _types(path) as btf:
         found = {
             "OFFSET_SKB_IIF": btf.offset("sk_buff", "skb_iif"),
@@ -187,14 +187,14 @@ def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
 
 
 def _undescribed(btf: Path, error: OSError | LookupError) -> str:
-    """Why there are no offsets, in one line."""
+    """Return in one line why there are no offsets."""
     if isinstance(error, OSError):
         return f"cannot read BTF from {btf}: {error.strerror}"
     return f"{btf} does not describe {error.args[0]}"
 
 
 def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
-    """The members of Features that are about function probes; ``reason``: why there can be none."""
+    """Return the members of Features for function probes; ``reason`` says why there can be none."""
     names = [function.name for _, function in FUNCTIONS]
     offsets, functions, reasons = dict[str, int](), dict[str, str](), dict[str, str]()
     if not reason:
@@ -205,7 +205,8 @@ def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
     if reason:
         none = {"functions": dict.fromkeys(names, ""), "functions_reason": dict.fromkeys(names, reason)}
         return none | {"flow_offsets": {}}
-    # Each send function by itself: a kernel without IPv6 has one of them. Of conntrack's, one is of no use.
+    # Probe each send function separately: a kernel without IPv6 has only one. Probe the functions of conntrack
+    # together: one alone is useless.
     for group in (*((function,) for function in _SEND_FUNCTIONS), _CONNTRACK_FUNCTIONS):
         how, reason = try_functions(group, btf)
         functions |= {function.name: how or "" for function in group}
@@ -214,12 +215,12 @@ def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
 
 
 def probe(btf: Path = VMLINUX_BTF) -> Features:
-    """Try everything. Raises OSError when not even an empty program can be loaded."""
+    """Try everything. Raises OSError if not even an empty program loads."""
     os.close(program_load(*_SKB, _RETURN_1))
     offsets: dict[str, int] = {}
     reason = _helper(_PROBE_READ_KERNEL, _CONTEXT_AS_THIRD + _BUFFER_ARGUMENTS)
     if reason:
-        reason = f"bpf_probe_read_kernel is refused ({reason}): CAP_PERFMON is missing, or the kernel is locked down"
+        reason = f"cannot read kernel memory: {reason}; add CAP_PERFMON, unless the kernel is locked down"
     else:
         try:
             offsets = conntrack_offsets(btf)

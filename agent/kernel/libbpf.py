@@ -1,4 +1,4 @@
-"""The two things taken from libbpf (already there: Debian's libbcc depends on it): BTF and the ring buffer."""
+"""Use libbpf for BTF and the ring buffer. It is already installed: Debian's libbcc depends on it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _library() -> ctypes.CDLL:
     try:
         library = ctypes.CDLL("libbpf.so.1", use_errno=True)
     except OSError as error:
-        raise CannotRun(f"cannot load libbpf.so.1 ({error}): install libbpf1") from None
+        raise CannotRun(f"cannot load libbpf.so.1: {error}; install libbpf1") from None
     for name, result, arguments in (
         ("btf__parse_split", ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_void_p]),
         ("btf__free", None, [ctypes.c_void_p]),
@@ -34,31 +34,31 @@ def _library() -> ctypes.CDLL:
     ):
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    library.libbpf_set_print(None)  # its complaints would go to standard error; ours name the thing
+    library.libbpf_set_print(None)  # it would print to stderr; our own messages name the object
     return library
 
 
 class _Type(ctypes.Structure):
-    """struct btf_type; members follow it."""
+    """Mirror struct btf_type; its members follow it."""
 
     _fields_ = [("name", ctypes.c_uint32), ("info", ctypes.c_uint32), ("size_or_type", ctypes.c_uint32)]
 
 
 class _Member(ctypes.Structure):
-    """struct btf_member."""
+    """Mirror struct btf_member."""
 
     _fields_ = [("name", ctypes.c_uint32), ("type", ctypes.c_uint32), ("offset", ctypes.c_uint32)]
 
 
 class Btf:
-    """Type information of a kernel, for the offsets of its structures' members."""
+    """The types of a kernel, for the offsets of members of its structures."""
 
     def __init__(self, path: Path, base: Btf | None = None) -> None:
-        """Parse ``path``, normally /sys/kernel/btf/vmlinux; raises OSError when it cannot be read as BTF.
+        """Parse ``path``, normally /sys/kernel/btf/vmlinux; raises OSError if it is not readable BTF.
 
-        A module's types build on those of ``base``, which must stay open as long.
+        The types of a module build on those of ``base``, which must stay open.
         """
-        path.open("rb").close()  # the plain errno, with the path in it, where libbpf would only say "failed"
+        path.open("rb").close()  # raises the errno and the path; libbpf would only say "failed"
         self._libbpf = _library()
         self._btf: int | None = self._libbpf.btf__parse_split(os.fsencode(path), base._btf if base else None)
         if not self._btf:
@@ -71,17 +71,16 @@ class Btf:
             self._btf = None
 
     def function(self, name: str) -> int:
-        """The type id of a function; raises LookupError."""
+        """Return the type id of a function; raises LookupError."""
         type_id: int = self._libbpf.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNCTION)
         if type_id < 0:
             raise LookupError(f"function {name}")
         return type_id
 
     def offset(self, structure: str, path: str) -> int:
-        """Bytes from the start of ``struct structure`` to a member, e.g. ("sock", "__sk_common.skc_net.net").
+        """Return the offset of a member in bytes, e.g. offset("sock", "__sk_common.skc_net.net").
 
-        Members of anonymous structs and unions are found as C finds them. Raises LookupError when this kernel
-        has no such member.
+        Members of anonymous structs and unions are found as in C. Raises LookupError if this kernel lacks the member.
         """
         type_id = self._libbpf.btf__find_by_name_kind(self._btf, structure.encode(), _KIND_STRUCT)
         if type_id < 0:
@@ -96,7 +95,7 @@ class Btf:
         return bits // 8
 
     def element_size(self, structure: str) -> int:
-        """sizeof(struct structure) in bytes; raises LookupError."""
+        """Return sizeof(struct structure) in bytes; raises LookupError."""
         type_id = self._libbpf.btf__find_by_name_kind(self._btf, structure.encode(), _KIND_STRUCT)
         if type_id < 0:
             raise LookupError(f"struct {structure}")
@@ -110,7 +109,7 @@ class Btf:
         return _Type.from_address(address)
 
     def _member(self, type_id: int, name: str) -> tuple[int, int] | None:
-        """(offset in bits, type id) of a member."""
+        """Return (offset in bits, type id) of a member, or None."""
         type_ = self._type(type_id)
         while (type_.info >> 24 & 0x1F) in _MODIFIERS:
             type_id = type_.size_or_type
@@ -132,14 +131,14 @@ class Btf:
 
 
 class RingBuffer:
-    """Reads a BPF ring buffer. Used from one thread only."""
+    """Read a BPF ring buffer, from one thread only."""
 
     def __init__(self, map_fd: int) -> None:
         """Map the buffer; raises OSError."""
         self._libbpf = _library()
         self._records: deque[bytes] = deque()
         self._most = 0
-        # An exception in a ctypes callback is swallowed: it copies and appends, nothing that can fail.
+        # An exception in a ctypes callback is lost, so the callback only copies and appends.
         self._callback = _SAMPLE(self._append)
         self._ring = self._libbpf.ring_buffer__new(map_fd, self._callback, None, None)
         if not self._ring:
@@ -148,17 +147,15 @@ class RingBuffer:
 
     def _append(self, _context: int, data: int, size: int) -> int:
         self._records.append(ctypes.string_at(data, size))
-        return -1 if len(self._records) >= self._most else 0  # below 0: libbpf stops after this one
+        return -1 if len(self._records) >= self._most else 0  # a negative result makes libbpf stop after this record
 
     def fileno(self) -> int:
-        """A descriptor that polls readable when records are there."""
+        """Return a descriptor that polls readable while records are waiting."""
         number: int = self._libbpf.ring_buffer__epoll_fd(self._ring)
         return number
 
     def read(self, most: int) -> list[bytes]:
-        """The records that are there now, ``most`` at the most: others may come faster than they are read. Never
-        blocks.
-        """
+        """Return up to ``most`` waiting records without blocking; more may arrive faster than they are read."""
         if most < 1:
             return []
         self._most = most
@@ -168,7 +165,7 @@ class RingBuffer:
         return records
 
     def close(self) -> None:
-        """Unmap; the map itself stays open."""
+        """Unmap the buffer; the map stays open."""
         if self._ring:
             self._libbpf.ring_buffer__free(self._ring)
             self._ring = None

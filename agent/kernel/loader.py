@@ -1,7 +1,7 @@
-"""Loading, seen from the agent: a child process compiles, loads, attaches, and hands over descriptors.
+"""Load the programs in a child process, which compiles, loads, attaches and passes descriptors to the agent.
 
-LLVM (over 100 MB) and the right to load programs are then no part of the long-lived process. The two talk over a
-Unix socket: one JSON request down, one JSON answer up, descriptors beside it (SCM_RIGHTS).
+So LLVM (over 100 MB) and the capabilities to load programs stay out of the long-lived process. The processes talk over
+a Unix socket: one JSON request, one JSON answer with descriptors (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.model import Hooks
 
-LOAD_SECONDS = 240  # far above what any machine needs; a child that hangs must not hang the agent
+LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent
 _MAX_ANSWER = 1 << 20
 _MAX_DESCRIPTORS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Constants of the compile, bpf/sockets.c and bpf/conntrack.c."""
+    """The constants that bpf/sockets.c and bpf/conntrack.c are compiled with."""
 
     window_ns: int = 30_000_000_000
-    max_peers: int = 131_072  # conversations that are remembered
+    max_peers: int = 131_072  # conversations
     max_findings: int = 8_192
-    events_per_second: int = 10  # of one finding
+    events_per_second: int = 10  # for one finding
     ring_pages: int = 64  # a power of two
-    max_candidates: int = 4_096  # new flows that wait for their decision
-    max_reported: int = 8_192  # wrong replies of sockets that conntrack may book as new flows, too
+    max_candidates: int = 4_096  # candidates that wait for a decision
+    max_reported: int = 8_192  # wrong replies of local sockets, to recognise their conntrack flows
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What the child handed over; every descriptor is the caller's to close."""
+    """What the child passed on; the caller closes every descriptor."""
 
     maps: dict[str, int]
     programs: dict[str, int]
     links: dict[str, int]
-    refused: dict[str, str]  # hook or function -> why it could not be attached
-    instructions: dict[str, int]  # program -> how many the verifier walked
+    refused: dict[str, str]  # hook or function -> why it is not attached
+    instructions: dict[str, int]  # program -> number of instructions that the verifier walked
     features: Features
     compiler: str  # with its version
 
@@ -62,11 +62,10 @@ def load(
     forwarded: bool = True,
     cache: Path | None = None,
 ) -> Loaded:
-    """Compile, load and attach in a child; without ``forwarded`` what passes this node is not looked at. Nothing is
-    compiled whose object is in ``cache`` (objects.py).
+    """Compile, load and attach in a child process.
 
-    Raises CannotRun where this machine or user cannot (no bcc, no privilege, no such hooks), UdpwatchError where
-    it failed otherwise. The message names the thing and the way out.
+    Without ``forwarded``, forwarded replies are not watched. Objects in ``cache`` are not compiled again (objects.py).
+    Raises CannotRun if this machine or user cannot load the programs, and UdpwatchError on any other failure.
     """
     capabilities.require()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -82,9 +81,9 @@ def load(
             "cache": str(cache.absolute()) if cache else "",
         }
         ours.send(json.dumps(request).encode())
-        # Its words go to a file: compiler and verifier may say more than a pipe holds. -P and the folder: nothing
-        # that lies where udpwatch was started is imported, least of all by root. A session of its own: Ctrl-C is
-        # for us, and we end it.
+        # Its output goes to a file, because compiler and verifier may print more than a pipe holds. -P and the folder
+        # ensure that nothing is imported from the current folder. The session of its own keeps Ctrl-C away from it; we
+        # end it.
         said = stack.enter_context(tempfile.TemporaryFile())
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
@@ -100,7 +99,9 @@ def load(
                 raw, descriptors, flags, _address = socket.recv_fds(ours, _MAX_ANSWER, _MAX_DESCRIPTORS)
             except TimeoutError:
                 child.kill()
-                raise UdpwatchError(f"loading the programs took longer than {LOAD_SECONDS} s") from None
+                raise UdpwatchError(
+                    f"cannot load the programs: the loader did not finish within {LOAD_SECONDS} s"
+                ) from None
             except ConnectionError:
                 raw, descriptors, flags = b"", [], 0
             except BaseException:
@@ -111,18 +112,19 @@ def load(
         lines = said.read().decode(errors="replace").strip().splitlines()
     if not raw:
         raise UdpwatchError(
-            f"the loader ended with status {child.returncode}: {lines[-1] if lines else 'it said nothing'}"
+            f"cannot load the programs: the loader exited with status {child.returncode}: "
+            f"{lines[-1] if lines else 'no output'}"
         )
     answer = json.loads(raw)
     if "error" in answer:
         raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
-    if flags & socket.MSG_CTRUNC:  # the kernel hands over as many as fit below the limit
+    if flags & socket.MSG_CTRUNC:  # the kernel passes only as many as the limit allows
         for descriptor in descriptors:
             os.close(descriptor)
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         raise UdpwatchError(
-            f"cannot take over the programs from the loader: Too many open files (limit {limit}); raise the limit with "
-            "ulimit -n, or LimitNOFILE= in a unit"
+            f"cannot receive the programs from the loader: Too many open files (limit {limit}); raise the limit with "
+            "ulimit -n, or with LimitNOFILE= in a unit"
         )
     return _unpack(answer, descriptors)
 

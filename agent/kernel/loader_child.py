@@ -1,5 +1,4 @@
-"""The loading child: the only module that imports bcc, when something must be compiled. Started by loader.py, ends as
-soon as it has answered.
+"""Run the loading child, the only module that imports bcc. loader.py starts it; it exits after its answer.
 
 python3 -m udpwatch.agent.kernel.loader_child FD
 """
@@ -45,32 +44,34 @@ SOURCES = Path(__file__).resolve().parents[2] / "bpf"
 
 def _import_bcc() -> Any:
     try:
-        import bcc  # noqa: PLC0415  only here, and only now: it may be missing
+        import bcc  # noqa: PLC0415 imported late, because it may be missing
 
-        bcc.BPF.load_func  # noqa: B018  an empty folder of that name can be imported too
+        bcc.BPF.load_func  # noqa: B018 an empty folder of that name can be imported too
     except (ImportError, AttributeError) as error:
         raise CannotRun(
-            f"cannot import bcc ({error}): install python3-bpfcc, and run udpwatch with the system's Python "
+            f"cannot import bcc: {error}; install python3-bpfcc and run udpwatch with the system's Python "
             "(a virtual environment needs --system-site-packages)"
         ) from None
     if "attach_type" not in inspect.signature(bcc.BPF.load_func).parameters:
-        raise CannotRun(f"bcc {bcc.__version__} is too old to load sendmsg programs: 0.25 or newer is needed")
+        raise CannotRun(
+            f"cannot use bcc {bcc.__version__}: it is too old for sendmsg programs; install bcc 0.25 or newer"
+        )
     return bcc
 
 
 def _constants(request: dict[str, Any], found: features.Features) -> dict[str, object]:
-    """What the source files are compiled with."""
+    """Return the constants that the source files are compiled with."""
     limits = Limits(**request["limits"])
     return {
         "WINDOW_NS": f"{limits.window_ns}ULL",
         "SETS": max(1, limits.max_peers // records.WAYS),
-        # One in 256 conversations may ask several addresses at a time, on the average.
+        # On average, one in 256 conversations may ask several addresses at a time.
         "ADDRESS_SETS": max(1, limits.max_peers // 256),
         "ADDRESS_SHARE": max(1, limits.max_peers // 256 // 8),
         "FINGERPRINT_SETS": max(1, limits.max_peers // 4),
         "MAX_EVICTIONS": 4096,
         "REQUEST_SETS": max(1, limits.max_peers // 4 // records.WAYS),
-        # Without conntrack's word each suspected conversation has an element of its own until it was asked for.
+        # Without conntrack's entry, each suspected conversation has an element of its own until conntrack is asked.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
         "MAX_TENANTS": 4096,
         "MAX_CANDIDATES": limits.max_candidates,
@@ -99,22 +100,22 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
 
 
 def _compile(source: str, constants: Mapping[str, object]) -> Object:
-    """bcc's part, and all of it. Raises CannotRun where there is no bcc, UdpwatchError where the compile fails."""
+    """Compile a source file with bcc. Raises CannotRun without bcc, and UdpwatchError if it does not compile."""
     bcc = _import_bcc()
-    # bcc takes kernel headers from here; ours are a shim of a dozen lines each (bpf/include/README.md).
+    # bcc takes kernel headers from here; ours are tiny stand-ins (bpf/include/README.md).
     os.environ["BCC_KERNEL_SOURCE"] = str(SOURCES)
     flags = [f"-I{SOURCES}", *(f"-D{name}={value}" for name, value in constants.items())]
     try:
         module = bcc.BPF(src_file=str(SOURCES / source), cflags=flags)
-    except Exception as error:  # bcc raises plain Exception, and prints why
-        complaint = _complaint()
-        hint = _behind(errno.EPERM) if os.strerror(errno.EPERM) in complaint else ""
-        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}{complaint}{hint}") from None
+    except Exception as error:  # bcc raises a plain Exception and prints the reason
+        output = _compiler_error()
+        hint = _likely_cause(errno.EPERM) if os.strerror(errno.EPERM) in output else ""
+        raise UdpwatchError(f"cannot compile {source} or create its maps: {error}{output}{hint}") from None
     lib = bcc.libbcc.lib
     lib.bpf_table_name.restype, lib.bpf_table_name.argtypes = ctypes.c_char_p, (ctypes.c_void_p, ctypes.c_size_t)
     lib.bpf_table_fd_id.restype, lib.bpf_table_fd_id.argtypes = ctypes.c_int, (ctypes.c_void_p, ctypes.c_size_t)
     lib.bpf_num_tables.restype, lib.bpf_num_tables.argtypes = ctypes.c_size_t, (ctypes.c_void_p,)
-    # bcc has created the maps in order to compile; they go with it, and the loader creates its own.
+    # bcc created maps in order to compile. They go with it, and the loader creates its own.
     tables = {
         lib.bpf_table_fd_id(module.module, number): lib.bpf_table_name(module.module, number).decode()
         for number in range(lib.bpf_num_tables(module.module))
@@ -130,11 +131,11 @@ def _compile(source: str, constants: Mapping[str, object]) -> Object:
     return compiled
 
 
-def _complaint() -> str:
-    """What the compiler said in the end, of all that it printed: stderr is a file (loader.py)."""
+def _compiler_error() -> str:
+    """Return the first error that the compiler printed; stderr is a file (loader.py)."""
     stderr = sys.stderr.fileno()
-    said = os.pread(stderr, os.fstat(stderr).st_size, 0).decode(errors="replace")
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    output = os.pread(stderr, os.fstat(stderr).st_size, 0).decode(errors="replace")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line] or lines[-1:]
     return f" ({errors[0]})" if errors else ""
 
@@ -155,7 +156,7 @@ def _attach(name: str, hook: Hook, program: int, cgroup: int, path: str) -> int:
 
 
 class _Answer:
-    """What the agent will be given: descriptors with their names, and why others are missing."""
+    """The answer to the agent: descriptors with their names, and why others are missing."""
 
     def __init__(self) -> None:
         self.names: list[tuple[str, str]] = []
@@ -169,7 +170,7 @@ class _Answer:
 
 
 def _obtain(source: str, request: dict[str, Any], constants: Mapping[str, object]) -> Object:
-    """One source file, compiled now or before."""
+    """Return the object of a source file, from the cache or compiled now."""
     cache = Cache(Path(request["cache"]) if request["cache"] else None)
     key = objects.key(SOURCES, source, constants)
     compiled = cache.get(key)
@@ -189,8 +190,9 @@ def _create(definition: MapDefinition) -> int:
 
 
 def _link(compiled: Object, maps: dict[str, int]) -> dict[str, bytes]:
-    """Program -> instructions that can be loaded. ``maps`` (name -> descriptor) holds those of other objects, and gets
-    what this one has besides: what has the same name is the same map.
+    """Create the missing maps of an object; return the loadable instructions of each program.
+
+    ``maps`` (name -> descriptor) holds the maps of other objects and gets the new ones: maps of one name are one map.
     """
     for definition in compiled.maps:
         if definition.name not in maps:
@@ -211,10 +213,9 @@ def _load(
     except OSError as error:
         if error.errno == errno.EACCES and not capabilities.may_read_memory(capabilities.effective()):
             raise CannotRun(
-                f"this kernel takes the program {name} only from whom has CAP_PERFMON ({error.strerror}): "
-                "add CAP_PERFMON"
+                f"cannot load the program {name}: this kernel requires CAP_PERFMON ({error.strerror}); add CAP_PERFMON"
             ) from None
-        raise UdpwatchError(f"the kernel refuses the program {name}: {_reason(error)}") from None
+        raise UdpwatchError(f"cannot load the program {name}: {_reason(error)}") from None
     answer.add("program", name, descriptor)
     return descriptor
 
@@ -226,7 +227,7 @@ def _load_on_demand(source: str, code: dict[str, bytes], answer: _Answer) -> Non
 
 
 def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
-    # Before anything runs that goes on in them.
+    # Load these first: the hooks call them.
     for program, call in TAIL_CALLS:
         descriptor = _load(program, call.type, call.attach, code, answer)
         map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
@@ -247,7 +248,7 @@ def _load_probes(code: dict[str, bytes], request: dict[str, Any], found: feature
     for program, function in FUNCTIONS:
         name, how = program.name, found.functions[function.name]
         if not how:
-            if not program.is_for_forwarded:  # what follows from the others is said where flows are
+            if not program.is_for_forwarded:  # those are reported once, with the flows
                 answer.refused[name] = f"cannot probe {name}: {found.functions_reason[function.name]}"
             continue
         if program.is_for_forwarded and not request["forwarded"] and not alone:
@@ -264,23 +265,23 @@ def _load_probes(code: dict[str, bytes], request: dict[str, Any], found: feature
 
 
 def _reason(error: OSError) -> str:
-    """The kernel's word, and what may be behind it."""
-    return (error.strerror or "refused") + _behind(error.errno)
+    """Return the error text of the kernel with its likely cause."""
+    return (error.strerror or "refused") + _likely_cause(error.errno)
 
 
-def _behind(number: int | None) -> str:
-    """What may be behind an errno of bpf(2); "" where nothing is known."""
+def _likely_cause(number: int | None) -> str:
+    """Return the likely cause of an errno of bpf(2), or ""."""
     if number != errno.EPERM:
         return ""
     if capabilities.may_load(capabilities.effective()) and is_forbidden():
         return (
-            "; the capabilities are there, but a seccomp profile forbids bpf(2), as the default ones of "
-            "podman and CRI-O do, and Docker's before 23.0: see docs/docker.md"
+            "; a seccomp profile forbids bpf(2), as the default profiles of podman, CRI-O and "
+            "Docker before 23.0 do: see docs/docker.md"
         )
-    # See main(): we may not raise the limit.
+    # main() could not raise the limit.
     if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY:
         return (
-            "; before Linux 5.11 what we load counts as locked memory: add CAP_SYS_RESOURCE, or raise that limit "
+            "; before Linux 5.11, programs and maps count as locked memory: add CAP_SYS_RESOURCE or raise the limit "
             "(systemd: LimitMEMLOCK=infinity)"
         )
     return ""
@@ -291,9 +292,9 @@ def _probe(request: dict[str, Any]) -> features.Features:
         return features.probe(Path(request["btf"]))
     except OSError as error:
         if error.errno in (errno.EPERM, errno.EACCES):
-            raise CannotRun(f"the kernel does not permit us BPF programs: {_reason(error)}") from None
+            raise CannotRun(f"cannot load BPF programs: {_reason(error)}") from None
         raise CannotRun(
-            f"this kernel has no cgroup_skb programs ({error.strerror}): CONFIG_CGROUP_BPF is needed"
+            f"cannot load cgroup_skb programs: {error.strerror}; use a kernel with CONFIG_CGROUP_BPF"
         ) from None
 
 
@@ -301,7 +302,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     found = _probe(request)
     hooks = Hooks(request["hooks"])
     if hooks is Hooks.FUNCTION and not found.flow_probes:
-        raise CannotRun(f"this kernel does not allow function probes ({found.probes_reason}): use --hooks all")
+        raise CannotRun(f"cannot probe functions: {found.probes_reason}; use --hooks all")
     constants = _constants(request, found)
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
     if hooks is not Hooks.FUNCTION:
@@ -314,20 +315,20 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         read |= MAPS["conntrack.c"]
     for name in sorted(read):
         answer.add("map", name, maps[name])
-    words = {
+    content = {
         "descriptors": answer.names,
         "features": asdict(found),
         "refused": answer.refused,
         "instructions": answer.instructions,
         "compiler": compiled.compiler,
     }
-    return words, answer.descriptors
+    return content, answer.descriptors
 
 
 def main() -> None:
-    """Answer one request and end, without bcc's clean-up at exit (it would detach nothing, and takes time)."""
-    # Before Linux kernel commit 97306be45fbe ("Merge branch 'switch to memcg-based memory accounting'") (in v5.11)
-    # maps and programs count as locked memory.
+    """Answer one request and exit without bcc's clean-up, which takes time and detaches nothing."""
+    # Maps and programs count as locked memory before Linux kernel commit 97306be45fbe ("Merge branch 'switch to
+    # memcg-based memory accounting'") (in v5.11).
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     channel = socket.socket(fileno=int(sys.argv[1]))

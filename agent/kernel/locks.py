@@ -1,5 +1,6 @@
-"""Maps whose elements begin with a struct bpf_spin_lock: the kernel must be told so by BTF (kernel documentation,
-bpf/btf.rst), and takes the lock's helpers for no other map.
+"""Create maps whose elements begin with a struct bpf_spin_lock.
+
+The kernel allows the lock helpers only for maps whose BTF describes the lock (kernel documentation, bpf/btf.rst).
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import struct
 from udpwatch.agent.kernel.bpf import MapDefinition, btf_load, map_create
 
 _INT, _STRUCT = 1, 4  # BTF_KIND_*
-_U32, _LOCK, _ELEMENT = 1, 2, 3  # the types' numbers, in the order they are written
+_U32, _LOCK, _ELEMENT = 1, 2, 3  # the numbers of the types, in the order in which they are written
 _STRINGS = b"\0u32\0bpf_spin_lock\0val\0element\0lock\0"
 
 
 def describe(element_bytes: int) -> bytes:
-    """BTF of an array's key (a number of 32 bits) and of an element that begins with a lock; its other members, of
-    which the kernel need not know, are left out.
+    """Return BTF of an array's key (a 32-bit number) and of an element that begins with a lock. Other members are left
+    out: the kernel does not need them.
     """
 
     def name(text: str) -> int:
@@ -30,7 +31,7 @@ def describe(element_bytes: int) -> bytes:
 
 
 def create(definition: MapDefinition) -> int:
-    """Create an array whose elements begin with a lock; returns its descriptor."""
+    """Create an array whose elements begin with a lock; return its descriptor."""
     btf = btf_load(describe(definition.value_bytes))
     try:
         return map_create(definition, btf, _U32, _ELEMENT)

@@ -1,7 +1,7 @@
-"""Opening kernel file systems that nobody mounted, without mounting them anywhere.
+"""Open kernel file systems that are not mounted, without a visible mount.
 
-fsopen(2) and fsmount(2) (in v5.2) give a mount that only its descriptor names: no other process sees it, and it
-is gone with the descriptor, also after SIGKILL.
+fsopen(2) and fsmount(2) (in v5.2) create a mount that only its descriptor refers to. No other process sees it, and it
+is gone with the descriptor, even after SIGKILL.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture since they were added
+_FSOPEN, _FSCONFIG, _FSMOUNT = 430, 431, 432  # the same on every architecture
 _CONFIG_CREATE = 6
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -24,9 +24,9 @@ def _call(name: str, number: int, *arguments: object) -> int:
 
 
 def open_private(filesystem: str) -> int:
-    """A descriptor of the root folder of a privately mounted file system ("cgroup2", "securityfs").
+    """Return a descriptor of the root of a private mount ("cgroup2", "securityfs").
 
-    Raises OSError: EPERM without CAP_SYS_ADMIN, ENODEV when the kernel has no such file system.
+    Raises OSError: EPERM without CAP_SYS_ADMIN, ENODEV if the kernel lacks the file system.
     """
     context = _call("fsopen", _FSOPEN, filesystem.encode(), 1)
     try:

@@ -1,4 +1,4 @@
-"""Netlink's framing (netlink(7)), and the one question that is asked of routing."""
+"""Frame netlink messages (netlink(7)), and look up routes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _LOCAL, _BROADCAST, _MULTICAST = 2, 3, 5  # RTN_*, include/uapi/linux/rtnetlink.
 
 
 def attribute(kind: int, value: bytes) -> bytes:
-    """One attribute, padded."""
+    """Encode one attribute with its padding."""
     return _ATTRIBUTE.pack(len(value) + 4, kind) + value + bytes(-len(value) % 4)
 
 
 def attributes(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """(type without flags, value) of each attribute; ends where a length makes no sense."""
+    """Yield (type without flags, value) of each attribute, up to the first invalid length."""
     at, end = 0, len(raw)
     while at + 4 <= end:
         length, kind = _ATTRIBUTE.unpack_from(raw, at)
@@ -39,7 +39,7 @@ def attributes(raw: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def messages(raw: bytes) -> Iterator[tuple[int, memoryview]]:
-    """(type, content) of each message in a datagram."""
+    """Yield (type, content) of each message in a datagram."""
     view, at = memoryview(raw), 0
     while at + HEADER.size <= len(raw):
         length, kind = struct.unpack_from("=IH", raw, at)
@@ -50,10 +50,10 @@ def messages(raw: bytes) -> Iterator[tuple[int, memoryview]]:
 
 
 class Netlink:
-    """A socket for questions, in the namespace that the calling thread is in when it is made."""
+    """A socket for requests, in the namespace of the thread that creates it."""
 
     def __init__(self, protocol: int) -> None:
-        """Open it; raises OSError."""
+        """Open the socket; raises OSError."""
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         self._socket.bind((0, 0))
 
@@ -61,7 +61,9 @@ class Netlink:
         self._socket.close()
 
     def ask(self, kind: int, body: bytes, dump: bool = False) -> Iterator[memoryview]:
-        """The content of each message of the answer, which has to be read to its end; raises OSError."""
+        """Send a request; yield the content of each message of the answer. The caller must read all of them; raises
+        OSError.
+        """
         flags = _REQUEST | (_DUMP if dump else 0)
         self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
         while True:
@@ -80,15 +82,15 @@ class Netlink:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Where a namespace would send a packet."""
+    """The route of a packet in one namespace."""
 
     is_local: bool
     is_group: bool  # broadcast or multicast
-    interface: str  # "": it has gone meanwhile
+    interface: str  # "": it was deleted meanwhile
 
 
 def route_to(address: str) -> Route | None:
-    """The route in the calling thread's namespace; None where there is none. Raises OSError."""
+    """Return the route in the namespace of the calling thread, or None if there is none; raises OSError."""
     destination = ipaddress.ip_address(address)
     family = socket.AF_INET if destination.version == 4 else socket.AF_INET6
     body = _ROUTE.pack(family, len(destination.packed) * 8, 0, 0, 0, 0, 0, 0, 0)

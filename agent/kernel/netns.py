@@ -1,4 +1,4 @@
-"""Network namespaces: entering one, and finding the one that the kernel named by its cookie."""
+"""Enter network namespaces, and find the one with a given cookie."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
-MAX_ENTRIES = 1_024  # of a process's threads and of its descriptors that are looked at: it may have a million
+MAX_ENTRIES = 1_024  # of the threads and of the descriptors of a process: it may have a million
 _SO_NETNS_COOKIE = 71  # Linux kernel commit e8b9eab99232 ("net: retrieve netns cookie via getsocketopt") (in v5.14)
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,9 +33,9 @@ def setns(fd: int) -> None:
 
 @contextmanager
 def entered(fd: int) -> Iterator[None]:
-    """Run the body in another network namespace; only the calling thread moves, and it comes back.
+    """Run the body in another network namespace. Only the calling thread moves, and it comes back.
 
-    Into the one where it is already it does not move: that would need CAP_SYS_ADMIN, too.
+    The current namespace is not entered again: that would need CAP_SYS_ADMIN.
     """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -52,9 +52,9 @@ def entered(fd: int) -> Iterator[None]:
 
 
 def create() -> int:
-    """A descriptor of a new network namespace that has no name; it lives as long as something refers to it.
+    """Return a descriptor of a new network namespace without a name; it lives as long as something refers to it.
 
-    The calling thread stays where it is. Raises OSError.
+    The calling thread does not move. Raises OSError.
     """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -68,7 +68,7 @@ def create() -> int:
 
 
 def cookie_here() -> int:
-    """The cookie of the namespace that the calling thread is in; raises OSError on kernels before 5.14."""
+    """Return the cookie of the namespace of the calling thread; raises OSError on kernels before 5.14."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         cookie: int = struct.unpack("=Q", probe.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8))[0]
         return cookie
@@ -76,11 +76,11 @@ def cookie_here() -> int:
 
 @contextmanager
 def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterator[bool]:
-    """Run the body in the namespace with this cookie; False, and no move, where none can be found.
+    """Run the body in the namespace with this cookie; yield False without moving if it is not found.
 
-    ``pid`` is tried first: the sender is nearly always in it; then, if ``everywhere``, all of /proc. Other namespaces
-    than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE to look at other users' processes; what may not be looked at is
-    passed over.
+    The namespaces of ``pid`` are tried first, because the sender is nearly always in one of them, and then all of /proc
+    if ``everywhere``. Other namespaces than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE for processes of other
+    users; namespaces that cannot be opened are skipped.
     """
     if cookie_here() == cookie:
         yield True
@@ -97,20 +97,20 @@ def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterato
 
 
 def of_process(pid: int) -> Iterator[int]:
-    """Each namespace that a process has to do with, as a descriptor that is open until the next one is asked for."""
+    """Yield each namespace that a process uses, as a descriptor that is open until the next one."""
     return _distinct(_of_process(pid))
 
 
 def everywhere() -> Iterator[int]:
-    """Each namespace that can be found, our own first, as a descriptor that is open until the next one is asked for.
+    """Yield each namespace that can be found, our own first, as a descriptor that is open until the next one.
 
-    Raises OSError (EMFILE, ENFILE) where there are no descriptors left to look with.
+    Raises OSError (EMFILE, ENFILE) if there are no free descriptors.
     """
-    yield from _distinct(itertools.chain([Path("/proc/thread-self/ns/net")], _of_anybody()))
+    yield from _distinct(itertools.chain([Path("/proc/thread-self/ns/net")], _of_all_processes()))
 
 
 def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
-    for fd in _distinct(itertools.chain(_of_process(pid), _of_anybody() if everywhere else ())):
+    for fd in _distinct(itertools.chain(_of_process(pid), _of_all_processes() if everywhere else ())):
         with contextlib.suppress(OSError), entered(fd):
             if cookie_here() == cookie:
                 return os.dup(fd)
@@ -118,7 +118,7 @@ def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
 
 
 def _distinct(paths: Iterable[Path]) -> Iterator[int]:
-    """Each namespace once, as a descriptor that is open until the next one is asked for."""
+    """Yield each namespace once, as a descriptor that is open until the next one."""
     seen: set[int] = set()
     for path in paths:
         try:
@@ -126,7 +126,7 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-            continue  # it is gone, or not for us to see
+            continue  # it is gone, or not accessible
         try:
             inode = os.fstat(fd).st_ino
             if inode not in seen:
@@ -139,8 +139,7 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
 def _of_process(pid: int) -> Iterator[Path]:
     process = Path("/proc", str(pid))
     yield process / "ns/net"
-    # A process that serves other namespaces than its own (VPN and CNI daemons) is in them with single threads, or
-    # holds them open.
+    # VPN and CNI daemons serve other namespaces than their own: with single threads, or through open descriptors.
     for thread in _entries(process / "task", MAX_ENTRIES):
         yield thread / "ns/net"
     for held in _entries(process / "fd", MAX_ENTRIES):
@@ -149,7 +148,7 @@ def _of_process(pid: int) -> Iterator[Path]:
                 yield held
 
 
-def _of_anybody() -> Iterator[Path]:
+def _of_all_processes() -> Iterator[Path]:
     for folder in ("/run/netns", "/run/docker/netns"):
         yield from _entries(Path(folder))
     for process in _entries(Path("/proc")):

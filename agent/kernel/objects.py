@@ -1,11 +1,11 @@
-"""Compiled programs as plain data, and the folder that keeps them from one start to the next.
+"""Store compiled programs in a folder between two starts.
 
 Rules
-1. What is loaded has always come through here, whether it was compiled a moment ago or read from a file.
-2. A file's name is the digest of everything that the compiler was given. Where any of it changes there is no such file.
-3. Root loads what lies here into the kernel: a folder or a file that anybody else could have written is not used, nor
-   is one that is damaged.
-4. Without a usable folder everything works, a compile later.
+1. Everything that is loaded is an Object, whether it was compiled now or read from a file.
+2. The name of a file is the digest of everything that the compiler gets, so any change leads to another file.
+3. Root loads these files into the kernel: a folder or file that another user could have written is not used, nor is a
+   damaged one.
+4. Without a usable folder everything works; it only compiles again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from udpwatch.agent.kernel.bpf import MapDefinition, source_register
 MAX_FILES = 16
 MAX_FILE_BYTES = 4 << 20
 _SUFFIX = ".json"
-_OURS = re.compile(r"[0-9a-f]{64}\.json|\.[0-9a-f]{64}\.json\.\d+")  # the second: what a writer that was killed left
+_OURS = re.compile(r"[0-9a-f]{64}\.json|\.[0-9a-f]{64}\.json\.\d+")  # the second: a file that was not finished
 _INSTRUCTION = struct.Struct("=BBhi")
-_LOAD_IMMEDIATE = 0x18  # BPF_LD | BPF_DW | BPF_IMM: two slots, the second one's code is 0
+_LOAD_IMMEDIATE = 0x18  # BPF_LD | BPF_DW | BPF_IMM: two slots, of which the second has code 0
 _PSEUDO_MAP_FD = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Object:
-    """What a compile made of one source file; where instructions name a map, they hold its index in ``maps``."""
+    """The result of compiling one source file; instructions name a map by its index in ``maps``."""
 
     compiler: str
     maps: tuple[MapDefinition, ...]
@@ -44,9 +44,9 @@ class Object:
 
 
 def name_maps(instructions: bytes, numbers: Mapping[int, int]) -> bytes:
-    """The instructions with each map named by another number: descriptors become indices, or the reverse.
+    """Replace the number of each map in the instructions: a descriptor by an index, or the reverse.
 
-    Raises LookupError for a map that has none, and for constants of kinds other than maps and plain numbers.
+    Raises LookupError for a map without a number, and for unknown kinds of constants.
     """
     code = bytearray(instructions)
     for at in range(0, len(code), _INSTRUCTION.size):
@@ -63,7 +63,7 @@ def name_maps(instructions: bytes, numbers: Mapping[int, int]) -> bytes:
 
 
 def key(sources: Path, source: str, constants: Mapping[str, object]) -> str:
-    """The name under which the object is kept: all of ``sources`` counts, since any file may include any other."""
+    """Return the name of an object. All of ``sources`` counts, since any file may include any other."""
     digest = hashlib.sha256()
     compiled = [source, __version__, platform.machine(), sorted((name, str(constants[name])) for name in constants)]
     digest.update(json.dumps(compiled).encode())
@@ -74,33 +74,33 @@ def key(sources: Path, source: str, constants: Mapping[str, object]) -> str:
 
 
 def encode(key: str, compiled: Object) -> bytes:
-    """A file's content: the digest of the rest, a line end, JSON."""
+    """Encode an object: the digest of the rest, a newline, JSON."""
     words = asdict(compiled) | {"key": key, "programs": {name: code.hex() for name, code in compiled.programs.items()}}
     body = json.dumps(words).encode()
     return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 
 def decode(key: str, content: bytes) -> Object:
-    """Raises ValueError where the content is not whole, or another key's."""
+    """Decode an object; raises ValueError if the content is damaged or has another key."""
     digest, _, body = content.partition(b"\n")
     if digest != hashlib.sha256(body).hexdigest().encode():
-        raise ValueError("it is damaged")
+        raise ValueError("the file is damaged")
     words = json.loads(body)
     if words["key"] != key:
-        raise ValueError("it is another one's")
+        raise ValueError("the file has another key")
     maps = tuple(MapDefinition(**each) for each in words["maps"])
     return Object(words["compiler"], maps, {name: bytes.fromhex(code) for name, code in words["programs"].items()})
 
 
 class Cache:
-    """A folder of objects, MAX_FILES at most; no method raises OSError."""
+    """A folder with MAX_FILES objects at most; no method raises OSError."""
 
     def __init__(self, folder: Path | None) -> None:
-        """None: nothing is kept."""
+        """Use ``folder``; None stores nothing."""
         self._folder = folder
 
     def get(self, key: str) -> Object | None:
-        """The object of this key, None where there is none that may be used."""
+        """Return the object of this key, or None if there is no usable one."""
         try:
             with self._opened() as folder:
                 return decode(key, _read(folder, key + _SUFFIX))
@@ -108,7 +108,7 @@ class Cache:
             return None
 
     def put(self, key: str, compiled: Object) -> None:
-        """Keep an object; the least recently used ones make room."""
+        """Store an object; the least recently used ones are deleted."""
         if not self._folder:
             return
         with contextlib.suppress(OSError):
@@ -119,7 +119,7 @@ class Cache:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[int]:
-        """A descriptor of the folder. Raises OSError where there is none that may be used."""
+        """Yield a descriptor of the folder; raises OSError if it is not usable."""
         if not self._folder:
             raise FileNotFoundError
         folder = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -143,16 +143,16 @@ def _read(folder: int, name: str) -> bytes:
     ) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise PermissionError("it is no file")
+            raise PermissionError("it is not a regular file")
         _require_ours(found)
         content = file.read(MAX_FILE_BYTES)
-        with contextlib.suppress(OSError):  # that it was used; a folder that is read-only keeps all that it has
+        with contextlib.suppress(OSError):  # marks it as used; a read-only folder keeps everything
             os.utime(file.fileno())
     return content
 
 
 def _write(folder: int, name: str, content: bytes) -> None:
-    """There whole or not at all, whoever else writes the same."""
+    """Write a file atomically, even if another process writes the same one."""
     unfinished = f".{name}.{os.getpid()}"
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -166,7 +166,7 @@ def _write(folder: int, name: str, content: bytes) -> None:
 
 
 def _make_room(folder: int) -> None:
-    """Only what is ours by its name goes: the folder may hold more."""
+    """Delete the oldest of our own files; the folder may hold others."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if _OURS.fullmatch(entry.name)]
     ages = {name: os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime for name in names}

@@ -1,7 +1,7 @@
-"""Function probes: which of the kernel's functions can be probed, how, and attaching to them.
+"""Find which kernel functions can be probed, and attach to them.
 
-fentry where the kernel has trampolines and types for the function, else a kprobe. Both are tried with an empty
-program, on the function itself.
+fentry is used where the kernel has trampolines and types for the function, else a kprobe. Both are tried with an empty
+program on the function itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from udpwatch.agent.kernel.programs import Function
 MODULE_BTF = Path("/sys/kernel/btf")
 _KPROBE_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
 _PERF_EVENT_OPEN = {"x86_64": 298, "aarch64": 241}
-#: index of the first arguments in struct pt_regs, in words (arch/*/include/uapi/asm/ptrace.h)
+#: indices of the first arguments in struct pt_regs, in words (arch/*/include/uapi/asm/ptrace.h)
 _ARGUMENT_REGISTERS = {"x86_64": (14, 13, 12), "aarch64": (0, 1, 2)}
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_EVENT_IOC_SET_BPF, _PERF_EVENT_IOC_ENABLE = 0x40042408, 0x2400
@@ -41,30 +41,31 @@ class How(StrEnum):
 
 
 def argument_indices(how: str) -> tuple[int, ...]:
-    """Where a probed function's first arguments are in its program's context, in words: fentry has them in a row, a
-    kprobe in the registers of the calling convention.
+    """Return where the first arguments of a probed function are in the context, in words.
+
+    fentry has them in a row, a kprobe in the registers of the calling convention.
     """
     in_a_row = (0, 1, 2)
     return _ARGUMENT_REGISTERS.get(platform.machine(), in_a_row) if how == How.KPROBE else in_a_row
 
 
 def try_functions(functions: tuple[Function, ...], vmlinux: Path) -> tuple[How | None, str]:
-    """How all of these can be probed alike; (None, why not) where they cannot."""
+    """Return how all of these functions can be probed, or (None, the reasons)."""
     reasons = []
     for how in How:
         try:
             for function in functions:
                 load_and_attach_empty(function, how, vmlinux)
         except (OSError, LookupError) as error:
-            said = error.strerror if isinstance(error, OSError) else f"no {error.args[0]}"
-            reasons.append(f"{how}: {said}")
+            reason = error.strerror if isinstance(error, OSError) else f"no {error.args[0]}"
+            reasons.append(f"{how}: {reason}")
         else:
             return how, ""
     return None, "; ".join(reasons)
 
 
 def load_and_attach_empty(function: Function, how: How, vmlinux: Path) -> None:
-    """Attach a program that does nothing, and detach it; raises what `target` and `attach` raise."""
+    """Attach an empty program and detach it; raises what `Target` raises."""
     with Target(function, how, vmlinux) as target:
         program = target.load(_RETURN_0, "empty")[0]
         try:
@@ -74,10 +75,10 @@ def load_and_attach_empty(function: Function, how: How, vmlinux: Path) -> None:
 
 
 class Target:
-    """A function and how to get at it; holds what loading needs until it is closed."""
+    """A function to probe; holds what loading needs until it is closed."""
 
     def __init__(self, function: Function, how: How, vmlinux: Path) -> None:
-        """Raises LookupError where no BTF knows the function, OSError where it may not be read."""
+        """Find the function; raises LookupError if no BTF describes it, and OSError if BTF is not readable."""
         self._function, self._how = function, how
         self._id, self._module = 0, 0
         if how is How.FENTRY:
@@ -100,7 +101,7 @@ class Target:
         try:
             split = Btf(MODULE_BTF / module, base)
         except OSError as error:
-            raise OSError(error.errno, f"no BTF of the module {module} ({error.strerror})") from None
+            raise OSError(error.errno, f"cannot read BTF of the module {module}: {error.strerror}") from None
         try:
             self._id = split.function(self._function.name)
         finally:
@@ -108,14 +109,14 @@ class Target:
         self._module = bpf.module_btf(module)
 
     def load(self, instructions: bytes, name: str) -> tuple[int, int]:
-        """(descriptor, instructions that the verifier walked); raises OSError."""
+        """Load a program; return (descriptor, instructions that the verifier walked). Raises OSError."""
         if self._how is How.FENTRY:
             where = (self._id, self._module)
             return bpf.program_load_logged(ProgramType.TRACING, AttachType.TRACE_FENTRY, instructions, name, where)
         return bpf.program_load_logged(ProgramType.KPROBE, None, instructions, name)
 
     def attach(self, program: int) -> int:
-        """The program is attached as long as the returned descriptor is open somewhere; raises OSError."""
+        """Attach a program; it stays attached while the returned descriptor is open. Raises OSError."""
         if self._how is How.FENTRY:
             return bpf.tracing_attach(program)
         return _attach_kprobe(self._function.name, program)
@@ -129,13 +130,14 @@ class Target:
 
 
 def _attach_kprobe(function: str, program: int) -> int:
-    """perf_event_open(2) with the kprobe PMU (Linux kernel commit e12f03d7031a ("perf/core: Implement the 'perf_kprobe'
-    PMU") (in v4.17)). It fires on every CPU, whichever is named.
+    """Attach a kprobe by perf_event_open(2); it runs on every CPU, whichever is named.
+
+    The kprobe PMU: Linux kernel commit e12f03d7031a ("perf/core: Implement the 'perf_kprobe' PMU") (in v4.17).
     """
     try:
         number = _PERF_EVENT_OPEN[platform.machine()]
     except KeyError:
-        raise OSError(errno.ENOSYS, f"no kprobes for {platform.machine()} yet") from None
+        raise OSError(errno.ENOSYS, f"kprobes are not supported on {platform.machine()}") from None
     try:
         kind = int(_KPROBE_TYPE.read_text())
     except OSError:

@@ -1,5 +1,6 @@
-"""The table of BPF programs: where each one is attached, and what is lost without it. A new program is one function in
-bpf/ and one row here.
+"""The table of BPF programs: the attach point of each one, and what is lost without it.
+
+To add a program, add one function in bpf/ and one row here.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from dataclasses import dataclass
 
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 
-#: source file -> its maps that the agent reads
+#: source file -> the maps that the agent reads
 MAPS = {
     "sockets.c": {
         "conversations",
@@ -29,7 +30,7 @@ MAPS = {
 }
 #: maps whose elements begin with a lock (locks.py)
 LOCKED = frozenset({"conversations", "addresses"})
-#: maps that are filled with random numbers before a program is attached
+#: maps that get random numbers before a program is attached
 KEYS = frozenset({"hash_keys", "flow_keys"})
 
 
@@ -43,7 +44,7 @@ class Hook:
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A kernel function and the module it may be in ("": always in the kernel itself); probed by fentry or kprobe."""
+    """A kernel function, and the module that may contain it ("": always built in); probed by fentry or kprobe."""
 
     name: str
     module: str = ""
@@ -51,7 +52,9 @@ class Function:
 
 @dataclass(frozen=True, slots=True)
 class TailCall:
-    """Another program goes on in this one (bpf_tail_call). ``map`` names it; it is empty once no process holds it."""
+    """Another program continues in this one (bpf_tail_call), through ``map``. The kernel empties the map when no
+    process holds it.
+    """
 
     attach: AttachType
     map: str
@@ -60,7 +63,7 @@ class TailCall:
 
 @dataclass(frozen=True, slots=True)
 class OnDemand:
-    """The agent runs it (BPF_PROG_TEST_RUN)."""
+    """The agent runs the program itself (BPF_PROG_TEST_RUN)."""
 
     type: ProgramType = ProgramType.SOCKET_FILTER
 
@@ -69,16 +72,16 @@ class OnDemand:
 class Program:
     """One program of bpf/."""
 
-    name: str  # in metrics, `doctor` and docs; of a function probe, the kernel function's
+    name: str  # in metrics, doctor and docs; a function probe has the name of its function
     function: str  # in the source file
     source: str
     place: Hook | Function | TailCall | OnDemand
     required: bool = False  # without it, the agent does not start
     without: str = ""  # what is lost without it
-    is_for_forwarded: bool = False  # finds wrong replies of machines behind this node: all such programs, or none
+    is_for_forwarded: bool = False  # finds forwarded wrong replies: all such programs are attached, or none
 
 
-SEND_WITHOUT = "events do not tell whether PKTINFO was passed"
+SEND_WITHOUT = "events do not show whether PKTINFO was passed"
 HOOK_WITHOUT = "the cause is 'unknown' for sockets that are not connected"
 FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 
@@ -129,7 +132,7 @@ BY_NAME = {program.name: program for program in PROGRAMS}
 HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Hook))
 #: (program, function) of each function probe
 FUNCTIONS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Function))
-#: (program, tail call) of each program that another one goes on in
+#: (program, tail call) of each program that continues another one
 TAIL_CALLS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, TailCall))
 #: (program, how) of each program that the agent runs itself
 ON_DEMAND = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, OnDemand))

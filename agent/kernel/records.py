@@ -1,4 +1,4 @@
-"""Mirrors bpf/records.h: bytes from the kernel become model types here, and only here.
+"""Mirror bpf/records.h, and decode what comes from the kernel into the types of model.py.
 
 tests/unit/agent/kernel/test_records.py compiles the header and compares every size and offset with this file.
 """
@@ -50,17 +50,17 @@ class ConversationSet(ctypes.Structure):
 
 
 class Requester(NamedTuple):
-    """struct request_key: who asked, as the server's side sees it."""
+    """Mirror struct request_key: a client, as the server sees it."""
 
     inode: int
     zone: int
     address: str
     client_port: int
-    port: int  # the server's
+    port: int  # of the server
 
     @property
     def tenant(self) -> int:
-        """The server port and its namespace as one number."""
+        """The port and namespace of the server as one number."""
         return self.inode << 16 | self.port
 
 
@@ -210,29 +210,28 @@ STATS_BYTES = ctypes.sizeof(StatsRecord)
 
 
 def decode_address(raw: bytes) -> str:
-    """16 bytes in network order as text; an IPv4-mapped address comes out as IPv4."""
+    """Decode 16 bytes in network order to text; an IPv4-mapped address becomes IPv4."""
     if raw[:12] == _V4_MAPPED:
         return str(ipaddress.IPv4Address(raw[12:]))
     return str(ipaddress.IPv6Address(raw))
 
 
 def encode_address(text: str) -> bytes:
-    """The reverse of `decode_address`."""
+    """Encode an address; the reverse of `decode_address`."""
     address = ipaddress.ip_address(text)
     return address.packed if address.version == 6 else _V4_MAPPED + address.packed
 
 
 def printable(name: bytes) -> str:
-    """A process's name as text that is safe on a terminal and in a label: a process may call itself anything."""
+    """Return a process name as text that is safe on a terminal and in a label; a process can choose any bytes."""
     text = name.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def decode_finding_key(raw: bytes) -> tuple[Finding, Conversation | None]:
-    """struct finding_key; the conversation only where the kernel left the verdict open.
+    """Decode struct finding_key; the conversation is None unless the verdict is unknown.
 
-    A value that this version does not know raises KeyError: program and agent are compiled from one tree,
-    so that is a fault of ours and not an input.
+    Raises KeyError for an unknown number: program and agent come from one tree, so that is a bug.
     """
     return _finding(FindingKey.from_buffer_copy(raw))
 
@@ -259,18 +258,18 @@ def _finding(key: FindingKey) -> tuple[Finding, Conversation | None]:
 
 
 def tenant_of(finding: Finding) -> int:
-    """Whose share of the kernel's findings one counts against: its cgroup's, or its namespace's in the root cgroup."""
+    """Return the tenant of a finding: its cgroup, or its namespace in the root cgroup."""
     return finding.cgroup if finding.cgroup > _ROOT_CGROUP else finding.netns | _ROOT_TENANT
 
 
 def decode_finding(raw: bytes) -> tuple[int, int, int]:
-    """struct finding: (count, time of the latest in monotonic nanoseconds, process id of the latest)."""
+    """Decode struct finding: (count, time of the last reply in monotonic nanoseconds, its process id)."""
     value = FindingValue.from_buffer_copy(raw)
     return value.count, value.last, value.tgid
 
 
 def decode_tuple(raw: bytes) -> Tuple | None:
-    """The kernel's struct nf_conntrack_tuple; None where it was left empty.
+    """Decode the struct nf_conntrack_tuple of the kernel; return None if it is empty.
 
     Layout (include/net/netfilter/nf_conntrack_tuple.h): source address 16, source port 2, layer-3 protocol 2,
     destination address 16, destination port 2, protocol 1, direction 1.
@@ -286,7 +285,7 @@ def decode_tuple(raw: bytes) -> Tuple | None:
 
 
 def decode_event(raw: bytes) -> Event:
-    """struct event, as it stands in the ring buffer."""
+    """Decode a struct event of the ring buffer."""
     record = EventRecord.from_buffer_copy(raw)
     finding, conversation = _finding(record.key)
     return Event(
@@ -307,12 +306,14 @@ def decode_event(raw: bytes) -> Event:
 
 
 def tick_ns() -> int:
-    """Nanoseconds of a tick (a jiffy), in which the table of conversations has its times."""
+    """Return the nanoseconds of a tick (a jiffy), the unit of times in the table of conversations."""
     return round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
 
 
 def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
-    """Of elements of struct conversation_set, when each of their ways was asked last, in nanoseconds of ticks."""
+    """Yield the time of the last request of each way, in nanoseconds of ticks, from elements of struct
+    conversation_set.
+    """
     words = CONVERSATION_SET_BYTES // 8
     first = (ConversationSet.way.offset + ConversationRecord.asked.offset) // 8
     for batch in batches:
@@ -322,31 +323,31 @@ def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
 
 
 def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:
-    """struct self_test; ``netns``: a cookie."""
+    """Encode struct self_test; ``netns`` is a cookie."""
     return bytes(SelfTest(netns, port, peer_port))
 
 
 def encode_reported(actual: str, port: int, peer: str, peer_port: int) -> bytes:
-    """struct reported_key of a datagram on the wire."""
+    """Encode the struct reported_key of a datagram."""
     source, to = Address(*encode_address(actual)), Address(*encode_address(peer))
     return bytes(ReportedKey(source, to, port, peer_port))
 
 
 def encode_request(client: Requester, server: str, seen: int) -> bytes:
-    """struct dumped_request; ``server``: "" for a group, ``seen``: nanoseconds of CLOCK_MONOTONIC."""
+    """Encode struct dumped_request. ``server`` is "" for a group; ``seen`` is in nanoseconds of CLOCK_MONOTONIC."""
     address = Address(*encode_address(client.address))
     key = RequestKey(address, client.inode, client.client_port, client.port, client.zone)
     return bytes(DumpedRequest(key, Address(*encode_address(server or "::")), seen))
 
 
 def tenant_of_candidate(raw: bytes) -> int:
-    """Whose share of the kernel's candidates a struct candidate counts against: its namespace's and interface's."""
+    """Return the tenant of a struct candidate: its namespace and interface."""
     record = CandidateRecord.from_buffer_copy(raw)
     return int(record.ingress) << 32 | int(record.key.netns)
 
 
 def decode_candidate(raw: bytes) -> tuple[Event, int]:
-    """struct candidate: (the event it will be if it was a wrong reply, the zone it is in)."""
+    """Decode struct candidate: (the event if it was a wrong reply, its zone)."""
     record = CandidateRecord.from_buffer_copy(raw)
     key = record.key
     peer = decode_address(bytes(key.client))
@@ -382,7 +383,7 @@ def decode_candidate(raw: bytes) -> tuple[Event, int]:
 
 
 def decode_counters(raw: bytes) -> Counters:
-    """The per-CPU array of struct stats, all CPUs added up."""
+    """Decode the per-CPU array of struct stats, and add up all CPUs."""
     names = [field.name for field in fields(Counters)]
     totals = [0] * len(names)
     for values in struct.iter_unpack(f"={len(names)}Q", raw):

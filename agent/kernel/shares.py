@@ -1,5 +1,7 @@
-"""What each tenant holds of a bounded map: a program lets a tenant hold as many elements as are free (bpf/sockets.c,
-`finding_of`). Programs only add to the numbers; whoever takes elements out sets them right here.
+"""Keep the shares of a bounded map right.
+
+A program lets a tenant hold as many elements as are free (`finding_of` in bpf/sockets.c). Programs only add to the
+numbers; user space corrects them when it deletes elements.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ _NUMBER = struct.Struct("=Q")
 
 
 class Shares:
-    """The numbers of one map."""
+    """The numbers of elements in one map, by tenant."""
 
     def __init__(self, held: int, all_held: int) -> None:
-        """The descriptors of the map from tenant to number, and of the array with their sum; both stay the caller's."""
+        """Use the map from tenant to number, and the array with the total; the caller closes both."""
         self._held, self._all = held, all_held
         self._holding: set[int] = set()
 
     def set(self, held: Mapping[int, int]) -> None:
-        """Set what each tenant holds; others hold nothing. What the kernel refuses (for want of memory, say) is set at
-        the next call.
+        """Set the number of each tenant; tenants that are not listed hold nothing. What the kernel refuses, e.g. for
+        lack of memory, is set at the next call.
         """
         for tenant in self._holding - held.keys():
             with contextlib.suppress(OSError):

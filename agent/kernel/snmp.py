@@ -1,7 +1,7 @@
-"""How many UDP datagrams this network namespace sent, by the kernel's own count: what the programs must have seen of.
+"""Read how many UDP datagrams this network namespace sent, to compare with what the programs saw.
 
-/proc/net/snmp and /proc/net/snmp6 (RFC 4113, udpOutDatagrams); a datagram of an IPv6 socket to an IPv4 address counts
-in the first.
+The sources are /proc/net/snmp and /proc/net/snmp6 (RFC 4113, udpOutDatagrams). A datagram of an IPv6 socket to an IPv4
+address counts in the first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def udp_sent(folder: Path = Path("/proc/net")) -> int | None:
-    """Datagrams sent since the namespace was made; None where the kernel does not tell."""
+    """Return the datagrams sent since the namespace was created; None if the kernel does not report them."""
     try:
         names, values = (line.split() for line in (folder / "snmp").read_text().splitlines() if line[:5] == "Udp: ")
         sent = int(values[names.index("OutDatagrams")])
@@ -20,7 +20,7 @@ def udp_sent(folder: Path = Path("/proc/net")) -> int | None:
 
 
 def _udp6_sent(path: Path) -> int:
-    """0 on a kernel without IPv6."""
+    """Return the datagrams over IPv6, 0 on a kernel without it."""
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:

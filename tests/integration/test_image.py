@@ -276,8 +276,8 @@ def test_a_restarted_container_finds_no_programs(
 
 #: capability -> what is said without it
 MISSED = {
-    "BPF": "CAP_BPF missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`",
-    "NET_ADMIN": "CAP_NET_ADMIN missing: udpwatch needs CAP_BPF and CAP_NET_ADMIN; see `udpwatch doctor`",
+    "BPF": "cannot load BPF programs: CAP_BPF missing; see `udpwatch doctor`",
+    "NET_ADMIN": "cannot load BPF programs: CAP_NET_ADMIN missing; see `udpwatch doctor`",
     "PERFMON": "CAP_PERFMON",
 }
 

@@ -39,7 +39,7 @@ def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     _, status = os.waitpid(pid, 0)
     captured = capfd.readouterr()
     assert os.waitstatus_to_exitcode(status) == 77
-    assert captured.err == "udpwatch: watching the kernel needs root: run udpwatch as root\n"
+    assert captured.err == "udpwatch: cannot load BPF programs: this user is not root; run udpwatch as root\n"
 
 
 @pytest.mark.parametrize("missing", [Capability.NET_ADMIN, Capability.BPF], ids=str)
@@ -61,7 +61,7 @@ def without_perfmon() -> Callable[[], None]:
         assert "mode netlink" in done.stdout
         return drop
     assert done.returncode == 77
-    assert "this kernel takes the program ingress only from whom has CAP_PERFMON" in " ".join(done.stdout.split())
+    assert "cannot load the program ingress: this kernel requires CAP_PERFMON" in " ".join(done.stdout.split())
     with temporary() as folder:
         assert_refused(run(Path(folder), preexec_fn=drop), 77, "CAP_PERFMON", "ingress")
     pytest.skip("by design: this kernel's verifier needs CAP_PERFMON (docs/kernels.md)")

@@ -17,16 +17,7 @@ COLUMNS = 120
 #: Pages that are still too wide.
 TO_DO = {
     "docs/attribution.md",
-    "docs/decisions/001-cgroup-hooks.md",
-    "docs/decisions/002-loading-child.md",
-    "docs/decisions/003-remembering.md",
-    "docs/decisions/004-netlink-mode.md",
-    "docs/decisions/005-namespaces-without-names.md",
-    "docs/decisions/006-flows.md",
-    "docs/decisions/007-compile-cache.md",
-    "docs/decisions/008-dns-in-batches.md",
     "docs/docker.md",
-    "docs/kernels.md",
     "docs/kubernetes.md",
     "docs/security.md",
     "docs/systemd.md",
