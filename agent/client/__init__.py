@@ -1,1 +1,1 @@
-"""What reads a running agent: its socket, and what `events`, `explain` and `top` show."""
+"""Read from a running agent over its socket, and format what `events`, `explain` and `top` print."""

@@ -1,4 +1,4 @@
-"""The other end of the agent's socket, for `top`, `events` and `explain` (api.py says what is spoken there)."""
+"""Query a running agent over its socket. agent/daemon/api.py describes the protocol."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from udpwatch.agent.model import Snapshot
 
 DEFAULT_SOCKET = Path("/run/udpwatch/udpwatch.sock")
 
-_Shape = TypeVar("_Shape")
+_Model = TypeVar("_Model")
 
 
 class Client:
     """One connection to a running agent."""
 
     def __init__(self, path: Path = DEFAULT_SOCKET, seconds: float = 5.0) -> None:
-        """Raises OSError when nobody answers; ``seconds`` is the time that an answer may take."""
+        """Connect to the agent. ``seconds``: how long to wait for each response. Raises OSError."""
         self._path = path
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -36,30 +36,29 @@ class Client:
         self._lines = self._socket.makefile("rb")
 
     def snapshot(self) -> Snapshot:
-        """The agent's snapshot; what a newer agent adds to it is passed over. Raises OSError, UdpwatchError."""
-        return shaped(Snapshot, self._ask({"get": "snapshot"}, "snapshot"))
+        """Return the agent's snapshot, without fields that a newer agent adds. Raises OSError, UdpwatchError."""
+        return from_json(Snapshot, self._request({"get": "snapshot"}, "snapshot"))
 
     def events(self, limit: int) -> list[dict[str, Any]]:
-        """The newest events, the newest last. Raises OSError, UdpwatchError."""
-        events: list[dict[str, Any]] = self._ask({"get": "events", "limit": limit}, "events")
+        """Return the newest events, the newest at the end. Raises OSError, UdpwatchError."""
+        events: list[dict[str, Any]] = self._request({"get": "events", "limit": limit}, "events")
         return events
 
     def doctor(self) -> dict[str, Any]:
-        """What the agent says of itself. Raises OSError, UdpwatchError."""
-        report: dict[str, Any] = self._ask({"get": "doctor"}, "doctor")
+        """Return the agent's own state, for `udpwatch doctor`. Raises OSError, UdpwatchError."""
+        report: dict[str, Any] = self._request({"get": "doctor"}, "doctor")
         return report
 
     def follow(self) -> Iterator[dict[str, Any]]:
-        """{"event": ...} of each event from now on, {"lost": N} where this reader was too slow. Ends with the agent.
+        """Yield {"event": ...} for each new event, and {"lost": N} if this reader was too slow, until the agent ends.
 
-        The connection can be asked nothing else afterwards. Raises OSError, UdpwatchError.
+        The connection accepts no other request afterwards. Raises OSError, UdpwatchError.
         """
-        self._ask({"follow": "events"}, "following")
+        self._request({"follow": "events"}, "following")
         self._socket.settimeout(None)
         return map(json.loads, iter(self._lines.readline, b""))
 
     def close(self) -> None:
-        """Let go of the connection."""
         self._lines.close()
         self._socket.close()
 
@@ -69,40 +68,44 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, question: dict[str, Any], wanted: str) -> Any:
-        self._socket.sendall(json.dumps(question).encode() + b"\n")
+    def _request(self, request: dict[str, Any], field: str) -> Any:
+        """Send a request and return one field of the response."""
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
         line = self._lines.readline()
         if not line:
-            raise ConnectionResetError(f"{self._path}: the agent has ended the connection")
-        answer = json.loads(line)
-        if answer.get("v") != VERSION:
-            raise UdpwatchError(f"{self._path}: it speaks version {answer.get('v')}, this is version {VERSION}")
-        if wanted not in answer:
-            raise UdpwatchError(f"{self._path}: {answer.get('error', 'no answer')}")
-        return answer[wanted]
+            raise ConnectionResetError(f"the agent on {self._path} closed the connection")
+        response = json.loads(line)
+        if response.get("v") != VERSION:
+            raise UdpwatchError(
+                f"cannot query the agent on {self._path}: it uses protocol version {response.get('v')}, this program "
+                f"uses version {VERSION}; run the agent's version of udpwatch"
+            )
+        if field not in response:
+            raise UdpwatchError(f"cannot query the agent on {self._path}: {response.get('error', 'invalid response')}")
+        return response[field]
 
 
-def shaped(kind: type[_Shape], told: Any) -> _Shape:
-    """A frozen dataclass of the model from what asdict() and JSON made of it; unknown keys are passed over."""
-    of: Any = kind  # to mypy a type variable's type is not hashable
-    hints = _hints(of)
-    return kind(**{name: _value(hints[name], value) for name, value in told.items() if name in hints})
+def from_json(kind: type[_Model], encoded: Any) -> _Model:
+    """Build a frozen dataclass of the model from its JSON form (asdict()); ignore unknown keys."""
+    hashable: Any = kind  # mypy does not accept type[_Model] as hashable
+    hints = _hints(hashable)
+    return kind(**{name: _decoded(hints[name], value) for name, value in encoded.items() if name in hints})
 
 
 @cache
 def _hints(kind: type) -> dict[str, Any]:
-    """The types of a dataclass's fields; to find them out takes longer than to fill them in."""
+    """Return the types of a dataclass's fields. Cached, because finding them takes longer than decoding."""
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _value(hint: Any, told: Any) -> Any:
+def _decoded(hint: Any, value: Any) -> Any:
     if isinstance(hint, UnionType):
-        if told is None:
+        if value is None:
             return None
         (hint,) = (each for each in get_args(hint) if each is not NoneType)
     if is_dataclass(hint) and isinstance(hint, type):
-        return shaped(hint, told)
+        return from_json(hint, value)
     if get_origin(hint) is tuple:
-        return tuple(_value(get_args(hint)[0], each) for each in told)
-    return told
+        return tuple(_decoded(get_args(hint)[0], each) for each in value)
+    return value

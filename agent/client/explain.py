@@ -1,4 +1,4 @@
-"""`udpwatch explain`: why a reply was wrong, in three sentences with the addresses of the case, and how to mend it."""
+"""Explain a finding in three sentences with its addresses, and advise how to fix the server."""
 
 from __future__ import annotations
 
@@ -8,84 +8,84 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.remedies import Remedy, codes, find
+from udpwatch.agent.client.remedies import Remedy, codes, remedy_of
 from udpwatch.agent.model import Cause, Row, Verdict
 
-#: causes that a program's own setting mends; the others need a look at the case
-_MENDED_BY_SETTING = (Cause.KERNEL_CHOSEN, Cause.CONNECTED, Cause.UNKNOWN)
-_NAMELESS = "a process that is not known"
+#: causes that a setting of the program fixes; the others depend on the case
+_FIXED_BY_SETTING = (Cause.KERNEL_CHOSEN, Cause.CONNECTED, Cause.UNKNOWN)
+_UNKNOWN_PROCESS = "an unknown process"
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """What to do."""
+    """How to fix one server."""
 
-    server: str  # name of the program, "": not known
+    server: str  # name of the program; "": unknown
     do: str
-    config: str  # the exact line, "": none
-    source: str  # link, "": none
-    languages: tuple[str, ...]  # of code that shows how
+    config: str  # the exact line; "": none
+    source: str  # link; "": none
+    languages: tuple[str, ...]  # of the `Code` that shows the fix
 
 
-def matching(rows: Sequence[Row], wanted: str | None) -> list[Row]:
-    """The rows of a port, or of a process, pod or container by name or pattern; the most frequent first."""
+def matching(rows: Sequence[Row], pattern: str | None) -> list[Row]:
+    """Return the rows of a port, or of a process, pod or container by name or pattern; the most frequent first."""
 
-    def is_wanted(row: Row) -> bool:
-        if wanted is None:
+    def matches(row: Row) -> bool:
+        if pattern is None:
             return True
-        if wanted.isdecimal():
-            return row.port == int(wanted)
+        if pattern.isdecimal():
+            return row.port == int(pattern)
         sender = row.sender
         names = (sender.process, sender.executable.rpartition("/")[2], sender.pod, sender.container)
-        return any(name and (name == wanted or fnmatchcase(name, wanted)) for name in names)
+        return any(name and (name == pattern or fnmatchcase(name, pattern)) for name in names)
 
-    return sorted(filter(is_wanted, rows), key=lambda row: (-row.count, row.port, row.expected, row.actual))
+    return sorted(filter(matches, rows), key=lambda row: (-row.count, row.port, row.expected, row.actual))
 
 
-def why(row: Row) -> tuple[str, str, str]:
-    """What happened, who chose that source, what the client sees of it."""
-    return _happened(row), _chosen(row), _seen(row)
+def explanation(row: Row) -> tuple[str, str, str]:
+    """Return three sentences: what happened, how the source was chosen, what conntrack and the client do."""
+    return _event_sentence(row), _cause_sentence(row), _verdict_sentence(row)
 
 
 def advice(row: Row) -> Advice:
-    """How to mend the server of a row."""
-    remedy = find(row.sender) if row.cause in _MENDED_BY_SETTING else None
+    """Return how to fix the server of a row."""
+    remedy = remedy_of(row.sender) if row.cause in _FIXED_BY_SETTING else None
     if remedy:
-        return of_remedy(remedy, row)
-    languages = tuple(code.language for code in codes())
-    each = (
-        f"give each address a socket of its own, by a setting that lists the addresses to listen on instead of "
-        f"{_wildcard(row)}"
-    )
+        return remedy_advice(remedy, row)
+    languages = () if row.cause == Cause.FORWARDED else tuple(code.language for code in codes())
+    return Advice("", _general_advice(row), "", "", languages)
+
+
+def _general_advice(row: Row) -> str:
+    if row.cause == Cause.FORWARDED:
+        location = f", behind {safe(row.interface)}" if row.interface else ""
+        return f"Fix the server at {row.actual}{location}. Run `udpwatch` on that machine to identify it."
+    if row.cause == Cause.EXPLICIT:
+        return (
+            f"Check which of the server's sockets sends the reply: it must be the socket that received the request, or "
+            f"set {row.expected} as the source. If its settings list source addresses, list the addresses that clients "
+            f"ask."
+        )
+    settings = f"In the server's settings, list the addresses to listen on instead of {_wildcard(row)}."
+    if row.cause == Cause.CONNECTED:
+        code = (
+            f"Or in its code, bind the new socket to the address that was asked ({_receive_option(row)}) before "
+            f"connecting it."
+        )
+    else:
+        code = (
+            f"Or in its code, take the address that was asked from recvmsg() and pass it to sendmsg() "
+            f"({' and '.join(dict.fromkeys((_receive_option(row), _send_option(row))))})."
+        )
     moving = (
-        f"Where the address moves between machines (keepalived, kube-vip), the sysctl net.ipv{row.family}."
-        "ip_nonlocal_bind=1 lets the others bind it, too."
+        f"If the address moves between machines (keepalived, kube-vip), set the sysctl net.ipv{row.family}."
+        "ip_nonlocal_bind=1, so that the other machines can bind it, too."
     )
-    match row.cause:
-        case Cause.FORWARDED:
-            where = f", behind {safe(row.interface)}" if row.interface else ""
-            do = f"Mend the server at {row.actual}{where}: `udpwatch` on that machine names it."
-            return Advice("", do, "", "", ())
-        case Cause.EXPLICIT:
-            do = (
-                f"See which of the server's sockets answers: it has to be the one that was asked, or to name "
-                f"{row.expected}. Where its settings list addresses to send from, they have to be those asked."
-            )
-        case Cause.CONNECTED:
-            do = (
-                f"In its settings, {each}. Or in its code: bind the new socket to the address that was asked "
-                f"({_option(row)} tells it), and only then connect it. {moving}"
-            )
-        case _:
-            do = (
-                f"In its settings, {each}. Or in its code: answer from the address that was asked, which "
-                f"{_option(row)} tells and sets. {moving}"
-            )
-    return Advice("", do, "", "", languages)
+    return f"{settings} {code} {moving}"
 
 
-def of_remedy(remedy: Remedy, row: Row | None = None) -> Advice:
-    """What is known of a program, with the addresses of a row; without one with words in their place."""
+def remedy_advice(remedy: Remedy, row: Row | None = None) -> Advice:
+    """Return the advice of a remedy with the addresses of a row; without a row, with placeholders such as ADDRESS."""
     address, port, family = (row.expected, str(row.port), str(row.family)) if row else ("ADDRESS", "PORT", "4")
     config = remedy.config
     for name, value in {
@@ -99,17 +99,17 @@ def of_remedy(remedy: Remedy, row: Row | None = None) -> Advice:
     return Advice(remedy.name, remedy.do, config, remedy.source, (remedy.code,) if remedy.code else ())
 
 
-def short(row: Row) -> str:
-    """How to mend it, in two or three lines, for a pane."""
-    todo = advice(row)
-    if not todo.server:
-        return todo.do
-    return "\n".join(filter(None, (f"{todo.server}: {todo.do}", todo.config, todo.source)))
+def short_advice(row: Row) -> str:
+    """Return the advice in at most three lines, for the detail pane of `udpwatch top`."""
+    fix = advice(row)
+    if not fix.server:
+        return fix.do
+    return "\n".join(filter(None, (f"{fix.server}: {fix.do}", fix.config, fix.source)))
 
 
-def as_object(row: Row) -> dict[str, Any]:
-    """All that is said of a row, for programs."""
-    todo, sender = advice(row), row.sender
+def row_object(row: Row) -> dict[str, Any]:
+    """Return a row, its explanation and its advice as a JSON object."""
+    sender = row.sender
     return {
         "process": sender.process or None,
         "pid": sender.pid or None,
@@ -122,96 +122,100 @@ def as_object(row: Row) -> dict[str, Any]:
         "verdict": row.verdict,
         "cause": row.cause,
         "count": row.count,
-        "why": list(why(row)),
-        "remedy": remedy_object(todo),
+        "why": list(explanation(row)),
+        "remedy": advice_object(advice(row)),
     }
 
 
-def remedy_object(todo: Advice) -> dict[str, Any]:
-    """An advice, for programs."""
+def advice_object(fix: Advice) -> dict[str, Any]:
     return {
-        "server": todo.server or None,
-        "do": todo.do,
-        "config": todo.config or None,
-        "source": todo.source or None,
-        "languages": list(todo.languages),
+        "server": fix.server or None,
+        "do": fix.do,
+        "config": fix.config or None,
+        "source": fix.source or None,
+        "languages": list(fix.languages),
     }
 
 
-def who(row: Row) -> str:
-    """The sender, with its pod or container."""
+def sender_text(row: Row) -> str:
+    """Name the sender with its pod or container."""
     sender = row.sender
     if row.cause == Cause.FORWARDED:
         return f"a machine behind {safe(row.interface)}" if row.interface else "another machine"
-    name = _NAMELESS if sender.process in ("", "unknown") else safe(sender.process)
+    name = _UNKNOWN_PROCESS if sender.process in ("", "unknown") else safe(sender.process)
     if sender.pid:
         name += f" (pid {sender.pid})"
     if sender.pod:
-        return f"{name} of pod {safe(f'{sender.namespace}/{sender.pod}' if sender.namespace else sender.pod)}"
+        return f"{name} in pod {safe(f'{sender.namespace}/{sender.pod}' if sender.namespace else sender.pod)}"
     return f"{name} in container {safe(sender.container)}" if sender.container else name
 
 
-def _happened(row: Row) -> str:
-    subject = who(row)
-    unit = "flow" if row.cause == Cause.FORWARDED else "time"
-    times = "once" if (unit, row.count) == ("time", 1) else f"{row.count} {unit}{'s' if row.count != 1 else ''}"
-    answered = f"answered from {row.actual}"
+def _event_sentence(row: Row) -> str:
+    subject = sender_text(row)
+    if row.cause == Cause.FORWARDED:
+        times = f"in {row.count} flow{'s' if row.count != 1 else ''}"
+    else:
+        times = "once" if row.count == 1 else f"{row.count} times"
+    replied = f"replied from {row.actual}"
     if row.actual == row.expected:
-        answered = "answered from another port of it, which source NAT gave the reply"
-    if row.cause == Cause.FORWARDED or subject.startswith(_NAMELESS):
-        subject = "A" + subject[1:]  # a name keeps its letters
-    return f"{subject} was asked at {row.expected}, port {row.port}/udp, and {answered}, {times} so far."
+        replied = "replied from another port of that address, which source NAT chose"
+    if row.cause == Cause.FORWARDED or subject.startswith(_UNKNOWN_PROCESS):
+        subject = "A" + subject[1:]  # the name of a process is not capitalized
+    return f"{subject} was asked at {row.expected}, port {row.port}/udp, and {replied}, {times} so far."
 
 
-def _chosen(row: Row) -> str:
+def _cause_sentence(row: Row) -> str:
     actual = row.actual if row.actual != row.expected else "another address"
     match row.cause:
         case Cause.KERNEL_CHOSEN:
             return (
-                f"Its socket is bound to all addresses ({_wildcard(row)}) and the reply named no source, so routing "
-                f"chose {actual}, the source of its route to the client."
+                f"Its socket is bound to all addresses ({_wildcard(row)}) and the reply set no source, so the kernel "
+                f"used {actual}, the source address of its route to the client."
             )
         case Cause.EXPLICIT:
             return (
-                f"The server chose that source itself: it answered through a socket bound to {actual}, or named it "
-                f"with {_option(row, sending=True)}."
+                f"The server chose the source itself: it sent the reply through a socket bound to {actual}, or set "
+                f"that address with {_send_option(row)}."
             )
         case Cause.CONNECTED:
             return (
-                f"It answered through a socket that it connected after the request: connect() let routing choose "
-                f"{actual}, and the socket kept it."
+                f"It replied through a socket that it connected to the client after the request, and connect() let "
+                f"routing choose {actual} as the source."
             )
         case Cause.FORWARDED:
             return (
-                f"No socket of this node sent it: in conntrack the client's flow to {row.expected} stayed unanswered, "
-                f"and a new one from {actual} with the same ports came up beside it."
+                f"No socket of this node sent the reply: in conntrack, the client's flow to {row.expected} has no "
+                f"reply, and a new flow from {actual} with the same ports appeared beside it."
             )
         case _:
             return (
-                "Who chose that source is not known: the sendmsg hook is not attached, or the send named no "
-                "destination (`udpwatch doctor` tells)."
+                "How the source was chosen is unknown: the sendmsg hook is not attached, or the server sent without a "
+                "destination address (`udpwatch doctor` lists the attached hooks)."
             )
 
 
-def _seen(row: Row) -> str:
+def _verdict_sentence(row: Row) -> str:
     client = (
-        "a client with a connected socket refuses it (ICMP port unreachable) and waits in vain, any other has an "
-        "answer from somebody it did not ask"
+        "a client with a connected socket rejects it (ICMP port unreachable), and any other client gets it from an "
+        "address that it did not ask"
     )
     match row.verdict:
         case Verdict.NEW:
-            return f"Conntrack booked it as a new flow, so NAT is not undone and stateful firewalls drop it; {client}."
+            conntrack = "Conntrack counts the reply as a new flow, so NAT is not undone and stateful firewalls drop it"
+            return f"{conntrack}; {client}."
         case Verdict.UNTRACKED:
-            return f"Conntrack is not at work on this path, and the reply arrives as it is; {client}."
+            return f"Conntrack does not track this traffic, so the reply arrives unchanged; {client}."
         case _:
-            return f"What conntrack made of it this kernel does not tell; {client}."
+            return f"This kernel does not report conntrack's verdict on the reply; {client}."
 
 
 def _wildcard(row: Row) -> str:
     return "::" if row.family == 6 else "0.0.0.0 or ::"
 
 
-def _option(row: Row, sending: bool = False) -> str:
-    if row.family == 4:
-        return "IP_PKTINFO"
-    return "IPV6_PKTINFO" if sending else "IPV6_RECVPKTINFO"
+def _receive_option(row: Row) -> str:
+    return "IP_PKTINFO" if row.family == 4 else "IPV6_RECVPKTINFO"
+
+
+def _send_option(row: Row) -> str:
+    return "IP_PKTINFO" if row.family == 4 else "IPV6_PKTINFO"

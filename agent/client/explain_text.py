@@ -1,4 +1,4 @@
-"""What `udpwatch explain` says, laid out for people (80 columns) or as one object for programs."""
+"""Format the output of `udpwatch explain`: text in 80 columns, or one JSON object."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from udpwatch.agent.client.explain import Advice, advice, as_object, of_remedy, remedy_object, who, why
+from udpwatch.agent.client.explain import (
+    Advice,
+    advice,
+    advice_object,
+    explanation,
+    remedy_advice,
+    row_object,
+    sender_text,
+)
 from udpwatch.agent.client.remedies import Code, Remedy, codes, remedies
 from udpwatch.agent.model import Row
 
@@ -15,24 +23,23 @@ WIDTH = 78
 
 
 class Page:
-    """Lines, folded and painted."""
+    """Collects wrapped lines."""
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
         self._lines: list[str] = []
 
     def head(self, text: str) -> None:
-        """A line that stands out, after a free one."""
+        """Add a blank line and a bold heading."""
         if self._lines:
             self._lines.append("")
         self._lines.append(f"\x1b[1m{text}\x1b[0m" if self._colour else text)
 
     def gap(self) -> None:
-        """A free line."""
         self._lines.append("")
 
     def paragraph(self, text: str, label: str = "") -> None:
-        """Folded text, ``label`` before its first line."""
+        """Add wrapped text that begins with ``label``."""
         self._lines += textwrap.wrap(
             label + text,
             WIDTH,
@@ -43,21 +50,21 @@ class Page:
         )
 
     def verbatim(self, text: str) -> None:
-        """Lines to be copied, as they are, between free ones."""
+        """Add lines for the user to copy, unwrapped, with a blank line before and after."""
         self._lines += ["", *(f"      {line}".rstrip() for line in text.splitlines()), ""]
 
-    def advise(self, todo: Advice) -> None:
-        """What to do, the line to copy, the link."""
-        self.paragraph(todo.do, f"What to do ({todo.server}): " if todo.server else "What to do: ")
-        if todo.config:
-            self.verbatim(todo.config)
-        if todo.source:
-            self._lines.append(f"  {todo.source}")
+    def advise(self, fix: Advice) -> None:
+        """Add what to do, the line to copy and the link."""
+        self.paragraph(fix.do, f"What to do ({fix.server}): " if fix.server else "What to do: ")
+        if fix.config:
+            self.verbatim(fix.config)
+        if fix.source:
+            self._lines.append(f"  {fix.source}")
 
-    def code(self, wanted: Iterable[str]) -> None:
-        """The programs in these languages."""
-        for code in _codes(wanted):
-            self.head(f"In {code.language}: answer from the address that was asked")
+    def code(self, languages: Iterable[str]) -> None:
+        """Add the servers in these languages."""
+        for code in _codes(languages):
+            self.head(f"In {code.language}: reply from the address that was asked")
             self.paragraph(code.source)
             self.verbatim(code.text)
 
@@ -66,65 +73,65 @@ class Page:
 
 
 def rows_text(rows: Sequence[Row], colour: bool) -> str:
-    """Each row explained; a cure that serves several is written once, the code at the end."""
+    """Explain each row. Advice that applies to several rows is printed once, and code at the end."""
     page = Page(colour)
-    told: dict[tuple[str, str], str] = {}
+    advised: dict[tuple[str, str], str] = {}
     languages: set[str] = set()
     for row in rows[:MAX_ROWS]:
-        todo = advice(row)
-        head = f"{who(row)}, port {row.port}/udp"
+        fix = advice(row)
+        head = f"{sender_text(row)}, port {row.port}/udp"
         page.head(head)
-        page.paragraph(" ".join(why(row)))
+        page.paragraph(" ".join(explanation(row)))
         page.gap()
-        before = told.setdefault((todo.do, todo.config), head)
-        if before is head:
-            page.advise(todo)
+        first = advised.setdefault((fix.do, fix.config), head)
+        if first is head:
+            page.advise(fix)
         else:
-            page.paragraph(f"What to do: as for {before}.")
-        languages.update(todo.languages)
+            page.paragraph(f"What to do: the same as for {first}.")
+        languages.update(fix.languages)
     if len(rows) > MAX_ROWS:
-        page.head(f"{len(rows) - MAX_ROWS} more, less frequent ones: name a process or a port to see them")
+        page.head(f"{len(rows) - MAX_ROWS} more findings are less frequent: pass a process or a port to see them")
     page.code(languages)
     return str(page)
 
 
 def rows_object(rows: Sequence[Row]) -> dict[str, Any]:
-    """The same for programs; all rows."""
-    told = [as_object(row) for row in rows]
-    languages = {language for each in told for language in each["remedy"]["languages"]}
-    return {"findings": told, "code": _code_object(languages)}
+    """Explain all rows as one JSON object."""
+    findings = [row_object(row) for row in rows]
+    languages = {language for finding in findings for language in finding["remedy"]["languages"]}
+    return {"findings": findings, "code": _code_object(languages)}
 
 
 def remedy_text(remedy: Remedy, colour: bool) -> str:
-    """What is known of a program, of no case in particular."""
+    """Format how to fix a program without a finding."""
     page = Page(colour)
-    todo = of_remedy(remedy)
-    page.advise(todo)
-    page.code(todo.languages)
+    fix = remedy_advice(remedy)
+    page.advise(fix)
+    page.code(fix.languages)
     return str(page)
 
 
 def remedy_only_object(remedy: Remedy) -> dict[str, Any]:
-    """The same for programs."""
-    todo = of_remedy(remedy)
-    return {"findings": [], "remedy": remedy_object(todo), "code": _code_object(todo.languages)}
+    """Return how to fix a program without a finding, as a JSON object."""
+    fix = remedy_advice(remedy)
+    return {"findings": [], "remedy": advice_object(fix), "code": _code_object(fix.languages)}
 
 
 def known_text() -> str:
-    """All programs that are known, a line each."""
+    """List the known programs, one per line, with their process names."""
     width = max(len(remedy.name) for remedy in remedies())
     return "\n".join(f"{remedy.name:<{width}}  {' '.join(remedy.processes)}" for remedy in remedies())
 
 
 def known_object() -> list[dict[str, Any]]:
-    """The same for programs."""
-    return [{"processes": list(remedy.processes), **remedy_object(of_remedy(remedy))} for remedy in remedies()]
+    """Return the known programs as JSON objects."""
+    return [{"processes": list(remedy.processes), **advice_object(remedy_advice(remedy))} for remedy in remedies()]
 
 
-def _codes(wanted: Iterable[str]) -> list[Code]:
-    wanted = set(wanted)
-    return [code for code in codes() if code.language in wanted]
+def _codes(languages: Iterable[str]) -> list[Code]:
+    languages = set(languages)
+    return [code for code in codes() if code.language in languages]
 
 
-def _code_object(wanted: Iterable[str]) -> dict[str, str]:
-    return {code.language: code.text for code in _codes(wanted)}
+def _code_object(languages: Iterable[str]) -> dict[str, str]:
+    return {code.language: code.text for code in _codes(languages)}

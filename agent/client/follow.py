@@ -1,4 +1,4 @@
-"""`udpwatch events`: which events are wanted, the kept ones first, then each as it happens."""
+"""Read events from a running agent: first those that it keeps, then each new one. Filter them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
 class NoAgent(UdpwatchError):
-    """There is none, or none that this user may ask."""
+    """No agent listens on the socket, or this user has no permission to open it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which events to show; None: all. Names may be patterns (dns-*), as a pod's end changes with each roll-out."""
+class EventFilter:
+    """Which events to show; None: all. Names may be patterns such as dns-*, because roll-outs rename pods."""
 
     pod: str | None = None
     namespace: str | None = None
@@ -34,18 +34,17 @@ class Wanted:
     process: str | None = None
     verdict: str | None = None
 
-    def has(self, event: Mapping[str, Any]) -> bool:
-        """Whether the event is one of these."""
+    def matches(self, event: Mapping[str, Any]) -> bool:
         names = ("pod", "namespace", "process", "verdict")
-        wanted = ((getattr(self, name), event.get(name)) for name in names)
+        pairs = ((getattr(self, name), event.get(name)) for name in names)
         return self.port in (None, event.get("port")) and all(
             pattern is None or (value is not None and (value == pattern or fnmatchcase(str(value), pattern)))
-            for pattern, value in wanted
+            for pattern, value in pairs
         )
 
 
-def moment(text: str, now: float) -> float:
-    """What --since means, in seconds since the epoch; raises UsageError."""
+def parse_since(text: str, now: float) -> float:
+    """Parse the value of --since; return seconds since the epoch. Raises UsageError."""
     if (ago := re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhd]?)", text, re.ASCII)) is not None:
         return now - float(ago[1]) * _UNITS[ago[2]]
     try:
@@ -55,74 +54,88 @@ def moment(text: str, now: float) -> float:
     except (ValueError, OverflowError):
         pass
     raise UsageError(
-        f"--since: {text!r} is not accepted; it takes seconds, 90s, 5m, 2h, 1d, or a time with its zone such as "
+        f"invalid value {text!r} for --since: expected seconds, 90s, 5m, 2h, 1d, or a time with its zone, such as "
         "2026-11-24T07:44:20Z"
     )
 
 
-def events(
-    path: Path, wanted: Wanted, since: float | None, follow: bool, connect: Callable[[Path], Client] = Client
+def read_events(
+    path: Path, wanted: EventFilter, since: float | None, follow: bool, connect: Callable[[Path], Client] = Client
 ) -> Iterator[dict[str, Any]]:
-    """{"event": ...} of each event that is wanted, {"lost": N} where this reader was too slow.
+    """Yield {"event": ...} for each event that matches, and {"lost": N} if this reader was too slow.
 
-    Those that the agent keeps come first: from ``since`` on, all of them where it is None and nothing is followed.
-    Raises UdpwatchError, also when the agent ends.
+    The events that the agent keeps come first: those since ``since``, or all of them if ``since`` is None and
+    ``follow`` is False. Raises UdpwatchError, also when the agent ends.
     """
 
     def kept(client: Client) -> Iterator[dict[str, Any]]:
         for event in client.events(KEPT_EVENTS):
-            ahead[_identity(event)] += 1
-            if wanted.has(event) and (since is None or _time(event) >= since):
+            delivered[_identity(event)] += 1
+            if wanted.matches(event) and (since is None or _time(event) >= since):
                 yield {"event": event}
 
-    ahead: Counter[str] = Counter()  # told, and perhaps to be met again at the start of what is followed
-    with reaching(path), connect(path) as client:
+    delivered: Counter[str] = Counter()  # kept events, which may come again at the start of the followed ones
+    with translated_errors(path), connect(path) as client:
         if not follow:
             yield from kept(client)
             return
-        words = client.follow()
-        if since is not None:  # asked for after the following began: what happens between comes twice, and is known
+        messages = client.follow()
+        if since is not None:
+            # Kept events are requested after following began, so that none is missed in between. Some come twice.
             with connect(path) as other:
                 yield from kept(other)
-        for word in _to_the_end(words):
-            event = word.get("event")
-            if event is not None and ahead:
-                if ahead[identity := _identity(event)]:
-                    ahead[identity] -= 1
+        for message in _complete(messages):
+            event = message.get("event")
+            if event is not None and delivered:
+                if delivered[identity := _identity(event)]:
+                    delivered[identity] -= 1
                     continue
-                ahead.clear()  # they come in order: this one is newer than all that were kept
-            if "lost" in word or (event is not None and wanted.has(event)):
-                yield word
+                delivered.clear()  # events are in order, so this one is newer than all kept ones
+            if "lost" in message or (event is not None and wanted.matches(event)):
+                yield message
         raise ConnectionResetError
 
 
 @contextmanager
-def reaching(path: Path) -> Iterator[None]:
-    """Turns what goes wrong between us and the agent on ``path`` into a line that says what to do.
+def translated_errors(path: Path) -> Iterator[None]:
+    """Translate the errors of a connection to the agent on ``path`` into messages for the user.
 
-    Only around what speaks with the agent: a reader of our own that went away is another matter.
+    Use it around calls to the agent only, because output to a closed pipe raises the same errors.
     """
     try:
         yield
     except (FileNotFoundError, ConnectionRefusedError):
         raise NoAgent(
-            f"no agent answers on {path}: start one with `udpwatch run`, or name its socket with --connect"
+            f"cannot connect to {path}: no agent is listening; start one with `udpwatch run`, or pass the path of its "
+            "socket with --connect"
         ) from None
     except PermissionError:
-        raise NoAgent(f"{path} may not be opened by this user: run this as root, or in the socket's group") from None
+        raise NoAgent(
+            f"cannot connect to {path}: permission denied; run this as root, or as a member of the socket's group"
+        ) from None
     except TimeoutError:
-        raise UdpwatchError(f"{path}: the agent does not answer; is it stopped, or its machine very busy?") from None
+        raise UdpwatchError(
+            f"cannot query the agent on {path}: no response; check whether it is stopped or its machine overloaded"
+        ) from None
     except ConnectionError:
-        raise UdpwatchError(f"{path}: the agent has ended the connection; its own log says why") from None
+        raise UdpwatchError(
+            f"cannot read from the agent on {path}: it closed the connection; see the agent's log"
+        ) from None
     except OSError as error:
-        raise UdpwatchError(f"{path}: {error.strerror or error}; name the agent's socket with --connect") from None
+        reason = error.strerror or error
+        raise UdpwatchError(
+            f"cannot connect to {path}: {reason}; pass the path of the agent's socket with --connect"
+        ) from None
     except ValueError:
-        raise UdpwatchError(f"{path}: no agent speaks there; name its socket with --connect") from None
+        raise UdpwatchError(
+            f"cannot query {path}: it is not the socket of an agent; pass the path of the agent's socket with --connect"
+        ) from None
 
 
-def _to_the_end(words: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    with suppress(ValueError):  # an agent may end in the middle of a line
-        yield from words
+def _complete(messages: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the messages without an incomplete one at the end, which an agent that is killed may leave."""
+    with suppress(ValueError):
+        yield from messages
 
 
 def _identity(event: Mapping[str, Any]) -> str:

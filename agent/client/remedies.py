@@ -1,4 +1,4 @@
-"""From a sender to what is known of its program: how to mend it, and where that was learned (remedies.toml)."""
+"""Find the known fix for a sender's program, with its reference (remedies.toml)."""
 
 from __future__ import annotations
 
@@ -11,65 +11,63 @@ from typing import Any
 from udpwatch.agent.model import Sender
 
 FILE = Path(__file__).resolve().parent / "remedies.toml"
-COMM_LETTERS = 15  # the kernel keeps so many of a name (TASK_COMM_LEN, less the final zero)
+COMM_CHARACTERS = 15  # the kernel cuts longer process names (TASK_COMM_LEN, without the final zero byte)
 
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """What is known of one program."""
+    """How to fix one program."""
 
     name: str
-    processes: tuple[str, ...]  # that it goes by; "x*": all names that begin so
-    do: str  # for people, a sentence or two
-    config: str  # the exact line, with {address} and the like; "": there is none
+    processes: tuple[str, ...]  # its process names; "x*": every name with this prefix
+    do: str  # one or two sentences
+    config: str  # the exact line with placeholders such as {address}; "": none
     source: str  # link
-    code: str  # language of `Code` that shows how; "": a setting does it
+    code: str  # language of the `Code` that shows the fix; "": a setting is enough
 
-    def is_of(self, process: str) -> bool:
-        """Whether a process of that name is this program's."""
+    def matches(self, process: str) -> bool:
         return any(
-            process.startswith(known[:-1]) if known.endswith("*") else process in (known, known[:COMM_LETTERS])
+            process.startswith(known[:-1]) if known.endswith("*") else process in (known, known[:COMM_CHARACTERS])
             for known in self.processes
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """A whole small server that answers from the address asked."""
+    """A complete small server that replies from the address that was asked."""
 
     language: str
-    source: str  # link: why it takes this
+    source: str  # link that explains why this code is needed
     text: str
 
 
 def remedies() -> tuple[Remedy, ...]:
-    """All programs that are known."""
     return _read()[0]
 
 
 def codes() -> tuple[Code, ...]:
-    """The cure in code, a language each."""
+    """Return one server per language."""
     return _read()[1]
 
 
-def find(sender: Sender) -> Remedy | None:
-    """The remedy of a sender, by its name, else by its executable's; None: not a program that is known.
+def remedy_of(sender: Sender) -> Remedy | None:
+    """Return the remedy for a sender by the name of its process or executable; None if the program is unknown.
 
-    The name goes first: behind `certbot` is a Python, and the setting of certbot is the nearer cure.
+    The process name takes precedence: `certbot` runs in Python, and the setting of certbot is the better fix.
     """
-    executable = sender.executable.removesuffix(" (deleted)")  # as the kernel says of a program that was replaced
+    executable = sender.executable.removesuffix(" (deleted)")  # the kernel's suffix for a replaced program
     for name in (sender.process, executable.rpartition("/")[2]):
         for remedy in remedies():
-            if name and remedy.is_of(name):
+            if name and remedy.matches(name):
                 return remedy
     return None
 
 
-def named(name: str) -> Remedy | None:
-    """The remedy that somebody means who types this, in whatever letters."""
-    wanted = name.lower()
+def remedy_named(name: str) -> Remedy | None:
+    """Return the remedy for the name of a program or process, in upper or lower case; None if it is unknown."""
+    lower = name.lower()
     for remedy in remedies():
-        if wanted == remedy.name.lower() or remedy.is_of(name) or wanted in map(str.lower, remedy.processes):
+        if lower == remedy.name.lower() or remedy.matches(name) or lower in map(str.lower, remedy.processes):
             return remedy
     return None
 

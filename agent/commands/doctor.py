@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent import __version__
-from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client, shaped
-from udpwatch.agent.client.follow import NoAgent, reaching
+from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client, from_json
+from udpwatch.agent.client.follow import NoAgent, translated_errors
 from udpwatch.agent.commands.run import settings_file
 from udpwatch.agent.config import LIMITS, SETTINGS, Settings, resolve
 from udpwatch.agent.errors import UdpwatchError
@@ -94,11 +94,11 @@ def ask(path: Path | None) -> Report:
         raise UdpwatchError(
             "the agent's socket is disabled (--socket off): ask its /readyz, or give a socket with --connect"
         )
-    with reaching(path), Client(path) as client:
+    with translated_errors(path), Client(path) as client:
         told = client.doctor()
     checks = [_agent(told)]
     checks += [Check("note", Status.WARN, note) for note in told["notes"]]
-    checks += [_probe(shaped(Probe, probe)) for probe in told["probes"]]
+    checks += [_probe(from_json(Probe, probe)) for probe in told["probes"]]
     return Report(told["version"], tuple(checks), told["mode"], told["ready"], running=True)
 
 
@@ -115,7 +115,7 @@ def _running(path: Path | None) -> Check:
     if path is None:
         return Check("agent", Status.OK, "the agent's socket is disabled (--socket off)")
     try:
-        with reaching(path), Client(path) as client:
+        with translated_errors(path), Client(path) as client:
             check = _agent(client.doctor())
     except NoAgent:
         return Check("agent", Status.OK, f"no agent runs here ({path})")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from udpwatch.agent.client import follow
 from udpwatch.agent.client.connection import DEFAULT_SOCKET
-from udpwatch.agent.client.lines import Lines
+from udpwatch.agent.client.lines import EventLines
 from udpwatch.agent.model import Verdict
 
 
@@ -38,17 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Print the events until the agent ends. Raises UdpwatchError."""
     terminal = sys.stdout.isatty()
-    wanted = follow.Wanted(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
-    since = None if parsed.since is None else follow.moment(parsed.since, time.time())
-    lines = Lines(terminal and not os.environ.get("NO_COLOR"))
+    wanted = follow.EventFilter(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
+    since = None if parsed.since is None else follow.parse_since(parsed.since, time.time())
+    lines = EventLines(terminal and not os.environ.get("NO_COLOR"))
     has_heading = not terminal or parsed.json
-    for told in follow.events(Path(parsed.connect or DEFAULT_SOCKET), wanted, since, not parsed.no_follow):
-        if "lost" in told:
-            print(f"udpwatch: {told['lost']} events are missing here: this reader was too slow", file=sys.stderr)
+    for message in follow.read_events(Path(parsed.connect or DEFAULT_SOCKET), wanted, since, not parsed.no_follow):
+        if "lost" in message:
+            print(f"udpwatch: {message['lost']} events are missing here: this reader was too slow", file=sys.stderr)
         elif parsed.json:
-            print(json.dumps(told["event"], separators=(",", ":")), flush=True)
+            print(json.dumps(message["event"], separators=(",", ":")), flush=True)
         else:
-            line = lines.line(told["event"])
+            line = lines.line(message["event"])
             if not has_heading:  # after the first event has set the columns' widths
                 print(lines.head())
                 has_heading = True

@@ -31,10 +31,10 @@ def run(parsed: argparse.Namespace) -> int:
         print(json.dumps(explain_text.known_object()) if parsed.json else explain_text.known_text())
         return 0
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-    known = remedies.named(parsed.server) if parsed.server else None
+    known = remedies.remedy_named(parsed.server) if parsed.server else None
     path = Path(parsed.connect or DEFAULT_SOCKET)
     try:
-        with follow.reaching(path), Client(path) as client:
+        with follow.translated_errors(path), Client(path) as client:
             rows = matching(client.snapshot().rows, parsed.server)
         missing = f"no wrong reply{f' of {parsed.server!r}' if parsed.server else ''} so far"
     except follow.NoAgent as error:
@@ -42,10 +42,10 @@ def run(parsed: argparse.Namespace) -> int:
             raise
         rows, missing = [], str(error)
     if not rows:
-        print(f"udpwatch: {missing}{f'; what is known of {known.name}:' if known else ''}", file=sys.stderr)
+        print(f"udpwatch: {missing}{f'; the known fix for {known.name}:' if known else ''}", file=sys.stderr)
     if parsed.json:
-        told = explain_text.remedy_only_object(known) if known and not rows else explain_text.rows_object(rows)
-        print(json.dumps(told))
+        report = explain_text.remedy_only_object(known) if known and not rows else explain_text.rows_object(rows)
+        print(json.dumps(report))
     elif rows:
         print(explain_text.rows_text(rows, colour))
     elif known:

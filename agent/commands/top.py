@@ -67,7 +67,7 @@ def _show(source: sources.Source, parsed: argparse.Namespace) -> int:
         return 0
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if terminal and not parsed.json:
-        return text.interactive(source, parsed.interval, explain.short)
+        return text.interactive(source, parsed.interval, explain.short_advice)
     shown: dict[Key, int] = {}
     for look in text.looks(source, parsed.interval, lambda line: print(f"udpwatch: {line}", file=sys.stderr)):
         for line in [json.dumps(text.as_json(look))] if parsed.json else text.changes(look, shown):

@@ -1,4 +1,4 @@
-"""`udpwatch explain`: three sentences with the addresses of the case, and the cure that fits."""
+"""`udpwatch explain`: three sentences with the addresses of the finding, and the fix for its server."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 from golden import ROW, compare
 
-from udpwatch.agent.client.explain import advice, as_object, matching, of_remedy, short, why
+from udpwatch.agent.client.explain import advice, explanation, matching, remedy_advice, row_object, short_advice
 from udpwatch.agent.client.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text
-from udpwatch.agent.client.remedies import FILE, Code, codes, find, named, remedies
+from udpwatch.agent.client.remedies import FILE, Code, codes, remedies, remedy_named, remedy_of
 from udpwatch.agent.model import Cause, Row, Sender, Verdict
 
 ESCAPE = "\x1b"
@@ -44,12 +44,12 @@ def test_golden_explain() -> None:
 @pytest.mark.parametrize("cause", Cause)
 @pytest.mark.parametrize("verdict", Verdict)
 @pytest.mark.parametrize("family", [4, 6])
-@pytest.mark.parametrize("mended_by_nat", [False, True])
-def test_three_sentences_with_the_addresses(cause: Cause, verdict: Verdict, family: int, mended_by_nat: bool) -> None:
+@pytest.mark.parametrize("same_address", [False, True])
+def test_three_sentences_with_the_addresses(cause: Cause, verdict: Verdict, family: int, same_address: bool) -> None:
     row = replace(ROW if family == 4 else ROW_6, cause=str(cause), verdict=str(verdict))
-    if mended_by_nat:
+    if same_address:
         row = replace(row, actual=row.expected)
-    sentences = why(row)
+    sentences = explanation(row)
     assert len(sentences) == 3
     for sentence in sentences:
         assert re.fullmatch(r"\S.*\.\)?", sentence)
@@ -60,13 +60,13 @@ def test_three_sentences_with_the_addresses(cause: Cause, verdict: Verdict, fami
     assert advice(row).do
 
 
-def test_a_sender_that_is_not_known() -> None:
-    for nobody in (Sender(""), Sender("unknown")):
-        assert why(replace(ROW, sender=nobody))[0].startswith("A process that is not known was asked at 172.16.13.13,")
-    assert why(replace(ROW, cause="forwarded"))[0].startswith("Another machine was asked at")
+def test_unknown_sender() -> None:
+    for unknown in (Sender(""), Sender("unknown")):
+        assert explanation(replace(ROW, sender=unknown))[0].startswith("An unknown process was asked at 172.16.13.13,")
+    assert explanation(replace(ROW, cause="forwarded"))[0].startswith("Another machine was asked at")
 
 
-def test_the_cure_of_a_known_server() -> None:
+def test_known_server_gets_its_remedy() -> None:
     todo = advice(of("openvpn"))
     assert (todo.server, todo.config) == ("OpenVPN", "multihome")
     assert todo.source == "https://github.com/OpenVPN/openvpn/issues/476"
@@ -85,25 +85,25 @@ def test_the_line_has_the_addresses_of_the_case() -> None:
 def test_no_placeholder_is_left() -> None:
     for remedy in remedies():
         for row in (ROW, ROW_6, None):
-            assert not re.search(r"\{\w*\}", of_remedy(remedy, row).config), remedy.name
+            assert not re.search(r"\{\w*\}", remedy_advice(remedy, row).config), remedy.name
 
 
 def test_names_are_found_as_the_kernel_cuts_them() -> None:
-    assert find(Sender("dnscrypt-proxy")) is named("dnscrypt-proxy")
-    assert find(Sender("srt-live-transm")) is named("srt (LIBSRT)")
-    assert find(Sender("node-MainThread")) is named("node")
-    python = named("Python")
+    assert remedy_of(Sender("dnscrypt-proxy")) is remedy_named("dnscrypt-proxy")
+    assert remedy_of(Sender("srt-live-transm")) is remedy_named("srt (LIBSRT)")
+    assert remedy_of(Sender("node-MainThread")) is remedy_named("node")
+    python = remedy_named("Python")
     assert python
-    assert find(Sender("python3.11")) is python
-    assert find(Sender("my-service", 1, "/usr/bin/python3.11")) is python
-    assert find(Sender("worker", 1, "/usr/bin/node (deleted)")) is named("node")
-    assert find(Sender("certbot", 1, "/usr/bin/python3.11")) is named("certbot-dns-standalone")
+    assert remedy_of(Sender("python3.11")) is python
+    assert remedy_of(Sender("my-service", 1, "/usr/bin/python3.11")) is python
+    assert remedy_of(Sender("worker", 1, "/usr/bin/node (deleted)")) is remedy_named("node")
+    assert remedy_of(Sender("certbot", 1, "/usr/bin/python3.11")) is remedy_named("certbot-dns-standalone")
     for unknown in ("", "open", "openvpn2", "node_exporter", "nodes", "unknown"):
-        assert find(Sender(unknown)) is None
-    assert named("no such server") is None
+        assert remedy_of(Sender(unknown)) is None
+    assert remedy_named("no such server") is None
 
 
-def test_a_setting_is_no_cure_for_what_the_server_chose_itself() -> None:
+def test_settings_do_not_fix_explicit_and_forwarded_replies() -> None:
     for cause in (Cause.EXPLICIT, Cause.FORWARDED):
         todo = advice(replace(of("openvpn"), cause=str(cause)))
         assert (todo.server, todo.config) == ("", "")
@@ -145,7 +145,7 @@ def test_matching() -> None:
     assert matching([replace(ROW, sender=Sender(""))], "") == []
 
 
-def test_a_cure_is_told_once_and_rows_are_bounded() -> None:
+def test_advice_is_printed_once_and_rows_are_bounded() -> None:
     rows = [replace(ROW, sender=Sender("openvpn", 100 + at), port=1000 + at) for at in range(MAX_ROWS + 5)]
     text = rows_text(rows, False)
     assert text.count("multihome") == 1
@@ -154,18 +154,18 @@ def test_a_cure_is_told_once_and_rows_are_bounded() -> None:
     assert len(rows_object(rows)["findings"]) == MAX_ROWS + 5
 
 
-def test_short_is_for_a_pane() -> None:
-    assert short(ROW).splitlines()[1:] == ["multihome", "https://github.com/OpenVPN/openvpn/issues/476"]
-    assert short(ROW).startswith("OpenVPN: ")
+def test_short_advice_fits_the_detail_pane() -> None:
+    assert short_advice(ROW).splitlines()[1:] == ["multihome", "https://github.com/OpenVPN/openvpn/issues/476"]
+    assert short_advice(ROW).startswith("OpenVPN: ")
     for row in (of("my-server"), replace(ROW, cause="forwarded"), replace(ROW, cause="explicit"), of("quilkin")):
-        assert 1 <= len(short(row).splitlines()) <= 3
+        assert 1 <= len(short_advice(row).splitlines()) <= 3
 
 
-def test_json_twin() -> None:
-    told = as_object(ROW)
-    assert told["why"] == list(why(ROW))
-    assert told["remedy"]["config"] == "multihome"
-    assert told["pod"] is None
+def test_json_object() -> None:
+    found = row_object(ROW)
+    assert found["why"] == list(explanation(ROW))
+    assert found["remedy"]["config"] == "multihome"
+    assert found["pod"] is None
     everything = rows_object([of("my-server")])
     assert set(everything["code"]) == {"C", "Go", "Python", "Rust", "Node.js"}
 
@@ -175,7 +175,7 @@ def test_colour_and_width() -> None:
     assert ESCAPE not in rows_text(rows, False)
     assert ESCAPE in rows_text(rows, True)
     assert max(map(len, rows_text([ROW], False).splitlines())) <= 80
-    known = named("unbound")
+    known = remedy_named("unbound")
     assert known
     assert "interface-automatic: yes" in remedy_text(known, False)
 

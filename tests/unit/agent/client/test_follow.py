@@ -12,22 +12,24 @@ from typing import Any
 import pytest
 from repository import GOLDEN
 
-from udpwatch.agent.client.follow import NoAgent, Wanted, events, moment
+from udpwatch.agent.client.follow import EventFilter, NoAgent, parse_since, read_events
 from udpwatch.agent.errors import UdpwatchError, UsageError
 
 EVENTS: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
 EVENT = EVENTS[0]
 
 
-def test_wanted() -> None:
-    assert Wanted().has(EVENT)
-    assert Wanted(pod="dns-7c9", namespace="shop", port=56789, process="plain-server", verdict="new").has(EVENT)
-    assert Wanted(pod="dns-*").has(EVENT)
-    assert not Wanted(pod="dns").has(EVENT)
-    assert not Wanted(pod="*").has(EVENTS[1])  # it is in none
-    for other in (Wanted(pod="x"), Wanted(namespace="x"), Wanted(port=1), Wanted(process="x"), Wanted(verdict="x")):
-        assert not other.has(EVENT)
-    assert Wanted(process="a[1]").has({"process": "a[1]"})
+def test_filter() -> None:
+    assert EventFilter().matches(EVENT)
+    whole = EventFilter(pod="dns-7c9", namespace="shop", port=56789, process="plain-server", verdict="new")
+    assert whole.matches(EVENT)
+    assert EventFilter(pod="dns-*").matches(EVENT)
+    assert not EventFilter(pod="dns").matches(EVENT)
+    assert not EventFilter(pod="*").matches(EVENTS[1])  # it is in none
+    for name in ("pod", "namespace", "process", "verdict"):
+        assert not EventFilter(**{name: "x"}).matches(EVENT)
+    assert not EventFilter(port=1).matches(EVENT)
+    assert EventFilter(process="a[1]").matches({"process": "a[1]"})
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_wanted() -> None:
     ],
 )
 def test_since(text: str, expected: float) -> None:
-    assert moment(text, 1e9) == expected
+    assert parse_since(text, 1e9) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,7 +54,7 @@ def test_since(text: str, expected: float) -> None:
 )
 def test_since_that_is_no_time(text: str) -> None:
     with pytest.raises(UsageError, match="--since"):
-        moment(text, 1e9)
+        parse_since(text, 1e9)
 
 
 class Talk:
@@ -83,7 +85,7 @@ def told(kept: list[dict[str, Any]], words: list[Any], since: float | None, foll
     out: list[Any] = []
     talk = Talk(kept, words)
     try:
-        for word in events(Path("/x"), Wanted(process="plain-server"), since, follow, lambda _: talk):  # type: ignore[arg-type,return-value]
+        for word in read_events(Path("/x"), EventFilter(process="plain-server"), since, follow, lambda _: talk):  # type: ignore[arg-type,return-value]
             out.append(word["event"]["count"] if "event" in word else "lost")
     except UdpwatchError:
         out.append("gone")
@@ -104,7 +106,7 @@ def test_same_event_later_is_another_one() -> None:
 
 def test_since_leaves_the_older_ones_out() -> None:
     kept = [numbered(1, 10), numbered(2, 20), numbered(3, 30)]
-    since = moment("2027-01-15T08:00:20Z", 0)
+    since = parse_since("2027-01-15T08:00:20Z", 0)
     assert told(kept, [{"event": numbered(2, 20)}, {"event": numbered(4, 40)}], since) == [2, 3, 4, "gone"]
 
 
@@ -125,9 +127,9 @@ def test_an_agent_that_ends_in_the_middle_of_a_line() -> None:
 
     talk = Talk([], [])
     talk.follow = words  # type: ignore[method-assign]
-    heard = events(Path("/x"), Wanted(), None, True, lambda _: talk)  # type: ignore[arg-type,return-value]
+    heard = read_events(Path("/x"), EventFilter(), None, True, lambda _: talk)  # type: ignore[arg-type,return-value]
     assert next(heard)["event"]["count"] == 1
-    with pytest.raises(UdpwatchError, match="has ended the connection"):
+    with pytest.raises(UdpwatchError, match="closed the connection"):
         next(heard)
 
 
@@ -143,16 +145,16 @@ def test_a_socket_where_something_else_speaks(tmp_path: Path) -> None:
 
         speaker = threading.Thread(target=speak, daemon=True)
         speaker.start()
-        with pytest.raises(UdpwatchError, match=r"--connect|has ended the connection"):
-            list(events(tmp_path / "s", Wanted(), None, False))
+        with pytest.raises(UdpwatchError, match=r"--connect|closed the connection"):
+            list(read_events(tmp_path / "s", EventFilter(), None, False))
         speaker.join(10)
 
 
 def test_where_there_is_no_agent(tmp_path: Path) -> None:
-    with pytest.raises(NoAgent, match=r"no agent answers on .*; name|udpwatch run"):
-        next(events(tmp_path / "none", Wanted(), None, True))
+    with pytest.raises(NoAgent, match=r"no agent is listening; start one with `udpwatch run`"):
+        next(read_events(tmp_path / "none", EventFilter(), None, True))
     (tmp_path / "file").touch()
     with pytest.raises(NoAgent):
-        next(events(tmp_path / "file", Wanted(), None, True))
+        next(read_events(tmp_path / "file", EventFilter(), None, True))
     with pytest.raises(UdpwatchError, match="--connect"):
-        next(events(tmp_path / ("x" * 200), Wanted(), None, True))
+        next(read_events(tmp_path / ("x" * 200), EventFilter(), None, True))

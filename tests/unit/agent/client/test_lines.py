@@ -1,4 +1,4 @@
-"""Lines of `udpwatch events`: one for each event, in columns that stay aligned."""
+"""EventLines of `udpwatch events`: one for each event, in columns that stay aligned."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 from golden import compare
 from repository import GOLDEN
 
-from udpwatch.agent.client.lines import Lines, server_of
+from udpwatch.agent.client.lines import EventLines, server_of
 
 EVENTS: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
 EVENT = EVENTS[0]
 
 
 def test_golden_lines() -> None:
-    told = [
+    events = [
         *EVENTS,
         EVENT | {"process": "openvpn", "pod": None, "namespace": None, "container": None, "port": 1194},
         EVENT | {"process": "unbound", "pod": None, "container": "dns", "port": 53},
         EVENT | {"expected": "2001:db8:1:2:3:4:5:6", "actual": "2001:db8:1:2:3:4:5:7", "peer": "2001:db8::9"},
         EVENT | {"cause": "explicit", "verdict": "untracked", "port": 53},
     ]
-    lines = Lines(False, UTC)
-    shown = [lines.line(event) for event in told]
-    again = [lines.line(event) for event in told]
+    lines = EventLines(False, UTC)
+    shown = [lines.line(event) for event in events]
+    again = [lines.line(event) for event in events]
     compare("event-lines.txt", "\n".join([*shown, "", lines.head(), *again]) + "\n")
 
 
 def test_a_small_network_fits_80_columns() -> None:
-    lines = Lines(False, UTC)
+    lines = EventLines(False, UTC)
     event = EVENT | {"process": "openvpn", "pod": None, "container": None, "port": 1194}
     assert len(lines.line(event)) <= 80
 
 
 def test_columns_stay_aligned() -> None:
-    lines = Lines(False, UTC)
+    lines = EventLines(False, UTC)
     for event in EVENTS:
         lines.line(event)
     starts = {lines.line(event).index("->") for event in EVENTS} | {lines.head().index("->")}
@@ -44,7 +44,7 @@ def test_columns_stay_aligned() -> None:
 
 
 def test_colour_moves_nothing() -> None:
-    plain, painted = Lines(False, UTC), Lines(True, UTC)
+    plain, painted = EventLines(False, UTC), EventLines(True, UTC)
     for event in EVENTS:
         bare = plain.line(event)
         coloured = painted.line(event)
@@ -56,7 +56,7 @@ def test_colour_moves_nothing() -> None:
 
 def test_server() -> None:
     assert server_of(EVENT) == "plain-server@shop/dns-7c9"
-    assert server_of(EVENTS[2]) == "by vnet3"
+    assert server_of(EVENTS[2]) == "via vnet3"
     assert server_of(EVENT | {"pod": None, "namespace": None}) == "plain-server@dns"
     assert server_of(EVENT | {"namespace": None}) == "plain-server@dns-7c9"
     assert server_of({"process": "openvpn"}) == "openvpn"
@@ -66,10 +66,10 @@ def test_server() -> None:
 
 def test_names_do_no_harm() -> None:
     nasty = "\x1b[2J\r\n\u202e[red]x"
-    line = Lines(False, UTC).line(dict.fromkeys(EVENT, nasty))
+    line = EventLines(False, UTC).line(dict.fromkeys(EVENT, nasty))
     assert line.isprintable()
     assert "[red]x" in line
 
 
 def test_an_event_that_lacks_everything() -> None:
-    assert Lines(False, UTC).line({}).count("-") == 8 + 1  # of "->"
+    assert EventLines(False, UTC).line({}).count("-") == 8 + 1  # of "->"

@@ -214,7 +214,7 @@ def test_the_remedy_comes_from_outside() -> None:
         await pilot.pause()
         assert "multihome" in "\n".join(screen(app))
 
-    drive(play, row("openvpn"), app=TopApp(None, remedy=explain.short, name="test"))
+    drive(play, row("openvpn"), app=TopApp(None, remedy=explain.short_advice, name="test"))
 
 
 def test_question_mark_helps_and_any_key_goes_back() -> None:
@@ -433,7 +433,7 @@ def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
 
     async def run() -> None:
-        app = TopApp(None, remedy=explain.short, clock=lambda: NOW + 2.5, name="test")
+        app = TopApp(None, remedy=explain.short_advice, clock=lambda: NOW + 2.5, name="test")
         async with app.run_test(size=(80, 24)) as pilot:
             for seen in looks:
                 app.take(News(seen))
