@@ -74,7 +74,7 @@ class Cache:
             self._promote(key, entry)
             return entry
 
-    def stand_in(self, key: Key, now: float) -> Entry | None:
+    def get_stale(self, key: Key, now: float) -> Entry | None:
         """Return an expired entry because no server responds. For a while, `get` returns it, too."""
         with self._lock:
             entry = self._peek(key)

@@ -266,7 +266,7 @@ class Forwarder:
         try:
             response = await self._failover.query(key, servers)
         except ResolutionFailed as error:
-            if error.rcode == Rcode.SERVFAIL and not self._cache.stand_in(key, loop.time()):
+            if error.rcode == Rcode.SERVFAIL and not self._cache.get_stale(key, loop.time()):
                 self._cache.put(key, failure(loop.time()))
             raise
         if rebinds(self._settings, response):
@@ -335,7 +335,7 @@ class Forwarder:
 
     def _stale(self, forward: Forward) -> Reply | None:
         now = asyncio.get_running_loop().time()
-        entry = self._cache.stand_in(forward.query.key, now)
+        entry = self._cache.get_stale(forward.query.key, now)
         source = "cache" if entry and now < entry.expires else "stale"  # another query may have renewed it meanwhile
         return from_entry(forward.query, entry, forward.most, now, source) if entry else None
 

@@ -42,9 +42,9 @@ class LimitedLog:
         now, key = self._clock(), (log, level, message)
         with self._lock:
             kind = self._kinds.get(key)
-            told = ""
+            summary = ""
             if kind is None or now >= kind.until:
-                told = _summary(message, kind)
+                summary = _summary(message, kind)
                 kind = self._kinds[key] = _Kind(now + MINUTE)
             full = kind.written >= LINES_PER_MINUTE
             if full:
@@ -52,8 +52,8 @@ class LimitedLog:
                 kind.last = args
             else:
                 kind.written += 1
-        if told:
-            log.log(level, "%s", told)
+        if summary:
+            log.log(level, "%s", summary)
         if not full:
             log.log(level, message, *args, exc_info=error)
 
@@ -65,8 +65,8 @@ class LimitedLog:
             for key, _ in over:
                 del self._kinds[key]
         for (log, level, message), kind in over:
-            if told := _summary(message, kind):
-                log.log(level, "%s", told)
+            if summary := _summary(message, kind):
+                log.log(level, "%s", summary)
 
 
 def _summary(message: str, kind: _Kind | None) -> str:

@@ -79,8 +79,8 @@ def _lines(reply: Reply, query: Query) -> list[str]:
         if answer.truncated:
             return [f"{word} {name} is truncated"]
         for record in answer.records.of(1):
-            told = file if record.type in _OF_FILES else word
-            lines.append(f"{told} {_owner(answer, record, name)} is {_data(answer, record)}")
+            word_of_type = file if record.type in _OF_FILES else word
+            lines.append(f"{word_of_type} {_owner(answer, record, name)} is {_data(answer, record)}")
     except Malformed:  # records are forwarded as received
         lines.append(f"{word} {name} is <unreadable>")
     if not lines or reply.rcode:

@@ -1,4 +1,4 @@
-"""`udpwatch dns` as its users meet it: their clients, dnsmasq as a second opinion, the process."""
+"""`udpwatch dns` with real clients, compared with dnsmasq, and as a process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NODE, NODE_6, CLIENT = "10.1.0.1", "fd01::1", "10.1.0.2"
 
 
 def nothing_there(asked: Asked) -> bytes:
-    """An upstream server that has never heard of our names: as the one on the Internet."""
+    """An upstream server that does not know the local names, like those on the Internet."""
     if "test" in asked.name:
         return asked.answer(rcode=3, authority=("300 SOA ns. admin. 1 2 3 4 300",))
     return right(asked)
@@ -131,7 +131,7 @@ def test_glibc(lab: tuple[Namespace, Namespace], responder: Responder, folder: P
 
 @pytest.mark.parametrize("resolv", ["resolv4", "resolv6"])
 def test_musl(lab: tuple[Namespace, Namespace], responder: Responder, folder: Path, resolv: str) -> None:
-    """A name that has only A: what musl hears of AAAA, if it is an error, is the end of the whole name."""
+    """A name with only A: musl gives up the name if AAAA gets an error."""
     needs("musl-gcc", "musl-tools")
     program = folder / "lookup"
     (folder / "lookup.c").write_text(LOOKUP)
@@ -143,7 +143,7 @@ def test_musl(lab: tuple[Namespace, Namespace], responder: Responder, folder: Pa
     assert resolve(lab[1], folder, resolv, str(program), "www.example") == ["192.0.2.80"]
 
 
-# ---- a second opinion ----
+# ---- agreement with dnsmasq ----
 
 QUESTIONS = [
     *(("four.test", "A"), ("FOUR.test", "A"), ("four", "A"), ("six.test", "AAAA"), ("both.test", "A")),
@@ -156,10 +156,10 @@ QUESTIONS = [
     *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A")),
     ("2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa", "PTR"),
 ]
-#: A name that has an address has an answer for every type here. dnsmasq asks upstream, and makes of an NXDOMAIN for a
-#: name that it has itself a NOERROR, with that server's SOA; without an upstream server it says REFUSED.
+#: udpwatch answers a name with an address for every type. dnsmasq queries upstream, and turns an NXDOMAIN for a
+#: local name into NOERROR with that server's SOA; without an upstream server it responds with REFUSED.
 NO_DATA = [("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA"), ("alias.test", "AAAA")]
-#: We never claim authority for what others said, nor for names that we only refuse to look for.
+#: udpwatch never sets AA for upstream responses, nor for names that it only refuses to forward.
 WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa"}
 WITHOUT_AUTHORITY |= {("text.test", "A"), ("mail.test", "A")}
 
@@ -206,7 +206,7 @@ def test_same_responses_as_dnsmasq(
 
 
 def test_without_upstream(folder: Path) -> None:
-    """dnsmasq's own way to break musl's clients."""
+    """dnsmasq breaks musl's clients in this case."""
     needs("dnsmasq", "dnsmasq-base")
     options = ["--no-resolv", f"--addn-hosts={folder}/hosts"]
     with Lab() as built:
@@ -288,7 +288,7 @@ def test_query_log(lab: tuple[Namespace, Namespace], folder: Path) -> None:
                     "query[A] four.test from 127.0.0.1",
                     f"{folder}/hosts four.test is 10.0.0.1",
                     "query[A] www.example from 127.0.0.1",
-                    "forwarded www.example to 127.0.0.99#5300",  # the port where it is not 53, as dnsmasq
+                    "forwarded www.example to 127.0.0.99#5300",  # with the port unless it is 53, as dnsmasq
                     "reply www.example is 192.0.2.80",
                     "query[A] www.example from 127.0.0.1",
                     "cached www.example is 192.0.2.80",

@@ -1,4 +1,4 @@
-"""The responder answers from the address that was asked, on every address that a node has; they may come and go."""
+"""Responses leave from the address that was asked, on every address of a node, also as addresses come and go."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ def hosts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def responder(scene: ContainerHost, upstream: FakeServer, hosts: Path) -> Iterator[Responder]:
-    """On everything."""
+    """A responder that listens on every address."""
     with Responder(scene.node, f"--addn-hosts={hosts}", f"--server={NODE.OUTSIDE}") as running:
         yield running
 
 
 def link_local(namespace: Namespace, interface: str) -> str:
-    """An interface's fe80::, once it may be used."""
+    """An interface's fe80:: address, once it is usable."""
 
     def found() -> str | None:
         line = namespace.run(["ip", "-6", "-o", "addr", "show", "dev", interface, "scope", "link", "-tentative"])
@@ -120,7 +120,7 @@ def test_node_itself(scene: ContainerHost, responder: Responder, packet_watch: W
 def test_sensor_finds_a_server_with_the_bug_in_the_same_scene(
     scene: ContainerHost, packet_watch: Watch, port: int
 ) -> None:
-    """A server that does what udpwatch dns does not is found, in this very scene."""
+    """A server with the bug is found in the same scene."""
     with scene.node.socket() as server, scene.container.socket() as client:
         server.bind(("0.0.0.0", port))
         client.sendto(b"x", (NODE.ETH0, port))
@@ -133,7 +133,7 @@ def test_sensor_finds_a_server_with_the_bug_in_the_same_scene(
 
 
 def test_families_are_counted_separately(scene: ContainerHost, responder: Responder) -> None:
-    """Also where both ask in the very same octets, and the answer is remembered."""
+    """Also when both send the same octets and the response is remembered."""
 
     def asked(family: str) -> int:
         return responder.metric("requests_total", proto="udp", family=family, type="A")
@@ -149,7 +149,7 @@ def test_families_are_counted_separately(scene: ContainerHost, responder: Respon
 
 
 def test_query_to_a_group_gets_no_response(scene: ContainerHost, responder: Responder) -> None:
-    """Nobody may answer from a group's address, and any other would be wrong."""
+    """A group's address cannot be a source, and any other source would be wrong."""
     before = responder.metric("dropped_total", reason="group")
     with scene.container.socket() as four, scene.container.socket(socket.AF_INET6) as six:
         four.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -215,7 +215,7 @@ def lab() -> Iterator[tuple[Namespace, Namespace]]:
 
 
 def answers(namespace: Namespace, address: str, tcp: bool = False, seconds: float = ANSWER_SECONDS) -> bool:
-    """Whether somebody listens there."""
+    """Whether a responder listens on this address."""
     try:
         return texts(ask(namespace, address, "host.test", tcp=tcp, seconds=seconds)) == ["10.0.0.1"]
     except TimeoutError:
@@ -228,7 +228,7 @@ def answers(namespace: Namespace, address: str, tcp: bool = False, seconds: floa
 
 
 def comes(namespace: Namespace, address: str) -> None:
-    """Wait until somebody listens there; before that, questions may be lost without a word."""
+    """Wait until a responder listens on this address; before that, queries may be lost silently."""
     wait_for(lambda: answers(namespace, address, seconds=0.5), f"{address} to be listened on")
 
 
@@ -259,7 +259,7 @@ def test_address_during_duplicate_address_detection(lab: tuple[Namespace, Namesp
 
 
 def test_link_local_listen_address(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
-    """The same address may be on many interfaces (Calico's fe80::ecee:eeff:feee:eeee): all of them are meant."""
+    """The same address may be on many interfaces (Calico's fe80::ecee:eeff:feee:eeee): each is served."""
     node, client = lab
     node.ip("addr add fe80::1/64 dev eth0 nodad", "link add br9 type bridge", "link set br9 up")
     node.ip("addr add fe80::1/64 dev br9 nodad")
@@ -286,7 +286,7 @@ def test_interface_appears_later(lab: tuple[Namespace, Namespace], hosts: Path) 
 
 
 def test_many_addresses_at_once(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
-    """A burst of changes, some of them undone at once: what is there in the end is served, once."""
+    """A burst of changes, some undone at once: the final addresses are served, each once."""
     node, client = lab
     link_local(node, "eth0")
     with Responder(node, f"--addn-hosts={hosts}", "--interface=eth0") as responder:
@@ -304,7 +304,7 @@ def test_many_addresses_at_once(lab: tuple[Namespace, Namespace], hosts: Path) -
 def test_another_program_uses_one_address(
     lab: tuple[Namespace, Namespace], hosts: Path, kind: socket.SocketKind
 ) -> None:
-    """systemd-resolved has 127.0.0.53 port 53; that is no reason to fail."""
+    """systemd-resolved uses port 53 on 127.0.0.53: udpwatch must still start."""
     node, client = lab
     with node.socket(kind=kind) as other:
         other.bind(("127.0.0.53", PORT))
@@ -319,7 +319,7 @@ def test_another_program_uses_one_address(
 
 
 def test_another_program_uses_a_real_address(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
-    """libvirt's dnsmasq has its bridge; the address stays its own, also when it restarts."""
+    """libvirt's dnsmasq uses its bridge's address and keeps it, also when it restarts."""
     node, client = lab
     node.ip("addr add 10.1.0.7/24 dev eth0")
     with contextlib.ExitStack() as stack:
@@ -379,7 +379,7 @@ def test_metrics_port_in_use(lab: tuple[Namespace, Namespace]) -> None:
 
 
 def far(node: Namespace, client: Namespace) -> None:
-    """Give the client an address of a network that is not connected to the node."""
+    """Give the client an address in a network that is not connected to the node."""
     client.ip("addr add 192.0.2.7/32 dev lo")
     node.ip("route add 192.0.2.7 via 10.1.0.2")
 
@@ -452,7 +452,7 @@ FENCES = {
 
 @pytest.fixture(scope="module")
 def border() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
-    """A node between a LAN and a WAN, a host on each; both may ask any of its addresses."""
+    """A node between a LAN and a WAN, with a host on each; both can reach all of its addresses."""
     with Lab() as built:
         node, lan, wan = (built.namespace(name) for name in ("node", "lan", "wan"))
         node.ip("addr add 10.98.0.1/32 dev lo", "addr add fd98::1/128 dev lo nodad")
@@ -471,7 +471,7 @@ def border() -> Iterator[tuple[Namespace, Namespace, Namespace]]:
 def test_queries_are_filtered_by_ingress_interface(
     border: tuple[Namespace, Namespace, Namespace], hosts: Path, options: tuple[str, ...]
 ) -> None:
-    """An address is none: a host on the WAN may send to one of the LAN's, and to one of lo's (CVE-2012-3411)."""
+    """Addresses do not filter: a WAN host can send to an address of the LAN or of lo (CVE-2012-3411)."""
     node, lan, wan = border
     for_lan, for_wan = FENCES[options]
     asked = (*LAN, *WAN, *ON_LO)
@@ -486,7 +486,7 @@ def test_queries_are_filtered_by_ingress_interface(
 
 
 def test_filter_follows_a_renamed_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:
-    """What was remembered of an interface ends with its name."""
+    """A renamed interface is checked again."""
     node, lan, _ = border
     with Responder(node, f"--addn-hosts={hosts}", "--interface=lan*"):
         assert answers(lan, "10.98.0.1") and answers(lan, "10.98.0.1", tcp=True)
@@ -516,7 +516,7 @@ def test_responder_does_not_query_itself(lab: tuple[Namespace, Namespace], serve
 
 
 def test_link_local_upstream_belongs_to_its_link(lab: tuple[Namespace, Namespace]) -> None:
-    """Docker gives its bridge fe80::1, and so do many routers to themselves."""
+    """Docker's bridge has fe80::1, and so have many routers."""
     node, client = lab
     node.ip("link add docker0 type bridge", "link set docker0 up", "addr add fe80::1/64 dev docker0 nodad")
     client.ip("addr add fe80::1/64 dev eth0 nodad")

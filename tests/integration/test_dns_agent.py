@@ -1,4 +1,4 @@
-"""The agent with the responder in it: one process, one set of metrics, one stop."""
+"""The agent with the responder: one process, one set of metrics, one shutdown."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_sensor_and_responder_together(
 
 
 def test_addresses_that_appear_later(scene: ContainerHost, folder: Path, hosts: Path) -> None:
-    """Most capabilities have been given up by then; port 53 still needs one."""
+    """By then most capabilities are dropped; port 53 still needs one."""
     lines = ["no-hosts", "no-resolv", f"addn-hosts={hosts}", "listen-address=172.17.0.53,fd00:17::53"]
     conf = write(folder / "dns.conf", *lines)
     with InNamespace(scene, folder, f"--dns-conf={conf}") as agent:

@@ -1,4 +1,4 @@
-"""Tables change while questions go on: none is lost, and nobody sees a half of anything."""
+"""Tables change under load: no query is lost, and no client sees a partial table."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def is_at(node: Namespace, address: str, name: str = "a.test") -> bool:
 
 
 def generation(path: Path, number: int) -> None:
-    """Names that are at the same address, with others in between, so that the file takes a while to read."""
+    """Names with the same address, with many others in between, so that reading the file takes a while."""
     address = f"10.{number >> 8}.{number & 255}.1"
     between = [f"192.0.2.{each % 250} filler{each}.test" for each in range(200)]
     write(path, f"{address} first.test", *between, f"{address} last.test")
 
 
 def the_same(answers: dict[str, dns.message.Message]) -> str:
-    """Asked one after the other, the second may be a generation later, never earlier."""
+    """Of two queries in a row, the second may see a later generation, never an earlier one."""
     got = [texts(answers[name]) for name in ("first.test", "last.test") if name in answers]
     if any(len(each) != 1 for each in got):
         return f"a table without a name: {got}"
@@ -92,7 +92,7 @@ def test_written_in_place(node: Namespace, tmp_path: Path) -> None:
 
 
 def test_hangup_under_load(node: Namespace, tmp_path: Path) -> None:
-    """Local names, cached answers, and some from upstream."""
+    """Local, cached and forwarded names."""
     hosts = write(tmp_path / "hosts", "10.0.0.1 a.test")
     with FakeServer(node, "127.0.0.99", port=5300):
         with Responder(node, f"--addn-hosts={hosts}", "--server=127.0.0.99#5300") as responder:
@@ -123,7 +123,7 @@ def test_big_table_loads_under_load(node: Namespace, tmp_path: Path, capsys: pyt
 
 
 def test_config_map(node: Namespace, tmp_path: Path) -> None:
-    """Kubernetes turns a link: files -> ..data/file -> ..2024_01/file."""
+    """Kubernetes replaces a link: files -> ..data/file -> ..2024_01/file."""
 
     def publish(number: int) -> None:
         folder = tmp_path / f"..{number}"
@@ -164,7 +164,7 @@ def test_file_that_appears_later(node: Namespace, tmp_path: Path) -> None:
 
 
 def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
-    """The table before stays in force, and the file is read when it can be. Root may read everything, a folder is
+    """The previous table stays in use, and the file is read once it is readable. Root can read everything; a folder is
     nothing that can be read as a file, nor is a FIFO."""
     hosts = write(tmp_path / "hosts", "10.0.0.1 a.test")
     with Responder(node, f"--addn-hosts={hosts}") as responder:
@@ -202,7 +202,7 @@ def test_unreadable_files_are_counted(node: Namespace, tmp_path: Path) -> None:
 
 
 def test_unreadable_by_permission(node: Namespace, tmp_path: Path) -> None:
-    """Without CAP_DAC_OVERRIDE, as in the agent: chmod is a change, too."""
+    """Without CAP_DAC_OVERRIDE, as in the agent: chmod is a change."""
     hosts = write(tmp_path / "hosts", "10.0.0.1 a.test")
     tmp_path.chmod(0o755)
     drop = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search")
@@ -228,7 +228,7 @@ def test_hangup_clears_the_cache(node: Namespace) -> None:
 
 
 def test_terminated_under_load(node: Namespace, tmp_path: Path) -> None:
-    """What is under way is answered before the end."""
+    """Queries in progress are answered before the end."""
     arrived, go = threading.Event(), threading.Event()
 
     def script(asked: Asked) -> bytes:

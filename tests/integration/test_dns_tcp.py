@@ -1,4 +1,4 @@
-"""TCP: clients that hold on, dribble, ask without reading or stop speaking, and what all that costs other clients."""
+"""TCP: idle, slow, unread and half-closed connections, and their cost to other clients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BIG = 400  # addresses: 6 KB
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[tuple[Namespace, Namespace]]:
-    """A node, and a client with two addresses of IPv4 and many of IPv6."""
+    """A node, and a client with two IPv4 addresses and many IPv6 addresses."""
     with Lab() as built:
         node, client = built.namespace("node"), built.namespace("client")
         built.link(node, "eth0", client, "eth0")
@@ -87,7 +87,7 @@ def many_descriptors(count: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("address", [NODE, "fd01::1"])
 def test_thousand_idle_connections(lab: tuple[Namespace, Namespace], responder: Responder, address: str) -> None:
-    """From one client, which for IPv6 is a /64: another one is answered within a second, and so is this one."""
+    """From one client (for IPv6 a /64): other clients, and this one, still get responses within a second."""
     node, client = lab
     if ":" in address:
         client.ip(*(f"addr add fd01::1:{number:x}/64 dev eth0 nodad" for number in range(50)))
@@ -122,7 +122,7 @@ def test_idle_connections_are_closed(lab: tuple[Namespace, Namespace], responder
 def test_slow_reader(
     lab: tuple[Namespace, Namespace], responder: Responder, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Clients ask for megabytes and never read: memory does not grow, others are answered."""
+    """Clients ask for megabytes and never read: memory does not grow, other clients get responses."""
     before, questions = responder.resident_kib(), 0
     with contextlib.ExitStack() as stack:
         links = [stack.enter_context(connected(lab[1], NODE, socket.SOCK_STREAM)) for _ in range(50)]
@@ -155,7 +155,7 @@ def _has_ended(link: socket.socket, more: bytes) -> bool:
 
 
 def test_half_close(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
-    """A client that has said all still gets its answers, from memory and from upstream."""
+    """A half-closed client still gets its responses, from memory and from upstream."""
     release.clear()
     with connected(lab[1], NODE, socket.SOCK_STREAM) as link:
         send_message(link, bare_query("half.example", 1))
@@ -213,7 +213,7 @@ def test_garbage(lab: tuple[Namespace, Namespace], responder: Responder, data: b
 
 
 def test_reset_in_the_middle(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
-    """Clients that go away while they are waited for."""
+    """Clients that disconnect while their query is in flight."""
     for number in range(50):
         with connected(lab[1], NODE, socket.SOCK_STREAM) as link:
             send_message(link, bare_query(f"gone{number}.example"))
@@ -223,14 +223,14 @@ def test_reset_in_the_middle(lab: tuple[Namespace, Namespace], responder: Respon
 
 
 def test_large_responses(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
-    """Over UDP they are cut, with the question in them; over TCP they are whole."""
+    """Over UDP they are truncated, with the question; over TCP they are complete."""
     short = ask(lab[1], NODE, "big.test")
     assert short.flags & 0x0200 and not short.answer and short.question
     assert len(texts(ask(lab[1], NODE, "big.test", tcp=True))) == BIG
 
 
 def test_few_descriptors(tmp_path: Path) -> None:
-    """Connections beyond what the process may open: it goes on as soon as some are gone."""
+    """More connections than descriptors: it recovers as soon as some are closed."""
     hosts = write(tmp_path / "hosts", "10.0.0.1 host.test")
     with Lab() as built:
         node = built.namespace("node")

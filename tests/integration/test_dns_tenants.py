@@ -1,4 +1,4 @@
-"""One client, or one upstream server, against the responder: what others still get, and how much memory it takes."""
+"""One hostile client or upstream server: what other clients still get, and how much memory it costs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def scene() -> Iterator[Scene]:
 
 @contextlib.contextmanager
 def running(namespace: Namespace, code: str, *words: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A program in a process of its own, so that the test's work does not slow it down."""
+    """A program in its own process, so that the test does not slow it down."""
     process = namespace.popen([sys.executable, "-c", textwrap.dedent(code), *words])
     try:
         yield process
@@ -75,7 +75,7 @@ def running(namespace: Namespace, code: str, *words: str) -> Iterator[subprocess
 
 
 def peak_kib(responder: Responder) -> int:
-    """The most memory that it ever had."""
+    """Peak resident memory."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{responder.process.pid}/status").read_text())
     assert found
     return int(found.group(1))
@@ -104,7 +104,7 @@ STOPWATCH = """
 
 
 def long_answer(asked: Asked) -> bytes:
-    """60 KB of addresses over TCP; over UDP, that there is more."""
+    """60 KB of addresses over TCP; truncated over UDP."""
     question = asked.data[12 : 12 + asked.data[12:].index(b"\0") + 5]
     if not asked.tcp:
         return asked.data[:2] + struct.pack("!HHHHH", 0x8380, 1, 0, 0, 0) + question
@@ -114,7 +114,7 @@ def long_answer(asked: Asked) -> bytes:
 
 
 def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """900 answers of 60 KB: memory stays bounded, the event loop goes on, and everything refused is counted."""
+    """900 responses of 60 KB: memory stays bounded, the event loop continues, and every refusal is counted."""
     held: list[Asked] = []
 
     def script(asked: Asked) -> bytes | None:
@@ -224,7 +224,7 @@ def test_flood_of_one_client(
     victim: str,
     share: float,
 ) -> None:
-    """Questions for a dead zone: another client's uncached ones are answered all the same."""
+    """Queries for a dead zone: another client's uncached queries still get responses."""
     with (
         FakeServer(scene.servers, UPSTREAM, dead_zone),
         Responder(scene.node, f"--server={UPSTREAM}") as dnsd,
@@ -260,7 +260,7 @@ def test_flood_of_one_client(
 
 
 def test_slow_readers_of_many_addresses(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """500 connections of 20 clients ask for 60 KB and take nothing: memory is bounded, the kernel's too, a client
+    """500 connections of 20 clients ask for 60 KB and read nothing: memory is bounded, also the kernel's, a client
     that reads is answered, and what was closed is counted."""
     records = [f"--txt-record=huge.test,{each:0240}" for each in range(230)]
     query = bare_query("huge.test", kind=16)
@@ -295,7 +295,7 @@ def test_slow_readers_of_many_addresses(scene: Scene, capsys: pytest.CaptureFixt
 
 
 def _socket_kib(namespace: Namespace) -> int:
-    """What the kernel holds for TCP connections at port 53 (ss(8), skmem: r, t, w)."""
+    """The kernel's memory for TCP connections on port 53 (ss(8), skmem: r, t, w)."""
     with running(
         namespace, "import subprocess; print(subprocess.check_output(['ss', '-tmnH', 'sport = :53'], text=True))"
     ) as process:

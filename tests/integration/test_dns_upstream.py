@@ -1,4 +1,4 @@
-"""Upstream servers that are dead, slow, wrong or hostile: the client has an answer or SERVFAIL within seconds."""
+"""Dead, slow, faulty or hostile upstream servers: the client gets a response or SERVFAIL within seconds."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Scene:
         self.servers.ip("addr add fd02::2/64 dev eth0 nodad")
 
     def ask(self, name: str, kind: str = "A", tcp: bool = False, port: int = PORT) -> dns.message.Message:
-        """The client asks; the answer must come in time."""
+        """Query from the client; the response must come in time."""
         begun = time.monotonic()
         answer = ask(self.client, NODE, name, kind, tcp, port)
         assert time.monotonic() - begun < ANSWER_SECONDS
@@ -83,7 +83,7 @@ def responder(scene: Scene, *options: str, servers: tuple[str, ...] = (FIRST,)) 
         yield running
 
 
-# ---- servers that do not answer as they should; what each of them does over UDP and TCP ----
+# ---- faulty servers: what each does over UDP and TCP ----
 
 
 def silent(_: Asked) -> None:
@@ -91,7 +91,7 @@ def silent(_: Asked) -> None:
 
 
 def slow(asked: Asked) -> bytes:
-    time.sleep(1.5)  # the thing under test: an answer that takes its time
+    time.sleep(1.5)  # the behaviour under test: a slow response
     return right(asked)
 
 
@@ -100,7 +100,7 @@ def code(number: int) -> Script:
 
 
 def truncated(tcp: Script) -> Script:
-    """Says over UDP that the answer is too long for it."""
+    """Truncates every response over UDP."""
 
     def script(asked: Asked) -> bytes | list[bytes] | None:
         if asked.tcp:
@@ -134,7 +134,7 @@ def garbage(asked: Asked) -> bytes:
 
 
 def bomb(asked: Asked) -> bytes:
-    """65,535 bytes of names that point at names that point at names (facts/dns.md, section 0)."""
+    """65,535 bytes of names that point to names that point to names."""
     question = asked.data[12 : 12 + asked.data[12:].index(b"\0") + 5]
     message = bytearray(asked.data[:2] + struct.pack("!HHHHH", 0x8180, 1, 1, 0, 0) + question)
     message += b"\xc0\x0c" + struct.pack("!HHIH", 5, 1, 60, 0xFFFF - len(message) - 12)
@@ -147,7 +147,7 @@ def bomb(asked: Asked) -> bytes:
 
 
 def pointer_chain(asked: Asked) -> bytes:
-    """Records without end whose owners point at each other."""
+    """Many records whose owners point to each other."""
     question = asked.data[12 : 12 + asked.data[12:].index(b"\0") + 5]
     message = bytearray(asked.data[:2] + struct.pack("!HHHHH", 0x8180, 1, 0xFFFF, 0, 0) + question)
     at = 12
@@ -174,7 +174,7 @@ def wrong_id(asked: Asked) -> bytes:
 
 
 def no_response(asked: Asked) -> bytes:
-    """The question as it came: a mirror."""
+    """The query, unchanged."""
     return asked.data
 
 
@@ -245,7 +245,7 @@ def _letters(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def faulty(scene: Scene) -> Iterator[tuple[FakeServer, FakeServer, Responder]]:
-    """Two servers, and a responder that keeps nothing, on a port of its own."""
+    """Two servers, and a responder without a cache on its own port."""
     options = ("--cache-size=0", f"--port={FAULTY_PORT}", "--metrics-listen=off")
     with FakeServer(scene.servers, "10.2.0.4") as first, FakeServer(scene.servers, "10.2.0.5") as second:
         with responder(scene, *options, servers=("10.2.0.4", "10.2.0.5")) as running:
@@ -258,7 +258,7 @@ def test_next_server_is_queried(scene: Scene, faulty: tuple[FakeServer, FakeServ
     name = f"{_letters(fault)}.next.example"
     for server in (first, second):
         server.asked.clear()
-    # Whichever of the two is asked first this time does it wrong, the other one does not.
+    # Whichever server is queried first misbehaves, the other one does not.
     chosen: list[FakeServer] = []
 
     def script(server: FakeServer) -> Script:
@@ -273,7 +273,7 @@ def test_next_server_is_queried(scene: Scene, faulty: tuple[FakeServer, FakeServ
 
 
 def test_servfail_in_time(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder]) -> None:
-    """No server has an answer: the client hears so before it gives up. All kinds of that at the same time."""
+    """No server has a usable response: the client gets SERVFAIL before it gives up. All kinds at the same time."""
     scripts = {f"{_letters(fault)}.none.example.": script for fault, script in FAULTS.items()}
 
     def script(asked: Asked) -> bytes | list[bytes] | None:
@@ -293,7 +293,7 @@ def test_servfail_in_time(scene: Scene, faulty: tuple[FakeServer, FakeServer, Re
 
 
 def test_malicious_response(scene: Scene, faulty: tuple[FakeServer, FakeServer, Responder]) -> None:
-    """What is in a record is passed on as it came: it costs us nothing."""
+    """RDATA is forwarded as received, at no cost."""
     for server in faulty[:2]:
         server.script = truncated(bomb)
     answer = scene.ask("bomb.example", port=FAULTY_PORT)
@@ -301,7 +301,7 @@ def test_malicious_response(scene: Scene, faulty: tuple[FakeServer, FakeServer, 
 
 
 def test_long_cname_chain(scene: Scene) -> None:
-    """As dnsmasq: a long chain is an answer, and kept; one that leads back is passed on, and asked for again."""
+    """As dnsmasq: a long chain is cached; a loop is forwarded, and queried again next time."""
 
     def chained(asked: Asked) -> bytes:
         response = asked.reply()
@@ -331,18 +331,18 @@ def test_late_response_counts(scene: Scene, faulty: tuple[FakeServer, FakeServer
 
 
 def test_server_without_listener(scene: Scene) -> None:
-    """ICMP says so at once: the next server is asked without waiting."""
+    """ICMP reports it at once: the next server is queried without delay."""
     with FakeServer(scene.servers, SECOND), responder(scene, servers=("10.2.0.8", SECOND)) as running:
         assert texts(scene.ask("icmp.example")) == GOOD
         assert running.metric("upstream_failures_total", server="10.2.0.8#53", reason="network") == 1
-        assert texts(scene.ask("icmp2.example")) == GOOD  # the good one is asked first now
+        assert texts(scene.ask("icmp2.example")) == GOOD  # the good one is queried first now
         assert running.metric("upstream_failures_total") == 1
     with responder(scene, servers=("10.2.0.8",)):
         assert rcode(scene.ask("icmp.example")) == "SERVFAIL"
 
 
 def test_server_without_edns(scene: Scene) -> None:
-    """FORMERR in twelve octets, as old servers say it: the question is put again without OPT, at once."""
+    """FORMERR in twelve octets, as old servers send it: the query is repeated at once without OPT."""
 
     def old(asked: Asked) -> bytes:
         if asked.message.edns >= 0:
@@ -352,12 +352,12 @@ def test_server_without_edns(scene: Scene) -> None:
     with FakeServer(scene.servers, FIRST, old) as server, responder(scene):
         begun = time.monotonic()
         assert texts(scene.ask("old.example")) == GOOD
-        assert time.monotonic() - begun < 2.5  # nobody waited for a time-out
+        assert time.monotonic() - begun < 2.5  # without waiting for a timeout
         assert server.names() == ["old.example.", "old.example."]
 
 
 def test_error_without_question(scene: Scene) -> None:
-    """It is a refusal, not a forgery: the next server is asked at once."""
+    """It is an error, not a forgery: the next server is queried at once."""
     with (
         FakeServer(scene.servers, FIRST, lambda asked: asked.data[:2] + b"\x80\x05" + bytes(8)),
         FakeServer(scene.servers, SECOND),
@@ -369,7 +369,7 @@ def test_error_without_question(scene: Scene) -> None:
 
 
 def test_no_such_host(scene: Scene) -> None:
-    """Nobody has the address, and nobody says so; later the kernel does."""
+    """No host has the address; the kernel reports that later."""
     with FakeServer(scene.servers, SECOND), responder(scene, servers=("10.2.0.200", SECOND)):
         assert texts(scene.ask("nohost.example")) == GOOD
     with responder(scene, servers=("10.2.0.200", "192.0.2.1")):  # the second has no route
@@ -397,7 +397,7 @@ def test_source_address_and_interface(scene: Scene) -> None:
 
 
 def test_failover_and_back(scene: Scene) -> None:
-    """The first one dies, later both answer again."""
+    """The first server dies; later both respond again."""
     with FakeServer(scene.servers, SECOND) as second:
         with responder(scene, servers=(FIRST, SECOND)):
             with FakeServer(scene.servers, FIRST) as first:
@@ -410,7 +410,7 @@ def test_failover_and_back(scene: Scene) -> None:
         second.script = silent
 
 
-# ---- asked once, kept, and counted down ----
+# ---- coalescing, caching, TTLs ----
 
 
 def test_same_query_of_many_clients(scene: Scene) -> None:
@@ -432,7 +432,7 @@ def test_same_query_of_many_clients(scene: Scene) -> None:
             answer = dns.message.from_wire(client.recv(1000))
             assert answer.id == number and texts(answer) == GOOD
             client.close()
-        assert server.names().count("same.example.") <= 2  # one retry is its own time-out's, on a slow machine
+        assert server.names().count("same.example.") <= 2  # a slow machine may cause one retry after a timeout
         assert running.metric("in_flight") == 0
 
 
@@ -472,7 +472,7 @@ def test_stale_responses(scene: Scene) -> None:
         wait_for(lambda: scene.ask("stale.example").answer[0].ttl == 30, "it to expire")
         begun = time.monotonic()
         assert texts(scene.ask("stale.example")) == GOOD
-        assert time.monotonic() - begun < 1.8  # it stands in without another try
+        assert time.monotonic() - begun < 1.8  # served stale without another attempt
         assert running.metric("cache_served_stale_total") >= 1
         assert rcode(scene.ask("unknown.example")) == "SERVFAIL"
         server.script = lambda asked: asked.answer("1 A 192.0.2.99")
@@ -499,7 +499,7 @@ def test_forward_limit(scene: Scene) -> None:
 
 
 def test_forward_limit_is_per_domain(scene: Scene) -> None:
-    """A dead server has what it may have, the others have theirs."""
+    """A dead server uses up its own limit only."""
     limit = 20
     options = (f"--dns-forward-max={limit}", f"--server=/dead.example/{SECOND}", f"--server=/dying.example/{THIRD}")
     with (
@@ -513,7 +513,7 @@ def test_forward_limit_is_per_domain(scene: Scene) -> None:
             client.send(bare_query(f"x{number}.dead.example", number))
         wait_for(lambda: running.metric("forward_rejects_total") == limit, "the dead server to have enough")
         assert texts(scene.ask("www.example")) == GOOD
-        for number in range(3 * limit):  # one client that waits for one question
+        for number in range(3 * limit):  # one client that waits for one query
             client.send(bare_query("same.dying.example", number))
         wait_for(lambda: running.metric("coalesced_total") == 3 * limit - 1, "all of them to wait")
         assert texts(scene.ask("www2.example")) == GOOD
@@ -534,7 +534,7 @@ def test_servers_of_domains(scene: Scene) -> None:
         assert sorted(standard.names()) == ["a.free.corp.example.", "a.notcorp.example."]
 
 
-# ---- guessing ----
+# ---- forged responses ----
 
 
 def test_ports_and_ids_are_random(scene: Scene) -> None:
@@ -552,7 +552,7 @@ def test_ports_and_ids_are_random(scene: Scene) -> None:
 
 
 def test_forged_responses(scene: Scene) -> None:
-    """65,535 wrong ids and one wrong question, from the server's own address and port, before the true answer."""
+    """65,535 wrong ids and one wrong question from the server's own address and port, before the real response."""
     done = threading.Event()
 
     def script(asked: Asked) -> bytes | None:
@@ -571,11 +571,11 @@ def test_forged_responses(scene: Scene) -> None:
     with FakeServer(scene.servers, FIRST, script), responder(scene) as running:
         assert texts(scene.ask("forged.example")) == GOOD
         assert running.metric("upstream_mismatched_responses_total") >= 20
-        assert texts(scene.ask("forged.example")) == GOOD  # nothing else was kept
+        assert texts(scene.ask("forged.example")) == GOOD  # nothing else was cached
 
 
 def test_forged_responses_from_other_addresses(scene: Scene) -> None:
-    """Another port, another address: the kernel does not even deliver them."""
+    """From another port or address: the kernel does not deliver them."""
 
     def script(asked: Asked) -> bytes:
         for _ in range(50):
@@ -608,7 +608,7 @@ def flood(scene: Scene, count: int, window: int = 400) -> int:
 
 
 def test_no_descriptor_or_memory_leaks(scene: Scene) -> None:
-    """2,000 forwarded questions and 500 TCP connections later the process has the descriptors that it had."""
+    """After 2,000 forwarded queries and 500 TCP connections, no descriptor is left open."""
     with FakeServer(scene.servers, FIRST), responder(scene, "--cache-size=0") as running:
         scene.ask("warm.example")
         before = running.descriptors()
@@ -624,7 +624,7 @@ def test_no_descriptor_or_memory_leaks(scene: Scene) -> None:
 
 
 def test_memory_under_a_flood(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """100,000 random names, of which nothing but NXDOMAIN is known; a good name stays in the cache."""
+    """100,000 random names get NXDOMAIN; an existing name stays in the cache."""
 
     def script(asked: Asked) -> bytes:
         if b"flood" not in asked.data:
@@ -648,7 +648,7 @@ def test_memory_under_a_flood(scene: Scene, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_memory_when_upstream_is_dead(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
-    """As fast as a client can send, and nobody answers: what cannot be asked is refused or lost, not kept."""
+    """A fast client and a silent server: queries above the limits are refused or dropped, not kept."""
     with FakeServer(scene.servers, FIRST, silent), responder(scene) as running, connected(scene.client, NODE) as client:
         before = running.resident_kib()
         client.settimeout(0)
@@ -664,7 +664,7 @@ def test_memory_when_upstream_is_dead(scene: Scene, capsys: pytest.CaptureFixtur
 
 
 def test_few_descriptors(scene: Scene) -> None:
-    """With less room than questions: some fail, none of it lasts."""
+    """Fewer descriptors than queries: some fail, but it recovers."""
     wrapper = ("prlimit", "--nofile=40:40")
     options = [f"--server={FIRST}", "--cache-size=0"]
     with FakeServer(scene.servers, FIRST) as server, Responder(scene.node, *options, wrapper=wrapper) as running:
@@ -680,7 +680,7 @@ def test_few_descriptors(scene: Scene) -> None:
         del running
 
 
-# ---- the resolv file ----
+# ---- resolv file ----
 
 
 def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
@@ -697,7 +697,7 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
             file.unlink()
             wait_for(lambda: running.has_said("the upstream servers stay as they are"), "its absence to be noticed")
             assert texts(scene.ask("three.example")) == GOOD
-            os.mkfifo(file)  # nobody must be waited for
+            os.mkfifo(file)  # opening it must not block
             wait_for(lambda: running.has_said(f"cannot read {file}: not a regular file"), "the FIFO to be noticed")
             assert texts(scene.ask("four.example")) == GOOD and len(second.asked) == 3
             file.unlink()
@@ -709,7 +709,7 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
 
 
 def test_temporarily_unreadable_files(scene: Scene, tmp_path: Path) -> None:
-    """No descriptor is free when they change, and they do not change again."""
+    """No descriptor is free when the files change, and they do not change again."""
     resolv, hosts = tmp_path / "resolv.conf", tmp_path / "hosts"
     write(resolv, "nameserver 10.2.0.2")
     write(hosts, "10.0.0.1 a.test")
@@ -738,7 +738,7 @@ def test_resolv_file_without_poll(scene: Scene, tmp_path: Path) -> None:
         options = (f"--resolv-file={file}", "--no-poll", f"--addn-hosts={hosts}")
         with Responder(scene.node, *options) as running:
             write(file, "nameserver 10.2.0.3")
-            write(hosts, "10.0.0.2 a.test")  # this one is watched: when it has been read, so would be the other
+            write(hosts, "10.0.0.2 a.test")  # this file is watched: once it is read, the other would be read, too
             wait_for(lambda: texts(scene.ask("a.test")) == ["10.0.0.2"], "the hosts file")
             assert texts(scene.ask("one.example")) == GOOD and not second.asked
             running.reload()

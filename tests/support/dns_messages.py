@@ -1,4 +1,4 @@
-"""DNS messages made by hand, octet by octet, so that no library's idea of them stands between a test and the wire."""
+"""Builds DNS messages octet by octet, independently of any DNS library."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def response(
     klass: int = IN,
     ident: int = ID,
 ) -> bytes:
-    """An upstream server's answer."""
+    """An upstream server's response."""
     head = header(1, len(answers), len(authorities), len(additional), QR | flags | rcode, ident)
     return head + question(text, kind, klass) + b"".join((*answers, *authorities, *additional))
 

@@ -1,4 +1,4 @@
-"""A real `udpwatch dns` in a namespace, upstream servers that do what a test tells them, and clients that ask."""
+"""A real `udpwatch dns` in a namespace, upstream servers that follow a test's script, and clients."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from udpwatch.agent.testing.lab import Namespace
 
 PORT = 53
-ANSWER_SECONDS = 6.0  # within which a client has an answer or SERVFAIL, whatever the upstream servers do
+ANSWER_SECONDS = 6.0  # a client gets a response or SERVFAIL within this time, whatever the upstream servers do
 SO_RCVBUFFORCE = 33
 METRICS = "127.0.0.1:9953"
 
 
 def needs(program: str, package: str) -> None:
-    """Skip where a program is missing."""
+    """Skip the test if a program is missing."""
     if not shutil.which(program):
         pytest.skip(f"{program} is missing: apt-get install {package}")
 
@@ -48,7 +48,7 @@ class Responder:
         self.namespace = namespace
         self.said: list[str] = []
         files = [] if any(each.startswith("--resolv-file") for each in options) else ["--no-resolv"]
-        # pytest's folders can be entered by their owner alone.
+        # Only their owner can enter pytest's folders.
         user = ["--user=root"] if any(tempfile.gettempdir() in each for each in options) else []
         user = [] if any(each.startswith("--user") for each in options) else user
         self.process = namespace.popen([*wrapper, *COMMAND, "dns", "--no-hosts", *files, *user, *options])
@@ -68,11 +68,11 @@ class Responder:
             self.said.append(line.decode().rstrip("\n"))
 
     def has_said(self, text: str) -> bool:
-        """Whether a line is this, or has this in it."""
+        """Whether a log line contains this text."""
         return any(text in line for line in list(self.said))
 
     def get(self, path: str) -> tuple[int, str]:
-        """Ask its HTTP view, in its namespace: (status, body)."""
+        """Request a page over HTTP in its namespace: (status, body)."""
         with self.namespace.entered():
             try:
                 with urllib.request.urlopen(f"http://{METRICS}{path}", timeout=30) as answer:
@@ -91,7 +91,7 @@ class Responder:
         return int(sum(sample.value for sample in named if labels.items() <= sample.labels.items()))
 
     def reload(self) -> None:
-        """SIGHUP, until it has been obeyed."""
+        """Send SIGHUP and wait for the reload."""
         before = self.metric("hosts_reloads_total") + self.metric("hosts_reload_errors_total")
         self.process.send_signal(signal.SIGHUP)
         wait_for(
@@ -99,7 +99,7 @@ class Responder:
         )
 
     def resident_kib(self) -> int:
-        """Of the process."""
+        """Resident memory of the process."""
         found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
         assert found
         return int(found.group(1))
@@ -130,12 +130,12 @@ class Responder:
             assert "Traceback" not in line and "never retrieved" not in line, "\n".join(self.said)
 
 
-#: What a fake server sends for a message, in order; None: nothing
+#: What a fake server sends for a query, in order; None: nothing
 Script = Callable[["Asked"], bytes | list[bytes] | None]
 
 
 class Asked:
-    """A question that reached a fake server."""
+    """A query that reached a fake server."""
 
     def __init__(self, data: bytes, peer: tuple[str, int], tcp: bool, link: socket.socket) -> None:
         self.data, self.peer, self.tcp, self.link = data, peer, tcp, link
@@ -164,19 +164,19 @@ class Asked:
         return response
 
     def answer(self, *records: str, rcode: int = 0, authority: tuple[str, ...] = ()) -> bytes:
-        """The same, as bytes."""
+        """The same response as bytes."""
         return self.reply(*records, rcode=rcode, authority=authority).to_wire()
 
 
 def right(asked: Asked) -> bytes:
-    """What an honest server says: A of every name, nothing else."""
+    """An honest server: every name has an A record and nothing else."""
     if asked.type == "A":
         return asked.answer("300 A 192.0.2.80")
     return asked.answer(authority=("300 SOA ns. admin. 1 2 3 4 300",))
 
 
 class FakeServer:
-    """A name server over UDP and TCP that follows a script; keeps all that it was asked."""
+    """A name server over UDP and TCP that follows a script and records all queries."""
 
     def __init__(self, namespace: Namespace, address: str, script: Script = right, port: int = PORT) -> None:
         self.address, self.port, self.script, self.namespace = address, port, script, namespace
@@ -235,7 +235,7 @@ class FakeServer:
                     return
 
     def names(self, tcp: bool | None = None) -> list[str]:
-        """What it was asked for."""
+        """The names of its queries."""
         return [each.name for each in list(self.asked) if tcp is None or each.tcp == tcp]
 
     def close(self) -> None:
@@ -276,7 +276,7 @@ def sockaddr(namespace: Namespace, address: str, port: int = PORT) -> tuple[sock
 def connected(
     namespace: Namespace, address: str, kind: socket.SocketKind = socket.SOCK_DGRAM, port: int = PORT
 ) -> Iterator[socket.socket]:
-    """A socket that takes answers of this address only: the kernel refuses any other's."""
+    """A connected socket: the kernel delivers responses of this address only."""
     family, name = sockaddr(namespace, address, port)
     with namespace.socket(family, kind) as link:
         link.settimeout(ANSWER_SECONDS)
@@ -293,7 +293,7 @@ def ask(
     port: int = PORT,
     seconds: float = ANSWER_SECONDS,
 ) -> dns.message.Message:
-    """Ask and take the answer, over a connected socket; raises TimeoutError."""
+    """Query over a connected socket and return the response. Raises TimeoutError."""
     query = dns.message.make_query(name, kind)
     with connected(namespace, address, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, port) as link:
         link.settimeout(seconds)
@@ -314,7 +314,7 @@ def texts(response: dns.message.Message) -> list[str]:
 
 
 def rcode(response: dns.message.Message) -> str:
-    """Its code's name."""
+    """The name of its response code."""
     return dns.rcode.to_text(response.rcode())
 
 
@@ -330,7 +330,7 @@ def receive_message(link: socket.socket) -> bytes:
 
 
 def receive(link: socket.socket, size: int) -> bytes:
-    """So many bytes, or fewer at the end of the connection."""
+    """Receive ``size`` bytes, or fewer at the end of the connection."""
     data = b""
     while len(data) < size and (more := link.recv(size - len(data))):
         data += more
@@ -338,13 +338,13 @@ def receive(link: socket.socket, size: int) -> bytes:
 
 
 def bare_query(name: str, ident: int = 0, kind: int = 1) -> bytes:
-    """A question as bytes, fast."""
+    """Build a query quickly."""
     labels = b"".join(bytes((len(label),)) + label.encode() for label in name.split(".")) + b"\0"
     return struct.pack("!HHHHHH", ident, 0x0100, 1, 0, 0, 0) + labels + struct.pack("!HH", kind, 1)
 
 
 class Load:
-    """A client that asks one question after the other, and counts answers; a thread of its own."""
+    """A client that sends one query after the other in its own thread and counts responses."""
 
     def __init__(self, namespace: Namespace, address: str, *names: str) -> None:
         self._names = names
@@ -379,7 +379,7 @@ class Load:
                 self.wrong.append(problem)
 
     def stop(self) -> None:
-        """End, and see that each question had its answer."""
+        """Stop, and check that each query had its response."""
         self._stopping.set()
         self._thread.join(30)
         self._link.close()
@@ -387,13 +387,13 @@ class Load:
         assert self.answered == self.asked > 0
 
     def has_asked(self, more: int) -> None:
-        """Wait until so many more questions have been asked."""
+        """Wait until ``more`` queries have been sent."""
         goal = self.asked + more
         wait_for(lambda: self.asked >= goal or self.wrong, f"{more} more questions")
 
 
 def write(path: Path, *lines: str) -> Path:
-    """A file whole, by rename."""
+    """Write a file atomically, by rename."""
     new = path.with_name(f".{path.name}.new")
     new.write_text("".join(f"{line}\n" for line in lines))
     new.rename(path)

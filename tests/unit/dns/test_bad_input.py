@@ -1,4 +1,4 @@
-"""What bad input gets: every row of the table that docs/dns.md sums up, over UDP and TCP.
+"""Responses to invalid queries: every row of the table in docs/dns.md, over UDP and TCP.
 
 Where there was a choice it is named beside the case. What all cases share is asserted for all: an error is never longer
 than its question, and no flag of the question comes back but those that are to be copied.
@@ -82,23 +82,23 @@ CASES = [
     formerr("header only, QD=1", m.header(), "name"),
     *(formerr(f"cut after {size} octets", m.query(KNOWN)[:size]) for size in range(13, len(m.query(KNOWN)))),
     formerr("label longer than the rest", raw(b"\x3fabc"), "name"),
-    # QDCOUNT. Without a question, a cookie alone would be legal with cookies (RFC 7873, section 5.4): we have none.
+    # QDCOUNT. A cookie without a question would be valid with cookies (RFC 7873, section 5.4), which are unsupported.
     formerr("QD=0", m.header(0), "question"),
     formerr("QD=0 with a cookie", m.header(0, additional=1) + m.opt(m.option(10, bytes(8))), "question"),
     formerr("QD=2", queries(2), "question"),
     formerr("QD=65535", m.header(65535) + QUESTION, "question"),
-    # opcodes: also with sections as an UPDATE or NOTIFY has them, or with nothing behind the header
+    # opcodes: also with the sections of an UPDATE or NOTIFY, or with nothing after the header
     *(Case(f"opcode {code}", m.query(KNOWN, flags=code << 11), Rcode.NOTIMP, bare=True) for code in range(1, 16)),
     Case("UPDATE", m.header(1, 0, 1, flags=5 << 11) + m.question(KNOWN, m.SOA) + m.record(m.A, ADDRESS), 4, bare=True),
     Case("NOTIFY", m.header(1, 1, flags=4 << 11) + m.question(KNOWN, m.SOA) + m.soa(), Rcode.NOTIMP, bare=True),
     Case("STATUS, header only", m.header(0, flags=2 << 11), Rcode.NOTIMP, bare=True),
-    # classes. CH other than TXT *.bind: REFUSED; a *.bind that nobody knows: NOTIMP, as dnsmasq.
+    # classes. CH other than TXT *.bind: REFUSED; an unknown *.bind: NOTIMP, as in dnsmasq.
     *(refused(f"class {klass}", m.query(KNOWN, klass=klass)) for klass in (0, 2, m.HS, 5, 254, 255, 65535)),
     refused("class CH", m.query(KNOWN, klass=m.CH)),
     refused("class CH, TXT", m.query(KNOWN, m.TXT, klass=m.CH)),
     refused("class CH, version.bind A", m.query("version.bind", m.A, klass=m.CH)),
     Case("class CH, unknown.bind", m.query("unknown.bind", m.TXT, klass=m.CH), Rcode.NOTIMP, answers=0),
-    # ANY: one RRset of addresses, and where there is none HINFO (RFC 8482); no TC of our own making over UDP
+    # ANY: one RRset of addresses, else HINFO (RFC 8482); no artificial TC over UDP
     answered("ANY, addresses", m.query(KNOWN, m.ANY)),
     answered("ANY, none", m.query("text.example", m.ANY)),
     # zone transfers, MAILA, MAILB; an IXFR with its SOA has records in a query, and that row is before
@@ -124,7 +124,7 @@ CASES = [
     formerr("a name of 256", raw(NAME_256), "name"),
     formerr("128 labels", raw(labels(*[1] * 128)), "name"),
     formerr("a name without end", m.header() + b"\x01a" * 30_000, "name"),
-    # octets: an ordinary name that nobody knows
+    # octets: an ordinary unknown name
     refused("non-ASCII", raw(b"\x04\xff\xfe\x80\xc3\x00")),
     refused("NUL in a label", raw(b"\x03a\0b\x07example\0")),
     refused("a dot in a label", raw(b"\x0dknown.example\0")),
@@ -154,18 +154,18 @@ CASES = [
     formerr("AR=2 but one there", m.header(additional=2) + QUESTION + m.opt()),
     formerr("AR=65535", m.header(additional=65535) + QUESTION + b"\0\0\1\0\1\0\0\0\0\0\0" * 5000, "record"),
     answered("another record as additional", m.query(KNOWN, m.A, m.record(m.A, ADDRESS))),
-    # behind the last record: ignored
+    # after the last record: ignored
     answered("trailing octets", m.query(KNOWN) + b"garbage"),
     answered("trailing octets behind OPT", m.query(KNOWN, m.A, m.opt()) + b"\0" * 300, edns=0),
-    # TSIG, with a key that nobody can know here: REFUSED, unsigned
+    # TSIG with an unknown key: REFUSED, unsigned
     refused("TSIG", m.query(KNOWN, m.A, TSIG)),
     refused("TSIG behind OPT", m.query(KNOWN, m.A, m.opt(), TSIG), edns=0),
-    # flags that mean nothing in a query
+    # flags without meaning in a query
     *(
         answered(f"flags {bits:04x}", m.query(KNOWN, flags=m.RD | bits))
         for bits in (m.TC, m.AA, m.Z, m.AD, m.CD, m.RA, 0x000F, 0x07FF)
     ),
-    # RD=0: local names, and nothing else
+    # RD=0: local names only
     answered("RD=0, known", m.query(KNOWN, flags=0)),
     refused("RD=0, unknown", m.query(UNKNOWN, flags=0)),
     refused("unknown, no upstream", m.query(UNKNOWN)),
@@ -202,7 +202,7 @@ def test_query_gets_the_response_of_the_table(case: Case, tcp: bool) -> None:
     assert flags & m.RA
     assert flags & m.RD == sent & m.RD
     if case.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
-        assert len(data) <= len(case.data), "nobody can be flooded by way of us"
+        assert len(data) <= len(case.data), "no amplification"
         assert found.until == 0.0
     if case.bare:
         assert len(data) == 12
@@ -232,7 +232,7 @@ def test_cases_have_unique_names() -> None:
     "data", [m.query(UNKNOWN), m.query(KNOWN, 252), m.query(KNOWN)[:-1], m.query(KNOWN, flags=0x7800)]
 )
 def test_error_does_not_echo_flags(data: bytes, bits: int) -> None:
-    """The same errors with and without them."""
+    """The errors are the same with and without these flags."""
     with_bits = data[:2] + struct.pack("!H", m.flags_of(data) | bits) + data[4:]
     plain, other = (responder().respond(each, 0.0) for each in (data, with_bits))
     assert isinstance(plain, Reply) and isinstance(other, Reply)
@@ -245,7 +245,7 @@ def test_unusual_but_valid_query_is_forwarded(data: bytes) -> None:
 
 
 def test_any_without_addresses_gets_hinfo() -> None:
-    """HINFO (RFC 8482, section 4.2) stands for records of other types; a name that has nothing says nothing."""
+    """HINFO (RFC 8482, section 4.2) replaces records of other types; a name without records gets none."""
     text = responder().respond(m.query("text.example", m.ANY), 0.0)
     assert isinstance(text, Reply)
     assert text.data.endswith(m.record(m.HINFO, b"\x07RFC8482\x00"))

@@ -1,4 +1,4 @@
-"""What is kept of upstream answers, for how long, in how much memory, and how a client gets it."""
+"""The cache: lifetimes, memory, and the responses built from it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def key(number: int) -> Key:
 
 
 def counted(kept: Cache) -> tuple[int, int]:
-    """What `bytes` should be, of all and of the second queue."""
+    """The expected `bytes` of both queues and of the second one."""
     first, second = (sum(each.size for each in queue.values()) for queue in (kept._first, kept._second))
     return first + second, second
 
@@ -94,7 +94,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
     return found
 
 
-# ---- for how long ----
+# ---- lifetimes ----
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (positive(alias(500, OTHER), address(300, OTHER)), 300),
         (positive(address(300, OTHER), alias(500, OTHER)), 300),
         (positive(alias(500, OTHER), address(300, m.name("OTHER.example"))), 300),
-        # records that are no answer to the question count for nothing
+        # records that do not answer the question do not count
         (positive(address(300), address(5, OTHER)), 300),
         (m.response(NAME, m.A, (address(300),), (m.record(m.NS, OTHER, 5),), (address(5, OTHER),)), 300),
         (positive(address(300), address(5, klass=m.CH)), 300),
@@ -126,7 +126,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (positive(rcode=Rcode.REFUSED), 0),
         (positive(rcode=Rcode.FORMERR), 0),
         (m.response(NAME, m.A, (address(300),), (), (m.record(m.OPT, b"", 1 << 24, b"\0", 1232),)), 0),
-        # negative: the SOA's TTL or its minimum
+        # negative: the SOA's TTL or MINIMUM
         (negative(m.soa(300, 60)), 60),
         (negative(m.soa(30, 60)), 30),
         (negative(m.soa(300, 60), rcode=Rcode.NXDOMAIN), 60),
@@ -142,7 +142,7 @@ def respond(made: Responder, data: bytes, now: float, tcp: bool = False) -> Repl
         (negative(m.soa(300, 60), answers=(alias(40, m.name("x.example")),)), 0),
         (negative(m.soa(300, 60, m.name("example")), answers=(alias(40, m.name("x.example")),)), 40),
         (negative(m.soa(300, 60, m.name("example")), answers=(alias(90, m.name("x.example")),), rcode=3), 60),
-        # an SOA that is an answer, or additional, says nothing
+        # an SOA in the answer or additional section does not count
         (m.response(NAME, m.A, (m.soa(300, 60),)), 0),
         (m.response(NAME, m.A, (), (), (m.soa(300, 60),)), 0),
         # other questions
@@ -170,7 +170,7 @@ def test_no_negcache_keeps_no_negative_response() -> None:
 
 
 def test_max_ttl_limits_what_clients_see() -> None:
-    """And not how long an answer is kept, as with dnsmasq."""
+    """As in dnsmasq, it does not limit how long a response is cached."""
     kept = Cache(10, 1000)
     kept.put(KEY, entry(positive(address(300), address(20)), max_ttl=5))
     assert ttls(from_entry(parse_query(m.query(NAME)), entry(positive(), max_ttl=60), 512, 0.0, "forward").data) == [60]
@@ -178,7 +178,7 @@ def test_max_ttl_limits_what_clients_see() -> None:
     for now, expected in ((0.0, [5, 5]), (16.0, [5, 4]), (19.5, [5, 1])):
         reply = respond(made, m.query(NAME), now)
         assert (ttls(reply.data), reply.source) == (expected, "cache")
-    assert kept.stand_in(KEY, 400.0)
+    assert kept.get_stale(KEY, 400.0)
     assert ttls(respond(made, m.query(NAME), 400.0).data) == [5, 5], "a stale one, too"
     assert lifetime(positive(address(300)), max_ttl=60) == 300
     assert lifetime(negative(m.soa(300, 200)), max_ttl=60) == 200
@@ -211,7 +211,7 @@ def test_response_with_invalid_names_is_not_cached() -> None:
     assert lifetime(positive(m.record(m.CNAME, OTHER + b"x", 300))) == 0
 
 
-# ---- how a client gets it ----
+# ---- responses to clients ----
 
 
 def test_ttls_count_down_in_whole_seconds() -> None:
@@ -307,7 +307,7 @@ def test_do_and_cd_have_entries_of_their_own() -> None:
     ],
 )
 def test_response_too_long_is_truncated(edns: int | None, tcp: bool, most: int) -> None:
-    """TC, with the question, which stub resolvers match, and OPT; and nothing else."""
+    """Only TC, the question, which stub resolvers match, and OPT."""
     extra = () if edns is None else (m.opt(size=edns),)
     data, ours = m.query(NAME, m.A, *extra), b"" if edns is None else m.opt()
     room = most - 12 - len(m.question(NAME)) - len(ours)
@@ -333,7 +333,7 @@ def test_edns_packet_max_limits_responses() -> None:
 
 
 def test_counts_above_the_header_field_are_rejected() -> None:
-    """It is not even tried to write it: the body is too long before."""
+    """The header is never built, because the body is too long."""
     data = fitted(parse_query(m.query(NAME)), 0, 0, bytes(1_600_000), (100_000, 0, 0), 65_535)
     assert m.flags_of(data) & m.TC
 
@@ -355,7 +355,7 @@ def test_any_gets_records_of_one_type() -> None:
 
 
 def test_extended_response_code_needs_opt() -> None:
-    """BADCOOKIE of an upstream server is not NOERROR for a client that cannot read it."""
+    """An upstream BADCOOKIE must not become NOERROR for a client without EDNS."""
     made = Entry(23, b"", (0, 0, 0), array("H"), 0.0, 0.0)
     plain = from_entry(parse_query(m.query(NAME)), made, 512, 0.0, "forward")
     assert (plain.rcode, m.flags_of(plain.data) & 0xF) == (Rcode.SERVFAIL, Rcode.SERVFAIL)
@@ -374,7 +374,7 @@ def test_failure_is_cached_briefly() -> None:
     assert reply.rcode == Rcode.SERVFAIL
     assert reply.until <= 50.0 + FAILURE_SECONDS
     assert isinstance(made.respond(m.query(NAME), 50.0 + FAILURE_SECONDS), Forward)
-    assert kept.stand_in(KEY, 60.0) is None, "a failure stands in for nothing"
+    assert kept.get_stale(KEY, 60.0) is None, "failures are not served stale"
 
 
 def test_expired_response_is_served_stale() -> None:
@@ -382,16 +382,16 @@ def test_expired_response_is_served_stale() -> None:
     kept.put(KEY, entry(positive(address(300), address(3000)), 0.0))
     made = responder(kept)
     assert isinstance(made.respond(m.query(NAME), 400.0), Forward)
-    old = kept.stand_in(KEY, 400.0)
+    old = kept.get_stale(KEY, 400.0)
     assert old
     reply = from_entry(parse_query(m.query(NAME)), old, 512, 400.0, "stale")
     assert (ttls(reply.data), reply.until) == ([STALE_TTL, STALE_TTL], 0.0)
     again = respond(made, m.query(NAME), 400.0 + STALE_RETRY_SECONDS - 0.1)
     assert (again.source, ttls(again.data), again.until) == ("stale", [STALE_TTL, STALE_TTL], 0.0)
-    assert isinstance(made.respond(m.query(NAME), 400.0 + STALE_RETRY_SECONDS), Forward), "the servers get a chance"
+    assert isinstance(made.respond(m.query(NAME), 400.0 + STALE_RETRY_SECONDS), Forward), "queried again"
     assert kept.counts.stale == 2
-    assert kept.stand_in(KEY, 1299.9)
-    assert kept.stand_in(KEY, 1300.0) is None, "too old"
+    assert kept.get_stale(KEY, 1299.9)
+    assert kept.get_stale(KEY, 1300.0) is None, "too old"
     kept.put(KEY, entry(positive(address(300)), 1400.0))
     assert respond(made, m.query(NAME), 1401.0).source == "cache"
 
@@ -399,11 +399,11 @@ def test_expired_response_is_served_stale() -> None:
 def test_no_stale_response_when_disabled() -> None:
     kept = Cache(10, 0)
     kept.put(KEY, entry(positive(address(300)), 0.0))
-    assert kept.stand_in(KEY, 300.0) is None
-    assert Cache(10, 100).stand_in(KEY, 0.0) is None
+    assert kept.get_stale(KEY, 300.0) is None
+    assert Cache(10, 100).get_stale(KEY, 0.0) is None
 
 
-# ---- how much ----
+# ---- bounds ----
 
 
 def test_statistics() -> None:
@@ -424,7 +424,7 @@ def test_cache_of_size_0_keeps_nothing() -> None:
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_cache_of_size_1_keeps_the_newest(most: int) -> None:
-    """Also after what it holds was asked for."""
+    """Also after its entries were asked for."""
     kept = Cache(most, 0)
     for number in range(20):
         kept.put(key(number), of_size(1))
@@ -433,7 +433,7 @@ def test_cache_of_size_1_keeps_the_newest(most: int) -> None:
 
 
 def test_large_response_takes_little_more_than_its_octets() -> None:
-    """Read and ready to be kept: offsets, not objects. Hundreds of them may be under way at the same time."""
+    """A parsed response keeps offsets, not objects: hundreds of them may be in flight at the same time."""
     data = positive(*(m.record(m.A, struct.pack("!I", number), 300) for number in range(4_000)))
     assert len(data) > 64_000
     tracemalloc.start()
@@ -457,7 +457,7 @@ def test_response_that_would_fill_the_cache_is_not_cached() -> None:
 
 
 def test_cache_stays_within_its_bounds() -> None:
-    """Puts, overwriting, hits, and clearing, at random; the sums are exact all the while."""
+    """Random puts, replacements, hits and clears; the sums stay exact."""
     draw = random.Random(9)  # noqa: S311
     kept = Cache(500, 100, 400_000)
     for step in range(100_000):
@@ -467,7 +467,7 @@ def test_cache_stays_within_its_bounds() -> None:
         elif what < 0.95:
             kept.get(number, 1.0)
         elif what < 0.9999:
-            kept.stand_in(number, 1.0)
+            kept.get_stale(number, 1.0)
         else:
             kept.clear()
             assert (len(kept), kept.bytes) == (0, 0)
@@ -514,7 +514,7 @@ def test_cache_is_thread_safe() -> None:
                 found = kept.get(key(draw.randrange(500)), 1.0)
                 if found:
                     found.aged(1.0, False)
-                kept.stand_in(key(draw.randrange(500)), 1.0)
+                kept.get_stale(key(draw.randrange(500)), 1.0)
                 kept.keys(10)
         except Exception as error:
             faults.append(error)
@@ -558,7 +558,7 @@ def test_chaos_names_report_statistics(asked: str, text: bytes) -> None:
     reply = respond(ours, m.query(asked, m.TXT, klass=m.CH), 5.0)
     rdata = struct.pack("!B", len(text)) + text
     assert reply.data.endswith(m.record(m.TXT, rdata, 0, klass=m.CH))
-    assert reply.until == 0.0, "figures change"
+    assert reply.until == 0.0, "statistics change"
     assert m.flags_of(reply.data) & m.AA
 
 

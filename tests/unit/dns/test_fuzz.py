@@ -1,4 +1,4 @@
-"""The parser against whatever may come: it raises nothing but Malformed, agrees with dnspython, and counts its steps.
+"""Fuzzing the parser: it raises only Malformed, agrees with dnspython, and counts its steps.
 
 `UDPWATCH_FUZZ=1` (`make fuzz`) looks ten times as long.
 """
@@ -57,7 +57,7 @@ SETTINGS = Settings(
     stop_dns_rebind=True,
 )
 ZONE = build(SETTINGS, pytest.fail)
-#: names that are known here, or nearly so
+#: names that are local, or almost
 NAMES = ["a.example", "A.eXample", "t.example", "c.example", "many.example", "x.wild", "x.nx", "x.ours", "plain", ""]
 NAMES += ["1.2.0.192.in-addr.arpa", "1.0.0.10.in-addr.arpa", "version.bind", "servers.bind", "cached.example"]
 TYPES = [m.A, m.AAAA, m.CNAME, m.PTR, m.TXT, m.HTTPS, m.SOA, m.ANY, m.OPT, 0, 250, 251, 252, 65535]
@@ -66,7 +66,7 @@ CHAIN = (
     m.record(m.CNAME, m.name("c.example"), 50, m.name("b.example")),
     m.record(m.A, bytes(4), 40, m.name("c.example")),
 )
-#: messages as they are on the wire, to be mutated
+#: messages to mutate
 REAL = [
     m.query("a.example"),
     m.query("cached.example", m.AAAA, m.opt(m.option(10, bytes(8)), flags=m.DO)),
@@ -78,7 +78,7 @@ REAL = [
     m.response("cached.example", m.A, flags=m.TC),
     m.response("1.2.0.192.in-addr.arpa", m.PTR, (m.record(m.PTR, b"\x01x\xc0\x0c", 5),)),
 ]
-#: the octets at which a parser may stumble
+#: octets that parsers handle specially
 ODD = [0, 1, 3, 0x3F, 0x40, 0x80, 0xBF, 0xC0, 0xC1, 0xFF, 12, 41]
 
 
@@ -121,7 +121,7 @@ def records(draw: st.DrawFn) -> bytes:
 
 @st.composite
 def structured(draw: st.DrawFn) -> bytes:
-    """A message whose parts are whole, if not where or how often they should be."""
+    """A message of valid parts, but not where or how often they should be."""
     sections = [draw(st.lists(records(), max_size=3)) for _ in range(3)]
     counts = [len(section) for section in sections]
     if draw(st.integers(0, 5)) == 0:
@@ -157,7 +157,7 @@ def proper_queries(draw: st.DrawFn) -> bytes:
 
 
 def responder() -> Responder:
-    """With a cache that holds answers of every kind."""
+    """A responder whose cache holds responses of every kind."""
     made = Responder(SETTINGS, ZONE, Cache(100, 60))
     made.routes = Routes((Server("192.0.2.53"),), SETTINGS.domain_servers)
     made.server_statistics = lambda: ["192.0.2.53#53 1 0", "fe80::1%ü#53 1 0", "x" * 300] * 400
@@ -174,13 +174,13 @@ RESPONDER = responder()
 
 
 def test_dns_module_is_dnspython() -> None:
-    """The folder `dns/` of this repository must not stand in its place."""
+    """The folder `dns/` of this repository must not hide it."""
     assert Path(dns.message.__file__).parent != Path(message.__file__).parent
     assert dns.message.Message.__module__ == "dns.message"
     assert udpwatch.__name__ == "udpwatch"
 
 
-# ---- nothing but Malformed ----
+# ---- only Malformed ----
 
 
 @given(messages)
@@ -208,7 +208,7 @@ def test_parse_response_raises_only_malformed(data: bytes) -> None:
 
 
 def all_of(data: bytes) -> message.Response:
-    """What a forwarder and a log do with an answer."""
+    """What the forwarder and the log do with a response."""
     answer = parse_response(data)
     assert 12 < answer.body_end <= len(data)
     entry = entry_of(answer, 0.0, 60, 0, True)
@@ -250,10 +250,10 @@ def test_responder_never_raises(data: bytes, tcp: bool) -> None:
         if found.until > 1.0:
             again = RESPONDER.respond(data, min(found.until - 1e-6, 1e9), tcp)
             assert isinstance(again, Reply)
-            assert again.data == found.data, "the same octets get the same answer until then"
+            assert again.data == found.data, "until then the same query gets the same response"
 
 
-# ---- dnspython's opinion ----
+# ---- agreement with dnspython ----
 
 
 @given(st.one_of(mutated(), structured(), proper_queries()))
@@ -261,7 +261,7 @@ def test_responder_never_raises(data: bytes, tcp: bool) -> None:
 def test_queries_are_parsed_as_by_dnspython(data: bytes) -> None:
     try:
         theirs = dns.message.from_wire(data)
-    except Exception:  # it raises what it likes
+    except Exception:  # of any kind
         return
     plain = len(data) >= 12 and not theirs.flags & dns.flags.QR and theirs.opcode() == dns.opcode.QUERY
     if not plain or m.counts_of(data)[:3] != (1, 0, 0) or data[12] >= 0xC0:
@@ -302,7 +302,7 @@ def test_dnspython_parses_our_responses(data: bytes, tcp: bool) -> None:
 @given(st.one_of(structured(), mutated()), st.sampled_from([m.A, m.AAAA, m.PTR]), st.sampled_from([512, 1232, 65535]))
 @fuzz
 def test_dnspython_parses_forwarded_responses(data: bytes, kind: int, most: int) -> None:
-    """As far as it read what came: records are passed on as they are."""
+    """If it could parse what was received: records are forwarded unchanged."""
     data = data[:2] + bytes([data[2] | 0x80]) + data[3:] if len(data) > 2 else data
     try:
         answer = parse_response(data)
@@ -328,7 +328,7 @@ def test_dnspython_parses_forwarded_responses(data: bytes, kind: int, most: int)
 
 
 def _same_names_with_other_ttls(data: bytes, answer: message.Response, before: dns.message.Message) -> bool:
-    """Whether no name points into a TTL: such a name changes as time passes."""
+    """Whether no name points into a TTL: such a name changes when TTLs count down."""
     for ttl in (0, 30, 0xFFFF):
         changed = bytearray(data)
         for record in answer.records:
@@ -349,10 +349,10 @@ def test_errors_are_valid_messages(size: int) -> None:
         assert read.rcode() == rcode
 
 
-# ---- bombs: steps, not seconds ----
+# ---- malicious messages: steps, not seconds ----
 
 SIZES = [512, 1_232, 4_096, 65_535]
-LAST = 0x3FFF  # the farthest that a pointer reaches
+LAST = 0x3FFF  # the highest offset that a pointer can hold
 
 
 def pointer(at: int) -> bytes:
@@ -360,7 +360,7 @@ def pointer(at: int) -> bytes:
 
 
 def fill(head: bytes, size: int, make: str) -> tuple[bytes, int]:
-    """Records behind a question, as many as fit, each of which makes the next one's name dearer; and their number."""
+    """As many records as fit, each of which makes the next one's name more expensive; and their number."""
     data, previous, number = bytearray(head), 12, 0
     while True:
         at = len(data)
@@ -370,7 +370,7 @@ def fill(head: bytes, size: int, make: str) -> tuple[bytes, int]:
         elif make == "labels":  # a label, then the name before
             each = m.record(m.PTR, b"\x01x" + pointer(previous), 1, b"\x01y" + pointer(previous))
             previous = at if at <= LAST and number % 120 else previous
-        elif make == "data":  # the chain is in a record's data, and all that follows begins at its end
+        elif make == "data":  # the chain is in RDATA, and all that follows starts at its end
             if number == 0:
                 chain = bytearray()
                 start = at + 12
@@ -424,7 +424,7 @@ def test_pointer_in_the_question_is_rejected_at_once(size: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("make", MAKES)
 def test_malicious_response_costs_a_few_steps_per_octet(size: int, make: str) -> None:
-    """All that is ever done with it: read, kept, and each name written to the log."""
+    """Everything the responder does with it: parse, cache, and log each name."""
     data = bomb(size, make, True)
     try:
         answer = parse_response(data)
@@ -436,8 +436,8 @@ def test_malicious_response_costs_a_few_steps_per_octet(size: int, make: str) ->
             with contextlib.suppress(Malformed):
                 read(answer, at)
     steps = answer.steps.taken + answer.steps.jumps
-    # Parsed: a step an octet; then the budget for names, with a jump for a step at the most, and where it has ended
-    # each name a step of its own.
+    # Parsing: one step per octet; then the budget for names, with at most one jump per step, and after its end one step
+    # per name.
     most = (
         len(data) + 2 * min(message.NAME_STEPS_PER_OCTET * len(data), message.MAX_NAME_STEPS) + 4 * len(answer.records)
     )
@@ -445,7 +445,7 @@ def test_malicious_response_costs_a_few_steps_per_octet(size: int, make: str) ->
 
 
 def test_real_responses_are_within_the_budget() -> None:
-    """The dearest real names, those of IPv6 reverse look-ups; an alias with all the addresses that a message holds."""
+    """The most expensive real names are those of IPv6 reverse lookups; also an alias with as many addresses as fit."""
     reverse = ".".join("0" * 32) + ".ip6.arpa"
     names = [m.record(m.PTR, m.name(f"host-{each}.example.org"), 60) for each in range(500)]
     answer = parse_response(m.response(reverse, m.PTR, tuple(names)))
@@ -464,7 +464,7 @@ def test_real_responses_are_within_the_budget() -> None:
 
 
 def test_number_of_records_is_bounded() -> None:
-    """The smallest that there can be: more than MAX_RECORDS fit into a message."""
+    """With the smallest records, more than MAX_RECORDS fit into a message."""
     smallest = m.record(m.A, b"", 50, b"\0")
     assert len(parse_response(m.response("q", m.A, (smallest,) * message.MAX_RECORDS)).records) == message.MAX_RECORDS
     data = m.response("q", m.A, (smallest,) * (message.MAX_RECORDS + 1))
@@ -474,7 +474,7 @@ def test_number_of_records_is_bounded() -> None:
 
 
 def test_headless_service_with_many_pods() -> None:
-    """A headless Service of Kubernetes: an SRV record and an address for each pod. It is kept, and whole over TCP."""
+    """A headless Service of Kubernetes: an SRV record and an address per pod. It is cached, and complete over TCP."""
     name, pods = "_http._tcp.web.default.svc.cluster.local", [f"10-0-{n >> 8}-{n & 255}" for n in range(700)]
     owners = [m.name(pod)[:-1] + pointer(12 + 11) for pod in pods]  # below web.default.svc.cluster.local
     records = tuple(m.record(m.SRV, struct.pack("!3H", 0, 1, 80) + owner, 30) for owner in owners)
@@ -490,7 +490,7 @@ def test_headless_service_with_many_pods() -> None:
 
 
 def test_random_messages_of_every_size() -> None:
-    """Without hypothesis, which likes small ones."""
+    """Without hypothesis, which prefers small ones."""
     draw = random.Random(4)  # noqa: S311
     for _ in range(ROUNDS // 4):
         data = bytearray(draw.randbytes(draw.choice((64, 512, 4096))))

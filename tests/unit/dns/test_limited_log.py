@@ -1,4 +1,4 @@
-"""Lines that packets can cause: a few a minute, then how many were left out."""
+"""Log lines that packets can cause: a few per minute, then the number left out."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def test_flood_is_a_few_lines_and_a_count(limited: LimitedLog, clock: Clock, cap
     assert caplog.messages == [f"dns: bad {number}" for number in range(LINES_PER_MINUTE)]
     caplog.clear()
     limited.flush()
-    assert not caplog.messages, "its minute is not over"
+    assert not caplog.messages, "the minute is not over"
     clock.now = 60.0
     limited.flush()
     assert caplog.messages == ["dns: left out 995 more lines like this, the last: dns: bad 999"]
     limited.flush(everything=True)
-    assert len(caplog.messages) == 1, "told once"
+    assert len(caplog.messages) == 1, "logged once"
 
 
 def test_next_minute_reports_the_lines_left_out(

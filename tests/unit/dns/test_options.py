@@ -1,4 +1,4 @@
-"""Options of `udpwatch dns`: dnsmasq's words, read strictly. The program dnsmasq itself is the second opinion."""
+"""Options of `udpwatch dns`, compared with those of dnsmasq itself."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rejected(*words: str) -> str:
 
 
 def dnsmasq_test(*words: str) -> str:
-    """What dnsmasq says about words; "" where it accepts them. Without -C it would read its own file."""
+    """dnsmasq's error for these arguments; "" if it accepts them. Without -C it would read its own file."""
     done = subprocess.run(["dnsmasq", "--test", *words], capture_output=True, text=True, timeout=30, check=False)
     return "" if done.returncode == 0 else done.stderr.strip()
 
@@ -65,7 +65,7 @@ def at(*addresses: str | None, domain: bytes = A) -> dict[str, Any]:
 
 NS, NS6 = Server("192.0.2.1"), Server("2001:db8::1")
 
-#: An option with its value, and the fields of Settings that it changes. dnsmasq accepts each, but for OURS.
+#: An option with its value, and the fields of Settings that it changes. dnsmasq accepts each, except OURS.
 GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--port=5353", {"port": 5353}),
     ("--listen-address=192.0.2.1", {"listen_addresses": ("192.0.2.1",), "local_service": False}),
@@ -179,7 +179,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--keep-in-foreground", {}),
     ("--no-daemon", {}),
 ]
-#: What dnsmasq does not have.
+#: Options that dnsmasq does not have.
 OURS = ("--metrics-listen", "--use-stale-cache=off")
 ONE_WORD = [word for word, _ in GOOD]
 
@@ -241,7 +241,7 @@ def test_valid_values(word: str, expected: dict[str, Any], tmp_path: Path) -> No
     assert settings(word) == replace(Settings(), **expected)
     file = tmp_path / "f.conf"
     file.write_text(word.removeprefix("--") + "\n")
-    assert read_conf(file) == replace(Settings(), **expected), "a file says the same"
+    assert read_conf(file) == replace(Settings(), **expected), "the same in a file"
 
 
 @pytest.mark.parametrize("word", BAD, ids=[word[:60] for word in BAD])
@@ -279,7 +279,7 @@ def test_missing_value(option: Option, tmp_path: Path) -> None:
     assert rejected("-C", str(file)) == f"{file} line 2: {option.name}: missing value; expected {option.value}"
 
 
-# ---- several options together ----
+# ---- combinations of options ----
 
 
 def test_defaults_without_options() -> None:
@@ -369,7 +369,7 @@ def test_file_wins_at_any_position(tmp_path: Path) -> None:
         assert (settings(*words).port, settings(*words).domain) == (2, B)
 
 
-# ---- words ----
+# ---- arguments ----
 
 
 @pytest.mark.parametrize(
@@ -608,7 +608,7 @@ def test_pipe_is_read_as_a_file(tmp_path: Path) -> None:
         os.close(reading)
 
 
-# ---- dnsmasq's own opinion ----
+# ---- agreement with dnsmasq ----
 
 
 @needs_dnsmasq
@@ -687,7 +687,7 @@ def test_dnsmasq_splits_arguments_alike(words: str) -> None:
 
 
 def test_golden_document_lists_the_options() -> None:
-    """docs/dns-options.md is generated between its first heading and "## Words" (`make golden`)."""
+    """The list in docs/dns-options.md is generated (`make golden`)."""
     text = DOCUMENT.read_text()
     start, end = text.index("\n- `--") + 1, text.index("\n## ")
     if os.environ.get("UDPWATCH_GOLDEN") == "write":
@@ -708,7 +708,7 @@ def test_example_in_the_document_is_valid(tmp_path: Path) -> None:
         assert dnsmasq_test("-C", str(file)) == ""
 
 
-# ---- anything ----
+# ---- random input ----
 
 _WORDS = st.one_of(
     st.sampled_from(ONE_WORD),
@@ -722,7 +722,7 @@ _WORDS = st.one_of(
 
 @given(st.lists(_WORDS, max_size=4))
 def test_random_arguments_raise_only_dns_errors(words: list[str]) -> None:
-    """Settings, or one line that says why not."""
+    """Settings, or an error of one line."""
     words = [word for word in words if not word.startswith(("--conf-", "-C", "-7"))]
     try:
         parse(words)

@@ -1,4 +1,4 @@
-"""What is never passed on, who is asked, and which answers are not believed."""
+"""Which names are not forwarded, which servers are queried, and which responses are rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def wire(text: str) -> bytes:
 
 
 def asked(settings: Settings, text: str, kind: int = m.A) -> int | str:
-    """The code of the answer, or "forward"."""
+    """The response code, or "forward"."""
     responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
     responder.routes = Routes((DEFAULT,), settings.domain_servers)
     found = responder.respond(m.query(wire(text), kind), 0.0)
@@ -47,7 +47,7 @@ PRIVATE_NAMES = [
         ip_address(text).reverse_pointer
         for text in ("::", "::1", "fd00::1", "fc00::1", "fe80::1", "febf::1", "2001:db8::1")
     ),
-    # below an address: what DNS service discovery asks
+    # below an address: queries of DNS service discovery
     "b._dns-sd._udp.0.1.168.192.in-addr.arpa",
     "lb._dns-sd._udp." + ip_address("fd00::").reverse_pointer,
 ]
@@ -59,7 +59,7 @@ PUBLIC_NAMES = [
     *(ip_address(text).reverse_pointer for text in ("193.168.0.1", "8.8.8.8", "255.255.255.254", "100.64.0.1")),
     *(ip_address(text).reverse_pointer for text in ("2001:db9::1", "fec0::1", "::2", "2a00::1")),
     "b._dns-sd._udp.8.8.8.8.in-addr.arpa",
-    # parts of a reverse name: they lead to zones that exist
+    # parts of a reverse name: zones that exist
     *("arpa", "in-addr.arpa", "10.in-addr.arpa", "168.192.in-addr.arpa", "1.168.192.in-addr.arpa", "ip6.arpa"),
     *("1.0.0.10.in-addr.arpa.example", "1.0.0.10.xin-addr.arpa", "01.0.0.10.in-addr.arpa", "x.arpa"),
     *("1.0.0.10.ip6.arpa", "10.0.0.1", "e164.arpa"),
@@ -101,7 +101,7 @@ def test_local_private_names_are_answered() -> None:
 def test_private_reverse_names_go_to_servers_of_their_domain(
     told: tuple[tuple[str, tuple[Server, ...], bool], ...], expected: dict[str, int | str]
 ) -> None:
-    """One of its own: the servers of the rest (`--server=/DOMAIN/#`) know no more than they did, to dnsmasq too."""
+    """Servers of its own: the default servers (`--server=/DOMAIN/#`) do not know them, as in dnsmasq."""
     domains = tuple(DomainServers(wire(text), servers, standard) for text, servers, standard in told)
     settings = Settings(hosts=False, bogus_priv=True, domain_servers=domains)
     assert {text: asked(settings, f"{text}.in-addr.arpa", m.PTR) for text in expected} == expected
@@ -163,7 +163,7 @@ def test_private_addresses_are_rejected(text: str) -> None:
     assert not believed(STOP, address(text))
     assert not believed(STOP, address("8.8.8.8"), address(text)), "not even beside others"
     assert not believed(STOP, m.record(m.CNAME, m.name("x"), 60), address(text, m.name("x"))), "by way of an alias"
-    assert believed(Settings(), address(text)), "unless told so"
+    assert believed(Settings(), address(text)), "off by default"
 
 
 @pytest.mark.parametrize("text", OUTSIDE)
@@ -200,7 +200,7 @@ def test_only_addresses_in_the_answer_section_count() -> None:
     assert believed(STOP, m.record(m.A, bytes((10, 0, 0, 1, 0)), 60))
     assert believed(STOP, m.record(m.A, bytes(16), 60))
     assert believed(STOP, m.record(m.TXT, bytes((10, 0, 0, 1)), 60))
-    assert believed(STOP, m.record(65280, bytes(4), 60)), "a type that has no name here"
+    assert believed(STOP, m.record(65280, bytes(4), 60)), "an unknown type"
 
 
 def test_contains() -> None:
@@ -209,7 +209,7 @@ def test_contains() -> None:
     assert len(set(PRIVATE)) == len(PRIVATE)
 
 
-# ---- who is asked ----
+# ---- routes ----
 
 
 def upstreams(*domains: tuple[str, tuple[Server, ...], bool]) -> Routes:
@@ -257,7 +257,7 @@ def test_octets_within_a_label_are_not_a_domain() -> None:
 def test_no_servers() -> None:
     assert Routes().for_name(wire("a.example")) is None
     standard = Routes((), (DomainServers(wire("example"), (), True),))
-    assert standard.for_name(wire("a.example")) is None, "# is the servers that there are"
+    assert standard.for_name(wire("a.example")) is None, "# means the default servers"
 
 
 def test_servers_of_single_labels() -> None:

@@ -1,4 +1,4 @@
-"""The log of queries, line for line as dnsmasq 2.90 writes it (checked beside it), but for what it cannot say."""
+"""The query log, line for line in dnsmasq 2.90's format (compared with it), plus lines that dnsmasq does not have."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def written(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     def lines() -> list[str]:
         found = [record.getMessage() for record in caplog.records]
         caplog.clear()
-        assert all(line.isprintable() and line.isascii() for line in found), "a line each, whatever is in a name"
+        assert all(line.isprintable() and line.isascii() for line in found), "one line each, whatever is in a name"
         return found
 
     return lines
@@ -137,7 +137,7 @@ ANSWERS = [
         ["192.0.2.1 is a\\010b\\."],
     ),
     (m.response("x.in-addr.arpa", m.PTR, (m.record(m.PTR, b"\1a\0", 60),)), ["x.in-addr.arpa is a"]),
-    # names that nobody can read are passed on, as they came
+    # invalid names are forwarded as received
     (m.response("b.example", m.PTR, (m.record(m.PTR, b"\5a", 60),)), ["b.example is <unreadable>"]),
 ]
 

@@ -1,4 +1,4 @@
-"""Who gives way when what all clients share is full."""
+"""Which client gives way when a shared resource is full."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ A, B, C = packed("192.0.2.1"), packed("192.0.2.2"), packed("192.0.2.3")
 
 
 def made(*clients: bytes) -> Shares[int]:
-    """An item for each, numbered in their order."""
+    """One item per client, numbered in order."""
     shares: Shares[int] = Shares()
     for number, client in enumerate(clients):
         shares.add(client, number)
@@ -34,7 +34,7 @@ def test_ipv6_client_counts_as_its_64() -> None:
         == packed("2001:db8:0:1::")[:8]
     )
     assert network_of(A) == A
-    assert network_of(packed("fe80::1")) != network_of(packed("fe80::2")), "neighbours on a link are not one client"
+    assert network_of(packed("fe80::1")) != network_of(packed("fe80::2")), "hosts on a link are separate clients"
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_ipv6_client_counts_as_its_64() -> None:
         ((B, A, A, A), B, (1, True)),  # 2 would be less than 3
         ((B, B, A, A, A), B, (2, False)),  # 3 and 3: an equal claim
         ((A, A, A), A, (0, False)),
-        ((A, B, C), packed("192.0.2.9"), (0, False)),  # the one that has had it for longest
+        ((A, B, C), packed("192.0.2.9"), (0, False)),  # the one that has had its count longest
         ((B, A, A, C, A, B), C, (1, True)),
     ],
 )
@@ -61,7 +61,7 @@ def test_addresses_of_one_64_count_as_one_client() -> None:
 
 
 def test_addresses_of_one_64_have_separate_shares() -> None:
-    """A node often has one /64 for all its pods."""
+    """The pods of a node often share one /64."""
     attacker, victim = packed("fd00::bad"), packed("fd00::1")
     shares = made(victim, *[attacker] * 10)
     assert shares.to_give_way(victim) == (1, True)
@@ -93,7 +93,7 @@ def test_counts_agree_with_a_simple_model() -> None:
 
 
 def test_cost_does_not_depend_on_the_number_of_clients() -> None:
-    """Addresses can be forged. Ten times as many, and nowhere near ten times the time."""
+    """Addresses can be forged: ten times as many must not take nearly ten times as long."""
 
     def seconds(clients: int) -> float:
         shares = made(*(struct.to_bytes(4, "big") for struct in range(clients)))

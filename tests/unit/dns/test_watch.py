@@ -1,4 +1,4 @@
-"""A file that has changed is read, and tried again until it could be; with the patience that a big one needs."""
+"""A changed file is read, and retried until that succeeds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS = 10.0
 
 
 class Reader:
-    """What reads the files, and can or cannot."""
+    """Reads the files, successfully or not."""
 
     def __init__(self) -> None:
         self.can, self.tries = True, 0
@@ -28,7 +28,7 @@ class Reader:
         return self.can
 
     async def has_tried(self, seconds: float = SECONDS) -> bool:
-        """Whether it does so within this time."""
+        """Whether it reads within this time."""
         with suppress(TimeoutError):
             await asyncio.wait_for(self.tried.wait(), seconds)
             self.tried.clear()
@@ -37,7 +37,7 @@ class Reader:
 
 
 def watched(path: Path, story: Callable[[Reader], Awaitable[None]], read: bool = True) -> None:
-    """Play a story with a watch on one file."""
+    """Run a scenario with a watch on one file."""
 
     async def play() -> None:
         reader = Reader()
@@ -74,7 +74,7 @@ def test_unreadable_state_is_retried(file: Path) -> None:
         reader.can = True
         assert await reader.has_tried()
         tries = reader.tries
-        assert not await reader.has_tried(0.5) and reader.tries == tries  # it has been read
+        assert not await reader.has_tried(0.5) and reader.tries == tries  # it was read
 
     watched(file, story)
 

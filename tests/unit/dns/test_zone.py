@@ -1,4 +1,4 @@
-"""Local names: what hosts files say, however they are written, and what is made of them."""
+"""Local names: reading hosts files, and looking up names."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Load = Callable[..., tuple[Zone, list[str]]]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    """A table out of the text of one hosts file, and the complaints."""
+    """A zone from the text of one hosts file, and the complaints."""
 
     def made(text: str | bytes, **changes: Any) -> tuple[Zone, list[str]]:
         path = tmp_path / "hosts"
@@ -74,7 +74,7 @@ def pointer(table: Zone, address: str) -> str | None:
 
 
 def answer(table: Zone, text: str, kind: int = m.A, settings: Settings | None = None) -> tuple[int, int] | str:
-    """Code and number of records, from where there is an upstream server; "forward" where that one is asked."""
+    """Code and number of records, with an upstream server configured; "forward" if it is queried."""
     settings = settings or Settings(hosts=False)
     responder = Responder(settings, table, Cache(0, 0))
     responder.routes = Routes((UPSTREAM,), settings.domain_servers)
@@ -136,7 +136,7 @@ def test_addresses_of_a_name_are_collected(load: Load) -> None:
 
 
 def test_addresses_are_compared_in_full(load: Load) -> None:
-    """Two that together hold the octets of a third."""
+    """Two addresses that together contain the octets of a third."""
     table, _ = load("1.2.3.4 a\n5.6.7.8 a\n2.3.4.5 a\n3.4.5.6 a\n5.6.7.8 a\n")
     assert addresses(table, "a") == ["1.2.3.4", "5.6.7.8", "2.3.4.5", "3.4.5.6"]
 
@@ -152,7 +152,7 @@ def test_unusual_names_are_accepted(load: Load, text: str, name: bytes | None) -
 
 
 def test_case_is_folded_for_ascii_only(load: Load) -> None:
-    """U+017F, which Python and IDNA fold to s, is another letter."""
+    """U+017F, which Python and IDNA fold to s, stays a different letter."""
     table, _ = load("192.0.2.1 \u017f.example\n")
     assert addresses(table, "s.example") == ["?"]
 
@@ -219,7 +219,7 @@ def test_complaints_are_limited(load: Load, tmp_path: Path) -> None:
 
 
 def test_huge_line(load: Load) -> None:
-    """Many names of one address; and one word of a megabyte, which is shown to nobody."""
+    """Many names of one address; and one word of a megabyte, which is not logged."""
     many = " ".join(f"n{each}.example" for each in range(50_000))
     table, complaints = load(f"192.0.2.1 {many}\n192.0.2.2 {'x' * (1 << 20)}\n{'y' * (1 << 20)}\n192.0.2.3 z\n")
     assert addresses(table, "n49999.example") == ["192.0.2.1"]
@@ -229,7 +229,7 @@ def test_huge_line(load: Load) -> None:
 
 
 def test_number_of_addresses_of_a_name_is_bounded(load: Load) -> None:
-    """Not quadratic, and the answer fits into a message: a count of addresses beyond 65,535 could not be written."""
+    """Not quadratic, and the response fits into a message, which cannot count above 65,535 records."""
     lines = "".join(f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} many\n" for each in range(70_000))
     begun = time.process_time()
     table, complaints = load(lines)
@@ -320,7 +320,7 @@ def test_etc_hosts_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_file_that_is_being_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, waits = tmp_path / "hosts", []
     path.write_text("192.0.2.1 half")
-    os.utime(path, (1_000_000_000, 1_000_000_000))  # at rest since long ago, but for its size
+    os.utime(path, (1_000_000_000, 1_000_000_000))  # unchanged for a long time, except for its size
     states = iter([1, 2, 3])
 
     def fstat(descriptor: int) -> os.stat_result:
@@ -385,7 +385,7 @@ def test_invalid_reverse_names(load: Load, text: str) -> None:
 
 
 def test_name_that_only_ends_like_a_reverse_name() -> None:
-    """The octets of `in-addr.arpa` in a label, four numbers before it."""
+    """A label with the octets of `in-addr.arpa`, after four numbers."""
     inside = b"\x011\x012\x010\x03192\x01e\x0fxx\x07in-addr\x04arpa\x00"
     assert address_of(inside) is None
     assert address_of(b"\x01a" * 33 + b"\x0ax\x03ip6\x04arpa\x00") is None
@@ -426,7 +426,7 @@ def test_name_too_long_is_not_expanded(load: Load) -> None:
 def test_host_records(load: Load) -> None:
     record = HostRecord((wire("canonical"), wire("alias")), ("192.0.2.1", "2001:db8::1"), 60)
     table, _ = load("192.0.2.1 of-a-file alias\n192.0.2.3 alias\n", host_records=(record,), local_ttl=5)
-    assert pointer(table, "192.0.2.1") == "canonical", "they are read before the files"
+    assert pointer(table, "192.0.2.1") == "canonical", "they come before the files"
     assert addresses(table, "alias") == ["192.0.2.1", "192.0.2.3"]
     assert addresses(table, "alias", m.AAAA) == ["2001:db8::1"]
     ttls = {name: found.rrsets[0].ttl for name in ("alias", "of-a-file") if (found := table.find(wire(name), m.A))}
@@ -449,9 +449,9 @@ def test_alias_of_a_local_name(load: Load) -> None:
     told = [(name_to_text(rrset.owner), rrset.type, rrset.ttl) for rrset in found.rrsets]
     assert told == [("c", m.CNAME, 9), ("b", m.CNAME, 9), ("a", m.A, 0)]
     assert answer(table, "c") == (Rcode.NOERROR, 3)
-    assert answer(table, "c", m.TXT) == (Rcode.NOERROR, 2), "NODATA, by way of two aliases"
+    assert answer(table, "c", m.TXT) == (Rcode.NOERROR, 2), "NODATA through two aliases"
     assert answer(table, "c", m.CNAME) == (Rcode.NOERROR, 1)
-    assert answer(table, "out") == "forward", "as dnsmasq: no answer without its target"
+    assert answer(table, "out") == "forward", "as dnsmasq: no response without the target"
     assert answer(table, "out", m.CNAME) == (Rcode.NOERROR, 1)
 
 
@@ -466,7 +466,7 @@ def test_alias_loop_ends(length: int) -> None:
 def test_alias_into_a_wildcard_domain() -> None:
     nothing = (DomainAddress(wire("nx"), None), DomainAddress(wire("wild"), "192.0.2.1"))
     table = of_settings(records=cnames(("a", "b.nx"), ("c", "d.wild")), addresses=nothing)
-    assert answer(table, "a") == (Rcode.NXDOMAIN, 1), "of the last name (RFC 6604)"
+    assert answer(table, "a") == (Rcode.NXDOMAIN, 1), "the code is that of the last name (RFC 6604)"
     assert answer(table, "c") == (Rcode.NOERROR, 2)
 
 
@@ -493,7 +493,7 @@ def test_wildcard_addresses(load: Load) -> None:
     assert addresses(table, "known.wild") == ["192.0.2.1"], "hosts files before wildcards"
     assert answer(table, "known.wild", m.AAAA) == (Rcode.NOERROR, 0), "and for every type"
     assert addresses(table, "a.deep.wild") == ["192.0.2.10", "192.0.2.11"]
-    assert answer(table, "a.deep.wild", m.AAAA) == (Rcode.NOERROR, 0), "the most specific domain alone"
+    assert answer(table, "a.deep.wild", m.AAAA) == (Rcode.NOERROR, 0), "only the most specific domain"
     assert answer(table, "x.wild", m.TXT) == (Rcode.NOERROR, 0)
     assert addresses(table, "notwild") == ["?"]
     assert answer(table, "gone.wild") == (Rcode.NXDOMAIN, 0)
@@ -523,7 +523,7 @@ STANDARD = "the servers of the rest"
         (("ex", "192.0.2.9"), ("sub.ex", OTHER), {"sub.ex": OTHER, "a.sub.ex": OTHER, "a.ex": "here", "b": UPSTREAM}),
         (("sub.ex", "192.0.2.9"), ("ex", OTHER), {"sub.ex": "here", "a.sub.ex": "here", "a.ex": OTHER}),
         (("ads", None), ("ok.ads", STANDARD), {"ok.ads": UPSTREAM, "x.ok.ads": UPSTREAM, "x.ads": Rcode.NXDOMAIN}),
-        # the same domain: an address wins, to say that there is none does not
+        # the same domain: an address wins, NXDOMAIN does not
         (("ex", "192.0.2.9"), ("ex", OTHER), {"ex": "here", "a.ex": "here"}),
         (("ex", "192.0.2.9"), ("ex", None), {"a.ex": "here"}),
         (("ex", None), ("ex", OTHER), {"ex": OTHER, "a.ex": OTHER}),
@@ -566,7 +566,7 @@ def test_server_of_a_domain_does_not_hide_local_names(load: Load) -> None:
 
 @pytest.mark.parametrize("kind", OTHER_TYPES)
 def test_local_name_is_answered_for_every_type(load: Load, kind: int) -> None:
-    """musl takes an upstream's NXDOMAIN for AAAA as the word on A, too."""
+    """musl applies an upstream NXDOMAIN for AAAA to A, too."""
     table, _ = load("192.0.2.1 a.example\n")
     assert answer(table, "a.example", kind) == (Rcode.NOERROR, 0)
 
@@ -576,7 +576,7 @@ ONLY = [m.MX, m.TXT, m.SRV, m.PTR]
 
 @pytest.mark.parametrize("kind", ONLY)
 def test_name_with_other_records_is_forwarded_for_other_types(kind: int) -> None:
-    """`--mx-host=example.org,..` leaves a public domain its addresses; a domain that is ours alone has none."""
+    """`--mx-host=example.org,..` does not hide a public domain's addresses; a local-only domain has none."""
     records = tuple(
         StaticRecord(wire(text), kind, bytes(7)) for text in ("a.example", "a.ours", "plain", "a.nx", "a.w")
     )
@@ -591,7 +591,7 @@ def test_name_with_other_records_is_forwarded_for_other_types(kind: int) -> None
     for other in {m.A, m.AAAA, *OTHER_TYPES} - {kind}:
         assert answer(table, "a.example", other, settings) == "forward"
         for text in ("a.ours", "a.nx"):
-            assert answer(table, text, other, settings) == (Rcode.NOERROR, 0), "not denied"
+            assert answer(table, text, other, settings) == (Rcode.NOERROR, 0), "no NXDOMAIN"
     assert answer(table, "plain", m.A, settings) == (Rcode.NOERROR, 0), "by --domain-needed: not denied"
     assert answer(table, "a.w", m.A, settings) == (Rcode.NOERROR, 1), "by --address"
     for text in ("a.example", "a.ours", "plain", "a.nx", "a.w"):
@@ -609,7 +609,7 @@ def test_upstream_nxdomain_does_not_deny_local_records(kind: int) -> None:
 
 
 def test_alias_of_a_name_without_address() -> None:
-    """As dnsmasq: the alias alone, not the word of somebody who does not know it."""
+    """As dnsmasq: the alias alone, without querying a server that does not know its target."""
     table = of_settings(records=(*cnames(("a", "text")), StaticRecord(wire("text"), m.TXT, b"\1x")))
     assert [answer(table, "a", kind) for kind in (m.TXT, m.A, m.MX)] == [(0, 2), (0, 1), (0, 1)]
     assert answer(table, "text", m.A) == "forward"
@@ -652,7 +652,7 @@ def test_origin_is_the_file_when_queries_are_logged(load: Load, tmp_path: Path) 
 
 
 def test_many_domains_and_many_names(load: Load) -> None:
-    """A list of blocked domains, and a hosts file: not the one times the other."""
+    """A block list and a hosts file: the cost is their sum, not their product."""
     blocked = tuple(DomainAddress(wire(f"ads-{each}.example"), None) for each in range(20_000))
     lines = "".join(f"192.0.2.1 a.host-{each}.example a.ads-{each}.example\n" for each in range(20_000))
     begun = time.process_time()
