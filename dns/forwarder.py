@@ -296,7 +296,7 @@ class Forwarder:
         waiting = deque(each for waiter in query.waiters.values() for each in waiter.queries.values())
         for waiter in query.waiters.values():
             self._release(waiter)
-        query.waiters.clear()  # each of them refers to the query: no work for the garbage collector
+        query.waiters.clear()  # break reference cycles: no work for the garbage collector
         self._remove(query)
         self._deliver(waiting, entry, rcode)
 

@@ -16,22 +16,24 @@ from udpwatch.dns.udp import Pending
 from udpwatch.dns.udp_socket import BATCH, peer_of
 
 TAKEN_PER_TURN = BATCH  # a turn of the event loop for each query would cost half as much again
-TAKEN_WHERE_LIMITED = 8  # by a quota of CPU
+TAKEN_WHERE_LIMITED = 8  # with a CPU quota
 #: Queries that the event loop has not taken yet. Above that, clients have to retry: a flood must end somewhere, and
 #: even a refusal costs the event loop time.
 MAX_QUEUED, MAX_QUEUED_PER_CLIENT = 4_096, 1_024
 
 
 class HandoverQueue:
-    """A bounded queue, per client and in all, from the UDP thread to `Forwarder.submit`. Clients take turns, however
-    much each of them asks; where the CPU is short (budget.py), they wait."""
+    """A bounded queue, per client and in all, from the UDP thread to `Forwarder.submit`.
+
+    Clients take turns, however many queries each of them sends. With a CPU quota (budget.py) they may have to wait.
+    """
 
     def __init__(self, metrics: Metrics, submit: Callable[[ClientQuery], None], budget: Budget = UNLIMITED) -> None:
         """``submit`` is called in the event loop."""
         self._metrics, self._budget, self._submit = metrics, budget, submit
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
-        self._waiting: OrderedDict[bytes, deque[Pending]] = OrderedDict()  # by network; the first one's turn is next
+        self._waiting: OrderedDict[bytes, deque[Pending]] = OrderedDict()  # by network, in the order of their turns
         self._size = 0
         self._scheduled = False
 

@@ -46,7 +46,7 @@ class Service:
     """A responder; call `start`, then `stop`."""
 
     def __init__(self, settings: Settings, version: str, cpus: Callable[[], float] = lambda: math.inf) -> None:
-        """Bind the sockets. Raises DnsError, and then leaves nothing behind. ``cpus``: how many may be used."""
+        """Bind the sockets. Raises DnsError, and then leaves nothing behind. ``cpus``: how many CPUs may be used."""
         self._settings = settings
         budget = Budget(cpus)
         _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)

@@ -23,8 +23,8 @@ _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT = 10, 23, 5
 _SO_RCVBUFFORCE = 33
 _MSG_DONTWAIT = 0x40
 
-#: Neither call waits. So the interpreter's lock is kept: to get it back from a busy event loop takes milliseconds, and
-#: that twice for each answer.
+#: PyDLL keeps the GIL, since neither call blocks: getting it back from a busy event loop takes milliseconds, twice per
+#: response.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _libc.recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
 _libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)

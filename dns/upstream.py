@@ -77,8 +77,8 @@ class UpstreamClient:
     async def query(self, server: Server, key: Key) -> Response:
         """Return the server's response. Raises AttemptFailed.
 
-        Nothing here may leave a cycle behind, as of a task and the frames of its exception: the garbage collector walks
-        all that is under way, with the interpreter's lock, and a flood of such queries would call it again and again.
+        It must not leave reference cycles behind, such as a task and the frames of its exception: the garbage collector
+        walks all objects while it holds the GIL, and a flood of failing queries would start it again and again.
         """
         loop = asyncio.get_running_loop()
         begun = loop.time()
@@ -99,7 +99,7 @@ class UpstreamClient:
         else:
             self._metrics.upstream_duration[str(server)].observe(loop.time() - begun)
             return response
-        raise AttemptFailed(reason)  # not above: the time-out would be its context, and refers to this task
+        raise AttemptFailed(reason)  # not above: the timeout would become its context, which refers to this task
 
     async def _exchange(self, server: Server, key: Key, edns: bytes) -> Response:
         """Return a response that can be forwarded. Raises AttemptFailed and OSError, including TimeoutError."""
