@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import resource
 import signal
 import threading
 import time
@@ -34,6 +33,7 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.cpu import Cpus, Pace, make_way, show_name
+from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
 from udpwatch.agent.model import Cause, Event, Row, Sample, Snapshot
 from udpwatch.agent.sources.source import FindingSource
 
@@ -182,7 +182,11 @@ class App:
         """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
         if not settings.replay:
             capabilities.require()
-        _raise_descriptor_limit()
+        if not raise_descriptor_limit(DESCRIPTORS):
+            raise UdpwatchError(
+                f"cannot open {DESCRIPTORS} files: the hard limit is lower; raise it with ulimit -n, or with "
+                "LimitNOFILE= in a unit"
+            )
         self._settings, self._starting = settings, starting
         self._cpus = Cpus()
         self._started = time.time()
@@ -414,18 +418,6 @@ class App:
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
         return False, "; ".join(missing) or "the self-test failed: the programs did not see our own datagram"
-
-
-def _raise_descriptor_limit() -> None:
-    """See that DESCRIPTORS can be opened; raises UdpwatchError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < DESCRIPTORS:
-        if hard != resource.RLIM_INFINITY and hard < DESCRIPTORS:
-            raise UdpwatchError(
-                f"the limit of open files is {hard}, and udpwatch needs {DESCRIPTORS}; raise it with ulimit -n, or "
-                "LimitNOFILE= in a unit"
-            )
-        resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, hard))
 
 
 def describe(row: Row) -> str:

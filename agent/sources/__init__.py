@@ -1,1 +1,1 @@
-"""Sources of findings: the kernel's sensor, and a recording in its place."""
+"""Sources of findings: the sensor of this kernel, and a recording."""

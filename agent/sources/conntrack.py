@@ -1,4 +1,4 @@
-"""Asking conntrack over netlink about suspected replies, where the packet's own entry may not be read."""
+"""Ask conntrack over netlink about suspected replies, where programs cannot read its entries."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ MISSING_SECONDS = 5.0
 
 
 class Conntrack:
-    """Decides suspected replies; remembers of each namespace whether conntrack is at work there."""
+    """Decide suspected replies; remember for each namespace whether conntrack works there."""
 
     def __init__(self) -> None:
         self._at_work: set[int] = set()
         self._missing: dict[int, float] = {}
 
     def is_wrong(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
-        """Whether a suspected reply is wrong: True, or False where it was NAT; None: it cannot be told.
+        """Return True if a suspected reply is wrong, False if it was NAT, and None if conntrack cannot tell.
 
-        Two questions, by tuple; conntrack finds an entry by either of its directions.
+        Two lookups by tuple; conntrack finds an entry by either of its directions.
 
-        1. peer -> the source that left. Found, and begun by the peer: that is whom it asked, NAT turned the source
-           back. Found, begun here and answered: our own conversation, behind source NAT if it begins at the address
-           that was asked; else it may go on, or a request be answered in it. Found otherwise: the wrong reply's own
-           entry.
-        2. the address asked -> peer, the answer that was due. Found: the request is known, and no answer from the
-           other source belongs to it.
+        1. peer -> the source of the reply. If the peer began the entry, it asked this source, and NAT restored it. If
+           this host began the entry and the peer answered, it is a conversation of this host, behind source NAT if it
+           begins at the expected address; otherwise the reply may continue that conversation or answer a request in it.
+           Any other entry is the wrong reply's own.
+        2. the expected address -> peer, the expected reply. If the entry exists, the request is known, and no reply
+           from another source belongs to it.
 
-        Where neither is known, NAT cannot have been at work in a namespace without any entry; elsewhere the entry may
-        have been deleted or lie in another zone: then nothing is claimed.
+        If neither exists, a namespace without any entry has no NAT. Elsewhere the entry may have been deleted or be in
+        another zone, so the reply is undecided.
         """
         try:
             if finding.netns:
@@ -45,12 +45,12 @@ class Conntrack:
             return None
 
     def _ask_in(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
-        # A namespace that is gone is looked for in all of /proc: not again for each of its replies.
+        # Searching all of /proc for a namespace that is gone is expensive, so it is not repeated for each reply.
         now = time.monotonic()
         everywhere = now >= self._missing.get(finding.netns, 0)
         with netns.entered_by_cookie(finding.netns, pid, everywhere) as found:
             if found:
-                # A cookie is never used again, an inode number soon is.
+                # Use the cookie: unlike an inode number, it is never reused.
                 return self._ask(finding, reply, finding.netns)
         if everywhere:
             if len(self._missing) >= MAX_NAMESPACES:
@@ -59,21 +59,21 @@ class Conntrack:
         return None
 
     def _ask_everywhere(self, finding: Finding, reply: Conversation, pid: int) -> bool | None:
-        """The kernel did not tell the namespace: each that the process has to do with is asked, none may contradict.
+        """Ask the conntrack of each namespace that the process uses, if the kernel does not report the namespace.
 
-        That one of several has no entries says nothing.
+        The answers must agree. One namespace without entries among several has no answer.
         """
         with contextlib.ExitStack() as held:
             namespaces = []
             for fd in netns.of_process(pid):
                 namespaces.append(os.dup(fd))
                 held.callback(os.close, namespaces[-1])
-            answers = set()
+            opinions = set()
             for fd in namespaces:
                 with netns.entered(fd):
-                    answers.add(self._ask(finding, reply, os.fstat(fd).st_ino, len(namespaces) > 1))
-        answers.discard(None)
-        return answers.pop() if len(answers) == 1 else None
+                    opinions.add(self._ask(finding, reply, os.fstat(fd).st_ino, len(namespaces) > 1))
+        opinions.discard(None)
+        return opinions.pop() if len(opinions) == 1 else None
 
     def _ask(self, finding: Finding, reply: Conversation, here: int, one_of_several: bool = False) -> bool | None:
         with Table() as table:
@@ -98,7 +98,7 @@ class Conntrack:
 
 
 def _judge(entry: Entry, finding: Finding, reply: Conversation) -> bool | None:
-    """As `Conntrack.is_wrong`, by the entry that the suspected reply belongs to; in its namespace."""
+    """Decide like `Conntrack.is_wrong`, by the entry that has the suspected reply."""
     opener = entry.original
     if (opener.source, opener.source_port) == (reply.peer, reply.peer_port) or _is_broadcast(finding.expected):
         return False
@@ -108,6 +108,6 @@ def _judge(entry: Entry, finding: Finding, reply: Conversation) -> bool | None:
 
 
 def _is_broadcast(address: str) -> bool:
-    """Whether the route to it says so, here: what mode packet reads from the request itself."""
+    """Return whether the route to an address, in this namespace, is a broadcast route."""
     route = route_to(address) if ":" not in address else None
     return route is not None and route.is_group

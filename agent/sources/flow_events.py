@@ -1,4 +1,4 @@
-"""Flows from conntrack's events over netlink, where function probes are not allowed."""
+"""Find candidates in conntrack's events over netlink, where function probes are not allowed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import errno
 import itertools
 import os
-import resource
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.netlink import route_to
+from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
 from udpwatch.agent.model import Cause, Event, Finding, Tuple, Verdict
 from udpwatch.agent.sources import flows
 from udpwatch.agent.sources.flows import (
@@ -26,6 +26,7 @@ from udpwatch.agent.sources.flows import (
     MAX_WAITING,
     Reported,
     Settled,
+    client_of,
     entry_age_ns,
     entry_timeout,
     is_group,
@@ -33,22 +34,23 @@ from udpwatch.agent.sources.flows import (
 )
 from udpwatch.agent.sources.requests import MAX_REQUESTS, Requests
 
-#: Of all receive buffers, which the kernel doubles: half for our own namespace (15,000 events; a quarter is what they
-#: are, the rest the kernel's bookkeeping), half for all others together.
+#: The size of all receive buffers, which the kernel doubles. One half is for our own namespace (15,000 events: a
+#: quarter is data, the rest is overhead of the kernel), the other half for all other namespaces.
 RECEIVE_BYTES = 32 << 20
 MIN_RECEIVE_BYTES = 16 << 10
-LOOK_SECONDS = 5.0  # for namespaces that have come or gone
-READ_SECONDS = 1.0  # of events in one sample; what is left waits, and if it is too much is read from the table
-TURN_SECONDS = 0.02  # of one namespace's events, where others wait
-TABLE_SECONDS = 0.3  # of tables in one sample; what is left is read in the next one
-TABLE_TURN = 200  # entries of one table before the next one's
-START_SECONDS = 5.0  # of tables before the first sample
-TABLE_ERROR_NS = 1_000_000_000  # a table tells whole seconds: of two times, either may be too early by one
+OTHER_DESCRIPTORS = 1024  # of the agent, beside three for each namespace
+LOOK_SECONDS = 5.0  # between two searches for new namespaces
+READ_SECONDS = 1.0  # for events in one sample; the rest waits, and overruns are read from the table
+TURN_SECONDS = 0.02  # for the events of one namespace, while others wait
+TABLE_SECONDS = 0.3  # for tables in one sample; the rest is read in the next one
+TABLE_TURN = 200  # entries of one table before the next table
+START_SECONDS = 5.0  # for tables before the first sample
+TABLE_ERROR_NS = 1_000_000_000  # a table has whole seconds, so either of two times may be early by one
 _EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
 
 class _Namespace:
-    """One namespace that is listened to: three descriptors."""
+    """One watched namespace; holds three descriptors."""
 
     def __init__(self, fd: int, inode: int) -> None:
         self.inode = inode
@@ -59,7 +61,7 @@ class _Namespace:
                 self.table = Table()
                 opened.callback(self.table.close)
                 self.listener = Listener(MIN_RECEIVE_BYTES)
-                self.is_silent = _is_silent()
+                self.has_no_events = _has_no_events()
             opened.pop_all()
 
     def close(self) -> None:
@@ -68,47 +70,37 @@ class _Namespace:
         os.close(self.fd)
 
 
-def _is_silent() -> bool:
-    """Whether the calling thread's namespace is set to have no events; a kernel without that setting always has."""
+def _has_no_events() -> bool:
+    """Return whether this namespace has conntrack's events disabled; old kernels always have them."""
     try:
         return _EVENTS.read_text().strip() == "0"
     except OSError:
         return False
 
 
-def _allow_descriptors() -> None:
-    """As many as MAX_NAMESPACES take, beside what the agent opens otherwise, as far as this process may."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 3 * MAX_NAMESPACES + 1024
-    if hard != resource.RLIM_INFINITY:
-        wanted = min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
 class ListenedFlows:
-    """Candidates from conntrack's events, where function probes are not allowed."""
+    """Find candidates in conntrack's events, where function probes are not allowed."""
 
     def __init__(self, limits: Limits, sockets: bool, reported: Reported, pace: Callable[[], None] = unpaced) -> None:
-        """Listen in every namespace there is; ``sockets``: what a socket of this node sends is somebody else's matter.
+        """Listen in every namespace. With ``sockets``, replies of local sockets are left to the cgroup hooks.
 
-        Raises OSError where not even our own namespace can be listened to.
+        Raises OSError if not even our own namespace can be watched.
         """
         self._window_ns, self._sockets, self._reported, self._pace = limits.window_ns, sockets, reported, pace
-        self._missing = 0  # namespaces that could not be listened to at the last look
+        self._missing = 0  # namespaces that could not be watched at the last search
         self._missing_reason = ""
-        self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the one that was read last at the end
+        self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the last one read is at the end
         self._own = 0  # the agent's namespace
         self._requests = Requests(limits.window_ns, MAX_REQUESTS)
         self._waiting: deque[tuple[Event, int]] = deque()
         self._waiting_of: Counter[int] = Counter()  # namespace -> how many of them
-        self._tables: OrderedDict[int, Iterator[None]] = OrderedDict()  # being read, by namespace
-        self._missed: set[int] = set()  # namespaces whose events overran while their table was being read
+        self._tables: OrderedDict[int, Iterator[None]] = OrderedDict()  # tables being read, by namespace
+        self._missed: set[int] = set()  # namespaces whose events overran while their table was read
         self._judged: OrderedDict[tuple[int, int, Tuple], int] = OrderedDict()
         self._looked = 0.0
         self.undecided = self.overruns = 0
         self.flows: int | None = 0
-        _allow_descriptors()
+        raise_descriptor_limit(3 * MAX_NAMESPACES + OTHER_DESCRIPTORS)
         self._look_for_namespaces(must=True)
         self._read_tables(time.monotonic() + START_SECONDS)
 
@@ -119,7 +111,7 @@ class ListenedFlows:
         self._namespaces.clear()
 
     def decided(self, now: int) -> Iterator[Event]:
-        """Read what is there; then the candidates whose time has come and that were wrong replies."""
+        """Read waiting events; then yield the due candidates that were wrong replies."""
         if time.monotonic() - self._looked > LOOK_SECONDS:
             self._look_for_namespaces()
         self._read_tables(time.monotonic() + TABLE_SECONDS)
@@ -155,7 +147,7 @@ class ListenedFlows:
             return Settled.ANSWERED, event
         if self._sockets and actual and actual.is_local:
             return Settled.ANSWERED, event
-        # Events do not tell the interface; the way back does, unless routing is asymmetric.
+        # Events do not have the interface. The route back has it, unless routing is asymmetric.
         finding = replace(event.finding, interface=actual.interface if actual else "")
         return outcome, replace(event, finding=finding)
 
@@ -174,8 +166,8 @@ class ListenedFlows:
                     self._listen(fd, inode, must)
                 else:
                     self._missing += 1
-                    self._missing_reason = f"{MAX_NAMESPACES} are listened to"
-        except OSError as error:  # no more descriptors to be had: which ones there are is not known
+                    self._missing_reason = f"{MAX_NAMESPACES} are watched already"
+        except OSError as error:  # no free descriptors, so the list is incomplete
             if must and not self._namespaces:
                 raise
             self._miss(error)
@@ -187,7 +179,7 @@ class ListenedFlows:
         self._share_buffers()
 
     def _share_buffers(self) -> None:
-        """Our own namespace has one half of RECEIVE_BYTES; the others share the other half."""
+        """Give one half of RECEIVE_BYTES to our own namespace and share the other half among the rest."""
         half = RECEIVE_BYTES // 2
         share = min(half, max(MIN_RECEIVE_BYTES, half // max(1, len(self._namespaces) - 1)))
         for inode, each in self._namespaces.items():
@@ -201,7 +193,7 @@ class ListenedFlows:
                 raise
             self._miss(error)
             return
-        self._take_table(self._namespaces[inode], TABLE_ERROR_NS)
+        self._begin_table(self._namespaces[inode], TABLE_ERROR_NS)
 
     def _miss(self, error: OSError) -> None:
         self._missing += 1
@@ -209,12 +201,12 @@ class ListenedFlows:
 
     @property
     def unwatched(self) -> tuple[str, ...]:
-        """Where flows are not seen, and why, a line each."""
+        """Namespaces that are not watched, and why, one line each."""
         lines = []
-        if silent := sum(each.is_silent for each in self._namespaces.values()):
-            lines.append(f"in {silent} network namespaces net.netfilter.nf_conntrack_events is 0")
+        if without := sum(each.has_no_events for each in self._namespaces.values()):
+            lines.append(f"net.netfilter.nf_conntrack_events is 0 in {without} network namespaces")
         if self._missing:
-            lines.append(f"{self._missing} network namespaces cannot be listened to: {self._missing_reason}")
+            lines.append(f"cannot watch {self._missing} network namespaces: {self._missing_reason}")
         return tuple(lines)
 
     @property
@@ -222,7 +214,7 @@ class ListenedFlows:
         return self._requests.evicted
 
     def _read_events(self, until: float) -> None:
-        """Each namespace in turn, so that the events of one do not keep those of others waiting."""
+        """Read the namespaces in turn, so that the events of one do not delay the others."""
         waiting = list(self._namespaces)
         while waiting:
             again = []
@@ -236,7 +228,7 @@ class ListenedFlows:
             waiting = again
 
     def _read(self, namespace: _Namespace, until: float) -> bool:
-        """Read its events; whether there may be more."""
+        """Read the events of a namespace; return whether there may be more."""
         try:
             for entry in namespace.listener.read():
                 self._pace()
@@ -249,26 +241,26 @@ class ListenedFlows:
                     return True
         except Overrun:
             self.overruns += 1
-            self._take_table(namespace, -TABLE_ERROR_NS)
+            self._begin_table(namespace, -TABLE_ERROR_NS)
             return True
         except OSError as error:
             return error.errno == errno.EINTR
         return False
 
-    def _take_table(self, namespace: _Namespace, later_ns: int) -> None:
-        """Begin to take the table as it is, again where that is under way: first everybody's requests, then who mirrors
-        one that came ``later_ns`` before it.
+    def _begin_table(self, namespace: _Namespace, later_ns: int) -> None:
+        """Begin to read a table, again if this is under way.
 
-        What was there before we listened counts only if it has come later for sure; else it may have been the first to
-        call. After an overrun, of what we have watched, it counts unless it has come earlier for sure.
+        First come the requests of all clients, then the flows that mirror a request at least ``later_ns`` older. Flows
+        that existed before we listened count only if they are certainly newer than the request; otherwise the peer may
+        have called first. After an overrun, the time before was watched, so they count unless they are certainly older.
         """
         if namespace.inode in self._tables:
             self._missed.add(namespace.inode)
         else:
-            self._tables[namespace.inode] = self._entries_taken(namespace, later_ns)
+            self._tables[namespace.inode] = self._read_entries(namespace, later_ns)
 
     def _read_tables(self, until: float) -> None:
-        """Each table in turn, a part of it at a time: the largest one belongs to whoever has the most flows."""
+        """Read the tables in turn, a part at a time, because tables may be large."""
         while self._tables and time.monotonic() < until:
             inode, entries = next(iter(self._tables.items()))
             self._tables.move_to_end(inode)
@@ -280,10 +272,10 @@ class ListenedFlows:
                 del self._tables[inode]
                 if inode in self._missed:
                     self._missed.discard(inode)
-                    self._take_table(self._namespaces[inode], -TABLE_ERROR_NS)
+                    self._begin_table(self._namespaces[inode], -TABLE_ERROR_NS)
 
-    def _entries_taken(self, namespace: _Namespace, later_ns: int) -> Iterator[None]:
-        """Look at one entry at each step."""
+    def _read_entries(self, namespace: _Namespace, later_ns: int) -> Iterator[None]:
+        """Read one entry per step."""
         with contextlib.suppress(OSError):
             for entry, seen in self._entries(namespace):
                 if seen is not None:
@@ -295,9 +287,12 @@ class ListenedFlows:
                 yield
 
     def _entries(self, namespace: _Namespace) -> Iterator[tuple[Entry, int | None]]:
-        """The entries of its table; of an unanswered one the time when it was last refreshed. Raises OSError."""
+        """Yield the entries of a table with the time of their last refresh; raises OSError.
+
+        The time is None for answered entries and for old ones.
+        """
         with netns.entered(namespace.fd):
-            timeout, table = entry_timeout(), Table()  # of its own: questions are asked meanwhile
+            timeout, table = entry_timeout(), Table()  # a socket of its own, because lookups happen meanwhile
         with table:
             for entry in table.dump():
                 age = entry_age_ns(entry, timeout)
@@ -307,13 +302,11 @@ class ListenedFlows:
     def _remember(self, inode: int, entry: Entry, seen: int) -> None:
         if entry.status & EXPECTED:
             return
-        reply = entry.reply
-        server = ANY_SERVER if is_group(entry.original.destination) else reply.source
-        client = records.Requester(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
-        self._requests.remember(client, server, seen)
+        server = ANY_SERVER if is_group(entry.original.destination) else entry.reply.source
+        self._requests.remember(client_of(inode, entry), server, seen)
 
     def _judge(self, inode: int, entry: Entry, seen: int, later_ns: int) -> bool:
-        """Whether an entry mirrors the one request that it may answer wrongly; then it is a candidate, for once."""
+        """Return whether an entry mirrors a request that it may answer wrongly; it then becomes a candidate, once."""
         expected = self._mirrored(inode, entry, seen, later_ns)
         if not expected:
             return False
@@ -321,7 +314,7 @@ class ListenedFlows:
         event = self._candidate(inode, entry, expected)
         if now - self._judged.get(identity, -self._window_ns * 2) < 2 * self._window_ns or self._reported.has(event):
             return True
-        # A namespace may have as many that wait as there is room left for.
+        # A namespace may have as many waiting candidates as there is free room.
         if len(self._waiting) + self._waiting_of[inode] >= MAX_WAITING:
             self.undecided += 1
             return True
@@ -334,7 +327,7 @@ class ListenedFlows:
         return True
 
     def _mirrored(self, inode: int, entry: Entry, seen: int, later_ns: int) -> str:
-        """The address that should have answered instead, of a request ``later_ns`` before this entry; "" for none."""
+        """Return the address that should have replied, from the one request that is ``later_ns`` older, or ""."""
         flow = entry.original
         client = records.Requester(inode, entry.zone, flow.destination, flow.destination_port, flow.source_port)
         known = self._requests.get(client)
@@ -345,7 +338,8 @@ class ListenedFlows:
             in_time = [server for server, when in known.servers if abs(seen - when) <= self._window_ns]
             if expected == ANY_SERVER or in_time != [expected] or seen - asked < later_ns:
                 return ""
-        # Where nothing is known of the client, its request may have been evicted; where one is, another one may.
+        # If the client is unknown, its request may have been evicted; if one request is known, another one may have
+        # been.
         if self._requests.may_be_evicted(client, seen) or (known and inode in self._missed):
             self.undecided += 1
             return ""

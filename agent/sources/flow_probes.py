@@ -1,4 +1,4 @@
-"""Flows from function probes: the candidates of bpf/conntrack.c."""
+"""Find candidates by function probes (bpf/conntrack.c)."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from udpwatch.agent.sources.flows import (
     ANY_SERVER,
     MAX_NAMESPACES,
     Settled,
+    client_of,
     entry_age_ns,
     entry_timeout,
     is_broadcast,
@@ -28,15 +29,15 @@ from udpwatch.agent.sources.flows import (
 
 
 class ProbedFlows:
-    """Candidates of bpf/conntrack.c."""
+    """The candidates of bpf/conntrack.c."""
 
     def __init__(self, loaded: Loaded, limits: Limits, pace: Callable[[], None] = unpaced) -> None:
-        """Take over the maps; reads what conntrack knows already, so that it begins with what other tools see."""
+        """Use the maps, and add the requests that conntrack knows already."""
         self._pace = pace
         self._candidates = loaded.maps["candidates"]
         self._shares = Shares(loaded.maps["candidates_held"], loaded.maps["all_candidates"])
         self._settle, self._add_request = loaded.programs["settle"], loaded.programs["add_request"]
-        self._tables: dict[int, Table] = {}  # of namespaces where requests came from a dump, as long as they count
+        self._tables: dict[int, Table] = {}  # of namespaces with requests from a dump, while these count
         self._keep_tables_until = clock.monotonic_ns() + limits.window_ns + int(flows.GRACE_SECONDS * 1e9)
         self.undecided = self.overruns = self.evicted = 0
         self.flows = None
@@ -49,9 +50,10 @@ class ProbedFlows:
         self._tables.clear()
 
     def decided(self, now: int) -> Iterator[Event]:
-        """The candidates whose time has come and that were wrong replies; all of these are taken out.
+        """Remove the due candidates, and yield those that were wrong replies.
 
-        The oldest first: what passes several namespaces was booked first in that of its sender, who is known there.
+        The oldest is first: a reply that passes several namespaces begins in that of its sender, where the sender is
+        known.
         """
         items = list(bpf.map_items(self._candidates, records.CANDIDATE_KEY_BYTES, records.CANDIDATE_BYTES))
         candidates = [(key, records.tenant_of_candidate(raw), *records.decode_candidate(raw)) for key, raw in items]
@@ -76,7 +78,7 @@ class ProbedFlows:
             self.close()
 
     def _read_existing(self, limits: Limits) -> None:
-        with contextlib.suppress(OSError):  # no more descriptors to be had: what comes next is seen all the same
+        with contextlib.suppress(OSError):  # no free descriptors; new flows are seen anyway
             for fd in itertools.islice(netns.everywhere(), MAX_NAMESPACES):
                 with contextlib.suppress(OSError), netns.entered(fd):
                     self._read_namespace(os.fstat(fd).st_ino, limits)
@@ -90,14 +92,11 @@ class ProbedFlows:
                 seen = now - entry_age_ns(entry, timeout)
                 if entry.status & SEEN_REPLY or now - seen > limits.window_ns:
                     continue
-                reply = entry.reply
-                client = records.Requester(
-                    inode, entry.zone, reply.destination, reply.destination_port, reply.source_port
-                )
+                client = client_of(inode, entry)
                 if len(asked) >= limits.max_peers and client not in asked:
                     continue
-                group = is_group(entry.original.destination) or is_broadcast(reply.source)
-                asked.setdefault(client, []).append((ANY_SERVER if group else reply.source, seen))
+                group = is_group(entry.original.destination) or is_broadcast(entry.reply.source)
+                asked.setdefault(client, []).append((ANY_SERVER if group else entry.reply.source, seen))
             for client, servers in asked.items():
                 for server, seen in sorted(servers, key=lambda server: server[1])[-2:]:
                     bpf.program_test_run(self._add_request, _frame(records.encode_request(client, server, seen)), 1)
@@ -111,5 +110,5 @@ class ProbedFlows:
 
 
 def _frame(message: bytes) -> bytes:
-    """A "packet" for a program that is run with a message: behind an Ethernet header, and as long as one must be."""
+    """Return a "packet" with a message for a program: an Ethernet header, and the minimum length."""
     return bytes(14) + message.ljust(50, b"\0")

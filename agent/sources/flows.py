@@ -1,13 +1,14 @@
-"""Wrong replies of other machines, seen in the flows that conntrack books: function probes
-(flow_probes.py), or its events over netlink (flow_events.py).
+"""Count wrong replies of other machines, found in conntrack's flows: by function probes (flow_probes.py) or by
+conntrack's events (flow_events.py).
 
 Rules
-1. Conntrack speaks once a flow: a finding made here counts flows.
-2. A new flow that mirrors an unanswered one, from another address, is a candidate. Peers that call each other look
-   the same at first; GRACE_SECONDS later neither of the two may have been answered.
-3. In doubt nothing is claimed: a client that asked two addresses from one port, an address that was asked before, an
-   entry that is gone. What could not be decided is counted.
-4. What a socket of this node sent is that socket's finding (sockets.py), and what passes several namespaces is one.
+1. Conntrack confirms each flow once, so these findings count flows.
+2. A new flow that mirrors an unanswered one, from another address, is a candidate. Peers that call each other look the
+   same at first, so both flows must still be unanswered GRACE_SECONDS later.
+3. Unclear cases are undecided and counted: a client that asked two addresses from one port, an address that was asked
+   before, an entry that is gone.
+4. A reply of a local socket belongs to the finding of the socket (sockets.py), and a reply that passes several
+   namespaces counts once.
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ from udpwatch.agent.model import Event, Finding, Increase, Tuple
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then
 MAX_NAMESPACES = 1_000
 MAX_WAITING = 8_192
-ANY_SERVER = ""  # in place of the server, where a group was asked: whoever answers is right
+ANY_SERVER = ""  # the server of a request to a group, which any server may answer
 _TIMEOUT = Path("/proc/sys/net/netfilter/nf_conntrack_udp_timeout")
 
 
 class Settled(IntEnum):
-    """enum settled in bpf/records.h."""
+    """Mirror enum settled in bpf/records.h."""
 
     NONE, WRONG, ANSWERED, ASK, UNDECIDED = range(5)
 
 
 class FlowSource(Protocol):
-    """Where candidates come from; `decided` gives those that were wrong replies."""
+    """A source of candidates; `decided` yields those that were wrong replies."""
 
     undecided: int
     overruns: int
@@ -50,7 +51,7 @@ class FlowSource(Protocol):
 
     @property
     def flows(self) -> int | None:
-        """New UDP flows seen; None where the kernel programs count them."""
+        """New UDP flows; None if the kernel programs count them."""
         ...
 
     @property
@@ -65,19 +66,19 @@ class FlowSource(Protocol):
 @dataclass(slots=True)
 class _Sum:
     count: int = 0
-    second: int = 0  # that in_second counts in
+    second: int = 0  # the second that in_second counts
     in_second: int = 0  # events
 
 
 class Reported:
-    """sockets.c's map of the datagrams that sockets of this node were found with."""
+    """The datagrams that findings of local sockets cover: a map of bpf/sockets.c."""
 
     def __init__(self, descriptor: int | None, window_ns: int) -> None:
-        """None: there is no such map, nothing was reported."""
+        """Use the map; None if there is none, and nothing is reported."""
         self._descriptor, self._window_ns = descriptor, window_ns
 
     def has(self, event: Event) -> bool:
-        """Whether the event is about a datagram that has been reported."""
+        """Return whether a local socket's finding covers the datagram of an event."""
         if self._descriptor is None:
             return False
         finding = event.finding
@@ -87,16 +88,16 @@ class Reported:
 
 
 class FlowSensor:
-    """Adds up what its source has decided. Not thread-safe: one thread reads."""
+    """Add up what a source has decided. Not thread-safe: one thread reads it."""
 
     def __init__(self, source: FlowSource, reported: Reported, limits: Limits) -> None:
         self._source, self._reported, self._limits = source, reported, limits
         self._fresh: dict[Finding, Increase] = {}
-        self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the events' own numbers
+        self._sums: OrderedDict[Finding, _Sum] = OrderedDict()  # for the counts in events
         self._seen: OrderedDict[tuple[str, int, str, int], tuple[int | None, int]] = OrderedDict()
         self._events: deque[Event] = deque()
         self.held_back = 0  # events above the limit
-        self.dropped = 0  # events that were not taken in time
+        self.dropped = 0  # events that were not read in time
 
     @property
     def undecided(self) -> int:
@@ -112,36 +113,36 @@ class FlowSensor:
 
     @property
     def evicted(self) -> int:
-        """Clients that had to make room for others within the window, where the kernel programs do not count them."""
+        """Clients evicted within the window, if the kernel programs do not count them."""
         return self._source.evicted
 
     @property
     def unwatched(self) -> tuple[str, ...]:
-        """Where flows are not seen, and why, a line each."""
+        """Namespaces that are not watched, and why, one line each."""
         return self._source.unwatched
 
     def close(self) -> None:
         self._source.close()
 
     def events(self, most: int) -> Iterator[Event]:
-        """The events of what has been decided since the last call, ``most`` of them."""
+        """Yield up to ``most`` events of what was decided."""
         self._take()
         for _ in range(min(most, len(self._events))):
             yield self._events.popleft()
 
     def increases(self) -> Iterable[Increase]:
-        """What was added to each finding since the last call."""
+        """Return what was added to each finding since the last call."""
         self._take()
         fresh, self._fresh = self._fresh, {}
         return fresh.values()
 
     def _take(self) -> None:
         for event in self._source.decided(clock.monotonic_ns()):
-            if not self._is_another_ones(event):
+            if not self._is_duplicate(event):
                 self._add(event)
 
-    def _is_another_ones(self, event: Event) -> bool:
-        """Whether a socket's finding, or another namespace's, is about the same datagram."""
+    def _is_duplicate(self, event: Event) -> bool:
+        """Return whether the datagram already counts for a local socket or in another namespace."""
         finding = event.finding
         if self._reported.has(event):
             return True
@@ -176,8 +177,14 @@ class FlowSensor:
             self._events.append(replace(event, count=known.count))
 
 
+def client_of(inode: int, entry: Entry) -> records.Requester:
+    """Return the client that asked with an entry, in the namespace ``inode``."""
+    reply = entry.reply
+    return records.Requester(inode, entry.zone, reply.destination, reply.destination_port, reply.source_port)
+
+
 def entry_timeout() -> int:
-    """Seconds that conntrack keeps an unanswered UDP entry in the calling thread's namespace."""
+    """Return the seconds that conntrack keeps an unanswered UDP entry in the namespace of the calling thread."""
     try:
         return int(_TIMEOUT.read_text())
     except (OSError, ValueError):
@@ -185,24 +192,24 @@ def entry_timeout() -> int:
 
 
 def entry_age_ns(entry: Entry, timeout: int) -> int:
-    """Nanoseconds since an unanswered entry was last refreshed; whole seconds, as conntrack tells it."""
+    """Return the nanoseconds since an unanswered entry was refreshed, in whole seconds."""
     return max(0, timeout - (entry.timeout or 0)) * 1_000_000_000
 
 
 def is_group(address: str) -> bool:
-    """Whether it is a group's by itself: multicast, 240/4 with 255.255.255.255 in it."""
+    """Return whether an address is multicast, reserved (240/4) or the limited broadcast address."""
     asked = ipaddress.ip_address(address)
     return asked.is_multicast or (asked.version == 4 and int(asked) >> 28 == 15)
 
 
 def is_broadcast(address: str) -> bool:
-    """Whether it is a group's as the calling thread's namespace routes it."""
+    """Return whether the namespace of the calling thread routes an address as broadcast or multicast."""
     route = route_to(address)
     return route is not None and route.is_group
 
 
 def settle_by_netlink(table: Table, event: Event, zone: int) -> tuple[Settled, Event]:
-    """(the decision, the event with the request's own tuple in it), from conntrack's word on both entries."""
+    """Return (the decision, the event with the tuple of its request), from conntrack's current entries."""
     finding = event.finding
     try:
         assert event.original is not None

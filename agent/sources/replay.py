@@ -1,7 +1,7 @@
-"""Recorded events in place of the kernel: for tests, screens and bug reports, without root and without a kernel.
+"""Play recorded events in place of the kernel: for tests, screens and bug reports, without root.
 
-A recording is a file that `udpwatch run --events FILE` wrote. It is played at the pace at which it was written, without
-its longer pauses. Senders come from the recording too: their processes are of another machine, or gone.
+A recording is a file of `udpwatch run --events FILE`. It is played at its own pace without long pauses. The senders
+come from the recording too, because their processes may run on another machine or be gone.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 
 class Replay:
-    """A FindingSource, and the SenderLookup that belongs to it."""
+    """Be a FindingSource and its SenderLookup."""
 
     mode = "replay"
     attached = True
     left_out = 0  # of the lookups: none
 
     def __init__(self, path: Path) -> None:
-        """Open the recording; raises UsageError where there is none, or its first line is no event."""
+        """Open the recording; raises UsageError if there is none or it has no event."""
         self._path = path
         try:
             self._file: TextIO | None = path.open(encoding="utf-8", errors="replace")
@@ -52,31 +52,33 @@ class Replay:
         self._next = self._read_next()
         if self._next is None:
             self.close()
-            raise UsageError(f"--replay: {str(path)!r} holds no event; `udpwatch run --events FILE` writes them")
+            raise UsageError(
+                f"--replay: cannot play {str(path)!r}: it has no event; record with `udpwatch run --events FILE`"
+            )
 
     def lookup(self, seen: Increase | Event) -> Sender:
-        """The sender, as recorded."""
+        """Return the recorded sender."""
         return self._by_number[seen.finding.cgroup]
 
     def has_ended(self, _sender: Sender, _now: float) -> bool:
-        """A recording does not tell."""
+        """Return False: a recording does not have the ends of processes."""
         return False
 
     def namespace_of(self, _tenant: int) -> str:
-        """A recording has no table of findings that could overflow."""
+        """Return "": a recording has no table of findings that could overflow."""
         return ""
 
     def clock_offset(self) -> float:
-        """A recording has seconds since the epoch."""
+        """Return 0: a recording has seconds since the epoch."""
         return 0.0
 
     def wait(self, seconds: float) -> None:
-        """Until the next event is due, or the time is over."""
+        """Wait until the next event is due or the time is over."""
         due = self._next[0] - (time.monotonic() - self._begun) if self._next else seconds
         time.sleep(max(0.0, min(seconds, due)))
 
     def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
-        """What is due by now, ``most`` of it."""
+        """Yield up to ``most`` due events."""
         for _ in range(most):
             if not self._next or self._next[0] > time.monotonic() - self._begun:
                 return
@@ -86,22 +88,22 @@ class Replay:
             yield event
 
     def sample(self, _expire_ns: int) -> Sample:
-        """What came since the last call."""
+        """Return what was played since the last call."""
         increases, self._increases = tuple(self._increases), []
-        # What was right was not recorded: as many replies as are known.
+        # Right replies are not recorded: the known replies are all wrong.
         counters = Counters(checked=self._wrong, wrong=self._wrong, unparsed=self._bad)
         return Sample(increases, counters, (), 0, 0, 0)
 
     def self_test(self) -> bool:
-        """There is nothing that could be blind."""
+        """Return True: there are no programs to test."""
         return True
 
     def keep_attached(self) -> list[str]:
-        """Nothing is attached."""
+        """Return no changes: nothing is attached."""
         return []
 
     def probes(self) -> tuple[Probe, ...]:
-        """None."""
+        """Return no programs."""
         return ()
 
     def close(self) -> None:
@@ -113,13 +115,13 @@ class Replay:
     def _add(self, event: Event) -> None:
         before = self._counts.get(event.finding, 0)
         self._counts[event.finding] = event.count
-        # Events are samples, their counts are not; a count that fell is that of an agent that was started again.
+        # Events are samples, but their counts are exact. If a count fell, the agent was restarted.
         more = event.count - before if event.count > before else event.count
         self._wrong += more
         self._increases.append(Increase(event.finding, more, event.time, event.pid))
 
     def _read_next(self) -> tuple[float, Event] | None:
-        """The next event and the second at which it is due."""
+        """Return (the second at which it is due, the next event)."""
         while self._file and (line := self._file.readline(MAX_LINE)):
             self._number += 1
             if not line.strip():
@@ -130,7 +132,7 @@ class Replay:
                 event = self._event(record, at)
             except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
                 self._bad += 1
-                log.warning("%s line %d is no event (%s): skipped", self._path, self._number, error)
+                log.warning("%s line %d: skipped, not an event: %s", self._path, self._number, error)
                 continue
             if self._last is not None:
                 self._position += min(max(at - self._last, 0.0), MAX_PAUSE_SECONDS)
@@ -194,7 +196,7 @@ def _text(value: object) -> str:
 
 def _whole(value: object, most: int) -> int:
     if not isinstance(value, int) or not 0 <= value <= most:
-        raise ValueError(f"{value!r:.40} is no number up to {most}")
+        raise ValueError(f"invalid value {value!r:.40}: expected a number from 0 to {most}")
     return value
 
 

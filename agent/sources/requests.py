@@ -1,9 +1,9 @@
-"""Which servers a client asked, of conntrack's events: the twin of the table in bpf/conntrack.c.
+"""Store which servers a client asked, by conntrack's events; bpf/requests.h does the same in the kernel.
 
 Rules
-1. The table is bounded. A full one evicts from the namespace that holds the most, there from the server port that holds
-   the most, the oldest request: a flood evicts its own.
-2. What was evicted within the window is remembered, so that a reply that it concerns is undecided, never a finding.
+1. The table is bounded. A full one evicts the oldest request of the server port with the most requests, in the
+   namespace with the most: a flood evicts its own.
+2. Requests evicted within the window are noted, so that a reply to one is undecided and never a finding.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_REQUESTS = 32_768  # about a kilobyte each
 
 @dataclass(slots=True)
 class Asked:
-    """The two servers that a client asked last: (server, when), newest last."""
+    """The last two servers that a client asked: (server, time), the newest last."""
 
     servers: list[tuple[str, int]]
 
@@ -33,16 +33,16 @@ class Requests:
 
     def __init__(self, window_ns: int, size: int = MAX_REQUESTS) -> None:
         self._window_ns, self._size = window_ns, size
-        # The one that was refreshed last is at the end. No plain dict: to find its first key takes longer with each
-        # one that was deleted there.
+        # The last one refreshed is at the end. A plain dict would need ever longer to find its first key after
+        # deletions.
         self._asked: OrderedDict[Requester, Asked] = OrderedDict()
         self._of_tenant: dict[int, OrderedDict[Requester, None]] = {}
         self._by_namespace: Counts[int] = Counts()
         self._by_port: dict[int, Counts[int]] = {}  # namespace -> its tenants
-        self._forgotten: OrderedDict[int, tuple[int, int]] = (
+        self._evicted_clients: OrderedDict[int, tuple[int, int]] = (
             OrderedDict()
-        )  # hash of an evicted client -> (when, tenant)
-        self._lost: OrderedDict[int, int] = OrderedDict()  # tenant -> when one of its hashes was dropped
+        )  # hash of an evicted client -> (time, tenant)
+        self._lost: OrderedDict[int, int] = OrderedDict()  # tenant -> time when one of its hashes was dropped
         self.evicted = 0  # within the window
 
     def __len__(self) -> int:
@@ -55,8 +55,8 @@ class Requests:
         """Note that a client asked a server."""
         known = self._asked.pop(client, None) or Asked([])
         others = [each for each in known.servers if each[0] != server]
-        # A table is in no order; what is known of the same server may be newer.
-        seen = max([seen, *(when for who, when in known.servers if who == server)])
+        # A dumped table has no order, so what is known of this server may be newer.
+        seen = max([seen, *(when for known_server, when in known.servers if known_server == server)])
         known.servers = sorted([*others, (server, seen)], key=lambda each: each[1])[-2:]
         self._asked[client] = known
         held = self._of_tenant.setdefault(client.tenant, OrderedDict())
@@ -70,7 +70,7 @@ class Requests:
             self._evict(seen)
 
     def expire(self, before: int) -> None:
-        """Drop what was asked last before this time."""
+        """Drop requests that are older than ``before``."""
         while self._asked:
             client, asked = next(iter(self._asked.items()))
             if asked.newest >= before:
@@ -78,8 +78,8 @@ class Requests:
             self._drop(client)
 
     def may_be_evicted(self, client: Requester, now: int) -> bool:
-        """Whether a request of this client may have been evicted within the window."""
-        evicted, _ = self._forgotten.get(hash(client), (None, 0))
+        """Return whether a request of this client may have been evicted within the window."""
+        evicted, _ = self._evicted_clients.get(hash(client), (None, 0))
         times = evicted, self._lost.get(client.tenant)
         return any(when is not None and now - when <= self._window_ns for when in times)
 
@@ -90,10 +90,10 @@ class Requests:
         if now - asked.newest > self._window_ns:
             return
         self.evicted += 1
-        self._forgotten.pop(hash(client), None)
-        self._forgotten[hash(client)] = now, tenant
-        if len(self._forgotten) > self._size:
-            _, (when, tenant) = self._forgotten.popitem(last=False)
+        self._evicted_clients.pop(hash(client), None)
+        self._evicted_clients[hash(client)] = now, tenant
+        if len(self._evicted_clients) > self._size:
+            _, (when, tenant) = self._evicted_clients.popitem(last=False)
             if now - when <= self._window_ns:
                 self._lost.pop(tenant, None)
                 self._lost[tenant] = when

@@ -1,4 +1,4 @@
-"""Everything that watches the kernel, as one: the sockets' replies, conntrack's flows, the programs on their hooks."""
+"""Watch the kernel: replies of local sockets, conntrack's flows, and the programs themselves."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ HEALTH_SECONDS = 2.0
 
 
 def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
-    """How many values an element of a per-CPU map has: one more than the highest possible CPU number."""
+    """Return the number of values of an element of a per-CPU map: the highest possible CPU number plus 1."""
     return int(path.read_text().strip().replace(",", "-").split("-")[-1]) + 1
 
 
 class Sensor:
-    """Owns all descriptors. Not thread-safe: one thread reads."""
+    """The sensor; owns all descriptors. Not thread-safe: one thread reads it."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Sensor:
         self._poll = select.poll()
         if self._replies:
             self._poll.register(self._replies.fileno(), select.POLLIN)
-        self.forwarded_reason = ""  # why replies of other machines are not seen
+        self.forwarded_reason = ""  # why forwarded replies are not watched
         self._health: ConntrackHealth | None = None
         self._health_at = -HEALTH_SECONDS
         self._table: Table | None = None
@@ -77,7 +77,7 @@ class Sensor:
         cache: Path | None = None,
         pace: Callable[[], None] = unpaced,
     ) -> Sensor:
-        """Load and attach. Raises what `loader.load` raises."""
+        """Load and attach the programs. Raises what `loader.load` raises."""
         if hooks is not Hooks.CGROUP:
             _load_conntrack()
         loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache)
@@ -92,13 +92,13 @@ class Sensor:
                 source = ListenedFlows(limits, self._replies is not None, reported, self._pace)
                 self._flows = FlowSensor(source, reported, limits)
             except OSError as error:
-                self.forwarded_reason = f"conntrack's events cannot be had over netlink: {error.strerror}"
+                self.forwarded_reason = f"cannot listen to conntrack's events: {error.strerror}"
         elif forwarded is Forwarded.AUTO:
             self.forwarded_reason = loaded.features.probes_reason or "its function probes are not attached"
 
     @property
     def mode(self) -> str:
-        """One word for metrics and doctor: where conntrack's opinion comes from."""
+        """The mode, in one word for metrics and doctor."""
         return self.features.mode if self._replies else "function"
 
     @property
@@ -112,7 +112,7 @@ class Sensor:
 
     @property
     def unwatched(self) -> tuple[str, ...]:
-        """Where conntrack's events are listened to in vain, and why, a line each."""
+        """Namespaces that are not watched, and why, one line each."""
         return self._flows.unwatched if self._flows else ()
 
     def close(self) -> None:
@@ -125,20 +125,20 @@ class Sensor:
         self._maps.clear()
 
     def clock_offset(self) -> float:
-        """Between the programs' clock and the epoch, in seconds."""
+        """Return the seconds between the clock of the programs and the epoch."""
         return time.time() - clock.monotonic_ns() / 1e9
 
     def wait(self, seconds: float) -> None:
-        """Block until the programs have sent an event up, or the time is over. Flows wait in their own buffers."""
+        """Block until the programs sent an event, or the time is over. Flows wait in their own buffers."""
         self._poll.poll(seconds * 1000)
 
     def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
-        """The events of all that was found since the last call, about ``most`` of each kind."""
+        """Yield the events since the last call, about ``most`` of each kind."""
         parts = [part.events(most) for part in (self._replies, self._flows) if part]
         return itertools.chain.from_iterable(parts)
 
     def sample(self, expire_ns: int) -> Sample:
-        """One reading of everything; findings that were quiet for ``expire_ns`` are forgotten."""
+        """Read everything; findings that were quiet for ``expire_ns`` expire."""
         replies, flows = self._replies, self._flows
         parts = (replies.increases(expire_ns) if replies else (), flows.increases() if flows else ())
         increases = tuple(itertools.chain.from_iterable(parts))

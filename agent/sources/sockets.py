@@ -1,10 +1,10 @@
-"""What bpf/sockets.c found: wrong replies of this node's own sockets.
+"""Read the findings of bpf/sockets.c: wrong replies of local sockets.
 
 Rules
-1. Counts are the kernel's. What leaves here is the increase since the last sample, each datagram once.
-   An element that is taken out of the kernel's table loses nothing: its finding has left, and begins again at 0.
-2. A suspected reply (verdict unknown) leaves only after conntrack has been asked; what cannot be decided
-   within two windows is counted as undecided and never reported.
+1. The kernel counts. This module reports increases since the last sample, and each datagram once. Deleting an element
+   of the kernel's table loses nothing: its finding was reported, and begins at 0 again.
+2. A suspected reply (verdict unknown) is reported only after conntrack was asked. If it is undecided for two windows,
+   it is counted as undecided and never reported.
 """
 
 from __future__ import annotations
@@ -23,38 +23,38 @@ from udpwatch.agent.kernel.shares import Shares
 from udpwatch.agent.model import Conversation, Event, Finding, Increase
 from udpwatch.agent.sources.conntrack import Conntrack
 
-MAX_WAITING = 1_000  # events of suspected replies that conntrack could not be asked about yet
-ASK_SECONDS = 1.0  # of netlink questions in one sample; what is left is asked in the next
-RESTING_NS = 200_000_000  # what a program may be counting in is not taken away from under it
+MAX_WAITING = 1_000  # events of suspected replies that wait for conntrack
+ASK_SECONDS = 1.0  # for netlink requests in one sample; the rest waits for the next one
+RESTING_NS = 200_000_000  # an element that a program may be counting in is not deleted
 _NUMBER = struct.Struct("=Q")
-_FRAME_BYTES = 64  # a test run wants an Ethernet frame
-COUNT_PEERS_SECONDS = 10.0  # walking the whole map is not done at every sample
+_FRAME_BYTES = 64  # a test run needs an Ethernet frame
+COUNT_PEERS_SECONDS = 10.0  # walking the whole map is too slow for each sample
 
 
 @dataclass(slots=True)
 class _Known:
-    """One element of the findings map, as last read."""
+    """One element of the map of findings, when it was last read."""
 
     finding: Finding
     conversation: Conversation | None
-    counted: int = 0  # of its count, how many have left as increases, were NAT, or were given up
+    counted: int = 0  # the part of its count that was reported, was NAT, or stayed undecided
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
-    translated: bool = False  # conntrack said that it is NAT
-    asked_at: float = 0.0  # monotonic seconds, when conntrack was asked about it last
+    translated: bool = False  # conntrack reported NAT
+    asked_at: float = 0.0  # monotonic seconds of the last request to conntrack about it
 
 
-_Suspect = tuple[_Known, int, int, int]  # with its count, time and process id
+_Suspect = tuple[_Known, int, int, int]  # (element, count, time, process id)
 
 
 class ReplySensor:
-    """Reads the maps of sockets.c, which stay the caller's to close. Not thread-safe: one thread reads."""
+    """Read the maps of sockets.c; the caller closes them. Not thread-safe: one thread reads."""
 
     def __init__(
         self, maps: dict[str, int], clock_program: int, limits: Limits, pace: Callable[[], None] = unpaced
     ) -> None:
-        """``clock_program``: the descriptor of the program clock_ticks. ``pace``: as `Sensor` takes it."""
+        """Use the maps; ``clock_program`` is the descriptor of the program clock_ticks."""
         self._limits, self._pace = limits, pace
-        self._most = limits.max_findings // 2  # elements that are left in the map of findings
+        self._most = limits.max_findings // 2  # elements that may stay in the map of findings
         self._maps = maps
         self._clock = clock_program
         self._known: dict[bytes, _Known] = {}
@@ -65,24 +65,23 @@ class ReplySensor:
         self._ring = RingBuffer(maps["events"])
         self._shares = Shares(maps["findings_held"], maps["all_findings"])
         self.undecided = 0
-        self.dropped = 0  # events for which too many others waited for conntrack's answer
+        self.dropped = 0  # events dropped because too many waited for conntrack
 
     def fileno(self) -> int:
-        """A descriptor that polls readable when events are there."""
+        """Return a descriptor that polls readable while events are waiting."""
         return self._ring.fileno()
 
     def close(self) -> None:
         self._ring.close()
 
     def events(self, most: int) -> Iterator[Event]:
-        """The events that are there now, ``most`` of them, and those that wait; those of suspected replies once
-        conntrack has confirmed them.
+        """Yield up to ``most`` new events, and waiting events of suspected replies that conntrack has confirmed.
 
-        An event whose conversation stays undecided is never returned; it is counted as undecided with it.
+        Events of a conversation that stays undecided are dropped: they are counted with it.
         """
         waiting, asked = self._waiting, list[bytes]()
         self._waiting = deque()
-        # Half of the time for each: neither those that stay undecided nor a flood of new ones delay the others.
+        # New events get half of the time, so that neither a flood of them nor undecided ones delay the others.
         begin = time.monotonic()
         for group, seconds in ((self._ring.read(most), ASK_SECONDS / 2), (waiting, ASK_SECONDS)):
             for raw in group:
@@ -97,14 +96,16 @@ class ReplySensor:
                     yield event
                 elif is_wrong is None and clock.monotonic_ns() - event.time < 2 * self._limits.window_ns:
                     (asked if may_ask else self._waiting).append(raw)
-        self._waiting += asked  # the next call asks first about those for which there was no time
+        self._waiting += asked  # the next call begins with those for which there was no time
         self.dropped += max(0, len(self._waiting) - MAX_WAITING)
         while len(self._waiting) > MAX_WAITING:
             self._waiting.pop()
 
     def increases(self, expire_ns: int) -> Iterator[Increase]:
-        """What was added since the last sample; elements unused for ``expire_ns`` are taken out of the map, and so
-        are those of the tenants that hold the most of it, where more than half of it is in use.
+        """Yield what was added since the last sample.
+
+        Delete elements that were quiet for ``expire_ns``, and, if more than half of the map is in use, elements of the
+        tenants that hold most of it.
         """
         now = clock.monotonic_ns()
         ask_until = time.monotonic() + ASK_SECONDS
@@ -122,17 +123,17 @@ class ReplySensor:
                 yield from self._settle(known, count, last, pid)
             elif known.counted != count:
                 suspected.append((known, count, last, pid))
-            # A decided conversation is done with once it is quiet; a finding stays for as long as it is shown.
-            forget = 2 * self._limits.window_ns if known.conversation else expire_ns
-            if last and known.counted == count and now - last > forget:  # 0: it is being filled in
+            # A decided conversation can go when it is quiet; a finding stays as long as it is shown.
+            expire = 2 * self._limits.window_ns if known.conversation else expire_ns
+            if last and known.counted == count and now - last > expire:  # 0: it is being created
                 quiet.append(key)
                 continue
             tenant = records.tenant_of(known.finding)
             held[tenant] = held.get(tenant, 0) + 1
-            if last and known.conversation is None and now - last > RESTING_NS:  # others wait for conntrack's answer
+            if last and known.conversation is None and now - last > RESTING_NS:  # others wait for conntrack
                 resting.setdefault(tenant, []).append((last, key))
-        # Each tenant in turn, and of each what was asked about longest ago: it may stay undecided for as long as its
-        # sender likes.
+        # Ask for each tenant in turn, and for each tenant first about what was asked longest ago: it may stay undecided
+        # for long.
         for known, count, last, pid in _in_turn(suspected):
             if time.monotonic() > ask_until:
                 break
@@ -147,7 +148,7 @@ class ReplySensor:
             self._pace()
             try:
                 taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
-            except OSError:  # the kernel may be short of something: at the next sample
+            except OSError:  # e.g. lack of memory: retried at the next sample
                 continue
             known = self._known.pop(key)
             if taken:
@@ -155,18 +156,18 @@ class ReplySensor:
         self._shares.set(held)
 
     def beyond(self) -> dict[int, int]:
-        """Wrong replies for which the table of findings had no room, by tenant (records.tenant_of), since the start."""
+        """Return by tenant (records.tenant_of) the wrong replies without room in the table of findings."""
         items = bpf.map_items(self._maps["findings_beyond"], 8, 8)
         return {_NUMBER.unpack(key)[0]: _NUMBER.unpack(value)[0] for key, value in items}
 
     def _settle(self, known: _Known, count: int, last: int, pid: int, is_last: bool = False) -> Iterator[Increase]:
-        """What was added to an element since it was last read: an increase, NAT, or not decided yet."""
+        """Yield what was added to an element since it was last read, unless it was NAT or is undecided."""
         fresh = count - known.counted
         if not fresh:
             return
         wrong: bool | None = True
         if known.conversation is not None:
-            # A wrong one is asked about anew each time: its entry may have been deleted, and NAT come in since.
+            # Ask again at each increase: the entry may have been deleted, or NAT may be involved now.
             wrong = False if known.translated else self._conntrack.is_wrong(known.finding, known.conversation, pid)
             known.translated = wrong is False
         if wrong is None:
@@ -180,21 +181,21 @@ class ReplySensor:
             yield Increase(known.finding, fresh, last, pid)
 
     def count_peers(self) -> int:
-        """How many conversations are remembered: those that asked something within the window."""
+        """Return the number of conversations with a request within the window."""
         now = time.monotonic()
         if now - self._tracked_at >= COUNT_PEERS_SECONDS:
             self._tracked_at = now
             window, tick = self._limits.window_ns, records.tick_ns()
-            ticks, _ = bpf.program_test_run(self._clock, bytes(_FRAME_BYTES), 1)  # of 64 bits the lower half
+            ticks, _ = bpf.program_test_run(self._clock, bytes(_FRAME_BYTES), 1)  # the lower half of 64 bits
             sets = bpf.array_values(self._maps["conversations"], records.CONVERSATION_SET_BYTES)
             ages = ((ticks - asked // tick) % (1 << 32) * tick for asked in records.asked_times(sets) if asked)
-            # What was asked twice within a tick is ahead of the clock by nanoseconds.
+            # Two requests within one tick may be ahead of the clock by nanoseconds.
             self._tracked = sum(age <= window for age in ages)
         return self._tracked
 
 
 def _in_turn(suspected: list[_Suspect]) -> list[_Suspect]:
-    """One of each tenant after the other; of each tenant in the order in which they were asked about last."""
+    """Take one element of each tenant in turn; within a tenant, first the one asked longest ago."""
     ordered, seen = [], Counter[int]()
     for each in sorted(suspected, key=lambda each: each[0].asked_at):
         tenant = records.tenant_of(each[0].finding)
@@ -204,13 +205,13 @@ def _in_turn(suspected: list[_Suspect]) -> list[_Suspect]:
 
 
 def _excess(held: dict[int, int], most: int) -> dict[int, int]:
-    """How many of its elements each of the tenants that hold the most must lose so that ``most`` are left."""
+    """Return how many elements each of the largest tenants must lose so that ``most`` are left."""
     if sum(held.values()) <= most:
         return {}
     share, left, room = most, len(held), most
     for number in sorted(held.values()):
         if number * left > room:
-            share = room // left  # what each of the tenants that are left may keep
+            share = room // left  # what each remaining tenant may keep
             break
         room, left = room - number, left - 1
     return {tenant: number - share for tenant, number in held.items() if number > share}

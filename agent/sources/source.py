@@ -1,4 +1,4 @@
-"""What yields findings, whether the kernel's sensor or a recording: the agent does not know which one it runs."""
+"""The interface of a source of findings. The agent does not know whether it is the sensor or a recording."""
 
 from __future__ import annotations
 
@@ -9,36 +9,36 @@ from udpwatch.agent.model import Event, Probe, Sample
 
 
 class FindingSource(Protocol):
-    """Not thread-safe: one thread reads."""
+    """A source of findings. Not thread-safe: one thread reads it."""
 
     @property
     def mode(self) -> str:
-        """One word for metrics and doctor."""
+        """The mode, in one word for metrics and doctor."""
 
     @property
     def attached(self) -> bool:
         """Whether every required program is attached."""
 
     def clock_offset(self) -> float:
-        """Seconds to add to an event's time to get seconds since the epoch."""
+        """Return the seconds to add to the time of an event to get seconds since the epoch."""
 
     def wait(self, seconds: float) -> None:
-        """Block until there are events, or the time is over."""
+        """Block until events are waiting or the time is over."""
 
     def events(self, most: int) -> Iterator[Event]:
-        """The events since the last call, about ``most`` of them."""
+        """Yield the events since the last call, about ``most`` of them."""
 
     def sample(self, expire_ns: int) -> Sample:
-        """Read everything; findings that were quiet for ``expire_ns`` are forgotten."""
+        """Read everything; findings that were quiet for ``expire_ns`` expire."""
 
     def self_test(self) -> bool:
-        """Send a datagram with a wrong reply of our own; return whether it was seen."""
+        """Send a datagram of our own, and return whether the programs saw it."""
 
     def keep_attached(self) -> list[str]:
         """Attach again what was detached; return a line for each change."""
 
     def probes(self) -> tuple[Probe, ...]:
-        """Every program and its state."""
+        """Return every program and its state."""
 
     def close(self) -> None:
         """Detach and free everything."""

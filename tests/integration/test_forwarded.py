@@ -518,7 +518,7 @@ def test_a_namespace_without_events(router: Router) -> None:
     try:
         with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
             (said,) = watch.sensor.unwatched
-            assert said == "in 1 network namespaces net.netfilter.nf_conntrack_events is 0"
+            assert said == "net.netfilter.nf_conntrack_events is 0 in 1 network namespaces"
     finally:
         router.node.sysctl("net/netfilter/nf_conntrack_events", "1")
 
@@ -540,7 +540,7 @@ def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
             watch.read()
             assert known <= set(watch.sensor._flows._source._namespaces)  # type: ignore[union-attr]
             (said,) = watch.sensor.unwatched
-            assert "cannot be listened to: Too many open files" in said
+            assert "network namespaces: Too many open files" in said
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         watch.read()

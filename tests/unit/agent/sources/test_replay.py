@@ -107,7 +107,7 @@ def test_a_bad_line_is_skipped_and_counted(
     events: list[Event] = list(played.events())
     assert [event.count for event in events] == [1, 2]
     assert played.sample(0).counters.unparsed == 1
-    assert "line 2 is no event" in caplog.text
+    assert "line 2: skipped, not an event" in caplog.text
 
 
 def test_names_cannot_break_out(play: Callable[..., Replay]) -> None:
@@ -119,7 +119,7 @@ def test_names_cannot_break_out(play: Callable[..., Replay]) -> None:
 
 @pytest.mark.parametrize("content", ["", "\n\n", "nothing\n"])
 def test_no_recording(play: Callable[..., Replay], content: str) -> None:
-    with pytest.raises(UsageError, match="holds no event"):
+    with pytest.raises(UsageError, match="it has no event"):
         play(content)
 
 
