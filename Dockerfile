@@ -1,6 +1,6 @@
 # udpwatch for a node: Debian, its bcc, and the project in a virtual environment over Debian's Python.
 # What fills the image, how to run it, and why as it is: docs/docker.md. Classic builder and BuildKit, amd64 and arm64.
-ARG BASE=debian:12.15-slim
+ARG BASE=debian:13.8-slim
 
 # ---- build: a virtual environment; pip and what it needs stay here ----
 FROM ${BASE} AS build

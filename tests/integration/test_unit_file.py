@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
-import tarfile
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import image
 import pytest
 from agents import temporary, wait_for
 from machine import cgroup_folders, remove_cgroups
@@ -25,7 +24,8 @@ from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
-UNIT = image.ROOT / "agent/udpwatch.service"
+ROOT = Path(__file__).resolve().parents[2]
+UNIT = ROOT / "agent/udpwatch.service"
 SYSTEMD = Path("/lib/systemd/systemd")
 OPT = "opt/udpwatch"
 CGROUP = "udpwatch-test"  # one of machine.CGROUP_PARENTS
@@ -34,11 +34,17 @@ pytestmark = pytest.mark.skipif(not SYSTEMD.exists(), reason="no systemd here: a
 
 #: What the unit refers to, empty: the machine's own would start half of it.
 _TARGETS = ("sysinit", "basic", "shutdown", "network", "umount")
-_BOOT = f"""
-mount -t tmpfs none /run
+_MOUNT = f"""
 mount -t tmpfs none /opt
 mkdir /{OPT}
 mount --bind {{place}}/{OPT} /{OPT}
+"""
+_INSTALL = f"""{_MOUNT}
+/usr/bin/python3 -m venv --system-site-packages /{OPT}
+/{OPT}/bin/pip install -q --disable-pip-version-check --no-index --find-links={{place}}/wheels {{constraint}} udpwatch
+"""
+_BOOT = f"""{_MOUNT}
+mount -t tmpfs none /run
 mount -t tmpfs none /var/cache
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
@@ -48,11 +54,10 @@ exec {SYSTEMD} --system --unit=test.target --show-status=no
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """What is installed, taken from the image, and the unit."""
+    """What docs/systemd.md installs, and the unit."""
     with temporary() as name:
         place = Path(name)
-        (place / "builder").mkdir()
-        _take(image.obtain(place / "builder"), place)
+        _install(place)
         units = place / "units"
         units.mkdir()
         for target in _TARGETS:
@@ -62,14 +67,19 @@ def place() -> Iterator[Path]:
         yield place
 
 
-def _take(archive: Path, place: Path) -> None:
-    """/opt/udpwatch of an image."""
-    with tarfile.open(archive) as outer:
-        (manifest,) = json.load(outer.extractfile("manifest.json"))
-        for name in manifest["Layers"]:
-            with tarfile.open(fileobj=outer.extractfile(name)) as layer:
-                found = [each for each in layer if each.name.startswith(f"{OPT}/")]
-                layer.extractall(place, members=found)  # noqa: S202  our own
+def _install(place: Path) -> None:
+    """Make /opt/udpwatch of this folder: an environment names its own path. Packages are fetched first, since /opt may
+    be where this machine's pip takes them from.
+    """
+    (place / OPT).mkdir(parents=True)
+    source, wheels = place / "source", place / "wheels"
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignored)  # setuptools leaves its build folder beside what it builds
+    constraint = ["--constraint", str(ROOT / "constraints.txt")]
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, *constraint, f"--wheel-dir={wheels}", source], check=True, capture_output=True)
+    script = _INSTALL.format(place=place, constraint=shlex.join(constraint))
+    subprocess.run(["unshare", "--mount", "sh", "-ec", script], check=True, capture_output=True)
     assert (place / OPT / "bin/udpwatch").exists()
 
 

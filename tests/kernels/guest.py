@@ -12,6 +12,7 @@ import os
 import site
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import pytest
 
 SHARE_TAG = "root"
 #: programs and libraries, which every process of every test reads
-HOT = ("/usr/bin", "/usr/sbin", "/usr/lib/python3", "/usr/lib/python3.11", "/usr/lib/x86_64-linux-gnu")
+HOT = ("/usr/bin", "/usr/sbin", "/usr/lib/python3", sysconfig.get_path("stdlib"), "/usr/lib/x86_64-linux-gnu")
 
 
 def main(folder: Path) -> int:

@@ -22,18 +22,17 @@ import pytest
 from machine import cgroup_folders, remove_cgroups
 from repository import ROOT
 from runtimes import Docker
+from support import debian
 
 from udpwatch.agent import __version__
 from udpwatch.agent.testing.lab import die_with_parent
 
 CACHE = Path(os.environ.get("UDPWATCH_IMAGES", Path.home() / ".cache/udpwatch/images"))
 IMAGE = f"udpwatch:{__version__}"  # as the chart names it
-SUITE = "bookworm"
+SUITE, PYTHON = "trixie", "3.13"  # of the base image
 SOURCES = ("agent", "bpf", "dns", "constraints.txt", "pyproject.toml", "README.md", "LICENSE", ".dockerignore")
 BUILD_SECONDS = 900  # two cores that others use, too
 _WHEELS = "usr/share/udpwatch-test"
-# As debootstrap does it; the other package for it brings all of Perl.
-_MERGED = ("--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=usr-is-merged")
 _PIP = f"[global]\nno-index = true\nfind-links = /{_WHEELS}/wheels\n"
 #: what Debian's own slim image leaves out
 _SLIM = tuple(f"path-exclude=/usr/share/{kind}/*" for kind in ("doc", "man", "info", "locale", "groff", "lintian"))
@@ -115,43 +114,30 @@ def _base(folder: Path) -> Path:
     """A root file system as small as debian:*-slim, with what the build's pip asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    mirrors = _mirrors()
-    path = (
-        CACHE / f"base-{_digest([_from(), _PIP, *_SLIM, *_MERGED, *wanted, *mirrors], [ROOT / 'constraints.txt'])}.tar"
-    )
+    mirrors = debian.sources(SUITE)
+    if not mirrors:
+        pytest.skip("apt knows no Debian mirror here: run apt-get update on a Debian machine")
+    path = CACHE / f"base-{_digest([_from(), _PIP, *_SLIM, PYTHON, *wanted, *mirrors], [ROOT / 'constraints.txt'])}.tar"
     if path.exists():
         return path
     if not shutil.which("mmdebstrap"):
         pytest.skip("no mmdebstrap here to make the image's base: apt-get install mmdebstrap")
     wheels = folder / "wheels"
     pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--only-binary=:all:"]
+    pip += [f"--python-version={PYTHON}"]
     _run([*pip, f"--dest={wheels}", f"--constraint={ROOT}/constraints.txt", *wanted], "pip download")
     options = [*(f"--dpkgopt={line}" for line in _SLIM), '--aptopt=APT::Install-Recommends "false"']
-    options += [f"--aptopt={line}" for line in _output("apt-config", "dump").splitlines() if "::Proxy" in line]
+    options += [f"--aptopt={line}" for line in debian.apt_options()]
     if any(mirror.startswith("deb https") for mirror in mirrors):
         options.append("--include=ca-certificates")
     made = folder / "base.tar"
-    _run(["mmdebstrap", "-q", "--variant=minbase", *_MERGED, *options, SUITE, str(made), *mirrors], "mmdebstrap")
+    _run(["mmdebstrap", "-q", "--variant=minbase", *options, SUITE, str(made), *mirrors], "mmdebstrap")
     (folder / "pip.conf").write_text(_PIP)
     with tarfile.open(made, "a") as tar:
         tar.add(wheels, f"./{_WHEELS}/wheels")
         tar.add(folder / "pip.conf", "./etc/pip.conf")
     _keep(made, path)
     return path
-
-
-def _mirrors() -> list[str]:
-    """This machine's own sources of that Debian, as lines of sources.list."""
-    form = "$(ORIGIN)|deb $(REPO_URI) $(RELEASE) $(COMPONENT)"
-    lines = _output("apt-get", "indextargets", "--format", form, "Created-By: Packages").splitlines()
-    found = [line.removeprefix("Debian|") for line in lines if re.match(rf"Debian\|deb \S+ {SUITE}", line)]
-    if not found:
-        pytest.skip(f"this machine's apt knows no mirror of Debian {SUITE}: run apt-get update, on a Debian 12 machine")
-    return sorted(set(found))
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def _run(command: list[str], what: str, **options: object) -> None:
