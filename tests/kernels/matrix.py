@@ -69,6 +69,7 @@ NO_FLOOD = "a flood takes more than an emulated CPU makes"
 ANYWHERE = "what it shows does not depend on the kernel, and takes long without KVM"
 #: what cannot run in a guest, and why
 UNFIT = {
+    "tests/integration/test_bare.py": "it tests `make test-bare`, which does not depend on the kernel",
     "tests/integration/test_makefile.py": "it tests make, apt, pip and npm, which do not depend on the kernel",
     "tests/integration/test_install.py": "pip needs the network, and what it installs does not depend on the kernel",
     **{
