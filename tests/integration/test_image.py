@@ -311,7 +311,7 @@ def said_by_udpwatch(text: str) -> list[str]:
 def test_a_seccomp_profile_of_old(pod: Pod, podman: Podman) -> None:
     """The capabilities are there, and bpf(2) is refused all the same: it says by what."""
     words = [word for word in pod.arguments() if not word.startswith("--security-opt=seccomp=")]
-    done = podman.done("run", "--rm", *words)
+    done = podman.done("run", "--rm", f"--security-opt=seccomp={podman.old_seccomp}", *words)
     (line,) = said_by_udpwatch(done.stderr)
     assert done.returncode == 77
     assert "a seccomp profile forbids bpf(2)" in line

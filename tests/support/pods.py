@@ -50,6 +50,8 @@ class Podman:
         self._inside = ["nsenter", f"--target={daemon}", "--mount", "--pid", "--net"]
         self.seccomp = folder / "seccomp.json"
         self.seccomp.write_text(_seccomp_of_today())
+        self.old_seccomp = folder / "old-seccomp.json"
+        self.old_seccomp.write_text(_seccomp_of_old())
 
     def _podman(self, *arguments: str) -> list[str]:
         places = [f"--root={self.folder}/root", f"--runroot={self.folder}/run", f"--tmpdir={self.folder}/tmp"]
@@ -85,6 +87,15 @@ def _seccomp_of_today() -> str:
     (command,) = (block for block in blocks(DOCS / "docker.md") if block.startswith("jq "))
     line, _, _file = command.partition(">")
     return subprocess.run(["sh", "-ec", line], capture_output=True, text=True, check=True).stdout
+
+
+def _seccomp_of_old() -> str:
+    """Podman's default profile without a rule for CAP_BPF, as it was in podman 4."""
+    profile = json.loads(Path("/usr/share/containers/seccomp.json").read_text())
+    profile["syscalls"] = [
+        each for each in profile["syscalls"] if "CAP_BPF" not in each.get("includes", {}).get("caps", [])
+    ]
+    return json.dumps(profile)
 
 
 def blocks(page: Path) -> list[str]:
