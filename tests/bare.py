@@ -26,7 +26,8 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from support import debian
+sys.path.insert(0, str(Path(__file__).with_name("support")))
+import mirrors
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("UDPWATCH_BARE", Path.home() / ".cache/udpwatch/bare"))
@@ -204,14 +205,14 @@ def make(folder: Path, release: str) -> Path:
     """Return the root of a machine, mounted, with a clone of HEAD for root and one for the user."""
     root, temporary = folder / "root", folder / "tmp"
     temporary.mkdir()
-    mirrors = debian.sources(release)
-    if not mirrors:
+    sources = mirrors.sources(release)
+    if not sources:
         raise Unavailable("cannot find a Debian mirror: apt knows none; run `apt-get update` on a Debian machine")
-    options = [f"--aptopt={line}" for line in debian.apt_options()]
+    options = [f"--aptopt={line}" for line in mirrors.apt_options()]
     if release == "bookworm":  # the other package for a merged /usr brings all of Perl
         options += ["--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr", "--include=usr-is-merged"]
     options.append(f"--include={','.join(PACKAGES)}")
-    command = ["mmdebstrap", "--quiet", "--variant=minbase", *options, release, str(root), *mirrors]
+    command = ["mmdebstrap", "--quiet", "--variant=minbase", *options, release, str(root), *sources]
     done = subprocess.run(
         command,
         env={**os.environ, "TMPDIR": str(temporary)},

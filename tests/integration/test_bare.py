@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import bare
 import pytest
 from agents import wait_for
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import bare
 
 #: A run that stands still once it has a namespace, a mount in it and a process: argv is the folder, and the program.
 RUN = f"""

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 from machine import cgroup_folders, remove_cgroups
+from mirrors import apt_options, sources
 from repository import ROOT
 from runtimes import Docker
-from support import debian
 
 from udpwatch.agent import __version__
 from udpwatch.agent.testing.lab import die_with_parent
@@ -114,7 +114,7 @@ def _base(folder: Path) -> Path:
     """A root file system as small as debian:*-slim, with what the build's pip asks for."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    mirrors = debian.sources(SUITE)
+    mirrors = sources(SUITE)
     if not mirrors:
         pytest.skip("apt knows no Debian mirror here: run apt-get update on a Debian machine")
     path = CACHE / f"base-{_digest([_from(), _PIP, *_SLIM, PYTHON, *wanted, *mirrors], [ROOT / 'constraints.txt'])}.tar"
@@ -127,7 +127,7 @@ def _base(folder: Path) -> Path:
     pip += [f"--python-version={PYTHON}"]
     _run([*pip, f"--dest={wheels}", f"--constraint={ROOT}/constraints.txt", *wanted], "pip download")
     options = [*(f"--dpkgopt={line}" for line in _SLIM), '--aptopt=APT::Install-Recommends "false"']
-    options += [f"--aptopt={line}" for line in debian.apt_options()]
+    options += [f"--aptopt={line}" for line in apt_options()]
     if any(mirror.startswith("deb https") for mirror in mirrors):
         options.append("--include=ca-certificates")
     made = folder / "base.tar"
