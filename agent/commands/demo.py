@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.testing import servers
-from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.child import Child
+from udpwatch.agent.testing.lab import ContainerHost
 
 PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP = 56789, 56790, 56791, 56792
 SILENCE_SECONDS = 1.0  # after so long without an answer, none comes
 ANSWER_SECONDS = 5.0  # for what must come, on a slow machine too
 EVENT_SECONDS = 5.0
-READY_SECONDS = 240.0  # under emulation it takes a minute
 _SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
 
 _INTRODUCTION = """\
@@ -45,60 +44,34 @@ _PICTURE = """\
 """
 
 
-class _Agent:
-    """A real `udpwatch run` beside us; its events and its words, a queue each."""
+class _Agent(Child):
+    """A real `udpwatch run` beside us; its events are in a queue."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-P", "-m", "udpwatch.agent.cli", "run"]
-        command += ["--events", "-", "--metrics-listen", "off", "--socket", "off"]
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+        super().__init__(
+            "run",
+            *("--events=-", "--metrics-listen=off", "--socket=off"),
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
             env={"UDPWATCH_CACHE": "off", **os.environ},  # nothing shall be left behind
-            preexec_fn=die_with_parent,
         )
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._ready = threading.Event()
-        self._said: list[str] = []
-        for stream, take in ((self._process.stdout, self._take_event), (self._process.stderr, self._take_word)):
-            threading.Thread(target=self._read, args=(stream, take), daemon=True).start()
-        self._wait_until_ready()
+        threading.Thread(target=self._read_events, daemon=True).start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
 
-    @staticmethod
-    def _read(stream: TextIO, take: Any) -> None:
-        for line in stream:
-            take(line)
-
-    def _take_event(self, line: str) -> None:
-        self.events.put(json.loads(line))
-
-    def _take_word(self, line: str) -> None:
-        self._said.append(line.strip().removeprefix("udpwatch: "))
-        if self._said[-1] == "ready":
-            self._ready.set()
-
-    def _wait_until_ready(self) -> None:
-        end = time.monotonic() + READY_SECONDS
-        while not self._ready.wait(0.05):
-            status = self._process.poll()
-            if status is not None or time.monotonic() > end:
-                self.stop()
-                words = self._said[-1] if self._said else "it said nothing"
-                raise (CannotRun if status == CannotRun.exit_status else UdpwatchError)(words)
+    def _read_events(self) -> None:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.events.put(json.loads(line))
 
     @property
     def mode(self) -> str:
-        """Where conntrack's opinion comes from, "packet" or "netlink"."""
-        found = re.search(r"mode (\w+)", " ".join(self._said))
+        """How the agent asks conntrack, "packet" or "netlink"."""
+        found = re.search(r"mode (\w+)", " ".join(self.log))
         return found.group(1) if found else "unknown"
-
-    def stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.terminate()
-        self._process.wait()
 
 
 class _Story:

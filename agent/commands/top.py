@@ -16,7 +16,6 @@ from udpwatch.agent.client.connection import DEFAULT_SOCKET
 from udpwatch.agent.client.top import sources, text
 from udpwatch.agent.client.top.prometheus import PrometheusSource
 from udpwatch.agent.client.top.rows import Key
-from udpwatch.agent.testing import lab
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +53,8 @@ def _source(parsed: argparse.Namespace) -> sources.Source:
     if parsed.prometheus:
         return PrometheusSource(parsed.prometheus)
     if parsed.replay:
-        return sources.open_replay(parsed.replay, lab.die_with_parent)
-    return sources.open_agent(parsed.connect, lab.die_with_parent)
+        return sources.open_replay(parsed.replay)
+    return sources.open_agent(parsed.connect)
 
 
 def _show(source: sources.Source, parsed: argparse.Namespace) -> int:

@@ -70,7 +70,7 @@ class Namespace:
         """Run a command in the namespace; its output. Raises UdpwatchError with what it complained of."""
         try:
             done = subprocess.run(
-                command, input=stdin, capture_output=True, text=True, check=False, preexec_fn=self._enter_child
+                command, input=stdin, capture_output=True, text=True, check=False, preexec_fn=self.enter_in_child
             )
         except OSError as error:
             raise CannotRun(f"cannot run {command[0]} ({error.strerror}): install iproute2 and nftables") from None
@@ -80,7 +80,7 @@ class Namespace:
 
     def popen(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
         """Start a command in the namespace; it dies with this process. The caller waits for it."""
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=self._enter_child)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=self.enter_in_child)
 
     def ip(self, *lines: str) -> None:
         """Lines for ip(8), in the namespace."""
@@ -110,7 +110,8 @@ class Namespace:
             os.close(self._fd)
             self._fd = -1
 
-    def _enter_child(self) -> None:
+    def enter_in_child(self) -> None:
+        """For preexec_fn: the child is in the namespace, and is killed when its parent ends."""
         netns.setns(self._fd)
         die_with_parent()
 

@@ -92,7 +92,7 @@ def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PO
     """A server; its process id once it answers."""
     process = subprocess.Popen(
         ["taskset", "-c", SERVER_CPU, *words],
-        preexec_fn=place._enter_child,
+        preexec_fn=place.enter_in_child,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=folder,

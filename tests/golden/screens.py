@@ -13,7 +13,6 @@ from udpwatch.agent.client import explain
 from udpwatch.agent.client.top.screen import TopApp
 from udpwatch.agent.client.top.sources import open_replay
 from udpwatch.agent.client.top.widgets import Findings
-from udpwatch.agent.testing.lab import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (100, 30)
@@ -23,7 +22,7 @@ PLAYED_SECONDS = 12.0  # until rates and the sparkline have something to show
 async def photograph(recording: Path) -> str:
     """The screen as SVG, the first row opened."""
     os.environ.setdefault("UDPWATCH_NODE", "node-1")
-    source = open_replay(str(recording), die_with_parent)
+    source = open_replay(str(recording))
     try:
         app = TopApp(source, remedy=explain.short_advice)
         async with app.run_test(size=SIZE) as pilot:

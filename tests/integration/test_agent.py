@@ -146,7 +146,7 @@ def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, po
     assert agent.counted(port, 2) == 2
     rows = [row for row in agent.snapshot()["rows"] if row["port"] == port]
     assert [(row["sender"]["process"], row["count"]) for row in rows] == [("loud-server", 2)]
-    (line,) = [line for line in agent.said if f"port {port}/udp" in line]
+    (line,) = [line for line in agent.log if f"port {port}/udp" in line]
     assert "loud-server" in line
     assert f"was asked at {host.ETH0} and answered from {host.DOCKER0}" in line
 
@@ -191,7 +191,7 @@ def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int
         assert not agent.socket.exists()
         assert len(attached_programs()) == len(before) - len(HOOKS)
         assert [event["count"] for event in event_lines(agent, port)] == [1, 2, 3]  # nothing on the way was lost
-        assert not [line for line in agent.said if "Traceback" in line]
+        assert not [line for line in agent.log if "Traceback" in line]
 
 
 def attached_programs() -> list[int]:
@@ -394,9 +394,9 @@ def test_killed_and_started_again(host: ContainerHost, folder: Path, port: int) 
 def test_second_agent_on_one_socket_is_refused(agent: Agent, folder: Path) -> None:
     with Agent(folder, ready=False) as second:
         assert second.process.wait(20) == 1
-        wait_for(lambda: second.said, "its word")
-        assert "another agent does" in second.said[0]
-        assert len(second.said) == 1
+        wait_for(lambda: second.log, "its word")
+        assert "another agent does" in second.log[0]
+        assert len(second.log) == 1
     assert agent.snapshot()["ready"]
 
 
@@ -426,7 +426,7 @@ def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, pro
         os.close(link)
     wait_for(lambda: agent.metric("udpwatch_probe_reattached_total", probe=name) == 1, "it to be attached again", 10)
     assert agent.metric("udpwatch_probe_attached", probe=name) == 1
-    assert any(f"{name} was detached" in line for line in agent.said)
+    assert any(f"{name} was detached" in line for line in agent.log)
     answer_wrongly(host, port, 2)
     assert agent.counted(port, 2) == 2
     assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), cause="kernel-chosen") == 2
@@ -463,7 +463,7 @@ def test_events_on_a_full_disk(host: ContainerHost, folder: Path, port: int) -> 
             filler.write_bytes(bytes(4096))
             answer_wrongly(host, port, 2)
             wait_for(lambda: agent.metric("udpwatch_events_lost_total", stage="output") == 2, "the loss")
-            assert len([line for line in agent.said if "No space left" in line]) == 1
+            assert len([line for line in agent.log if "No space left" in line]) == 1
             filler.unlink()
             answer_wrongly(host, port, 1)
             wait_for(lambda: (disk / "events.jsonl").read_text().count("\n") == 1, "an event")
@@ -590,7 +590,7 @@ def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> No
     (event,) = wait_for(lambda: event_lines(agent, port), "the event")
     assert event["process"] == 'a"\\x1b[31m\\\\x09'
     assert agent.counted(port, 1) == 1
-    assert not [line for line in agent.said if "\x1b" in line]
+    assert not [line for line in agent.log if "\x1b" in line]
 
 
 def test_short_process_is_still_named(agent: Agent, host: ContainerHost, port: int) -> None:

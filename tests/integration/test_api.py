@@ -113,8 +113,8 @@ def test_doctor_of_an_agent_that_is_not_ready(folder: Path) -> None:
     with Lab() as lab:
         silent = lab.namespace("silent")
         silent.ip("link set lo down")
-        with Agent(folder, "--metrics-listen=off", preexec_fn=silent._enter_child, ready=False) as agent:
-            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
+        with Agent(folder, "--metrics-listen=off", preexec_fn=silent.enter_in_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.log), "its word")
             done = run_cli("doctor", "--agent", f"--connect={agent.socket}")
     assert done.returncode == 1
     assert "not ready (the self-test failed: the programs did not see our own datagram)" in " ".join(

@@ -74,7 +74,7 @@ def test_cache_that_cannot_be_written(folder: Path, place: str) -> None:
     (folder / "read-only").mkdir()
     wrapper = in_mount_namespace(f"mount -t tmpfs -o ro none {folder}/read-only")
     with Agent(folder, f"--cache={cache}", wrapper=wrapper) as agent:
-        assert not [line for line in agent.said if "cache" in line]
+        assert not [line for line in agent.log if "cache" in line]
 
 
 def test_folder_that_systemd_gives(folder: Path) -> None:

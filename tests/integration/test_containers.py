@@ -258,7 +258,7 @@ def test_odd_name(agent: Agent, node: Namespace, outside: Namespace, server: Pat
         assert agent.metric(COUNTER, port=str(port), process=shown) == 1
         assert event_of(agent, port)["process"] == shown
         assert row_of(agent, port)["sender"]["executable"].endswith(r"\x1b[2J\x0a")
-        (line,) = wait_for(lambda: [line for line in agent.said if f"port {port}/udp" in line], "the line")
+        (line,) = wait_for(lambda: [line for line in agent.log if f"port {port}/udp" in line], "the line")
         assert line.isprintable()
         process.kill()
 

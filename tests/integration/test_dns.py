@@ -241,7 +241,7 @@ def test_ready_when_the_tables_are_loaded(lab: tuple[Namespace, Namespace], tmp_
         wait_for(look, "it to be ready")
         assert seen == {503, 200}
         assert texts(ask(node, "127.0.0.1", "host299999.test")) == ["10.4.147.223"]
-        assert responder.stop() == 0, responder.said
+        assert responder.stop() == 0, responder.log
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_missing_permission(lab: tuple[Namespace, Namespace]) -> None:
         responder = Responder(built.namespace("node"), ready=False, wrapper=wrapper)
         assert responder.process.wait(60) == 2
         responder.stop()
-        assert "CAP_NET_BIND_SERVICE is missing" in responder.said[-1] and len(responder.said) == 1
+        assert "CAP_NET_BIND_SERVICE is missing" in responder.log[-1] and len(responder.log) == 1
 
 
 def test_query_log(lab: tuple[Namespace, Namespace], folder: Path) -> None:
@@ -281,8 +281,8 @@ def test_query_log(lab: tuple[Namespace, Namespace], folder: Path) -> None:
                 for name, kind in [("four.test", "A"), ("www.example", "A"), ("www.example", "A"), ("x.lan", "A")]:
                     ask(node, "127.0.0.1", name, kind)
                 ask(node, "127.0.0.1", "four.test", "AAAA", tcp=True)
-                wait_for(lambda: responder.has_said("NODATA-IPv6"), "the last line")
-                said = [line.removeprefix("udpwatch: ") for line in responder.said]
+                wait_for(lambda: responder.has_logged("NODATA-IPv6"), "the last line")
+                said = [line.removeprefix("udpwatch: ") for line in responder.log]
                 first = said.index("query[A] four.test from 127.0.0.1")
                 assert said[first:] == [
                     "query[A] four.test from 127.0.0.1",
@@ -311,8 +311,8 @@ def test_metrics(lab: tuple[Namespace, Namespace], responder: Responder) -> None
 def test_statistics_on_request(lab: tuple[Namespace, Namespace], responder: Responder) -> None:
     ask(lab[1], NODE, "www.example")
     responder.process.send_signal(signal.SIGUSR1)
-    wait_for(lambda: responder.has_said("server 127.0.0.99#5300: queries sent"), "the statistics")
-    assert responder.has_said("cache size 10000, 0/")
+    wait_for(lambda: responder.has_logged("server 127.0.0.99#5300: queries sent"), "the statistics")
+    assert responder.has_logged("cache size 10000, 0/")
 
 
 def test_interrupt_at_any_time(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
@@ -321,6 +321,6 @@ def test_interrupt_at_any_time(lab: tuple[Namespace, Namespace], tmp_path: Path)
     hosts = write(tmp_path / "hosts", *lines)
     with Lab() as built:
         responder = Responder(built.namespace("node"), f"--addn-hosts={hosts}", ready=False)
-        wait_for(lambda: responder.has_said("metrics on"), "it to read")
+        wait_for(lambda: responder.has_logged("metrics on"), "it to read")
         assert responder.stop() == 0
-        assert not any("Traceback" in line for line in responder.said), responder.said
+        assert not any("Traceback" in line for line in responder.log), responder.log

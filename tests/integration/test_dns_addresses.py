@@ -237,7 +237,7 @@ def test_listen_address_appears_and_disappears(lab: tuple[Namespace, Namespace],
     node, client = lab
     size = 128 if ":" in address else 32
     with Responder(node, f"--addn-hosts={hosts}", f"--listen-address={address},127.0.0.1") as responder:
-        assert responder.has_said(f"{address} is not an address of this host yet")
+        assert responder.has_logged(f"{address} is not an address of this host yet")
         assert answers(node, "127.0.0.1")
         assert not answers(client, "10.1.0.1")  # not listened on
         for _ in range(2):
@@ -245,8 +245,8 @@ def test_listen_address_appears_and_disappears(lab: tuple[Namespace, Namespace],
             comes(client, address)
             assert answers(client, address, tcp=True)
             node.ip(f"addr del {address}/{size} dev lo")
-            wait_for(lambda: responder.said[-1].endswith(f"no longer listening on {address}"), "it to be let go")
-            responder.said.append("")
+            wait_for(lambda: responder.log[-1].endswith(f"no longer listening on {address}"), "it to be let go")
+            responder.log.append("")
         assert answers(node, "127.0.0.1", tcp=True)
 
 
@@ -282,7 +282,7 @@ def test_interface_appears_later(lab: tuple[Namespace, Namespace], hosts: Path) 
         assert not answers(node, "10.99.7.1")
         assert not answers(client, "10.99.9.1", seconds=0.5)  # by eth0
         node.ip("link del br9")
-        wait_for(lambda: responder.has_said("no longer listening on 10.99.9.1"), "it to be let go")
+        wait_for(lambda: responder.has_logged("no longer listening on 10.99.9.1"), "it to be let go")
 
 
 def test_many_addresses_at_once(lab: tuple[Namespace, Namespace], hosts: Path) -> None:
@@ -326,7 +326,7 @@ def test_another_program_uses_a_real_address(lab: tuple[Namespace, Namespace], h
         other = stack.enter_context(node.socket())
         other.bind(("10.1.0.7", PORT))
         with Responder(node, f"--addn-hosts={hosts}") as responder:
-            assert responder.has_said("cannot listen on 10.1.0.7 port 53: Address already in use; stop the other")
+            assert responder.has_logged("cannot listen on 10.1.0.7 port 53: Address already in use; stop the other")
             assert answers(client, "10.1.0.1")
             other.close()
             node.ip("addr add 10.1.0.8/24 dev eth0")
@@ -341,7 +341,7 @@ def test_listen_address_in_use(lab: tuple[Namespace, Namespace], hosts: Path) ->
         responder = Responder(node, "--listen-address=10.1.0.1", ready=False)
         assert responder.process.wait(60) == 2
         responder.stop()
-        assert responder.said == [
+        assert responder.log == [
             "udpwatch: cannot listen on 10.1.0.1 port 53: Address already in use; stop the other program, or choose "
             "other addresses with --listen-address"
         ]
@@ -356,7 +356,7 @@ def test_every_address_in_use(lab: tuple[Namespace, Namespace]) -> None:
         responder = Responder(node, ready=False)
         assert responder.process.wait(60) == 2
         responder.stop()
-        assert "other programs use it on every address" in responder.said[-1]
+        assert "other programs use it on every address" in responder.log[-1]
 
 
 def test_metrics_port_in_use(lab: tuple[Namespace, Namespace]) -> None:
@@ -366,12 +366,12 @@ def test_metrics_port_in_use(lab: tuple[Namespace, Namespace]) -> None:
         other.listen()
         with Responder(node, "--address=/here.example/192.0.2.1") as responder:
             assert texts(ask(node, "127.0.0.1", "here.example")) == ["192.0.2.1"]
-            (line,) = [line for line in responder.said if "9953" in line]
+            (line,) = [line for line in responder.log if "9953" in line]
             assert line.startswith(
                 "udpwatch: cannot listen on 127.0.0.1:9953 for metrics: Address already in use; retry"
             )
             other.close()
-            wait_for(lambda: responder.has_said("metrics on http://127.0.0.1:9953/metrics"), "the port to be bound")
+            wait_for(lambda: responder.has_logged("metrics on http://127.0.0.1:9953/metrics"), "the port to be bound")
             assert responder.get("/readyz") == (200, "ready\n")
 
 
@@ -402,7 +402,7 @@ def test_only_connected_networks(lab: tuple[Namespace, Namespace], hosts: Path) 
             link.setblocking(False)
             with pytest.raises(BlockingIOError):
                 link.recv(100)
-            assert responder.has_said("ignoring query from non-local network 192.0.2.7")
+            assert responder.has_logged("ignoring query from non-local network 192.0.2.7")
             assert answers(client, "10.1.0.1")
             node.ip("addr add 192.0.2.1/24 dev eth0")  # now it is connected
             link.setblocking(True)
@@ -482,7 +482,7 @@ def test_queries_are_filtered_by_ingress_interface(
                     found = pool.map(partial(answers, place, tcp=tcp, seconds=1.5), asked)
                     assert {each for each, is_served in zip(asked, found, strict=True) if is_served} == served, place
         assert bool(responder.metric("dropped_total", reason="policy")) == (for_wan != for_lan)
-        assert responder.has_said("ignoring query on interface wan0") == (for_wan != for_lan)
+        assert responder.has_logged("ignoring query on interface wan0") == (for_wan != for_lan)
 
 
 def test_filter_follows_a_renamed_interface(border: tuple[Namespace, Namespace, Namespace], hosts: Path) -> None:
@@ -509,7 +509,7 @@ def test_responder_does_not_query_itself(lab: tuple[Namespace, Namespace], serve
     node, client = lab
     options = (f"--server={server}", f"--server=/corp.example/{server}")
     with Responder(node, *options) as responder:
-        assert responder.has_said("#53: it is this responder itself")
+        assert responder.has_logged("#53: it is this responder itself")
         for name in ("www.example", "www.corp.example"):
             assert rcode(ask(client, "10.1.0.1", name)) == "REFUSED"
         assert "udpwatch_dns_upstream_requests_total{" not in responder.get("/metrics")[1]
@@ -522,7 +522,7 @@ def test_link_local_upstream_belongs_to_its_link(lab: tuple[Namespace, Namespace
     client.ip("addr add fe80::1/64 dev eth0 nodad")
     link_local(node, "eth0")
     with FakeServer(client, "fe80::1%eth0"), Responder(node, "--server=fe80::1%eth0", "--server=fe80::1%docker0") as us:
-        assert us.has_said("ignoring nameserver fe80::1%docker0#53")
+        assert us.has_logged("ignoring nameserver fe80::1%docker0#53")
         assert texts(ask(client, "10.1.0.1", "www.example")) == ["192.0.2.80"]
 
 
@@ -530,5 +530,5 @@ def test_upstream_address_becomes_our_own(lab: tuple[Namespace, Namespace]) -> N
     node, client = lab
     with Responder(node, "--server=10.1.0.77") as responder:
         node.ip("addr add 10.1.0.77/24 dev eth0")
-        wait_for(lambda: responder.has_said("ignoring nameserver 10.1.0.77#53"), "it to be noticed")
+        wait_for(lambda: responder.has_logged("ignoring nameserver 10.1.0.77#53"), "it to be noticed")
         assert rcode(ask(client, "10.1.0.1", "www.example")) == "REFUSED"

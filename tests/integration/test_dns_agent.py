@@ -75,10 +75,10 @@ def test_sensor_and_responder_together(
         agent.process.send_signal(signal.SIGHUP)  # the agent alone would end
         wait_for(lambda: texts(ask(scene.container, scene.ETH0, "host.test")) == ["10.0.0.2"], "the new table")
         agent.process.send_signal(signal.SIGUSR1)
-        wait_for(lambda: any("dns: cache size 10000, " in line for line in agent.said), "the statistics")
+        wait_for(lambda: any("dns: cache size 10000, " in line for line in agent.log), "the statistics")
         assert agent.process.poll() is None
         assert agent.stop() == 0
-        assert not any("Traceback" in line for line in agent.said), agent.said
+        assert not any("Traceback" in line for line in agent.log), agent.log
         with scene.node.socket() as link, scene.node.socket(kind=socket.SOCK_STREAM) as other:
             other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             link.bind(("0.0.0.0", 53))  # all of it has been let go
@@ -117,13 +117,13 @@ def test_port_in_use(scene: ContainerHost, folder: Path) -> None:
         agent = InNamespace(scene, folder, f"--dns-conf={conf}", ready=False)
         assert agent.process.wait(60) == 1
         agent.stop()
-        assert agent.said[-1].startswith("udpwatch: --dns: cannot listen on 172.16.13.13 port 53")
-        assert len(agent.said) == 1
+        assert agent.log[-1].startswith("udpwatch: --dns: cannot listen on 172.16.13.13 port 53")
+        assert len(agent.log) == 1
 
 
 def test_stop_while_tables_are_read(scene: ContainerHost, folder: Path, hosts: Path, conf: Path) -> None:
     write(hosts, *(f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(200_000)))
     agent = InNamespace(scene, folder, f"--dns-conf={conf}", ready=False)
-    wait_for(lambda: any("metrics on" in line for line in agent.said), "it to start")
+    wait_for(lambda: any("metrics on" in line for line in agent.log), "it to start")
     assert agent.stop() == 0
-    assert not any("Traceback" in line or "rror" in line for line in agent.said), agent.said
+    assert not any("Traceback" in line or "rror" in line for line in agent.log), agent.log

@@ -155,7 +155,7 @@ def test_folder(node: Namespace, tmp_path: Path) -> None:
 def test_file_that_appears_later(node: Namespace, tmp_path: Path) -> None:
     hosts = tmp_path / "later" / "hosts"
     with Responder(node, f"--addn-hosts={hosts}") as responder:
-        assert responder.has_said(f"cannot read {hosts}: No such file or directory")
+        assert responder.has_logged(f"cannot read {hosts}: No such file or directory")
         assert responder.metric("hosts_unreadable") == 1
         hosts.parent.mkdir()
         write(hosts, "10.0.0.1 a.test")
@@ -171,7 +171,7 @@ def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
         hosts.unlink()
         os.mkfifo(hosts)
         wait_for(lambda: responder.metric("hosts_reload_errors_total") == 1, "the error")
-        assert responder.has_said("the previous local names stay in use")
+        assert responder.has_logged("the previous local names stay in use")
         assert is_at(node, "10.0.0.1")
         assert responder.metric("hosts_unreadable") == 1
         responder.reload()
@@ -180,7 +180,7 @@ def test_unreadable_file(node: Namespace, tmp_path: Path) -> None:
         assert is_at(node, "10.0.0.1")
         write(hosts, "10.0.0.2 a.test", "nonsense b.test", "10.0.0.3 b.test")
         wait_for(lambda: is_at(node, "10.0.0.2"), "the new table")
-        assert responder.has_said(f"bad address at {hosts} line 2")
+        assert responder.has_logged(f"bad address at {hosts} line 2")
         assert is_at(node, "10.0.0.3", "b.test")
         assert responder.metric("hosts_unreadable") == 0
 
@@ -193,7 +193,7 @@ def test_unreadable_files_are_counted(node: Namespace, tmp_path: Path) -> None:
             os.mkfifo(tmp_path / "new")
             (tmp_path / "new").rename(tmp_path / name)
         said = f"cannot read {tmp_path}/one: not a regular file, and 1 more"
-        wait_for(lambda: responder.has_said(said), "both to be missed")
+        wait_for(lambda: responder.has_logged(said), "both to be missed")
         assert responder.metric("hosts_unreadable") == 2
         (tmp_path / "one").unlink()
         wait_for(lambda: responder.metric("hosts_unreadable") == 1, "one of them to be gone")
@@ -253,4 +253,4 @@ def test_terminated_under_load(node: Namespace, tmp_path: Path) -> None:
         assert {tuple(texts(answer)) for answer in answers} == {("192.0.2.80",)}
         assert responder.process.wait(30) == 0
         responder.stop()
-        assert "Traceback" not in "\n".join(responder.said)
+        assert "Traceback" not in "\n".join(responder.log)

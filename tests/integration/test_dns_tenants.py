@@ -317,7 +317,7 @@ def test_rebind_attack_does_not_fill_the_log(scene: Scene) -> None:
         for number in range(100):
             assert rcode(ask(scene.client, NODE, f"n{number}.example")) == "REFUSED"
         assert dnsd.stop() == 0
-        lines = [line for line in dnsd.said if "possible DNS-rebind attack detected" in line]
+        lines = [line for line in dnsd.log if "possible DNS-rebind attack detected" in line]
         assert len(lines) == 6, lines
         assert "95 more lines like this were left out, the last: " in lines[-1]
         dnsd.process.poll = lambda: None  # type: ignore[method-assign]

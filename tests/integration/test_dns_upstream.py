@@ -688,21 +688,21 @@ def test_resolv_file(scene: Scene, tmp_path: Path) -> None:
     with FakeServer(scene.servers, FIRST) as first, FakeServer(scene.servers, SECOND) as second:
         write(file, "search example", "nameserver 10.2.0.2", "nameserver nonsense")
         with Responder(scene.node, f"--resolv-file={file}") as running:
-            assert running.has_said("ignoring nameserver 'nonsense'")
+            assert running.has_logged("ignoring nameserver 'nonsense'")
             assert texts(scene.ask("one.example")) == GOOD and len(first.asked) == 1
             write(file, "nameserver 10.2.0.3")
-            wait_for(lambda: running.has_said("upstream servers: 10.2.0.3#53"), "the new server")
+            wait_for(lambda: running.has_logged("upstream servers: 10.2.0.3#53"), "the new server")
             assert texts(scene.ask("two.example")) == GOOD
             assert second.names() == ["two.example."] and len(first.asked) == 1
             file.unlink()
-            wait_for(lambda: running.has_said("the upstream servers stay as they are"), "its absence to be noticed")
+            wait_for(lambda: running.has_logged("the upstream servers stay as they are"), "its absence to be noticed")
             assert texts(scene.ask("three.example")) == GOOD
             os.mkfifo(file)  # opening it must not block
-            wait_for(lambda: running.has_said(f"cannot read {file}: not a regular file"), "the FIFO to be noticed")
+            wait_for(lambda: running.has_logged(f"cannot read {file}: not a regular file"), "the FIFO to be noticed")
             assert texts(scene.ask("four.example")) == GOOD and len(second.asked) == 3
             file.unlink()
             write(file, "# nobody")
-            wait_for(lambda: running.has_said("upstream servers: none"), "no server")
+            wait_for(lambda: running.has_logged("upstream servers: none"), "no server")
             assert rcode(scene.ask("five.example")) == "REFUSED"
             write(file, "nameserver 10.2.0.2")
             wait_for(lambda: rcode(scene.ask("six.example")) == "NOERROR", "the file to be back")
@@ -722,11 +722,11 @@ def test_temporarily_unreadable_files(scene: Scene, tmp_path: Path) -> None:
             write(hosts, "10.0.0.2 a.test")
             for file in (resolv, hosts):
                 said = f"cannot read {file}: Too many open files"
-                wait_for(lambda said=said: running.has_said(said), f"{file.name} not to be read")
+                wait_for(lambda said=said: running.has_logged(said), f"{file.name} not to be read")
             assert texts(scene.ask("a.test")) == ["10.0.0.1"]
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
             assert texts(scene.ask("one.example")) == GOOD and not second.asked
-            wait_for(lambda: running.has_said("upstream servers: 10.2.0.3#53"), "the new server")
+            wait_for(lambda: running.has_logged("upstream servers: 10.2.0.3#53"), "the new server")
             wait_for(lambda: texts(scene.ask("a.test")) == ["10.0.0.2"], "the new name")
             assert texts(scene.ask("two.example")) == GOOD and second.asked
 
@@ -753,6 +753,6 @@ def test_asyncio_debug_mode_reports_nothing(scene: Scene) -> None:
                 assert texts(scene.ask(f"debug{number}.example", tcp=bool(number % 2))) == GOOD
             running.reload()
             assert running.stop() == 0
-            text = "\n".join(running.said)
+            text = "\n".join(running.log)
             assert "Warning" not in text and "Error" not in text and "exception" not in text, text
             running.process.poll = lambda: None  # type: ignore[method-assign]

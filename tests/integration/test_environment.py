@@ -35,7 +35,7 @@ def test_btf_path_that_is_not_there(folder: Path) -> None:
 def test_kernel_without_btf(folder: Path, host: ContainerHost, port: int) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /sys/kernel/btf")
     with Agent(folder, wrapper=wrapper) as agent:
-        assert any("cannot read BTF from /sys/kernel/btf/vmlinux" in line for line in agent.said)
+        assert any("cannot read BTF from /sys/kernel/btf/vmlinux" in line for line in agent.log)
         assert agent.snapshot()["mode"] == "netlink"
         with host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
@@ -101,12 +101,12 @@ def test_fewer_descriptors_than_the_loader_hands_over(folder: Path) -> None:
 
         script = 'ulimit -n 256; exec "$@"'
         with Agent(folder, wrapper=["sh", "-c", script, "sh"], ready=False, preexec_fn=take, close_fds=False) as agent:
-            ready = wait_for(lambda: agent.process.poll() or any("ready" in line for line in agent.said), "its end")
+            ready = wait_for(lambda: agent.process.poll() or any("ready" in line for line in agent.log), "its end")
         agent._reader.join(5)
         if ready is True:
             break
-        assert len(agent.said) == 1, agent.said
-        said += agent.said
+        assert len(agent.log) == 1, agent.log
+        said += agent.log
     assert any("from the loader: Too many open files (limit 256)" in line and "ulimit -n" in line for line in said), (
         said
     )
@@ -169,7 +169,7 @@ def test_doctor_in_a_container(container: Sequence[str]) -> None:
 def test_agent_in_a_container(container: Sequence[str], folder: Path) -> None:
     """It says what it cannot see, and watches what it can: its own packets among them."""
     with Agent(folder, wrapper=container) as agent:
-        assert any("only this container's part of the node is watched" in line for line in agent.said)
+        assert any("only this container's part of the node is watched" in line for line in agent.log)
         assert agent.get("/readyz")[0] == 200
 
 
@@ -178,7 +178,7 @@ def test_exclusive_program_on_the_hook(folder: Path, host: ContainerHost, port: 
     with held_exclusively() as path, Agent(folder, f"--cgroup={path}", "--hooks=cgroup") as agent:  # probes know it too
         assert agent.metric("udpwatch_probe_attached", probe="sendmsg4") == 0
         assert agent.metric("udpwatch_probe_attached", probe="egress") == 1
-        assert any("sendmsg4" in line and "Cilium" in line for line in agent.said)
+        assert any("sendmsg4" in line and "Cilium" in line for line in agent.log)
 
         def serve() -> None:
             Path(path, "cgroup.procs").write_text(str(os.getpid()))
@@ -215,9 +215,9 @@ def test_loopback_down(folder: Path) -> None:
     with Lab() as lab:
         bare = lab.namespace("bare")
         bare.ip("link set lo down")
-        with Agent(folder, "--metrics-listen=off", preexec_fn=bare._enter_child, ready=False) as agent:
-            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
-            assert any("is lo up here" in line for line in agent.said)
+        with Agent(folder, "--metrics-listen=off", preexec_fn=bare.enter_in_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.log), "its word")
+            assert any("is lo up here" in line for line in agent.log)
             assert agent.snapshot()["ready"] is False
             bare.ip("link set lo up")
             wait_for(lambda: agent.snapshot()["ready"], "ready")
@@ -228,12 +228,12 @@ def test_firewall_that_lets_nothing_in(folder: Path) -> None:
     with Lab() as lab:
         closed = lab.namespace("closed")
         closed.nft("table inet f { chain i { type filter hook input priority 0; policy drop; }; }")
-        with Agent(folder, "--metrics-listen=off", preexec_fn=closed._enter_child, ready=False) as agent:
-            wait_for(lambda: any("not ready" in line for line in agent.said), "its word")
+        with Agent(folder, "--metrics-listen=off", preexec_fn=closed.enter_in_child, ready=False) as agent:
+            wait_for(lambda: any("not ready" in line for line in agent.log), "its word")
             for _ in range(5):
                 assert agent.snapshot()["ready"] is False
             assert agent.stop() == 0
-            assert len([line for line in agent.said if "did not see a datagram sent over loopback" in line]) == 1
+            assert len([line for line in agent.log if "did not see a datagram sent over loopback" in line]) == 1
 
 
 # ---- places ----
@@ -247,8 +247,8 @@ def test_port_taken(folder: Path, host: ContainerHost, port: int) -> None:
         taken = f"cannot listen on 127.0.0.1:{other.getsockname()[1]} for metrics: Address already in use"
         agent = Agent(folder, f"--metrics-listen=127.0.0.1:{other.getsockname()[1]}", ready=False)
         with agent:
-            wait_for(lambda: f"udpwatch: not ready: {taken}" in agent.said, "the agent to watch")
-            (line,) = [line for line in agent.said if "retrying every 2 s" in line]
+            wait_for(lambda: f"udpwatch: not ready: {taken}" in agent.log, "the agent to watch")
+            (line,) = [line for line in agent.log if "retrying every 2 s" in line]
             assert "--metrics-listen" in line
             with host.node.socket() as server, host.container.socket() as client:
                 server.bind(("0.0.0.0", port))
@@ -257,7 +257,7 @@ def test_port_taken(folder: Path, host: ContainerHost, port: int) -> None:
             report = doctor.ask(agent.socket)
             assert not report.works and taken in report.checks[0].found
             other.close()
-            wait_for(lambda: "udpwatch: ready again" in agent.said, "the port to be bound")
+            wait_for(lambda: "udpwatch: ready again" in agent.log, "the port to be bound")
             assert agent.get("/readyz") == (200, "ready\n")
             assert agent.wrong(port) == 1
             assert doctor.ask(agent.socket).works
@@ -334,7 +334,7 @@ def test_stopped_while_starting(folder: Path, number: int, after: float) -> None
         os.kill(child, number)
         assert agent.process.wait(PATIENCE_SECONDS) == 0
         assert not agent.socket.exists()
-        assert not [line for line in agent.said if "Traceback" in line], agent.said
+        assert not [line for line in agent.log if "Traceback" in line], agent.log
 
 
 def _handles(pid: int, number: int) -> bool:

@@ -290,13 +290,13 @@ def test_forwarded_by_an_agent(folder: Path, port: int) -> None:
         assert agent.metric("udpwatch_flows_checked_total") >= 1
         assert agent.metric("udpwatch_conntrack_limit") > 0
         line = f"wrong reply: a machine behind right, port {port}/udp, was asked at 10.2.0.5 and answered from 10.2.0.6"
-        assert any(line in said for said in agent.said)
+        assert any(line in said for said in agent.log)
 
 
 @pytest.mark.parametrize("flag", ["--no-forwarded", "--forwarded"])
 def test_what_is_said_of_forwarded_replies(folder: Path, flag: str) -> None:
     with Agent(folder, flag) as agent:
-        assert not any("machines behind this node" in line for line in agent.said)
+        assert not any("machines behind this node" in line for line in agent.log)
 
 
 def test_hooks_that_do_not_exist() -> None:

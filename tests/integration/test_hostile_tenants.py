@@ -132,7 +132,7 @@ def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: in
             print(f"RSS {before} -> {agent.resident_kib()} KiB, slowest answer {slowest:.2f} s, named in {named:.1f} s")
             assert agent.resident_kib() - before < 40 * 1024
             assert named < 30
-            lines = [line for line in agent.said if "wrong reply:" in line or "not logged" in line]
+            lines = [line for line in agent.log if "wrong reply:" in line or "not logged" in line]
             assert 20 < len(lines) < 100
             lost = agent.snapshot()["lost"]
             assert lost["findings_full"] > 0
@@ -290,7 +290,7 @@ def test_all_attacks_at_once(folder: Path, cgroups: Callable[[str], Path], tmp_p
         client = held.enter_context(theirs.socket())
         client_of_dns = Victim(victim, "10.2.0.1")
         client_of_dns.look(time.monotonic() + 1)
-        assert all(client_of_dns.uncached), agent.said
+        assert all(client_of_dns.uncached), agent.log
 
         before = agent.resident_kib()
         held.enter_context(greedy(theirs, cgroups("greedy"), port))

@@ -22,7 +22,7 @@ MAX_GROWN_KIB = 8_192
 def test_long_headers_take_no_memory_of_the_agent(folder: Path) -> None:
     with Lab() as lab:
         node = lab.namespace("node")
-        with Agent(folder, "--metrics-listen=127.0.0.1:9953", preexec_fn=node._enter_child) as agent:
+        with Agent(folder, "--metrics-listen=127.0.0.1:9953", preexec_fn=node.enter_in_child) as agent:
             assert flooded(node, agent.pid) < MAX_GROWN_KIB
 
 

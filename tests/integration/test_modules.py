@@ -45,7 +45,7 @@ def test_conntrack_unloaded_while_it_is_probed(folder: Path) -> None:
             return
         for name in CONNTRACK:
             wait_for(lambda name=name: agent.metric("udpwatch_probe_attached", probe=name) == 0, f"{name} to be missed")
-            assert any(f"cannot probe {name} any longer: its module nf_conntrack was" in line for line in agent.said)
+            assert any(f"cannot probe {name} any longer: its module nf_conntrack was" in line for line in agent.log)
         subprocess.run(["modprobe", "nf_conntrack"], check=True)  # another one, in which nothing is probed
         assert all(agent.metric("udpwatch_probe_attached", probe=name) == 0 for name in CONNTRACK)
         assert agent.metric("udpwatch_probe_attached", probe="egress") == 1

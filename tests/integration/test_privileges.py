@@ -101,11 +101,11 @@ def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None],
         )
 
         def enter_node() -> None:
-            host.node._enter_child()
+            host.node.enter_in_child()
             without_perfmon()
 
         with Agent(folder, preexec_fn=enter_node) as agent:
-            assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.said)
+            assert any("CAP_PERFMON" in line and "netlink" in line for line in agent.log)
             with host.outside.socket() as client, host.container.socket() as inside:
                 client.settimeout(PATIENCE_SECONDS)
                 for _ in range(3):
@@ -198,14 +198,14 @@ def test_responder_started_as_root_is_nobody(node: Namespace, folder: Path) -> N
     options = ("--listen-address=127.0.0.1,10.1.0.7", f"--addn-hosts={hosts}", "--user=nobody")
     node.ip("link add test0 type veth peer name test1", "link set test0 up")
     with Responder(node, *options) as responder:
-        assert responder.has_said("changed to user nobody")
+        assert responder.has_logged("changed to user nobody")
         held = credentials(responder.process.pid)
         assert_no_way_back(held, {"cap_net_bind_service"})
         assert (held["Uid"].split(), held["Gid"].split()) == ([str(NOBODY)] * 4, [str(NOBODY)] * 4)
         assert held["Groups"] == str(NOBODY)
         assert texts(ask_dns(node, "127.0.0.1", "a.test")) == ["10.0.0.1"]
         node.ip("addr add 10.1.0.7/24 dev test0")
-        wait_for(lambda: responder.has_said("listening on 10.1.0.7"), "the new address")
+        wait_for(lambda: responder.has_logged("listening on 10.1.0.7"), "the new address")
         write(hosts, "10.0.0.2 a.test")
         wait_for(lambda: texts(ask_dns(node, "10.1.0.7", "a.test")) == ["10.0.0.2"], "the new table")
         assert "process_open_fds" in responder.get("/metrics")[1]
@@ -228,7 +228,7 @@ def test_responder_without_the_right_to_change_user(node: Namespace) -> None:
     needs("capsh", "libcap2-bin")
     drop = ("capsh", "--drop=cap_setuid", "--", "-c", 'exec "$@"', "sh")
     with Responder(node, wrapper=drop) as responder:
-        assert responder.has_said("cannot change to user nobody: Operation not permitted; still root")
+        assert responder.has_logged("cannot change to user nobody: Operation not permitted; still root")
         held = credentials(responder.process.pid)
         assert_no_way_back(held, {"cap_net_bind_service"})
         assert held["Uid"].split() == ["0"] * 4

@@ -116,7 +116,7 @@ class Systemd:
             raise
 
     def _enter(self) -> None:
-        self._host.node._enter_child()
+        self._host.node.enter_in_child()
         die_with_parent()
         (self._cgroup / "cgroup.procs").write_text(str(os.getpid()))
 

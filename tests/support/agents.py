@@ -6,9 +6,7 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -19,11 +17,11 @@ from typing import Any, Self
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from udpwatch.agent.client.connection import Client
-from udpwatch.agent.testing.lab import die_with_parent
+from udpwatch.agent.testing.child import COMMAND, Child
 
-COMMAND = (sys.executable, "-m", "udpwatch.agent.cli")
 PATIENCE_SECONDS = 120.0  # under emulation a start takes a minute
 
 
@@ -38,75 +36,71 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_
         time.sleep(0.02)
 
 
-class Agent:
-    """Started with everything in a folder of its own; ready when the constructor returns."""
+class Command(Child):
+    """A `udpwatch` command that runs beside the test and serves HTTP pages. A context manager."""
 
-    def __init__(
-        self, folder: Path, *flags: str, wrapper: Sequence[str] = (), ready: bool = True, **popen: Any
-    ) -> None:
-        self.socket = folder / "udpwatch.sock"
-        self.events_file = folder / "events.jsonl"
-        self.said: list[str] = []
-        popen.setdefault("preexec_fn", die_with_parent)
-        self.process = subprocess.Popen(
-            [
-                *wrapper,
-                *COMMAND,
-                "run",
-                "--metrics-listen=127.0.0.1:0",
-                f"--socket={self.socket}",
-                f"--events={self.events_file}",
-                *flags,
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-            **popen,
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    def __init__(self, *arguments: str, ready: bool = True, **options: Any) -> None:
+        """Start it, and wait until it is ready unless ``ready`` is false."""
+        super().__init__(*arguments, **options)
         if ready:
             try:
-                wait_for(self._ready_or_ended, "the agent to be ready")
-                assert self.process.poll() is None, self.said
+                self.wait_until_ready(seconds=PATIENCE_SECONDS)
             except BaseException:
                 self.stop(signal.SIGKILL)
                 raise
 
-    def _ready_or_ended(self) -> bool:
-        return "udpwatch: ready" in self.said or self.process.poll() is not None
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.said.append(line.rstrip("\n"))
-
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
     @property
     def url(self) -> str:
-        found = wait_for(lambda: re.search(r"metrics on (\S+)/metrics", "\n".join(self.said)), "the metrics address")
-        url: str = found.group(1)
-        return url
+        """The address of its pages."""
+        raise NotImplementedError
 
     def get(self, path: str) -> tuple[int, str]:
-        """An HTTP request: (status, body)."""
+        """Send an HTTP request; returns status and body."""
         try:
-            with urllib.request.urlopen(self.url + path, timeout=30) as answer:
-                return answer.status, answer.read().decode()
+            with urllib.request.urlopen(self.url + path, timeout=30) as response:
+                return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
 
-    def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's series that carry these labels."""
+    def samples(self, name: str) -> list[Sample]:
+        """Return the series of a metric."""
         status, text = self.get("/metrics")
         assert status == 200
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        return sum(
-            sample.value for sample in samples if sample.name == name and labels.items() <= sample.labels.items()
-        )
+        families = text_string_to_metric_families(text)
+        return [sample for family in families for sample in family.samples if sample.name == name]
+
+    def resident_kib(self) -> int:
+        """Return the size of its resident memory."""
+        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.pid}/status").read_text())
+        assert found
+        return int(found.group(1))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop(signal.SIGKILL)
+
+
+class Agent(Command):
+    """`udpwatch run` with everything in a folder of its own; ready when the constructor returns."""
+
+    def __init__(self, folder: Path, *flags: str, **options: Any) -> None:
+        self.socket = folder / "udpwatch.sock"
+        self.events_file = folder / "events.jsonl"
+        places = ("--metrics-listen=127.0.0.1:0", f"--socket={self.socket}", f"--events={self.events_file}")
+        super().__init__("run", *places, *flags, **options)
+
+    @property
+    def url(self) -> str:
+        found = wait_for(lambda: re.search(r"metrics on (\S+)/metrics", "\n".join(self.log)), "the metrics address")
+        url: str = found.group(1)
+        return url
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's series that have these labels."""
+        return sum(sample.value for sample in self.samples(name) if labels.items() <= sample.labels.items())
 
     def wrong(self, port: int) -> int:
         """Wrong replies counted for a port."""
@@ -120,28 +114,6 @@ class Agent:
     def snapshot(self) -> dict[str, Any]:
         with Client(self.socket) as client:
             return asdict(client.snapshot())
-
-    def resident_kib(self) -> int:
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found.group(1))
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Stop and wait; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        status = self.process.wait(30)
-        self._reader.join(5)
-        if self.process.stderr:
-            self.process.stderr.close()
-        return status
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop(signal.SIGKILL)
 
 
 def temporary() -> tempfile.TemporaryDirectory[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import shutil
 import signal
 import socket
@@ -12,8 +11,6 @@ import struct
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
@@ -24,8 +21,7 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import pytest
-from agents import COMMAND, wait_for
-from prometheus_client.parser import text_string_to_metric_families
+from agents import Command, wait_for
 
 from udpwatch.agent.testing.lab import Namespace
 
@@ -41,54 +37,34 @@ def needs(program: str, package: str) -> None:
         pytest.skip(f"{program} is missing: apt-get install {package}")
 
 
-class Responder:
+class Responder(Command):
     """`udpwatch dns` in a namespace, without the machine's own files; ready when the constructor returns."""
+
+    url = f"http://{METRICS}"
 
     def __init__(self, namespace: Namespace, *options: str, ready: bool = True, wrapper: tuple[str, ...] = ()) -> None:
         self.namespace = namespace
-        self.said: list[str] = []
         files = [] if any(each.startswith("--resolv-file") for each in options) else ["--no-resolv"]
         # Only their owner can enter pytest's folders.
         user = ["--user=root"] if any(tempfile.gettempdir() in each for each in options) else []
         user = [] if any(each.startswith("--user") for each in options) else user
-        self.process = namespace.popen([*wrapper, *COMMAND, "dns", "--no-hosts", *files, *user, *options])
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        if ready:
-            try:
-                wait_for(lambda: self.has_said("ready") or self.process.poll() is not None, "udpwatch dns to be ready")
-                assert self.process.poll() is None, self.said
-            except BaseException:
-                self.stop(signal.SIGKILL)
-                raise
+        arguments = ("dns", "--no-hosts", *files, *user, *options)
+        super().__init__(*arguments, ready=ready, wrapper=wrapper, preexec_fn=namespace.enter_in_child)
 
-    def _read(self) -> None:
-        assert self.process.stderr
-        for line in self.process.stderr:
-            self.said.append(line.decode().rstrip("\n"))
-
-    def has_said(self, text: str) -> bool:
+    def has_logged(self, text: str) -> bool:
         """Whether a log line contains this text."""
-        return any(text in line for line in list(self.said))
+        return any(text in line for line in list(self.log))
 
     def get(self, path: str) -> tuple[int, str]:
-        """Request a page over HTTP in its namespace: (status, body)."""
+        """Send an HTTP request in its namespace; returns status and body."""
         with self.namespace.entered():
-            try:
-                with urllib.request.urlopen(f"http://{METRICS}{path}", timeout=30) as answer:
-                    return answer.status, answer.read().decode()
-            except urllib.error.HTTPError as error:
-                with error:
-                    return error.code, error.read().decode()
+            return super().get(path)
 
     def metric(self, name: str, **labels: str) -> int:
-        """The sum of the series udpwatch_dns_NAME that carry these labels."""
-        status, text = self.get("/metrics")
-        assert status == 200
-        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-        named = [sample for sample in samples if sample.name == f"udpwatch_dns_{name}"]
-        assert named, f"no series of udpwatch_dns_{name}"
-        return int(sum(sample.value for sample in named if labels.items() <= sample.labels.items()))
+        """Return the sum of the series udpwatch_dns_NAME that have these labels; there is at least one series."""
+        samples = self.samples(f"udpwatch_dns_{name}")
+        assert samples, f"no series of udpwatch_dns_{name}"
+        return int(sum(sample.value for sample in samples if labels.items() <= sample.labels.items()))
 
     def reload(self) -> None:
         """Send SIGHUP and wait for the reload."""
@@ -98,36 +74,20 @@ class Responder:
             lambda: self.metric("hosts_reloads_total") + self.metric("hosts_reload_errors_total") > before, "a reload"
         )
 
-    def resident_kib(self) -> int:
-        """Resident memory of the process."""
-        found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{self.process.pid}/status").read_text())
-        assert found
-        return int(found.group(1))
-
     def descriptors(self) -> int:
         """Open files."""
         return len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
 
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        """Stop and wait; the exit status."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        status = self.process.wait(60)
-        self._reader.join(5)
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe
-            pipe.close()
-        return status
-
-    def __enter__(self) -> Self:
-        return self
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 60) -> int:
+        """Stop and wait; returns the exit status."""
+        return super().stop(number, seconds)
 
     def __exit__(self, *_: object) -> None:
         healthy = self.process.poll() is None
         self.stop(signal.SIGKILL)
-        assert healthy, self.said
-        for line in self.said:
-            assert "Traceback" not in line and "never retrieved" not in line, "\n".join(self.said)
+        assert healthy, self.log
+        for line in self.log:
+            assert "Traceback" not in line and "never retrieved" not in line, "\n".join(self.log)
 
 
 #: What a fake server sends for a query, in order; None: nothing

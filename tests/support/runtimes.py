@@ -144,7 +144,7 @@ class Daemon:
             raise
 
     def _enter(self) -> None:
-        self._node._enter_child()
+        self._node.enter_in_child()
         die_with_parent()
 
     def command(self) -> Sequence[str]:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from agents import Agent
 
-from udpwatch.agent.kernel import netns
-from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
+from udpwatch.agent.testing.lab import ContainerHost
 
 
 class InNamespace(Agent):
@@ -15,14 +14,7 @@ class InNamespace(Agent):
 
     def __init__(self, scene: ContainerHost, folder: Path, *flags: str, ready: bool = True) -> None:
         self.scene = scene
-        namespace = scene.node.path
-
-        def enter() -> None:
-            with open(namespace, "rb") as file:  # noqa: PTH123  a child: as little as possible
-                netns.setns(file.fileno())
-            die_with_parent()
-
-        super().__init__(folder, "--dns", *flags, ready=ready, preexec_fn=enter)
+        super().__init__(folder, "--dns", *flags, ready=ready, preexec_fn=scene.node.enter_in_child)
 
     def get(self, path: str) -> tuple[int, str]:
         with self.scene.node.entered():

@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
-import sys
 import tempfile
-import threading
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +17,8 @@ from typing import Any, Protocol
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
 from udpwatch.agent.client.top.rows import Look
 from udpwatch.agent.errors import CannotRun, UdpwatchError
+from udpwatch.agent.testing.child import Child
 
-READY_SECONDS = 240.0  # under emulation a start takes a minute
 STOP_SECONDS = 10.0
 MAX_WORDS = 20  # of an agent's last ones
 
@@ -92,43 +87,24 @@ class AgentSource:
 class PrivateAgent:
     """`udpwatch run` as a child of our own, asked over the same socket as any other. It ends with us."""
 
-    def __init__(self, flags: Sequence[str], name: str, die_with_parent: Callable[[], None]) -> None:
+    def __init__(self, flags: Sequence[str], name: str) -> None:
         """Start it and wait until it answers; raises UdpwatchError with its last words where it does not."""
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="udpwatch-top-")
         path = Path(self._folder.name, "udpwatch.sock")
-        self._words: deque[str] = deque(maxlen=MAX_WORDS)
-        parent = os.getpid()
-
-        def begin() -> None:
-            die_with_parent()
-            if os.getppid() != parent:  # it ended before the line above
-                os._exit(1)
-
-        self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                "udpwatch.agent.cli",
-                "run",
-                f"--socket={path}",
-                "--metrics-listen=off",
-                *flags,
-            ],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
+        self._child = Child(
+            "run",
+            f"--socket={path}",
+            "--metrics-listen=off",
+            *flags,
+            name=name,
+            keep_lines=MAX_WORDS,
             env=_environment(),
             start_new_session=True,  # the terminal's keys are ours
-            preexec_fn=begin,
         )
-        threading.Thread(target=self._listen, name="private agent", daemon=True).start()
         self._agent = AgentSource(path, name)
         try:
-            self._wait()
+            self._child.wait_until_ready(self._answers)
         except BaseException:
             self.close()
             raise
@@ -142,8 +118,8 @@ class PrivateAgent:
         except OSError as error:
             # The connection ends a moment before the process.
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOP_SECONDS)
-            raise UdpwatchError(f"{self.name} has ended: {self._last_words() or error}") from None
+                self._child.process.wait(STOP_SECONDS)
+            raise UdpwatchError(f"{self.name} has ended: {self._child.last_message or error}") from None
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """What it still has."""
@@ -152,36 +128,14 @@ class PrivateAgent:
     def close(self) -> None:
         """End it, gently first, and clean up."""
         self._agent.close()
-        if self._process.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        self._child.stop(seconds=STOP_SECONDS)
         self._folder.cleanup()
 
-    def _wait(self) -> None:
-        end = time.monotonic() + READY_SECONDS
-        while True:
-            status = self._process.poll()
-            if status is not None or time.monotonic() > end:
-                words = self._last_words() or f"it ended with status {status}"
-                raise (CannotRun if status == CannotRun.exit_status else UdpwatchError)(f"{self.name}: {words}")
-            with contextlib.suppress(OSError):
-                self._agent.read()
-                return
-            time.sleep(0.02)
-
-    def _listen(self) -> None:
-        assert self._process.stderr
-        with self._process.stderr as lines:
-            for line in lines:
-                self._words.append(line.strip().removeprefix("udpwatch: "))
-
-    def _last_words(self) -> str:
-        return self._words[-1] if self._words else ""
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError):
+            self._agent.read()
+            return True
+        return False
 
 
 def _environment() -> dict[str, str]:
@@ -190,7 +144,7 @@ def _environment() -> dict[str, str]:
     return {"UDPWATCH_MAX_SERIES": str(MAX_ROWS), **kept}
 
 
-def open_agent(connect: str | None, die_with_parent: Callable[[], None]) -> Source:
+def open_agent(connect: str | None) -> Source:
     """The agent that runs here; where none does and we are root, one of our own. Raises UdpwatchError."""
     path = Path(connect) if connect else DEFAULT_SOCKET
     source = AgentSource(path)
@@ -207,10 +161,10 @@ def open_agent(connect: str | None, die_with_parent: Callable[[], None]) -> Sour
                 f"no agent answers on {path} ({reason}): start `udpwatch run` as root, or run this as root, which "
                 "starts an agent for as long as it runs; --prometheus URL and --replay FILE need neither"
             ) from None
-        return PrivateAgent((), "an agent of its own", die_with_parent)
+        return PrivateAgent((), "an agent of its own")
     return source
 
 
-def open_replay(file: str, die_with_parent: Callable[[], None]) -> Source:
+def open_replay(file: str) -> Source:
     """A recording, played by an agent of our own. Raises UdpwatchError."""
-    return PrivateAgent((f"--replay={file}",), f"replay of {Path(file).name}", die_with_parent)
+    return PrivateAgent((f"--replay={file}",), f"replay of {Path(file).name}")

@@ -96,10 +96,10 @@ def test_what_is_no_agent_of_ours_may_be_replaced_by_one(tmp_path: Path, answer:
 def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DEFAULT_SOCKET", tmp_path / "default.sock")
     with pytest.raises(UdpwatchError, match=r"no agent answers on .*other\.sock .*start `udpwatch run`"):
-        open_agent(str(tmp_path / "other.sock"), lambda: None)
+        open_agent(str(tmp_path / "other.sock"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(CannotRun, match="run this as root"):
-        open_agent(None, lambda: None)
+        open_agent(None)
 
 
 def test_a_private_agent_writes_no_events_and_serves_no_dns(monkeypatch: pytest.MonkeyPatch) -> None:
