@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,18 +111,20 @@ def test_a_private_agent_writes_no_events_and_serves_no_dns(monkeypatch: pytest.
 
 
 @pytest.fixture
-def stray() -> Iterator[Callable[[], set[str]]]:
-    """Folders of private agents that were left since."""
-    before = set(Path("/tmp").glob("udpwatch-top-*"))
-    yield lambda: {str(path) for path in set(Path("/tmp").glob("udpwatch-top-*")) - before}
+def temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where this process and its children make temporary folders; at first it is empty."""
+    with tempfile.TemporaryDirectory(prefix="t-") as folder:  # pytest's paths are too long for a Unix socket
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
-def test_a_replay_needs_no_root_and_leaves_nothing(capsys: pytest.CaptureFixture[str], stray: Any) -> None:
+def test_a_replay_needs_no_root_and_leaves_nothing(capsys: pytest.CaptureFixture[str], temporary_folder: Path) -> None:
     assert main(["top", "--replay", str(EVENTS), "--once", "--json", "--interval", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert sum(each["total"] for each in told["findings"]) > 0
     assert told["nodes"][0]["mode"] == "replay"
-    assert stray() == set()
+    assert list(temporary_folder.iterdir()) == []
 
 
 def test_a_replay_that_cannot_be_played_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-def test_its_agent_ends_with_it(number: signal.Signals, stray: Any) -> None:
+def test_its_agent_ends_with_it(number: signal.Signals, temporary_folder: Path) -> None:
     with start("--json") as process:
         assert process.stdout
         json.loads(process.stdout.readline())
@@ -171,7 +174,7 @@ def test_its_agent_ends_with_it(number: signal.Signals, stray: Any) -> None:
     while not ended(agent):
         assert time.monotonic() < end
         time.sleep(0.01)
-    assert stray() == set()
+    assert list(temporary_folder.iterdir()) == []
 
 
 def test_a_reader_that_goes_away_ends_it_quietly() -> None:
