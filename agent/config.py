@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.model import Forwarded, Hooks
+from udpwatch.dns.host_port import host_port
 
 OFF = "off"
 
@@ -59,11 +60,10 @@ def _listen(value: object) -> Address | None:
     text = str(value)
     if text == OFF:
         return None
-    host, colon, port = text.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
-        raise _Rejected("HOST:PORT, such as 127.0.0.1:9953 or [::1]:9953, or 'off'")
-    return Address(host, int(port))
+    try:
+        return Address(*host_port(text))
+    except ValueError:
+        raise _Rejected("HOST:PORT, such as 127.0.0.1:9953 or [::1]:9953, or 'off'") from None
 
 
 def _text(value: object) -> str:

@@ -15,6 +15,7 @@ import dnslib
 
 from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
+from udpwatch.dns.host_port import host_port
 from udpwatch.dns.names import lower, name_from_text, name_to_text, suffixes
 from udpwatch.dns.settings import DomainAddress, HostRecord, Server, Settings, StaticRecord
 
@@ -141,10 +142,11 @@ def user_name(text: str) -> str:
 
 
 def metrics_listen(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if text != "off" and not (host and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) <= 65535):
-        raise Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'")
+    if text != "off":
+        try:
+            host_port(text)
+        except ValueError:
+            raise Rejected("HOST:PORT, e.g. 127.0.0.1:9953 or [::1]:9953, or 'off'") from None
     return text
 
 

@@ -19,6 +19,7 @@ from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
 from udpwatch.agent.kernel.cpu import Cpus, make_way
 from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
+from udpwatch.dns.host_port import host_port
 from udpwatch.dns.options import parse
 from udpwatch.dns.service import Service
 from udpwatch.dns.settings import Settings
@@ -130,8 +131,7 @@ def ready(service: Service) -> tuple[bool, str]:
 def _listen(where: str, cpus: Cpus) -> HttpServer | None:
     if where == "off":
         return None
-    host, _, port = where.rpartition(":")
     try:
-        return HttpServer(host.strip("[]"), int(port), cpus)
+        return HttpServer(*host_port(where), cpus)
     except UdpwatchError as error:
         raise NetworkError(str(error)) from None

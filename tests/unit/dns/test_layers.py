@@ -13,6 +13,7 @@ DNS = Path(__file__).resolve().parents[3] / "dns"
 ALLOWED: dict[str, set[str]] = {
     # bytes and values
     "errors": set(),
+    "host_port": set(),
     "names": set(),
     "shares": set(),
     "budget": set(),
@@ -53,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
     "conffile": {"errors"},
-    "values": {"conffile", "message", "names", "settings"},
+    "values": {"conffile", "host_port", "message", "names", "settings"},
     "option_table": {"values"},
     "options": {"conffile", "errors", "message", "names", "option_table", "settings", "values"},
     # the whole
@@ -77,6 +78,7 @@ ALLOWED: dict[str, set[str]] = {
 }
 #: Modules that decide: no sockets, no files, no clock of their own.
 WITHOUT_IO = {
+    "host_port",
     "names",
     "message",
     "cname",
