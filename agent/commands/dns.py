@@ -17,7 +17,7 @@ from udpwatch.agent.daemon.metrics import exposition
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
-from udpwatch.agent.kernel.cpu import Cpus, make_way
+from udpwatch.agent.kernel.cpu import Cpus, favour_servers
 from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
 from udpwatch.dns.host_port import host_port
 from udpwatch.dns.options import parse
@@ -82,7 +82,7 @@ async def _run(settings: Settings) -> None:
             if http:
                 http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
             await service.start()
-            make_way()
+            favour_servers()
             log.info("ready")
             await done.wait()
         finally:

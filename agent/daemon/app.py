@@ -1,9 +1,9 @@
-"""Wires the stages together: kernel -> enrich -> state -> views. Signals, order of start, order of stop.
+"""The agent: wires its parts, starts and stops them in order, handles signals.
 
-Three kinds of threads: the main one answers the socket and DNS; one reads the sensor, names who is behind what it
-read and owns the state, because netlink, /proc and the number of findings may keep it busy; views that may block on
-their reader (HTTP, event file) have their own. The others read the snapshot that the sensor's thread put down last.
-What it posts to the main thread is bounded, and counted beyond that.
+Three kinds of threads: the main thread serves the socket and DNS. The sensor's thread reads the source, finds senders
+and owns the state, because netlink, /proc and many findings may keep it busy. HTTP and the event log, which may block
+on their readers, have their own. They share the last snapshot; what the sensor's thread posts to the main thread is
+bounded.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,38 +24,30 @@ from udpwatch.agent.daemon import api, systemd
 from udpwatch.agent.daemon.event_log import EventWriter, as_json
 from udpwatch.agent.daemon.http import HttpServer
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
-from udpwatch.agent.daemon.self_test import SelfTest
+from udpwatch.agent.daemon.sensor_thread import CPU_SHARE, SensorThread
+from udpwatch.agent.daemon.starting import Starting, Stopped
 from udpwatch.agent.daemon.startup import watch_kernel, watch_recording
 from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
-from udpwatch.agent.kernel.cpu import Cpus, Pace, make_way, show_name
+from udpwatch.agent.kernel.cpu import Cpus, Pace, favour_servers
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
 from udpwatch.agent.model import Cause, Event, Row, Sample, Snapshot
-from udpwatch.agent.sources.source import FindingSource
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-READ_SECONDS = 0.5
-EVENTS_PER_SECOND = 1_000  # of all findings together: more stay in the ring buffer, where the kernel counts the excess
-#: The sensor's thread may take this part of a CPU, or of the quota where that is less; beyond that it is slower. Counts
-#: wait in the kernel, and the same process answers DNS and the health page.
-CPU_SHARE = 0.2
-SENSOR_NICE = 5  # whoever answers goes first
 FINDING_LINES = 60  # logged in a minute
-HEALTH_SECONDS = 2.0
-DESCRIPTORS = 256  # some fifty for the programs, the rest for connections
-STOP_SECONDS = 10.0
-STALLED_SECONDS = 30.0  # without a sample for so long the agent is not healthy
+DESCRIPTORS = 256  # about fifty for the programs, the rest for connections
+STALLED_SECONDS = 30.0  # without a sample for this long, the agent is not healthy
 
 log = logging.getLogger(__name__)
 
 
 def open_dns(conf: Path | None, cpus: Cpus) -> Service:
-    """The responder, bound; raises UdpwatchError. Imported only where it is wanted: it takes memory."""
+    """Create the responder and bind its sockets. Raises UdpwatchError. Imported only if enabled: it takes memory."""
     from udpwatch.dns.errors import DnsError  # noqa: PLC0415
     from udpwatch.dns.options import read_conf  # noqa: PLC0415
     from udpwatch.dns.service import Service  # noqa: PLC0415
@@ -66,120 +56,19 @@ def open_dns(conf: Path | None, cpus: Cpus) -> Service:
     try:
         dns = read_conf(conf) if conf else DnsSettings()
         if dns.metrics_listen != DnsSettings().metrics_listen:
-            raise UdpwatchError(f"{conf}: metrics-listen is for `udpwatch dns`; the agent has --metrics-listen")
+            raise UdpwatchError(f"{conf}: metrics-listen is only for `udpwatch dns`; use --metrics-listen instead")
         if dns.user:
-            raise UdpwatchError(f"{conf}: user is for `udpwatch dns`; the agent needs root")
+            raise UdpwatchError(f"{conf}: user is only for `udpwatch dns`; the agent must run as root")
         return Service(dns, __version__, cpus)
     except DnsError as error:
         raise UdpwatchError(f"--dns: {error}") from None
 
 
-class _SensorThread(threading.Thread):
-    """Reads the sensor; its handlers run in this thread."""
-
-    def __init__(
-        self,
-        source: FindingSource,
-        forget: float,
-        on_events: Callable[[list[Event]], None],
-        on_sample: Callable[[Sample, list[str], bool], None],
-        on_failure: Callable[[BaseException], None],
-        self_test: SelfTest,
-        pace: Pace,
-    ) -> None:
-        super().__init__(name="sensor", daemon=True)
-        self._source, self._forget_ns = source, int(forget * 1e9)
-        self._on_events, self._on_sample, self._on_failure = on_events, on_sample, on_failure
-        self._self_test, self._pace = self_test, pace
-        self._stopping = threading.Event()
-        self._may_take, self._taken_at = 0.0, time.monotonic()  # events, by EVENTS_PER_SECOND
-
-    def run(self) -> None:
-        try:
-            self._run()
-        except Exception as error:
-            self._on_failure(error)
-
-    def _run(self) -> None:
-        next_reading = next_health = 0.0
-        show_name()
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), SENSOR_NICE)
-        self._pace.start(self._stopping.wait)
-        while not self._stopping.is_set():
-            self._source.wait(READ_SECONDS)
-            self._pace()
-            self._pass_events()
-            now = time.monotonic()
-            if now >= next_reading:
-                changes = []
-                if now >= next_health:
-                    changes = self._source.keep_attached() + self._self_test.run()
-                    next_health = now + HEALTH_SECONDS
-                self._pass_reading(changes)
-                next_reading = time.monotonic() + READ_SECONDS
-        self._may_take = EVENTS_PER_SECOND  # the last ones: whatever was taken before
-        self._pass_events()
-        self._pass_reading([])
-
-    def _pass_reading(self, changes: list[str]) -> None:
-        self._on_sample(self._source.sample(self._forget_ns), changes, self._self_test.passed)
-
-    def _pass_events(self) -> None:
-        now = time.monotonic()
-        gained = (now - self._taken_at) * EVENTS_PER_SECOND
-        self._may_take, self._taken_at = min(self._may_take + gained, EVENTS_PER_SECOND * READ_SECONDS), now
-        if self._may_take < 1:
-            self._stopping.wait(READ_SECONDS / 10)  # the sensor has events, so it does not wait
-            return
-        events = list(self._source.events(int(self._may_take)))
-        self._may_take -= len(events)
-        if events:
-            self._on_events(events)
-
-    def stop(self) -> bool:
-        """Take a last sample and end; False where that takes too long."""
-        self._stopping.set()
-        self.join(STOP_SECONDS)
-        return not self.is_alive()
-
-
-class Stopped(BaseException):
-    """A signal to stop while the agent is still starting."""
-
-
-class Starting:
-    """Signals to stop until the event loop takes them: noted, and acted on only where nothing is half done. Raised
-    anywhere, they leave a socket behind whose removal was the next line, or get lost in a destructor."""
-
-    def __init__(self) -> None:
-        self.to_be_stopped = self._may_raise = False
-
-    def note(self, _number: int, _frame: object) -> None:
-        """A signal's handler."""
-        self.to_be_stopped = True
-        if self._may_raise:
-            raise Stopped
-
-    @contextlib.contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Around what may take long and leaves nothing behind: raises Stopped at a signal that came, or comes."""
-        try:
-            self._may_raise = True
-            if self.to_be_stopped:
-                raise Stopped
-            yield
-        finally:
-            self._may_raise = False
-        if self.to_be_stopped:
-            raise Stopped
-
-
 class App:
-    """The agent; once made, `run` works and closes it."""
+    """The agent. `run` runs it and closes it."""
 
     def __init__(self, settings: Settings, starting: Starting) -> None:
-        """Bind and open everything that can fail, cheapest first; raises UdpwatchError with nothing left behind."""
+        """Open everything that can fail, the cheapest first. Raises UdpwatchError and leaves nothing behind."""
         if not settings.replay:
             capabilities.require()
         if not raise_descriptor_limit(DESCRIPTORS):
@@ -195,7 +84,7 @@ class App:
         self._done = asyncio.Event()
         self._read_at = self._logged_at = time.monotonic()
         self._may_log, self._not_logged = float(FINDING_LINES), 0
-        self._left_out = 0  # look-ups, as counted so far
+        self._left_out = 0  # lookups, as counted in the last sample
         with contextlib.ExitStack() as opened:
             self._http: HttpServer | None = None
             if settings.metrics_listen:
@@ -231,9 +120,9 @@ class App:
             opened.pop_all()
 
     async def run(self) -> None:
-        """Work until SIGTERM, SIGINT or SIGHUP; raises what ended it otherwise. Everything is closed afterwards."""
+        """Run until SIGTERM, SIGINT or SIGHUP, then close everything. Raises any other error that ends it."""
         self._loop = asyncio.get_running_loop()
-        self._thread: _SensorThread | None = None
+        self._thread: SensorThread | None = None
         try:
             await self._run()
         finally:
@@ -266,12 +155,12 @@ class App:
         if self._api:
             await self._api.start()
         handlers = self._on_events, self._on_sample, self._on_failure
-        self._thread = _SensorThread(self._source, forget, *handlers, self._watching.self_test, self._pace)
+        self._thread = SensorThread(self._source, forget, *handlers, self._watching.self_test, self._pace)
         self._thread.start()
         systemd.notify("READY=1")
         self._watchdog = self._loop.create_task(self._notify_watchdog())
         self._said_ready, reason = self._ready()
-        make_way()
+        favour_servers()
         if self._said_ready:
             log.info("ready")
         else:
@@ -279,7 +168,7 @@ class App:
         await self._done.wait()
 
     async def _notify_watchdog(self) -> None:
-        """Tell systemd that the agent works: that the sensor's thread has made samples and that the loop runs."""
+        """Tell systemd that the agent works: the sensor's thread takes samples, and this event loop runs."""
         limit = systemd.watchdog_seconds()
         notified_at = 0.0
         while limit is not None:
@@ -302,14 +191,14 @@ class App:
         if self._dns:
             await self._dns.stop()
         ended = await asyncio.to_thread(self._thread.stop) if self._thread else True
-        await asyncio.sleep(0)  # what the sensor's thread posted last
+        await asyncio.sleep(0)  # for what the sensor's thread posted last
         if self._events:
             await asyncio.to_thread(self._events.stop)
         if self._api:
             await self._api.stop()
         if self._http:
             await asyncio.to_thread(self._http.stop)
-        if ended:  # else the process's end closes them, under nobody's hands
+        if ended:  # else the thread still uses the descriptors, and the process's end closes them
             self._watching.close()
 
     def _announce(self) -> None:
@@ -324,8 +213,8 @@ class App:
             log.warning("%s", note)
 
     def _drop_capabilities(self) -> None:
-        """Keep what the sensor goes on to need; for an event file, what opening it again needs, whoever owns it by
-        then; for the responder, and for metrics whose port is taken, what listening on an address later needs."""
+        """Keep the capabilities that the source still needs, one to open an event file again whatever its owner, and
+        one to bind addresses later: the responder's, and that of metrics whose port is in use."""
         keep = set(self._watching.capabilities)
         if self._settings.events not in (None, "-"):
             keep.add(Capability.DAC_OVERRIDE)
@@ -334,16 +223,17 @@ class App:
         capabilities.drop_all_but(keep)
 
     def _on_events(self, events: list[Event]) -> None:
-        """In the sensor's thread, as _on_sample."""
+        """Handle events, in the sensor's thread."""
         offset, node = self._source.clock_offset(), self._settings.node
-        told = [as_json(event, self._senders.lookup(event), node, event.time / 1e9 + offset) for event in events]
+        objects = [as_json(event, self._senders.lookup(event), node, event.time / 1e9 + offset) for event in events]
         if self._events:
-            for each in told:
+            for each in objects:
                 self._events.put(each)
-        if self._api and (lost := self._api.post(told)):
+        if self._api and (lost := self._api.post(objects)):
             self._lose("queue", lost)
 
     def _on_sample(self, sample: Sample, changes: list[str], self_test_passed: bool) -> None:
+        """Handle a sample, in the sensor's thread."""
         now = time.time()
         for line in changes:
             log.warning("%s", line)
@@ -360,7 +250,7 @@ class App:
         self._read_at = time.monotonic()
 
     def _log_finding(self, row: Row) -> None:
-        """A line for each new finding, as many as FINDING_LINES a minute: packets order them."""
+        """Log a new finding, at most FINDING_LINES a minute: packets cause these lines."""
         now = time.monotonic()
         self._may_log = min(FINDING_LINES, self._may_log + (now - self._logged_at) * FINDING_LINES / 60)
         self._logged_at = now
@@ -369,12 +259,12 @@ class App:
             return
         self._may_log -= 1
         if self._not_logged:
-            log.warning("%d new findings were not logged: too many in a minute", self._not_logged)
+            log.warning("%d new findings not logged: more than %d in a minute", self._not_logged, FINDING_LINES)
             self._not_logged = 0
         log.warning("%s", describe(row))
 
     def _doctor(self) -> dict[str, Any]:
-        """What the agent says of itself to whoever asks its socket."""
+        """The agent's report about itself, for its socket."""
         snapshot = self._snapshot
         return {
             "version": snapshot.version,
@@ -396,11 +286,11 @@ class App:
         self._state.lose(stage, count)
 
     def _reader_gone(self) -> None:
-        """Nobody reads standard output any more: as any program in a pipe, stop."""
+        """Stop, as any program in a pipe whose reader is gone."""
         self._end()
 
     def _end(self) -> None:
-        """From any thread."""
+        """Stop; any thread may call this."""
         with contextlib.suppress(RuntimeError):  # the loop has been closed
             self._loop.call_soon_threadsafe(self._done.set)
 
@@ -410,7 +300,7 @@ class App:
 
     def _ready(self) -> tuple[bool, str]:
         if self._dns and not self._dns.ready:
-            return False, "dns: the tables are being read, or it is stopping"
+            return False, "dns: loading tables, or stopping"
         if self._http and self._http.problem:
             return False, self._http.problem
         if self._snapshot.ready:
@@ -421,19 +311,19 @@ class App:
 
 
 def describe(row: Row) -> str:
-    """A finding in one line."""
-    answered = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
-    who = f"{row.sender.process} (pid {row.sender.pid})"
+    """Describe a finding in one line."""
+    source = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
+    sender = f"{row.sender.process} (pid {row.sender.pid})"
     if row.cause == Cause.FORWARDED:
-        who = f"a machine behind {row.interface}" if row.interface else "another machine"
+        sender = f"a machine behind {row.interface}" if row.interface else "another machine"
     return (
-        f"wrong reply: {who}, port {row.port}/udp, was asked at {row.expected} and answered "
-        f"{answered}; cause {row.cause}, conntrack verdict {row.verdict}"
+        f"wrong reply: {sender}, port {row.port}/udp, was asked at {row.expected} and replied "
+        f"{source}; cause {row.cause}, conntrack verdict {row.verdict}"
     )
 
 
 def run(settings: Settings) -> None:
-    """Run the agent in the foreground until it is told to stop; raises UdpwatchError."""
+    """Run the agent in the foreground until a signal stops it. Raises UdpwatchError."""
     starting = Starting()
 
     async def main() -> None:

@@ -1,8 +1,8 @@
-"""How much CPU this process may use, and a thread that keeps to its share of it.
+"""How much CPU this process may use, and how a thread keeps to its share.
 
-A cgroup's quota is for all threads of all its processes. Who uses it up stands still for the rest of the period, a
-tenth of a second as a rule, whatever it was about to answer. So what others can make the agent do is done in slices
-much shorter than a period, with pauses between them.
+A cgroup's quota covers all threads of all its processes. Once it is used up, all of them stop for the rest of the
+period, usually a tenth of a second, also the threads that serve requests. So work that others can cause is done in
+slices much shorter than a period, with pauses between them.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-SLICE_SECONDS = 0.004  # of work without a pause
-SWITCH_SECONDS = 0.001  # after which a thread that works makes way for one that has to answer
-COLLECTIONS = 200  # of young objects for one of all
-LOOK_SECONDS = 10.0  # the quota may be changed while the agent runs
+SLICE_SECONDS = 0.004  # of CPU between two pauses
+SWITCH_SECONDS = 0.001  # after which a busy thread yields the interpreter's lock
+COLLECTIONS = 200  # garbage collections of young objects for each full one
+LOOK_SECONDS = 10.0  # between two reads of the quota, which may change
 
 
 def quota(proc: Path = Path("/proc/self")) -> float:
-    """How many CPUs the cgroups of this process let it use; infinity where there is no limit, or none to be read."""
+    """Return how many CPUs the cgroups of this process allow; infinity without a readable limit."""
     return min((limit for folder in _folders(proc) for limit in _limits(folder)), default=math.inf)
 
 
 def _folders(proc: Path) -> Iterator[Path]:
-    """The process's cgroups that may have a quota, in v2 and v1, and those above them as far as they can be seen."""
+    """The process's cgroups that may have a quota, in v2 and v1, and their visible parents."""
     try:
         mounts = os.fsdecode((proc / "mountinfo").read_bytes()).split("\n")
         cgroups = os.fsdecode((proc / "cgroup").read_bytes()).split("\n")
@@ -49,7 +49,7 @@ def _folders(proc: Path) -> Iterator[Path]:
             continue
         root, point = (_unescaped(word) for word in mount.split(" ")[3:5])
         top = Path(point)
-        # A container may see its own cgroup as the root of the mount.
+        # A container can see its own cgroup as the root of the mount.
         below = path.removeprefix(root).strip("/") if path.startswith(root) else ""
         folder = top / below if ".." not in below else top
         yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
@@ -72,13 +72,13 @@ def _limits(folder: Path) -> Iterator[float]:
 
 
 class Cpus:
-    """The quota, looked up now and then."""
+    """The quota, read every LOOK_SECONDS."""
 
     def __init__(self, look: Callable[[], float] = quota) -> None:
         self._look, self._cpus, self._looked = look, math.inf, -math.inf
 
     def __call__(self) -> float:
-        """How many CPUs this process may use."""
+        """Return how many CPUs this process may use."""
         now = time.monotonic()
         if now - self._looked > LOOK_SECONDS:
             self._looked = now
@@ -87,9 +87,9 @@ class Cpus:
 
 
 class Pace:
-    """Keeps one thread to its share of the CPU, and of the quota where that is less than one CPU.
+    """Keeps one thread to its share of a CPU, or of the quota if that is less than one CPU.
 
-    The thread calls `start`, then the object itself wherever it has done a little work.
+    The thread calls `start` once, and the object itself after each small piece of work.
     """
 
     def __init__(
@@ -99,18 +99,18 @@ class Pace:
         clock: Callable[[], float] = time.monotonic,
         used: Callable[[], float] = time.thread_time,
     ) -> None:
-        """``used``: seconds of CPU that the calling thread has taken."""
+        """``used``: seconds of CPU that the calling thread has used."""
         self._share, self._cpus, self._clock, self._used = share, cpus, clock, used
         self._pause: Callable[[float], object] | None = None
         self._taken = self._begun = 0.0
 
     def start(self, pause: Callable[[float], object]) -> None:
-        """Begin, in the thread that is to pause; ``pause`` waits for so many seconds, or less."""
+        """Begin, in the thread that shall pause; ``pause`` waits for at most the given seconds."""
         self._pause = pause
         self._taken, self._begun = self._used(), self._clock()
 
     def __call__(self) -> None:
-        """Pause if a slice of work has been done; before `start`, nothing."""
+        """Pause if a slice of work is done; do nothing before `start`."""
         if self._pause is None:
             return
         taken = self._used() - self._taken
@@ -122,11 +122,11 @@ class Pace:
         self._taken, self._begun = self._used(), self._clock()
 
 
-def make_way() -> None:
-    """Set the interpreter up for threads that answer beside others that work; to be called once all is started.
+def favour_servers() -> None:
+    """Configure the interpreter so that busy threads do not delay those that serve requests. Call it after the start.
 
-    The garbage collector keeps the interpreter's lock for as long as it takes to walk all objects: a tenth of a second
-    with a thousand DNS queries under way, which are no garbage and leave none.
+    A full garbage collection holds the interpreter's lock while it walks all objects: a tenth of a second with a
+    thousand DNS queries in flight, which are not garbage and leave none.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
@@ -136,10 +136,10 @@ def make_way() -> None:
 
 
 def show_name() -> None:
-    """Give the calling thread its name in /proc, too: `top -H` then tells who takes the CPU."""
+    """Set the calling thread's name in /proc, for `top -H`."""
     with contextlib.suppress(OSError):
         Path("/proc/thread-self/comm").write_text(threading.current_thread().name)
 
 
 def unpaced() -> None:
-    """In place of a `Pace`: never pause."""
+    """Stand in for a `Pace` that never pauses."""

@@ -148,7 +148,7 @@ def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, po
     assert [(row["sender"]["process"], row["count"]) for row in rows] == [("loud-server", 2)]
     (line,) = [line for line in agent.log if f"port {port}/udp" in line]
     assert "loud-server" in line
-    assert f"was asked at {host.ETH0} and answered from {host.DOCKER0}" in line
+    assert f"was asked at {host.ETH0} and replied from {host.DOCKER0}" in line
 
 
 def test_every_error_series_exists_from_the_start(agent: Agent) -> None:

@@ -289,7 +289,7 @@ def test_forwarded_by_an_agent(folder: Path, port: int) -> None:
         assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), **labels) == 1
         assert agent.metric("udpwatch_flows_checked_total") >= 1
         assert agent.metric("udpwatch_conntrack_limit") > 0
-        line = f"wrong reply: a machine behind right, port {port}/udp, was asked at 10.2.0.5 and answered from 10.2.0.6"
+        line = f"wrong reply: a machine behind right, port {port}/udp, was asked at 10.2.0.5 and replied from 10.2.0.6"
         assert any(line in said for said in agent.log)
 
 

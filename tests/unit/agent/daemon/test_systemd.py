@@ -14,7 +14,7 @@ import pytest
 from repository import GOLDEN
 
 from udpwatch.agent.config import resolve
-from udpwatch.agent.daemon import app, systemd
+from udpwatch.agent.daemon import app, sensor_thread, systemd
 from udpwatch.agent.daemon.app import App, Starting
 from udpwatch.agent.sources.replay import Replay
 
@@ -117,7 +117,7 @@ def test_only_samples_feed_the_watchdog(manager: Manager, monkeypatch: pytest.Mo
         return sample(self, expire_ns)
 
     monkeypatch.setattr(Replay, "sample", sample_when_allowed)
-    monkeypatch.setattr(app, "READ_SECONDS", 0.01)
+    monkeypatch.setattr(sensor_thread, "SAMPLE_SECONDS", 0.01)
     # The agent runs in the tests' own process, which must keep its capabilities for the tests that follow.
     monkeypatch.setattr(app.capabilities, "drop_all_but", lambda keep: None)
     monkeypatch.setenv("WATCHDOG_USEC", "100000")
