@@ -6,8 +6,9 @@ import textwrap
 from dataclasses import dataclass
 from importlib import metadata
 
+from udpwatch.dns import option_readers as readers
 from udpwatch.dns import values
-from udpwatch.dns.values import Draft, Information, Read
+from udpwatch.dns.option_readers import Draft, Information, Read
 
 DOCUMENT = "docs/dns-options.md"
 
@@ -68,190 +69,190 @@ _FOREGROUND = "no effect: udpwatch always stays in the foreground"
 OPTIONS = (
     # listening
     _option(
-        "-p --port=PORT", values.one("port", values.port_number), "listen on this port (53)", "0 is refused", once=True
+        "-p --port=PORT", readers.one("port", values.port_number), "listen on this port (53)", "0 is refused", once=True
     ),
     _option(
         "-a --listen-address=ADDRESS[,..]",
-        values.several("listen_addresses", values.listen_address),
+        readers.several("listen_addresses", values.listen_address),
         "listen on these addresses, also when they appear later",
     ),
     _option(
         "-i --interface=NAME[,..]",
-        values.several("interfaces", values.listening_device),
+        readers.several("interfaces", values.listening_device),
         "listen on these interfaces; a final * matches any ending",
         "a label (eth0:1) is refused",
     ),
     _option(
         "-I --except-interface=NAME[,..]",
-        values.several("except_interfaces", values.listening_device),
+        readers.several("except_interfaces", values.listening_device),
         "do not listen on these interfaces",
         "a label (eth0:1) is refused",
     ),
-    _option("--bind-dynamic", values.accept_noop, "no effect: each address always has its own socket while it exists"),
+    _option("--bind-dynamic", readers.accept_noop, "no effect: each address always has its own socket while it exists"),
     _option(
         "-z --bind-interfaces",
-        values.accept_noop,
+        readers.accept_noop,
         "the same as --bind-dynamic",
         "a missing address is not an error; may be combined with --bind-dynamic",
     ),
     _option(
         "--local-service[=net|host]",
-        values.read_local_service,
+        readers.read_local_service,
         "serve only clients in directly connected networks; host: listen on lo only; no effect with --interface, "
         "--except-interface or --listen-address",
         "net is the default",
         once=True,
     ),
     # local names
-    _option("-h --no-hosts", values.on("hosts", False), "do not read /etc/hosts"),
+    _option("-h --no-hosts", readers.on("hosts", False), "do not read /etc/hosts"),
     _option(
         "-H --addn-hosts=PATH",
-        values.each("addn_hosts", values.file_path),
+        readers.each("addn_hosts", values.file_path),
         "also read this hosts file, or all files of this folder; may be repeated",
         "changes take effect without SIGHUP",
     ),
-    _option("--hostsdir=FOLDER", values.each("addn_hosts", values.file_path), "the same as --addn-hosts"),
-    _option("-E --expand-hosts", values.on("expand_hosts"), "also add --domain to names without a dot in hosts files"),
+    _option("--hostsdir=FOLDER", readers.each("addn_hosts", values.file_path), "the same as --addn-hosts"),
+    _option("-E --expand-hosts", readers.on("expand_hosts"), "also add --domain to names without a dot in hosts files"),
     _option(
         "-s --domain=DOMAIN",
-        values.one("domain", values.domain_name),
+        readers.one("domain", values.domain_name),
         "the domain for --expand-hosts and --srv-host",
         "an address range and # are refused, because there is no DHCP; the last value wins",
     ),
-    _option("--domain-suffix=DOMAIN", values.one("domain", values.domain_name), "the same as --domain"),
+    _option("--domain-suffix=DOMAIN", readers.one("domain", values.domain_name), "the same as --domain"),
     _option(
         "-A --address=/DOMAIN/[..][ADDRESS|#]",
-        values.read_address,
+        readers.read_address,
         "answer a domain and all names below it with this address; #: 0.0.0.0 and ::; nothing: NXDOMAIN; "
         "/#/: every name",
         "//, *DOMAIN and an address without a domain are refused; other types get NODATA and are not forwarded",
     ),
     _option(
         "--host-record=NAME[,..][,IPv4][,IPv6][,TTL]",
-        values.read_host_record,
+        readers.read_host_record,
         "addresses of names, and the reverse of the first name",
         "a second address of a family, and a record without name or address, are refused",
     ),
-    _option("--cname=ALIAS[,..],TARGET[,TTL]", values.read_cname, "aliases of a name", "*.DOMAIN is refused"),
+    _option("--cname=ALIAS[,..],TARGET[,TTL]", readers.read_cname, "aliases of a name", "*.DOMAIN is refused"),
     _option(
         "-Y --txt-record=NAME[,TEXT..]",
-        values.read_txt,
+        readers.read_txt,
         "a TXT record; each text is one string, or several if longer than 255",
     ),
     _option(
         "-W --srv-host=_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]",
-        values.read_srv,
+        readers.read_srv,
         "an SRV record; without DOMAIN in --domain; without TARGET the service is not available",
     ),
-    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", values.read_mx, "an MX record", "TARGET is required"),
-    _option("--ptr-record=NAME,TARGET", values.read_ptr, "a PTR record", "TARGET is required"),
-    _option("-T --local-ttl=SECONDS", values.one("local_ttl", values.seconds), "TTL of local names (0)", once=True),
+    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", readers.read_mx, "an MX record", "TARGET is required"),
+    _option("--ptr-record=NAME,TARGET", readers.read_ptr, "a PTR record", "TARGET is required"),
+    _option("-T --local-ttl=SECONDS", readers.one("local_ttl", values.seconds), "TTL of local names (0)", once=True),
     # upstream servers
-    _option("-R --no-resolv", values.on("resolv", False), "do not read a resolv file: use only --server"),
+    _option("-R --no-resolv", readers.on("resolv", False), "do not read a resolv file: use only --server"),
     _option(
         "-r --resolv-file=FILE",
-        values.each("resolv_files", values.file_path),
+        readers.each("resolv_files", values.file_path),
         "read upstream servers from this file instead of /etc/resolv.conf; may be repeated",
         "the value is required",
     ),
-    _option("-n --no-poll", values.on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
+    _option("-n --no-poll", readers.on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
     _option(
         "-S --server=[/DOMAIN/[..]][ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]|#]",
-        values.read_server,
+        readers.read_server,
         "an upstream server, for all names or for these domains; #: the default servers; nothing: the domain is local; "
         "//: names without a dot",
         "refused: server names, *DOMAIN, a source port, and more than one of servers, # and nothing for a domain",
     ),
     _option(
         "--local=/DOMAIN/[..][ADDRESS|#]",
-        values.read_local,
+        readers.read_local,
         "the same as --server; usually without an address",
         "a domain is required",
     ),
     _option(
         "-0 --dns-forward-max=N",
-        values.one("forward_max", values.whole(1, 65535)),
+        readers.one("forward_max", values.whole(1, 65535)),
         "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
         "dnsmasq's default is 150",
         once=True,
     ),
     _option(
         "-P --edns-packet-max=OCTETS",
-        values.one("edns_packet_max", values.whole(512, 65535)),
+        readers.one("edns_packet_max", values.whole(512, 65535)),
         "maximum size of a response over UDP (1232)",
         "less than 512 is refused",
         once=True,
     ),
     _option(
-        "-D --domain-needed", values.on("domain_needed"), "do not forward A and AAAA queries for names without a dot"
+        "-D --domain-needed", readers.on("domain_needed"), "do not forward A and AAAA queries for names without a dot"
     ),
     _option(
         "-b --bogus-priv",
-        values.on("bogus_priv"),
+        readers.on("bogus_priv"),
         "do not forward reverse lookups of private addresses, except to a --server for their domain",
         "applies to every type, not only PTR and ANY, and to names below an address (b._dns-sd._udp.); not to parts of "
         "an address",
     ),
     _option(
         "--stop-dns-rebind",
-        values.on("stop_dns_rebind"),
+        readers.on("stop_dns_rebind"),
         "reject private addresses in upstream responses",
         "the response is REFUSED; dnsmasq's is empty",
     ),
     _option(
         "--rebind-localhost-ok",
-        values.on("rebind_localhost_ok"),
+        readers.on("rebind_localhost_ok"),
         "with --stop-dns-rebind: allow 127.0.0.0/8, 0.0.0.0/8, ::1 and ::",
     ),
     _option(
         "--rebind-domain-ok=[/]DOMAIN[/..]",
-        values.read_rebind_domain_ok,
+        readers.read_rebind_domain_ok,
         "with --stop-dns-rebind: allow these domains",
     ),
     # cache
     _option(
         "-c --cache-size=N",
-        values.one("cache_size", values.whole(0, values.MAX_CACHE_SIZE)),
+        readers.one("cache_size", values.whole(0, values.MAX_CACHE_SIZE)),
         "maximum number of cached responses (10000); 0: no cache",
         "dnsmasq's default is 150; responses of every type are cached",
         once=True,
     ),
-    _option("-N --no-negcache", values.on("negcache", False), "do not cache negative responses"),
+    _option("-N --no-negcache", readers.on("negcache", False), "do not cache negative responses"),
     _option(
         "--neg-ttl=SECONDS",
-        values.one("neg_ttl", values.seconds),
+        readers.one("neg_ttl", values.seconds),
         "cache negative responses without SOA for this long (0: not at all)",
         once=True,
     ),
     _option(
         "--max-ttl=SECONDS",
-        values.one("max_ttl", values.seconds),
+        readers.one("max_ttl", values.seconds),
         "maximum TTL that clients see (0: no limit)",
         once=True,
     ),
     _option(
         "--use-stale-cache[=SECONDS|off]",
-        values.one("stale_seconds", values.stale_seconds),
+        readers.one("stale_seconds", values.stale_seconds),
         "serve expired responses for this long while every upstream server is down (86400; 0: no limit)",
         "on by default, but only during outages; only udpwatch has off",
         once=True,
     ),
     _option(
         "--no-round-robin",
-        values.accept_noop,
+        readers.accept_noop,
         "no effect: records always keep their order",
         "without this option dnsmasq rotates them",
     ),
     # logging and metrics
     _option(
         "-q --log-queries[=extra]",
-        values.read_log_queries,
+        readers.read_log_queries,
         "log queries and responses; extra: with serial number and client",
     ),
-    _option("--no-ident", values.on("ident", False), "do not answer CHAOS names below bind."),
+    _option("--no-ident", readers.on("ident", False), "do not answer CHAOS names below bind."),
     _option(
         "--metrics-listen=HOST:PORT|off",
-        values.one("metrics_listen", values.metrics_listen),
+        readers.one("metrics_listen", values.metrics_listen),
         "serve Prometheus metrics at /metrics on this address (127.0.0.1:9953)",
         "only udpwatch has this option",
         once=True,
@@ -259,25 +260,25 @@ OPTIONS = (
     # process
     _option(
         "-u --user=NAME",
-        values.one("user", values.user_name),
+        readers.one("user", values.user_name),
         "if started as root, change to this user (nobody) and keep only CAP_NET_BIND_SERVICE",
         "root means uid 0 without other capabilities; the user's supplementary groups are kept",
         once=True,
     ),
     _option(
         "-C --conf-file=FILE",
-        values.read_conf_file,
+        readers.read_conf_file,
         "also read options from this file; may be repeated",
         "no file is read by default, not even /etc/dnsmasq.conf; - is refused",
     ),
     _option(
         "-7 --conf-dir=FOLDER[,SUFFIX|*SUFFIX..]",
-        values.read_conf_dir,
+        readers.read_conf_dir,
         "read options from a folder's files, except those that end in SUFFIX; with *SUFFIX, only those",
     ),
-    _option("-k --keep-in-foreground", values.accept_noop, _FOREGROUND),
-    _option("-d --no-daemon", values.accept_noop, _FOREGROUND, "no debug mode"),
-    _option("--test", values.test_only, "read and check everything, then exit", command_line_only=True),
+    _option("-k --keep-in-foreground", readers.accept_noop, _FOREGROUND),
+    _option("-d --no-daemon", readers.accept_noop, _FOREGROUND, "no debug mode"),
+    _option("--test", readers.test_only, "read and check everything, then exit", command_line_only=True),
     _option("-v --version", _version, "show the version", command_line_only=True),
     _option("-w --help", _help, "show this help", "`--help dhcp` is not supported", command_line_only=True),
 )

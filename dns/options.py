@@ -18,9 +18,10 @@ from typing import Any
 from udpwatch.dns import message, names
 from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
+from udpwatch.dns.option_readers import Draft, Information
 from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REFUSED, REFUSED_SHORT, Option
 from udpwatch.dns.settings import DomainServers, Settings, StaticRecord
-from udpwatch.dns.values import Draft, Information, Rejected
+from udpwatch.dns.values import Rejected
 
 MAX_DEPTH = 16  # conf-file within conf-file
 

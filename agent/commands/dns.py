@@ -20,10 +20,10 @@ from udpwatch.agent.kernel.capabilities import Capability, User
 from udpwatch.agent.kernel.cpu import Cpus, favour_servers
 from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
 from udpwatch.dns.host_port import host_port
+from udpwatch.dns.option_readers import Information
 from udpwatch.dns.options import parse
 from udpwatch.dns.service import Service
 from udpwatch.dns.settings import Settings
-from udpwatch.dns.values import Information
 
 NOBODY = 65_534  # the kernel's overflow id, for a system without a user of the name
 #: For addresses that come later. In the sockets' place dnsmasq keeps CAP_NET_ADMIN, too, for options that are not ours.

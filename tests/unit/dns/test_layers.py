@@ -54,9 +54,10 @@ ALLOWED: dict[str, set[str]] = {
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
     "conffile": {"errors"},
-    "values": {"conffile", "host_port", "message", "names", "settings"},
-    "option_table": {"values"},
-    "options": {"conffile", "errors", "message", "names", "option_table", "settings", "values"},
+    "values": {"conffile", "host_port", "names", "settings"},
+    "option_readers": {"conffile", "message", "names", "settings", "values"},
+    "option_table": {"option_readers", "values"},
+    "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
     # the whole
     "reload": {"errors", "failover", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
     "service": {

@@ -1,0 +1,264 @@
+"""Readers of options: each takes the draft of the settings and an option's value, and adds the value to the draft.
+
+A reader raises Rejected with what it expected.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dnslib
+
+from udpwatch.dns import message
+from udpwatch.dns.conffile import folder_files, parts, plain
+from udpwatch.dns.names import name_to_text, suffixes
+from udpwatch.dns.settings import DomainAddress, HostRecord, Server, StaticRecord
+from udpwatch.dns.values import (
+    ROOT,
+    Rejected,
+    address_of_text,
+    domains_of,
+    file_path,
+    name_of,
+    seconds,
+    server_of,
+    short,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Information:
+    """The output of --help, --version or --test: print it and exit with status 0."""
+
+    text: str
+
+
+@dataclass(slots=True)
+class _Domain:
+    """The servers of a domain so far."""
+
+    kind: str  # "servers", "standard" ("#") or "local"
+    servers: dict[Server, None] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Draft:
+    """The options read so far. Dictionaries without values keep order and drop repetitions."""
+
+    fields: dict[str, Any] = field(default_factory=dict)  # of Settings, with one value
+    many: dict[str, dict[Any, None]] = field(default_factory=dict)  # of Settings, with several values
+    domains: dict[bytes, _Domain] = field(default_factory=dict)
+    cnames: dict[bytes, bytes] = field(default_factory=dict)  # alias: target
+    local_service: str = ""  # "net", "host"; "": not given
+    once: dict[str, bool] = field(default_factory=dict)  # options that must not be repeated: whether from a file
+    files: list[Path] = field(default_factory=list)  # to read next
+    seen: set[tuple[int, int]] = field(default_factory=set)  # device and inode of the files that were read
+    information: Information | None = None
+    test: bool = False
+
+    def add(self, name: str, item: object) -> None:
+        self.many.setdefault(name, {})[item] = None
+
+
+Read = Callable[[Draft, str], None]
+
+
+def read_server(draft: Draft, value: str) -> None:
+    value = plain(value)
+    domains, rest = domains_of(value) if value.startswith("/") else ([ROOT], value)
+    kind = {"": "local", "#": "standard"}.get(rest, "servers")
+    server = server_of(rest) if kind == "servers" else None
+    for domain in domains:
+        if domain == ROOT:
+            if server is None:
+                raise Rejected("an address, or a domain before nothing or '#'")
+            draft.add("servers", server)
+            continue
+        entry = draft.domains.setdefault(domain, _Domain(kind))
+        if entry.kind != kind:
+            text = name_to_text(domain) if domain else "//"
+            raise Rejected(
+                f"addresses, '#' or nothing, the same kind each time for a domain; {text} already has another"
+            )
+        if server is not None:
+            entry.servers[server] = None
+
+
+def read_local(draft: Draft, value: str) -> None:
+    if not plain(value).startswith("/"):
+        raise Rejected("/DOMAIN/; use --server for a default server")
+    read_server(draft, value)
+
+
+def read_address(draft: Draft, value: str) -> None:
+    domains, rest = domains_of(plain(value))
+    if b"" in domains:
+        raise Rejected("a domain, or '#' for every name; '//' is not supported")
+    addresses = {"": (None,), "#": ("0.0.0.0", "::")}.get(rest) or (str(address_of_text(rest)),)  # noqa: S104
+    for domain in domains:
+        for address in addresses:
+            draft.add("addresses", DomainAddress(domain, address))
+
+
+def read_rebind_domain_ok(draft: Draft, value: str) -> None:
+    text = plain(value)
+    for name in parts(text.removeprefix("/").removesuffix("/"), "/"):
+        draft.add("rebind_domains_ok", name_of(name))
+
+
+def read_cname(draft: Draft, value: str) -> None:
+    names = parts(value)
+    ttl = seconds(names.pop()) if len(names) > 2 and names[-1].isdigit() else None
+    if len(names) < 2:
+        raise Rejected("ALIAS[,ALIAS..],TARGET[,TTL]")
+    target = name_of(names.pop())
+    for name in names:
+        alias = name_of(name)
+        if name.startswith("*"):
+            raise Rejected("aliases without *")
+        if alias in draft.cnames:
+            raise Rejected(f"each alias once; {name_to_text(alias)} already has a target")
+        draft.cnames[alias] = target
+        draft.add("records", StaticRecord(alias, message.Type.CNAME, target, ttl))
+
+
+def read_txt(draft: Draft, value: str) -> None:
+    name, comma, text = value.partition(",")
+    strings: list[bytes] = []
+    for string in text.lstrip(" ").split(",") if comma else [""]:
+        octets = plain(string).encode()
+        # A longer text continues in the next string, as in dnsmasq.
+        strings += [octets[at : at + 255] for at in range(0, max(len(octets), 1), 255)]
+    data = _packed(dnslib.TXT(strings))
+    if len(data) > 65535:
+        raise Rejected("at most 65535 octets of text")
+    draft.add("records", StaticRecord(name_of(plain(name.strip(" "))), message.Type.TXT, data))
+
+
+def _packed(rdata: dnslib.RD) -> bytes:
+    """Return RDATA in wire format."""
+    buffer = dnslib.DNSBuffer()
+    rdata.pack(buffer)
+    return bytes(buffer.data)
+
+
+def _label(name: bytes) -> dnslib.DNSLabel:
+    """Convert a name in wire format to dnslib's form by its labels: from text, dnslib would apply IDNA."""
+    return dnslib.DNSLabel([part[1 : 1 + part[0]] for part in suffixes(name) if part[0]])
+
+
+def read_srv(draft: Draft, value: str) -> None:
+    name, *rest = parts(value)
+    if len(rest) > 4:
+        raise Rejected("_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]")
+    target = name_of(rest[0]) if rest and rest[0] not in ("", ".") else ROOT
+    port, priority, weight = [short(number) for number in rest[1:]] + [1, 0, 0][max(len(rest) - 1, 0) :]
+    data = _packed(dnslib.SRV(priority, weight, port, _label(target)))
+    draft.add("records", StaticRecord(name_of(name), message.Type.SRV, data))
+
+
+def read_mx(draft: Draft, value: str) -> None:
+    name, *rest = parts(value)
+    if not 1 <= len(rest) <= 2:
+        raise Rejected("NAME,TARGET[,PREFERENCE]")
+    data = _packed(dnslib.MX(_label(name_of(rest[0])), short(rest[1]) if len(rest) > 1 else 1))
+    draft.add("records", StaticRecord(name_of(name), message.Type.MX, data))
+
+
+def read_ptr(draft: Draft, value: str) -> None:
+    names = parts(value)
+    if len(names) != 2:
+        raise Rejected("NAME,TARGET")
+    draft.add("records", StaticRecord(name_of(names[0]), message.Type.PTR, name_of(names[1])))
+
+
+def read_host_record(draft: Draft, value: str) -> None:
+    names: list[bytes] = []
+    addresses: dict[int, str] = {}
+    ttl: int | None = None
+    for part in parts(value):
+        if part.isdigit():
+            if ttl is not None:
+                raise Rejected("one TTL")
+            ttl = seconds(part)
+            continue
+        try:
+            address = ipaddress.ip_address(part)
+        except ValueError:
+            names.append(name_of(part))
+            continue
+        if address.version in addresses:
+            raise Rejected("one address per family; use another --host-record for more")
+        addresses[address.version] = str(address_of_text(part))
+    if not names or not addresses:
+        raise Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL] with at least a name and an address")
+    draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
+
+
+def read_log_queries(draft: Draft, value: str) -> None:
+    if value not in ("", "extra"):
+        raise Rejected("nothing or 'extra'")
+    draft.fields["log_queries"] = True
+    draft.fields["log_extra"] = draft.fields.get("log_extra", False) or value == "extra"
+
+
+def read_local_service(draft: Draft, value: str) -> None:
+    if value not in ("", "net", "host"):
+        raise Rejected("nothing, 'net' or 'host'")
+    draft.local_service = value or "net"
+
+
+def read_conf_file(draft: Draft, value: str) -> None:
+    if plain(value) == "-":
+        raise Rejected("a file; standard input is not supported")
+    draft.files.append(file_path(plain(value)))
+
+
+def read_conf_dir(draft: Draft, value: str) -> None:
+    if not parts(value)[0]:
+        raise Rejected("FOLDER[,SUFFIX..]")
+    draft.files.extend(folder_files(value))
+
+
+def test_only(draft: Draft, _: str) -> None:
+    draft.test = True
+
+
+# ---- options with one part ----
+
+
+def on(name: str, value: bool = True) -> Read:
+    def read(draft: Draft, _: str) -> None:
+        draft.fields[name] = value
+
+    return read
+
+
+def one(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        draft.fields[name] = parse(plain(value))
+
+    return read
+
+
+def each(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        draft.add(name, parse(plain(value)))
+
+    return read
+
+
+def several(name: str, parse: Callable[[str], object]) -> Read:
+    def read(draft: Draft, value: str) -> None:
+        for part in parts(value):
+            draft.add(name, parse(part))
+
+    return read
+
+
+def accept_noop(_: Draft, __: str) -> None:
+    """Accept an option whose behaviour is always on."""
