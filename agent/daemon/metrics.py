@@ -28,6 +28,34 @@ class SnapshotCollector(Collector):
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
     """The metric families of one snapshot."""
+    yield _wrong_replies(snapshot)
+    yield CounterMetricFamily(
+        "udpwatch_replies_checked",
+        "UDP replies compared with the address that the client asked, right and wrong ones.",
+        value=snapshot.checked,
+    )
+    yield _lost(snapshot)
+    yield from _probes(snapshot)
+    yield from _self_checks(snapshot)
+    yield CounterMetricFamily(
+        "udpwatch_flows_checked",
+        "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 where "
+        "this check is off (udpwatch doctor).",
+        value=snapshot.flows,
+    )
+    yield from _conntrack(snapshot)
+    yield from _conversations(snapshot)
+    info = GaugeMetricFamily(
+        "udpwatch_build_info",
+        "Always 1. mode is how conntrack is read: 'packet', 'netlink' where the kernel does not allow 'packet', or "
+        "'function': from new flows only.",
+        labels=["version", "kernel", "mode"],
+    )
+    info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
+    yield info
+
+
+def _wrong_replies(snapshot: Snapshot) -> Metric:
     wrong = CounterMetricFamily(
         "udpwatch_reply_source_mismatch",
         "UDP replies that left this node from a different address (actual) than the one the client asked (expected). "
@@ -44,13 +72,10 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         others[namespace or OTHER] = others.get(namespace or OTHER, 0) + count
     for namespace, count in others.items():
         wrong.add_metric([namespace if name == "namespace" else OTHER for name in MISMATCH_LABELS], count)
-    yield wrong
+    return wrong
 
-    yield CounterMetricFamily(
-        "udpwatch_replies_checked",
-        "UDP replies compared with the address that the client asked, right and wrong ones.",
-        value=snapshot.checked,
-    )
+
+def _lost(snapshot: Snapshot) -> Metric:
     lost = CounterMetricFamily(
         "udpwatch_events_lost",
         "Events and replies that were lost, by stage. Counts of wrong replies stay exact except for the stages "
@@ -59,8 +84,10 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     )
     for stage, count in snapshot.lost.items():
         lost.add_metric([stage], count)
-    yield lost
+    return lost
 
+
+def _probes(snapshot: Snapshot) -> Iterator[Metric]:
     attached = GaugeMetricFamily(
         "udpwatch_probe_attached",
         "1 if the kernel reports this program as attached, else 0: udpwatch is blind there.",
@@ -96,6 +123,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
             missed.add_metric([probe.name], probe.missed)
     yield from (attached, reattached, seconds, runs, missed)
 
+
+def _self_checks(snapshot: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "udpwatch_self_test_passed",
         "1 if the programs saw the last datagram that the agent sent itself over loopback (once a minute), else 0: "
@@ -112,13 +141,8 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
             value=snapshot.udp_sent,
         )
 
-    yield CounterMetricFamily(
-        "udpwatch_flows_checked",
-        "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 where "
-        "this check is off (udpwatch doctor).",
-        value=snapshot.flows,
-    )
-    yield from _conntrack(snapshot)
+
+def _conversations(snapshot: Snapshot) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "udpwatch_tracked_peers",
         "Conversations (client, client port, server port) with a request within the window.",
@@ -130,14 +154,6 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "count as undecided. If udpwatch_events_lost_total{stage='undecided'} grows too, raise max_peers.",
         value=snapshot.evicted_peers,
     )
-    info = GaugeMetricFamily(
-        "udpwatch_build_info",
-        "Always 1. mode is how conntrack is read: 'packet', 'netlink' where the kernel does not allow 'packet', or "
-        "'function': from new flows only.",
-        labels=["version", "kernel", "mode"],
-    )
-    info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
-    yield info
 
 
 def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
