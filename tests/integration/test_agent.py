@@ -22,6 +22,7 @@ from agents import Agent, wait_for
 from machine import own_cgroup
 from scene import PATIENCE_SECONDS, ask
 from sensors import Watch
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.daemon import self_test
 from udpwatch.agent.kernel import bpf, cgroup
@@ -38,23 +39,6 @@ EVENT_KEYS = [
 ]
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def answer_wrongly(host: ContainerHost, port: int, times: int, name: str = "wrong-server") -> None:
-    """A process on the node answers ``times`` questions of the container from the wrong address."""
-    with host.node.socket() as server, host.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-
-        def serve() -> None:
-            for _ in range(times):
-                server.sendto(*server.recvfrom(100))
-
-        process = host.node.spawn(name, serve)
-        client.settimeout(PATIENCE_SECONDS)
-        for _ in range(times):
-            client.sendto(b"x", (host.ETH0, port))
-            assert client.recvfrom(100)[1][0] == host.DOCKER0
-        assert process.wait() == 0
 
 
 def event_lines(agent: Agent, port: int) -> list[dict[str, object]]:
@@ -95,7 +79,7 @@ def capture(namespace: Namespace, *words: str) -> Iterator[list[str]]:
 
 def test_23_wrong_replies_and_a_capture_agrees(agent: Agent, host: ContainerHost, port: int) -> None:
     with capture(host.container, "udp", "src", "port", str(port)) as lines:
-        answer_wrongly(host, port, 23)
+        wrong_replies(host, port, 23)
         with host.node.socket() as server, host.container.socket() as client:
             server.bind((host.ETH0, port))
             server.sendto(*ask(client, host.ETH0, port, server))
@@ -113,7 +97,7 @@ def test_23_wrong_replies_and_a_capture_agrees(agent: Agent, host: ContainerHost
 
 
 def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, 1, "one-shot")
+    wrong_replies(host, port, 1, "one-shot")
     (event,) = wait_for(lambda: event_lines(agent, port), "the event")
     assert list(event) == EVENT_KEYS
     assert event["process"] == "one-shot"
@@ -142,7 +126,7 @@ def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) ->
 
 
 def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, 2, "loud-server")
+    wrong_replies(host, port, 2, "loud-server")
     assert agent.counted(port, 2) == 2
     rows = [row for row in agent.snapshot()["rows"] if row["port"] == port]
     assert [(row["sender"]["process"], row["count"]) for row in rows] == [("loud-server", 2)]
@@ -172,13 +156,13 @@ def test_health_pages(agent: Agent) -> None:
 
 def test_events_on_standard_output(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--events=-", stdout=subprocess.PIPE) as agent:
-        answer_wrongly(host, port, 1)
+        wrong_replies(host, port, 1)
         assert agent.process.stdout
         event = json.loads(agent.process.stdout.readline())
         assert event["port"] == port
         # The reader goes away, as `| head -1` does: at the next event the agent ends, and ends well.
         agent.process.stdout.close()
-        answer_wrongly(host, port, 1)
+        wrong_replies(host, port, 1)
         assert agent.process.wait(20) == 0
 
 
@@ -186,7 +170,7 @@ def test_events_on_standard_output(host: ContainerHost, folder: Path, port: int)
 def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int) -> None:
     with Agent(folder) as agent:
         before = attached_programs()
-        answer_wrongly(host, port, 3)
+        wrong_replies(host, port, 3)
         assert agent.stop(number) == 0
         assert not agent.socket.exists()
         assert len(attached_programs()) == len(before) - len(HOOKS)
@@ -372,7 +356,7 @@ def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
 def test_series_limit(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--max-series=3") as agent:
         for at in range(port, port + 10):
-            answer_wrongly(host, at, 2)
+            wrong_replies(host, at, 2)
         name = "udpwatch_reply_source_mismatch_total"
         assert wait_for(lambda: (count := agent.metric(name)) >= 20 and count, "all of them") == 20
         assert agent.metric(name, process="other") == 14
@@ -387,7 +371,7 @@ def test_killed_and_started_again(host: ContainerHost, folder: Path, port: int) 
         wait_for(lambda: attached_programs() == programs, "the programs to go with their agent")
         assert agent.socket.exists()
         with Agent(folder) as again:
-            answer_wrongly(host, port, 1)
+            wrong_replies(host, port, 1)
             assert again.counted(port, 1) == 1
 
 
@@ -427,7 +411,7 @@ def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, pro
     wait_for(lambda: agent.metric("udpwatch_probe_reattached_total", probe=name) == 1, "it to be attached again", 10)
     assert agent.metric("udpwatch_probe_attached", probe=name) == 1
     assert any(f"{name} was detached" in line for line in agent.log)
-    answer_wrongly(host, port, 2)
+    wrong_replies(host, port, 2)
     assert agent.counted(port, 2) == 2
     assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), cause="kernel-chosen") == 2
 
@@ -445,10 +429,10 @@ def test_cgroup_that_goes_away(folder: Path) -> None:
 
 def test_events_file_moved_away(agent: Agent, host: ContainerHost, port: int) -> None:
     """logrotate's way: the file goes, a new one is begun."""
-    answer_wrongly(host, port, 1)
+    wrong_replies(host, port, 1)
     wait_for(lambda: event_lines(agent, port), "the first event")
     agent.events_file.rename(agent.events_file.with_suffix(".1"))
-    answer_wrongly(host, port, 1)
+    wrong_replies(host, port, 1)
     wait_for(lambda: event_lines(agent, port), "an event in the new file")
 
 
@@ -461,11 +445,11 @@ def test_events_on_a_full_disk(host: ContainerHost, folder: Path, port: int) -> 
         filler = disk / "filler"
         with Agent(folder, f"--events={disk}/events.jsonl") as agent:
             filler.write_bytes(bytes(4096))
-            answer_wrongly(host, port, 2)
+            wrong_replies(host, port, 2)
             wait_for(lambda: agent.metric("udpwatch_events_lost_total", stage="output") == 2, "the loss")
             assert len([line for line in agent.log if "No space left" in line]) == 1
             filler.unlink()
-            answer_wrongly(host, port, 1)
+            wrong_replies(host, port, 1)
             wait_for(lambda: (disk / "events.jsonl").read_text().count("\n") == 1, "an event")
             assert json.loads((disk / "events.jsonl").read_text())["count"] == 3
             assert agent.counted(port, 3) == 3
@@ -586,7 +570,7 @@ def test_threads_run_short_for_a_moment(agent: Agent) -> None:
 
 def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> None:
     """A process may call itself anything; label, JSON and log stay one line."""
-    answer_wrongly(host, port, 1, 'a"\x1b[31m\\\t')
+    wrong_replies(host, port, 1, 'a"\x1b[31m\\\t')
     (event,) = wait_for(lambda: event_lines(agent, port), "the event")
     assert event["process"] == 'a"\\x1b[31m\\\\x09'
     assert agent.counted(port, 1) == 1
@@ -595,7 +579,7 @@ def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> No
 
 def test_short_process_is_still_named(agent: Agent, host: ContainerHost, port: int) -> None:
     for number in range(5):
-        answer_wrongly(host, port, 1, f"gone-{number}")
+        wrong_replies(host, port, 1, f"gone-{number}")
     wait_for(lambda: len(event_lines(agent, port)) == 5, "the events")
     assert {event["process"] for event in event_lines(agent, port)} == {f"gone-{number}" for number in range(5)}
 
@@ -626,10 +610,10 @@ def test_a_thread_is_named_by_its_process(agent: Agent, host: ContainerHost, por
 
 def test_idle_series_end(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--forget=1") as agent:
-        answer_wrongly(host, port, 2)
+        wrong_replies(host, port, 2)
         wait_for(lambda: agent.wrong(port) == 2, "the count")
         wait_for(lambda: f'port="{port}"' not in agent.get("/metrics")[1], "the series to end")
-        answer_wrongly(host, port, 1)
+        wrong_replies(host, port, 1)
         assert agent.counted(port, 1) == 1
 
 
@@ -638,7 +622,7 @@ def test_settings_from_file_environment_and_flags(host: ContainerHost, folder: P
     settings.write_text('window = 0.2\nnode = "from-file"\nevents_per_second = 1\n')
     environment = {**os.environ, "UDPWATCH_NODE": "from-environment", "UDPWATCH_EVENTS_PER_SECOND": "2"}
     with Agent(folder, f"--config={settings}", "--events-per-second=3", env=environment) as agent:
-        answer_wrongly(host, port, 8)
+        wrong_replies(host, port, 8)
         wait_for(lambda: agent.wrong(port) == 8, "the count")
         wait_for(lambda: agent.metric("udpwatch_events_lost_total", stage="rate_limit") > 0, "the limit")
         assert agent.snapshot()["node"] == "from-environment"

@@ -10,24 +10,17 @@ from pathlib import Path
 
 from agents import Agent, run_cli, wait_for
 from scene import ask
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.lab import ContainerHost, Lab
-
-
-def answer_wrongly(host: ContainerHost, port: int, times: int) -> None:
-    with host.node.socket() as server, host.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-        question = ask(client, host.ETH0, port, server)
-        for _ in range(times):
-            server.sendto(*question)
 
 
 def test_a_follower_hears_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
     with Client(agent.socket, 30) as client:
         told = client.follow()
         client._socket.settimeout(60)  # nothing may come: then the test shall fail, not wait
-        answer_wrongly(host, port, 2)
+        wrong_replies(host, port, 2)
         heard = [next(told)["event"] for _ in range(2)]
     assert [(event["port"], event["count"]) for event in heard] == [(port, 1), (port, 2)]
     with Client(agent.socket, 30) as client:
@@ -61,7 +54,7 @@ def test_followers_that_go_away(agent: Agent, host: ContainerHost, port: int) ->
         client = Client(agent.socket, 30)
         client.follow()
         client.close()
-    answer_wrongly(host, port, 1)
+    wrong_replies(host, port, 1)
     wait_for(lambda: agent.wrong(port) == 1, "the count")
     descriptors = Path(f"/proc/{agent.pid}/fd")
     wait_for(lambda: len(list(descriptors.iterdir())) < 60, "the connections to be closed")
@@ -135,7 +128,7 @@ def test_group_of_the_socket(folder: Path) -> None:
 def test_replay_needs_no_root(folder: Path, host: ContainerHost, port: int) -> None:
     """Recorded by a real agent, played by nobody: the same findings, with the same counts."""
     with Agent(folder, "--events-per-second=1000") as agent:
-        answer_wrongly(host, port, 23)
+        wrong_replies(host, port, 23)
         wait_for(lambda: agent.events_file.read_text().count("\n") >= 23, "the events")
         assert agent.counted(port, 23) == 23
         (before,) = [row for row in agent.snapshot()["rows"] if row["port"] == port]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from agents import Agent, temporary
 from restricted import NOBODY, assert_refused, in_mount_namespace, run
-from scene import ask
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -32,9 +32,7 @@ def kept(compiled: Path, folder: Path) -> Path:
 
 def test_second_start_needs_no_bcc(kept: Path, folder: Path, host: ContainerHost, port: int) -> None:
     with Agent(folder, f"--cache={kept}", wrapper=WITHOUT_BCC) as agent:
-        with host.node.socket() as server, host.container.socket() as client:
-            server.bind(("0.0.0.0", port))
-            server.sendto(*ask(client, host.ETH0, port, server))
+        wrong_replies(host, port)
         assert agent.counted(port, 1) == 1
 
 

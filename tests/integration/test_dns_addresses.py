@@ -31,6 +31,7 @@ from dns_server import (
 )
 from scene import SECOND, SECOND_6, VIP, VIP_6
 from sensors import Watch
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
@@ -121,13 +122,7 @@ def test_sensor_finds_a_server_with_the_bug_in_the_same_scene(
     scene: ContainerHost, packet_watch: Watch, port: int
 ) -> None:
     """A server with the bug is found in the same scene."""
-    with scene.node.socket() as server, scene.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-        client.sendto(b"x", (NODE.ETH0, port))
-        server.settimeout(5)
-        server.sendto(*server.recvfrom(100))
-        client.settimeout(5)
-        assert client.recvfrom(100)[1][0] == NODE.DOCKER0
+    wrong_replies(scene, port)
     wait_for(lambda: packet_watch.count(port), "the finding")
     assert packet_watch.count(port) == 1
 

@@ -12,6 +12,7 @@ import pytest
 from agents import wait_for
 from dns_server import FakeServer, ask, bare_query, connected, texts, write
 from scene_agent import InNamespace
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -35,16 +36,6 @@ def conf(folder: Path, hosts: Path) -> Path:
     return write(folder / "dns.conf", *lines)
 
 
-def wrong_reply(scene: ContainerHost, port: int) -> None:
-    with scene.node.socket() as server, scene.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-        server.settimeout(5)
-        client.settimeout(5)
-        client.sendto(b"x", (scene.ETH0, port))
-        server.sendto(*server.recvfrom(100))
-        assert client.recvfrom(100)[1][0] == scene.DOCKER0
-
-
 def test_sensor_and_responder_together(
     scene: ContainerHost, folder: Path, conf: Path, hosts: Path, port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,7 +44,7 @@ def test_sensor_and_responder_together(
             for tcp in (False, True):
                 assert texts(ask(scene.container, address, "host.test", tcp=tcp)) == ["10.0.0.1"]
                 assert texts(ask(scene.container, address, "www.example", tcp=tcp)) == ["192.0.2.80"]
-        wrong_reply(scene, port)
+        wrong_replies(scene, port)
         assert agent.counted(port, 1) == 1
         assert agent.wrong(53) == 0
         assert agent.metric("udpwatch_dns_responses_total", source="hosts") == 8

@@ -8,7 +8,6 @@ import pty
 import re
 import select
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,29 +19,14 @@ import pytest
 from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
 from jsonschema import Draft202012Validator
 from repository import DOCS
-from scene import ask
+from scene import V6, ask
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 SCHEMA = DOCS / "event.schema.json"
 PATIENCE_SECONDS = 60
-
-
-def answer_wrongly(
-    host: ContainerHost, port: int, name: str = "wrong-server", times: int = 1, v6: bool = False
-) -> None:
-    """A process on the node answers the container from the wrong address."""
-    kind = socket.AF_INET6 if v6 else socket.AF_INET
-    with host.node.socket(kind) as server, host.container.socket(kind) as client:
-        server.bind(("::" if v6 else "0.0.0.0", port))
-        question = ask(client, host.ETH0_6 if v6 else host.ETH0, port, server)
-
-        def serve() -> None:
-            for _ in range(times):
-                server.sendto(*question)
-
-        assert host.node.spawn(name, serve).wait() == 0
 
 
 def kept(agent: Agent, port: int, count: int) -> list[dict[str, Any]]:
@@ -102,11 +86,11 @@ def following(agent: Agent, *words: str, **options: Any) -> Iterator[Command]:
 
 
 def test_a_wrong_reply_shows_while_it_happens(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, "first")
+    wrong_replies(host, port, name="first")
     kept(agent, port, 1)
     with following(agent, "--since=1h", f"--port={port}") as command:
         assert " first " in command.line()  # what is kept comes after the following began
-        answer_wrongly(host, port, "second")
+        wrong_replies(host, port, name="second")
         words = command.line().split()
         assert words[1:8] == ["second", str(port), host.ETH0, "->", host.DOCKER0, "new", "kernel-chosen"]
         assert words[8] == host.CONTAINER
@@ -115,7 +99,7 @@ def test_a_wrong_reply_shows_while_it_happens(agent: Agent, host: ContainerHost,
 
 def test_filters(agent: Agent, host: ContainerHost, port: int) -> None:
     for name in ("alpha-1", "alpha-2", "beta"):
-        answer_wrongly(host, port, name)
+        wrong_replies(host, port, name=name)
     kept(agent, port, 3)
 
     def shown(*words: str) -> list[str]:
@@ -133,12 +117,12 @@ def test_filters(agent: Agent, host: ContainerHost, port: int) -> None:
 
 
 def test_since_a_time(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, "earlier")
+    wrong_replies(host, port, name="earlier")
     first = kept(agent, port, 1)[0]["time"]
 
     def later() -> bool:
         """Until the clock is another one in milliseconds."""
-        answer_wrongly(host, port, "later")
+        wrong_replies(host, port, name="later")
         return bool(kept(agent, port, 2)[-1]["time"] > first)
 
     wait_for(later, "a later event")
@@ -158,8 +142,8 @@ def test_wrong_usage(words: list[str]) -> None:
 
 
 def test_real_events_are_valid(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port)
-    answer_wrongly(host, port, v6=True)
+    wrong_replies(host, port)
+    wrong_replies(host, port, family=V6)
     kept(agent, port, 2)
     done = run_cli("events", f"--connect={agent.socket}", "--json", "--no-follow")
     validator = Draft202012Validator(json.loads(SCHEMA.read_text()), format_checker=Draft202012Validator.FORMAT_CHECKER)
@@ -230,7 +214,7 @@ def missing(said: list[str]) -> int:
 
 def test_agent_that_ends(folder: Path, host: ContainerHost, port: int) -> None:
     with Agent(folder) as agent:
-        answer_wrongly(host, port)
+        wrong_replies(host, port)
         with following(agent, "--since=1h") as command:
             command.line()
             agent.stop()
@@ -256,12 +240,12 @@ def test_no_permission(agent: Agent) -> None:
 
 def test_our_own_reader_goes_away(agent: Agent, host: ContainerHost, port: int) -> None:
     """As `udpwatch events | head -1`."""
-    answer_wrongly(host, port)
+    wrong_replies(host, port)
     kept(agent, port, 1)
     with following(agent, "--since=1h", f"--port={port}") as command:
         command.line()
         command.out.close()
-        answer_wrongly(host, port)
+        wrong_replies(host, port)
         assert command.process.wait(PATIENCE_SECONDS) == 0
         assert command.process.stderr
         assert command.process.stderr.read() == ""
@@ -269,7 +253,7 @@ def test_our_own_reader_goes_away(agent: Agent, host: ContainerHost, port: int) 
 
 @pytest.mark.parametrize("no_colour", ["", "1"])
 def test_on_a_terminal(agent: Agent, host: ContainerHost, port: int, no_colour: str) -> None:
-    answer_wrongly(host, port)
+    wrong_replies(host, port)
     kept(agent, port, 1)
     ours, theirs = pty.openpty()
     try:
@@ -286,7 +270,7 @@ def test_on_a_terminal(agent: Agent, host: ContainerHost, port: int, no_colour: 
 
 
 def test_names_do_no_harm(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, "\x1b[2J\u202e[red]")
+    wrong_replies(host, port, name="\x1b[2J\u202e[red]")
     kept(agent, port, 1)
     for words in (["events", "--no-follow", f"--port={port}"], ["explain", str(port)]):
         done = run_cli(*words, f"--connect={agent.socket}", env={"PYTHONIOENCODING": "ascii"})
@@ -296,7 +280,7 @@ def test_names_do_no_harm(agent: Agent, host: ContainerHost, port: int) -> None:
 
 
 def test_explain_names_the_addresses_and_the_fix(agent: Agent, host: ContainerHost, port: int) -> None:
-    answer_wrongly(host, port, "openvpn", times=3)
+    wrong_replies(host, port, name="openvpn", times=3)
     assert agent.counted(port, 3) == 3
     done = run_cli("explain", str(port), f"--connect={agent.socket}")
     assert (done.returncode, done.stderr) == (0, "")

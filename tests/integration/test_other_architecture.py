@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 from pathlib import Path
 
 from agents import Agent
-from scene import ask
+from scene import V4, V6
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -21,9 +21,7 @@ def test_programs_of_the_other_architecture(folder: Path, host: ContainerHost, p
     """
     environment = {**os.environ, "ARCH": OTHER[platform.machine()], "UDPWATCH_CACHE": "off"}
     with Agent(folder, "--hooks=cgroup", env=environment) as agent:
-        for family, asked in ((socket.AF_INET, host.ETH0), (socket.AF_INET6, host.ETH0_6)):
-            with host.node.socket(family) as server, host.container.socket(family) as client:
-                server.bind(("::" if family is socket.AF_INET6 else "0.0.0.0", port))
-                server.sendto(*ask(client, asked, port, server))
+        for family in (V4, V6):
+            wrong_replies(host, port, family=family)
         assert agent.counted(port, 2) == 2
         assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), verdict="new") == 2

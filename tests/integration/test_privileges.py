@@ -70,11 +70,11 @@ def without_perfmon() -> Callable[[], None]:
 #: PORT: sends each datagram back, from the address that routing picks
 PLAIN_SERVER = """
 import socket, sys
+from udpwatch.agent.testing import servers
 server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 server.bind(("0.0.0.0", int(sys.argv[1])))
 print(flush=True)
-while True:
-    server.sendto(*server.recvfrom(100))
+servers.plain(server)
 """
 
 
@@ -83,7 +83,7 @@ def plain_server(namespace: Namespace, port: int) -> Iterator[None]:
     """A process that has to do with this one namespace; this one here holds them all, and without a namespace's cookie
     (before 6.15) each of them would have to be asked.
     """
-    process = namespace.popen([sys.executable, "-c", PLAIN_SERVER, str(port)])
+    process = namespace.popen([sys.executable, "-P", "-c", PLAIN_SERVER, str(port)])
     try:
         assert process.stdout and process.stdout.readline() == b"\n"
         yield

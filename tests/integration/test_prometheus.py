@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import struct
 import subprocess
 import threading
@@ -32,8 +31,10 @@ from boards import Question, filled_in
 from dns_server import Asked, FakeServer, ask, bare_query, right, write
 from repository import GOLDEN
 from scene_agent import InNamespace
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.kernel import bpf
+from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost
 
 LISTEN = "127.0.0.1:9090"
@@ -136,7 +137,9 @@ class Traffic:
         self._scene = scene
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=each, daemon=True) for each in (self._wrong_replies, self._dns)]
-        self._server = scene.node.spawn(SERVER, lambda: answer_wrongly(scene, PORT))
+        self._socket = scene.node.socket()
+        self._socket.bind(("0.0.0.0", PORT))
+        self._server = scene.node.spawn(SERVER, lambda: servers.plain(self._socket))
         for thread in self._threads:
             thread.start()
 
@@ -172,15 +175,7 @@ class Traffic:
         for thread in self._threads:
             thread.join(30)
         self._server.stop()
-
-
-def answer_wrongly(scene: ContainerHost, port: int, times: int | None = None) -> None:
-    """A plain server on all addresses, for as many questions or for ever; to be run on the node."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
-        server.bind(("0.0.0.0", port))
-        while times is None or times > 0:
-            server.sendto(*server.recvfrom(100))
-            times = None if times is None else times - 1
+        self._socket.close()
 
 
 def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
@@ -190,22 +185,6 @@ def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
     forged = bytearray(right(asked))
     forged[0] ^= 0xFF
     return [bytes(forged), right(asked)]
-
-
-def once(scene: ContainerHost) -> None:
-    """One wrong reply of a server that is then never asked again."""
-    server = scene.node.spawn(SHORT_SERVER, lambda: answer_wrongly(scene, SHORT_PORT, 1))
-    with scene.container.socket() as client:
-        client.settimeout(0.2)
-
-        def answered() -> bool:
-            client.sendto(b"x", (scene.ETH0, SHORT_PORT))
-            with contextlib.suppress(OSError):
-                return bool(client.recv(100))
-            return False
-
-        wait_for(answered, "the one wrong reply")
-    assert server.wait() == 0
 
 
 @contextlib.contextmanager
@@ -279,7 +258,7 @@ def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
         wait_for(lambda: running.is_up, "Prometheus")
         known = Question("", f"count(count_over_time(udpwatch_build_info[1m]) > {RATE_S + 2})")
         wait_for(lambda: [each["value"] for each in running.ask(known)] == [3], "some scrapes of each agent")
-        once(scene)
+        wrong_replies(scene, SHORT_PORT, name=SHORT_SERVER)
         traffic = Traffic(scene)
         stack.callback(traffic.stop)
         # its own hosts file is gone: an error at the next reading, which SIGHUP asks for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any, Self
 import pytest
 from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
 from repository import GOLDEN
-from scene import ask
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
@@ -146,28 +145,15 @@ def search(terminal: Terminal, words: str) -> None:
     terminal.press("Enter")
 
 
-@contextlib.contextmanager
-def wrong_server(host: ContainerHost, port: int) -> Iterator[Callable[[int], None]]:
-    """A server that answers wrongly; called with a number, so many times."""
-    with host.node.socket() as server, host.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-
-        def answer(times: int) -> None:
-            for _ in range(times):
-                server.sendto(*ask(client, host.ETH0, port, server))
-
-        yield answer
-
-
 def row_of(text: str, port: int) -> list[str]:
     """The words of the row of a port."""
     return next((line.split() for line in text.splitlines() if re.search(rf" {port} 1", line)), [])
 
 
 def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
-    with wrong_server(host, port) as answer, Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
+    with Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
         only(terminal, port)
-        answer(23)
+        wrong_replies(host, port, 23)
         row = row_of(terminal.shows(f" {port} {host.ETH0}"), port)
         assert row[2:6] == [str(port), host.ETH0, host.DOCKER0, "new"]
         wait_for(lambda: row_of(terminal.text, port)[-2] == "23", "the total")
@@ -187,7 +173,7 @@ def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: Con
 
         terminal.press("c")
         terminal.shows("counted since", "No row has these words")
-        answer(2)
+        wrong_replies(host, port, 2)
         wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "2", "what came since the clear")
         terminal.press("/")
         terminal.press(*"nothing")
@@ -196,7 +182,7 @@ def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: Con
         wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "2", "the row again")
         terminal.press("p")
         terminal.shows("paused at")
-        answer(1)
+        wrong_replies(host, port, 1)
         agent.counted(port, 26)
         assert row_of(terminal.text, port)[-2] == "2"
         terminal.press("p")
@@ -214,15 +200,15 @@ def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: Con
 def test_an_agent_that_is_stopped_and_started(folder: Path, host: ContainerHost, port: int) -> None:
     agent = Agent(folder)
     try:
-        with wrong_server(host, port) as answer, Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
+        with Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
             only(terminal, port)
-            answer(5)
+            wrong_replies(host, port, 5)
             terminal.shows(f" {port} {host.ETH0}")
             agent.stop()
             terminal.shows("not connected: retrying", f" {port} {host.ETH0}")
             agent = Agent(folder)
             terminal.shows("No row has these words")
-            answer(3)
+            wrong_replies(host, port, 3)
             wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "3", "the new agent's count")
             agent.stop(signal.SIGKILL)
             terminal.shows("not connected: retrying")
@@ -268,9 +254,9 @@ def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
 def test_its_own_agent_when_none_runs(folder: Path, host: ContainerHost, port: int) -> None:
     if Path("/run/udpwatch/udpwatch.sock").exists():
         pytest.skip("an agent runs here")
-    with wrong_server(host, port) as answer, Terminal(folder, *top()) as terminal:
+    with Terminal(folder, *top()) as terminal:
         only(terminal, port)
-        answer(4)
+        wrong_replies(host, port, 4)
         terminal.shows(f" {port} {host.ETH0}")
         (child,) = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
         os.kill(terminal.pid, signal.SIGKILL)
@@ -296,9 +282,8 @@ def test_a_socket_that_is_not_for_us(agent: Agent, folder: Path) -> None:
 def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
     if not shutil.which("jq"):
         pytest.skip("needs jq: apt-get install jq")
-    with wrong_server(host, port) as answer:
-        answer(7)
-        agent.counted(port, 7)
+    wrong_replies(host, port, 7)
+    agent.counted(port, 7)
     done = run_cli("top", "--once", "--json", "--connect", str(agent.socket))
     assert (done.returncode, done.stderr) == (0, "")
     query = f'.findings[] | select(.port == {port}) | "\\(.expected) \\(.actual) \\(.verdict) \\(.total)"'
@@ -309,9 +294,8 @@ def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
 
 
 def test_once_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port: int) -> None:
-    with wrong_server(host, port) as answer:
-        answer(7)
-        agent.counted(port, 7)
+    wrong_replies(host, port, 7)
+    agent.counted(port, 7)
     done = run_cli("top", "--once", "--connect", str(agent.socket), env={"PYTHONIOENCODING": "latin-1"})
     assert (done.returncode, done.stderr) == (0, "")
     assert row_of(done.stdout, port)[-2] == "7"
@@ -404,10 +388,10 @@ def test_a_cluster(agent: Agent, folder: Path, host: ContainerHost, port: int) -
     """Two nodes: a real one, and one that replays a recording."""
     second = folder / "second"
     second.mkdir()
-    with Agent(second, f"--replay={EVENTS}") as replay, wrong_server(host, port) as answer:
+    with Agent(second, f"--replay={EVENTS}") as replay:
         nodes = [each.url.removeprefix("http://") for each in (agent, replay)]
         with Prometheus(folder, nodes) as prometheus:
-            answer(5)
+            wrong_replies(host, port, 5)
             agent.counted(port, 5)
 
             def totals() -> dict[tuple[str, int], int]:
@@ -419,7 +403,7 @@ def test_a_cluster(agent: Agent, folder: Path, host: ContainerHost, port: int) -
             with Terminal(folder, *top("--prometheus", prometheus.url)) as terminal:
                 terminal.shows("2 nodes", prometheus.url, "node ", nodes[0][:8])
                 search(terminal, str(port))
-                answer(20)
+                wrong_replies(host, port, 20)
                 wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "25", "the total", 60)
                 terminal.resize(200, 50)
                 assert row_of(terminal.shows(nodes[0], "kernel-chosen"), port)[0] == nodes[0]

@@ -18,7 +18,7 @@ from agents import temporary, wait_for
 from machine import cgroup_folders, remove_cgroups
 from pods import blocks, counted
 from repository import DOCS
-from scene import ask
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.kernel.capabilities import Capability
@@ -170,11 +170,9 @@ def documented() -> list[str]:
 
 
 def wrong_reply(host: ContainerHost, port: int) -> str:
-    """A wrong reply of the host; the verdict that the unit's agent counts it with."""
-    with host.node.socket() as server, host.container.socket() as client:
-        server.bind(("0.0.0.0", port))
-        server.sendto(*ask(client, host.ETH0, port, server))
-        return counted(host.node, port, "127.0.0.1")["verdict"]
+    """Send a wrong reply; returns the verdict that the unit's agent counts it with."""
+    wrong_replies(host, port)
+    return counted(host.node, port, "127.0.0.1")["verdict"]
 
 
 def test_it_verifies(place: Path) -> None:
