@@ -86,6 +86,10 @@ class Namespace:
         """Lines for ip(8), in the namespace."""
         self.run(["ip", "-batch", "-"], "\n".join(lines) + "\n")
 
+    def add_addresses(self, device: str, *addresses: str) -> None:
+        """Give a device addresses of networks /24 and /64."""
+        self.ip(*(f"addr add {each}{'/64 nodad' if ':' in each else '/24'} dev {device}" for each in addresses))
+
     def nft(self, rules: str) -> None:
         """A ruleset for nft(8), in the namespace."""
         self.run(["nft", "-f", "-"], rules)
@@ -180,6 +184,16 @@ class Lab:
         """A cable between two hosts, both ends up."""
         one.ip(f"link add {device} type veth peer name {other_device} netns {other.path}", f"link set {device} up")
         other.ip(f"link set {other_device} up")
+
+    def pair(
+        self, name: str, addresses: Sequence[str], other_name: str, other_addresses: Sequence[str]
+    ) -> tuple[Namespace, Namespace]:
+        """Add two hosts and a cable from eth0 to eth0; the networks are /24 and /64."""
+        one, other = self.namespace(name), self.namespace(other_name)
+        self.link(one, "eth0", other, "eth0")
+        one.add_addresses("eth0", *addresses)
+        other.add_addresses("eth0", *other_addresses)
+        return one, other
 
 
 class ContainerHost(Lab):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, temporary
-from scene import SECOND, SECOND_6, VIP, VIP_6
+from scene import host_with_more_addresses
 from sensors import Watch, open_netlink_watch
 
 from udpwatch.agent.testing.lab import ContainerHost
@@ -80,13 +80,7 @@ def port() -> int:
 @pytest.fixture(scope="session")
 def host() -> Iterator[ContainerHost]:
     """The demo's machine, with a second address on eth0 and two virtual ones on loopback."""
-    with ContainerHost() as lab:
-        lab.node.ip(
-            f"addr add {SECOND}/24 dev eth0",
-            f"addr add {SECOND_6}/64 dev eth0 nodad",
-            f"addr add {VIP}/32 dev lo",
-            f"addr add {VIP_6}/128 dev lo nodad",
-        )
+    with host_with_more_addresses() as lab:
         yield lab
 
 

@@ -31,11 +31,7 @@ def nothing_there(asked: Asked) -> bytes:
 @pytest.fixture(scope="module")
 def lab() -> Iterator[tuple[Namespace, Namespace]]:
     with Lab() as built:
-        node, client = built.namespace("node"), built.namespace("client")
-        built.link(node, "eth0", client, "eth0")
-        node.ip(f"addr add {NODE}/24 dev eth0", f"addr add {NODE_6}/64 dev eth0 nodad")
-        client.ip(f"addr add {CLIENT}/24 dev eth0", "addr add fd01::2/64 dev eth0 nodad")
-        yield node, client
+        yield built.pair("node", [NODE, NODE_6], "client", [CLIENT, "fd01::2"])
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from dns_server import (
     texts,
     write,
 )
-from scene import SECOND, SECOND_6, VIP, VIP_6
+from scene import SECOND, SECOND_6, VIP, VIP_6, host_with_more_addresses
 from sensors import Watch
 from wrong_replies import wrong_replies
 
@@ -46,13 +46,7 @@ LOOPBACKS = ["127.0.0.1", "127.0.0.2", "127.9.9.9", "::1"]
 @pytest.fixture(scope="module")
 def scene() -> Iterator[ContainerHost]:
     """A node with all kinds of addresses, its upstream server outside."""
-    with ContainerHost() as lab:
-        lab.node.ip(
-            f"addr add {SECOND}/24 dev eth0",
-            f"addr add {SECOND_6}/64 dev eth0 nodad",
-            f"addr add {VIP}/32 dev lo",
-            f"addr add {VIP_6}/128 dev lo nodad",
-        )
+    with host_with_more_addresses() as lab:
         yield lab
 
 
@@ -201,10 +195,7 @@ def test_address_disappears_while_a_query_is_in_flight(
 def lab() -> Iterator[tuple[Namespace, Namespace]]:
     """A node 10.1.0.1, fd01::1 and a client 10.1.0.2, fd01::2."""
     with Lab() as built:
-        node, client = built.namespace("node"), built.namespace("client")
-        built.link(node, "eth0", client, "eth0")
-        node.ip("addr add 10.1.0.1/24 dev eth0", "addr add fd01::1/64 dev eth0 nodad")
-        client.ip("addr add 10.1.0.2/24 dev eth0", "addr add fd01::2/64 dev eth0 nodad")
+        node, client = built.pair("node", ["10.1.0.1", "fd01::1"], "client", ["10.1.0.2", "fd01::2"])
         client.ip("route add default via 10.1.0.1", "route add ::/0 via fd01::1")
         yield node, client
 

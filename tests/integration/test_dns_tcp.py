@@ -42,11 +42,7 @@ BIG = 400  # addresses: 6 KB
 def lab() -> Iterator[tuple[Namespace, Namespace]]:
     """A node, and a client with two IPv4 addresses and many IPv6 addresses."""
     with Lab() as built:
-        node, client = built.namespace("node"), built.namespace("client")
-        built.link(node, "eth0", client, "eth0")
-        node.ip(f"addr add {NODE}/24 dev eth0", "addr add fd01::1/64 dev eth0 nodad")
-        client.ip("addr add 10.1.0.2/24 dev eth0", "addr add fd01::2/64 dev eth0 nodad")
-        yield node, client
+        yield built.pair("node", [NODE, "fd01::1"], "client", ["10.1.0.2", "fd01::2"])
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,7 @@ _SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
 def pair() -> Iterator[tuple[Namespace, Namespace]]:
     """A server with three addresses on one link and a client, without conntrack: (server, client)."""
     with Lab() as lab:
-        server, client = lab.namespace("server"), lab.namespace("client")
-        lab.link(server, "eth0", client, "eth0")
-        server.ip(*(f"addr add {address}/24 dev eth0" for address in ADDRESSES))
-        client.ip("addr add 10.1.0.9/24 dev eth0")
-        yield server, client
+        yield lab.pair("server", ADDRESSES, "client", ["10.1.0.9"])
 
 
 ADDRESSES = A, B, C = "10.1.0.1", "10.1.0.2", "10.1.0.3"

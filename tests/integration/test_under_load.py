@@ -194,11 +194,7 @@ def test_addresses_asked_from_one_socket(watch: Watch, port: int, family: Family
     addresses = [f"fd00:1::{n:x}" if six else f"10.1.0.{n}" for n in range(100, 100 + number)]
     foreign, client_address = ("fd00:1::1", "fd00:1::9") if six else ("10.1.0.1", "10.1.0.9")
     with Lab() as lab:
-        server, client = lab.namespace("server"), lab.namespace("client")
-        lab.link(server, "eth0", client, "eth0")
-        length = "64 dev eth0 nodad" if six else "24 dev eth0"
-        server.ip(*(f"addr add {address}/{length}" for address in (foreign, *addresses)))
-        client.ip(f"addr add {client_address}/{length}")
+        server, client = lab.pair("server", [foreign, *addresses], "client", [client_address])
         with (
             bound(server, family.inet, family.wildcard, port) as serving,
             bound(client, family.inet, family.wildcard, 0) as asking,
@@ -266,10 +262,7 @@ def test_a_group_and_an_address_answered_by_one_reply(watch: Watch, port: int) -
 def test_a_resolver_with_two_outgoing_addresses(watch: Watch, port: int) -> None:
     """One socket a query, connected, from either address and with a port used again: answers to it are no requests."""
     with Lab() as lab:
-        resolver, upstream = lab.namespace("resolver"), lab.namespace("upstream")
-        lab.link(resolver, "eth0", upstream, "eth0")
-        resolver.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
-        upstream.ip("addr add 10.1.0.9/24 dev eth0")
+        resolver, upstream = lab.pair("resolver", ["10.1.0.1", "10.1.0.2"], "upstream", ["10.1.0.9"])
         with bound(upstream, socket.AF_INET, "0.0.0.0", 5300) as server:
             server.settimeout(PATIENCE_SECONDS)
             for source in ("10.1.0.1", "10.1.0.2", "10.1.0.1", "10.1.0.2"):
@@ -300,10 +293,7 @@ def test_a_host_that_speaks_after_a_right_reply(watch: Watch, port: int) -> None
 def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
     """Both sides use one port; each speaks first now and then, and answers from the address asked."""
     with Lab() as lab:
-        one, other = lab.namespace("one"), lab.namespace("other")
-        lab.link(one, "eth0", other, "eth0")
-        one.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
-        other.ip("addr add 10.1.0.9/24 dev eth0", "addr add 10.1.0.10/24 dev eth0")
+        one, other = lab.pair("one", ["10.1.0.1", "10.1.0.2"], "other", ["10.1.0.9", "10.1.0.10"])
         with (
             bound(one, socket.AF_INET, "0.0.0.0", port) as left,
             bound(other, socket.AF_INET, "0.0.0.0", port) as right,
@@ -325,10 +315,7 @@ def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
 
 def tracked_pair(lab: Lab) -> tuple[Namespace, Namespace]:
     """A host with two addresses, 10.1.0.1 and .2, and conntrack; a peer, 10.1.0.9."""
-    host, peer = lab.namespace("host"), lab.namespace("peer")
-    lab.link(host, "eth0", peer, "eth0")
-    host.ip("addr add 10.1.0.1/24 dev eth0", "addr add 10.1.0.2/24 dev eth0")
-    peer.ip("addr add 10.1.0.9/24 dev eth0")
+    host, peer = lab.pair("host", ["10.1.0.1", "10.1.0.2"], "peer", ["10.1.0.9"])
     host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
     return host, peer
 
@@ -415,10 +402,7 @@ def test_musl_with_three_nameservers(watch: Watch, folder: Path) -> None:
     (folder / "resolv").write_text("".join(f"nameserver {address}\n" for address in nameservers))
     (folder / "nsswitch.conf").write_text("hosts: dns\n")
     with Lab() as lab:
-        node, client = lab.namespace("node"), lab.namespace("client")
-        lab.link(node, "eth0", client, "eth0")
-        node.ip(*(f"addr add {address}/24 dev eth0" for address in nameservers))
-        client.ip("addr add 10.1.0.9/24 dev eth0")
+        node, client = lab.pair("node", nameservers, "client", ["10.1.0.9"])
         with Responder(node, "--address=/x.test/10.0.0.1"):
             for number in range(20):
                 assert resolve(client, folder, "resolv", str(folder / "lookup"), f"{number}.x.test") == ["10.0.0.1"]
@@ -452,10 +436,8 @@ def test_requests_with_many_extension_headers(packet_watch: Watch, port: int) ->
     """Seven are read; of a request with forty the wrong reply is not seen, and that is counted. Newer kernels deliver
     none with so many."""
     with Lab() as lab:
-        server, client = lab.namespace("server"), lab.namespace("client")
-        lab.link(server, "eth0", client, "eth0")
-        server.ip("addr add fd00:1::1/64 dev eth0 nodad", "addr add fd00:1::2/64 dev eth0 nodad preferred_lft 0")
-        client.ip("addr add fd00:1::9/64 dev eth0 nodad")
+        server, client = lab.pair("server", ["fd00:1::1"], "client", ["fd00:1::9"])
+        server.ip("addr add fd00:1::2/64 dev eth0 nodad preferred_lft 0")
         with bound(server, socket.AF_INET6, "::", port) as serving:
             serving.settimeout(3)
             for headers, wrong, unparsed in ((7, 1, 0), (40, 1, 2)):  # as it leaves, and as it arrives

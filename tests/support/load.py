@@ -61,14 +61,9 @@ def compile_load(folder: Path) -> Path:
 
 def make_place(lab: Lab, load: Path, tracking: str) -> Place:
     """``tracking``: one of TRACKING."""
-    server, client = lab.namespace("server"), lab.namespace("client")
-    lab.link(server, "eth0", client, "eth0")
-    for address in (*ASKED[0], *ASKED[1]):
-        length = "64 dev eth0 nodad" if ":" in address else "24 dev eth0"
-        server.ip(f"addr add {address}/{length}")
+    server, client = lab.pair("server", [*ASKED[0], *ASKED[1]], "client", ["10.1.0.9", "fd00:1::9"])
     # Of two IPv6 addresses the kernel prefers the newer; one that is deprecated comes last.
     server.ip(f"addr change {ASKED[1][1]}/64 dev eth0 preferred_lft 0")
-    client.ip("addr add 10.1.0.9/24 dev eth0", "addr add fd00:1::9/64 dev eth0 nodad")
     server.ip("route add 10.9.0.0/24 via 10.1.0.9", "route add fd00:9::/64 via fd00:1::9")
     if TRACKING[tracking]:
         # The flood itself is not tracked: what fills conntrack's table is another matter.

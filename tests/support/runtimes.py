@@ -88,10 +88,7 @@ class RuntimeHost(Lab):
 
     def __init__(self) -> None:
         super().__init__()
-        self.node, self.outside = self.namespace("node"), self.namespace("outside")
-        self.link(self.node, "eth0", self.outside, "eth0")
-        self.node.ip(f"addr add {self.NODE}/24 dev eth0", f"addr add {self.SECOND}/24 dev eth0")
-        self.outside.ip(f"addr add {self.OUTSIDE}/24 dev eth0")
+        self.node, self.outside = self.pair("node", [self.NODE, self.SECOND], "outside", [self.OUTSIDE])
 
 
 def answered_from(client: Namespace, asked: str, port: int) -> str:

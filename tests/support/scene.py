@@ -61,6 +61,15 @@ both = pytest.mark.parametrize("family", [V4, V6], ids=lambda family: family.nam
 
 
 @contextmanager
+def host_with_more_addresses() -> Iterator[ContainerHost]:
+    """Build the demo's machine with a second address on eth0 and two virtual ones on loopback, in both families."""
+    with ContainerHost() as host:
+        host.node.add_addresses("eth0", SECOND, SECOND_6)
+        host.node.ip(f"addr add {VIP}/32 dev lo", f"addr add {VIP_6}/128 dev lo nodad")
+        yield host
+
+
+@contextmanager
 def bound(
     namespace: Namespace, inet: socket.AddressFamily, address: str, port: int, *options: tuple[int, int, int]
 ) -> Iterator[socket.socket]:
