@@ -1,4 +1,4 @@
-"""The types that cross a border between two stages. This module imports nothing of ours."""
+"""The types that pass between rooms. This module imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """What conntrack made of the reply (enum verdict in bpf/records.h)."""
+    """How conntrack classified the reply (enum verdict in bpf/records.h)."""
 
     NEW = "new"
     UNTRACKED = "untracked"
@@ -15,7 +15,7 @@ class Verdict(StrEnum):
 
 
 class Cause(StrEnum):
-    """Why the source was wrong (enum cause in bpf/records.h)."""
+    """How the wrong source was chosen (enum cause in bpf/records.h)."""
 
     KERNEL_CHOSEN = "kernel-chosen"
     EXPLICIT = "explicit"
@@ -33,10 +33,10 @@ class Hooks(StrEnum):
 
 
 class Forwarded(StrEnum):
-    """Whether wrong replies of other machines are looked for."""
+    """Whether to check the replies of machines behind this node."""
 
     AUTO = "auto"  # by function probes, where the kernel allows them
-    ON = "on"  # else by conntrack's events, which cost more a flow
+    ON = "on"  # else by conntrack's events, which cost more per flow
     OFF = "off"
 
 
@@ -54,15 +54,15 @@ class Finding:
     """One kind of wrong reply. Nothing in it grows with the number of clients."""
 
     expected: str  # the newest address that the peer asked
-    actual: str  # the source that left
+    actual: str  # the source of the reply
     port: int  # the server's
     family: int  # 4 or 6
     verdict: Verdict
     cause: Cause
     process: str
-    cgroup: int  # id in the v2 hierarchy, 0: not known
-    netns: int  # cookie, inode number where the kernel tells no cookie, 0: not known
-    interface: str = ""  # that another machine's reply came in by; "": a socket's of this node
+    cgroup: int  # id in the v2 hierarchy, 0: unknown
+    netns: int  # cookie, or inode number if the kernel has no cookie, 0: unknown
+    interface: str = ""  # on which a forwarded reply arrived; "": the reply of a socket of this node
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,16 +77,16 @@ class Increase:
 
 @dataclass(frozen=True, slots=True)
 class Sender:
-    """Who sent a reply, as far as it is known; "": not known."""
+    """The sender of a reply; "": unknown."""
 
     process: str  # name of the main thread
     pid: int = 0
     executable: str = ""  # path
-    command: str = ""  # command line, arguments quoted as a shell would take them
-    cgroup: str = ""  # path, of the v2 hierarchy where there is one
+    command: str = ""  # command line, arguments quoted for a shell
+    cgroup: str = ""  # path, in the v2 hierarchy if there is one
     runtime: str = ""  # docker, containerd, cri-o, podman
     container_id: str = ""
-    container: str = ""  # its name; else the first 12 digits of its id
+    container: str = ""  # name, or the first 12 digits of the id
     namespace: str = ""
     pod: str = ""
 
@@ -107,23 +107,23 @@ class Event:
 
     finding: Finding
     time: int  # CLOCK_MONOTONIC, nanoseconds
-    count: int  # of the finding, this one included
+    count: int  # of the finding, including this one
     peer: str
     peer_port: int
-    segments: int  # datagrams in this one send
+    segments: int  # datagrams in this send
     pid: int
     uid: int
     netns_inode: int | None
     original: Tuple | None  # the conntrack entry of the reply itself
     reply: Tuple | None
     conversation: Conversation | None  # of a suspected reply
-    request: Tuple | None = None  # the unanswered flow, as its client began it; of a reply seen from the side
-    pktinfo: bool | None = None  # whether it was sent with IP_PKTINFO or IPV6_PKTINFO; None: not known
+    request: Tuple | None = None  # of a forwarded reply: the flow without a reply, as its client began it
+    pktinfo: bool | None = None  # whether it was sent with IP_PKTINFO or IPV6_PKTINFO; None: unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """The kernel programs' own counters, all CPUs added up (struct stats in bpf/records.h)."""
+    """The kernel programs' counters, summed over all CPUs (struct stats in bpf/records.h)."""
 
     checked: int = 0
     wrong: int = 0
@@ -142,23 +142,23 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """One program on one hook, as the kernel reports it."""
+    """An attached program, as the kernel reports it."""
 
     name: str
     attached: bool
-    required: bool  # without it the sensor is none
-    reattached: int  # times that the agent had to attach it again
+    required: bool  # without it, the agent is not ready
+    reattached: int  # times that the agent attached it again
     run_seconds: float  # 0 unless the sysctl kernel.bpf_stats_enabled is 1
     runs: int
     instructions: int  # that the verifier walked
     reason: str = ""  # why it is not attached
     how: str = ""  # "fentry" or "kprobe", of a function probe
-    missed: int = 0  # runs that the kernel left out
+    missed: int = 0  # runs that the kernel skipped
 
 
 @dataclass(frozen=True, slots=True)
 class ConntrackHealth:
-    """Conntrack in the agent's own namespace, as far as it explains lost UDP."""
+    """What explains lost UDP in the agent's own namespace."""
 
     entries: int
     limit: int
@@ -176,22 +176,22 @@ class Sample:
     probes: tuple[Probe, ...]
     tracked_peers: int
     evicted_peers: int
-    undecided: int  # suspected replies that could not be decided
+    undecided: int  # suspected replies without a decision
     #: tenant (records.tenant_of) -> its wrong replies for which the kernel's table of findings had no room
     beyond: dict[int, int] = field(default_factory=dict)
-    dropped: int = 0  # events for which too many others waited: for conntrack's answer, or to be taken
-    held_back: int = 0  # events of flows above the limit
-    flows: int = 0  # new UDP flows that were looked at
-    overruns: int = 0  # times that conntrack's events came faster than they were read
+    dropped: int = 0  # events that found too many others waiting for conntrack or for the reader
+    held_back: int = 0  # events of flows beyond the rate limit
+    flows: int = 0  # new UDP flows that were checked
+    overruns: int = 0  # times that conntrack's events overran the buffer
     conntrack: ConntrackHealth | None = None
     udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A finding with its numbers, as the views show it."""
+    """A finding with its sender and its count, as the agent publishes it."""
 
-    sender: Sender  # the newest one: several processes, of one name and container, may be behind a row
+    sender: Sender  # the newest one; several processes of one name and container share a row
     port: int
     expected: str
     actual: str
@@ -201,12 +201,12 @@ class Row:
     count: int
     first: float  # seconds since the epoch
     last: float  # seconds since the epoch
-    interface: str = ""  # a reply of another machine came in by
+    interface: str = ""  # on which a forwarded reply arrived
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that the views show, read at one moment."""
+    """The agent's published state at one moment."""
 
     version: str
     kernel: str
@@ -215,16 +215,16 @@ class Snapshot:
     started: float  # seconds since the epoch
     time: float  # seconds since the epoch
     ready: bool
-    notes: tuple[str, ...]  # what this machine does not allow, a line each
+    notes: tuple[str, ...]  # what does not work on this machine, one line each
     rows: tuple[Row, ...]
-    other: int  # wrong replies in no row, which had no room
+    other: int  # wrong replies for which there was no row
     checked: int
     tracked_peers: int
     evicted_peers: int
-    lost: dict[str, int]  # stage -> how many events, or peers, were lost there
+    lost: dict[str, int]  # stage -> number of events or replies lost there
     probes: tuple[Probe, ...]
-    other_of: dict[str, int] = field(default_factory=dict)  # of `other`, by namespace; "": none, or not known
-    flows: int = 0  # new UDP flows of conntrack's that were looked at
+    other_of: dict[str, int] = field(default_factory=dict)  # `other` by namespace; "": none, or unknown
+    flows: int = 0  # new UDP flows of conntrack that were checked
     conntrack: ConntrackHealth | None = None
     udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
     self_test_passed: bool = True
