@@ -18,7 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from agents import COMMAND, wait_for
+from agents import COMMAND
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

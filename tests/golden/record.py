@@ -16,7 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from agents import Agent, wait_for
+from agents import Agent
+from waiting import wait_for
 
 from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.testing import servers

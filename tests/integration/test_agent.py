@@ -18,10 +18,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from agents import Agent, wait_for
+from agents import Agent
 from machine import own_cgroup
 from scene import PATIENCE_SECONDS, ask
 from sensors import Watch
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.daemon import self_test

@@ -8,8 +8,9 @@ import socket
 import subprocess
 from pathlib import Path
 
-from agents import Agent, run_cli, wait_for
+from agents import Agent, run_cli
 from scene import ask
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.client.connection import Client

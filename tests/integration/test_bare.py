@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from agents import wait_for
+from waiting import wait_for
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import bare

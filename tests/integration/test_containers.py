@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import Agent, wait_for
+from agents import Agent
 from machine import first_pid, ip_in, listening, name_pod, untouched
 from restricted import in_mount_namespace
 from runtimes import (
@@ -26,6 +26,7 @@ from runtimes import (
     build_server,
     image_tar,
 )
+from waiting import wait_for
 
 from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.kernel import cgroup

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from agents import wait_for
+from waiting import wait_for
 
 from udpwatch.agent.client.remedies import Code, codes
 from udpwatch.agent.testing import servers

@@ -6,8 +6,9 @@ import subprocess
 from contextlib import closing
 
 import pytest
-from agents import COMMAND, Agent, run_cli, wait_for
+from agents import COMMAND, Agent, run_cli
 from restricted import held_exclusively
+from waiting import wait_for
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType

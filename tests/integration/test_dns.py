@@ -12,9 +12,10 @@ from pathlib import Path
 import dns.flags
 import dns.message
 import pytest
-from agents import run_cli, wait_for
+from agents import run_cli
 from dns_server import Asked, FakeServer, Responder, ask, needs, rcode, right, texts, write
 from stub_resolvers import LOOKUP, resolve
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

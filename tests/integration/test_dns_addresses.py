@@ -13,7 +13,6 @@ from pathlib import Path
 
 import dns.message
 import pytest
-from agents import wait_for
 from dns_server import (
     ANSWER_SECONDS,
     PORT,
@@ -31,6 +30,7 @@ from dns_server import (
 )
 from scene import SECOND, SECOND_6, VIP, VIP_6, host_with_more_addresses
 from sensors import Watch
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace

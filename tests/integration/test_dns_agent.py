@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from agents import wait_for
 from dns_server import FakeServer, ask, bare_query, connected, texts, write
 from scene_agent import InNamespace
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost

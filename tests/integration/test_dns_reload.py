@@ -11,7 +11,6 @@ from pathlib import Path
 
 import dns.message
 import pytest
-from agents import wait_for
 from dns_server import (
     Asked,
     FakeServer,
@@ -27,6 +26,7 @@ from dns_server import (
     texts,
     write,
 )
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

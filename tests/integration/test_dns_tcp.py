@@ -13,7 +13,6 @@ from pathlib import Path
 
 import dns.message
 import pytest
-from agents import wait_for
 from dns_server import (
     ANSWER_SECONDS,
     PORT,
@@ -30,6 +29,7 @@ from dns_server import (
     texts,
     write,
 )
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import dns.message
 import pytest
-from agents import wait_for
 from dns_server import (
     PORT,
     Asked,
@@ -32,6 +31,7 @@ from dns_server import (
     send_message,
     texts,
 )
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 

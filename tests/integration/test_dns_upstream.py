@@ -18,7 +18,6 @@ import dns.message
 import dns.rdatatype
 import dns.rrset
 import pytest
-from agents import wait_for
 from dns_server import (
     ANSWER_SECONDS,
     PORT,
@@ -37,6 +36,7 @@ from dns_server import (
     texts,
     write,
 )
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab
 

@@ -16,10 +16,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
-from agents import COMMAND, Agent, before_all, run_cli, wait_for
+from agents import COMMAND, Agent, before_all, run_cli
 from machine import own_cgroup
 from restricted import NOBODY, assert_refused, held_exclusively, in_mount_namespace, run
 from scene import PATIENCE_SECONDS, ask
+from waiting import wait_for
 
 from udpwatch.agent.commands import doctor
 from udpwatch.agent.kernel.loader_child import SOURCES

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import pytest
-from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
+from agents import COMMAND, Agent, as_nobody, run_cli
 from jsonschema import Draft202012Validator
 from repository import DOCS
 from scene import V6, ask
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.client.connection import Client

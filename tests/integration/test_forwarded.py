@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
 import pytest
-from agents import wait_for
 from router import Machine, Router, inhabit
 from scene import PATIENCE_SECONDS, ask
 from sensors import Watch
+from waiting import wait_for
 
 from udpwatch.agent.kernel.ctnetlink import Listener
 from udpwatch.agent.kernel.loader import Limits

@@ -12,9 +12,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agents import Agent, before_all, run_cli, wait_for
+from agents import Agent, before_all, run_cli
 from scene import V4, Family, ask, both, bound, source_control
 from sensors import Watch
+from waiting import wait_for
 
 from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict

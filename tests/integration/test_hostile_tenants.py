@@ -14,13 +14,14 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from agents import Agent, wait_for
+from agents import Agent
 from dns_server import Responder, bare_query, write
 from load import compile_load
 from machine import limited, own_cgroup
 from router import Router
 from scene import ask, bound
 from sensors import Watch
+from waiting import wait_for
 
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.model import Forwarded, Hooks

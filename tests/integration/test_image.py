@@ -15,12 +15,12 @@ from pathlib import Path
 import image
 import pytest
 import yaml
-from agents import wait_for
 from charts import needs_helm, render
 from machine import cgroup_folders, first_pid, listening, untouched
 from pods import CGROUP_PARENT, Pod, Podman, blocks, counted, get
 from repository import DOCS
 from runtimes import SERVER, Docker, RuntimeHost, ask_inside, build_server, image_tar
+from waiting import wait_for
 
 from udpwatch.agent import __version__
 from udpwatch.agent.kernel.capabilities import Capability

@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from agents import Agent, wait_for
+from agents import Agent
+from waiting import wait_for
 
 CONNTRACK = ("__nf_conntrack_confirm", "nf_ct_delete")
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from agents import Agent, run_cli, temporary, wait_for
+from agents import Agent, run_cli, temporary
 from dns_server import Responder, needs, texts, write
 from dns_server import ask as ask_dns
 from repository import GOLDEN
 from restricted import NOBODY, assert_refused, run, without
 from scene import PATIENCE_SECONDS, ask
+from waiting import wait_for
 
 from udpwatch.agent import cli
 from udpwatch.agent.daemon import app  # noqa: F401  app: cli would import it as nobody

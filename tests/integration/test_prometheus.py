@@ -26,11 +26,12 @@ from typing import Any, Self
 import boards
 import pytest
 import yaml
-from agents import Agent, run_cli, temporary, wait_for
+from agents import Agent, run_cli, temporary
 from boards import Question, filled_in
 from dns_server import Asked, FakeServer, ask, bare_query, right, write
 from repository import GOLDEN
 from scene_agent import InNamespace
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.kernel import bpf

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
-from agents import COMMAND, Agent, as_nobody, run_cli, wait_for
+from agents import COMMAND, Agent, as_nobody, run_cli
 from repository import GOLDEN
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost, die_with_parent

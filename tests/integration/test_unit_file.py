@@ -14,10 +14,11 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from agents import temporary, wait_for
+from agents import temporary
 from machine import cgroup_folders, remove_cgroups
 from pods import blocks, counted
 from repository import DOCS
+from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.kernel import cgroup

@@ -1,4 +1,4 @@
-"""A real `udpwatch run` beside the test, and waiting for it by condition, never by time."""
+"""Real `udpwatch` commands beside the test: an agent, or one that runs to its end."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import re
 import signal
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -18,22 +17,10 @@ from typing import Any, Self
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from waiting import PATIENCE_SECONDS, wait_for
 
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.child import COMMAND, Child
-
-PATIENCE_SECONDS = 120.0  # under emulation a start takes a minute
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
-    """Poll until the condition is true; returns what it returned."""
-    end = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        assert time.monotonic() < end, f"waited {seconds} s in vain for: {what}"
-        time.sleep(0.02)
 
 
 class Command(Child):

@@ -21,7 +21,8 @@ import dns.rcode
 import dns.rdatatype
 import dns.rrset
 import pytest
-from agents import Command, wait_for
+from agents import Command
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Namespace
 

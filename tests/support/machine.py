@@ -10,7 +10,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from agents import temporary, wait_for
+from agents import temporary
+from waiting import wait_for
 
 from udpwatch.agent.kernel import cgroup
 

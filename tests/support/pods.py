@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import wait_for
 from prometheus_client.parser import text_string_to_metric_families
 from repository import DOCS
 from runtimes import Docker
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Namespace
 

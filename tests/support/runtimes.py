@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import pytest
-from agents import wait_for
 from machine import ip_in, listening, processes_of
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
 

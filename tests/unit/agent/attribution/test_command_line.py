@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from udpwatch.agent.attribution import command_line
 from udpwatch.agent.attribution.command_line import CommandLines
@@ -56,10 +56,7 @@ def readers() -> int:
 
 
 def wait_for_readers(number: int) -> None:
-    end = time.monotonic() + 10
-    while readers() != number:
-        assert time.monotonic() < end
-        time.sleep(0.001)
+    wait_for(lambda: readers() == number, f"{number} threads")
 
 
 def test_one_thread_for_each_tenant_that_withholds(tmp_path: Path, withhold: Callable[[Path], Withheld]) -> None:

@@ -10,11 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from udpwatch.agent.daemon import event_log
 from udpwatch.agent.daemon.event_log import EventWriter
@@ -30,13 +29,6 @@ class Losses:
 
     def writer(self, target: str) -> EventWriter:
         return EventWriter(target, self.stages.append, self.broken.set)
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_writes_lines_and_drains_on_stop(tmp_path: Path) -> None:
@@ -94,7 +86,7 @@ def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch:
             received += os.read(reader, 1 << 20)
         return received.count(b"\n") + losses.stages.count("queue") == 200
 
-    eventually(drain)
+    wait_for(drain, "all lines")
     os.close(reader)
 
 
@@ -109,7 +101,7 @@ def test_fifo_whose_reader_goes_away_and_comes_back(tmp_path: Path) -> None:
     os.close(reader)
     writer.put({"n": 1})
     writer.put({"n": 2})
-    eventually(lambda: losses.stages == ["output"] * 2)
+    wait_for(lambda: losses.stages == ["output"] * 2, "two losses")
     assert not losses.broken.is_set()
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     writer.put({"n": 3})
@@ -136,7 +128,7 @@ def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
         writer.start()
         writer.put({"n": 1})
         writer.put({"long": "x" * 100})
-        eventually(lambda: losses.stages == ["output"])
+        wait_for(lambda: losses.stages == ["output"], "a loss")
         assert path.read_text() == '{"n":1}\n'
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         writer.put({"n": 2})
@@ -152,10 +144,10 @@ def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
     writer = Losses().writer(str(path))
     writer.start()
     writer.put({"n": 1})
-    eventually(path.read_text)
+    wait_for(path.read_text, "a line")
     path.unlink()
     writer.put({"n": 2})
-    eventually(path.exists)
+    wait_for(path.exists, "a new file")
     writer.stop()
     assert path.read_text() == '{"n":2}\n'
 
@@ -169,7 +161,7 @@ def test_folder_that_vanishes_is_counted_until_it_is_back(tmp_path: Path) -> Non
     (folder / "events").unlink()
     folder.rmdir()
     writer.put({"n": 1})
-    eventually(lambda: losses.stages == ["output"])
+    wait_for(lambda: losses.stages == ["output"], "a loss")
     folder.mkdir()
     writer.put({"n": 2})
     writer.stop()

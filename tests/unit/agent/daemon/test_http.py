@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from waiting import wait_for
 
 from udpwatch.agent.daemon import http
 from udpwatch.agent.daemon.http import MAX_CONNECTIONS, MAX_CONNECTIONS_PER_CLIENT, MAX_REQUEST_BYTES, HttpServer
@@ -51,13 +52,6 @@ def closed(view: HttpServer, reason: str) -> float:
     """The metric of connections that were closed early."""
     (family,) = view.collector.collect()
     return next(sample.value for sample in family.samples if sample.labels == {"reason": reason})
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_stopped_before_it_began() -> None:
@@ -98,7 +92,7 @@ def test_taken_port_is_bound_when_it_is_free(monkeypatch: pytest.MonkeyPatch) ->
         assert view.problem == f"cannot listen on 127.0.0.1:{port} for metrics: Address already in use"
         assert view.url == ""
     try:
-        eventually(lambda: not view.problem)
+        wait_for(lambda: not view.problem, "the port")
         assert respond(connect(view.url)).endswith(b"well\n")
     finally:
         view.stop()
@@ -136,7 +130,7 @@ def test_long_headers_are_refused() -> None:
         with connect(view.url) as link:
             link.sendall(b"GET /metrics HTTP/1.0\r\nX: " + b"x" * (MAX_REQUEST_BYTES - 25))  # one too many
             assert link.recv(100).startswith(b"HTTP/1.0 431 ")
-        eventually(lambda: closed(view, "size") == 1)
+        wait_for(lambda: closed(view, "size") == 1, "closed connections")
         with connect(view.url) as link:
             padding = MAX_REQUEST_BYTES - len(b"GET /healthz HTTP/1.0\r\nX: \r\n\r\n")
             link.sendall(b"GET /healthz HTTP/1.0\r\nX: " + b"x" * padding + b"\r\n\r\n")
@@ -149,14 +143,14 @@ def test_many_short_headers_are_refused() -> None:
     with serving() as view, connect(view.url) as link:
         with contextlib.suppress(ConnectionError):
             link.sendall(b"GET /metrics HTTP/1.0\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 99)
-        eventually(lambda: closed(view, "size") == 1)
+        wait_for(lambda: closed(view, "size") == 1, "closed connections")
 
 
 def test_long_request_line_is_refused() -> None:
     with serving() as view, connect(view.url) as link:
         link.sendall(b"GET /" + b"x" * (MAX_REQUEST_BYTES - 4))
         assert link.recv(100).startswith(b"HTTP/1.0 414 ")
-        eventually(lambda: closed(view, "size") == 1)
+        wait_for(lambda: closed(view, "size") == 1, "closed connections")
 
 
 SERVER = """
@@ -201,7 +195,9 @@ def test_client_with_many_connections_loses_its_own() -> None:
     with serving() as view:
         innocent = [connect(view.url, "127.0.0.2") for _ in range(MAX_CONNECTIONS_PER_CLIENT)]
         greedy = [connect(view.url, "127.0.0.3") for _ in range(3 * MAX_CONNECTIONS)]
-        eventually(lambda: closed(view, "client") == 3 * MAX_CONNECTIONS - MAX_CONNECTIONS_PER_CLIENT)
+        wait_for(
+            lambda: closed(view, "client") == 3 * MAX_CONNECTIONS - MAX_CONNECTIONS_PER_CLIENT, "closed connections"
+        )
         assert all(respond(link).endswith(b"well\n") for link in innocent)
         assert all(respond(link).endswith(b"well\n") for link in greedy[-MAX_CONNECTIONS_PER_CLIENT:])
         assert not any(respond(link) for link in greedy[:-MAX_CONNECTIONS_PER_CLIENT])
@@ -216,7 +212,7 @@ def test_full_server_closes_a_connection_of_the_client_with_the_most() -> None:
             for client in range(3, 3 + MAX_CONNECTIONS // MAX_CONNECTIONS_PER_CLIENT)
             for _ in range(MAX_CONNECTIONS_PER_CLIENT)
         ]
-        eventually(lambda: closed(view, "full") == 1)
+        wait_for(lambda: closed(view, "full") == 1, "closed connections")
         assert respond(oldest).endswith(b"well\n")
         for link in others:
             link.close()
@@ -242,7 +238,7 @@ def test_short_of_cpu_the_client_that_has_cost_less_goes_first() -> None:
         budget = view._server._budget = Closed()  # type: ignore[union-attr, assignment]
         greedy = [connect(view.url, "127.0.0.3") for _ in range(MAX_CONNECTIONS_PER_CLIENT + 2)]
         innocent = connect(view.url, "127.0.0.2")
-        eventually(lambda: len(view._server._open) == MAX_CONNECTIONS_PER_CLIENT + 1)  # type: ignore[union-attr]
+        wait_for(lambda: len(view._server._open) == MAX_CONNECTIONS_PER_CLIENT + 1, "open connections")  # type: ignore[union-attr]
         assert closed(view, "client") == 2, "those that wait count, and are closed at once"
         assert greedy[0].recv(10) == b""
         budget.places = 1

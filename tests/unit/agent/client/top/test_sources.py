@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import pytest
 from repository import GOLDEN
 from top_snapshots import NOW, row, snapshot
+from waiting import wait_for
 
 from udpwatch.agent.cli import main
 from udpwatch.agent.client.top import sources
@@ -170,10 +170,7 @@ def test_its_agent_ends_with_it(number: signal.Signals, temporary_folder: Path) 
         assert process.stderr
         assert process.stderr.read() == ""
     assert status == {signal.SIGKILL: -9, signal.SIGINT: 130}.get(number, 0)
-    end = time.monotonic() + 20
-    while not ended(agent):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    wait_for(lambda: ended(agent), "the end of the private agent")
     assert list(temporary_folder.iterdir()) == []
 
 
