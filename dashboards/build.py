@@ -1,4 +1,4 @@
-"""Writes dashboards/grafana/*.json from the code beside it: `make dashboards`. A test says when they are stale."""
+"""Write dashboards/grafana/*.json from the code beside it (`make dashboards`). A test fails if they are stale."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GRAFANA = Path(__file__).resolve().parent / "grafana"
 
 
 def main() -> None:
-    """Into the folder that is given, or where they belong."""
+    """Write to the given folder, by default to dashboards/grafana."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else GRAFANA
     for module in (fleet, server, responder, health):
         made = module.dashboard()

@@ -1,4 +1,4 @@
-"""The fleet: which nodes, namespaces and servers answer wrongly, since when, and what it costs."""
+"""The fleet dashboard: nodes, namespaces and servers with wrong replies, since when, and their share."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from parts import (
 )
 
 WRONG = f"{MISMATCH}{{{chosen('namespace')}}}"
-#: without the series that takes what is beyond an agent's limit: it names no server
+#: without the series `other`, which names no server
 NAMED = f'{MISMATCH}{{{chosen("namespace")}, port!="other"}}'
 IN_TIME = grown(WRONG, "$__range")
 NAMED_IN_TIME = grown(NAMED, "$__range")
@@ -45,12 +45,12 @@ BLIND = (
 
 
 def since(selector: str, labels: str) -> str:
-    """When a wrong reply was first seen within the dashboard's time, in ms since 1970: then the counter was born."""
+    """Return when the counter started within the dashboard's time, in ms since 1970: the first wrong reply."""
     return f"1000 * min by ({labels}) (min_over_time(timestamp({selector})[$__range:$__interval]))"
 
 
 def last(selector: str, labels: str) -> str:
-    """When the counter last grew, or was born, in ms since 1970."""
+    """Return when the counter last grew or started, in ms since 1970."""
     growing = f"timestamp(increase({selector}[$__rate_interval]) > 0)"
     return (
         f"1000 * max by ({labels}) (max_over_time({growing}[$__range:$__interval])"
@@ -59,65 +59,65 @@ def last(selector: str, labels: str) -> str:
 
 
 def dashboard() -> Dashboard:
-    """Built anew at each call."""
+    """Return the fleet dashboard."""
     by_server = f"{WHERE}, {FINDING_LABELS}"
     to_server = link(SERVER, "instance", "namespace", "process", "port")
     return board(
         FLEET,
         "udpwatch / Fleet",
-        "Which nodes, namespaces and servers answer UDP from another address than the one that was asked.",
+        "Nodes, namespaces and servers that send UDP replies from an address that the client did not ask.",
         number(
-            "Servers that answered wrongly",
-            "Processes with a port whose replies left from another address than the one that was asked, within the "
-            "time chosen above. Each is a row of the last table; a server on five nodes counts five times.",
+            "Servers with wrong replies",
+            "Processes, each with a port, that sent wrong replies within the selected time. Each is a row of the last "
+            "table. A server on five nodes counts five times.",
             count(f"sum by ({WHERE}, {SERVER_LABELS}) ({NAMED_IN_TIME}) > 0"),
             steps=[(1, RED)],
         ),
         number(
             "Nodes with such servers",
-            "Agents that found at least one wrong reply within the time chosen above.",
+            "Agents that found at least one wrong reply within the selected time.",
             count(f"sum by ({WHERE}) ({IN_TIME}) > 0"),
             steps=[(1, RED)],
         ),
         number(
             "Wrong replies",
-            "Replies that clients did not get within the time chosen above, since they left from the wrong address. "
-            "Those of machines behind a node count in flows.",
+            "Replies within the selected time that clients did not get, because they left from the wrong address. "
+            "Those of machines behind a node are counted in flows.",
             f"sum({IN_TIME})",
             steps=[(1, RED)],
             decimals=0,
         ),
         number(
-            "Share of replies that was wrong",
-            "Wrong replies among all UDP replies, and flows, that were checked within the time chosen above.",
+            "Share of wrong replies",
+            "Share of wrong replies among all UDP replies and flows that were checked within the selected time.",
             share(f"sum({IN_TIME})", increase),
             unit="percentunit",
             steps=[(0.000001, ORANGE), (0.01, RED)],
         ),
         number(
             "Agents",
-            "Agents that Prometheus knows now.",
+            "Agents that Prometheus scrapes now.",
             f"count({AGENTS})",
         ),
         number(
             "Blind agents",
-            "Agents whose programs at the root cgroup are detached, or that did not see their own test datagram: what "
-            "happens on their nodes is not seen. See the dashboard of the agents.",
+            "Agents whose programs at the root cgroup are detached, or that did not see their own test datagram. Wrong "
+            "replies on their nodes go unseen. See the dashboard udpwatch / Agents.",
             count(BLIND),
             steps=[(1, RED)],
         ),
         Row("Over time"),
         lines(
             "Wrong replies by node",
-            "Replies a second that clients did not get, by the node that sent them.",
+            "Wrong replies per second, by the node that sent them.",
             "cps",
             (f"sum by ({WHERE}) ({per_second(WRONG)}) > 0", WHERE_LEGEND),
             stacked=True,
             leads_to=("The servers of this node", SERVER, "instance"),
         ),
         lines(
-            "Share of replies that is wrong, by node",
-            "Wrong replies among all UDP replies, and flows, of a node. Near 100 % its only UDP server answers nobody.",
+            "Share of wrong replies by node",
+            "Share of wrong replies among all UDP replies and flows of a node. Near 100 %, all its UDP servers fail.",
             "percentunit",
             (
                 f"{share(f'sum by ({WHERE}) ({per_second(WRONG)})', rate, f' by ({WHERE})')} > 0",
@@ -128,7 +128,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Wrong replies by namespace",
-            "The namespace of the pod that answers; without a name: processes in no pod, and machines behind a node.",
+            "The namespace of the sender's pod. Empty: processes outside of pods, and machines behind a node.",
             "cps",
             (f"sum by (namespace) ({per_second(WRONG)}) > 0", "{{namespace}}"),
             stacked=True,
@@ -136,8 +136,8 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Wrong replies by cause",
-            "kernel-chosen: bound to all addresses, routing chose the source; explicit: the application chose it; "
-            "connected: connect() froze it; forwarded: another machine's reply, in flows.",
+            "kernel-chosen: the socket is bound to all addresses, and routing chose the source. explicit: the program "
+            "chose it. connected: connect() fixed it. forwarded: the reply of another machine, counted in flows.",
             "cps",
             (f"sum by (cause) ({per_second(WRONG)}) > 0", "{{cause}}"),
             stacked=True,
@@ -145,7 +145,7 @@ def dashboard() -> Dashboard:
         Row("Where"),
         rows(
             "Nodes",
-            "Nodes with wrong replies within the time chosen above, the worst first. A click leads to their agent.",
+            "Nodes with wrong replies within the selected time, the worst first. A click opens the node's agent.",
             WHERE,
             Column("wrong replies", f"sum by ({WHERE}) ({IN_TIME})"),
             Column(
@@ -167,8 +167,8 @@ def dashboard() -> Dashboard:
         ),
         rows(
             "Namespaces",
-            "Namespaces with wrong replies within the time chosen above, the worst first. The empty one stands for "
-            "processes in no pod.",
+            "Namespaces with wrong replies within the selected time, the worst first. The empty one has the processes "
+            "outside of pods.",
             "namespace",
             Column("wrong replies", f"sum by (namespace) ({IN_TIME})"),
             Column(
@@ -184,8 +184,8 @@ def dashboard() -> Dashboard:
         ),
         rows(
             "Servers",
-            "Servers that answered wrongly within the time chosen above: asked at expected, answered from actual. "
-            "since: first seen within that time. A click leads to the server.",
+            "Servers with wrong replies within the selected time. expected: the address that the client asked. actual: "
+            "the source of the reply. since: the first wrong reply within that time. A click opens the server.",
             by_server,
             Column("wrong replies", f"sum by ({by_server}) ({NAMED_IN_TIME})"),
             Column("a second", f"sum by ({by_server}) ({per_second(NAMED)})", "cps", [(0.000001, RED)], 100),

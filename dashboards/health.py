@@ -1,4 +1,4 @@
-"""The agents themselves: whether they see, what they lose, and what they cost."""
+"""The agents dashboard: whether the agents see all replies, what they lose, and what they cost."""
 
 from __future__ import annotations
 
@@ -28,38 +28,38 @@ from parts import (
 
 
 def of(name: str, matchers: str = "") -> str:
-    """A metric of the agent's, of the chosen nodes."""
+    """Return the selector of an agent metric for the selected nodes."""
     return f"udpwatch_{name}{{{SCOPE}{', ' if matchers else ''}{matchers}}}"
 
 
 def process(name: str) -> str:
-    """A metric of the agent's process."""
+    """Return the selector of a metric of the agent's process."""
     return f"process_{name}{{{SCOPE}}}"
 
 
 def per_agent(expression: str) -> str:
-    """A number of each agent, with what it is."""
+    """Return a value for each agent, with its version, kernel and mode."""
     return f"max by ({LABELS}) ({AGENTS} * on ({TARGET}) group_left () {expression})"
 
 
 LABELS = f"{WHERE}, version, kernel, mode"
-#: all that is lost but events of which enough have been told
+#: all losses except events that the rate limit held back
 LOST = of("events_lost_total", 'stage!="rate_limit"')
 OTHER = f'{MISMATCH}{{{SCOPE}, port="other"}}'
 DOWN = f'up{{job=~".*udpwatch.*", {SCOPE}}} == 0'
-BPF_STATS = "Only while the sysctl kernel.bpf_stats_enabled is 1, which costs some nanoseconds a run itself."
+BPF_STATS = "Needs the sysctl kernel.bpf_stats_enabled=1, which costs some nanoseconds per run."
 
 
 def dashboard() -> Dashboard:
-    """Built anew at each call."""
+    """Return the agents dashboard."""
     return board(
         AGENT,
         "udpwatch / Agents",
-        "Whether the agents see what happens on their nodes, what they lose, and what they cost.",
-        number("Agents", "Agents that Prometheus knows now.", f"count({AGENTS})"),
+        "Whether the agents see all replies of their nodes, what they lose, and what they cost.",
+        number("Agents", "Agents that Prometheus scrapes now.", f"count({AGENTS})"),
         number(
             "Down",
-            "Targets of jobs with udpwatch in their name that Prometheus cannot scrape.",
+            "Targets that Prometheus cannot scrape, of jobs with udpwatch in their name.",
             count(DOWN),
             steps=[(1, RED)],
         ),
@@ -71,32 +71,31 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Lost",
-            "Events and suspicions lost within the time chosen above; without events held back since enough of the "
-            "same finding had been told.",
+            "Events and replies lost within the selected time, without events that the rate limit held back.",
             f"sum({increase(LOST)})",
             steps=[(1, ORANGE)],
             decimals=0,
         ),
         number(
             "Counted under other",
-            "Wrong replies within the time chosen above that have no series of their own: --max-series is too low, or "
-            "the kernel's table was full.",
+            "Wrong replies within the selected time without a series of their own. --max-series is too low, or the "
+            "kernel's table was full.",
             f"sum({increase(OTHER)})",
             steps=[(1, ORANGE)],
             decimals=0,
         ),
         number(
             "Largest agent",
-            "Resident memory of the agent that takes most.",
+            "Resident memory of the largest agent.",
             f"max({of_agents(process('resident_memory_bytes'))})",
             "bytes",
             [(64 << 20, ORANGE), (128 << 20, RED)],
         ),
         rows(
             "Each agent",
-            "mode packet reads conntrack from the packet, netlink has to ask for it, function watches conntrack's "
-            "flows alone. self test: whether the last datagram of the agent's own was seen. Programs that are not "
-            "attached may be ones that this kernel does not allow: udpwatch doctor.",
+            "Mode packet reads conntrack's entry from the packet, netlink queries it, function watches only "
+            "conntrack's flows. self test: the programs saw the last test datagram. not attached: programs that "
+            "are not attached; the kernel may not allow them, see udpwatch doctor.",
             LABELS,
             Column("running since", f"1000 * {per_agent(process('start_time_seconds'))}", "dateTimeAsIso", width=170),
             Column("self test", per_agent(of("self_test_passed")), "bool_yes_no", width=100),
@@ -109,18 +108,18 @@ def dashboard() -> Dashboard:
             sort="not attached",
             height=8,
         ),
-        Row("Do they see?"),
+        Row("Visibility"),
         lines(
             "Programs attached",
-            "Share of the agents on which each program is attached. Below 100 % for ingress or egress an agent is "
-            "blind; the others add what the kernel allows.",
+            "Share of the agents on which each program is attached. If ingress or egress is below 100 %, an agent is "
+            "blind. The other programs are optional.",
             "percentunit",
             (f"avg by (probe) ({of('probe_attached')})", "{{probe}}"),
             top=1,
         ),
         lines(
             "Attached again",
-            "Programs that somebody else had detached, within an hour: another agent on the node disturbs this one.",
+            "Programs that were detached and attached again within an hour. Another program on the node detaches them.",
             "short",
             (
                 f"sum by ({WHERE}, probe) (increase({of('probe_reattached_total')}[1h])) > 0",
@@ -129,38 +128,37 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Replies checked",
-            "UDP replies a second that were looked at. With traffic on the node and no reply checked the agent sees "
-            "nothing.",
+            "UDP replies checked per second. If the node sends replies and none is checked, the agent is blind.",
             "pps",
             (f"sum by ({WHERE}) ({rate(of('replies_checked_total'))})", WHERE_LEGEND),
         ),
         lines(
             "UDP sent",
-            "UDP datagrams a second sent in the agent's network namespace, by the kernel's own count: the node's own, "
-            "without its pods.",
+            "UDP datagrams per second sent in the agent's network namespace, as the kernel counts them: those of the "
+            "node without its pods.",
             "pps",
             (f"sum by ({WHERE}) ({rate(of('udp_sent_datagrams_total'))})", WHERE_LEGEND),
         ),
         lines(
             "Flows checked",
-            "New flows of conntrack in which wrong replies of machines behind the node were looked for; 0 where that "
-            "is not done.",
+            "New flows of conntrack per second that were checked for wrong replies of machines behind the node. 0 if "
+            "this check is off.",
             "cps",
             (f"sum by ({WHERE}) ({rate(of('flows_checked_total'))})", WHERE_LEGEND),
         ),
         lines(
-            "Self tests failed",
-            "Agents whose last test datagram was not seen by their own programs.",
+            "Failed self-tests",
+            "Agents whose programs did not see their last test datagram.",
             "short",
             (f"count({of('self_test_passed')} == 0) or 0 * count({AGENTS})", "agents"),
             steps=[(1, RED)],
         ),
-        Row("What do they lose?"),
+        Row("Losses"),
         lines(
             "Lost by stage",
-            "rate_limit: held back on purpose. undecided, remember, flows_full, conntrack_overrun, "
-            "probe_missed: wrong replies may go unseen. ring_full, findings_full, queue, output: events are lost, "
-            "counts stay exact.",
+            "rate_limit: events held back on purpose. undecided, remember, flows_full, conntrack_overrun, "
+            "probe_missed, unparsed: wrong replies may go unseen. ring_full, findings_full, queue, output: events are "
+            "lost, counts stay exact. attribution: names are missing.",
             "cps",
             (f"sum by (stage) ({rate(of('events_lost_total'))}) > 0", "{{stage}}"),
             stacked=True,
@@ -174,32 +172,32 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Conversations remembered",
-            "At --max-peers the server port that has the most makes room, answered requests first.",
+            "At --max-peers, requests of the server port with the most are evicted, those with a reply first.",
             "short",
             (f"sum by ({WHERE}) ({of('tracked_peers')})", WHERE_LEGEND),
         ),
         lines(
-            "Conversations pushed out",
-            "Requests that had to make room within the window. Replies that they may concern count as undecided.",
+            "Requests evicted",
+            "Requests evicted within the window, per second. Replies to them count as undecided.",
             "cps",
             (f"sum by ({WHERE}) ({rate(of('peers_evicted_total'))})", WHERE_LEGEND),
         ),
         lines(
-            "Runs left out",
-            "Runs of function probes that the kernel left out, since the CPU was in a probe already.",
+            "Skipped runs",
+            "Runs of function probes that the kernel skipped because the CPU was already in a probe.",
             "cps",
             (f"sum by ({WHERE}, probe) ({rate(of('probe_missed_total'))}) > 0", f"{WHERE_LEGEND} {{{{probe}}}}"),
         ),
         lines(
             "Findings",
-            "Series of wrong replies; at --max-series further ones count under other.",
+            "Series of wrong replies. Beyond --max-series, findings are counted under other.",
             "short",
             (f'count by ({WHERE}) ({MISMATCH}{{{SCOPE}, port!="other"}})', WHERE_LEGEND),
         ),
-        Row("Conntrack of the nodes"),
+        Row("Conntrack"),
         lines(
             "Table used",
-            "Entries in the node's conntrack table, of those that there may be. At 100 % new flows are dropped.",
+            "Entries in the node's conntrack table as a share of its limit. At 100 %, the node drops new flows.",
             "percentunit",
             (
                 f"sum by ({WHERE}) ({of('conntrack_entries')}) / sum by ({WHERE}) ({of('conntrack_limit')})",
@@ -210,18 +208,18 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Dropped",
-            "dropped: no room where the table is at 100 %, else mostly the races. early: unanswered entries thrown out "
-            "for new ones. race: another packet booked the same flow at the same moment, two DNS questions from one "
-            "socket as a rule.",
+            "dropped: the table is full if it is at 100 %, else mostly races. early: entries without a reply, evicted "
+            "for new ones. race: another packet created the entry of the same flow first, usually two DNS queries from "
+            "one socket.",
             "pps",
             (f"sum by ({WHERE}) ({rate(of('conntrack_dropped_total'))}) > 0", f"dropped, {WHERE_LEGEND}"),
             (f"sum by ({WHERE}) ({rate(of('conntrack_early_drop_total'))}) > 0", f"early, {WHERE_LEGEND}"),
             (f"sum by ({WHERE}) ({rate(of('conntrack_insert_failed_total'))}) > 0", f"race, {WHERE_LEGEND}"),
         ),
-        Row("What do they cost?"),
+        Row("Cost"),
         lines(
-            "Time a run",
-            f"Of each program in the kernel. {BPF_STATS}",
+            "Time per run",
+            f"Time of each program in the kernel. {BPF_STATS}",
             "s",
             (
                 f"sum by (probe) ({rate(of('probe_run_seconds_total'))})"
@@ -231,25 +229,25 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "CPU of the programs",
-            f"In the kernel, as a share of one CPU. {BPF_STATS}",
+            f"CPU time of the programs in the kernel, as a share of one CPU. {BPF_STATS}",
             "percentunit",
             (f"sum by ({WHERE}) ({rate(of('probe_run_seconds_total'))})", WHERE_LEGEND),
         ),
         lines(
-            "CPU of the process",
-            "The agent's, as a share of one CPU.",
+            "CPU of the agent",
+            "CPU time of the agent's process, as a share of one CPU.",
             "percentunit",
             (of_agents(rate(process("cpu_seconds_total"))), WHERE_LEGEND),
         ),
         lines(
             "Memory",
-            "Resident, of the agent's process.",
+            "Resident memory of the agent's process.",
             "bytes",
             (of_agents(process("resident_memory_bytes")), WHERE_LEGEND),
         ),
         lines(
             "Descriptors",
-            "Open files and sockets, of those that the process may have.",
+            "Open files and sockets as a share of the process's limit.",
             "percentunit",
             (
                 f"{process('open_fds')} / {process('max_fds')} and on ({TARGET}) {AGENTS}",
@@ -259,7 +257,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Runs of the programs",
-            f"{BPF_STATS}",
+            f"Runs of each program per second. {BPF_STATS}",
             "ops",
             (f"sum by (probe) ({rate(of('probe_runs_total'))})", "{{probe}}"),
             stacked=True,

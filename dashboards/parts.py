@@ -1,9 +1,9 @@
-"""What the dashboards share: variables, links, the kinds of panel, and the expressions that need care.
+"""Shared parts of the dashboards: variables, links, kinds of panel, expressions that need care.
 
-Rule 1: a panel has a title, a description for whoever is on call, a unit, and the datasource that the reader chose.
-Rule 2: every expression keeps to SCOPE, so that a choice made at the top holds for the whole dashboard.
-Rule 3: `cluster` and `node` are labels that a Prometheus may or may not add (docs/monitoring.md); `instance` is always
-there. A matcher of a label that is missing takes `.*`, which is what All stands for.
+Rule 1: a panel has a title, a description for an on-call engineer, a unit, and the selected data source.
+Rule 2: every expression is restricted to SCOPE, so that a selection at the top applies to the whole dashboard.
+Rule 3: a Prometheus may or may not add the labels `cluster` and `node` (docs/monitoring.md); `instance` always exists.
+The selection All is the matcher `.*`, which also accepts a missing label.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SCOPE = 'cluster=~"$cluster", node=~"$node", instance=~"$instance"'
 WHERE = "cluster, node, instance"
 #: as a legend
 WHERE_LEGEND = "{{cluster}} {{node}} {{instance}}"
-#: one agent among the targets of a Prometheus
+#: identifies one agent among the targets of a Prometheus
 TARGET = "cluster, job, instance"
 MISMATCH = "udpwatch_reply_source_mismatch_total"
 SERVER_LABELS = "namespace, pod, container, process, port"
@@ -43,17 +43,17 @@ Steps = Sequence[tuple[float, str]]
 
 
 def grown(selector: str, window: str) -> str:
-    """By how much counters grew within a window, those included that were born in it, or ended.
+    """Return by how much counters grew within a window, including counters that started or ended in it.
 
-    A finding's counter is born with its first value, often 1: for increase() that is nothing. It ends with its pod.
+    A finding's counter starts with its first value, often 1, which increase() does not see. It ends with its pod.
     """
     return f"({_born(selector, window)} or increase({selector}[{window}]))"
 
 
 def per_second(selector: str) -> str:
-    """The same as a rate.
+    """Return the same as `grown` per second.
 
-    Where the agent itself was not there a window ago, its counters are not young, only Prometheus' knowledge of them.
+    Counters of an agent that Prometheus did not scrape a window ago are left out: they only look new.
     """
     window = "$__rate_interval"
     born = f"{_born(selector, window)} and on ({TARGET}) {AGENTS} offset {window}"
@@ -65,28 +65,28 @@ def _born(selector: str, window: str) -> str:
 
 
 def rate(selector: str) -> str:
-    """Per second, of counters that are there from an agent's start."""
+    """Return the rate of counters that exist from an agent's start."""
     return f"rate({selector}[$__rate_interval])"
 
 
 def increase(selector: str) -> str:
-    """Within the dashboard's time, of counters that are there from an agent's start."""
+    """Return the increase within the selected time of counters that exist from an agent's start."""
     return f"increase({selector}[$__range])"
 
 
 def share(wrong: str, over: Callable[[str], str], by: str = "") -> str:
-    """Of what was checked: replies, and flows, which are all that an agent with `hooks = "function"` checks."""
+    """Return the share among checked replies and flows; an agent with `hooks = "function"` checks only flows."""
     checked = (f"udpwatch_{what}_checked_total{{{SCOPE}}}" for what in ("replies", "flows"))
     return f"{wrong} / ({' + '.join(f'sum{by} ({over(each)})' for each in checked)} > 0)"
 
 
 def count(expression: str) -> str:
-    """How many there are: 0 only where an agent looked, else no data."""
+    """Return the number of series: 0 if an agent exists and there are none, else no data."""
     return f"count({expression}) or 0 * count({AGENTS})"
 
 
 def of_agents(selector: str) -> str:
-    """A metric that other programs have, too."""
+    """Restrict a metric that other programs also have to the agents."""
     return f"{selector} and on ({TARGET}) {AGENTS}"
 
 
@@ -121,7 +121,7 @@ def number(
     width: int = 4,
     decimals: int | None = None,
 ) -> stat.Panel:
-    """One number, coloured by its thresholds."""
+    """Return a panel with one number, coloured by its thresholds."""
     panel = (
         stat.Panel()
         .title(title)
@@ -153,9 +153,9 @@ def lines(
     top: float | None = None,
     leads_to: tuple[str, str, str] | None = None,
 ) -> timeseries.Panel:
-    """Lines over time; with thresholds, the values from which to worry are drawn.
+    """Return a panel with lines over time, and with its thresholds as dashed lines.
 
-    `leads_to`: (title, dashboard, label), where a click on a line leads.
+    `leads_to`: (title, dashboard, label) that a click on a line opens.
     """
     panel = (
         timeseries.Panel()
@@ -194,7 +194,7 @@ def lines(
 
 
 class Column:
-    """A query of a table: its values' heading and look. Its labels are the other columns."""
+    """A query of a table: heading and look of its values. Its labels are the other columns."""
 
     def __init__(self, heading: str, expression: str, unit: str = "short", steps: Steps = (), width: int = 130) -> None:
         self.heading, self.expression, self.unit, self.steps, self.width = heading, expression, unit, steps, width
@@ -211,7 +211,7 @@ def rows(
     width: int = 24,
     height: int = 9,
 ) -> table.Panel:
-    """A table with a row for each set of labels, and a column for each query.
+    """Return a table with a row for each set of labels and a column for each query.
 
     `only`: the column that must be above 0; `sort`: the column to sort by, largest first; `links`: (title, URL), from
     every cell with a label.
@@ -266,11 +266,11 @@ def rows(
 
 
 def words(title: str, content: str, width: int = 24, height: int = 4) -> text.Panel:
-    """Markdown; variables in it are replaced."""
+    """Return a panel with Markdown, in which Grafana replaces variables."""
     return (
         text.Panel()
         .title(title)
-        .description("What to do next.")
+        .description("Commands to run next.")
         .datasource(DATASOURCE)
         .content(content)
         .span(width)
@@ -282,7 +282,7 @@ def words(title: str, content: str, width: int = 24, height: int = 4) -> text.Pa
 
 
 def link(uid: str, *labels: str, of: str = "__data.fields") -> str:
-    """To another dashboard: the same time and choices, and these labels of the row or line that was clicked."""
+    """Return a link to another dashboard, with the same time and selection, and these labels of what was clicked."""
     kept = [name for name in ("datasource", "cluster", "node", "instance") if name not in labels]
     carried = [f"${{{name}:queryparam}}" for name in kept]
     clicked = [f"var-{label}=${{{of}.{label}:percentencode}}" for label in labels]
@@ -311,17 +311,17 @@ def _query_variable(name: str, label: str, description: str, metric: str, scope:
 
 
 def chosen(*names: str) -> str:
-    """The matchers of these variables, after SCOPE's."""
+    """Return SCOPE with the matchers of these variables."""
     return ", ".join([SCOPE, *(f'{name}=~"${name}"' for name in names)])
 
 
 def of_culprits(*names: str) -> list[builder.QueryVariable]:
-    """Variables over labels of wrong replies; each offers what the ones before it leave."""
+    """Return variables for labels of wrong replies; each offers the values that the previous ones leave."""
     texts = {
-        "namespace": ("Namespace", "Namespace of the pod that answers wrongly."),
-        "pod": ("Pod", "Pod that answers wrongly."),
-        "process": ("Process", "Name of the process that answers wrongly; none for machines behind the node."),
-        "port": ("Port", "Its UDP port."),
+        "namespace": ("Namespace", "Namespace of the pod that sends wrong replies."),
+        "pod": ("Pod", "Pod that sends wrong replies."),
+        "process": ("Process", "Process that sends wrong replies; empty for machines behind the node."),
+        "port": ("Port", "UDP port of the server."),
     }
     return [
         _query_variable(name, *texts[name], MISMATCH, chosen(*names[:position])) for position, name in enumerate(names)
@@ -336,9 +336,9 @@ def board(
     variables: Sequence[builder.QueryVariable] = (),
     metric: str = "udpwatch_build_info",
 ) -> model.Dashboard:
-    """A whole dashboard: its variables, the links to its siblings, and its panels, numbered in their order.
+    """Return a dashboard: its variables, links to the other dashboards, and its numbered panels.
 
-    `metric`: the one that everything on this dashboard has, if it is not the agent's.
+    `metric`: a metric that all targets of this dashboard export.
     """
     made = (
         builder.Dashboard(title)
@@ -352,7 +352,7 @@ def board(
         .link(
             builder.DashboardLink("udpwatch")
             .type(model.DashboardLinkType.DASHBOARDS)
-            .tooltip("The other dashboards, with this one's choices")
+            .tooltip("The other dashboards, with the same selection")
             .tags([TAG])
             .include_vars(True)
             .keep_time(True)
@@ -360,9 +360,9 @@ def board(
         .with_variable(builder.DatasourceVariable("datasource").label("Prometheus").type("prometheus"))
     )
     where = (
-        ("cluster", "Cluster", "Label that Prometheus may add."),
-        ("node", "Node", "Label that the scrape may add."),
-        ("instance", "Agent", "The address that is scraped."),
+        ("cluster", "Cluster", "A label that Prometheus may add."),
+        ("node", "Node", "A label that the scrape may add."),
+        ("instance", "Agent", "The address that Prometheus scrapes."),
     )
     scope = ""
     for name, label, meaning in where:

@@ -1,4 +1,4 @@
-"""The DNS responder: what is asked, how fast it is answered, and whether its upstream servers do."""
+"""The DNS dashboard: queries, latency, upstream servers and cache of the responder."""
 
 from __future__ import annotations
 
@@ -11,112 +11,112 @@ QUANTILES = (0.5, 0.9, 0.99)
 
 
 def of(name: str, matchers: str = "") -> str:
-    """A metric of the responder's, of the chosen nodes."""
+    """Return the selector of a responder metric for the selected nodes."""
     return f"{DNS}{name}{{{SCOPE}{', ' if matchers else ''}{matchers}}}"
 
 
 def quantile(share: float, histogram: str, by: str, matchers: str = "") -> str:
-    """Of a histogram, over the rate's window."""
+    """Return a quantile of a histogram over the rate's window."""
     return f"histogram_quantile({share}, sum by (le{by}) ({rate(of(f'{histogram}_bucket', matchers))}))"
 
 
 def failing(by: str, over: str) -> str:
-    """The share of questions to an upstream server without a usable answer; 0 where it never failed."""
+    """Return the share of queries to an upstream server without a usable response; 0 if it never failed."""
     asked = f"sum by ({by}) ({over.format(of('upstream_requests_total'))})"
     return f"(sum by ({by}) ({over.format(of('upstream_failures_total'))}) or 0 * {asked}) / ({asked} > 0)"
 
 
 def dashboard() -> Dashboard:
-    """Built anew at each call."""
+    """Return the DNS dashboard."""
     rate_of = "rate({}[$__rate_interval])"
     over_ipv4, over_ipv6 = (of("requests_total", f'family="{family}"') for family in (1, 2))
     answers, servfail = of("responses_total"), of("responses_total", 'rcode="SERVFAIL"')
     return board(
         RESPONDER,
         "udpwatch / DNS",
-        "The responder that answers the nodes' DNS queries: udpwatch run --dns, or udpwatch dns.",
-        number("Questions", "Questions a second that were answered.", f"sum({rate(of('requests_total'))})", "reqps"),
+        "The DNS responder: udpwatch run --dns, or udpwatch dns.",
+        number("Queries", "Queries per second that got a response.", f"sum({rate(of('requests_total'))})", "reqps"),
         number(
-            "Failed answers",
-            "Share of SERVFAIL among the answers: no upstream server gave a usable one, nor did the cache.",
+            "Failed responses",
+            "Share of SERVFAIL among the responses: neither an upstream server nor the cache had a usable one.",
             f"sum({rate(servfail)}) / (sum({rate(answers)}) > 0)",
             "percentunit",
             [(0.01, ORANGE), (0.05, RED)],
         ),
         number(
             "Upstream failures",
-            "Share of the questions to upstream servers, retries included, without a usable answer. Clients notice "
-            "only once all servers fail.",
+            "Share of the queries to upstream servers, retries included, without a usable response. Clients notice "
+            "only if all servers fail.",
             failing("", rate_of),
             "percentunit",
             [(0.05, ORANGE), (0.5, RED)],
         ),
         number(
-            "From memory within",
-            "Time within which 99 % of the answers from hosts files, configuration and cache leave. From some "
-            "milliseconds on the node has too little CPU.",
+            "Latency from memory",
+            "99 % of the responses from hosts files, configuration and cache take less than this. More than a few "
+            "milliseconds mean that the node has too little CPU.",
             quantile(0.99, "request_duration_seconds", "", 'path="memory"'),
             "s",
             [(0.01, ORANGE), (0.1, RED)],
         ),
         number(
-            "From upstream within",
-            "Time within which 99 % of the answers that had to be asked for upstream leave, retries included. "
-            "Clients give up after 5 seconds.",
+            "Latency from upstream",
+            "99 % of the responses that needed an upstream server take less than this, retries included. Clients give "
+            "up after 5 seconds.",
             quantile(0.99, "request_duration_seconds", "", 'path="forward"'),
             "s",
             [(1, ORANGE), (4, RED)],
         ),
         number(
             "Cache hits",
-            "Share of the questions for the cache that it could answer.",
+            "Share of the cache lookups that found a response.",
             f"sum({rate(of('cache_hits_total'))}) / (sum({rate(of('cache_hits_total'))})"
             f" + sum({rate(of('cache_misses_total'))}) > 0)",
             "percentunit",
             base=BLUE,
         ),
-        Row("Questions and answers"),
+        Row("Queries and responses"),
         lines(
-            "Questions by type",
-            "Types that are rare count as other.",
+            "Queries by type",
+            "Rare types are counted as other.",
             "reqps",
             (f"sum by (type) ({rate(of('requests_total'))})", "{{type}}"),
             stacked=True,
         ),
         lines(
-            "Questions by node",
+            "Queries by node",
             "Over UDP and TCP, IPv4 and IPv6.",
             "reqps",
             (f"sum by ({WHERE}) ({rate(of('requests_total'))})", WHERE_LEGEND),
             stacked=True,
         ),
         lines(
-            "Questions by transport",
-            "Much TCP: answers too large for UDP.",
+            "Queries by transport",
+            "Much TCP means that responses are too large for UDP.",
             "reqps",
             (f"sum by (proto) ({rate(over_ipv4)})", "{{proto}}, IPv4"),
             (f"sum by (proto) ({rate(over_ipv6)})", "{{proto}}, IPv6"),
             stacked=True,
         ),
         lines(
-            "Answers by code",
-            "SERVFAIL: no usable answer was to be had. REFUSED: nobody is there to ask, too many questions were under "
-            "way, or it was one that is never answered. NXDOMAIN is an answer like any other.",
+            "Responses by code",
+            "SERVFAIL: no usable response was available. REFUSED: there is no upstream server, too many queries were "
+            "in flight, or the responder never answers such a query. NXDOMAIN is a normal response.",
             "reqps",
             (f"sum by (rcode) ({rate(answers)})", "{{rcode}}"),
             stacked=True,
         ),
         lines(
-            "Answers by origin",
-            "stale: expired answers, given since no upstream server answered. error: answers made up for want of one.",
+            "Responses by source",
+            "stale: expired, sent because no upstream server responded. error: made by the responder itself.",
             "reqps",
             (f"sum by (source) ({rate(answers)})", "{{source}}"),
             stacked=True,
         ),
         lines(
-            "Not answered",
-            "policy: from a network that is not served. group: asked at a multicast or broadcast address. source: from "
-            "port 0. send: the answer could not be sent. malformed: no proper query, by what was wrong with it.",
+            "Queries without a response",
+            "policy: from a network that is not served. group: sent to a multicast or broadcast address. source: from "
+            "port 0. send: sending the response failed. malformed: not a valid query, by reason.",
             "reqps",
             (f"sum by (reason) ({rate(of('dropped_total'))}) > 0", "{{reason}}"),
             (f"sum by (reason) ({rate(of('malformed_total'))}) > 0", "malformed: {{reason}}"),
@@ -125,7 +125,7 @@ def dashboard() -> Dashboard:
         Row("Latency"),
         lines(
             "From memory",
-            "From reading a question to sending its answer, from hosts files, configuration and cache.",
+            "Time from receiving a query to sending its response, from hosts files, configuration and cache.",
             "s",
             *(
                 (quantile(share, "request_duration_seconds", "", 'path="memory"'), f"{share:.0%}")
@@ -134,7 +134,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "From upstream",
-            "The same, where an upstream server had to be asked.",
+            "Time from receiving a query to sending its response, if an upstream server was asked.",
             "s",
             *(
                 (quantile(share, "request_duration_seconds", "", 'path="forward"'), f"{share:.0%}")
@@ -144,7 +144,7 @@ def dashboard() -> Dashboard:
         Row("Upstream servers"),
         lines(
             "Failures by server",
-            "Share of the questions to a server without a usable answer. At 100 % it is dead, or not a DNS server.",
+            "Share of the queries to a server without a usable response. At 100 % it is down, or not a DNS server.",
             "percentunit",
             (failing("server", rate_of), "{{server}}"),
             steps=[(0.5, RED)],
@@ -152,66 +152,66 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Failures by reason",
-            "timeout: no answer. network: the way to it is broken. refused: SERVFAIL, REFUSED and their like. "
-            "truncated, malformed: an answer that cannot be used.",
+            "timeout: no response. network: the server cannot be reached. refused: SERVFAIL, REFUSED and similar. "
+            "truncated, malformed: the response cannot be used. busy: too many TCP responses were in flight here.",
             "reqps",
             (f"sum by (server, reason) ({rate(of('upstream_failures_total'))}) > 0", "{{server}}: {{reason}}"),
             stacked=True,
         ),
         lines(
-            "Time to answer, by server",
-            "Within this time a server gave 99 % of its answers.",
+            "Response time by server",
+            "99 % of a server's responses take less than this.",
             "s",
             (quantile(0.99, "upstream_request_duration_seconds", ", server"), "{{server}}"),
         ),
         lines(
-            "Questions by server",
-            "Retries included.",
+            "Queries by server",
+            "Queries sent to each upstream server, retries included.",
             "reqps",
             (f"sum by (server) ({rate(of('upstream_requests_total'))})", "{{server}}"),
             stacked=True,
         ),
         lines(
-            "Under way",
-            "Questions that wait for an upstream server, and those that joined one that was under way already. "
-            "refused: too many at once, --dns-forward-max is too low or the servers are too slow.",
+            "In flight",
+            "Queries that wait for an upstream server, and queries that joined an identical one. refused: too many at "
+            "once, so --dns-forward-max is too low or the servers are too slow.",
             "short",
-            (f"sum({of('in_flight')})", "under way"),
-            (f"sum({rate(of('coalesced_total'))})", "joined, a second"),
-            (f"sum({rate(of('forward_rejects_total'))})", "refused, a second"),
+            (f"sum({of('in_flight')})", "in flight"),
+            (f"sum({rate(of('coalesced_total'))})", "joined per second"),
+            (f"sum({rate(of('forward_rejects_total'))})", "refused per second"),
         ),
         lines(
-            "Answers to something else",
-            "Messages from outside that answered no question of ours. Many of them: somebody tries to forge answers.",
+            "Mismatched responses",
+            "Messages that match no query. Many of them mean that someone is forging responses.",
             "reqps",
             (f"sum by ({WHERE}) ({rate(of('upstream_mismatched_responses_total'))}) > 0", WHERE_LEGEND),
         ),
         Row("Cache"),
         lines(
             "Hits and misses",
-            "stale: expired answers that were given since no server answered.",
+            "stale: expired responses sent because no upstream server responded.",
             "reqps",
             (f"sum({rate(of('cache_hits_total'))})", "hits"),
             (f"sum({rate(of('cache_misses_total'))})", "misses"),
             (f"sum({rate(of('cache_served_stale_total'))})", "stale"),
         ),
         lines(
-            "Answers kept",
-            "When answers are pushed out all the time, --cache-size is too small.",
+            "Cached responses",
+            "If responses are evicted constantly, --cache-size is too small.",
             "short",
-            (f"sum by ({WHERE}) ({of('cache_entries')})", f"kept, {WHERE_LEGEND}"),
-            (f"sum({rate(of('cache_insertions_total'))})", "put in, a second"),
-            (f"sum({rate(of('cache_evictions_total'))})", "pushed out, a second"),
+            (f"sum by ({WHERE}) ({of('cache_entries')})", f"cached, {WHERE_LEGEND}"),
+            (f"sum({rate(of('cache_insertions_total'))})", "inserted per second"),
+            (f"sum({rate(of('cache_evictions_total'))})", "evicted per second"),
         ),
         lines(
             "Memory",
-            "What the kept answers take, about.",
+            "Approximate memory of the cached responses.",
             "bytes",
             (f"sum by ({WHERE}) ({of('cache_bytes')})", WHERE_LEGEND),
         ),
         lines(
             "TCP",
-            "Open connections. closed: idle ones closed early to make room, a second.",
+            "Open connections. closed: connections closed early, per second.",
             "short",
             (f"sum by ({WHERE}) ({of('tcp_connections')})", f"open, {WHERE_LEGEND}"),
             (f"sum({rate(of('tcp_connections_closed_total'))})", "closed"),
@@ -219,22 +219,22 @@ def dashboard() -> Dashboard:
         Row("Local names"),
         number(
             "Local names",
-            "Names from hosts files and configuration, on the node that has most.",
+            "Names from hosts files and configuration, on the node with the most.",
             f"max({of('hosts_entries')})",
             base=BLUE,
             width=6,
         ),
         number(
-            "Read since",
-            "When the node that is furthest behind last read its hosts files.",
+            "Oldest reload",
+            "The earliest of the nodes' last reloads of the hosts files.",
             f"1000 * min({of('hosts_reload_timestamp_seconds')})",
             "dateTimeFromNow",
             base=BLUE,
             width=6,
         ),
         number(
-            "Times read",
-            "How often hosts files were read anew within the time chosen above, by all nodes.",
+            "Reloads",
+            "Reloads of the hosts files within the selected time, on all nodes.",
             f"sum({increase(of('hosts_reloads_total'))})",
             base=BLUE,
             width=6,
@@ -242,7 +242,7 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Unreadable files",
-            "Hosts files that could not be read at the last reading, on all nodes; the table before stays in force.",
+            "Hosts files that could not be read at the last reload, on all nodes. The previous table stays in use.",
             f"sum({of('hosts_unreadable')})",
             steps=[(1, RED)],
             width=6,

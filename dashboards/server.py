@@ -1,4 +1,4 @@
-"""One server: what it was asked at, what it answers from, why, on which nodes, and what to do."""
+"""The server dashboard: one server's addresses, causes and nodes, and what to do."""
 
 from __future__ import annotations
 
@@ -33,46 +33,46 @@ from parts import (
 VARIABLES = ("namespace", "pod", "process", "port")
 WRONG = f"{MISMATCH}{{{chosen(*VARIABLES)}}}"
 IN_TIME = grown(WRONG, "$__range")
-NEXT = """Choose a port above, then on the node, or by `kubectl exec` in its udpwatch pod:
+NEXT = """Select a port above. Then run on the node, or with `kubectl exec` in its udpwatch pod:
 
-    udpwatch explain ${port:text}          # why, and the line that mends this server
+    udpwatch explain ${port:text}          # why, and how to fix the server
     udpwatch events --port ${port:text}    # each wrong reply as it happens, with the client's address
 """
 
 
 def dashboard() -> Dashboard:
-    """Built anew at each call."""
+    """Return the server dashboard."""
     labels = f"{WHERE}, {FINDING_LABELS}"
     return board(
         SERVER,
         "udpwatch / Server",
-        "One server that answers wrongly, or all of a namespace: choose above, or come from the fleet.",
+        "One server with wrong replies, or all of a namespace. Select it above, or click it on the fleet dashboard.",
         number(
             "Wrong replies",
-            "Replies of the chosen servers that clients did not get within the time chosen above.",
+            "Wrong replies of the selected servers within the selected time. Clients did not get them.",
             f"sum({IN_TIME})",
             steps=[(1, RED)],
             decimals=0,
         ),
         number(
             "Wrong replies now",
-            "Wrong replies a second. 0 after it was mended, or while nobody asks.",
+            "Wrong replies per second. 0 if the server is fixed, or if no client asks.",
             f"sum({per_second(WRONG)})",
             unit="cps",
             steps=[(0.000001, RED)],
         ),
         number(
             "Share of the nodes' replies",
-            "Wrong replies of the chosen servers among all UDP replies, and flows, of their nodes within the time "
-            "chosen above.",
+            "Share of the selected servers' wrong replies among all UDP replies and flows of their nodes within the "
+            "selected time.",
             share(f"sum({IN_TIME})", increase),
             unit="percentunit",
             steps=[(0.000001, ORANGE), (0.01, RED)],
         ),
         number(
             "Since",
-            "The first wrong reply within the time chosen above; choose a longer time to see further back. A series "
-            "ends an hour after the last one, or a minute after its pod.",
+            "The first wrong reply within the selected time. Select a longer time to see further back. A series ends "
+            "an hour after its last wrong reply, or a minute after its pod.",
             since(WRONG, ""),
             unit="dateTimeAsIso",
             base=BLUE,
@@ -80,7 +80,7 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Last",
-            "The last wrong reply within the time chosen above, to a scrape or two.",
+            "The last wrong reply within the selected time, with an error of a scrape or two.",
             last(WRONG, ""),
             unit="dateTimeAsIso",
             base=BLUE,
@@ -90,15 +90,15 @@ def dashboard() -> Dashboard:
         Row("Over time"),
         lines(
             "Asked at, answered from",
-            "Wrong replies by the address that the client asked (expected) and the one that the reply left from "
-            "(actual). One pair: one missing address; many: the server answers from whatever routing picks.",
+            "Wrong replies by the address that the client asked (expected) and the source of the reply (actual). One "
+            "pair: one address is affected. Many pairs: the server replies from whatever routing chooses.",
             "cps",
             (f"sum by (expected, actual) ({per_second(WRONG)}) > 0", "{{expected}} → {{actual}}"),
             stacked=True,
         ),
         lines(
             "By node",
-            "One node: look at its addresses and routes. All nodes: it is the server.",
+            "One node: check its addresses and routes. All nodes: check the server.",
             "cps",
             (f"sum by ({WHERE}) ({per_second(WRONG)}) > 0", WHERE_LEGEND),
             stacked=True,
@@ -106,15 +106,16 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "By cause",
-            "kernel-chosen: bound to all addresses, routing chose the source: mend the server. explicit: the "
-            "application named it. connected: connect() froze it. forwarded: the server runs on another machine.",
+            "kernel-chosen: the socket is bound to all addresses, and routing chose the source; fix the server. "
+            "explicit: the program chose it. connected: connect() fixed it. forwarded: the server runs on another "
+            "machine.",
             "cps",
             (f"sum by (cause) ({per_second(WRONG)}) > 0", "{{cause}}"),
             stacked=True,
         ),
         lines(
             "By verdict",
-            "new: conntrack booked the reply as a flow of its own, NAT is not undone and no client gets it. untracked: "
+            "new: conntrack made the reply a new flow, so NAT is not undone and the client does not get it. untracked: "
             "only clients with a connected socket refuse it. unknown: conntrack could not be read.",
             "cps",
             (f"sum by (verdict) ({per_second(WRONG)}) > 0", "{{verdict}}"),
@@ -123,8 +124,7 @@ def dashboard() -> Dashboard:
         Row("In detail"),
         rows(
             "Findings",
-            "Every kind of wrong reply of the chosen servers within the time chosen above. A click leads to the agent "
-            "that found it.",
+            "All findings of the selected servers within the selected time. A click opens the agent that found it.",
             labels,
             Column("wrong replies", f"sum by ({labels}) ({IN_TIME})"),
             Column("a second", f"sum by ({labels}) ({per_second(WRONG)})", "cps", [(0.000001, RED)], 100),

@@ -50,7 +50,7 @@ RANGE_S, STEP_S, RATE_S = 600, 1, 5
 #: What rightly shows nothing here, and why. Everything else must have data.
 EMPTY = {
     "udpwatch-agent/Attached again/A": "nobody detaches programs (test_agent.py does)",
-    "udpwatch-agent/Runs left out/A": "a CPU has to be in a probe while it enters one",
+    "udpwatch-agent/Skipped runs/A": "a CPU has to be in a probe while it enters one",
     "udpwatch-agent/Dropped/A": "no table is filled",
     "udpwatch-agent/Dropped/B": "no table is filled",
     "udpwatch-agent/Dropped/C": "a race of two packets",
@@ -370,7 +370,7 @@ def test_alerts_fire(prometheus: Prometheus) -> None:
         == ("UdpwatchServerAnswersWrongly", SERVER, "worker-1")
     ]
     assert wrong["labels"]["severity"] == "warning"
-    assert wrong["annotations"]["summary"] == f"{SERVER} answers UDP port {PORT} from the wrong address"
+    assert wrong["annotations"]["summary"] == f"{SERVER} replies from the wrong address on UDP port {PORT}"
     for alert in alerts("firing"):
         text = " ".join(alert["annotations"].values())
         assert "<" not in text and "%!" not in text and "{{" not in text and "  " not in text, text

@@ -60,7 +60,7 @@ def test_an_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
     notes = rule["annotations"]
     assert set(notes) == {"summary", "description", "runbook_url"}
     assert notes["runbook_url"] == f"docs/runbooks/{name}.md"
-    assert "first" in notes["description"] or "log" in notes["description"]
+    assert re.search(r"\b(First|log)\b", notes["description"])
     assert not notes["summary"].endswith("."), "a heading"
 
 
