@@ -16,9 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Self
 
-from udpwatch.agent.kernel import netlink
-from udpwatch.agent.kernel.netlink import NESTED, Netlink, attribute, attributes, messages
 from udpwatch.agent.model import ConntrackHealth, Tuple
+from udpwatch.dns.netlink import BUFFER, HEADER, NESTED, Netlink, attribute, attributes, messages
 
 SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
 EXPECTED = 1  # IPS_EXPECTED
@@ -34,7 +33,7 @@ _TUPLE_ORIGINAL, _TUPLE_REPLY, _STATUS, _TIMEOUT, _ZONE = 1, 2, 3, 7, 18  # enum
 _TUPLE_IP, _TUPLE_PROTO, _TUPLE_ZONE = 1, 2, 3  # enum ctattr_tuple
 _GLOBAL_ENTRIES, _MAX_ENTRIES = 1, 2  # enum ctattr_stats_global
 _INSERT_FAILED, _DROP, _EARLY_DROP = 9, 10, 11  # enum ctattr_stats_cpu
-_BODY = netlink.HEADER.size + _GENERAL.size  # where the attributes begin
+_BODY = HEADER.size + _GENERAL.size  # where the attributes begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +235,7 @@ class Listener:
         """Yield the waiting entries. Raise Overrun if events were dropped; waiting entries can still be read."""
         while True:
             try:
-                raw = self._socket.recv(netlink.BUFFER)
+                raw = self._socket.recv(BUFFER)
             except BlockingIOError:
                 return
             except OSError as error:

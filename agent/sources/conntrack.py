@@ -8,7 +8,7 @@ import time
 
 from udpwatch.agent.kernel import netns
 from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Entry, Table
-from udpwatch.agent.kernel.netlink import route_to
+from udpwatch.agent.kernel.routes import route_to
 from udpwatch.agent.model import Conversation, Finding, Tuple
 
 MAX_NAMESPACES = 10_000

@@ -16,8 +16,8 @@ from udpwatch.agent.kernel import clock, netns, records
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import EXPECTED, SEEN_REPLY, Entry, Listener, Overrun, Table
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.netlink import route_to
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
+from udpwatch.agent.kernel.routes import route_to
 from udpwatch.agent.model import Cause, Event, Finding, Tuple, Verdict
 from udpwatch.agent.sources import flows
 from udpwatch.agent.sources.flows import (

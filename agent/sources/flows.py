@@ -25,7 +25,7 @@ from typing import Protocol
 from udpwatch.agent.kernel import bpf, clock, records
 from udpwatch.agent.kernel.ctnetlink import SEEN_REPLY, Entry, Table
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.netlink import route_to
+from udpwatch.agent.kernel.routes import route_to
 from udpwatch.agent.model import Event, Finding, Increase, Tuple
 
 GRACE_SECONDS = 2.0  # a peer that was called has answered by then

@@ -22,8 +22,8 @@ ALLOWED = {
     "commands": {"model", "errors", "config", "kernel", "sources", "daemon", "client", "testing", "udpwatch"},
 }
 WIRING = {"cli", "__init__"}
-#: What the agent uses of the responder beside starting it. Neither module knows of DNS.
-OF_DNS = {"udpwatch.dns.host_port", "udpwatch.dns.shares"}
+#: What the agent uses of the responder beside starting it. None of these modules knows of DNS.
+OF_DNS = {"udpwatch.dns.host_port", "udpwatch.dns.netlink", "udpwatch.dns.shares"}
 
 
 def stage_of(module: str) -> str:
