@@ -319,5 +319,5 @@ def test_rebind_attack_does_not_fill_the_log(scene: Scene) -> None:
         assert dnsd.stop() == 0
         lines = [line for line in dnsd.log if "possible DNS-rebind attack detected" in line]
         assert len(lines) == 6, lines
-        assert "95 more lines like this were left out, the last: " in lines[-1]
+        assert "left out 95 more lines like this, the last: " in lines[-1]
         dnsd.process.poll = lambda: None  # type: ignore[method-assign]
