@@ -1,4 +1,4 @@
-"""Settings: the order of strength, and a rejected value names its key, itself, and what would be accepted."""
+"""Settings: precedence, and errors that name the key, the rejected value and the accepted ones."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ def test_defaults_are_accepted() -> None:
     assert settings.node
 
 
-def test_order_of_strength(tmp_path: Path) -> None:
+def test_flags_win_over_variables_and_variables_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text('window = 1\nmax_peers = 100\nnode = "file"\n')
     settings = resolve({"window": "3"}, {"UDPWATCH_WINDOW": "2", "UDPWATCH_NODE": "variable"}, file)
     assert (settings.window, settings.max_peers, settings.node) == (3, 100, "variable")
 
 
-def test_systemds_cache_folder_is_a_default() -> None:
-    """The first of CacheDirectory=, unless somebody says otherwise."""
+def test_systemds_cache_folder_is_the_default() -> None:
+    """The first folder of CacheDirectory= is used unless a setting names another."""
     systemd = {"CACHE_DIRECTORY": "/var/cache/a:/var/cache/b"}
     assert resolve({}, systemd, None).cache == Path("/var/cache/a")
     assert resolve({}, systemd | {"UDPWATCH_CACHE": "off"}, None).cache is None
@@ -47,7 +47,7 @@ def test_every_setting_has_a_field_and_the_reverse() -> None:
         ("off", None),
     ],
 )
-def test_listen_addresses(text: str, address: Address | None) -> None:
+def test_listen_address_is_parsed(text: str, address: Address | None) -> None:
     assert resolve({"metrics_listen": text}, {}, None).metrics_listen == address
 
 
@@ -72,14 +72,14 @@ def test_empty_texts_are_refused(name: str) -> None:
         ("btf", "/nowhere"),
     ],
 )
-def test_rejected_values(name: str, value: str) -> None:
+def test_rejected_value_is_named_with_its_key(name: str, value: str) -> None:
     with pytest.raises(UsageError) as caught:
         resolve({}, {f"UDPWATCH_{name.upper()}": value}, None)
     assert f"invalid value {value!r} for UDPWATCH_{name.upper()}: expected" in str(caught.value)
 
 
 @pytest.mark.parametrize("line", ["window = true", "window = [1]", "max_peers = 1.5", "metrics_listen = 9953"])
-def test_wrong_types_in_the_file(tmp_path: Path, line: str) -> None:
+def test_wrong_type_in_the_file_is_rejected(tmp_path: Path, line: str) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(line + "\n")
     with pytest.raises(UsageError, match="invalid value"):

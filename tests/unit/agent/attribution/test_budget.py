@@ -1,4 +1,4 @@
-"""Look-ups a second: what a flood of process ids costs, and whom it keeps waiting."""
+"""The budget of lookups: what a flood of process ids costs, and which senders wait for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PER_SECOND = 1400  # wrong replies that one container sent through as many proce
 
 
 class Host:
-    """Containers of Docker, each with one process of many threads whose id is the number of its cgroup."""
+    """Containers of Docker; each has one process with many threads, whose id is the number of its cgroup."""
 
     def __init__(self, root: Path) -> None:
         self.roots = Roots(root / "proc", root / "log", root / "docker", root / "cgroup")
@@ -28,7 +28,7 @@ class Host:
         self.senders = Senders(self.roots)
 
     def container(self, number: str, name: str = "") -> int:
-        """Its cgroup's id."""
+        """Make a container; returns the id of its cgroup."""
         assert self.roots.cgroup
         folder = self.roots.cgroup / "docker" / number
         folder.mkdir(parents=True)
@@ -58,8 +58,8 @@ def seen(cgroup: int, pid: int, comm: str = "server") -> Increase:
     return Increase(finding, 1, 0, pid)
 
 
-def test_what_a_flood_of_names_costs(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each name that a process sends under would cost as many reads as it has threads."""
+def test_flood_of_process_names_costs_no_more_than_the_budget(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the budget, each name that a process sends under would cost as many reads as it has threads."""
     cgroup = host.container(FLOOD)
     host.process(7, FLOOD)
     reads = []
@@ -73,8 +73,8 @@ def test_what_a_flood_of_names_costs(host: Host, monkeypatch: pytest.MonkeyPatch
     assert abs(host.senders.deferred - (10 * PER_SECOND - lookups)) <= 1
 
 
-def test_a_quiet_container_beside_floods(host: Host) -> None:
-    """Of as many containers as use up all look-ups."""
+def test_quiet_container_is_looked_up_while_others_flood(host: Host) -> None:
+    """The floods come from as many containers as use up all lookups."""
     floods = [host.container(f"{number:064x}") for number in range(50)]
     quiet = host.container(QUIET, "/web-1")
     host.process(8, QUIET)
@@ -87,7 +87,7 @@ def test_a_quiet_container_beside_floods(host: Host) -> None:
     assert host.senders.deferred == deferred
 
 
-def test_what_was_deferred_is_looked_up_later(host: Host) -> None:
+def test_deferred_sender_is_looked_up_later(host: Host) -> None:
     cgroup = host.container(FLOOD, "/web-1")
     host.process(7, FLOOD)
     for number in range(budget.BURST_OF_A_TENANT):
@@ -100,7 +100,7 @@ def test_what_was_deferred_is_looked_up_later(host: Host) -> None:
     assert host.senders.deferred == 1
 
 
-def test_known_senders_cost_nothing(host: Host) -> None:
+def test_known_sender_costs_no_lookup(host: Host) -> None:
     cgroup = host.container(FLOOD, "/web-1")
     host.process(7, FLOOD)
     known = host.senders.lookup(seen(cgroup, 7), 0)
@@ -111,8 +111,7 @@ def test_known_senders_cost_nothing(host: Host) -> None:
     assert host.senders.deferred == deferred
 
 
-def test_a_deferred_sender_of_an_unknown_container(host: Host) -> None:
-    """The kernel's word is left: the name, and what the path of the cgroup's id tells."""
+def test_deferred_sender_has_the_name_and_cgroup_path_that_the_kernel_gave(host: Host) -> None:
     cgroup = host.container(FLOOD)
     for _ in range(budget.BURST_OF_A_TENANT):
         assert host.senders._budget.take(f"/docker/{FLOOD}", 0)
@@ -126,8 +125,8 @@ def test_a_deferred_sender_of_an_unknown_container(host: Host) -> None:
     )
 
 
-def test_namespaces_share_where_the_cgroup_is_the_root(tmp_path: Path) -> None:
-    """As on hosts with cgroup v1."""
+def test_namespaces_share_the_budget_when_all_cgroups_are_the_root(tmp_path: Path) -> None:
+    """This is so on hosts with cgroup v1."""
     (tmp_path / "proc").mkdir()
     senders = Senders(Roots(tmp_path / "proc"))
     for number in range(2 * budget.BURST_OF_A_TENANT):
@@ -138,7 +137,7 @@ def test_namespaces_share_where_the_cgroup_is_the_root(tmp_path: Path) -> None:
     assert senders.deferred == budget.BURST_OF_A_TENANT
 
 
-def test_a_name_that_never_comes_is_looked_for_ever_more_rarely(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_name_is_looked_up_less_and_less_often(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     cgroup = host.container(FLOOD)  # without a file of Docker's
     host.process(7, FLOOD)
     looked = []
@@ -150,7 +149,7 @@ def test_a_name_that_never_comes_is_looked_for_ever_more_rarely(host: Host, monk
     assert waits == pytest.approx([RETRY_SECONDS * 2**number for number in range(5)])
 
 
-def test_memory_of_a_long_flood(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_in_a_long_flood(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "MAX_TENANTS", 10)
     spent = Budget()
     for number in range(1000):
@@ -163,12 +162,12 @@ def test_memory_of_a_long_flood(host: Host, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(host.senders._cache) <= kept + 1
 
 
-def test_the_cache_holds_what_the_budget_allows() -> None:
-    """So no flood evicts what others were looked up for."""
+def test_cache_holds_all_that_the_budget_allows() -> None:
+    """So a flood cannot evict the senders of others."""
     assert sender.MAX_SENDERS > budget.BURST + budget.PER_SECOND * sender.KEEP_SECONDS
 
 
-def test_a_clock_that_stands_still() -> None:
+def test_budget_works_while_the_clock_stands_still() -> None:
     spent = Budget()
     assert sum(spent.take("/a", 5.0) for _ in range(1000)) == budget.BURST_OF_A_TENANT
     assert not spent.take("/a", 4.0)

@@ -13,14 +13,14 @@ from udpwatch.agent.attribution.cgroups import Cgroups
 ID = "3f2a" * 16
 
 
-def test_path_of_an_id(tmp_path: Path) -> None:
+def test_id_leads_to_the_path(tmp_path: Path) -> None:
     (tmp_path / "docker" / ID).mkdir(parents=True)
     tree = Cgroups(tmp_path)
     assert tree.path((tmp_path / "docker").stat().st_ino, 0) == "/docker"
     assert tree.path((tmp_path / "docker" / ID).stat().st_ino, 0) == f"/docker/{ID}"
 
 
-def test_a_cgroup_that_has_gone_since(tmp_path: Path) -> None:
+def test_path_of_a_removed_cgroup_is_remembered(tmp_path: Path) -> None:
     folder = tmp_path / ID
     folder.mkdir()
     number = folder.stat().st_ino
@@ -30,7 +30,7 @@ def test_a_cgroup_that_has_gone_since(tmp_path: Path) -> None:
     assert tree.path(number, 1e6) == f"/{ID}"
 
 
-def test_unknown_ids_cost_one_walk_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_id_costs_one_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = Cgroups(tmp_path)
     assert tree.path(1 << 60, 0) == ""
     monkeypatch.setattr(Cgroups, "_walk", None)
@@ -38,7 +38,7 @@ def test_unknown_ids_cost_one_walk_each(tmp_path: Path, monkeypatch: pytest.Monk
     assert tree.path(0, 1e6) == ""
 
 
-def test_walks_take_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walks_take_at_most_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter((100.0, 101.0, 200.0, 201.0))  # a walk takes a second
     monkeypatch.setattr(cgroups.time, "monotonic", lambda: next(clock))
     tree = Cgroups(tmp_path)
@@ -49,7 +49,7 @@ def test_walks_take_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.Monk
     assert tree.path(number, 109) == "/new"
 
 
-def test_a_tree_too_large_to_walk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_walk_of_a_large_tree_ends_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cgroups, "MAX_CGROUPS", 10)
     for number in range(50):
         (tmp_path / str(number)).mkdir()
@@ -63,7 +63,7 @@ def make_tree(root: Path, *paths: str) -> None:
         (root / path).mkdir(parents=True)
 
 
-def test_a_subtree_of_9000_cgroups_hides_no_container(tmp_path: Path) -> None:
+def test_subtree_of_9000_cgroups_hides_no_container(tmp_path: Path) -> None:
     delegated = [f"user.slice/user-1000.slice/user@1000.service/{number}" for number in range(9000)]
     pods = [f"kubepods.slice/kubepods-burstable.slice/pod{pod}.slice/{part}" for pod in range(110) for part in range(4)]
     containers = [f"docker/{number}" for number in range(1000)]
@@ -79,10 +79,10 @@ def test_a_subtree_of_9000_cgroups_hides_no_container(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a", "z"])
 @pytest.mark.parametrize("shape", ["wide", "deep", "both"])
-def test_a_large_subtree_leaves_the_others_their_shares(
+def test_large_subtree_leaves_other_subtrees_their_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, shape: str
 ) -> None:
-    """Wherever it comes in the order, and within the same parent."""
+    """Its place in the order and its parent do not matter."""
     monkeypatch.setattr(cgroups, "MAX_CGROUPS", 200)
     hostile = {
         "wide": [f"docker/{name}/{number}" for number in range(1000)],
@@ -98,14 +98,14 @@ def test_a_large_subtree_leaves_the_others_their_shares(
     assert tree.left_out > 0
 
 
-def test_nothing_is_left_out_of_a_tree_that_has_room(tmp_path: Path) -> None:
+def test_no_cgroup_of_a_small_tree_is_left_out(tmp_path: Path) -> None:
     make_tree(tmp_path, *(f"{number % 10}/{number}/a/b" for number in range(1000)))
     tree = Cgroups(tmp_path)
     assert tree.path(1 << 60, 0) == ""
     assert (tree.left_out, len(tree._paths)) == (0, 10 + 3000 + 1)  # and the one that is not there
 
 
-def test_a_tree_too_deep_to_walk(tmp_path: Path) -> None:
+def test_walk_ends_at_the_limit_of_depth(tmp_path: Path) -> None:
     make_tree(tmp_path, "/".join(["x"] * (cgroups.MAX_DEPTH + 5)), "docker/a")
     tree = Cgroups(tmp_path)
     assert tree.path((tmp_path / "docker/a").stat().st_ino, 0) == "/docker/a"
@@ -113,7 +113,7 @@ def test_a_tree_too_deep_to_walk(tmp_path: Path) -> None:
     assert tree.left_out == 1
 
 
-def test_paths_too_long_to_keep(tmp_path: Path) -> None:
+def test_paths_that_are_too_long_are_left_out(tmp_path: Path) -> None:
     make_tree(tmp_path, "/".join(["x" * 250] * 10), "docker/a")
     tree = Cgroups(tmp_path)
     assert tree.path((tmp_path / "docker/a").stat().st_ino, 0) == "/docker/a"
@@ -121,8 +121,9 @@ def test_paths_too_long_to_keep(tmp_path: Path) -> None:
     assert tree.left_out == 1
 
 
-def test_a_cgroup_that_goes_while_its_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others in that folder are noted all the same."""
+def test_cgroup_removed_during_the_walk_does_not_hide_its_siblings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_tree(tmp_path, *(f"docker/{number}" for number in range(10)))
     below = cgroups._below
     numbers = {number: (tmp_path / f"docker/{number}").stat().st_ino for number in range(10)}
@@ -141,13 +142,13 @@ def test_a_cgroup_that_goes_while_its_folder_is_read(tmp_path: Path, monkeypatch
     assert tree.left_out == 0
 
 
-def test_no_cgroups_here() -> None:
+def test_without_cgroup_v2_no_path_is_known() -> None:
     for root in (None, Path("/nowhere")):
         assert Cgroups(root).path(7, 0) == ""
         assert not Cgroups(root).is_removed("/a", 0)
 
 
-def test_whether_a_cgroup_has_ended(tmp_path: Path) -> None:
+def test_only_a_watched_cgroup_can_be_reported_as_removed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     tree = Cgroups(tmp_path)
     for path in ("/a", "/b", "/../a", "/\0"):

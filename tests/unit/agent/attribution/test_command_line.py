@@ -1,4 +1,4 @@
-"""Command lines that do not come: FIFOs that nothing is written to, in the place of /proc/PID/cmdline."""
+"""Command lines that cannot be read: /proc/PID/cmdline is a FIFO that nobody writes to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ID = "3f2a" * 16
 
 
 class Withheld:
-    """A file whose reader waits until it is released."""
+    """A file whose readers wait until it is released."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -59,7 +59,9 @@ def wait_for_readers(number: int) -> None:
     wait_for(lambda: readers() == number, f"{number} threads")
 
 
-def test_one_thread_for_each_tenant_that_withholds(tmp_path: Path, withhold: Callable[[Path], Withheld]) -> None:
+def test_each_tenant_that_withholds_command_lines_blocks_one_thread(
+    tmp_path: Path, withhold: Callable[[Path], Withheld]
+) -> None:
     lines = CommandLines()
     path = withhold(tmp_path / "cmdline").path
     for _ in range(100):
@@ -82,8 +84,8 @@ def test_the_number_of_threads_is_bounded(tmp_path: Path, withhold: Callable[[Pa
     assert readers() == command_line.MAX_ABANDONED
 
 
-def test_reading_again_after_a_rest(tmp_path: Path, withhold: Callable[[Path], Withheld]) -> None:
-    """Arguments withheld for a moment at a time delay the agent once a minute."""
+def test_tenant_that_withheld_is_read_again_after_a_pause(tmp_path: Path, withhold: Callable[[Path], Withheld]) -> None:
+    """A tenant that withholds for a moment at a time delays the agent once a minute."""
     lines = CommandLines()
     withheld = withhold(tmp_path / "cmdline")
     assert lines.read(withheld.path, 10, "/a", 0) is None
@@ -109,8 +111,8 @@ def test_no_descriptors_are_left_open(tmp_path: Path, withhold: Callable[[Path],
     assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
 
 
-def test_without_a_thread_to_spare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cgroup's limit of processes counts threads, too."""
+def test_command_line_is_unknown_when_no_thread_can_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cgroup's process limit counts threads, too."""
 
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -132,7 +134,7 @@ def make(root: Path, pid: int, name: str, cgroup: str, parent: int = 1) -> Path:
     return folder
 
 
-def test_the_rest_of_a_process_that_withholds_its_command_line(
+def test_process_that_withholds_its_command_line_is_named_all_the_same(
     tmp_path: Path, withhold: Callable[[Path], Withheld]
 ) -> None:
     lines = CommandLines()
@@ -142,8 +144,10 @@ def test_the_rest_of_a_process_that_withholds_its_command_line(
     assert lines.left_out == 1
 
 
-def test_another_process_of_that_tenant(tmp_path: Path, withhold: Callable[[Path], Withheld]) -> None:
-    """It may choose the names of cgroups below its own, and does not get a share for each."""
+def test_other_processes_of_a_tenant_that_withholds_are_not_read(
+    tmp_path: Path, withhold: Callable[[Path], Withheld]
+) -> None:
+    """A tenant can name the cgroups below its own, and gets no share for each of them."""
     processes = Processes(tmp_path, CommandLines())
     withhold(make(tmp_path, 7, "server", f"/docker/{ID}/1") / "cmdline")
     (make(tmp_path, 8, "server", f"/docker/{ID}/2") / "cmdline").write_bytes(b"server")
@@ -151,10 +155,9 @@ def test_another_process_of_that_tenant(tmp_path: Path, withhold: Callable[[Path
     assert [processes.lookup(pid, "server", 1, 0).command for pid in (7, 8, 9)] == ["", "", "server"]
 
 
-def test_a_process_that_claims_to_be_a_runtime_and_withholds_its_command_line(
+def test_runtime_is_found_above_a_process_that_claims_to_be_one_and_withholds(
     tmp_path: Path, withhold: Callable[[Path], Withheld]
 ) -> None:
-    """The runtime above it is found in spite of it."""
     place = f"/docker/{ID}"
     shim = make(tmp_path, 10, "containerd-shim", "/system.slice/containerd.service")
     (shim / "cmdline").write_text(f"containerd-shim\0-namespace\0moby\0-id\0{ID}\0")

@@ -1,4 +1,4 @@
-"""Paths of cgroups as the runtimes write them."""
+"""Container ids in paths of cgroups, as each runtime writes them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ CONTAINERS = {
 
 
 @pytest.mark.parametrize(("path", "runtime", "uid", "cgroup"), CONTAINERS.values(), ids=CONTAINERS)
-def test_containers(path: str, runtime: str, uid: str, cgroup: str) -> None:
+def test_container_id_is_found_in_the_path(path: str, runtime: str, uid: str, cgroup: str) -> None:
     assert parse(path) == Container(ID, runtime, uid, cgroup)
 
 
@@ -117,12 +117,12 @@ NONE = {
 
 
 @pytest.mark.parametrize("path", NONE.values(), ids=NONE)
-def test_no_containers(path: str) -> None:
+def test_other_paths_have_no_container(path: str) -> None:
     assert parse(path) == Container()
 
 
-def test_a_hostile_path_costs_no_time() -> None:
-    """A user may own cgroups and name them."""
+def test_hostile_path_is_matched_quickly() -> None:
+    """Users can own cgroups and choose their names."""
     assert parse("/" + "/".join(["a-" * 120 + "pod" + "-" * 100] * 16)) == Container()
 
 
@@ -150,10 +150,10 @@ TENANTS = {
 
 
 @pytest.mark.parametrize(("path", "folder"), TENANTS.values(), ids=TENANTS)
-def test_tenants(path: str, folder: str) -> None:
+def test_tenant_of_a_path(path: str, folder: str) -> None:
     assert tenant((path,)) == folder
 
 
-def test_tenant_that_only_v1_shows() -> None:
+def test_tenant_is_taken_from_cgroup_v1_when_v2_shows_none() -> None:
     assert tenant(("/", f"/docker/{ID}")) == f"/docker/{ID}"
     assert tenant(()) == ""

@@ -20,7 +20,7 @@ def state(root: Path, content: bytes, number: str = ID) -> Path:
     return root
 
 
-def test_docker_name(tmp_path: Path) -> None:
+def test_name_is_read_from_the_state_file(tmp_path: Path) -> None:
     names = DockerNames(state(tmp_path, json.dumps({"ID": ID, "Name": "/web-1"}).encode()))
     assert names.lookup(ID, 0) == "web-1"
     state(tmp_path, b'{"Name": "/web-2"}')
@@ -34,15 +34,15 @@ def test_docker_name(tmp_path: Path) -> None:
     [b"", b"{", b"[]", b"null", b"{}", b'{"Name": 7}', b'{"Name": null}', b"\xff\xfe", b"[" * 200_000],
     ids=["empty", "cut", "list", "null", "nameless", "number", "null name", "bytes", "deep"],
 )
-def test_docker_file_that_is_none(tmp_path: Path, content: bytes) -> None:
+def test_invalid_state_file_gives_no_name(tmp_path: Path, content: bytes) -> None:
     assert DockerNames(state(tmp_path, content)).lookup(ID, 0) == ""
 
 
-def test_docker_file_too_large(tmp_path: Path) -> None:
+def test_state_file_that_is_too_large_gives_no_name(tmp_path: Path) -> None:
     content = {"Name": "/web-1", "Env": "x" * docker.MAX_FILE_BYTES}
     assert DockerNames(state(tmp_path, json.dumps(content).encode())).lookup(ID, 0) == ""
 
 
-def test_docker_name_that_would_write_to_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_a_name_are_escaped(tmp_path: Path) -> None:
     content = json.dumps({"Name": "/a\x1b[2J\ud800\u202e"}).encode()
     assert DockerNames(state(tmp_path, content)).lookup(ID, 0) == r"a\x1b[2J\ud800\x202e"

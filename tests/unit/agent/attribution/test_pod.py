@@ -1,4 +1,4 @@
-"""Kubernetes' names, from names of folders as kubelet makes them."""
+"""Names of pods and containers, from names of folders as kubelet makes them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def log(tmp_path: Path) -> Path:
 
 
 def add(root: Path, namespace: str, name: str, uid: str, containers: dict[str, str]) -> None:
-    """What kubelet does for a pod."""
+    """Make what kubelet makes for a pod."""
     (root / "containers").mkdir(exist_ok=True)
     for container, number in containers.items():
         folder = root / "pods" / f"{namespace}_{name}_{uid}" / container
@@ -30,37 +30,37 @@ def add(root: Path, namespace: str, name: str, uid: str, containers: dict[str, s
         (root / "containers" / f"{name}_{namespace}_{container}-{number}.log").symlink_to(folder / "0.log")
 
 
-def test_by_the_containers_id(log: Path) -> None:
+def test_pod_is_found_by_the_containers_id(log: Path) -> None:
     assert Pods(log).lookup(ID, "") == Pod("shop", "dns-7c9", "dns")
     assert Pods(log).lookup(OTHER, "") is None
     assert Pods(log).lookup("", "") is None
 
 
-def test_by_the_pods_id(log: Path) -> None:
-    """The container's own name only where there is no choice."""
+def test_pod_is_found_by_the_pods_id(log: Path) -> None:
+    """The container's name is known only when the pod has one container."""
     assert Pods(log).lookup(OTHER, UID) == Pod("shop", "dns-7c9", "dns")
     add(log, "shop", "two", "9b0f3c2d" * 4, {"a": "1" * 64, "b": "2" * 64})
     assert Pods(log).lookup(OTHER, "9b0f3c2d" * 4) == Pod("shop", "two", "")
 
 
-def test_names_with_hyphens(log: Path) -> None:
+def test_names_may_have_hyphens(log: Path) -> None:
     add(log, "kube-system", "kube-proxy-x-1", "a" * 32, {"kube-proxy-2": OTHER})
     assert Pods(log).lookup(OTHER, "") == Pod("kube-system", "kube-proxy-x-1", "kube-proxy-2")
 
 
-def test_no_kubernetes_here(tmp_path: Path) -> None:
+def test_without_kubernetes_no_pod_is_known(tmp_path: Path) -> None:
     assert Pods(tmp_path).lookup(ID, UID) is None
     assert Pods(Path("/dev/null")).lookup(ID, UID) is None
 
 
-def test_only_what_kubelet_writes(log: Path) -> None:
+def test_names_that_kubelet_does_not_write_are_ignored(log: Path) -> None:
     for name in ("x", f"a_b_c_d-{OTHER}.log", f"-{OTHER}.log", f"a_b_c-{OTHER}.txt", f"a_b_c-{OTHER[:30]}.log"):
         (log / "containers" / name).touch()
     assert Pods(log).lookup(OTHER, "") is None
 
 
-def test_pods_that_come_and_go(log: Path) -> None:
-    """Also when they come so soon that the folder's time does not tell."""
+def test_new_and_removed_pods_are_noticed(log: Path) -> None:
+    """Two changes within the resolution of the folder's time are noticed, too."""
     pods = Pods(log, clock=lambda: 0)
     assert pods.lookup(OTHER, "") is None
     add(log, "shop", "new", "b" * 32, {"new": OTHER})
@@ -73,7 +73,7 @@ def test_pods_that_come_and_go(log: Path) -> None:
     assert pods.lookup(OTHER, "") is None
 
 
-def test_a_folder_that_did_not_change_is_not_read_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_folder_is_not_read_again(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pods = Pods(log, clock=lambda: 1e12)
     assert pods.lookup(OTHER, "") is None
     monkeypatch.setattr(os, "scandir", None)
@@ -82,7 +82,7 @@ def test_a_folder_that_did_not_change_is_not_read_again(log: Path, monkeypatch: 
     assert pods.lookup(ID, "") == Pod("shop", "dns-7c9", "dns")
 
 
-def test_more_files_than_a_node_can_have(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_files_read_is_bounded(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pod, "MAX_NAMES", 10)
     for number in range(100):
         add(log, "shop", f"pod{number}", f"{number:032d}", {"c": f"{number:064d}"})
@@ -90,6 +90,6 @@ def test_more_files_than_a_node_can_have(log: Path, monkeypatch: pytest.MonkeyPa
     assert sum(pods.lookup(f"{number:064d}", "") is not None for number in range(100)) <= 10
 
 
-def test_names_that_would_do_harm_on_a_screen(log: Path) -> None:
+def test_control_characters_in_names_are_escaped(log: Path) -> None:
     (log / "containers" / os.fsdecode(b"a\x1b[31m_[red]<b>\x9b_\xffc\xe2\x80\xae-" + OTHER.encode() + b".log")).touch()
     assert Pods(log).lookup(OTHER, "") == Pod(r"[red]<b>\x9b", r"a\x1b[31m", r"\xffc\x202e")

@@ -1,4 +1,4 @@
-"""From a thread's name and a process id to the process, on a /proc of our own making."""
+"""From a thread's name and a process id to the process, on a /proc that the tests write."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def look(root: Path, pid: int, comm: str) -> Process:
     return Processes(root, CommandLines()).lookup(pid, comm, 1, 0)
 
 
-def test_main_thread_gives_the_name(proc: Path) -> None:
+def test_process_has_the_name_of_its_main_thread(proc: Path) -> None:
     assert look(proc, 7, "java") == JAVA
     assert look(proc, 7, "worker-1") == JAVA
 
 
-def test_no_name_from_the_kernel(proc: Path) -> None:
+def test_name_is_read_from_proc_when_the_kernel_gave_none(proc: Path) -> None:
     assert look(proc, 7, "").name == "java"
 
 
-def test_an_id_that_belongs_to_somebody_else_by_now(proc: Path) -> None:
+def test_reused_process_id_gives_nothing_of_the_new_process(proc: Path) -> None:
     assert look(proc, 7, "named") == Process("named")
 
 
-def test_more_threads_than_are_looked_at(tmp_path: Path) -> None:
-    """The name that was reported stands; reading thousands of names would take longer than events may wait."""
+def test_name_from_the_kernel_stands_when_there_are_too_many_threads_to_read(tmp_path: Path) -> None:
+    """Reading thousands of names would delay events for too long."""
     read: list[str] = []
     make(tmp_path, 7, "java", {number: f"t{number}" for number in range(7, 7 + 4 * process.MAX_THREADS)}, "0::/a\n")
     with pytest.MonkeyPatch.context() as patch:
@@ -60,12 +60,12 @@ def test_more_threads_than_are_looked_at(tmp_path: Path) -> None:
     assert look(tmp_path, 7, f"t{read[1]}") == Process("java", cgroups=("/a",), unified="/a")
 
 
-def test_a_process_that_is_gone(proc: Path) -> None:
+def test_process_that_has_ended_is_unknown(proc: Path) -> None:
     assert look(proc, 99, "named") == Process("named")
     assert look(proc, 0, "") == Process("unknown")
 
 
-def test_a_process_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
+def test_process_that_ends_during_the_lookup_is_unknown(tmp_path: Path) -> None:
     folder = make(tmp_path, 7, "java", {7: "java"}, "")
     (folder / "cgroup").unlink()
     assert look(tmp_path, 7, "java") == Process("java")
@@ -89,12 +89,12 @@ def test_a_process_that_goes_while_it_is_looked_at(tmp_path: Path) -> None:
     ],
     ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd", *(f"one name {end}" for end in range(8))],
 )
-def test_hierarchies(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
+def test_cgroup_is_taken_from_the_right_hierarchy(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
     make(tmp_path, 7, "a", {7: "a"}, lines)
     assert look(tmp_path, 7, "a").cgroups == paths
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line_is_quoted(tmp_path: Path) -> None:
     folder = make(tmp_path, 7, "a", {7: "a"}, "", b"/usr/sbin/a\0--name\0two words\0\0")
     (folder / "exe").symlink_to("/opt/a-1.2")
     found = look(tmp_path, 7, "a")
@@ -102,15 +102,15 @@ def test_command_line(tmp_path: Path) -> None:
     assert found.executable == "/opt/a-1.2"
 
 
-def test_executable_that_may_not_be_read(tmp_path: Path) -> None:
-    """The process's own word is taken where the kernel's is not to be had, if it is a path."""
+def test_executable_falls_back_to_the_command_line(tmp_path: Path) -> None:
+    """Without permission to read the link, the first argument is taken if it is a path."""
     make(tmp_path, 7, "a", {7: "a"}, "", b"/usr/sbin/a\0-x\0")
     make(tmp_path, 8, "b", {8: "b"}, "", b"b: worker process")
     assert look(tmp_path, 7, "a").executable == "/usr/sbin/a"
     assert look(tmp_path, 8, "b").executable == ""
 
 
-def test_executable_that_was_replaced(tmp_path: Path) -> None:
+def test_replaced_executable_keeps_its_path(tmp_path: Path) -> None:
     (make(tmp_path, 7, "a", {7: "a"}, "") / "exe").symlink_to("/opt/a (deleted)")
     assert look(tmp_path, 7, "a").executable == "/opt/a"
 
@@ -122,8 +122,8 @@ def test_long_command_lines_are_cut(tmp_path: Path) -> None:
     assert "…" in command
 
 
-def test_what_is_kept_of_a_hostile_process(tmp_path: Path) -> None:
-    """However long its names are, and whatever is in them."""
+def test_memory_for_a_hostile_process_is_bounded(tmp_path: Path) -> None:
+    """Its names may have any length and content."""
     line = f"0::/{'a' * process.MAX_PATH}\n"
     folder = make(tmp_path, 7, "a", {7: "a"}, line + "1:cpu:/docker/x\n", b"'" * 5000)
     target = tmp_path
@@ -150,7 +150,7 @@ def test_cache_ages_and_is_bounded(proc: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(processes._cache) == 5
 
 
-def test_names_that_would_write_to_the_terminal(tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     make(tmp_path, 7, "a\x1b]0;x\x07", {7: "a"}, "", b"a\x1b[2J\0\xff\0")
     found = look(tmp_path, 7, "")
     assert found.name == "a\\x1b]0;x\\x07"

@@ -1,4 +1,4 @@
-"""The container runtime behind a process, from a /proc that the tests write."""
+"""The container runtime behind a process, on a /proc that the tests write."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def process(root: Path, pid: int, parent: int, name: str, arguments: list[str], 
 
 
 def host(root: Path, watcher: list[str]) -> Path:
-    """systemd, the watching process, the container's first process with a hostile name, the server."""
+    """Write systemd, the runtime's process, the container's first process with a hostile name, and the server."""
     process(root, 1, 0, "systemd", ["/sbin/init"])
     process(root, 10, 1, Path(watcher[0]).name[:15], watcher, f"/machine.slice/libpod-conmon-{ID}.scope")
     process(root, 11, 10, "a) S 1 (b", ["sh"])
@@ -44,7 +44,7 @@ def host(root: Path, watcher: list[str]) -> Path:
 
 
 @pytest.mark.parametrize(("watcher", "path", "told"), WATCHERS.values(), ids=WATCHERS)
-def test_runtimes(tmp_path: Path, watcher: list[str], path: str, told: Runtime) -> None:
+def test_runtime_is_found_above_the_process(tmp_path: Path, watcher: list[str], path: str, told: Runtime) -> None:
     assert Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, path, 0) == told
 
 
@@ -61,7 +61,7 @@ ALIEN = {
 
 
 @pytest.mark.parametrize(("watcher", "path"), ALIEN.values(), ids=ALIEN)
-def test_who_speaks_of_something_else(tmp_path: Path, watcher: list[str], path: str) -> None:
+def test_runtime_of_another_container_is_ignored(tmp_path: Path, watcher: list[str], path: str) -> None:
     assert Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, path, 0) == Runtime()
 
 
@@ -69,8 +69,8 @@ LIE = ["conmon", "-c", ID, "-n", "billing-db"]
 
 
 @pytest.mark.parametrize("place", [DOCKER, f"{DOCKER}/below", f"/../docker-{ID}.scope"])
-def test_a_process_inside_that_calls_itself_so(tmp_path: Path, place: str) -> None:
-    """Neither it nor its child gets the name that it tells; the one outside is heard in spite of it."""
+def test_process_in_the_container_that_claims_to_be_a_runtime_is_ignored(tmp_path: Path, place: str) -> None:
+    """Neither it nor its child gets the name that it claims; the real runtime is found."""
     process(tmp_path, 13, 12, "conmon", LIE, place)
     process(tmp_path, 14, 13, "server", ["server"], place)
     for pid in (13, 14):
@@ -78,8 +78,8 @@ def test_a_process_inside_that_calls_itself_so(tmp_path: Path, place: str) -> No
         assert Runtimes(root, CommandLines()).lookup(pid, place, 0) == Runtime("docker", ID)
 
 
-def test_a_service_that_calls_itself_so(tmp_path: Path) -> None:
-    """The names of the folders above are not for it to choose from."""
+def test_service_that_claims_to_be_a_runtime_is_ignored(tmp_path: Path) -> None:
+    """It cannot choose a name from the folders above it."""
     for number in ("system.slice", "web.service"):
         root = tmp_path / number
         root.mkdir()
@@ -89,21 +89,21 @@ def test_a_service_that_calls_itself_so(tmp_path: Path) -> None:
         assert Runtimes(root, CommandLines()).lookup(3, place, 0) == Runtime()
 
 
-def test_not_found_is_not_remembered_for_long(tmp_path: Path) -> None:
-    """A process that is too far below, or somebody else's child, does not speak for its container."""
+def test_missing_runtime_is_looked_up_again(tmp_path: Path) -> None:
+    """A process too far below, or another process's child, does not decide for its container."""
     process(tmp_path, 20, 1, "server", ["server"])
     runtimes = Runtimes(host(tmp_path, SHIM), CommandLines())
     assert runtimes.lookup(20, DOCKER, 0) == Runtime()
     assert runtimes.lookup(12, DOCKER, runtime.RETRY_SECONDS + 1) == Runtime("docker", ID)
 
 
-def test_a_name_without_end(tmp_path: Path) -> None:
+def test_long_name_is_cut(tmp_path: Path) -> None:
     watcher = [*CONMON, "a" * 5000]
     found = Runtimes(host(tmp_path, watcher), CommandLines()).lookup(12, f"/a/libpod-{ID}.scope/container", 0)
     assert found == Runtime("podman", ID, "a" * 253)
 
 
-def test_no_container(tmp_path: Path) -> None:
+def test_process_without_a_runtime_has_none(tmp_path: Path) -> None:
     host(tmp_path, ["/usr/bin/supervisor"])
     assert Runtimes(tmp_path, CommandLines()).lookup(12, "/a", 0) == Runtime()
     assert Runtimes(tmp_path, CommandLines()).lookup(99, "/b", 0) == Runtime()
@@ -111,7 +111,7 @@ def test_no_container(tmp_path: Path) -> None:
     assert Runtimes(tmp_path, CommandLines()).lookup(20, "/c", 0) == Runtime()
 
 
-def test_a_runtime_is_remembered_after_the_process_has_gone(tmp_path: Path) -> None:
+def test_runtime_is_remembered_after_the_process_has_ended(tmp_path: Path) -> None:
     runtimes = Runtimes(host(tmp_path, SHIM), CommandLines())
     assert runtimes.lookup(12, f"/docker/{ID}", 0).name == "docker"
     assert runtimes.lookup(99, f"/docker/{ID}", 1).name == "docker"

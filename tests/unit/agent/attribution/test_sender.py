@@ -1,4 +1,4 @@
-"""The lookups put together, on a host of our own making."""
+"""All lookups together, on a host that the tests write."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCOPE = f"{POD}/cri-containerd-{ID}.scope"
 
 
 class Host:
-    """Folders as a node has them."""
+    """The folders of a node."""
 
     def __init__(self, root: Path) -> None:
         self.roots = Roots(root / "proc", root / "log", root / "docker", root / "cgroup")
@@ -34,7 +34,7 @@ class Host:
             folder.mkdir()
 
     def cgroup(self, path: str) -> int:
-        """A cgroup; its id."""
+        """Make a cgroup; returns its id."""
         assert self.roots.cgroup
         folder = self.roots.cgroup / path.lstrip("/")
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,24 +81,24 @@ def seen(cgroup: int = 0, comm: str = "server", cause: Cause = Cause.KERNEL_CHOS
 SERVER = Sender("server", PID, "/bin/server", "/bin/server -v")
 
 
-def test_on_the_host_itself(host: Host) -> None:
+def test_process_of_the_host_has_no_container(host: Host) -> None:
     host.process("0::/system.slice/named.service\n")
     assert host.senders.lookup(seen(), 0) == replace(SERVER, cgroup="/system.slice/named.service")
 
 
-def test_docker(host: Host) -> None:
+def test_container_of_docker_is_named(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     host.docker("/web-1")
     expected = replace(SERVER, cgroup=DOCKER, runtime="docker", container_id=ID, container="web-1")
     assert host.senders.lookup(seen(), 0) == expected
 
 
-def test_nobody_knows_the_containers_name(host: Host) -> None:
+def test_container_without_a_name_has_its_id(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     assert host.senders.lookup(seen(), 0).container == ID[:12]
 
 
-def test_pod(host: Host) -> None:
+def test_pod_is_named(host: Host) -> None:
     host.process(f"0::{SCOPE}\n")
     host.kubelet()
     expected = replace(
@@ -107,7 +107,7 @@ def test_pod(host: Host) -> None:
     assert host.senders.lookup(seen(), 0) == expected
 
 
-def test_pod_names_go_before_those_that_docker_was_given_for_it(host: Host) -> None:
+def test_names_of_kubernetes_win_over_names_of_docker(host: Host) -> None:
     host.process(f"0::{POD}/docker-{ID}.scope\n")
     host.docker("/k8s_dns_dns-7c9_shop_0")
     host.kubelet()
@@ -117,21 +117,21 @@ def test_pod_names_go_before_those_that_docker_was_given_for_it(host: Host) -> N
 @pytest.mark.parametrize(
     "cgroups", [f"4:memory:{DOCKER}\n1:name=systemd:{DOCKER}\n0::/\n", f"4:memory:{DOCKER}\n"], ids=["hybrid", "v1"]
 )
-def test_container_that_only_v1_shows(host: Host, cgroups: str) -> None:
+def test_container_is_taken_from_cgroup_v1_when_v2_shows_none(host: Host, cgroups: str) -> None:
     host.process(cgroups)
     sender = host.senders.lookup(seen(host.cgroup("/")), 0)
     assert (sender.cgroup, sender.container_id) == (DOCKER, ID)
 
 
-def test_runtime_that_the_path_does_not_tell(host: Host) -> None:
+def test_runtime_is_found_when_the_path_does_not_name_it(host: Host) -> None:
     host.process(f"0::/kubepods/pod{UID}/{ID}\n")
     host.watcher("-namespace", "k8s.io", "-id", "5" * 64)
     sender = host.senders.lookup(seen(), 0)
     assert (sender.runtime, sender.container_id) == ("containerd", ID)
 
 
-def test_container_whose_id_is_a_name(host: Host) -> None:
-    """ctr lets its user choose."""
+def test_container_id_may_be_a_name(host: Host) -> None:
+    """ctr lets its user choose the id."""
     host.cgroup("/default/five")
     host.process("0::/default/five\n")
     host.watcher("-namespace", "default", "-id", "five")
@@ -142,8 +142,7 @@ def test_container_whose_id_is_a_name(host: Host) -> None:
     assert host.senders.has_ended(sender, 2)
 
 
-def test_a_process_that_has_exited(host: Host) -> None:
-    """Its name comes from the kernel, its container from the cgroup's id."""
+def test_ended_process_has_the_name_from_the_kernel_and_the_container_of_its_cgroup(host: Host) -> None:
     number = host.cgroup(SCOPE)
     host.kubelet()
     sender = host.senders.lookup(seen(number, "short"), 0)
@@ -151,7 +150,7 @@ def test_a_process_that_has_exited(host: Host) -> None:
     assert (sender.container, sender.namespace, sender.pod) == ("dns", "shop", "dns-7c9")
 
 
-def test_a_process_that_exits_after_it_was_seen(host: Host) -> None:
+def test_sender_is_remembered_after_its_process_has_ended(host: Host) -> None:
     number = host.cgroup(DOCKER)
     host.process(f"0::{DOCKER}\n")
     host.docker("/web-1")
@@ -162,8 +161,8 @@ def test_a_process_that_exits_after_it_was_seen(host: Host) -> None:
     assert (late.process, late.command, late.container) == ("server", "", "web-1")
 
 
-def test_seen_from_a_cgroup_namespace(host: Host) -> None:
-    """A path that is relative to the agent's own container is replaced by the one that its id leads to."""
+def test_relative_path_is_replaced_by_the_path_of_the_id(host: Host) -> None:
+    """In a cgroup namespace, /proc shows paths relative to the agent's own container."""
     number = host.cgroup(SCOPE)
     host.process(f"0::/../cri-containerd-{ID}.scope\n")
     sender = host.senders.lookup(seen(number), 0)
@@ -171,8 +170,8 @@ def test_seen_from_a_cgroup_namespace(host: Host) -> None:
 
 
 @pytest.mark.parametrize("path", [DOCKER, f"/../docker/{ID}", "/../../elsewhere"])
-def test_process_id_that_another_container_has_by_now(host: Host, path: str) -> None:
-    """The kernel's word on the cgroup decides: nothing of the process that has the id now is shown."""
+def test_process_id_reused_by_another_container_gives_nothing_of_it(host: Host, path: str) -> None:
+    """The cgroup that the kernel reported decides."""
     number = host.cgroup(SCOPE)
     host.cgroup(DOCKER)
     host.kubelet()
@@ -182,14 +181,14 @@ def test_process_id_that_another_container_has_by_now(host: Host, path: str) -> 
     assert (sender.cgroup, sender.container, sender.pod) == (SCOPE, "dns", "dns-7c9")
 
 
-def test_process_in_a_cgroup_that_is_gone(host: Host) -> None:
-    """Neither the kernel's id nor the path leads anywhere: the process may be any."""
+def test_process_is_not_shown_when_its_cgroup_is_unknown(host: Host) -> None:
+    """Neither the id nor the path leads to a cgroup, so the process may be another one."""
     host.process(f"0::{DOCKER}\n")
     sender = host.senders.lookup(seen(7), 0)
     assert (sender.process, sender.command, sender.container_id) == ("server", "", "")
 
 
-def test_nothing_can_be_found_out(host: Host) -> None:
+def test_name_from_the_kernel_is_left_when_nothing_is_found(host: Host) -> None:
     for root in host.roots.proc, host.roots.log, host.roots.docker, host.roots.cgroup:
         assert root
         root.rmdir()
@@ -197,13 +196,13 @@ def test_nothing_can_be_found_out(host: Host) -> None:
     assert Senders(Roots(host.roots.proc)).lookup(seen(comm=""), 0) == Sender("unknown", PID)
 
 
-def test_another_machine(host: Host) -> None:
+def test_sender_on_another_machine_has_only_its_interface(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     assert host.senders.lookup(seen(cause=Cause.FORWARDED), 0) == Sender("")
 
 
-def test_a_name_that_comes_later(host: Host) -> None:
-    """kubelet makes its link a moment after the container has begun."""
+def test_name_that_appears_later_is_found(host: Host) -> None:
+    """kubelet makes its link a moment after the container has started."""
     host.process(f"0::{SCOPE}\n")
     assert host.senders.lookup(seen(), 0).pod == ""
     host.kubelet()
@@ -211,8 +210,8 @@ def test_a_name_that_comes_later(host: Host) -> None:
 
 
 @pytest.mark.parametrize("removed", [True, False], ids=["removed", "left empty"])
-def test_a_pod_ends_with_the_last_of_its_containers(host: Host, removed: bool) -> None:
-    """A container that is started anew is not the end of its pod: the sandbox goes on."""
+def test_pod_ends_with_its_last_container(host: Host, removed: bool) -> None:
+    """A restarted container is not the end of its pod: the sandbox stays."""
     host.cgroup(SCOPE)
     sandbox = f"{POD}/cri-containerd-{'5' * 64}.scope"
     host.cgroup(sandbox)
@@ -228,13 +227,13 @@ def test_a_pod_ends_with_the_last_of_its_containers(host: Host, removed: bool) -
     assert host.senders.has_ended(sender, 2)
 
 
-def test_ends_that_cannot_be_seen(host: Host) -> None:
+def test_sender_without_a_cgroup_never_ends(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     assert not host.senders.has_ended(host.senders.lookup(seen(), 0), 1)
     assert not host.senders.has_ended(Sender("server"), 1)
 
 
-def test_names_that_would_do_harm_on_a_screen(host: Host) -> None:
+def test_control_characters_in_names_are_escaped(host: Host) -> None:
     host.process(f"0::/user\x1b[2J/docker/{ID}\n", "a\x07")
     host.docker("/\x9b[red]")
     sender = host.senders.lookup(seen(comm="a\\x07"), 0)
@@ -243,15 +242,15 @@ def test_names_that_would_do_harm_on_a_screen(host: Host) -> None:
     assert sender.container == r"\x9b[red]"
 
 
-def test_names_without_end(host: Host) -> None:
-    """Docker takes a name of any length; a label has as many letters as Kubernetes allows."""
+def test_long_names_are_cut(host: Host) -> None:
+    """Docker accepts names of any length; a label is as long as Kubernetes allows."""
     host.process(f"0::{DOCKER}\n")
     host.docker("/" + "a" * 100_000)
     assert host.senders.lookup(seen(), 0).container == "a" * 253
 
 
-def test_odd_names_in_labels_and_json(host: Host) -> None:
-    """Quotes, backslashes and markup come through Prometheus' text format and JSON as they are."""
+def test_special_characters_survive_in_labels_and_json(host: Host) -> None:
+    """Quotes, backslashes and markup come through Prometheus' text format and JSON unchanged."""
     odd = 'a"b\\n{}[red]<b>'
     host.process(f"0::{DOCKER}\n", odd)
     host.docker(odd)

@@ -45,7 +45,7 @@ def test_golden_explain() -> None:
 @pytest.mark.parametrize("verdict", Verdict)
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("same_address", [False, True])
-def test_three_sentences_with_the_addresses(cause: Cause, verdict: Verdict, family: int, same_address: bool) -> None:
+def test_explanation_names_the_addresses(cause: Cause, verdict: Verdict, family: int, same_address: bool) -> None:
     row = replace(ROW if family == 4 else ROW_6, cause=str(cause), verdict=str(verdict))
     if same_address:
         row = replace(row, actual=row.expected)
@@ -74,7 +74,7 @@ def test_known_server_gets_its_remedy() -> None:
     assert advice(of("iperf3")).config == "iperf3 -s -B 172.16.13.13"
 
 
-def test_the_line_has_the_addresses_of_the_case() -> None:
+def test_setting_has_the_addresses_of_the_finding() -> None:
     snmpd = replace(of("snmpd"), port=161)
     assert advice(snmpd).config == "agentAddress udp:172.16.13.13:161"
     assert advice(replace(snmpd, expected="fd00::2", family=6)).config == "agentAddress udp6:[fd00::2]:161"
@@ -82,13 +82,13 @@ def test_the_line_has_the_addresses_of_the_case() -> None:
     assert advice(haproxy).config == "bind quic6@[fd00::2]:443 ssl crt CERTIFICATE alpn h3"
 
 
-def test_no_placeholder_is_left() -> None:
+def test_no_remedy_leaves_a_placeholder() -> None:
     for remedy in remedies():
         for row in (ROW, ROW_6, None):
             assert not re.search(r"\{\w*\}", remedy_advice(remedy, row).config), remedy.name
 
 
-def test_names_are_found_as_the_kernel_cuts_them() -> None:
+def test_server_is_found_by_the_name_that_the_kernel_cuts() -> None:
     assert remedy_of(Sender("dnscrypt-proxy")) is remedy_named("dnscrypt-proxy")
     assert remedy_of(Sender("srt-live-transm")) is remedy_named("srt (LIBSRT)")
     assert remedy_of(Sender("node-MainThread")) is remedy_named("node")
@@ -109,7 +109,7 @@ def test_settings_do_not_fix_explicit_and_forwarded_replies() -> None:
         assert (todo.server, todo.config) == ("", "")
 
 
-def test_unknown_servers_get_code_in_every_language() -> None:
+def test_unknown_server_gets_code_in_every_language() -> None:
     assert advice(of("my-server")).languages == ("C", "Go", "Python", "Rust", "Node.js")
     assert advice(of("python3")).languages == ("Python",)
     text = rows_text([of("one"), of("other")], False)
@@ -118,7 +118,7 @@ def test_unknown_servers_get_code_in_every_language() -> None:
         assert all(line in text for line in code.text.splitlines())
 
 
-def test_the_file_is_sound() -> None:
+def test_remedies_file_is_valid() -> None:
     names = [name for remedy in remedies() for name in remedy.processes]
     assert len(set(names)) == len(names)
     text = FILE.read_text()
@@ -133,7 +133,7 @@ def test_the_file_is_sound() -> None:
     assert all(line.isprintable() for line in text.replace("\t", "").splitlines())
 
 
-def test_matching() -> None:
+def test_rows_are_selected_by_server_or_port() -> None:
     rows = [replace(of("a"), count=1), replace(of("openvpn"), count=5), replace(of("c"), port=53, count=9)]
     assert [row.count for row in matching(rows, None)] == [9, 5, 1]
     assert [row.count for row in matching(rows, "53")] == [9]
@@ -170,7 +170,7 @@ def test_json_object() -> None:
     assert set(everything["code"]) == {"C", "Go", "Python", "Rust", "Node.js"}
 
 
-def test_colour_and_width() -> None:
+def test_colour_changes_no_text_and_lines_fit_the_width() -> None:
     rows = [ROW, of("my-server"), replace(of("x"), cause="connected")]
     assert ESCAPE not in rows_text(rows, False)
     assert ESCAPE in rows_text(rows, True)
@@ -180,7 +180,7 @@ def test_colour_and_width() -> None:
     assert "interface-automatic: yes" in remedy_text(known, False)
 
 
-def test_names_do_no_harm() -> None:
+def test_control_characters_in_names_are_escaped() -> None:
     nasty = "a\x1b[2Jb\u202ec\n[red]"
     sender = Sender(nasty, 1, pod=nasty, namespace=nasty)
     rows = [
@@ -194,8 +194,8 @@ def test_names_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("code", codes(), ids=lambda code: code.language)
-def test_code_is_sound(code: Code, tmp_path: Path) -> None:
-    """As far as a machine without network can tell; tests/integration/test_cures.py asks the programs."""
+def test_code_compiles(code: Code, tmp_path: Path) -> None:
+    """This is as far as a machine without network can check; tests/integration/test_cures.py runs the programs."""
     suffix, command = {
         "C": (".c", ["gcc", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]),
         "Go": (".go", ["gofmt", "-l"]),  # it needs golang.org/x/net to be built

@@ -45,20 +45,20 @@ def test_filter() -> None:
         ("2001-09-09T03:46:40.5+02:00", 1e9 + 0.5),
     ],
 )
-def test_since(text: str, expected: float) -> None:
+def test_since_accepts_ages_and_times(text: str, expected: float) -> None:
     assert parse_since(text, 1e9) == expected
 
 
 @pytest.mark.parametrize(
     "text", ["", "x", "-5", "5 m", "m", "1e3", "nan", "٣", "2001-09-09T01:46:40", "99-99", "1" * 99]
 )
-def test_since_that_is_no_time(text: str) -> None:
+def test_invalid_since_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="--since"):
         parse_since(text, 1e9)
 
 
 class Talk:
-    """Stands for client.Client."""
+    """A double of client.Client."""
 
     def __init__(self, kept: list[dict[str, Any]], words: list[dict[str, Any]]) -> None:
         self._kept, self._words = kept, words
@@ -81,7 +81,7 @@ def numbered(count: int, seconds: int = 0) -> dict[str, Any]:
 
 
 def told(kept: list[dict[str, Any]], words: list[Any], since: float | None, follow: bool = True) -> list[Any]:
-    """What comes out: counts of events, "lost", and at the end what it stopped with."""
+    """Collect the output: counts of events, "lost", and "gone" for the error at the end."""
     out: list[Any] = []
     talk = Talk(kept, words)
     try:
@@ -92,35 +92,35 @@ def told(kept: list[dict[str, Any]], words: list[Any], since: float | None, foll
     return out
 
 
-def test_what_is_kept_comes_first_and_nothing_twice() -> None:
+def test_kept_events_come_first_and_none_is_repeated() -> None:
     kept = [numbered(at) for at in (1, 2, 3)]
     words = [{"event": numbered(2)}, {"event": numbered(3)}, {"v": 1, "lost": 7}, {"event": numbered(4)}]
     assert told(kept, words, since=0.0) == [1, 2, 3, "lost", 4, "gone"]
 
 
-def test_same_event_later_is_another_one() -> None:
-    """Once something new has come, what is told again is told."""
+def test_equal_event_after_a_new_one_is_shown() -> None:
+    """Once a new event has come, an equal one is a repetition on the wire no longer."""
     assert told([numbered(1)], [{"event": numbered(2)}, {"event": numbered(1)}], since=0.0) == [1, 2, 1, "gone"]
     assert told([numbered(1), numbered(1)], [{"event": numbered(1)}] * 3, since=0.0) == [1, 1, 1, "gone"]
 
 
-def test_since_leaves_the_older_ones_out() -> None:
+def test_since_leaves_older_events_out() -> None:
     kept = [numbered(1, 10), numbered(2, 20), numbered(3, 30)]
     since = parse_since("2027-01-15T08:00:20Z", 0)
     assert told(kept, [{"event": numbered(2, 20)}, {"event": numbered(4, 40)}], since) == [2, 3, 4, "gone"]
 
 
-def test_not_followed() -> None:
+def test_without_follow_only_kept_events_are_shown() -> None:
     kept = [numbered(1), numbered(2), EVENTS[1]]
     assert told(kept, [], None, follow=False) == [1, 2]
     assert told(kept, [], 4e9, follow=False) == []
 
 
-def test_only_followed() -> None:
+def test_without_since_only_new_events_are_shown() -> None:
     assert told([numbered(1)], [{"event": EVENTS[1]}, {"event": numbered(2)}], None) == [2, "gone"]
 
 
-def test_an_agent_that_ends_in_the_middle_of_a_line() -> None:
+def test_half_a_line_at_the_end_of_the_connection_is_an_error() -> None:
     def words() -> Iterator[dict[str, Any]]:
         yield {"event": numbered(1)}
         json.loads('{"event": {"ti')
@@ -133,7 +133,7 @@ def test_an_agent_that_ends_in_the_middle_of_a_line() -> None:
         next(heard)
 
 
-def test_a_socket_where_something_else_speaks(tmp_path: Path) -> None:
+def test_another_protocol_on_the_socket_is_an_error(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "s"))
         listener.listen()
@@ -150,7 +150,7 @@ def test_a_socket_where_something_else_speaks(tmp_path: Path) -> None:
         speaker.join(10)
 
 
-def test_where_there_is_no_agent(tmp_path: Path) -> None:
+def test_missing_agent_is_an_error_that_says_what_to_start(tmp_path: Path) -> None:
     with pytest.raises(NoAgent, match=r"no agent is listening; start one with `udpwatch run`"):
         next(read_events(tmp_path / "none", EventFilter(), None, True))
     (tmp_path / "file").touch()

@@ -1,4 +1,4 @@
-"""EventLines of `udpwatch events`: one for each event, in columns that stay aligned."""
+"""The lines of `udpwatch events`: one for each event, in columns that stay aligned."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_golden_lines() -> None:
     compare("event-lines.txt", "\n".join([*shown, "", lines.head(), *again]) + "\n")
 
 
-def test_a_small_network_fits_80_columns() -> None:
+def test_line_of_short_addresses_fits_80_columns() -> None:
     lines = EventLines(False, UTC)
     event = EVENT | {"process": "openvpn", "pod": None, "container": None, "port": 1194}
     assert len(lines.line(event)) <= 80
@@ -43,7 +43,7 @@ def test_columns_stay_aligned() -> None:
     assert len(starts) == 1
 
 
-def test_colour_moves_nothing() -> None:
+def test_colour_moves_no_column() -> None:
     plain, painted = EventLines(False, UTC), EventLines(True, UTC)
     for event in EVENTS:
         bare = plain.line(event)
@@ -54,7 +54,7 @@ def test_colour_moves_nothing() -> None:
         assert coloured.rstrip() == bare
 
 
-def test_server() -> None:
+def test_server_has_process_and_place() -> None:
     assert server_of(EVENT) == "plain-server@shop/dns-7c9"
     assert server_of(EVENTS[2]) == "via vnet3"
     assert server_of(EVENT | {"pod": None, "namespace": None}) == "plain-server@dns"
@@ -64,12 +64,12 @@ def test_server() -> None:
     assert server_of({}) == "-"
 
 
-def test_names_do_no_harm() -> None:
+def test_control_characters_in_names_are_escaped() -> None:
     nasty = "\x1b[2J\r\n\u202e[red]x"
     line = EventLines(False, UTC).line(dict.fromkeys(EVENT, nasty))
     assert line.isprintable()
     assert "[red]x" in line
 
 
-def test_an_event_that_lacks_everything() -> None:
+def test_missing_fields_are_dashes() -> None:
     assert EventLines(False, UTC).line({}).count("-") == 8 + 1  # of "->"

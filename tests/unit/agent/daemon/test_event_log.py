@@ -1,4 +1,4 @@
-"""The event writer: what cannot be written is counted, never waited for."""
+"""The event writer: events that cannot be written are counted, and nothing waits for them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from udpwatch.agent.errors import UdpwatchError
 
 
 class Losses:
-    """Counts what a writer loses."""
+    """Counts the losses of a writer."""
 
     def __init__(self) -> None:
         self.stages: list[str] = []
@@ -31,7 +31,7 @@ class Losses:
         return EventWriter(target, self.stages.append, self.broken.set)
 
 
-def test_writes_lines_and_drains_on_stop(tmp_path: Path) -> None:
+def test_stop_writes_all_queued_lines(tmp_path: Path) -> None:
     losses = Losses()
     writer = losses.writer(str(tmp_path / "events"))
     writer.start()
@@ -42,7 +42,7 @@ def test_writes_lines_and_drains_on_stop(tmp_path: Path) -> None:
     assert losses.stages == []
 
 
-def test_appends_to_what_is_there(tmp_path: Path) -> None:
+def test_events_are_appended_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "events").write_text("before\n")
     writer = Losses().writer(str(tmp_path / "events"))
     writer.start()
@@ -51,7 +51,7 @@ def test_appends_to_what_is_there(tmp_path: Path) -> None:
     assert (tmp_path / "events").read_text() == "before\n{}\n"
 
 
-def test_full_device_is_counted() -> None:
+def test_losses_on_a_full_device_are_counted() -> None:
     losses = Losses()
     writer = losses.writer("/dev/full")
     writer.start()
@@ -61,8 +61,8 @@ def test_full_device_is_counted() -> None:
     assert losses.stages == ["output"] * 10
 
 
-def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe that nobody reads: put() must return at once, always."""
+def test_losses_to_a_slow_reader_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody reads the pipe: put() must always return at once."""
     monkeypatch.setattr(event_log, "MAX_QUEUED", 50)
     monkeypatch.setattr(event_log, "STOP_SECONDS", 0.1)
     pipe = tmp_path / "pipe"
@@ -90,8 +90,8 @@ def test_slow_reader_fills_the_queue_and_is_counted(tmp_path: Path, monkeypatch:
     os.close(reader)
 
 
-def test_fifo_whose_reader_goes_away_and_comes_back(tmp_path: Path) -> None:
-    """A log shipper is restarted: what it missed is counted, what comes later arrives."""
+def test_fifo_is_written_again_when_its_reader_returns(tmp_path: Path) -> None:
+    """A log shipper is restarted: events that it missed are counted, later ones arrive."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -110,14 +110,14 @@ def test_fifo_whose_reader_goes_away_and_comes_back(tmp_path: Path) -> None:
     os.close(reader)
 
 
-def test_fifo_that_nobody_reads_does_not_hold_up_the_start(tmp_path: Path) -> None:
+def test_fifo_without_a_reader_does_not_delay_the_start(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UdpwatchError, match="cannot write events"):
         Losses().writer(str(tmp_path / "pipe"))
 
 
-def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
-    """The kernel writes what fits: a size limit of the process is as full as a disk."""
+def test_half_a_line_on_a_full_disk_is_removed(tmp_path: Path) -> None:
+    """The kernel writes what fits; a size limit of the process acts like a full disk."""
     path = tmp_path / "events"
     losses = Losses()
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -139,7 +139,7 @@ def test_half_a_line_on_a_full_disk_is_taken_back(tmp_path: Path) -> None:
     assert path.read_text() == '{"n":1}\n{"n":2}\n'
 
 
-def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
+def test_deleted_file_is_created_again(tmp_path: Path) -> None:
     path = tmp_path / "events"
     writer = Losses().writer(str(path))
     writer.start()
@@ -152,7 +152,7 @@ def test_file_that_is_deleted_is_begun_again(tmp_path: Path) -> None:
     assert path.read_text() == '{"n":2}\n'
 
 
-def test_folder_that_vanishes_is_counted_until_it_is_back(tmp_path: Path) -> None:
+def test_losses_are_counted_while_the_folder_is_missing(tmp_path: Path) -> None:
     folder = tmp_path / "logs"
     folder.mkdir()
     losses = Losses()
@@ -168,13 +168,13 @@ def test_folder_that_vanishes_is_counted_until_it_is_back(tmp_path: Path) -> Non
     assert (folder / "events").read_text() == '{"n":2}\n'
 
 
-def test_a_target_that_cannot_be() -> None:
+def test_invalid_target_is_refused() -> None:
     with pytest.raises(UdpwatchError, match="cannot write events to '/nowhere/x'"):
         Losses().writer("/nowhere/x")
 
 
-def test_stopped_before_it_began(tmp_path: Path) -> None:
-    """The agent closes what it opened, also when it never came to start it."""
+def test_writer_can_be_stopped_before_its_start(tmp_path: Path) -> None:
+    """The agent closes what it opened even when it never started it."""
     Losses().writer(str(tmp_path / "events")).stop()
 
 
@@ -194,14 +194,14 @@ def refused(target: Path | str) -> str:
 
 @pytest.fixture
 def shared(tmp_path: Path) -> Path:
-    """Like /tmp."""
+    """A folder like /tmp."""
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
     return folder
 
 
-def test_folder_that_every_user_can_write_to(tmp_path: Path) -> None:
+def test_file_in_a_world_writable_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     assert f"every user can write to the folder {tmp_path};" in refused(tmp_path / "events")
     (tmp_path / "inner").mkdir()
@@ -210,13 +210,13 @@ def test_folder_that_every_user_can_write_to(tmp_path: Path) -> None:
 
 
 @as_root
-def test_folder_of_another_user(tmp_path: Path) -> None:
+def test_file_in_another_users_folder_is_refused(tmp_path: Path) -> None:
     os.chown(tmp_path, NOBODY, NOBODY)
     assert f"the folder {tmp_path} belongs to another user (uid {NOBODY})" in refused(tmp_path / "events")
 
 
-def test_link_in_a_folder_that_others_can_write_to(shared: Path, tmp_path: Path) -> None:
-    """It would append to any file of root's."""
+def test_link_in_a_folder_that_others_can_write_to_is_refused(shared: Path, tmp_path: Path) -> None:
+    """Through it, the agent would append to any file that root can write."""
     precious = tmp_path / "precious"
     precious.write_text("precious\n")
     (shared / "events").symlink_to(precious)
@@ -230,15 +230,15 @@ def test_link_in_a_folder_that_others_can_write_to(shared: Path, tmp_path: Path)
 
 
 @as_root
-def test_file_of_another_user_in_a_folder_that_others_can_write_to(shared: Path) -> None:
+def test_another_users_file_in_a_shared_folder_is_refused(shared: Path) -> None:
     (shared / "events").touch()
     os.chown(shared / "events", NOBODY, NOBODY)
     refused(shared / "events")
 
 
 @as_root
-def test_folder_that_a_group_can_write_to(tmp_path: Path) -> None:
-    """/var/log of some distributions belongs to root:syslog, 0775."""
+def test_file_in_a_group_writable_folder_of_root_is_accepted(tmp_path: Path) -> None:
+    """On some distributions /var/log belongs to root:syslog with mode 0775."""
     tmp_path.chmod(0o775)
     os.chown(tmp_path, 0, NOBODY)
     write_one(tmp_path / "events")
@@ -253,13 +253,13 @@ def write_one(target: Path | str) -> None:
     writer.stop()
 
 
-def test_folder_as_tmp_is_fine(shared: Path) -> None:
+def test_own_file_in_a_sticky_folder_is_accepted(shared: Path) -> None:
     write_one(shared / "events")
     assert (shared / "events").read_text() == '{"n":1}\n'
 
 
-def test_links_that_no_other_user_could_make(tmp_path: Path) -> None:
-    """A folder and a file that root has moved elsewhere."""
+def test_links_that_only_root_could_make_are_followed(tmp_path: Path) -> None:
+    """For example a folder and a file that root has moved elsewhere."""
     (tmp_path / "data" / "logs").mkdir(parents=True)
     (tmp_path / "logs").symlink_to("data/logs")
     (tmp_path / "data" / "logs" / "events").symlink_to(tmp_path / "data" / "real")
@@ -268,19 +268,19 @@ def test_links_that_no_other_user_could_make(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "real").read_text() == '{"n":1}\n' * 2
 
 
-def test_links_without_end(tmp_path: Path) -> None:
+def test_endless_links_are_refused(tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to("two")
     (tmp_path / "two").symlink_to("one")
     assert "Too many levels of symbolic links" in refused(tmp_path / "one")
 
 
 @pytest.mark.parametrize("target", ["/", "/proc/self/root", "/tmp/.."])
-def test_a_folder_is_no_target(target: str) -> None:
+def test_folder_as_target_is_refused(target: str) -> None:
     assert "Is a directory" in refused(target)
 
 
-def test_own_descriptor() -> None:
-    """/dev/stdout and `>(command)`, which is /dev/fd/N, lead to links that are no paths."""
+def test_own_descriptors_are_accepted() -> None:
+    """/dev/stdout and `>(command)`, which is /dev/fd/N, are links that lead to no path."""
     reading, writing = os.pipe()
     write_one(f"/dev/fd/{writing}")
     assert os.read(reading, 100) == b'{"n":1}\n'
@@ -298,10 +298,10 @@ writer.stop()
     assert done.stdout == b'{"n":1}\n'
 
 
-def test_link_that_takes_the_place_of_a_rotated_file(
+def test_link_in_place_of_a_rotated_file_is_not_followed(
     shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """logrotate has moved the file, and another user was faster: events go to the moved file, logged once."""
+    """logrotate moved the file and another user was faster: events go to the moved file, which is logged once."""
     precious = tmp_path / "precious"
     precious.write_text("precious\n")
     writer = Losses().writer(str(shared / "events"))

@@ -1,4 +1,4 @@
-"""The HTTP view by itself; what it does under slow clients is in integration/test_agent.py."""
+"""The HTTP server alone; integration/test_agent.py tests it with slow clients."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def connect(url: str, source: str = "127.0.0.1") -> socket.socket:
 
 
 def respond(link: socket.socket, path: str = "/healthz") -> bytes:
-    """Ask over this connection; the whole response, b"" where it was closed."""
+    """Send a request over this connection; returns the whole response, b"" when the connection was closed."""
     with link, contextlib.suppress(ConnectionError):
         link.sendall(b"GET %s HTTP/1.0\r\n\r\n" % path.encode())
         return b"".join(iter(lambda: link.recv(65_536), b""))
@@ -49,13 +49,13 @@ def respond(link: socket.socket, path: str = "/healthz") -> bytes:
 
 
 def closed(view: HttpServer, reason: str) -> float:
-    """The metric of connections that were closed early."""
+    """Return the count of connections that were closed early."""
     (family,) = view.collector.collect()
     return next(sample.value for sample in family.samples if sample.labels == {"reason": reason})
 
 
-def test_stopped_before_it_began() -> None:
-    """The agent closes what it opened, also when it never came to start it: that must not wait for ever."""
+def test_server_can_be_stopped_before_its_start() -> None:
+    """The agent closes what it opened even when it never started it; that must not wait forever."""
     view = HttpServer("127.0.0.1", 0)
     stopping = threading.Thread(target=view.stop, daemon=True)
     stopping.start()
@@ -63,7 +63,7 @@ def test_stopped_before_it_began() -> None:
     assert not stopping.is_alive()
 
 
-def test_pages_over_ipv6() -> None:
+def test_pages_are_served_over_ipv6() -> None:
     view = HttpServer("::1", 0)
     view.start(lambda: b"metrics", lambda: (True, "well"), lambda: (False, "not yet"))
     try:
@@ -81,7 +81,7 @@ def test_pages_over_ipv6() -> None:
 # ---- a port that is taken ----
 
 
-def test_taken_port_is_bound_when_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_used_port_is_bound_once_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "BIND_SECONDS", 0.05)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -98,7 +98,7 @@ def test_taken_port_is_bound_when_it_is_free(monkeypatch: pytest.MonkeyPatch) ->
         view.stop()
 
 
-def test_stopped_while_the_port_is_taken() -> None:
+def test_server_can_be_stopped_while_the_port_is_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -109,7 +109,7 @@ def test_stopped_while_the_port_is_taken() -> None:
         assert time.monotonic() - begun < http.BIND_SECONDS
 
 
-def test_address_that_this_host_does_not_have_yet() -> None:
+def test_missing_address_is_retried() -> None:
     """192.0.2.0/24 is for documentation (RFC 5737): no host has it."""
     view = HttpServer("192.0.2.1", 9953)
     assert view.problem == "cannot listen on 192.0.2.1:9953 for metrics: Cannot assign requested address"
@@ -117,7 +117,7 @@ def test_address_that_this_host_does_not_have_yet() -> None:
 
 
 @pytest.mark.parametrize("host", ["a..b", "255.255.255.255.255"])
-def test_address_that_cannot_exist(host: str) -> None:
+def test_invalid_address_is_refused(host: str) -> None:
     with pytest.raises(UdpwatchError, match=f"cannot listen on {host}:80 .*--metrics-listen off"):
         HttpServer(host, 80)
 
@@ -139,7 +139,7 @@ def test_long_headers_are_refused() -> None:
 
 
 def test_many_short_headers_are_refused() -> None:
-    """The limit is on the sum: 99 headers of 1,000 octets each."""
+    """The limit applies to the sum, 99 headers of 1,000 octets here."""
     with serving() as view, connect(view.url) as link:
         with contextlib.suppress(ConnectionError):
             link.sendall(b"GET /metrics HTTP/1.0\r\n" + b"X: %s\r\n" % (b"x" * 1000) * 99)
@@ -162,8 +162,8 @@ input()
 """
 
 
-def test_long_headers_of_all_connections_take_no_memory() -> None:
-    """32 connections with 99 headers of 65,000 octets took 370 MB; another client's request is answered meanwhile."""
+def test_long_headers_on_all_connections_take_little_memory() -> None:
+    """32 connections with 99 headers of 65,000 octets once took 370 MB. Meanwhile another client is answered."""
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", SERVER], stdin=pipe, stdout=pipe, text=True) as server:
         assert server.stdin and server.stdout
@@ -191,7 +191,7 @@ def peak_kib(pid: int) -> int:
     return int(found.group(1))
 
 
-def test_client_with_many_connections_loses_its_own() -> None:
+def test_client_with_too_many_connections_loses_its_own() -> None:
     with serving() as view:
         innocent = [connect(view.url, "127.0.0.2") for _ in range(MAX_CONNECTIONS_PER_CLIENT)]
         greedy = [connect(view.url, "127.0.0.3") for _ in range(3 * MAX_CONNECTIONS)]
@@ -220,7 +220,7 @@ def test_full_server_closes_a_connection_of_the_client_with_the_most() -> None:
 
 
 class Closed:
-    """A budget that is used up until somebody opens it, for one connection or for all."""
+    """A budget that is used up until the test opens it, for one connection or for all."""
 
     def __init__(self) -> None:
         self.places = 0.0
@@ -232,7 +232,7 @@ class Closed:
         return 0.01
 
 
-def test_short_of_cpu_the_client_that_has_cost_less_goes_first() -> None:
+def test_client_that_has_cost_less_goes_first_when_cpu_is_short() -> None:
     with serving() as view:
         assert respond(connect(view.url, "127.0.0.3")).endswith(b"well\n")  # it has cost something by now
         budget = view._server._budget = Closed()  # type: ignore[union-attr, assignment]
@@ -249,13 +249,13 @@ def test_short_of_cpu_the_client_that_has_cost_less_goes_first() -> None:
         greedy[1].close()
 
 
-def test_client_is_an_address_or_a_64() -> None:
+def test_client_is_an_ipv4_address_or_an_ipv6_network() -> None:
     assert http._client_of("192.0.2.1") == http._client_of("::ffff:192.0.2.1") != http._client_of("::ffff:192.0.2.2")
     assert http._client_of("fe80::1%lo") == http._client_of("fe80::2") != http._client_of("fe80:0:0:1::1")
 
 
-def test_requests_at_the_same_time_share_a_page() -> None:
-    """A page is made for all that wait: 32 at once neither take 32 times its memory nor 32 threads' work."""
+def test_simultaneous_requests_share_a_page() -> None:
+    """32 requests at once take neither 32 times the memory of a page nor 32 threads' work."""
     made, go_on, begun = 0, threading.Event(), threading.Event()
 
     def metrics() -> bytes:

@@ -1,4 +1,4 @@
-"""Adding up, the limit, aging: with a clock of our own."""
+"""Rows: addition, the limit, aging, with a clock that the tests set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sample(*increases: Increase, counters: Counters = Counters(), **others: Any)
 
 
 class Senders:
-    """A SenderLookup that names the process of the finding; nothing ever ends."""
+    """A SenderLookup that gives the process of the finding; no sender ever ends."""
 
     left_out = 0
 
@@ -39,7 +39,7 @@ def state(max_series: int = 10, forget: float = 60, mode: str = "packet", sender
     return State(About("1", "6", "node", mode, 0, ()), max_series, forget, senders)
 
 
-def test_adds_up_and_tells_what_is_new() -> None:
+def test_counts_add_up_and_new_rows_are_returned() -> None:
     summed = state()
     assert [row.port for row in summed.add(sample(Increase(finding(), 3, 0, 7)), 1, 1)] == [53]
     assert summed.add(sample(Increase(finding(), 2, 0, 8)), 2, 2) == []
@@ -47,7 +47,7 @@ def test_adds_up_and_tells_what_is_new() -> None:
     assert (row.count, row.sender.pid, row.last) == (5, 8, 2)
 
 
-def test_ready_is_who_sees() -> None:
+def test_state_is_ready_while_the_self_test_passes() -> None:
     summed = state()
     assert not summed.snapshot(True, 0).ready  # nothing was read yet
     ingress = Probe("ingress", True, True, 0, 0.0, 0, 1)
@@ -59,13 +59,13 @@ def test_ready_is_who_sees() -> None:
     assert not summed.snapshot(True, 2).ready
 
 
-def test_findings_that_labels_do_not_tell_apart_are_one_row() -> None:
+def test_findings_with_equal_labels_are_one_row() -> None:
     summed = state()
     summed.add(sample(Increase(finding(cgroup=1), 3, 0, 7), Increase(finding(cgroup=2), 4, 0, 8)), 1, 1)
     assert [row.count for row in summed.snapshot(True, 1).rows] == [7]
 
 
-def test_past_the_limit_nothing_is_lost() -> None:
+def test_replies_past_the_limit_count_under_other() -> None:
     summed = state(max_series=2)
     for port in range(10):
         summed.add(sample(Increase(finding(port), port, 0, 7)), 1, 1)
@@ -77,7 +77,7 @@ def test_past_the_limit_nothing_is_lost() -> None:
     assert summed.snapshot(True, 2).rows[0].count == 101
 
 
-def test_quiet_rows_end_and_make_room() -> None:
+def test_quiet_rows_expire_and_make_room() -> None:
     summed = state(max_series=1, forget=60)
     summed.add(sample(Increase(finding(1), 1, 0, 7)), 0, 0)
     summed.add(sample(), 60, 60)
@@ -89,7 +89,7 @@ def test_quiet_rows_end_and_make_room() -> None:
 
 
 class OfContainers(Senders):
-    """Each cgroup is a container of its own, in a namespace of its own."""
+    """A SenderLookup for which each cgroup is a container in a namespace of its own."""
 
     def lookup(self, seen: Increase | Event) -> Sender:
         number = seen.finding.cgroup
@@ -110,7 +110,7 @@ def test_tenant_with_the_most_rows_makes_room() -> None:
     assert sum(row.count for row in snapshot.rows) + snapshot.other == 204
 
 
-def test_machines_behind_different_interfaces_are_different_tenants() -> None:
+def test_each_interface_is_a_tenant() -> None:
     summed = state(max_series=10)
 
     def forwarded(port: int, interface: str) -> Increase:
@@ -122,7 +122,7 @@ def test_machines_behind_different_interfaces_are_different_tenants() -> None:
     assert sum(row.interface == "vnet1" for row in summed.snapshot(True, 3).rows) == 4
 
 
-def test_shares_end_equal_and_are_not_fought_over() -> None:
+def test_shares_become_equal_and_stay() -> None:
     summed = state(max_series=10, senders=OfContainers())
     for turn in range(20):
         both = [Increase(finding(port, cgroup=1 + port % 2), 1, 0, 7) for port in range(40)]
@@ -132,7 +132,7 @@ def test_shares_end_equal_and_are_not_fought_over() -> None:
     assert sorted(row.sender.namespace for row in rows) == ["ns1"] * 5 + ["ns2"] * 5
 
 
-def test_what_had_no_room_in_the_kernel_counts_under_its_namespace() -> None:
+def test_replies_without_room_in_the_kernel_count_under_their_namespace() -> None:
     summed = state(senders=OfContainers())
     summed.add(sample(beyond={1: 5, 2: 7}), 1, 1)
     summed.add(sample(beyond={1: 6, 2: 7}), 2, 2)
@@ -146,7 +146,7 @@ def test_what_had_no_room_in_the_kernel_counts_under_its_namespace() -> None:
     assert other == {"other": 0, "ns1": 8, "ns2": 7}
 
 
-def test_namespaces_with_an_other_of_their_own_are_bounded() -> None:
+def test_number_of_namespaces_under_other_is_bounded() -> None:
     summed = state(senders=OfContainers())
     summed.add(sample(beyond=dict.fromkeys(range(1000), 1)), 1, 1)
     snapshot = summed.snapshot(True, 1)
@@ -154,7 +154,7 @@ def test_namespaces_with_an_other_of_their_own_are_bounded() -> None:
     assert snapshot.other == 1000
 
 
-def test_losses_are_summed_by_stage() -> None:
+def test_losses_add_up_by_stage() -> None:
     summed = state()
     counters = Counters(overflow=1, rate_limited=2, ring_full=3, unremembered=4, unparsed=5, undecided=9, candidates=8)
     probe = Probe("nf_ct_delete", True, False, 0, 0, 0, 100, how="kprobe", missed=11)
@@ -181,8 +181,8 @@ def test_losses_are_summed_by_stage() -> None:
     assert snapshot.lost.keys() == LOSS_STAGES.keys()
 
 
-def test_what_was_only_suspected_is_no_finding() -> None:
-    """In mode netlink the kernel's overflow may be NAT: undecided, not wrong."""
+def test_suspected_reply_is_undecided_not_wrong() -> None:
+    """In mode netlink, a reply that had no room in the kernel may be NAT."""
     summed = state(mode="netlink")
     summed.add(sample(counters=Counters(overflow=9), beyond={7: 9}), 0, 0)
     snapshot = summed.snapshot(True, 0)
@@ -190,7 +190,7 @@ def test_what_was_only_suspected_is_no_finding() -> None:
     assert snapshot.lost["undecided"] == 9
 
 
-def test_a_wall_clock_that_jumps_ends_and_keeps_nothing() -> None:
+def test_jump_of_the_wall_clock_expires_no_row() -> None:
     summed = state(forget=60)
     summed.add(sample(Increase(finding(), 1, 0, 7)), now=1e9, monotonic=0)
     summed.add(sample(), now=2e9, monotonic=1)
@@ -200,12 +200,12 @@ def test_a_wall_clock_that_jumps_ends_and_keeps_nothing() -> None:
 
 
 def ten_thousand() -> tuple[Increase, ...]:
-    """Distinct findings, each with another count."""
+    """Return distinct findings, each with another count."""
     return tuple(Increase(finding(number, f"p{number % 7}"), number + 1, 0, 7) for number in range(10_000))
 
 
-def test_ten_thousand_findings() -> None:
-    """Series stop at the limit, `other` holds the rest, the sum is exact: as Prometheus reads it."""
+def test_ten_thousand_findings_stop_at_the_limit_and_the_sum_is_exact() -> None:
+    """`other` holds the excess; the sum is taken as Prometheus reads it."""
     summed = state(max_series=1_000, forget=1e6)
     total = 10_000 * 10_001 // 2
     for round_ in range(1, 4):
@@ -228,7 +228,7 @@ def test_ten_thousand_findings() -> None:
 
 
 class Containers(Senders):
-    """Containers that have ended; counts how often it is asked."""
+    """A SenderLookup of containers that end; counts how often it is asked."""
 
     def __init__(self) -> None:
         self.ended: set[str] = set()
@@ -239,7 +239,7 @@ class Containers(Senders):
         return sender.container_id in self.ended
 
     def lookup(self, seen: Increase | Event) -> Sender:
-        """Of findings below port 1000 it is a container, named after the process."""
+        """The sender of a port below 1000 is a container, named after the process."""
         name = seen.finding.process
         return Sender(name, seen.pid, container_id=name if seen.finding.port < 1000 else "")
 
@@ -256,7 +256,7 @@ def with_containers(forget: float = 1e6, max_series: int = 10) -> tuple[State, C
     return summed, containers
 
 
-def test_a_series_ends_some_time_after_its_pod() -> None:
+def test_series_ends_some_time_after_its_pod() -> None:
     summed, containers = with_containers()
     containers.ended = {"a"}
     summed.add(sample(), 0, 10)
@@ -267,7 +267,7 @@ def test_a_series_ends_some_time_after_its_pod() -> None:
     assert summed.snapshot(True, 0).other == 0
 
 
-def test_a_container_that_is_started_anew_keeps_its_series() -> None:
+def test_restarted_container_keeps_its_series() -> None:
     summed, containers = with_containers()
     containers.ended = {"a"}
     summed.add(sample(), 0, 10)
@@ -277,8 +277,8 @@ def test_a_container_that_is_started_anew_keeps_its_series() -> None:
     assert ports(summed) == [1, 2, 3, 1003]
 
 
-def test_an_answer_that_comes_after_the_end_gives_its_series_time() -> None:
-    """The last answers of a container may be read after it has ended; Prometheus is to fetch them."""
+def test_reply_after_the_end_keeps_the_series_longer() -> None:
+    """A container's last replies may be read after it has ended; Prometheus must have time to scrape them."""
     summed, containers = with_containers()
     containers.ended = {"a"}
     summed.add(sample(), 0, 10)
@@ -289,7 +289,7 @@ def test_an_answer_that_comes_after_the_end_gives_its_series_time() -> None:
     assert ports(summed) == [3, 1003]
 
 
-def test_series_that_end_make_room() -> None:
+def test_ended_series_make_room() -> None:
     summed, containers = with_containers(max_series=4)
     summed.add(sample(Increase(finding(9, "b"), 5, 0, 7)), 0, 1)
     assert summed.snapshot(True, 0).other == 5
@@ -301,7 +301,7 @@ def test_series_that_end_make_room() -> None:
     assert summed.snapshot(True, 0).other == 5
 
 
-def test_it_is_looked_seldom_and_once_a_container() -> None:
+def test_each_container_is_checked_once_and_seldom() -> None:
     summed, containers = with_containers()
     containers.asked = 0
     for tenth in range(100, 300):

@@ -1,4 +1,4 @@
-"""Notifications to systemd, received by a real socket in its place."""
+"""Notifications to systemd, received by a real socket."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECORDING = GOLDEN / "replay.jsonl"
 
 
 class Manager:
-    """The service manager's end."""
+    """The service manager's end of the socket."""
 
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -33,7 +33,7 @@ class Manager:
         return self._socket.recv(4096).decode()
 
     def received(self) -> list[str]:
-        """What is there without waiting."""
+        """Return the notifications that are there, without waiting."""
         self._socket.setblocking(False)
         found = []
         try:
@@ -56,12 +56,12 @@ def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager
     made.close()
 
 
-def test_notify(manager: Manager) -> None:
+def test_notification_is_sent(manager: Manager) -> None:
     systemd.notify("READY=1")
     assert manager.receive() == "READY=1"
 
 
-def test_notify_over_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notification_is_sent_to_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None:
     name = f"udpwatch-test-{os.getpid()}"
     manager = Manager(f"\0{name}")
     monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
@@ -70,7 +70,7 @@ def test_notify_over_an_abstract_socket(monkeypatch: pytest.MonkeyPatch) -> None
     manager.close()
 
 
-def test_notify_without_a_manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_manager_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     systemd.notify("READY=1")
     for address in ("", "vsock:2:1", str(tmp_path / "gone"), "/" + "a" * 200):
@@ -78,7 +78,7 @@ def test_notify_without_a_manager(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         systemd.notify("READY=1")
 
 
-def test_notify_does_not_wait_for_a_manager_that_does_not_read(manager: Manager) -> None:
+def test_notification_does_not_wait_for_a_manager_that_does_not_read(manager: Manager) -> None:
     begun = time.monotonic()
     for _ in range(2000):  # a socket holds 10 to 512 datagrams, by net.unix.max_dgram_qlen
         systemd.notify("WATCHDOG=1")
@@ -98,7 +98,9 @@ def test_notify_does_not_wait_for_a_manager_that_does_not_read(manager: Manager)
     ],
     ids=["off", "on", "this process", "another process", "zero", "no number"],
 )
-def test_watchdog_seconds(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], seconds: float | None) -> None:
+def test_watchdog_interval_is_read_from_the_environment(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], seconds: float | None
+) -> None:
     for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -107,7 +109,7 @@ def test_watchdog_seconds(monkeypatch: pytest.MonkeyPatch, variables: dict[str, 
 
 
 def test_only_samples_feed_the_watchdog(manager: Manager, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """While the sensor stands still, the event loop alone does not keep the watchdog quiet."""
+    """While the sensor stands still, the event loop alone does not feed the watchdog."""
     go = threading.Event()
     sample = Replay.sample
 

@@ -1,4 +1,4 @@
-"""What is not the same on every architecture is right on those that there is an image for: amd64 and arm64."""
+"""Numbers that differ between architectures, for those that have an image: amd64 and arm64."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ NUMBERS = {
 
 
 @pytest.mark.parametrize("machine", NUMBERS)
-def test_system_calls(machine: str) -> None:
+def test_system_call_numbers(machine: str) -> None:
     everywhere = {"fsopen": mounts._FSOPEN, "fsconfig": mounts._FSCONFIG, "fsmount": mounts._FSMOUNT}
     here = {"bpf": bpf._SYSCALL_NUMBER[machine], "perf_event_open": probes._PERF_EVENT_OPEN[machine]}
     assert everywhere | here == NUMBERS[machine]
 
 
-def test_system_calls_of_this_machine() -> None:
-    """As the C library's headers have them."""
+def test_system_call_numbers_match_this_machines_headers() -> None:
     header = next(iter(Path("/usr/include").glob(f"{platform.machine()}-linux-gnu/asm/unistd_64.h")), None)
     header = header or Path("/usr/include/asm-generic/unistd.h")
     if not header.exists():
@@ -37,14 +36,16 @@ def test_system_calls_of_this_machine() -> None:
 
 
 @pytest.mark.parametrize(("machine", "registers"), [("x86_64", (14, 13, 12)), ("aarch64", (0, 1, 2))])
-def test_arguments_of_a_probed_function(monkeypatch: pytest.MonkeyPatch, machine: str, registers: tuple[int]) -> None:
+def test_registers_of_a_probed_functions_arguments(
+    monkeypatch: pytest.MonkeyPatch, machine: str, registers: tuple[int]
+) -> None:
     """rdi, rsi and rdx in x86's struct pt_regs; x0, x1 and x2 in arm64's."""
     monkeypatch.setattr(platform, "machine", lambda: machine)
     assert probes.argument_indices(How.KPROBE) == registers
     assert probes.argument_indices(How.FENTRY) == (0, 1, 2)
 
 
-def test_an_unknown_architecture_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_architecture_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "vax")
     with pytest.raises(OSError, match="unsupported architecture vax"):
         bpf.map_create(bpf.MapDefinition("x", 1, 4, 4, 1, 0))

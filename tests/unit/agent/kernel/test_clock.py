@@ -1,4 +1,4 @@
-"""The clock of the kernel programs, as seen from a time namespace."""
+"""The clock of the BPF programs, seen from a time namespace."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def forget() -> Iterator[None]:
         (None, 0),  # a kernel without time namespaces
     ],
 )
-def test_offset(text: str | None, offset_ns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offset_of_a_time_namespace_is_subtracted(
+    text: str | None, offset_ns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if text is not None:
         (tmp_path / "timens_offsets").write_text(text)
     monkeypatch.setattr(clock, "_OFFSETS", tmp_path / "timens_offsets")

@@ -1,4 +1,4 @@
-"""The quota of a process's cgroups, read from files as kernels write them; a thread's share of it."""
+"""The CPU quota of a process's cgroups, from files as kernels write them, and a thread's share of the quota."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from udpwatch.agent.kernel.cpu import SLICE_SECONDS, Pace, quota
 
 
 def tree(folder: Path, mounts: dict[str, str], cgroup: str, files: dict[str, str]) -> Path:
-    """A /proc/self; ``mounts``: "FOLDER" -> "ROOT TYPE OPTIONS", all of it below ``folder``."""
+    """Write a /proc/self and mounts below ``folder``; ``mounts``: "FOLDER" -> "ROOT TYPE OPTIONS"."""
     lines = []
     for number, (point, rest) in enumerate(mounts.items()):
         root, kind, options = rest.split(" ")
@@ -24,22 +24,22 @@ def tree(folder: Path, mounts: dict[str, str], cgroup: str, files: dict[str, str
     return folder
 
 
-def test_v2_of_a_container_that_sees_its_own_cgroup_as_the_root(tmp_path: Path) -> None:
+def test_v2_quota_in_a_cgroup_namespace(tmp_path: Path) -> None:
     proc = tree(tmp_path, {"fs": "/ cgroup2 rw"}, "0::/\n", {"fs/cpu.max": "50000 100000\n"})
     assert quota(proc) == 0.5
 
 
-def test_v2_takes_the_smallest_on_the_way_up(tmp_path: Path) -> None:
+def test_v2_quota_is_the_smallest_up_to_the_root(tmp_path: Path) -> None:
     files = {"fs/kube/cpu.max": "20000 100000\n", "fs/kube/pod/cpu.max": "max 100000\n"}
     assert quota(tree(tmp_path, {"fs": "/ cgroup2 rw"}, "0::/kube/pod\n", files)) == 0.2
 
 
-def test_v2_bound_into_a_container_without_a_namespace_of_its_own(tmp_path: Path) -> None:
+def test_v2_quota_without_a_cgroup_namespace(tmp_path: Path) -> None:
     proc = tree(tmp_path, {"fs": "/kube/pod cgroup2 rw"}, "0::/kube/pod\n", {"fs/cpu.max": "150000 100000\n"})
     assert quota(proc) == 1.5
 
 
-def test_v1_beside_an_empty_v2(tmp_path: Path) -> None:
+def test_v1_quota_beside_an_empty_v2(tmp_path: Path) -> None:
     files = {"cpu/pod/cpu.cfs_quota_us": "30000\n", "cpu/pod/cpu.cfs_period_us": "100000\n"}
     files |= {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}
     mounts = {"cpu": "/ cgroup rw,cpu,cpuacct", "unified": "/ cgroup2 rw", "memory": "/ cgroup rw,memory"}
@@ -47,7 +47,7 @@ def test_v1_beside_an_empty_v2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["max 100000\n", "", "words\n", "1 0\n"])
-def test_no_limit_and_what_cannot_be_read(tmp_path: Path, text: str) -> None:
+def test_no_quota_without_a_limit_or_a_readable_file(tmp_path: Path, text: str) -> None:
     assert quota(tree(tmp_path, {"fs": "/ cgroup2 rw"}, "0::/\n", {"fs/cpu.max": text})) == math.inf
     assert quota(tmp_path / "nothing") == math.inf
 
@@ -72,7 +72,7 @@ class Thread:
 
 
 @pytest.mark.parametrize(("cpus", "expected"), [(math.inf, 0.2), (4.0, 0.2), (0.5, 0.1)])
-def test_a_thread_keeps_to_its_share_of_the_quota(cpus: float, expected: float) -> None:
+def test_thread_keeps_to_its_share_of_the_quota(cpus: float, expected: float) -> None:
     thread = Thread(0.2, cpus)
     for _ in range(10_000):
         thread.work(0.0003)

@@ -1,4 +1,4 @@
-"""What is taken from the kernel's own types: where a member is, in whose BTF, and how wide it is."""
+"""Offsets from the kernel's own types: the place and size of a member, and the BTF that has it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    """This kernel's types, as if it had no use for conntrack's."""
+    """Return this kernel's types without those of conntrack."""
     content = features.VMLINUX_BTF.read_bytes()
     for name in OF_CONNTRACK:
         content = content.replace(f"\0{name}\0".encode(), f"\0xx{name[2:]}\0".encode())
@@ -43,13 +43,13 @@ def kernel(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """In place of /sys/kernel/btf."""
+    """A folder in place of /sys/kernel/btf."""
     monkeypatch.setattr(features, "MODULE_BTF", tmp_path)
     return tmp_path
 
 
 def write_split(path: Path, base: Path) -> None:
-    """A module's BTF, built on the kernel's by libbpf: conntrack's structures, laid out as no kernel has them."""
+    """Write a module's BTF on top of the kernel's, with structures of conntrack laid out as no kernel has them."""
     with closing(Btf(base)) as kernel:
         lib = kernel._libbpf
         lib.btf__new_empty_split.restype, lib.btf__new_empty_split.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -81,7 +81,7 @@ def write_split(path: Path, base: Path) -> None:
         lib.btf__free(split)
 
 
-def test_types_of_the_module(kernel: Path, modules: Path) -> None:
+def test_offsets_come_from_the_modules_types(kernel: Path, modules: Path) -> None:
     write_split(modules / "nf_conntrack", kernel)
     found = features.conntrack_offsets(kernel)
     assert (found.pop("OFFSET_TUPLE_ORIGINAL"), found.pop("OFFSET_TUPLE_REPLY")) == (1020, 1120)
@@ -93,12 +93,12 @@ def test_types_of_the_module(kernel: Path, modules: Path) -> None:
     assert found.items() <= features.flow_offsets(features.VMLINUX_BTF).items()
 
 
-def test_no_module(kernel: Path, modules: Path) -> None:
+def test_missing_module_is_an_error(kernel: Path, modules: Path) -> None:
     with pytest.raises(LookupError, match=rf"struct nf_conn, nor does {modules}/nf_conntrack \(No such file"):
         features.conntrack_offsets(kernel)
 
 
-def test_a_module_that_describes_nothing(kernel: Path, modules: Path) -> None:
+def test_module_without_the_types_is_an_error(kernel: Path, modules: Path) -> None:
     (modules / "nf_conntrack").touch()
     with pytest.raises(LookupError, match=r"struct nf_conn, nor does .* \(not BTF\)"):
         features.flow_offsets(kernel)
@@ -108,7 +108,7 @@ def test_a_module_that_describes_nothing(kernel: Path, modules: Path) -> None:
 
 
 class Sizes(Btf):
-    """Tells a member's size in place of its offset."""
+    """Gives the size of a member in place of its offset."""
 
     def offset(self, structure: str, path: str) -> int:
         type_id = self._libbpf.btf__find_by_name_kind(self._btf, structure.encode(), _STRUCT)
@@ -125,7 +125,7 @@ class Sizes(Btf):
 
 
 def reads(text: str) -> Iterator[tuple[str, int]]:
-    """(OFFSET_ name, bytes) of each read_kernel*(... + OFFSET_...), those inside of others as well."""
+    """Find (OFFSET_ name, bytes) of each read_kernel*(... + OFFSET_...), nested ones as well."""
     inner = re.compile(r"(read_kernel(\d*)|\w*)\(([^()]*)\)")
     while match := inner.search(text):
         offset = re.search(r"OFFSET_\w+", match[3])
@@ -135,7 +135,7 @@ def reads(text: str) -> Iterator[tuple[str, int]]:
 
 
 def test_members_are_read_at_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wider read takes the neighbour for the member where the most significant byte comes first."""
+    """On a big-endian machine, a wider read would take the neighbour for the member."""
     monkeypatch.setattr(features, "Btf", Sizes)
     sizes = features.conntrack_offsets() | features.flow_offsets()
     found = {each for path in BPF.glob("*.[ch]") for each in reads(path.read_text())}

@@ -1,4 +1,4 @@
-"""Compiled programs as data: maps by index, and which file may be used: root loads it into the kernel."""
+"""Compiled programs as data: maps by index, and which cache file may be used, since root loads it into the kernel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OBJECT = Object(
 
 
 def load_immediate(kind: int, number: int) -> bytes:
-    """LD_IMM64 into r1: two slots."""
+    """Return LD_IMM64 into r1, which takes two slots."""
     return struct.pack("=BBhi", 0x18, registers(1, kind), 0, number) + bytes(8)
 
 
@@ -35,32 +35,32 @@ MOVE = struct.pack("=BBhi", 0xB7, registers(1, 1), 0, 7)  # r1 = 7, with bits se
 # ---- maps in instructions ----
 
 
-def test_maps_are_named_by_other_numbers() -> None:
+def test_map_descriptors_become_indices() -> None:
     code = MOVE + load_immediate(1, 7) + load_immediate(0, 7) + load_immediate(1, 9)
     assert name_maps(code, {7: 0, 9: 1}) == MOVE + load_immediate(1, 0) + load_immediate(0, 7) + load_immediate(1, 1)
 
 
 @given(st.lists(st.integers(0, 1000)), st.permutations(range(1001)))
-def test_names_can_be_taken_back(fds: list[int], indices: list[int]) -> None:
+def test_map_indices_become_descriptors_again(fds: list[int], indices: list[int]) -> None:
     code = MOVE + b"".join(load_immediate(1, fd) for fd in fds)
     there = dict(enumerate(indices))
     back = {index: fd for fd, index in there.items()}
     assert name_maps(name_maps(code, there), back) == code
 
 
-def test_unknown_map() -> None:
+def test_unknown_map_is_refused() -> None:
     with pytest.raises(LookupError, match="instruction 1 names the unknown map 7"):
         name_maps(MOVE + load_immediate(1, 7), {})
 
 
-def test_unknown_kind_of_constant() -> None:
-    """BPF_PSEUDO_MAP_VALUE: nothing that bcc makes today."""
+def test_unknown_kind_of_constant_is_refused() -> None:
+    """BPF_PSEUDO_MAP_VALUE, which bcc does not generate."""
     with pytest.raises(LookupError, match="instruction 0 loads a constant of the unknown kind 2"):
         name_maps(load_immediate(2, 7), {7: 0})
 
 
 @pytest.mark.parametrize(("order", "both"), [("little", 0x13), ("big", 0x31)])
-def test_registers_in_the_machines_order(monkeypatch: pytest.MonkeyPatch, order: str, both: int) -> None:
+def test_registers_are_in_the_machines_byte_order(monkeypatch: pytest.MonkeyPatch, order: str, both: int) -> None:
     """Destination 3, source 1, which is how a load says that it names a map."""
     monkeypatch.setattr(sys, "byteorder", order)
     assert registers(3, 1) == both
@@ -71,12 +71,12 @@ def test_registers_in_the_machines_order(monkeypatch: pytest.MonkeyPatch, order:
 # ---- a file's content ----
 
 
-def test_content_is_read_as_written() -> None:
+def test_written_content_is_read_back() -> None:
     assert decode(KEY, encode(KEY, OBJECT)) == OBJECT
 
 
 def test_damaged_content_is_refused() -> None:
-    """Each single byte, and each end that may be missing."""
+    """Each byte is changed, and each end is cut off."""
     content = encode(KEY, OBJECT)
     damaged = [content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :] for at in range(len(content))]
     for each in [*damaged, *(content[:at] for at in range(len(content))), content + b" "]:
@@ -92,7 +92,7 @@ def test_content_of_another_key_is_refused() -> None:
 # ---- the key ----
 
 
-def test_everything_that_is_compiled_counts(tmp_path: Path) -> None:
+def test_key_depends_on_everything_that_is_compiled(tmp_path: Path) -> None:
     header = tmp_path / "include/linux/types.h"
     header.parent.mkdir(parents=True)
     header.write_text("")
@@ -123,7 +123,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "made" / "by it"
 
 
-def test_folder_is_made(folder: Path) -> None:
+def test_folder_is_created(folder: Path) -> None:
     cache = Cache(folder)
     assert cache.get(KEY) is None
     cache.put(KEY, OBJECT)
@@ -133,7 +133,7 @@ def test_folder_is_made(folder: Path) -> None:
     assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o600]
 
 
-def test_off() -> None:
+def test_without_a_folder_nothing_is_cached() -> None:
     cache = Cache(None)
     cache.put(KEY, OBJECT)
     assert cache.get(KEY) is None
@@ -174,7 +174,7 @@ def _replace_by_fifo(path: Path) -> None:
         "fifo",
     ],
 )
-def test_file_that_is_not_used(folder: Path, spoil: Callable[[Path], None]) -> None:
+def test_unsafe_or_damaged_file_is_not_used(folder: Path, spoil: Callable[[Path], None]) -> None:
     cache = Cache(folder)
     cache.put(KEY, OBJECT)
     spoil(folder / f"{KEY}.json")
@@ -183,7 +183,7 @@ def test_file_that_is_not_used(folder: Path, spoil: Callable[[Path], None]) -> N
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which may give files away: run `make test` as root")
 @pytest.mark.parametrize("whose", ["file", "folder"])
-def test_what_belongs_to_somebody_else_is_not_used(folder: Path, whose: str) -> None:
+def test_file_or_folder_of_another_user_is_not_used(folder: Path, whose: str) -> None:
     cache = Cache(folder)
     cache.put(KEY, OBJECT)
     os.chown(folder / f"{KEY}.json" if whose == "file" else folder, 65534, 65534)
@@ -193,12 +193,12 @@ def test_what_belongs_to_somebody_else_is_not_used(folder: Path, whose: str) -> 
 
 
 @pytest.mark.parametrize("folder", [Path("/proc/nowhere"), Path("/dev/null"), Path("/dev/null/x")])
-def test_folder_that_cannot_be_had(folder: Path) -> None:
+def test_folder_that_cannot_be_created_is_ignored(folder: Path) -> None:
     Cache(folder).put(KEY, OBJECT)
     assert Cache(folder).get(KEY) is None
 
 
-def test_the_least_recently_used_make_room(folder: Path) -> None:
+def test_least_recently_used_files_make_room(folder: Path) -> None:
     cache = Cache(folder)
     keys = [f"{number:064x}" for number in range(MAX_FILES)]
     for age, key in enumerate(reversed(keys)):

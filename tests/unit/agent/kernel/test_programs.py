@@ -14,7 +14,7 @@ SOURCES = {program.source for program in PROGRAMS}
 
 @pytest.mark.parametrize("source", sorted(SOURCES))
 def test_each_c_program_has_a_row_and_each_row_a_c_program(source: str) -> None:
-    """bcc takes every function that is not static for a program."""
+    """bcc loads every function that is not static."""
     text = (ROOT / "bpf" / source).read_text()
     functions = set(re.findall(r"^int (\w+)\(", text, re.MULTILINE))
     assert functions == {program.function for program in PROGRAMS if program.source == source}

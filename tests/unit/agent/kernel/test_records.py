@@ -1,4 +1,4 @@
-"""bpf/records.h and agent/kernel/records.py must say the same: the header is compiled and asked."""
+"""bpf/records.h and agent/kernel/records.py agree: the test compiles the header and compares."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ ENUM_VALUES = [
 
 @pytest.fixture(scope="module")
 def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """What the C compiler makes of the header: "struct x" -> size, "struct x.member" -> offset, enum values."""
+    """Compile the header; returns "struct x" -> size, "struct x.member" -> offset, and enum values."""
     if not shutil.which("gcc"):
         pytest.skip("needs gcc: apt-get install gcc libc6-dev")
     folder = tmp_path_factory.mktemp("layout")
@@ -79,14 +79,14 @@ def layout(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", MIRRORS)
-def test_layout(layout: dict[str, int], name: str) -> None:
+def test_sizes_and_offsets_match_the_header(layout: dict[str, int], name: str) -> None:
     mirror = MIRRORS[name]
     assert ctypes.sizeof(mirror) == layout[name]
     for field in mirror._fields_:
         assert getattr(mirror, field[0]).offset == layout[f"{name}.{field[0]}"], field[0]
 
 
-def test_enums(layout: dict[str, int]) -> None:
+def test_enums_match_the_header(layout: dict[str, int]) -> None:
     for number, verdict in records.VERDICTS.items():
         assert layout[f"VERDICT_{verdict.name}"] == number
     for number, cause in records.CAUSES.items():
@@ -105,7 +105,7 @@ def test_addresses_round_trip(address: ipaddress.IPv4Address | ipaddress.IPv6Add
         assert decoded == address
 
 
-def test_a_finding_key() -> None:
+def test_finding_is_decoded() -> None:
     key = FindingKey(netns=7, cgroup=9, comm=b"dns\x1b[31m\xff", port=53, verdict=1, cause=1, family=2)
     key.expected[:] = records.encode_address("172.16.13.13")
     key.actual[:] = records.encode_address("172.17.0.1")
@@ -116,7 +116,7 @@ def test_a_finding_key() -> None:
     assert conversation is None
 
 
-def test_a_suspected_one_carries_its_flow() -> None:
+def test_suspected_reply_has_its_flow() -> None:
     key = FindingKey(port=53, verdict=3, cause=4, family=10)
     key.conversation.peer[:] = records.encode_address("fd00::2")
     key.conversation.peer_port, key.conversation.source_port = 40000, 54
@@ -125,7 +125,7 @@ def test_a_suspected_one_carries_its_flow() -> None:
     assert conversation == Conversation("fd00::2", 40000, 54)
 
 
-def test_an_unknown_verdict_is_our_fault() -> None:
+def test_unknown_verdict_is_an_error() -> None:
     with pytest.raises(KeyError):
         records.decode_finding_key(bytes(FindingKey(verdict=99, cause=1, family=2)))
 
@@ -145,12 +145,12 @@ def test_an_unknown_verdict_is_our_fault() -> None:
         ("ff" * 40, None),
     ],
 )
-def test_conntrack_tuple(raw: str, expected: Tuple | None) -> None:
-    """Bytes as the kernel has them in memory, on a little-endian machine."""
+def test_conntrack_tuple_is_decoded(raw: str, expected: Tuple | None) -> None:
+    """The bytes are as the kernel has them in memory on a little-endian machine."""
     assert records.decode_tuple(bytes.fromhex(raw)) == expected
 
 
-def test_counters_add_the_cpus_up() -> None:
+def test_counters_are_summed_over_cpus() -> None:
     one, other = StatsRecord(checked=3, wrong=1), StatsRecord(checked=4, ring_full=2)
     assert records.decode_counters(bytes(one) + bytes(other)) == Counters(checked=7, wrong=1, ring_full=2)
     assert records.decode_counters(b"") == Counters()

@@ -23,19 +23,19 @@ SNMP6 = f"""\
 """
 
 
-def test_both_families_are_added_up(tmp_path: Path) -> None:
+def test_both_families_are_summed(tmp_path: Path) -> None:
     (tmp_path / "snmp").write_text(SNMP)
     (tmp_path / "snmp6").write_text(SNMP6 + f"{'UdpLite6OutDatagrams':<32}\t9000\n")
     assert udp_sent(tmp_path) == 42
 
 
-def test_kernel_without_ipv6(tmp_path: Path) -> None:
+def test_kernel_without_ipv6_counts_ipv4_alone(tmp_path: Path) -> None:
     (tmp_path / "snmp").write_text(SNMP)
     assert udp_sent(tmp_path) == 40
 
 
 @pytest.mark.parametrize("text", ["", "Udp: InDatagrams\nUdp: 1\n", "Udp: OutDatagrams\nUdp: many\n"])
-def test_another_format_is_no_count(tmp_path: Path, text: str) -> None:
+def test_unknown_format_gives_no_count(tmp_path: Path, text: str) -> None:
     (tmp_path / "snmp").write_text(text)
     assert udp_sent(tmp_path) is None
     assert udp_sent(tmp_path / "nowhere") is None

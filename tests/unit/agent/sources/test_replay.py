@@ -1,4 +1,4 @@
-"""A recording in place of the kernel: what was counted is counted again, whoever reads it."""
+"""A recording in place of the kernel: its counts are counted again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def play(tmp_path: Path) -> Iterator[Callable[..., Replay]]:
-    """A recording of these lines."""
+    """Write a recording of these lines."""
     with ExitStack() as opened:
 
         def start(*lines: str) -> Replay:
@@ -44,7 +44,7 @@ def play(tmp_path: Path) -> Iterator[Callable[..., Replay]]:
         yield start
 
 
-def test_what_the_agent_writes_can_be_read_back() -> None:
+def test_events_that_the_agent_writes_can_be_replayed() -> None:
     played = Replay(EVENTS)
     events = list(played.events())
     assert [event.finding.port for event in events] == [56789, 53, 53]
@@ -67,15 +67,15 @@ def total(played: Replay) -> int:
     return sum(increase.count for increase in played.sample(0).increases)
 
 
-def test_counts_are_those_of_the_findings_not_of_the_samples(play: Callable[..., Replay]) -> None:
+def test_counts_are_of_findings_not_of_events(play: Callable[..., Replay]) -> None:
     assert total(play(line(count=1), line(count=2), line(count=900))) == 900
 
 
-def test_an_agent_that_was_started_again_counts_from_one(play: Callable[..., Replay]) -> None:
+def test_restarted_agent_in_the_recording_counts_from_one(play: Callable[..., Replay]) -> None:
     assert total(play(line(count=5), line(count=1), line(count=2))) == 7
 
 
-def test_senders_are_told_apart(play: Callable[..., Replay]) -> None:
+def test_senders_are_distinguished(play: Callable[..., Replay]) -> None:
     played = play(line(pod="a", count=3), line(pod="b", count=4))
     list(played.events())
     increases = played.sample(0).increases
@@ -100,7 +100,7 @@ def test_senders_are_told_apart(play: Callable[..., Replay]) -> None:
     ],
     ids=lambda text: text[:20],
 )
-def test_a_bad_line_is_skipped_and_counted(
+def test_invalid_line_is_skipped_and_counted(
     play: Callable[..., Replay], bad: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     played = play(line(), bad, line(count=2))
@@ -110,7 +110,7 @@ def test_a_bad_line_is_skipped_and_counted(
     assert "line 2: skipped, not an event" in caplog.text
 
 
-def test_names_cannot_break_out(play: Callable[..., Replay]) -> None:
+def test_control_characters_in_names_are_escaped(play: Callable[..., Replay]) -> None:
     played = play(line(process="a\x1b[31m\n", pod="[bold]x"))
     (event,) = played.events()
     assert played.lookup(event).process == "a\\x1b[31m\\x0a"
@@ -118,17 +118,17 @@ def test_names_cannot_break_out(play: Callable[..., Replay]) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "nothing\n"])
-def test_no_recording(play: Callable[..., Replay], content: str) -> None:
+def test_file_without_events_is_refused(play: Callable[..., Replay], content: str) -> None:
     with pytest.raises(UsageError, match="it has no event"):
         play(content)
 
 
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+def test_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         Replay(tmp_path / "nothing")
 
 
-def test_pauses_are_kept_as_far_as_they_are_short(play: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_pauses_are_kept_and_long_ones_cut(play: Callable[..., Replay], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replay, "MAX_PAUSE_SECONDS", 100.0)
     played = play(line(), line(time="2027-01-15T08:01:00.000Z", count=2))
     assert len(list(played.events())) == 1  # the second one is due in a minute

@@ -1,4 +1,4 @@
-"""The table of requests that conntrack's events fill: shares, eviction, and what is undecided afterwards."""
+"""The table of requests that conntrack's events fill: shares, eviction, and which replies are undecided afterwards."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def test_same_port_of_another_namespace_is_another_tenant() -> None:
     assert not table.may_be_evicted(client(1, inode=7), 200)
 
 
-def test_a_port_scan_in_another_namespace_evicts_its_own_requests() -> None:
-    """Each port of it has one request; the server has several."""
+def test_port_scan_in_another_namespace_evicts_its_own_requests() -> None:
+    """Each scanned port has one request; the server has several."""
     table = Requests(WINDOW, size=1000)
     for number in range(20):
         table.remember(client(number, port=53, inode=7), "10.9.0.1", number)
@@ -90,8 +90,8 @@ def test_evicted_request_is_undecided_for_a_window() -> None:
     assert not table.may_be_evicted(client(1), 3 + WINDOW)
 
 
-def test_forgotten_clients_are_bounded_and_their_tenant_is_undecided() -> None:
-    """More evictions than are remembered one by one: every client of that tenant may be one of them."""
+def test_evicted_clients_are_bounded_and_then_the_whole_tenant_is_undecided() -> None:
+    """With more evictions than can be remembered, every client of that tenant may be one of them."""
     table = Requests(WINDOW, size=10)
     for number in range(1000):
         table.remember(client(number, port=514), "a", number)
@@ -101,7 +101,7 @@ def test_forgotten_clients_are_bounded_and_their_tenant_is_undecided() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_hold_for_random_tenants(seed: int) -> None:
-    """The model: nobody loses a request while another tenant holds more."""
+    """No tenant loses a request while another tenant holds more."""
     chance = random.Random(seed)  # noqa: S311
     table = Requests(WINDOW, size=50)
     ports = [chance.randrange(1, 9) for _ in range(2000)]

@@ -21,12 +21,12 @@ from udpwatch.agent.client.top.rows import Look
     ],
     ids=["quiet", "beyond"],
 )
-def test_the_numbers_of_a_node(changes: dict[str, Any], told: str) -> None:
+def test_totals_of_a_node(changes: dict[str, Any], told: str) -> None:
     lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
     assert told in "".join(text for text, _ in lines[1])
 
 
-def test_spark_has_the_newest_at_the_right() -> None:
+def test_sparkline_has_the_newest_rate_at_the_right() -> None:
     bars, peak = spark([(NOW - 150, 1.0), (NOW, 4.0)], NOW, 10)
     assert peak == 4.0
     assert bars[-1] == "█"
@@ -35,7 +35,7 @@ def test_spark_has_the_newest_at_the_right() -> None:
     assert spark([], NOW, 0) == ("", 0.0)
 
 
-def test_spark_is_flat_where_nothing_is_wrong() -> None:
+def test_sparkline_is_flat_without_wrong_replies() -> None:
     bars, peak = spark([(NOW - second, 0.0) for second in range(60, 0, -1)], NOW, 50)
     assert (set(bars.strip()), peak) == ({"▁"}, 0.0)
 
@@ -45,7 +45,7 @@ def state(seen: Look | None, **changes: Any) -> str:
     return "\n".join(map(plain, lines))
 
 
-def test_the_banner_says_how_it_stands() -> None:
+def test_banner_shows_the_state_of_the_connection() -> None:
     good = look(0, row())
     assert "● 1s ago" in state(good)
     assert "paused at " in state(good, paused=NOW)
@@ -56,7 +56,7 @@ def test_the_banner_says_how_it_stands() -> None:
     assert "2 nodes" in state(replace(good, cluster=True, snapshots=good.snapshots * 2))
 
 
-def test_the_banner_counts() -> None:
+def test_banner_shows_the_counts() -> None:
     text = state(look(0, row(count=3), other=4, lost={"queue": 2, "output": 3}))
     for fact in ("total 7", "in no row 4", "findings 1", "lost 5"):
         assert fact in text

@@ -27,22 +27,22 @@ from udpwatch.agent.client.top.rows import Order, rows
     [(None, "·"), (0, "0"), (0.001, "<0.01"), (0.05, "0.05"), (0.1, "0.1"), (12.34, "12.3"), (99.9, "99.9"),
      (100, "100"), (1234, "1.2k"), (999_999, "1.0M"), (54_321, "54k"), (12e9, "12G")],
 )  # fmt: skip
-def test_rate_text(rate: float | None, text: str) -> None:
+def test_rate_as_text(rate: float | None, text: str) -> None:
     assert rate_text(rate) == text
 
 
 @given(st.floats(0, 1e14))
-def test_numbers_keep_their_column(number: float) -> None:
+def test_numbers_fit_their_column(number: float) -> None:
     assert len(rate_text(number)) <= 5
     assert len(count_text(number)) <= 7
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(-5, "0s"), (59.9, "59s"), (61, "1m"), (7200, "2h"), (1e6, "11d")])
-def test_age_text(seconds: float, text: str) -> None:
+def test_age_as_text(seconds: float, text: str) -> None:
     assert age_text(seconds) == text
 
 
-def test_an_address_keeps_both_its_ends() -> None:
+def test_long_address_keeps_both_ends() -> None:
     assert address_text("fd00:1234:5678::13", 11) == "fd00:…8::13"
     assert address_text("10.0.0.1", 10) == "10.0.0.1  "
 
@@ -57,7 +57,7 @@ ADDRESSES = st.sampled_from(["10.0.0.1", "172.16.113.113", "fd00:1234:5678:9abc:
     st.booleans(),
     st.sampled_from(list(Order)),
 )
-def test_every_line_is_as_wide_as_the_screen_or_less(
+def test_no_line_is_wider_than_the_screen(
     found: list[tuple[str, str, str, int]], width: int, cluster: bool, order: Order
 ) -> None:
     seen = look(0, *(row(name, 53, count, pod=pod, expected=where) for name, pod, where, count in found))
@@ -71,7 +71,7 @@ def test_every_line_is_as_wide_as_the_screen_or_less(
         assert cell_len("".join(part for part, _ in painted)) <= max(width, 70)
 
 
-def test_addresses_of_usual_length_are_whole_in_80_columns() -> None:
+def test_ipv4_addresses_are_complete_in_80_columns() -> None:
     long = row("unbound-control-very-long", 65535, 123_456, namespace="kube-system", pod="coredns-7c9f6d-x2x9k")
     lines = rows(look(0, long), Order.RATE)
     text = plain(cells(lines[0], columns_for(lines, 80, False, Order.RATE), NOW))
@@ -81,7 +81,7 @@ def test_addresses_of_usual_length_are_whole_in_80_columns() -> None:
     assert "coredns" in text
 
 
-def test_the_heading_shows_what_it_is_sorted_by() -> None:
+def test_heading_marks_the_sort_column() -> None:
     lines = rows(look(0, row()), Order.TOTAL)
     for order, backwards, arrow in (
         (Order.TOTAL, False, "total▼"),

@@ -1,4 +1,4 @@
-"""The cluster as Prometheus tells it, and what a server may say that is not Prometheus."""
+"""A cluster as Prometheus reports it, and servers that are not Prometheus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def mismatch(instance: str, port: str = "53", **labels: str) -> dict[str, str]:
     return {"__name__": MISMATCH, "instance": instance, "port": port, **known, **labels}
 
 
-def test_a_row_per_node_and_finding() -> None:
+def test_each_node_and_finding_has_a_row() -> None:
     totals = [
         ({"__name__": "udpwatch_build_info", "instance": "a:9953", "mode": "packet", "kernel": "6.1"}, 1.0),
         ({"__name__": "udpwatch_replies_checked_total", "instance": "a:9953"}, 100.0),
@@ -48,8 +48,8 @@ def test_a_row_per_node_and_finding() -> None:
     assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
 
 
-def test_a_node_goes_by_its_name() -> None:
-    """Where the scrape adds it; two agents of one node, as while one replaces the other, are one."""
+def test_node_has_the_name_that_the_scrape_adds() -> None:
+    """Two agents of one node, while one replaces the other, are one node."""
     old, new = ({**mismatch(f"10.0.0.{number}:9953"), "node": "worker-1"} for number in (1, 2))
     look, seen = look_of(1000.0, [(old, 7.0), (new, 1.0)], [(old, 0.5), (new, 1.0)], [], {})
     (line,) = rows(look, Order.TOTAL)
@@ -63,8 +63,8 @@ def vector(*samples: tuple[dict[str, Any], str]) -> bytes:
     return json.dumps({"status": "success", "data": {"resultType": "vector", "result": result}}).encode()
 
 
-def test_numbers_that_are_none() -> None:
-    """A counter that somebody else wrote there, a rate over nothing."""
+def test_values_that_are_not_counts_are_ignored() -> None:
+    """Another exporter's counter, or a rate over an empty range."""
     bad = ("NaN", "+Inf", "-Inf", "-1", "1e308")
     totals = samples_of(vector((mismatch("a"), "3"), *((mismatch("b"), value) for value in bad)))
     assert totals == [(mismatch("a"), 3.0)]
@@ -78,7 +78,7 @@ Answer = Callable[[BaseHTTPRequestHandler], None]
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Answer], str]]:
-    """A server on loopback that answers as told; its URL."""
+    """Start a server on loopback that answers as the test wants; returns its URL."""
     servers: list[ThreadingHTTPServer] = []
 
     def start(answer: Answer) -> str:
@@ -111,7 +111,7 @@ def say(status: int, body: bytes) -> Answer:
     return answer
 
 
-def test_no_findings_are_an_answer_and_a_path_and_a_password_reach_the_server(serve: Callable[[Answer], str]) -> None:
+def test_path_and_password_reach_the_server_and_no_findings_are_valid(serve: Callable[[Answer], str]) -> None:
     asked = []
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
@@ -141,7 +141,7 @@ def test_no_findings_are_an_answer_and_a_path_and_a_password_reach_the_server(se
         (503, b"[" * 3000, "503 Service Unavailable"),
     ],
 )
-def test_what_is_no_prometheus(
+def test_response_that_is_not_prometheus_is_an_error(
     serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, reason: str
 ) -> None:
     monkeypatch.setattr(prometheus, "MAX_REPLY_BYTES", 3000)
@@ -150,7 +150,7 @@ def test_what_is_no_prometheus(
     assert str(caught.value).isprintable()
 
 
-def test_what_is_not_even_http(serve: Callable[[Answer], str]) -> None:
+def test_response_that_is_not_http_is_an_error(serve: Callable[[Answer], str]) -> None:
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"SSH-2.0-OpenSSH_9\x1b[2J\r\n")
 
@@ -159,13 +159,13 @@ def test_what_is_not_even_http(serve: Callable[[Answer], str]) -> None:
     assert str(caught.value).isprintable()
 
 
-def test_numbers_that_no_look_can_be_made_of(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_numbers_are_an_error(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus, "MAX_VALUE", float("inf"))
     with pytest.raises(OSError, match="infinity"):
         PrometheusSource(serve(say(200, vector((mismatch("a"), "+Inf"))))).read()
 
 
-def test_who_trickles_is_left(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_response_is_an_error(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus, "TIMEOUT_SECONDS", 0.3)
     gone = threading.Event()
 
@@ -183,12 +183,12 @@ def test_who_trickles_is_left(serve: Callable[[Answer], str], monkeypatch: pytes
     gone.set()
 
 
-def test_nobody_answers() -> None:
+def test_refused_connection_is_an_error() -> None:
     with pytest.raises(OSError, match=r"127\.0\.0\.1:9"):
         PrometheusSource("http://127.0.0.1:9").read()
 
 
 @pytest.mark.parametrize("url", ["", "prometheus:9090", "file:///etc/passwd", "http://", "ftp://x"])
-def test_a_url_that_is_none(url: str) -> None:
+def test_invalid_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="http://HOST:PORT"):
         PrometheusSource(url)

@@ -14,25 +14,25 @@ def rates(seen: Look) -> list[float | None]:
     return [line.rate for line in rows(seen, Order.PORT)]
 
 
-def test_the_first_look_knows_no_rate() -> None:
+def test_first_look_has_no_rate() -> None:
     first = Meter().add(look(0, row()))
     assert (rates(first), first.wrong, first.checked) == ([None], None, None)
 
 
-def test_a_rate_is_what_was_added_between_two_looks() -> None:
+def test_rate_is_the_increase_between_two_looks() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10), checked=100))
     second = meter.add(look(2, row(count=16), checked=150))
     assert (rates(second), second.wrong, second.checked) == ([3.0], 3.0, 25.0)
 
 
-def test_a_row_that_was_not_there_before_counts_whole() -> None:
+def test_new_row_counts_completely() -> None:
     meter = Meter()
     meter.add(look(0, row()))
     assert rates(meter.add(look(1, row(), row(port=2000, count=4)))) == [0.0, 4.0]
 
 
-def test_a_rate_is_of_the_last_five_seconds() -> None:
+def test_rate_covers_the_last_five_seconds() -> None:
     meter = Meter()
     for second in range(21):
         seen = meter.add(look(second, row(count=100 if second >= 10 else 1)))
@@ -41,20 +41,20 @@ def test_a_rate_is_of_the_last_five_seconds() -> None:
     assert rates(seen) == [0.0]
 
 
-def test_an_agent_that_was_started_again_counts_from_zero() -> None:
+def test_restarted_agent_counts_from_zero() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10), checked=100))
     again = meter.add(look(4, row(count=12), checked=104, started=NOW + 3))
     assert (rates(again), again.checked) == ([3.0], 26.0)
 
 
-def test_a_count_that_fell_counts_whole() -> None:
+def test_count_that_fell_counts_completely() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10)))
     assert rates(meter.add(look(1, row(count=3)))) == [3.0]
 
 
-def test_the_same_reading_again_changes_nothing() -> None:
+def test_repeated_snapshot_changes_nothing() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10)))
     second = meter.add(look(1, row(count=12)))
@@ -62,7 +62,7 @@ def test_the_same_reading_again_changes_nothing() -> None:
     assert (third.rates, third.history) == (second.rates, second.history)
 
 
-def test_a_clock_that_was_set_back_does_no_harm() -> None:
+def test_clock_that_is_set_back_starts_new_rates() -> None:
     meter = Meter()
     meter.add(look(0, row(count=10)))
     meter.add(look(1, row(count=12)))
@@ -70,7 +70,7 @@ def test_a_clock_that_was_set_back_does_no_harm() -> None:
     assert meter.add(look(-3599, row(count=15))).wrong == 1.0
 
 
-def test_what_is_in_no_row_is_wrong_too() -> None:
+def test_replies_in_no_row_count_as_wrong() -> None:
     meter = Meter()
     meter.add(look(0, row(), other=5))
     second = meter.add(look(1, row(), other=7))
@@ -94,12 +94,12 @@ THREE = (row("a", 3, 5), row("B", 1, 7, pod="x", namespace="ns"), row("c", 2, 6,
         (Order.PORT, "Bca"),
     ],
 )
-def test_order(order: Order, processes: str) -> None:
+def test_rows_are_sorted_by_each_column(order: Order, processes: str) -> None:
     shown = rows(look(0, *THREE), order)
     assert "".join(line.key.process for line in shown) == processes
 
 
-def test_every_order_has_its_turn_and_can_be_turned_round() -> None:
+def test_sort_key_visits_every_column_and_can_be_reversed() -> None:
     order, seen = Order.RATE, []
     for _ in Order:
         seen.append(order)
@@ -112,12 +112,12 @@ def test_every_order_has_its_turn_and_can_be_turned_round() -> None:
     ("words", "processes"),
     [("", "aBc"), ("b", "Bc"), ("NS/X", "B"), ("box", "c"), ("172.16 new", "aBc"), ("box a", ""), ("[red]", "")],
 )
-def test_filter(words: str, processes: str) -> None:
+def test_filter_selects_rows_by_words(words: str, processes: str) -> None:
     shown = rows(look(0, *THREE), Order.PROCESS, words=words)
     assert "".join(line.key.process for line in shown if line) == processes
 
 
-def test_after_a_clear_only_what_grew_is_shown() -> None:
+def test_after_clear_only_rows_that_grew_are_shown() -> None:
     baseline = baseline_of(look(0, row(count=10), row(port=2, count=3), other=4))
     later = look(1, row(count=12), row(port=2, count=3), other=5)
     assert [(line.key.port, line.total) for line in rows(later, Order.RATE, baseline=baseline)] == [(1194, 2)]

@@ -33,7 +33,7 @@ THREE = (row("aaa", 3, 5), row("bbb", 1, 7, pod="web-0", namespace="shop"), row(
 
 
 def screen(app: TopApp) -> list[str]:
-    """What is on the screen, line by line."""
+    """Return the text on the screen, line by line."""
     strips = app.screen._compositor.render_strips()
     return ["".join(segment.text for segment in strip).rstrip() for strip in strips]
 
@@ -44,7 +44,7 @@ def drive(
     size: tuple[int, int] = (80, 24),
     app: TopApp | None = None,
 ) -> TopApp:
-    """Run a screen that was told two looks, the second one a second later, and play on it."""
+    """Run a screen with two looks, one second apart, and play on it."""
     app = app or TopApp(None, clock=lambda: NOW + 1, name="test")
     found = found or THREE
 
@@ -69,7 +69,7 @@ def selected(app: TopApp) -> str:
     return line.key.process if line else ""
 
 
-def test_s_sorts_by_the_next_column_and_r_turns_it_round() -> None:
+def test_s_sorts_by_the_next_column_and_r_reverses() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         seen = []
         for _ in range(6):
@@ -90,7 +90,7 @@ def test_s_sorts_by_the_next_column_and_r_turns_it_round() -> None:
     drive(play)
 
 
-def test_the_selected_row_stays_selected() -> None:
+def test_selected_row_stays_selected() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         assert selected(app) == "bbb"
         await pilot.press("j", "down", "j")
@@ -113,7 +113,7 @@ def test_the_selected_row_stays_selected() -> None:
     drive(play)
 
 
-def test_slash_filters_while_it_is_typed() -> None:
+def test_slash_filters_while_typing() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("slash", *"bb")
         assert processes(app) == "bbb"
@@ -131,8 +131,8 @@ def test_slash_filters_while_it_is_typed() -> None:
     drive(play)
 
 
-def test_words_typed_in_one_burst_are_all_heard() -> None:
-    """A fast typist, a slow machine, a paste: the keys are there before the first of them was looked at."""
+def test_keys_typed_in_one_burst_are_all_handled() -> None:
+    """With a fast typist, a slow machine or a paste, all keys are there before the first is handled."""
 
     async def play(app: TopApp, pilot: Any) -> None:
         def burst(*keys: str) -> None:
@@ -154,7 +154,7 @@ def test_words_typed_in_one_burst_are_all_heard() -> None:
     drive(play)
 
 
-def test_p_holds_the_screen() -> None:
+def test_p_pauses_the_screen() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("p")
         assert "paused at" in screen(app)[0]
@@ -183,7 +183,7 @@ def test_c_counts_from_now() -> None:
     drive(play)
 
 
-def test_enter_tells_about_a_row() -> None:
+def test_enter_opens_the_details_of_a_row() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("j", "enter")
         await pilot.pause()
@@ -208,7 +208,7 @@ def test_enter_tells_about_a_row() -> None:
     drive(play)
 
 
-def test_the_remedy_comes_from_outside() -> None:
+def test_remedy_is_shown_in_the_details() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("enter")
         await pilot.pause()
@@ -217,7 +217,7 @@ def test_the_remedy_comes_from_outside() -> None:
     drive(play, row("openvpn"), app=TopApp(None, remedy=explain.short_advice, name="test"))
 
 
-def test_question_mark_helps_and_any_key_goes_back() -> None:
+def test_question_mark_opens_help_and_any_key_closes_it() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("question_mark")
         await pilot.pause()
@@ -241,7 +241,7 @@ def test_q_quits(key: str) -> None:
     assert drive(play).return_value is None
 
 
-def test_trouble_is_shown_until_it_is_over() -> None:
+def test_connection_error_is_shown_until_it_is_over() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         app.take(News(trouble="Connection refused"))
         await pilot.pause()
@@ -255,7 +255,7 @@ def test_trouble_is_shown_until_it_is_over() -> None:
     drive(play)
 
 
-def test_what_cannot_be_mended_ends_it() -> None:
+def test_permanent_error_ends_the_screen() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         app.take(News(failure=UdpwatchError("its agent has ended")))
         await pilot.pause()
@@ -263,7 +263,7 @@ def test_what_cannot_be_mended_ends_it() -> None:
     assert str(drive(play).return_value) == "its agent has ended"
 
 
-def test_every_size_is_used() -> None:
+def test_screen_uses_every_size() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         for width, height in ((200, 50), (80, 24), (40, 10), (20, 5), (300, 100), (80, 24)):
             await pilot.resize_terminal(width, height)
@@ -279,7 +279,7 @@ def test_every_size_is_used() -> None:
     drive(play, *(row(f"srv-{number:03}", number, number) for number in range(1, 200)))
 
 
-def test_names_do_no_harm() -> None:
+def test_control_characters_in_names_are_escaped() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("j", "enter")
         await pilot.pause()
@@ -302,8 +302,8 @@ def test_names_do_no_harm() -> None:
     drive(play, *nasty, size=(150, 24))
 
 
-def test_five_thousand_rows_at_once() -> None:
-    """Each look changes all of them; a key is answered between two of them, and only rows in sight are drawn."""
+def test_five_thousand_changing_rows_leave_keys_responsive() -> None:
+    """Each look changes all rows; only visible rows are drawn, so a key is handled between two looks."""
     many = [row(f"srv-{number}", number, number) for number in range(1, 5001)]
 
     async def play(app: TopApp, pilot: Any) -> None:
@@ -322,7 +322,7 @@ def test_five_thousand_rows_at_once() -> None:
     drive(play, *many)
 
 
-def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_disables_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
 
     async def play(app: TopApp, pilot: Any) -> None:
@@ -340,7 +340,7 @@ def test_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Slow:
-    """A source that answers when it is told to."""
+    """A source that answers when the test lets it."""
 
     name = "slow"
 
@@ -362,7 +362,7 @@ class Slow:
         pass
 
 
-def test_the_feed_asks_and_asks_again() -> None:
+def test_feed_polls_its_source() -> None:
     source = Slow()
 
     async def run() -> None:
@@ -407,7 +407,7 @@ def recording() -> list[str]:
 
 
 def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
-    """A recording, through everything above the kernel, a look a second."""
+    """Yield snapshots of a recording, one look a second, through everything above the kernel."""
     now = 0.0
     monkeypatch.setattr(replay.time, "monotonic", lambda: now)
     played = Replay(path)
@@ -473,6 +473,6 @@ def test_lines_scroll_within_what_there_is() -> None:
     asyncio.run(run())
 
 
-def test_the_sender_of_a_row_makes_its_key() -> None:
+def test_rows_of_different_senders_have_different_keys() -> None:
     changed = replace(row(), sender=Sender("openvpn", 1))
     assert key_of("n", changed) == key_of("n", row())

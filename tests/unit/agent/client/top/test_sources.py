@@ -31,7 +31,7 @@ EVENTS = GOLDEN / "events.jsonl"
 
 
 class FakeAgent:
-    """Answers on a socket, one connection at a time, until it is closed."""
+    """Responds on a socket, one connection at a time, until it is closed."""
 
     def __init__(self, path: Path, answer: Callable[[dict[str, Any]], bytes]) -> None:
         path.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ def whole(_: dict[str, Any]) -> bytes:
     return json.dumps({"v": 1, "snapshot": asdict(snapshot(row(count=7))), "events": [{"port": 1}]}).encode()
 
 
-def test_an_agent_that_goes_and_comes_back(tmp_path: Path) -> None:
+def test_restarted_agent_is_reconnected(tmp_path: Path) -> None:
     path = tmp_path / "a.sock"
     agent = FakeAgent(path, whole)
     source = AgentSource(path)
@@ -87,14 +87,14 @@ def test_an_agent_that_goes_and_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "answer", [b"220 mail ready", b"[]", b"7", b'{"v": 1, "snapshot": {}}', b'{"v": 2}', b'{"v": 1}']
 )
-def test_what_is_no_agent_of_ours_may_be_replaced_by_one(tmp_path: Path, answer: bytes) -> None:
+def test_response_that_is_not_an_agents_is_a_temporary_error(tmp_path: Path, answer: bytes) -> None:
     agent = FakeAgent(tmp_path / "a.sock", lambda _: answer)
     with pytest.raises(OSError):
         AgentSource(tmp_path / "a.sock").read()
     agent.close()
 
 
-def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_agent_is_an_error_that_says_what_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DEFAULT_SOCKET", tmp_path / "default.sock")
     with pytest.raises(UdpwatchError, match=r"no agent answers on .*other\.sock .*start `udpwatch run`"):
         open_agent(str(tmp_path / "other.sock"))
@@ -103,7 +103,7 @@ def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         open_agent(None)
 
 
-def test_a_private_agent_writes_no_events_and_serves_no_dns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_agent_writes_no_events_and_serves_no_dns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EVENTS", "DNS", "CGROUP", "HEAL"):
         monkeypatch.setenv(f"UDPWATCH_{name}", "x")
     told = {name: value for name, value in sources._environment().items() if name.startswith("UDPWATCH_")}
@@ -119,7 +119,9 @@ def temporary_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_a_replay_needs_no_root_and_leaves_nothing(capsys: pytest.CaptureFixture[str], temporary_folder: Path) -> None:
+def test_replay_prints_the_recording_and_leaves_no_files(
+    capsys: pytest.CaptureFixture[str], temporary_folder: Path
+) -> None:
     assert main(["top", "--replay", str(EVENTS), "--once", "--json", "--interval", "2"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert sum(each["total"] for each in told["findings"]) > 0
@@ -127,13 +129,13 @@ def test_a_replay_needs_no_root_and_leaves_nothing(capsys: pytest.CaptureFixture
     assert list(temporary_folder.iterdir()) == []
 
 
-def test_a_replay_that_cannot_be_played_says_why(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_replay_of_a_missing_file_is_an_error_that_names_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["top", "--replay", str(tmp_path / "none.jsonl"), "--once"]) == 1
     assert "none.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--interval", "0"], ["--interval", "x"], ["--connect", "a", "--prometheus", "b"]])
-def test_wrong_usage(words: list[str]) -> None:
+def test_wrong_usage_ends_with_status_2(words: list[str]) -> None:
     assert main(["top", *words]) == 2
 
 
@@ -160,7 +162,7 @@ def ended(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
-def test_its_agent_ends_with_it(number: signal.Signals, temporary_folder: Path) -> None:
+def test_private_agent_ends_with_top(number: signal.Signals, temporary_folder: Path) -> None:
     with start("--json") as process:
         assert process.stdout
         json.loads(process.stdout.readline())
@@ -174,7 +176,7 @@ def test_its_agent_ends_with_it(number: signal.Signals, temporary_folder: Path) 
     assert list(temporary_folder.iterdir()) == []
 
 
-def test_a_reader_that_goes_away_ends_it_quietly() -> None:
+def test_closed_output_ends_top_quietly() -> None:
     with start() as process:
         assert process.stdout
         process.stdout.readline()
@@ -184,7 +186,7 @@ def test_a_reader_that_goes_away_ends_it_quietly() -> None:
         assert process.stderr.read() == ""
 
 
-def test_its_agent_that_ends_ends_it() -> None:
+def test_top_ends_with_an_error_when_its_private_agent_ends() -> None:
     with start("--json") as process:
         assert process.stdout
         json.loads(process.stdout.readline())
@@ -195,6 +197,6 @@ def test_its_agent_that_ends_ends_it() -> None:
         assert "replay of events.jsonl has ended" in process.stderr.read()
 
 
-def test_who_wants_lines_does_not_pay_for_a_screen() -> None:
+def test_plain_output_does_not_import_textual() -> None:
     code = "import sys, udpwatch.agent.client.top.prometheus; sys.exit('textual' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0

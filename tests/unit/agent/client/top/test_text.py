@@ -17,7 +17,7 @@ from udpwatch.agent.client.top.rows import Look, Order, rows
 
 
 class Script:
-    """A source that says what it was told to."""
+    """A source whose looks are given."""
 
     name = "script"
 
@@ -37,17 +37,17 @@ class Script:
         pass
 
 
-def test_once_takes_two_looks() -> None:
+def test_once_reads_two_looks() -> None:
     seen = text.once(Script(look(0, row(count=1)), look(1, row(count=3)), look(2, row(count=9))), 0.01)
     assert seen.wrong == 2.0
 
 
-def test_once_waits_for_a_new_reading() -> None:
+def test_once_waits_for_a_new_snapshot() -> None:
     seen = text.once(Script(look(0, row()), look(0, row()), look(0.5, row(count=2))), 0.01)
     assert seen.wrong == 2.0
 
 
-def test_the_table_is_for_people() -> None:
+def test_table_fits_the_width() -> None:
     seen = text.once(Script(look(0, row(count=1)), look(1, row(count=3))), 0.01)
     for width in (80, None):
         lines = text.table(seen, width, "script").splitlines()
@@ -56,7 +56,7 @@ def test_the_table_is_for_people() -> None:
     assert "no wrong reply so far" in text.table(look(0), 80, "script")
 
 
-def test_the_object_is_for_programs() -> None:
+def test_json_object_has_all_documented_keys() -> None:
     seen = text.once(Script(look(0, row(count=1)), look(1, row("\x1b[31m[red]", count=3), row(count=3), other=2)), 0.01)
     told = json.loads(json.dumps(text.as_json(seen)))
     assert told["findings"][0] | {"last": None} == {
@@ -71,7 +71,7 @@ def test_the_object_is_for_programs() -> None:
         assert not [name for name in names if f"`{name}`" not in documented]
 
 
-def test_plain_lines_are_of_rows_that_grew() -> None:
+def test_plain_lines_show_rows_that_grew() -> None:
     before: dict[Any, int] = {}
     assert len(text.changes(look(0, row(), row("\x1b]0;x\x07", 53)), before)) == 2
     lines = text.changes(look(1, row(), row("\x1b]0;x\x07", 53, count=2)), before)
@@ -80,8 +80,8 @@ def test_plain_lines_are_of_rows_that_grew() -> None:
     assert lines[0].isprintable()
 
 
-def test_no_word_of_a_source_moves_the_cursor() -> None:
-    """Prometheus passes on whatever it was given for a label, verdict and cause among them."""
+def test_control_characters_of_a_source_are_escaped() -> None:
+    """Prometheus forwards any text in labels, including verdict and cause."""
     evil = "\x1b]52;c;eA==\x07\r"
     found = row(evil, namespace=evil, pod=evil, container=evil, expected=evil, actual=evil, verdict=evil, cause=evil)
     seen = replace(look(0, found, node=evil, mode=evil, kernel=evil), cluster=True)
@@ -93,7 +93,7 @@ def test_no_word_of_a_source_moves_the_cursor() -> None:
         assert each.isprintable()
 
 
-def test_looks_go_on_after_trouble_and_say_it_once() -> None:
+def test_looks_continue_after_an_error_and_log_it_once() -> None:
     said: list[str] = []
     gone = ConnectionRefusedError(111, "Connection refused")
     script = Script(look(0, row()), gone, gone, look(1, row(count=2)), gone, look(2, row(count=2)))
