@@ -1,4 +1,4 @@
-"""The alert rules: what Prometheus' own tool makes of them, and that each has its page and its cases."""
+"""The alert rules: valid for Prometheus' own tool, and each has a runbook page and test cases."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ NAMES = [rule["alert"] for rule in boards.rules()]
 
 
 def promtool(*arguments: str) -> None:
-    """Run it; what it complains of fails the test."""
+    """Run promtool; an error fails the test."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is missing: apt-get install prometheus")
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_rules_are_valid() -> None:
+def test_alert_rules_are_valid() -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", str(boards.ALERTS))
 
 
-def test_the_documented_scrape_is_valid(tmp_path: Path) -> None:
+def test_documented_scrape_configuration_is_valid(tmp_path: Path) -> None:
     (block,) = re.findall(
         r"```yaml\n(scrape_configs:.*?)```", (RUNBOOKS.parent / "monitoring.md").read_text(), re.DOTALL
     )
@@ -41,18 +41,18 @@ def test_the_documented_scrape_is_valid(tmp_path: Path) -> None:
     promtool("check", "config", str(tmp_path / "prometheus.yml"))
 
 
-def test_rules_fire_when_they_should_and_only_then() -> None:
+def test_alerts_fire_in_their_cases_and_in_no_others() -> None:
     promtool("test", "rules", str(CASES))
 
 
-def test_each_alert_has_a_case_for_it_and_one_against_it() -> None:
+def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
     cases = [case for test in yaml.safe_load(CASES.read_text())["tests"] for case in test["alert_rule_test"]]
     assert {case["alertname"] for case in cases if case["exp_alerts"]} == set(NAMES)
     assert {case["alertname"] for case in cases if not case["exp_alerts"]} == set(NAMES)
 
 
 @pytest.mark.parametrize("rule", boards.rules(), ids=NAMES)
-def test_an_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
+def test_each_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
     name = rule["alert"]
     assert re.fullmatch(r"Udpwatch([A-Z][a-z]+)+", str(name))
     assert rule["labels"] in ({"severity": "warning"}, {"severity": "critical"})
@@ -71,7 +71,7 @@ def test_each_alert_has_a_page_and_each_page_an_alert() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_page_has_what_is_needed_at_night(name: str) -> None:
+def test_each_page_has_all_sections(name: str) -> None:
     page = (RUNBOOKS / f"{name}.md").read_text()
     assert page.startswith(f"# {name}\n")
     assert re.findall(r"^## (.*)", page, re.MULTILINE) == ["Meaning", "Impact", "Diagnosis", "Mitigation"]
@@ -79,7 +79,7 @@ def test_a_page_has_what_is_needed_at_night(name: str) -> None:
 
 
 def commands() -> list[str]:
-    """Every command of ours that a runbook, an alert or a dashboard tells to type."""
+    """Find all udpwatch commands that a runbook, an alert or a dashboard names."""
     blocks = [
         block for page in RUNBOOKS.glob("*.md") for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
     ]
@@ -92,7 +92,7 @@ def commands() -> list[str]:
 
 
 @pytest.mark.parametrize("command", commands())
-def test_what_is_told_to_type_is_accepted(command: str) -> None:
+def test_commands_on_the_pages_are_accepted(command: str) -> None:
     filled = re.sub(r"\$\{port:text\}|\{\{ \$labels\.port \}\}|\bPORT\b", "53", command)
     assert "{" not in filled and "$" not in filled
     parse(filled.split())

@@ -1,4 +1,4 @@
-"""The chart, rendered by the real helm: valid for Kubernetes, no more rights than it says, and what the agent reads."""
+"""The chart, rendered by the real helm: valid for Kubernetes, minimal rights, and settings that the agent accepts."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def agent(manifests: list[Manifest]) -> dict[str, Any]:
 
 
 def settings(manifests: list[Manifest], folder: Path, address: str = "192.0.2.7") -> Settings:
-    """What the agent makes of its arguments, its environment and the files that are mounted for it."""
+    """Resolve the settings from the agent's arguments, environment and mounted files."""
     container = agent(manifests)
     mounted = next(mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "config")
     volume = next(volume for volume in pod(manifests)["volumes"] if volume["name"] == "config")
@@ -179,12 +179,12 @@ def settings(manifests: list[Manifest], folder: Path, address: str = "192.0.2.7"
     return resolve(flags, environment, Path(flags["config"]))
 
 
-def test_lint() -> None:
+def test_helm_lint_passes() -> None:
     done = helm("lint", "--strict", str(CHART))
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_chart_is_of_this_version() -> None:
+def test_chart_has_the_version_of_the_agent() -> None:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["appVersion"] == __version__
     assert chart["kubeVersion"] == f">={KUBERNETES[0]}-0"
@@ -209,7 +209,7 @@ def test_manifests_are_valid(name: str, version: str) -> None:
 
 
 @pytest.mark.parametrize("version", KUBERNETES)
-def test_an_unknown_field_would_be_noticed(version: str) -> None:
+def test_unknown_field_in_a_manifest_is_noticed(version: str) -> None:
     manifests = render()
     only(manifests, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]["securityContext"]["readonly"] = True
     with pytest.raises(kubernetes_validate.ValidationError, match="readonly"):
@@ -217,7 +217,7 @@ def test_an_unknown_field_would_be_noticed(version: str) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_objects_belong_together(name: str) -> None:
+def test_objects_refer_to_each_other(name: str) -> None:
     manifests = render(MATRIX[name])
     labels = only(manifests, "DaemonSet")["spec"]["template"]["metadata"]["labels"]
     for manifest in manifests:
@@ -254,7 +254,7 @@ DOCKER = "/var/lib/docker/containers"
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_no_more_rights_than_said(name: str) -> None:
+def test_containers_have_only_the_documented_rights(name: str) -> None:
     manifests = render(MATRIX[name])
     spec = pod(manifests)
     assert {manifest["kind"] for manifest in manifests} <= {
@@ -282,7 +282,7 @@ def test_no_more_rights_than_said(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_mounts(name: str) -> None:
+def test_mounts_are_as_documented(name: str) -> None:
     spec, container = pod(render(MATRIX[name])), agent(render(MATRIX[name]))
     volumes = {volume["name"]: volume for volume in spec["volumes"]}
     mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
@@ -299,7 +299,7 @@ def test_mounts(name: str) -> None:
     assert not any("volumeMounts" in init for init in spec.get("initContainers", ()))
 
 
-def test_every_capability_says_why_and_is_documented() -> None:
+def test_every_capability_has_a_reason_and_is_documented() -> None:
     text = (
         (CHART / "templates/daemonset.yaml")
         .read_text()
@@ -315,7 +315,7 @@ def test_every_capability_says_why_and_is_documented() -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "RuntimeDefault", "Unconfined", "Localhost"])
-def test_apparmor_by_annotation_before_1_30_and_by_field_since(kind: str) -> None:
+def test_apparmor_is_an_annotation_before_kubernetes_1_30_and_a_field_since(kind: str) -> None:
     profile = "udpwatch" if kind == "Localhost" else ""
     values = {"dns": DNS, "appArmorProfile": {"type": kind, "localhostProfile": profile}}
     annotation = {"RuntimeDefault": "runtime/default", "Unconfined": "unconfined", "Localhost": "localhost/udpwatch"}
@@ -333,7 +333,7 @@ def test_apparmor_by_annotation_before_1_30_and_by_field_since(kind: str) -> Non
     assert found("1.30.0-gke.100") == found("1.37.0") == ({}, by_field)
 
 
-def test_an_agent_that_enters_namespaces_is_not_confined_by_apparmor() -> None:
+def test_agent_that_enters_namespaces_is_not_confined_by_apparmor() -> None:
     assert pod(render(MATRIX["netlink"]))["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
 
 
@@ -341,7 +341,7 @@ def test_an_agent_that_enters_namespaces_is_not_confined_by_apparmor() -> None:
 
 
 @pytest.mark.parametrize("name", MATRIX)
-def test_the_agent_accepts_its_configuration(name: str, tmp_path: Path) -> None:
+def test_agent_accepts_its_configuration(name: str, tmp_path: Path) -> None:
     manifests = render(MATRIX[name])
     found = settings(manifests, tmp_path)
     assert found.metrics_listen is not None
@@ -363,13 +363,13 @@ def test_metrics_are_served_on_an_ipv6_address(tmp_path: Path) -> None:
     assert (listen.host, listen.port) == ("fd00::7", 9953)
 
 
-def test_settings_arrive_as_they_were_given(tmp_path: Path) -> None:
+def test_settings_reach_the_agent_unchanged(tmp_path: Path) -> None:
     found = settings(render(MATRIX["settings"]), tmp_path)
     given = SETTINGS | {"hooks": Hooks.CGROUP, "forwarded": Forwarded.OFF}
     assert {name: getattr(found, name) for name in SETTINGS} == given
 
 
-def test_dns_asks_the_cluster_for_its_names_and_the_node_s_servers_for_the_rest(tmp_path: Path) -> None:
+def test_dns_forwards_cluster_names_to_the_cluster_and_others_to_the_nodes_servers(tmp_path: Path) -> None:
     manifests = render(MATRIX["dns"])
     found = settings(manifests, tmp_path)
     assert found.dns_conf
@@ -388,7 +388,7 @@ def test_dns_asks_the_cluster_for_its_names_and_the_node_s_servers_for_the_rest(
 
 
 @pytest.mark.parametrize(("name", "address"), [("dns", "169.254.20.10/32"), ("dns-ipv6", "fd00:53::1/128")])
-def test_the_dns_address_comes_and_goes_with_the_pod(name: str, address: str) -> None:
+def test_dns_address_is_added_and_removed_with_the_pod(name: str, address: str) -> None:
     manifests = render(MATRIX[name])
     (init,) = pod(manifests)["initContainers"]
     put = ["ip", "address", "replace", address, "dev", "lo", "scope", "host"]
@@ -399,7 +399,7 @@ def test_the_dns_address_comes_and_goes_with_the_pod(name: str, address: str) ->
     assert ports == [("UDP", address.partition("/")[0]), ("TCP", address.partition("/")[0])]
 
 
-def test_a_change_of_settings_is_a_change_of_the_pods() -> None:
+def test_changed_settings_restart_the_pods() -> None:
     def checksum(values: Values) -> str:
         annotations = only(render(values), "DaemonSet")["spec"]["template"]["metadata"]["annotations"]
         return str(annotations["checksum/config"])
@@ -415,7 +415,7 @@ def test_a_change_of_settings_is_a_change_of_the_pods() -> None:
     assert checksum({}) == checksum({"podMonitor": {"enabled": True}})
 
 
-def test_probes_ask_what_the_agent_answers() -> None:
+def test_probes_request_pages_that_the_agent_serves() -> None:
     container = agent(render())
     asked = {name: container[f"{name}Probe"]["httpGet"] for name in ("startup", "liveness", "readiness")}
     health, ready = {"path": "/healthz", "port": "metrics"}, {"path": "/readyz", "port": "metrics"}
@@ -427,13 +427,13 @@ def test_probes_ask_what_the_agent_answers() -> None:
 
 
 @pytest.mark.parametrize("name", ["startupProbe", "livenessProbe", "readinessProbe"])
-def test_a_probe_can_be_left_out(name: str) -> None:
+def test_probe_can_be_disabled(name: str) -> None:
     every = {"startupProbe", "livenessProbe", "readinessProbe"}
     assert {key for key in agent(render({name: None})) if key.endswith("Probe")} == every - {name}
 
 
-def test_nodes_without_a_kernel_to_look_at_are_left_out() -> None:
-    """Each requirement of the one term holds for any node but those: NotIn is true where there is no such label."""
+def test_nodes_without_a_kernel_of_their_own_are_excluded() -> None:
+    """Each requirement of the one term excludes only those nodes: NotIn is true for nodes without the label."""
     affinity = pod(render())["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     (term,) = affinity["nodeSelectorTerms"]
     found = {each["key"]: (each["operator"], each["values"]) for each in term["matchExpressions"]}
@@ -451,7 +451,7 @@ MONITORS = {"pod-monitor": ("PodMonitor", "podMetricsEndpoints"), "service-monit
 
 
 @pytest.mark.parametrize(("name", "kind", "endpoints"), [(name, *each) for name, each in MONITORS.items()])
-def test_a_monitor_keeps_the_culprit_s_labels_and_adds_the_node(name: str, kind: str, endpoints: str) -> None:
+def test_monitors_keep_the_senders_labels_and_add_the_node(name: str, kind: str, endpoints: str) -> None:
     monitor = only(render(MATRIX[name]), kind)
     assert monitor["metadata"]["labels"]["release"] == "prometheus"
     (endpoint,) = monitor["spec"][endpoints]
@@ -465,8 +465,8 @@ def test_a_monitor_keeps_the_culprit_s_labels_and_adds_the_node(name: str, kind:
 
 
 @pytest.mark.parametrize("name", ["pod-monitor", "service-monitor"])
-def test_the_alerts_find_the_job_under_any_name(name: str) -> None:
-    """UdpwatchAgentDown looks for udpwatch in the job's name, which must come from no object's name."""
+def test_alerts_find_the_job_under_any_release_name(name: str) -> None:
+    """UdpwatchAgentDown looks for udpwatch in the job's name, so the job's name must not depend on object names."""
     monitor = only(render(MATRIX[name] | {"nameOverride": "wrong-replies"}), MONITORS[name][0])
     (endpoint,) = monitor["spec"][MONITORS[name][1]]
     jobs = [each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"]
@@ -482,11 +482,11 @@ def alerts(spec: dict[str, Any]) -> list[dict[str, Any]]:
 SOURCE = yaml.safe_load((CHART / "files/alerts.yaml").read_text())
 
 
-def test_without_values_the_rules_are_those_of_the_file() -> None:
+def test_rules_are_those_of_the_file_by_default() -> None:
     assert only(render({"prometheusRule": {"enabled": True}}), "PrometheusRule")["spec"] == SOURCE
 
 
-def test_rules_with_labels_runbooks_and_one_left_out() -> None:
+def test_rules_take_labels_runbook_urls_and_exclusions() -> None:
     out, *kept = (rule["alert"] for rule in alerts(SOURCE))
     values = {
         "enabled": True,
@@ -512,7 +512,7 @@ def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     assert f"{sum(len(group['rules']) for group in SOURCE['groups'])} rules found" in done.stdout
 
 
-def test_the_page_scrapes_as_the_monitors_do() -> None:
+def test_documented_scrape_has_the_relabelling_of_the_monitors() -> None:
     (block,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", (ROOT / "docs/kubernetes.md").read_text(), re.DOTALL)
     endpoint = only(render(MATRIX["pod-monitor"]), "PodMonitor")["spec"]["podMetricsEndpoints"][0]
     (scrape,) = yaml.safe_load(block)["scrape_configs"]
@@ -523,7 +523,7 @@ def test_the_page_scrapes_as_the_monitors_do() -> None:
     assert keep["regex"] == f"udpwatch;{endpoint['port']}"
 
 
-def test_dashboards_arrive_as_they_are() -> None:
+def test_dashboards_are_in_the_configmaps_unchanged() -> None:
     files = {path.name: json.loads(path.read_text()) for path in (CHART / "files/grafana").glob("*.json")}
     maps = [m for m in render(MATRIX["rules-and-dashboards"]) if m["metadata"]["namespace"] == "grafana"]
     assert files
@@ -537,7 +537,7 @@ def test_dashboards_arrive_as_they_are() -> None:
 # ---- the package, the notes ----
 
 
-def test_the_package_holds_the_files_and_renders_the_same(tmp_path: Path) -> None:
+def test_package_has_the_files_and_renders_the_same(tmp_path: Path) -> None:
     done = subprocess.run([HELM, "package", CHART, "-d", tmp_path], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     (package,) = tmp_path.glob("*.tgz")
@@ -550,8 +550,8 @@ def test_the_package_holds_the_files_and_renders_the_same(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("value", ["prometheusRule", "dashboards"])
 @pytest.mark.parametrize("how", ["left out", "text"])
-def test_a_chart_that_lost_its_links_says_so(value: str, how: str, tmp_path: Path) -> None:
-    """Flux leaves links out of what it fetches; a checkout on Windows makes files of them that hold a path."""
+def test_chart_without_its_linked_files_is_refused(value: str, how: str, tmp_path: Path) -> None:
+    """Flux leaves out links; a checkout on Windows turns them into files that hold a path."""
     chart = tmp_path / "udpwatch"
     shutil.copytree(CHART, chart, symlinks=True)
     for link in (chart / "files").iterdir():
@@ -566,7 +566,7 @@ def test_a_chart_that_lost_its_links_says_so(value: str, how: str, tmp_path: Pat
     assert helm("template", "udpwatch", str(chart)).returncode == 0
 
 
-def test_as_a_part_of_another_chart(tmp_path: Path) -> None:
+def test_chart_works_as_a_subchart(tmp_path: Path) -> None:
     dependency = {
         "name": "udpwatch",
         "version": ">=0",
@@ -623,10 +623,10 @@ def test_notes_say_what_to_do_next() -> None:
         ({"prometheusRule": {"enabled": True}}, "prometheusRule.runbookUrl is empty"),
     ],
 )
-def test_notes_warn(values: Values, warning: str) -> None:
+def test_notes_warn_of_risks(values: Values, warning: str) -> None:
     assert warning in " ".join(notes(values).split())
     assert not values or warning not in " ".join(notes({}).split())
 
 
-def test_nothing_to_mind_is_not_said() -> None:
+def test_notes_have_no_warning_by_default() -> None:
     assert "Mind:" not in notes({"image": {"repository": "registry.example.org/udpwatch"}})

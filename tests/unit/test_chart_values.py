@@ -1,4 +1,4 @@
-"""The chart's values: each is known to the schema, explained in its README, and refused by name where it is wrong."""
+"""The chart's values: the schema knows each of them, its README explains it, and a wrong one is refused by name."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ DNS_BY_THE_CHART = {
 
 
 def refused(values: dict[str, Any]) -> str:
-    """What helm says against them."""
+    """Return helm's error for these values."""
     done = helm("template", "udpwatch", str(CHART), values=values)
     assert done.returncode != 0, f"accepted: {values}"
     return done.stderr
 
 
 def names(message: str, path: Sequence[str]) -> bool:
-    """Whether the message names this value, or something in it."""
+    """Whether the message names this value, or a part of it."""
     pointer = "/".join(name.replace("/", "~1") for name in path)
     return re.search(f"at '/{pointer}['/]", message) is not None
 
 
 def merged(trees: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """All of them in one."""
+    """Merge all values."""
     result: dict[str, Any] = {}
     for tree in trees:
         for name, value in tree.items():
@@ -86,7 +86,7 @@ def test_every_value_is_explained() -> None:
     assert len(rows) == len(set(rows))
 
 
-def test_the_schema_has_the_values_and_no_others() -> None:
+def test_schema_has_all_values_and_no_others() -> None:
     def compare(schema: dict[str, Any], values: dict[str, Any], where: str) -> None:
         schema = SCHEMA["definitions"][schema["$ref"].split("/")[-1]] if "$ref" in schema else schema
         if "properties" not in schema or where in {".config", ".affinity", ".seLinuxOptions"}:  # the user's, or empty
@@ -102,7 +102,7 @@ def test_the_schema_has_the_values_and_no_others() -> None:
     compare(top, DEFAULTS, "")
 
 
-def test_the_settings_are_those_of_the_agent() -> None:
+def test_settings_are_those_of_the_agent() -> None:
     settings = {setting.name for setting in SETTINGS}
     assert settings >= SET_BY_THE_CHART.keys()
     assert SCHEMA["properties"]["config"]["properties"].keys() == settings - SET_BY_THE_CHART.keys()
@@ -110,7 +110,7 @@ def test_the_settings_are_those_of_the_agent() -> None:
     assert all(f"`{name}`" in documented for name in settings - SET_BY_THE_CHART.keys())
 
 
-def test_the_dns_options_are_those_of_the_responder() -> None:
+def test_dns_options_are_those_of_the_responder() -> None:
     pattern = SCHEMA["properties"]["dns"]["properties"]["options"]["items"]["pattern"]
     accepted = pattern.removeprefix("^(").partition(")")[0].split("|")
     options = {option.name for option in OPTIONS if not option.command_line_only}
@@ -119,7 +119,7 @@ def test_the_dns_options_are_those_of_the_responder() -> None:
 
 
 @pytest.mark.parametrize("setting", [s for s in SETTINGS if s.name not in SET_BY_THE_CHART], ids=lambda s: s.name)
-def test_the_schema_accepts_what_the_agent_accepts(setting: Setting) -> None:
+def test_schema_accepts_what_the_agent_accepts(setting: Setting) -> None:
     schema = SCHEMA["properties"]["config"]["properties"][setting.name]
     if "minimum" in schema:
         low, high = schema["minimum"], schema["maximum"]
@@ -134,14 +134,14 @@ def test_the_schema_accepts_what_the_agent_accepts(setting: Setting) -> None:
 
 
 @needs_helm
-def test_a_wrong_kind_of_value_is_refused_everywhere() -> None:
+def test_wrong_type_is_refused_for_every_value() -> None:
     paths = [path for path, _ in leaves(DEFAULTS)]
     message = refused(merged(nested(path, [[]]) for path in paths))  # nothing takes a list of lists
     assert not [path for path in paths if not names(message, path)]
 
 
 @needs_helm
-def test_a_name_that_is_none_is_refused_everywhere() -> None:
+def test_unknown_name_is_refused_at_every_level() -> None:
     maps = {path[:length] for path, _ in leaves(DEFAULTS) for length in range(len(path))} | {("config",), ("affinity",)}
     maps -= {("dashboards", "labels"), ("nodeSelector",), ("resources", "requests"), ("resources", "limits")}  # free
     message = refused(merged(nested([*path, "tpyo"], "x") for path in maps))
@@ -152,7 +152,7 @@ def test_a_name_that_is_none_is_refused_everywhere() -> None:
 PAGES = (CHART / "README.md", ROOT / "docs/kubernetes.md", ROOT / "docs/security.md")
 
 
-def test_the_pages_name_values_that_there_are() -> None:
+def test_values_named_in_the_docs_exist() -> None:
     known = {".".join(path[:length]) for path, _ in leaves(DEFAULTS) for length in range(1, len(path) + 1)}
     known |= {f"config.{name}" for name in SCHEMA["properties"]["config"]["properties"]} | {"podMonitor.labels.release"}
     for page in (*PAGES, CHART / "templates/NOTES.txt"):
@@ -162,7 +162,7 @@ def test_the_pages_name_values_that_there_are() -> None:
         assert not named - known, page
 
 
-def test_links_lead_to_pages_and_headings() -> None:
+def test_links_in_the_readme_lead_to_pages_and_headings() -> None:
     for page in PAGES:
         for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
             other = page.parent / target if target else page
@@ -233,8 +233,8 @@ WRONG = {
 
 @needs_helm
 @pytest.mark.parametrize("turn", range(max(map(len, WRONG.values()))))
-def test_wrong_values_are_refused_with_their_names(turn: int) -> None:
-    """The first wrong value of each at once, then the second ones: helm tells them all."""
+def test_error_names_each_wrong_value(turn: int) -> None:
+    """Helm reports all errors at once, so the first wrong value of each goes into one call, then the second one."""
     wrong = {tuple(name.split(".")): values[turn] for name, values in WRONG.items() if turn < len(values)}
     message = refused(merged(nested(path, value) for path, value in wrong.items()))
     assert not {path: value for path, value in wrong.items() if not names(message, path)}
@@ -264,5 +264,5 @@ def test_wrong_values_are_refused_with_their_names(turn: int) -> None:
         ),
     ],
 )
-def test_values_that_do_not_go_together_are_refused_with_their_names(values: dict[str, Any], name: str) -> None:
+def test_error_names_values_that_contradict_each_other(values: dict[str, Any], name: str) -> None:
     assert name in refused(values)

@@ -1,4 +1,4 @@
-"""The dashboards: as generated from their code, sound as Grafana reads them, and about metrics that there are."""
+"""The dashboards: generated from their code, valid for Grafana, and about metrics that exist."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ register_default_plugins()
 EACH = pytest.mark.parametrize("board", boards.boards().values(), ids=boards.boards())
 
 
-def test_the_generated_files_are_those_of_the_code(tmp_path: Path) -> None:
+def test_generated_files_match_the_code(tmp_path: Path) -> None:
     subprocess.run([sys.executable, ROOT / "dashboards/build.py", tmp_path], check=True)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     kept = {path.name: path.read_bytes() for path in (ROOT / "dashboards/grafana").iterdir()}
@@ -43,14 +43,14 @@ def test_the_generated_files_are_those_of_the_code(tmp_path: Path) -> None:
 
 
 @EACH
-def test_grafana_s_own_types_read_it_whole(board: dict[str, Any]) -> None:
-    """The SDK has them from Grafana's schemas: what it does not know is lost on the way through it."""
+def test_grafanas_types_lose_nothing(board: dict[str, Any]) -> None:
+    """The SDK's types come from Grafana's schemas; what they do not know would be lost in conversion."""
     again = json.loads(json.dumps(Dashboard.from_json(board), cls=JSONEncoder))
     assert again == board
 
 
 @EACH
-def test_panels_lie_side_by_side(board: dict[str, Any]) -> None:
+def test_panels_do_not_overlap(board: dict[str, Any]) -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in board["panels"]:
         place = panel["gridPos"]
@@ -93,8 +93,8 @@ def _units(panel: dict[str, Any]) -> Iterator[str]:
 
 
 @EACH
-def test_a_table_names_its_columns(board: dict[str, Any]) -> None:
-    """What is renamed, overridden, filtered by and sorted by is there."""
+def test_columns_that_a_table_refers_to_exist(board: dict[str, Any]) -> None:
+    """These are the columns that are renamed, overridden, filtered or sorted."""
     for panel in board["panels"]:
         if panel["type"] != "table":
             continue
@@ -113,7 +113,7 @@ def test_a_table_names_its_columns(board: dict[str, Any]) -> None:
 
 
 @EACH
-def test_links_and_variables_lead_somewhere(board: dict[str, Any]) -> None:
+def test_links_and_variables_refer_to_existing_ones(board: dict[str, Any]) -> None:
     known = {variable["name"] for variable in board["templating"]["list"]}
     assert {"datasource", "cluster", "node", "instance"} <= known
     text = json.dumps(board["panels"])
@@ -127,7 +127,7 @@ def test_links_and_variables_lead_somewhere(board: dict[str, Any]) -> None:
         assert "datasource" in given and "${__url_time_range}" in query
 
 
-def test_every_dashboard_is_reached_from_another() -> None:
+def test_every_dashboard_is_linked_from_another() -> None:
     for uid, board in boards.boards().items():
         (link,) = board["links"]
         assert (link["type"], link["tags"], link["includeVars"], link["keepTime"]) == (
@@ -146,7 +146,7 @@ def test_every_dashboard_is_reached_from_another() -> None:
 
 
 def exported() -> dict[str, set[str]]:
-    """Each metric's labels, as the agent exports them."""
+    """Return the labels of each metric, as the agent exports them."""
     found: dict[str, set[str]] = {}
     for name in ("metrics", "dns-metrics"):
         text = (ROOT / f"tests/golden/{name}.txt").read_text()
@@ -164,7 +164,7 @@ METRIC = re.compile(r"\b(udpwatch_\w+|process_\w+|up)\b(?:\s*\{([^}]*)\})?")
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=[each.where for each in QUESTIONS])
-def test_metrics_and_labels_are_the_agent_s(question: Question) -> None:
+def test_metrics_and_labels_are_exported_by_the_agent(question: Question) -> None:
     known = set(TARGET_LABELS)
     asked = METRIC.findall(question.expression)
     assert asked, question
@@ -180,7 +180,7 @@ def test_metrics_and_labels_are_the_agent_s(question: Question) -> None:
 
 
 @EACH
-def test_legends_name_labels_that_are_left(board: dict[str, Any]) -> None:
+def test_legends_use_labels_that_the_query_keeps(board: dict[str, Any]) -> None:
     for panel in board["panels"]:
         for target in panel.get("targets", ()):
             named = set(re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")))
@@ -189,7 +189,7 @@ def test_legends_name_labels_that_are_left(board: dict[str, Any]) -> None:
             assert named <= labels, f"{panel['title']}: {named - labels}"
 
 
-def test_pages_name_metrics_that_there_are() -> None:
+def test_metrics_named_in_the_docs_exist() -> None:
     families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in EXPORTED} | set(EXPORTED)
     for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")):
         for name, more in re.findall(r"\b(udpwatch_[a-z_0-9]+)(\*?)", page.read_text()):
@@ -197,8 +197,8 @@ def test_pages_name_metrics_that_there_are() -> None:
 
 
 @pytest.mark.parametrize("checked", ["replies", "flows"])
-def test_shares_are_of_what_was_checked(checked: str, tmp_path: Path) -> None:
-    """One in ten, also of an agent with `hooks = "function"`: it checks flows, and no replies."""
+def test_shares_are_relative_to_checked_replies(checked: str, tmp_path: Path) -> None:
+    """The share is one in ten, also for an agent with `hooks = "function"`, which checks flows and no replies."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is missing: apt-get install prometheus")
     of = '{cluster="east", node="worker-1", instance="10.0.0.1:9953", job="udpwatch"'

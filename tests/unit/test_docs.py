@@ -1,4 +1,4 @@
-"""The documents name everything that there is, and nothing else."""
+"""The documents name everything that exists, and nothing else."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_paths_in_contributing_exist() -> None:
     assert named and [path for path in sorted(named) if not (ROOT / path).exists()] == []
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_lead_to_existing_files() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
             assert (page.parent / target).exists(), f"{page}: {target}"

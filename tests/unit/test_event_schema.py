@@ -1,4 +1,4 @@
-"""docs/event.schema.json: every event that the agent writes is valid, and what is broken is not."""
+"""docs/event.schema.json: every event of the agent is valid, a broken one is not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VALIDATOR = Draft202012Validator(SCHEMA, format_checker=Draft202012Validator.FOR
 LINES: list[dict[str, Any]] = [json.loads(line) for line in (GOLDEN / "events.jsonl").read_text().splitlines()]
 
 
-def test_the_schema_is_one() -> None:
+def test_schema_is_valid() -> None:
     Draft202012Validator.check_schema(SCHEMA)
 
 
@@ -32,13 +32,13 @@ def test_golden_events_are_valid(event: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "sender", [Sender(""), Sender("a", 1, "/b", "c", "/d", "docker", "e", "f", "g", "h")], ids=["nobody", "all"]
 )
-def test_whatever_is_known_of_the_sender(event: Any, sender: Sender) -> None:
+def test_event_of_any_sender_is_valid(event: Any, sender: Sender) -> None:
     if event.finding.cause == Cause.FORWARDED and sender.process:
         return  # another machine's has none here
     VALIDATOR.validate(as_json(event, sender, "node-1", 1_800_000_000.123))
 
 
-def test_every_verdict_and_cause_is_known() -> None:
+def test_schema_has_every_verdict_and_cause() -> None:
     assert SCHEMA["properties"]["verdict"]["enum"] == [str(verdict) for verdict in Verdict]
     assert SCHEMA["properties"]["cause"]["enum"] == [str(cause) for cause in Cause]
     for cause in set(Cause) - {Cause.FORWARDED}:
@@ -46,7 +46,7 @@ def test_every_verdict_and_cause_is_known() -> None:
         VALIDATOR.validate(as_json(event, Sender("x", 1), "node-1", 0.0))
 
 
-def test_keys_stand_in_the_order_of_the_events() -> None:
+def test_keys_have_the_order_of_the_events() -> None:
     assert list(SCHEMA["properties"]) == list(LINES[0]) == SCHEMA["required"]
 
 
@@ -73,10 +73,10 @@ def test_keys_stand_in_the_order_of_the_events() -> None:
     ],
     ids=str,
 )
-def test_what_is_broken_is_not_valid(change: dict[str, Any]) -> None:
+def test_broken_event_is_invalid(change: dict[str, Any]) -> None:
     assert not VALIDATOR.is_valid(LINES[0] | change)
 
 
 @pytest.mark.parametrize("key", LINES[0])
-def test_no_key_may_be_missing(key: str) -> None:
+def test_event_without_a_key_is_invalid(key: str) -> None:
     assert not VALIDATOR.is_valid({name: value for name, value in LINES[0].items() if name != key})

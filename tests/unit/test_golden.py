@@ -1,4 +1,4 @@
-"""What people and programs see, held against tests/golden. `make golden` rewrites; the difference is reviewed."""
+"""The output for people and programs, compared with tests/golden. `make golden` writes it again: review the diff."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The issue forms are ones that GitHub accepts, and ask for commands that exist."""
+"""The issue forms are valid for GitHub, and name commands that exist."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ NOT_A_TENANTS = {
 
 
 def constants() -> Iterator[str]:
-    """Every module's own MAX_... of what serves strangers."""
+    """Find every module's MAX_... constants that bound what others can make the agent do."""
     for path in sorted([*ROOT.glob("agent/**/*.py"), *ROOT.glob("dns/*.py")]):
         name = str(path.relative_to(ROOT))
         if name.startswith("agent/client/top/"):
@@ -98,7 +98,7 @@ def spellings(value: float) -> set[str]:
 
 
 @pytest.mark.parametrize("item", ITEMS, ids=lambda item: item.split("**")[1])
-def test_values_match_the_code(item: str) -> None:
+def test_documented_values_match_the_code(item: str) -> None:
     parts = re.fullmatch(r"(.+?) Counter: (.+?) Code: (.+)", item)
     assert parts, item
     references = REFERENCE.findall(parts[3])
@@ -113,7 +113,7 @@ def test_every_reference_is_part_of_an_item() -> None:
     assert len(REFERENCE.findall(PAGE)) == sum(len(REFERENCE.findall(item)) for item in ITEMS)
 
 
-def test_each_bound_is_on_the_page() -> None:
+def test_each_bound_is_documented() -> None:
     named = {f"{path}:{name}" for path, name in REFERENCE.findall(PAGE)}
     missing = set(constants()) - named - NOT_A_TENANTS
     assert not missing

@@ -1,6 +1,4 @@
-"""The kernel matrix's memory, what passed is not run again as long as nothing changes that it depends on; and what it
-calls a fault.
-"""
+"""The kernel matrix: results are kept until something changes that they depend on, and what counts as a failure."""
 
 from __future__ import annotations
 
@@ -47,13 +45,13 @@ def kept(tree: Path, release: str = "6.12.1") -> Kept:
 
 
 def remembered(tree: Path, release: str = "6.12.1") -> tuple[set[str], bool]:
-    """(the files whose results still hold, whether the machine's facts do)."""
+    """Return the files whose results are kept, and whether the facts about the machine are."""
     outcome = kept(tree, release).read(Outcome(ROW))
     return {test.file for test in outcome.results}, bool(outcome.release)
 
 
 def run(tree: Path, *failing: str) -> None:
-    """As if both files had been run."""
+    """Store results as if both files had been run."""
     folder = tree.parent / ROW.name
     folder.mkdir(exist_ok=True)
     (folder / "request.json").write_text(json.dumps({"pytest": ["-v", ONE, OTHER]}))
@@ -61,14 +59,14 @@ def run(tree: Path, *failing: str) -> None:
     kept(tree).write(Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", results=results))
 
 
-def test_what_passed_is_remembered(tree: Path) -> None:
+def test_passed_files_are_kept(tree: Path) -> None:
     assert remembered(tree) == (set(), False)
     run(tree)
     assert remembered(tree) == ({ONE, OTHER}, True)
     assert remembered(tree, release="6.12.2") == (set(), False)
 
 
-def test_what_failed_is_not(tree: Path) -> None:
+def test_failed_files_are_not_kept(tree: Path) -> None:
     run(tree, ONE)
     assert remembered(tree) == ({OTHER}, True)
 
@@ -86,14 +84,14 @@ def test_what_failed_is_not(tree: Path) -> None:
         ("bpf/sockets.c", (set(), False)),
     ],
 )
-def test_what_a_change_makes_void(tree: Path, changed: str, left: tuple[set[str], bool]) -> None:
+def test_change_discards_the_results_that_depend_on_it(tree: Path, changed: str, left: tuple[set[str], bool]) -> None:
     run(tree)
     with (tree / changed).open("a") as file:
         file.write("\n")
     assert remembered(tree) == left
 
 
-def test_single_tests_are_no_whole_file(tree: Path) -> None:
+def test_results_of_single_tests_are_not_kept(tree: Path) -> None:
     folder = tree.parent / ROW.name
     folder.mkdir()
     (folder / "request.json").write_text(json.dumps({"pytest": ["-v", f"{ONE}::test"]}))
@@ -109,7 +107,7 @@ PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delet
 
 
 def faults(folder: Path, row: Row, programs: list[str], level: str = "none") -> list[str]:
-    """Of a guest that left this report behind."""
+    """Return the faults of a guest that left this report."""
     checks = [{"name": name, "found": "attached; the verifier walked 100 instructions"} for name in programs]
     checks.append({"name": "forwarded", "found": "not looked for"})
     mode = "netlink" if level == "confidentiality" else "packet"
@@ -122,34 +120,34 @@ def faults(folder: Path, row: Row, programs: list[str], level: str = "none") -> 
 
 
 @pytest.mark.parametrize("kernel", list(matrix.SUITES))
-def test_everything_is_attached(tmp_path: Path, kernel: str) -> None:
+def test_report_with_every_program_has_no_fault(tmp_path: Path, kernel: str) -> None:
     assert faults(tmp_path, Row(kernel), HOOKS + PROBES) == []
     assert faults(tmp_path, Row(kernel, "integrity"), HOOKS + PROBES, "integrity") == []
 
 
 @pytest.mark.parametrize("missing", HOOKS + PROBES)
-def test_a_program_is_missing(tmp_path: Path, missing: str) -> None:
-    """Its tests are skipped then, and none fails."""
+def test_missing_program_is_a_fault(tmp_path: Path, missing: str) -> None:
+    """Tests of a missing program are skipped, so none fails."""
     (fault,) = faults(tmp_path, ROW, [name for name in HOOKS + PROBES if name != missing])
     assert f"not attached, by doctor's report: {missing};" in fault
 
 
-def test_every_function_probe_is_missing(tmp_path: Path) -> None:
+def test_missing_function_probes_are_one_fault_unless_locked_down(tmp_path: Path) -> None:
     assert len(faults(tmp_path, ROW, HOOKS)) == 1
     assert len(faults(tmp_path, Row("6.12", "integrity"), HOOKS, "integrity")) == 1
     assert faults(tmp_path, Row("6.12", "confidentiality"), HOOKS, "confidentiality") == []
     assert faults(tmp_path, Row(matrix.NATIVE, None), HOOKS) == []
 
 
-def test_hooks_are_always_there(tmp_path: Path) -> None:
+def test_missing_hook_is_a_fault_even_when_locked_down(tmp_path: Path) -> None:
     (fault,) = faults(tmp_path, Row("6.12", "confidentiality"), HOOKS[1:], "confidentiality")
     assert "ingress" in fault
     (fault,) = faults(tmp_path, Row(matrix.NATIVE, None), HOOKS[1:])
     assert "ingress" in fault
 
 
-def test_budget() -> None:
-    """What needs more than it may, or has no budget, is a fault: a change that nears the verifier's limit is seen."""
+def test_exceeding_the_instruction_budget_is_a_fault() -> None:
+    """A change that approaches the verifier's limit is noticed."""
     with matrix.BUDGET.open("rb") as file:
         egress = tomllib.load(file)["6.12"]["egress"]
 
@@ -168,8 +166,7 @@ def test_budget() -> None:
 # ---- the table of docs/kernels.md ----
 
 
-def test_table() -> None:
-    """It names what is attached, which some programs are not, and counts what failed, too."""
+def test_table_names_attached_programs_and_counts_failures() -> None:
     results = [
         Case(f"{ONE}::test_{number}", outcome, "") for number, outcome in enumerate(("passed", "failed", "passed"))
     ]

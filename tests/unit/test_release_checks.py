@@ -47,7 +47,7 @@ class Repository:
         (self.folder / name).write_text(changed)
 
     def refusal(self, version: str = "9.8.7") -> str:
-        """What the check prints, "" where it passes."""
+        """Return the output of the check, "" when it passes."""
         command = [sys.executable, self.folder / "release/checks.py", version]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == (1 if done.stderr else 0)
