@@ -9,7 +9,7 @@ import os
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from udpwatch.agent.kernel import clock, netns, records
@@ -49,18 +49,30 @@ TABLE_ERROR_NS = 1_000_000_000  # a table has whole seconds, so either of two ti
 _EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
 
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """Where namespaces and conntrack's messages come from: the kernel, or a double in unit tests."""
+
+    namespaces: Callable[[], Iterator[int]] = netns.everywhere
+    table: Callable[[], Table] = Table
+    listener: Callable[[int], Listener] = Listener
+
+
+KERNEL = Transport()
+
+
 class _Namespace:
     """One watched namespace; holds three descriptors."""
 
-    def __init__(self, fd: int, inode: int) -> None:
+    def __init__(self, fd: int, inode: int, transport: Transport) -> None:
         self.inode = inode
         with contextlib.ExitStack() as opened:
             self.fd = os.dup(fd)
             opened.callback(os.close, self.fd)
             with netns.entered(fd):
-                self.table = Table()
+                self.table = transport.table()
                 opened.callback(self.table.close)
-                self.listener = Listener(MIN_RECEIVE_BYTES)
+                self.listener = transport.listener(MIN_RECEIVE_BYTES)
                 self.has_no_events = _has_no_events()
             opened.pop_all()
 
@@ -81,12 +93,20 @@ def _has_no_events() -> bool:
 class ListenedFlows:
     """Find candidates in conntrack's events, where function probes are not allowed."""
 
-    def __init__(self, limits: Limits, sockets: bool, reported: Reported, pace: Callable[[], None] = unpaced) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        sockets: bool,
+        reported: Reported,
+        pace: Callable[[], None] = unpaced,
+        transport: Transport = KERNEL,
+    ) -> None:
         """Listen in every namespace. With ``sockets``, replies of local sockets are left to the cgroup hooks.
 
         Raises OSError if not even our own namespace can be watched.
         """
         self._window_ns, self._sockets, self._reported, self._pace = limits.window_ns, sockets, reported, pace
+        self._transport = transport
         self._missing = 0  # namespaces that could not be watched at the last search
         self._missing_reason = ""
         self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the last one read is at the end
@@ -156,7 +176,7 @@ class ListenedFlows:
         there: set[int] = set()
         self._missing = 0
         try:
-            for fd in itertools.islice(netns.everywhere(), 2 * MAX_NAMESPACES):
+            for fd in itertools.islice(self._transport.namespaces(), 2 * MAX_NAMESPACES):
                 inode = os.fstat(fd).st_ino
                 there.add(inode)
                 self._own = self._own or inode  # the first one
@@ -187,7 +207,7 @@ class ListenedFlows:
 
     def _listen(self, fd: int, inode: int, must: bool) -> None:
         try:
-            self._namespaces[inode] = _Namespace(fd, inode)
+            self._namespaces[inode] = _Namespace(fd, inode, self._transport)
         except OSError as error:
             if must and not self._namespaces:
                 raise
@@ -292,7 +312,10 @@ class ListenedFlows:
         The time is None for answered entries and for old ones.
         """
         with netns.entered(namespace.fd):
-            timeout, table = entry_timeout(), Table()  # a socket of its own, because lookups happen meanwhile
+            timeout, table = (
+                entry_timeout(),
+                self._transport.table(),
+            )  # a socket of its own, because lookups happen meanwhile
         with table:
             for entry in table.dump():
                 age = entry_age_ns(entry, timeout)
