@@ -260,7 +260,7 @@ def test_what_it_has_and_keeps(started: Callable[[Pod], Agent], pod: Pod, podman
     assert "/host/sys/fs/cgroup" in told
     assert "udpwatch works here, mode packet" in told
     status, told = agent.udpwatch("doctor", "--agent")
-    assert (status, "kept CAP_BPF CAP_NET_ADMIN" in " ".join(told.split())) == (0, True), told
+    assert (status, "capabilities: CAP_BPF CAP_NET_ADMIN" in " ".join(told.split())) == (0, True), told
 
 
 def test_a_restarted_container_finds_no_programs(
