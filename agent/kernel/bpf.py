@@ -343,9 +343,9 @@ def program_load_logged(
         try:
             os.close(program_load(type_, attach, instructions, name, function, log, _LOG_ALL))
         except OSError:
-            said = [line for line in log.value.decode(errors="replace").splitlines() if line.strip()]
-            words = [line for line in said if not line.startswith("processed ")]
-            raise OSError(error.errno, f"{error.strerror}{f' ({words[-1].strip()})' if words else ''}") from None
+            lines = [line for line in log.value.decode(errors="replace").splitlines() if line.strip()]
+            messages = [line for line in lines if not line.startswith("processed ")]
+            raise OSError(error.errno, f"{error.strerror}{f' ({messages[-1].strip()})' if messages else ''}") from None
         raise
     walked = re.search(rb"processed (\d+) insns", log.value)
     return fd, int(walked.group(1)) if walked else 0

@@ -84,13 +84,13 @@ def load(
         # Its output goes to a file, because compiler and verifier may print more than a pipe holds. -P and the folder
         # ensure that nothing is imported from the current folder. The session of its own keeps Ctrl-C away from it; we
         # end it.
-        said = stack.enter_context(tempfile.TemporaryFile())
+        output = stack.enter_context(tempfile.TemporaryFile())
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
             pass_fds=(theirs.fileno(), cgroup.fd),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
-            stderr=said,
+            stderr=output,
             cwd="/",
             start_new_session=True,
         ) as child:
@@ -108,8 +108,8 @@ def load(
                 child.kill()
                 raise
             child.wait()
-        said.seek(0)
-        lines = said.read().decode(errors="replace").strip().splitlines()
+        output.seek(0)
+        lines = output.read().decode(errors="replace").strip().splitlines()
     if not raw:
         raise UdpwatchError(
             f"cannot load the programs: the loader exited with status {child.returncode}: "

@@ -160,15 +160,16 @@ class Sensor:
         )
 
     def counters(self) -> Counters:
-        """The programs' own counters."""
+        """Return the counters of the programs."""
         raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
         return records.decode_counters(raw or b"")
 
     def self_test(self) -> bool:
-        """Ask two addresses over loopback, answer, and see whether the programs count just that reply.
+        """Send a request to each of two addresses over loopback, reply once, and return whether the programs counted
+        this reply.
 
-        False also where this process's own packets do not pass the watched cgroup, or loopback is down. Where there
-        are function probes only, the kernel's word that they are attached has to do.
+        The result is also False if the packets of this process do not pass the watched cgroup, or if loopback is down.
+        Without the cgroup hooks, the result is whether the kernel reports the programs as attached.
         """
         if not self._replies:
             return self.attached
@@ -179,7 +180,7 @@ class Sensor:
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server,
             ):
                 client.bind(("127.0.0.1", 0))
-                server.bind(("0.0.0.0", 0))  # noqa: S104  asked at two addresses
+                server.bind(("0.0.0.0", 0))  # noqa: S104 the client asks two addresses
                 for end in (client, server):
                     end.settimeout(SELF_TEST_SECONDS)
                 port, peer_port = server.getsockname()[1], client.getsockname()[1]
@@ -197,20 +198,20 @@ class Sensor:
         return self.counters().self_tests == before + 1
 
     def keep_attached(self) -> list[str]:
-        """Attach again what somebody detached; a line for each change."""
+        """Attach again what was detached; return a line for each change."""
         return self._attached.keep()
 
     @property
     def attached(self) -> bool:
-        """Whether the kernel says that every required program is attached."""
+        """Whether the kernel reports every required program as attached."""
         return self._attached.complete
 
     def probes(self) -> tuple[Probe, ...]:
-        """Every program, as the kernel reports it now."""
+        """Return every program in its current state."""
         return self._attached.probes()
 
     def unattached(self) -> dict[str, int]:
-        """Programs that others go on in, or that the agent runs: how many instructions the verifier walked of each."""
+        """Return the number of instructions that the verifier walked for each program that is not attached."""
         return self._attached.unattached()
 
     def _conntrack_health(self) -> ConntrackHealth | None:
@@ -218,7 +219,7 @@ class Sensor:
         if now - self._health_at >= HEALTH_SECONDS:
             self._health_at = now
             try:
-                # A question would make the kernel load conntrack; where it is not, there is nothing to know.
+                # A request would make the kernel load conntrack; without conntrack there is nothing to read.
                 if self._table is None and Path("/proc/sys/net/netfilter/nf_conntrack_max").exists():
                     self._table = Table()
                 self._health = self._table.health() if self._table else None
@@ -228,6 +229,6 @@ class Sensor:
 
 
 def _load_conntrack() -> None:
-    """Only functions that are there can be probed, and conntrack may be a module that nothing has asked for yet."""
+    """Make the kernel load conntrack, because only functions of loaded modules can be probed."""
     with contextlib.suppress(OSError), Table() as table:
         table.entries()
