@@ -6,7 +6,6 @@ a Unix socket: one JSON request, one JSON answer with descriptors (SCM_RIGHTS).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import resource
@@ -16,6 +15,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import capabilities
@@ -68,26 +68,41 @@ def load(
     Raises CannotRun if this machine or user cannot load the programs, and UdpwatchError on any other failure.
     """
     capabilities.require()
+    request = {
+        "cgroup": cgroup.fd,
+        "path": cgroup.path,
+        "limits": asdict(limits),
+        "btf": str(btf.absolute()),
+        "hooks": hooks,
+        "forwarded": forwarded,
+        "cache": str(cache.absolute()) if cache else "",
+    }
+    answer, descriptors, truncated = _ask_child(request, cgroup.fd)
+    if "error" in answer:
+        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
+    if truncated:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise UdpwatchError(
+            f"cannot receive the programs from the loader: Too many open files (limit {limit}); raise the limit with "
+            "ulimit -n, or with LimitNOFILE= in a unit"
+        )
+    return _unpack(answer, descriptors)
+
+
+def _ask_child(request: dict[str, Any], cgroup: int) -> tuple[dict[str, Any], list[int], bool]:
+    """Run the child; return (its answer, descriptors, whether some are missing, because the limit is too low)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs, contextlib.ExitStack() as stack:
+    # The output of the child goes to a file, because compiler and verifier may print more than a pipe holds.
+    with ours, theirs, tempfile.TemporaryFile() as output:
         ours.settimeout(LOAD_SECONDS)
-        request = {
-            "cgroup": cgroup.fd,
-            "path": cgroup.path,
-            "limits": asdict(limits),
-            "btf": str(btf.absolute()),
-            "hooks": hooks,
-            "forwarded": forwarded,
-            "cache": str(cache.absolute()) if cache else "",
-        }
         ours.send(json.dumps(request).encode())
-        # Its output goes to a file, because compiler and verifier may print more than a pipe holds. -P and the folder
-        # ensure that nothing is imported from the current folder. The session of its own keeps Ctrl-C away from it; we
-        # end it.
-        output = stack.enter_context(tempfile.TemporaryFile())
+        # -P and the folder ensure that nothing is imported from the current folder. The session of its own keeps
+        # Ctrl-C away from the child; we end it.
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), cgroup.fd),
+            pass_fds=(theirs.fileno(), cgroup),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=output,
@@ -108,28 +123,17 @@ def load(
                 child.kill()
                 raise
             child.wait()
+        if raw:
+            return json.loads(raw), descriptors, bool(flags & socket.MSG_CTRUNC)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
-    if not raw:
-        raise UdpwatchError(
-            f"cannot load the programs: the loader exited with status {child.returncode}: "
-            f"{lines[-1] if lines else 'no output'}"
-        )
-    answer = json.loads(raw)
-    if "error" in answer:
-        raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
-    if flags & socket.MSG_CTRUNC:  # the kernel passes only as many as the limit allows
-        for descriptor in descriptors:
-            os.close(descriptor)
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        raise UdpwatchError(
-            f"cannot receive the programs from the loader: Too many open files (limit {limit}); raise the limit with "
-            "ulimit -n, or with LimitNOFILE= in a unit"
-        )
-    return _unpack(answer, descriptors)
+    raise UdpwatchError(
+        f"cannot load the programs: the loader exited with status {child.returncode}: "
+        f"{lines[-1] if lines else 'no output'}"
+    )
 
 
-def _unpack(answer: dict[str, object], descriptors: list[int]) -> Loaded:
+def _unpack(answer: dict[str, Any], descriptors: list[int]) -> Loaded:
     groups: dict[str, dict[str, int]] = {"map": {}, "program": {}, "link": {}}
     names = answer["descriptors"]
     assert isinstance(names, list) and len(names) == len(descriptors)

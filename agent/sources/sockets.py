@@ -141,19 +141,23 @@ class ReplySensor:
             known.asked_at = time.monotonic()
             yield from self._settle(known, count, last, pid)
         for tenant, excess in _excess(held, self._most).items():
-            taken_away = [key for _, key in sorted(resting.get(tenant, []))[:excess]]
-            held[tenant] -= len(taken_away)
-            quiet += taken_away
+            deleted = [key for _, key in sorted(resting.get(tenant, []))[:excess]]
+            held[tenant] -= len(deleted)
+            quiet += deleted
         for key in quiet:
             self._pace()
-            try:
-                taken = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
-            except OSError:  # e.g. lack of memory: retried at the next sample
-                continue
-            known = self._known.pop(key)
-            if taken:
-                yield from self._settle(known, *records.decode_finding(taken), is_last=True)
+            yield from self._delete(key)
         self._shares.set(held)
+
+    def _delete(self, key: bytes) -> Iterator[Increase]:
+        """Delete an element; yield what was added to it since it was last read."""
+        try:
+            value = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+        except OSError:  # e.g. lack of memory: retried at the next sample
+            return
+        known = self._known.pop(key)
+        if value:
+            yield from self._settle(known, *records.decode_finding(value), is_last=True)
 
     def beyond(self) -> dict[int, int]:
         """Return by tenant (records.tenant_of) the wrong replies without room in the table of findings."""
