@@ -1,4 +1,4 @@
-"""Real sensors, real agents, and the host that most scenes play on."""
+"""Fixtures: real sensors, real agents, and the host of most scenes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ports = count(20_000)
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where all sensors and agents of this run keep compiled programs; as long as it lasts, and no longer."""
+    """The folder in which all sensors and agents of this run cache compiled programs; removed after the run."""
     folder = tmp_path_factory.mktemp("cache")
     os.environ["UDPWATCH_CACHE"] = str(folder)
     return folder
@@ -27,7 +27,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def packet_watch() -> Iterator[Watch]:
-    """Conntrack read from the packet."""
+    """A sensor that reads conntrack's verdict from the packet."""
     watch = Watch()
     assert watch.sensor.features.mode == "packet", watch.sensor.features.conntrack_reason
     yield watch
@@ -41,29 +41,26 @@ def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
     watch.close()
 
 
-#: What mode netlink misses by design where the kernel tells no namespace (before 6.15; docs/kernels.md), and why.
+_OTHER_SOCKET = "the reply leaves through another socket"
+_NO_CONNTRACK = "there is no conntrack, but the process is in other namespaces, too"
+#: What mode netlink misses by design when the kernel reports no namespace (before 6.15; docs/kernels.md), and why.
 MISSED_WITHOUT_NAMESPACE = {
-    "test_connected_server_socket": "who sends through a connected socket is not known, nor whose conntrack to ask",
-    "test_connected_second_socket": "the answer leaves through another socket",
-    "test_reuseport_sibling_answers": "the answer leaves through another socket",
-    "test_sibling_bound_to_the_other_address": "the answer leaves through another socket",
-    "test_connected_socket_asked_and_listener_answers": "the answer leaves through another socket",
-    **dict.fromkeys(
-        (
-            "test_addresses_asked_from_one_socket",
-            "test_an_address_that_was_answered_is_a_right_source",
-            "test_a_host_that_speaks_after_a_right_reply",
-            "test_a_group_and_an_address_answered_by_one_reply",
-        ),
-        "no conntrack there, but the process is in other namespaces, too",
-    ),
-    "test_loopback_to_own_addresses": "no conntrack there, but the process is in other namespaces, too",
+    "test_wrong_replies_of_a_connected_server_socket": "the sender is unknown, so nobody knows whose conntrack to ask",
+    "test_wrong_reply_of_a_second_connected_socket": _OTHER_SOCKET,
+    "test_wrong_reply_of_a_reuseport_sibling": _OTHER_SOCKET,
+    "test_wrong_reply_through_the_socket_bound_to_the_other_address": _OTHER_SOCKET,
+    "test_wrong_reply_of_the_listener_to_a_request_at_the_connected_socket_is_found": _OTHER_SOCKET,
+    "test_replies_to_many_addresses_asked_from_one_socket_are_judged_exactly": _NO_CONNTRACK,
+    "test_address_that_was_answered_stays_a_right_source": _NO_CONNTRACK,
+    "test_datagrams_after_a_right_reply_are_not_replies": _NO_CONNTRACK,
+    "test_one_reply_answers_a_group_and_an_address": _NO_CONNTRACK,
+    "test_wrong_reply_over_loopback_between_own_addresses": _NO_CONNTRACK,
 }
 
 
 @pytest.fixture(params=["packet", "netlink"])
 def watch(request: pytest.FixtureRequest) -> Watch:
-    """Every scene is played in both modes and must come out with the same counts."""
+    """A sensor in each mode: every scene must give the same counts in both."""
     found: Watch = request.getfixturevalue(f"{request.param}_watch")
     name = request.function.__name__
     if found.sensor.features.scope == "socket" and name in MISSED_WITHOUT_NAMESPACE:

@@ -1,4 +1,4 @@
-"""`udpwatch run` as its users meet it: counts, events, metrics, health, stopping, and what it survives."""
+"""`udpwatch run` as its users know it: counts, events, metrics, health, the end, and what the agent survives."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def event_lines(agent: Agent, port: int) -> list[dict[str, object]]:
 
 @contextmanager
 def capture(namespace: Namespace, *words: str) -> Iterator[list[str]]:
-    """tcpdump's lines while the body runs; it listens when the body begins."""
+    """Run tcpdump during the body, which begins when tcpdump listens; yields tcpdump's lines."""
     process = namespace.popen(["tcpdump", "-l", "-n", "--immediate-mode", "-i", "eth0", *words])
     lines: list[str] = []
     assert process.stderr and process.stdout
@@ -78,7 +78,7 @@ def capture(namespace: Namespace, *words: str) -> Iterator[list[str]]:
         process.communicate()
 
 
-def test_23_wrong_replies_and_a_capture_agrees(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_23_wrong_replies_are_counted_and_a_capture_agrees(agent: Agent, host: ContainerHost, port: int) -> None:
     with capture(host.container, "udp", "src", "port", str(port)) as lines:
         wrong_replies(host, port, 23)
         with host.node.socket() as server, host.container.socket() as client:
@@ -97,7 +97,7 @@ def test_23_wrong_replies_and_a_capture_agrees(agent: Agent, host: ContainerHost
     assert agent.metric("udpwatch_replies_checked_total") >= 24
 
 
-def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_wrong_reply_is_an_event_with_all_keys(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, 1, "one-shot")
     (event,) = wait_for(lambda: event_lines(agent, port), "the event")
     assert list(event) == EVENT_KEYS
@@ -126,7 +126,7 @@ def test_event_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) ->
     assert abs(time.mktime(told) - time.mktime(time.gmtime())) < 60
 
 
-def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_snapshot_and_log_name_the_sender(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, 2, "loud-server")
     assert agent.counted(port, 2) == 2
     rows = [row for row in agent.snapshot()["rows"] if row["port"] == port]
@@ -136,7 +136,7 @@ def test_snapshot_and_log_name_the_culprit(agent: Agent, host: ContainerHost, po
     assert f"was asked at {host.ETH0} and replied from {host.DOCKER0}" in line
 
 
-def test_every_error_series_exists_from_the_start(agent: Agent) -> None:
+def test_every_error_series_exists_at_0_from_the_start(agent: Agent) -> None:
     _, text = agent.get("/metrics")
     for stage in ["rate_limit", "ring_full", "findings_full", "undecided", "remember", "unparsed", "queue", "output"]:
         assert f'udpwatch_events_lost_total{{stage="{stage}"}} 0.0' in text
@@ -147,7 +147,7 @@ def test_every_error_series_exists_from_the_start(agent: Agent) -> None:
     assert 'process="other"' in text
 
 
-def test_health_pages(agent: Agent) -> None:
+def test_health_pages_are_ok(agent: Agent) -> None:
     assert agent.get("/readyz") == (200, "ready\n")
     assert agent.get("/healthz")[0] == 200
     status, text = agent.get("/nothing")
@@ -155,7 +155,7 @@ def test_health_pages(agent: Agent) -> None:
     assert "/metrics" in text
 
 
-def test_events_on_standard_output(host: ContainerHost, folder: Path, port: int) -> None:
+def test_events_are_written_to_standard_output(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--events=-", stdout=subprocess.PIPE) as agent:
         wrong_replies(host, port, 1)
         assert agent.process.stdout
@@ -168,7 +168,7 @@ def test_events_on_standard_output(host: ContainerHost, folder: Path, port: int)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int) -> None:
+def test_agent_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int) -> None:
     with Agent(folder) as agent:
         before = attached_programs()
         wrong_replies(host, port, 3)
@@ -180,12 +180,12 @@ def test_stops_cleanly(host: ContainerHost, folder: Path, port: int, number: int
 
 
 def attached_programs() -> list[int]:
-    """Ids of all programs on our hooks of the root cgroup."""
+    """Return the ids of all programs on the root cgroup's hooks."""
     with closing(cgroup.find(None)) as root:
         return [program for _, hook in HOOKS for program in bpf.program_query(root.fd, hook.attach)]
 
 
-def test_agent_holds_no_compiler_and_few_rights(agent: Agent) -> None:
+def test_agent_has_no_compiler_and_few_capabilities(agent: Agent) -> None:
     maps = Path(f"/proc/{agent.pid}/maps").read_text()
     assert "libbcc" not in maps
     assert "LLVM" not in maps
@@ -200,7 +200,7 @@ def test_agent_holds_no_compiler_and_few_rights(agent: Agent) -> None:
 
 
 def test_flood_is_counted_exactly(agent: Agent, host: ContainerHost, port: int) -> None:
-    """200,000 wrong replies from two processes: the counter is exact, and so is what was not delivered."""
+    """Two processes send 200,000 wrong replies: the counter is exact, and so is the count of lost events."""
     each = 100_000
     before = agent.resident_kib()
 
@@ -241,8 +241,10 @@ def test_flood_is_counted_exactly(agent: Agent, host: ContainerHost, port: int) 
     assert agent.get("/healthz")[0] == 200
 
 
-def test_thousand_namespaces_under_load(agent: Agent, port: int) -> None:
-    """Each is made, answers wrongly once, and is gone. A slow machine (no KVM: 0.4 s each) makes a hundred at least."""
+def test_wrong_reply_in_each_of_a_thousand_namespaces_is_counted(agent: Agent, port: int) -> None:
+    """Each namespace is made, sends one wrong reply and is removed. A slow machine makes at least a hundred (0.4 s each
+    without KVM).
+    """
     busy = Lab()
     load = busy.namespace("load")
 
@@ -271,8 +273,8 @@ def test_thousand_namespaces_under_load(agent: Agent, port: int) -> None:
 # ---- what it survives ----
 
 
-def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
-    """Nobody reads: what fits is delivered later, the rest is counted, the count is exact."""
+def test_full_ring_buffer_loses_events_and_no_counts(host: ContainerHost, port: int) -> None:
+    """While nobody reads, what fits is delivered later and the rest is counted as lost."""
     with closing(Watch(Limits(ring_pages=1, events_per_second=1_000_000))) as watch:
         with host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
@@ -291,8 +293,8 @@ def test_ring_buffer_full(host: ContainerHost, port: int) -> None:
 
 
 def test_self_test_logs_once_while_it_fails(packet_watch: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A datagram of its own is looked for again and again; that it was missed is said once, until one is seen. Those of
-    others, right replies from all ports, do not count.
+    """The agent looks for its own datagram again and again, and logs once that it is missing. Right replies of others,
+    from all ports, do not count.
     """
     monkeypatch.setattr(self_test, "INTERVAL_SECONDS", 0.0)
     test = self_test.SelfTest(packet_watch.sensor, True)
@@ -319,8 +321,8 @@ def test_self_test_logs_once_while_it_fails(packet_watch: Watch, monkeypatch: py
             place.ip("link set lo up")
 
 
-def test_map_of_peers_full(host: ContainerHost, port: int) -> None:
-    """The oldest make room, and that is counted; the newest are still judged."""
+def test_full_map_of_peers_evicts_the_oldest(host: ContainerHost, port: int) -> None:
+    """Evictions are counted, and the newest peers are still judged."""
     with closing(Watch(Limits(max_peers=64), forwarded=Forwarded.OFF)) as watch, host.node.socket() as server:
         server.bind(("0.0.0.0", port))
         peers = set()
@@ -337,8 +339,8 @@ def test_map_of_peers_full(host: ContainerHost, port: int) -> None:
         assert sample.evicted_peers == sample.counters.remembered - sample.tracked_peers
 
 
-def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
-    """What has no room is counted as overflow: the sum stays exact. One tenant may hold half."""
+def test_full_map_of_findings_counts_under_overflow(host: ContainerHost, port: int) -> None:
+    """The sum stays exact. One tenant may fill half of the map."""
     with closing(Watch(Limits(max_findings=8))) as watch:
         for at in range(port, port + 20):
             with host.node.socket() as server, host.container.socket() as client:
@@ -354,7 +356,7 @@ def test_map_of_findings_full(host: ContainerHost, port: int) -> None:
         assert sum(watch.sensor.sample(1 << 62).beyond.values()) == counters.overflow
 
 
-def test_series_limit(host: ContainerHost, folder: Path, port: int) -> None:
+def test_replies_past_the_series_limit_count_under_other(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--max-series=3") as agent:
         for at in range(port, port + 10):
             wrong_replies(host, at, 2)
@@ -364,8 +366,8 @@ def test_series_limit(host: ContainerHost, folder: Path, port: int) -> None:
         assert len(agent.snapshot()["rows"]) == 3
 
 
-def test_killed_and_started_again(host: ContainerHost, folder: Path, port: int) -> None:
-    """SIGKILL leaves no program attached and a socket that the next agent replaces."""
+def test_killed_agent_leaves_nothing_that_stops_the_next_one(host: ContainerHost, folder: Path, port: int) -> None:
+    """SIGKILL leaves no program attached, and a socket that the next agent replaces."""
     programs = attached_programs()
     with Agent(folder) as agent:
         agent.stop(signal.SIGKILL)
@@ -386,7 +388,7 @@ def test_second_agent_on_one_socket_is_refused(agent: Agent, folder: Path) -> No
 
 
 def _stolen_link(agent: Agent, attach: AttachType) -> int:
-    """A descriptor of one of the agent's links, as root can have it from outside (pidfd_getfd(2))."""
+    """Return a descriptor of one of the agent's links, as root can take it from outside (pidfd_getfd(2))."""
     pidfd = os.pidfd_open(agent.pid)
     try:
         for info in Path(f"/proc/{agent.pid}/fdinfo").iterdir():
@@ -401,8 +403,10 @@ def _stolen_link(agent: Agent, attach: AttachType) -> int:
 
 
 @pytest.mark.parametrize(("program", "hook"), HOOKS, ids=[program.name for program, _ in HOOKS])
-def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, program: Program, hook: Hook) -> None:
-    """As `bpftool link detach` does: noticed within 10 s, said, counted, attached again."""
+def test_program_detached_from_outside_is_attached_again(
+    agent: Agent, host: ContainerHost, port: int, program: Program, hook: Hook
+) -> None:
+    """As by `bpftool link detach`: noticed within 10 s, logged, counted."""
     name = program.name
     link = _stolen_link(agent, hook.attach)
     try:
@@ -417,7 +421,7 @@ def test_detached_from_outside(agent: Agent, host: ContainerHost, port: int, pro
     assert agent.metric("udpwatch_reply_source_mismatch_total", port=str(port), cause="kernel-chosen") == 2
 
 
-def test_cgroup_that_goes_away(folder: Path) -> None:
+def test_agent_is_not_ready_after_its_cgroup_is_removed(folder: Path) -> None:
     """A watched cgroup is removed under the agent: blind from there on, and it says so."""
     with own_cgroup() as path, Agent(folder, f"--cgroup={path}") as agent:
         assert agent.get("/readyz")[0] == 200
@@ -428,8 +432,8 @@ def test_cgroup_that_goes_away(folder: Path) -> None:
         assert agent.get("/healthz")[0] == 200
 
 
-def test_events_file_moved_away(agent: Agent, host: ContainerHost, port: int) -> None:
-    """logrotate's way: the file goes, a new one is begun."""
+def test_moved_events_file_is_created_again(agent: Agent, host: ContainerHost, port: int) -> None:
+    """This is how logrotate works."""
     wrong_replies(host, port, 1)
     wait_for(lambda: event_lines(agent, port), "the first event")
     agent.events_file.rename(agent.events_file.with_suffix(".1"))
@@ -437,8 +441,8 @@ def test_events_file_moved_away(agent: Agent, host: ContainerHost, port: int) ->
     wait_for(lambda: event_lines(agent, port), "an event in the new file")
 
 
-def test_events_on_a_full_disk(host: ContainerHost, folder: Path, port: int) -> None:
-    """Nothing can be written, everything is counted; with room again, whole lines follow."""
+def test_events_that_a_full_disk_loses_are_counted(host: ContainerHost, folder: Path, port: int) -> None:
+    """When there is room again, complete lines follow."""
     disk = folder / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "none", disk], check=True)
@@ -458,7 +462,7 @@ def test_events_on_a_full_disk(host: ContainerHost, folder: Path, port: int) -> 
         subprocess.run(["umount", disk], check=True)
 
 
-def test_socket_clients_that_misbehave(agent: Agent) -> None:
+def test_misbehaving_socket_clients_do_no_harm(agent: Agent) -> None:
     clients = []
     for _ in range(40):
         client = socket.socket(socket.AF_UNIX)
@@ -493,7 +497,7 @@ def test_socket_clients_that_misbehave(agent: Agent) -> None:
 
 
 def _connect_until_refused(path: Path) -> int:
-    """How many clients are answered at the same time."""
+    """Return how many clients are answered at the same time."""
     clients, answered = [], 0
     for _ in range(50):
         client = socket.socket(socket.AF_UNIX)
@@ -515,8 +519,8 @@ def _answers(agent: Agent) -> bool:
         return False
 
 
-def test_slow_http_clients(agent: Agent) -> None:
-    """More of them than there are places, idle or a byte now and then: the kubelet still gets its answer."""
+def test_slow_http_clients_do_not_block_the_kubelet(agent: Agent) -> None:
+    """There are more of them than connections allowed; they are idle or send a byte now and then."""
     host, port = agent.url.removeprefix("http://").split(":")
     slow = []
     try:
@@ -534,8 +538,8 @@ def test_slow_http_clients(agent: Agent) -> None:
             connection.close()
 
 
-def test_http_connection_has_an_end(agent: Agent) -> None:
-    """A client that sends a byte a second is cut off, not served for ever."""
+def test_slow_http_connection_is_closed(agent: Agent) -> None:
+    """A client that sends a byte a second is disconnected."""
     host, port = agent.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as slow:
         slow.settimeout(1)
@@ -552,8 +556,8 @@ def test_http_connection_has_an_end(agent: Agent) -> None:
                 ended = True
 
 
-def test_threads_run_short_for_a_moment(agent: Agent) -> None:
-    """Refused while no thread can be had, answered again afterwards: no place is lost."""
+def test_connections_recover_after_threads_ran_short(agent: Agent) -> None:
+    """Connections are refused while no thread can start, and accepted again afterwards: no slot is lost."""
     before = resource.prlimit(agent.pid, resource.RLIMIT_AS)
     size = int(re.findall(r"VmSize:\s+(\d+)", Path(f"/proc/{agent.pid}/status").read_text())[0]) * 1024
     host, port = agent.url.removeprefix("http://").split(":")
@@ -569,8 +573,8 @@ def test_threads_run_short_for_a_moment(agent: Agent) -> None:
     assert agent.get("/healthz")[0] == 200
 
 
-def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> None:
-    """A process may call itself anything; label, JSON and log stay one line."""
+def test_odd_process_name_is_escaped_everywhere(agent: Agent, host: ContainerHost, port: int) -> None:
+    """A process may have any name; label, JSON and log stay one line."""
     wrong_replies(host, port, 1, 'a"\x1b[31m\\\t')
     (event,) = wait_for(lambda: event_lines(agent, port), "the event")
     assert event["process"] == 'a"\\x1b[31m\\\\x09'
@@ -578,15 +582,15 @@ def test_an_odd_process_name(agent: Agent, host: ContainerHost, port: int) -> No
     assert not [line for line in agent.log if "\x1b" in line]
 
 
-def test_short_process_is_still_named(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_short_lived_process_is_named(agent: Agent, host: ContainerHost, port: int) -> None:
     for number in range(5):
         wrong_replies(host, port, 1, f"gone-{number}")
     wait_for(lambda: len(event_lines(agent, port)) == 5, "the events")
     assert {event["process"] for event in event_lines(agent, port)} == {f"gone-{number}" for number in range(5)}
 
 
-def test_a_thread_is_named_by_its_process(agent: Agent, host: ContainerHost, port: int) -> None:
-    """Runtimes name their threads; the operator looks for the process."""
+def test_thread_is_named_after_its_process(agent: Agent, host: ContainerHost, port: int) -> None:
+    """Runtimes name their threads, but the operator looks for the process."""
     with host.node.socket() as server, host.container.socket() as client:
         server.bind(("0.0.0.0", port))
 
@@ -609,7 +613,7 @@ def test_a_thread_is_named_by_its_process(agent: Agent, host: ContainerHost, por
         assert event["pid"] == process.pid
 
 
-def test_idle_series_end(host: ContainerHost, folder: Path, port: int) -> None:
+def test_idle_series_expires(host: ContainerHost, folder: Path, port: int) -> None:
     with Agent(folder, "--forget=1") as agent:
         wrong_replies(host, port, 2)
         wait_for(lambda: agent.wrong(port) == 2, "the count")
@@ -618,7 +622,7 @@ def test_idle_series_end(host: ContainerHost, folder: Path, port: int) -> None:
         assert agent.counted(port, 1) == 1
 
 
-def test_settings_from_file_environment_and_flags(host: ContainerHost, folder: Path, port: int) -> None:
+def test_settings_come_from_file_environment_and_flags(host: ContainerHost, folder: Path, port: int) -> None:
     settings = folder / "settings.toml"
     settings.write_text('window = 0.2\nnode = "from-file"\nevents_per_second = 1\n')
     environment = {**os.environ, "UDPWATCH_NODE": "from-environment", "UDPWATCH_EVENTS_PER_SECOND": "2"}

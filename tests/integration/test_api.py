@@ -1,4 +1,4 @@
-"""The agent's socket: followers that read, that are slow, that never read."""
+"""The agent's socket: followers that read, that are slow, that never read; and doctor's questions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing.lab import ContainerHost, Lab
 
 
-def test_a_follower_hears_of_a_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_follower_gets_each_wrong_reply(agent: Agent, host: ContainerHost, port: int) -> None:
     with Client(agent.socket, 30) as client:
         told = client.follow()
         client._socket.settimeout(60)  # nothing may come: then the test shall fail, not wait
@@ -30,8 +30,8 @@ def test_a_follower_hears_of_a_wrong_reply(agent: Agent, host: ContainerHost, po
         assert client.events(0) == []
 
 
-def test_a_follower_that_never_reads(folder: Path, host: ContainerHost, port: int) -> None:
-    """It loses what is its own, is told so, and keeps nobody waiting."""
+def test_follower_that_never_reads_loses_only_its_own_events(folder: Path, host: ContainerHost, port: int) -> None:
+    """It gets the number of events that it lost, and delays nobody else."""
     with Agent(folder, "--events-per-second=100000") as agent, Client(agent.socket, 60) as lazy:
         told = lazy.follow()
         with Client(agent.socket, 60) as other, host.node.socket() as server, host.container.socket() as client:
@@ -50,7 +50,7 @@ def test_a_follower_that_never_reads(folder: Path, host: ContainerHost, port: in
         assert lost > 0
 
 
-def test_followers_that_go_away(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_followers_may_disconnect(agent: Agent, host: ContainerHost, port: int) -> None:
     for _ in range(40):
         client = Client(agent.socket, 30)
         client.follow()
@@ -61,7 +61,7 @@ def test_followers_that_go_away(agent: Agent, host: ContainerHost, port: int) ->
     wait_for(lambda: len(list(descriptors.iterdir())) < 60, "the connections to be closed")
 
 
-def test_words_that_are_none(agent: Agent) -> None:
+def test_invalid_request_gets_an_error(agent: Agent) -> None:
     questions = [b"{}", b"[1]", b'{"get":"events"}', b'{"get":"events","limit":-1}', b'{"get":"events","limit":true}']
     questions += [b'{"get":"snapshot","more":1}', b'{"follow":"everything"}', b"7", b'"x"']
     with socket.socket(socket.AF_UNIX) as client:
@@ -75,7 +75,7 @@ def test_words_that_are_none(agent: Agent) -> None:
                 assert ("error" in answer) == (question != b'{"get":"events","limit":true}'), question
 
 
-def test_doctor_of_a_running_agent(agent: Agent) -> None:
+def test_doctor_reports_on_the_running_agent(agent: Agent) -> None:
     with Client(agent.socket, 30) as client:
         report = client.doctor()
     assert report["ready"] is True
@@ -84,8 +84,8 @@ def test_doctor_of_a_running_agent(agent: Agent) -> None:
     assert {"ingress", "egress"} <= {probe["name"] for probe in report["probes"]}
 
 
-def test_doctor_asks_the_agent(agent: Agent) -> None:
-    """Its remaining capabilities are shown, alone and beside what this machine supports."""
+def test_doctor_shows_the_running_agents_capabilities(agent: Agent) -> None:
+    """They are shown alone and beside what this machine supports."""
     here = f"--connect={agent.socket}"
     done = run_cli("doctor", "--agent", here)
     assert (done.returncode, done.stderr) == (0, "")
@@ -102,8 +102,8 @@ def test_doctor_asks_the_agent(agent: Agent) -> None:
     assert f"no agent answers on {agent.socket}" in done.stderr
 
 
-def test_doctor_of_an_agent_that_is_not_ready(folder: Path) -> None:
-    """Its own loopback is down: it may load and attach everything, and sees nothing of itself."""
+def test_doctor_fails_when_the_agent_is_not_ready(folder: Path) -> None:
+    """The agent's loopback is down: it can load and attach everything, but does not see its own datagrams."""
     with Lab() as lab:
         silent = lab.namespace("silent")
         silent.ip("link set lo down")
@@ -117,7 +117,7 @@ def test_doctor_of_an_agent_that_is_not_ready(folder: Path) -> None:
     assert "The agent does not work" in done.stdout
 
 
-def test_group_of_the_socket(folder: Path) -> None:
+def test_socket_belongs_to_the_group_in_the_settings(folder: Path) -> None:
     with Agent(folder, "--socket-group=nogroup") as agent:
         assert agent.socket.stat().st_gid == 65534
         assert oct(agent.socket.stat().st_mode & 0o777) == "0o660"
@@ -127,7 +127,7 @@ def test_group_of_the_socket(folder: Path) -> None:
 
 
 def test_replay_needs_no_root(folder: Path, host: ContainerHost, port: int) -> None:
-    """Recorded by a real agent, played by nobody: the same findings, with the same counts."""
+    """Events of a real agent are replayed as user nobody: the same findings with the same counts."""
     with Agent(folder, "--events-per-second=1000") as agent:
         wrong_replies(host, port, 23)
         wait_for(lambda: agent.events_file.read_text().count("\n") >= 23, "the events")

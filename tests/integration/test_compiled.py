@@ -1,4 +1,4 @@
-"""What a start compiles is kept for the next one, if nobody else can have changed it."""
+"""The compile cache: a start uses the programs of an earlier one unless another user could have changed them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def compiled() -> Iterator[Path]:
 
 @pytest.fixture
 def kept(compiled: Path, folder: Path) -> Path:
-    """One's own copy of it."""
+    """A copy of that cache for one test."""
     return shutil.copytree(compiled, folder / "cache")
 
 
@@ -37,7 +37,7 @@ def test_second_start_needs_no_bcc(kept: Path, folder: Path, host: ContainerHost
 
 
 @pytest.mark.parametrize("flag", ["--window=29", "--max-peers=1024", "--events-per-second=9"])
-def test_other_settings_are_compiled_anew(kept: Path, folder: Path, flag: str) -> None:
+def test_other_settings_are_compiled_again(kept: Path, folder: Path, flag: str) -> None:
     assert_refused(run(folder, f"--cache={kept}", flag, wrapper=WITHOUT_BCC), 77, "cannot import bcc")
 
 
@@ -51,14 +51,16 @@ def test_other_settings_are_compiled_anew(kept: Path, folder: Path, flag: str) -
     ],
     ids=["damaged", "another owner", "others may write", "others may write to the folder"],
 )
-def test_what_others_could_have_written_is_not_used(kept: Path, folder: Path, spoil: Callable[[Path], object]) -> None:
+def test_file_that_others_could_have_written_is_not_used(
+    kept: Path, folder: Path, spoil: Callable[[Path], object]
+) -> None:
     """Root would load it into the kernel."""
     for path in kept.iterdir():
         spoil(path)
     assert_refused(run(folder, f"--cache={kept}", wrapper=WITHOUT_BCC), 77, "cannot import bcc")
 
 
-def test_what_is_not_used_is_compiled_anew(kept: Path, folder: Path) -> None:
+def test_unused_file_is_compiled_again(kept: Path, folder: Path) -> None:
     for path in kept.iterdir():
         path.chmod(0o666)
     with Agent(folder, f"--cache={kept}"):
@@ -66,8 +68,8 @@ def test_what_is_not_used_is_compiled_anew(kept: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["read-only", "/proc/nowhere"])
-def test_cache_that_cannot_be_written(folder: Path, place: str) -> None:
-    """Nothing is said: it works, a compile later."""
+def test_unwritable_cache_is_ignored(folder: Path, place: str) -> None:
+    """The agent works, a compilation later, and logs nothing."""
     cache = folder / place
     (folder / "read-only").mkdir()
     wrapper = in_mount_namespace(f"mount -t tmpfs -o ro none {folder}/read-only")
@@ -75,7 +77,7 @@ def test_cache_that_cannot_be_written(folder: Path, place: str) -> None:
         assert not [line for line in agent.log if "cache" in line]
 
 
-def test_folder_that_systemd_gives(folder: Path) -> None:
+def test_systemds_cache_folder_is_used(folder: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "UDPWATCH_CACHE"}
     with Agent(folder, env={**environment, "CACHE_DIRECTORY": f"{folder}/cache:{folder}/other"}):
         assert list((folder / "cache").iterdir())

@@ -1,4 +1,4 @@
-"""What conntrack loses, lost for real, and told as it is: by what came out at the other side, and by conntrack(8)."""
+"""Losses of conntrack, made for real, and reported as conntrack(8) and the other side of the router see them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def router() -> Iterator[Router]:
 
 @pytest.fixture
 def setting() -> Iterator[Callable[[str, int], None]]:
-    """Sets what counts for the namespaces of the whole machine alike; as it was, afterwards."""
+    """Set a limit that all namespaces of the machine share; it is restored afterwards."""
     if not IN_MATRIX:
         pytest.skip("needs a machine whose conntrack table may be too small: `make test-kernels` has such guests")
     with ExitStack() as before:
@@ -42,13 +42,13 @@ def setting() -> Iterator[Callable[[str, int], None]]:
 
 
 def health(router: Router) -> ConntrackHealth:
-    """As the agent asks for it."""
+    """Read conntrack's health as the agent does."""
     with router.node.entered(), Table() as table:
         return table.health()
 
 
 def confirmed(router: Router) -> bool:
-    """Whether conntrack(8) says the same of this namespace, asked between two of our questions."""
+    """Whether conntrack(8) reports the same for this namespace, read between two of our readings."""
     before = health(router)
     total = Counter[str]()
     for name, value in re.findall(r"\b(insert_failed|drop|early_drop)=(\d+)", router.node.run(["conntrack", "-S"])):
@@ -62,13 +62,13 @@ def confirmed(router: Router) -> bool:
 
 
 def flood(router: Router, port: int, flows: int, first: int = 20_000) -> None:
-    """New flows through the router, from one port each; not more than a device's queue holds."""
+    """Send new flows through the router, each from another port; not more than a device's queue holds."""
     for number in range(flows):
         router.left.send(CLIENT, first + number, SERVER, port)
 
 
 def passed(router: Router, port: int) -> int:
-    """How many of the flood came out, up to one more datagram, whose flow is booked or for which there is room."""
+    """Return how many packets of the flood came out, including one more whose flow is tracked or has room."""
     router.left.send(CLIENT, 4444, SERVER, port)
     count = 0
     while router.right.receive() != (CLIENT, 4444, SERVER, port):
@@ -76,8 +76,10 @@ def passed(router: Router, port: int) -> int:
     return count
 
 
-def test_a_full_table(router: Router, port: int, setting: Callable[[str, int], None]) -> None:
-    """So many buckets that the few around a new flow's own hold nothing that could go for it."""
+def test_flows_dropped_by_a_full_table_are_counted(
+    router: Router, port: int, setting: Callable[[str, int], None]
+) -> None:
+    """There are so many buckets that those around a new flow hold nothing that could be evicted."""
     before = health(router)
     roomy = before.limit
     setting("nf_conntrack_max", 50)
@@ -90,8 +92,10 @@ def test_a_full_table(router: Router, port: int, setting: Callable[[str, int], N
     assert confirmed(router)
 
 
-def test_unanswered_flows_make_room(router: Router, port: int, setting: Callable[[str, int], None]) -> None:
-    """So few buckets that there is always one that can go: nothing is lost but what had not been answered."""
+def test_evictions_of_unanswered_flows_are_counted(
+    router: Router, port: int, setting: Callable[[str, int], None]
+) -> None:
+    """There are so few buckets that something can always be evicted: only unanswered flows are lost."""
     setting("nf_conntrack_buckets", 512)
     setting("nf_conntrack_max", 300)
     before = health(router)
@@ -103,8 +107,10 @@ def test_unanswered_flows_make_room(router: Router, port: int, setting: Callable
     assert confirmed(router)
 
 
-def test_buckets_that_are_full(router: Router, port: int, setting: Callable[[str, int], None]) -> None:
-    """Room in the table, none where the flow belongs: its packet is dropped when it should be booked."""
+def test_packets_dropped_for_full_buckets_are_counted(
+    router: Router, port: int, setting: Callable[[str, int], None]
+) -> None:
+    """The table has room, but not where the flow belongs: its packet is dropped at confirmation."""
     if "chaintoolong" not in router.node.run(["conntrack", "-S"]):
         pytest.skip("this kernel lets buckets grow without end: newer ones of `make test-kernels` do not")
     setting("nf_conntrack_buckets", 512)

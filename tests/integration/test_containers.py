@@ -1,4 +1,4 @@
-"""Who it was, in the containers of a real Docker and a real containerd, and on the host."""
+"""Attribution in containers of a real Docker and a real containerd, and on the host."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _ports = count(31_000)
 
 @pytest.fixture
 def port() -> int:
-    """Not of the other tests' ports: the agent sees the whole machine, other test runs on it too."""
+    """Return a port outside the range of other tests: the agent sees the whole machine, including other test runs."""
     return next(_ports)
 
 
@@ -53,7 +53,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def lab(place: Path) -> Iterator[RuntimeHost]:
-    """Its end comes before that of the folder."""
+    """The lab, closed before its folder is removed."""
     assert place
     with RuntimeHost() as lab:
         yield lab
@@ -95,7 +95,7 @@ def containerd(place: Path, node: Namespace, image: Path) -> Iterator[Containerd
 
 @pytest.fixture(scope="module")
 def agent(place: Path) -> Iterator[Agent]:
-    """An agent whose /var/log and /var/lib/docker are of our own making."""
+    """An agent whose /var/log and /var/lib/docker are folders of the test."""
     script = (
         f"mount --bind {place}/log /var/log\nmount -t tmpfs none /var/lib\nmkdir /var/lib/docker\n"
         f"mount --bind {Docker.root_in(place / 'docker')} /var/lib/docker"
@@ -105,7 +105,7 @@ def agent(place: Path) -> Iterator[Agent]:
 
 
 def row_of(agent: Agent, port: int) -> dict[str, Any]:
-    """The one finding on a port, as soon as it is there."""
+    """Wait for the one finding on a port."""
     (row,) = wait_for(lambda: [row for row in agent.snapshot()["rows"] if row["port"] == port], "the finding")
     assert row["count"] == 1
     assert isinstance(row, dict)
@@ -113,7 +113,7 @@ def row_of(agent: Agent, port: int) -> dict[str, Any]:
 
 
 def event_of(agent: Agent, port: int) -> dict[str, Any]:
-    """The one event on a port."""
+    """Return the one event on a port."""
 
     def read() -> list[dict[str, Any]]:
         lines = agent.events_file.read_text().splitlines() if agent.events_file.exists() else []
@@ -125,7 +125,7 @@ def event_of(agent: Agent, port: int) -> dict[str, Any]:
 
 
 def assert_names(agent: Agent, port: int, runtime: str, container_id: str, **names: str) -> None:
-    """Snapshot, metrics and event agree on who it was."""
+    """Assert that snapshot, metrics and event agree on the sender."""
     sender = row_of(agent, port)["sender"]
     labels = {"process": SERVER, "container": "", "namespace": "", "pod": ""} | names
     assert {label: sender[label] for label in labels} == labels
@@ -140,7 +140,7 @@ def assert_names(agent: Agent, port: int, runtime: str, container_id: str, **nam
 
 
 def ask_from_outside(outside: Namespace, pid: int, port: int) -> None:
-    """Another machine asks the node at its second address."""
+    """Send a request from another machine to the node's second address."""
     listening(pid, port)
     assert answered_from(outside, RuntimeHost.SECOND, port) == RuntimeHost.NODE
 
@@ -148,14 +148,16 @@ def ask_from_outside(outside: Namespace, pid: int, port: int) -> None:
 # ---- Docker ----
 
 
-def test_docker_own_network(agent: Agent, docker: Docker, node: Namespace, port: int) -> None:
+def test_container_of_docker_with_its_own_network_is_named(
+    agent: Agent, docker: Docker, node: Namespace, port: int
+) -> None:
     container = docker.run(f"own-{port}", f"/{SERVER}", str(port))
     ask_inside(node, first_pid(container), docker.address(container), port)
     assert_names(agent, port, "docker", container, container=f"own-{port}")
 
 
-def test_a_container_does_not_choose_its_name(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
-    """One of its processes calls itself conmon, and tells its own container's id with another one's name."""
+def test_container_cannot_choose_its_name(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    """One of its processes claims to be conmon, with the container's id and another container's name."""
     lie = f"printf conmon > /proc/$$/comm; /{SERVER} {port} & wait"
     own = r"$(sed -n 's|.*/containers/\([0-9a-f]*\)/hostname.*|\1|p' /proc/self/mountinfo)"
     run = f"exec /bin/sh -c '{lie}' sh -c {own} -n billing-db"
@@ -168,21 +170,23 @@ def test_a_container_does_not_choose_its_name(agent: Agent, docker: Docker, outs
     assert_names(agent, port, "docker", container, container=f"liar-{port}")
 
 
-def test_docker_host_network(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+def test_container_of_docker_with_the_host_network_is_named(
+    agent: Agent, docker: Docker, outside: Namespace, port: int
+) -> None:
     container = docker.run(f"host-{port}", f"/{SERVER}", str(port), flags=["--network=host"])
     ask_from_outside(outside, first_pid(container), port)
     assert_names(agent, port, "docker", container, container=f"host-{port}")
 
 
-def test_docker_started_in_a_running_container(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+def test_process_started_by_docker_exec_is_named(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
     container = docker.run(f"exec-{port}", "/bin/busybox", "sleep", "3600", flags=["--network=host"])
     docker.call("exec", "--detach", container, f"/{SERVER}", str(port))
     ask_from_outside(outside, first_pid(container), port)
     assert_names(agent, port, "docker", container, container=f"exec-{port}")
 
 
-def test_pod_under_docker(agent: Agent, docker: Docker, node: Namespace, place: Path, port: int) -> None:
-    """Cgroups and names as kubelet makes them, with its cgroupfs driver."""
+def test_pod_under_docker_is_named(agent: Agent, docker: Docker, node: Namespace, place: Path, port: int) -> None:
+    """Cgroups and names are as kubelet's cgroupfs driver makes them."""
     flags = [f"--cgroup-parent=/kubepods/besteffort/pod{POD_UID}"]
     container = docker.run(f"k8s_dns_dns-7c9_shop_{port}", f"/{SERVER}", str(port), flags=flags)
     name_pod(place / "log", "shop", "dns-7c9", POD_UID, "dns", container)
@@ -194,12 +198,12 @@ def test_pod_under_docker(agent: Agent, docker: Docker, node: Namespace, place: 
 
 
 def own_id(port: int) -> str:
-    """As kubelet and nerdctl choose them; ctr leaves it to its user."""
+    """Return an id as kubelet and nerdctl choose it; ctr lets its user choose."""
     return f"{port:064x}"
 
 
 def give_network(node: Namespace, pid: int, port: int) -> str:
-    """What a network plugin does; the container's address."""
+    """Do what a network plugin does; returns the container's address."""
     net = f"10.88.{port % 256}"
     node.ip(
         f"link add ctr{port} type veth peer name eth0 netns {pid}",
@@ -210,20 +214,26 @@ def give_network(node: Namespace, pid: int, port: int) -> str:
     return f"{net}.2"
 
 
-def test_containerd_own_network(agent: Agent, containerd: Containerd, node: Namespace, port: int) -> None:
+def test_container_of_containerd_with_its_own_network_is_named(
+    agent: Agent, containerd: Containerd, node: Namespace, port: int
+) -> None:
     container = containerd.run(own_id(port), f"/{SERVER}", str(port))
     pid = first_pid(container)
     ask_inside(node, pid, give_network(node, pid, port), port)
     assert_names(agent, port, "containerd", container, container=container[:12])
 
 
-def test_containerd_host_network(agent: Agent, containerd: Containerd, outside: Namespace, port: int) -> None:
+def test_container_of_containerd_with_the_host_network_is_named(
+    agent: Agent, containerd: Containerd, outside: Namespace, port: int
+) -> None:
     container = containerd.run(f"named-{port}", f"/{SERVER}", str(port), flags=["--net-host"])
     ask_from_outside(outside, first_pid(container), port)
     assert_names(agent, port, "containerd", container, container=f"named-{port}")
 
 
-def test_pod_under_containerd(agent: Agent, containerd: Containerd, node: Namespace, place: Path, port: int) -> None:
+def test_pod_under_containerd_is_named(
+    agent: Agent, containerd: Containerd, node: Namespace, place: Path, port: int
+) -> None:
     uid = "9b0f3c2d" * 4  # a static pod's
     flags = [f"--cgroup=/kubepods/burstable/pod{uid}/{own_id(port)}"]
     container = containerd.run(own_id(port), f"/{SERVER}", str(port), flags=flags)
@@ -237,7 +247,9 @@ def test_pod_under_containerd(agent: Agent, containerd: Containerd, node: Namesp
 # ---- the host itself ----
 
 
-def test_on_the_host(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
+def test_process_of_the_host_is_named(
+    agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int
+) -> None:
     with node.popen([str(server), str(port)]) as process:
         ask_from_outside(outside, process.pid, port)
         assert_names(agent, port, "", "")
@@ -248,8 +260,10 @@ def test_on_the_host(agent: Agent, node: Namespace, outside: Namespace, server: 
 ODD = 'a"b\\[red]<b>\x1b[2J\n'
 
 
-def test_odd_name(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
-    """A program may be called anything: its name does no harm in labels, JSON and the log."""
+def test_odd_program_name_is_escaped_everywhere(
+    agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int
+) -> None:
+    """A program may have any name; labels, JSON and log stay intact."""
     odd = server.with_name(ODD)
     odd.hardlink_to(server)
     shown = ODD[:15].replace("\x1b", r"\x1b").replace("\n", r"\x0a")
@@ -268,7 +282,7 @@ def test_odd_name(agent: Agent, node: Namespace, outside: Namespace, server: Pat
 
 
 def server_pid(container: str, port: int) -> int:
-    """The process that serves at present."""
+    """Return the id of the process that serves now."""
 
     def find() -> int:
         wanted = f"/{SERVER}\0{port}\0"
@@ -285,10 +299,10 @@ def server_pid(container: str, port: int) -> int:
 
 
 @pytest.mark.parametrize("network", ["bridge", "host"])
-def test_short_lived_in_a_container(
+def test_short_lived_process_in_a_container_is_named(
     agent: Agent, docker: Docker, node: Namespace, outside: Namespace, port: int, network: str
 ) -> None:
-    """It answers once and exits while the agent cannot look."""
+    """It replies once and exits while the agent is stopped."""
     loop = f"while :; do /{SERVER} {port} 1; done"
     container = docker.run(f"short-{port}", "/bin/sh", "-c", loop, flags=[f"--network={network}"])
     pid = server_pid(container, port)
@@ -307,8 +321,8 @@ def test_short_lived_in_a_container(
     assert event_of(agent, port)["container"] == f"short-{port}"
 
 
-def test_short_lived_container(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
-    """The container ends with the process. Until its runtime has cleared up, which takes a moment, all is there."""
+def test_short_lived_container_is_named(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:
+    """The container ends with its process. Until its runtime has cleaned up, everything is still there."""
     container = docker.run(f"brief-{port}", f"/{SERVER}", str(port), "1", flags=["--network=host"])
     pid = first_pid(container)
     shim = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -321,7 +335,9 @@ def test_short_lived_container(agent: Agent, docker: Docker, outside: Namespace,
     assert (sender["process"], sender["container"], sender["container_id"]) == (SERVER, f"brief-{port}", container)
 
 
-def test_short_lived_on_the_host(agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int) -> None:
+def test_short_lived_process_on_the_host_is_named(
+    agent: Agent, node: Namespace, outside: Namespace, server: Path, port: int
+) -> None:
     with node.popen([str(server), str(port), "1"]) as process:
         os.kill(agent.pid, signal.SIGSTOP)
         try:
@@ -338,8 +354,8 @@ def test_short_lived_on_the_host(agent: Agent, node: Namespace, outside: Namespa
 
 
 @pytest.mark.parametrize("parent", ["", f"/kubepods/besteffort/pod{OTHER_UID}"], ids=["container", "pod"])
-def test_a_container_that_is_removed_has_ended(docker: Docker, port: int, parent: str) -> None:
-    """As against one that is stopped and started anew."""
+def test_series_of_a_removed_container_expires(docker: Docker, port: int, parent: str) -> None:
+    """The series of a stopped and restarted container stays."""
     flags = [f"--cgroup-parent={parent}"] if parent else []
     container = docker.run(f"end-{port}", f"/{SERVER}", str(port), flags=flags)
     with closing(cgroup.find(None)) as tree:

@@ -1,4 +1,4 @@
-"""The code that `udpwatch explain` shows, for real: its client gets the answer from the address that it asked."""
+"""The code that `udpwatch explain` shows, compiled and run: its client gets the reply from the address it asked."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def serving(host: ContainerHost, command: list[str]) -> Iterator[subprocess.Pope
 
 
 def answer(host: ContainerHost, address: str) -> bytes:
-    """What a client with a connected socket gets; its kernel lets no answer from another address through."""
+    """Return what a client with a connected socket receives; its kernel drops replies from other addresses."""
     with host.container.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
         client.settimeout(0.2)
         client.connect((address, PORT))
@@ -72,7 +72,7 @@ def answer(host: ContainerHost, address: str) -> bytes:
     ],
     ids=["C", "Python", "Node.js"],
 )
-def test_answers_from_the_address_asked(
+def test_code_of_each_remedy_replies_from_the_address_asked(
     host: ContainerHost, tmp_path: Path, language: str, tool: str, prepare: Callable[[Code, Path], list[str]]
 ) -> None:
     if not shutil.which(tool):
@@ -87,8 +87,8 @@ def test_answers_from_the_address_asked(
             assert process.poll() is None
 
 
-def test_a_plain_server_does_not(host: ContainerHost) -> None:
-    """The same client, the same addresses: it is not the lab that makes the answers right."""
+def test_plain_server_does_not_reply_from_the_address_asked(host: ContainerHost) -> None:
+    """With the same client and the same addresses: the lab is not what makes the replies right."""
     with host.node.socket() as server:
         server.bind(("0.0.0.0", PORT))
         process = host.node.spawn("plain", lambda: servers.plain(server))

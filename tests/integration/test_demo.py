@@ -1,4 +1,4 @@
-"""`udpwatch demo`: it shows what it says, notices when it does not, and leaves nothing behind."""
+"""`udpwatch demo`: it shows what it says, notices when something does not, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.testing.lab import die_with_parent
 
 
-def test_demo() -> None:
+def test_demo_succeeds() -> None:
     done = run_cli("demo")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -26,8 +26,8 @@ def test_demo() -> None:
     assert done.stderr == ""
 
 
-def test_demo_notices_what_does_not_come_out() -> None:
-    """With the sendmsg hooks held by another program the cause stays unknown: the demo must not claim success."""
+def test_demo_fails_when_the_cause_is_unknown() -> None:
+    """Another program holds the sendmsg hooks, so the cause stays unknown: the demo must not claim success."""
     with held_exclusively() as path:
         join = ["sh", "-e", "-c", f'echo $$ > {path}/cgroup.procs; exec "$@"', "sh"]
         done = run_cli("demo", wrapper=join, env={"UDPWATCH_CGROUP": str(path), "UDPWATCH_HOOKS": "cgroup"})
@@ -36,20 +36,20 @@ def test_demo_notices_what_does_not_come_out() -> None:
     assert "they are marked NO" in done.stdout
 
 
-def test_two_demos_at_once() -> None:
+def test_two_demos_succeed_at_once() -> None:
     with subprocess.Popen([*COMMAND, "demo"], stdout=subprocess.DEVNULL, preexec_fn=die_with_parent) as other:
         assert run_cli("demo").returncode == 0
         assert other.wait(30) == 0
 
 
-def test_demo_beside_a_running_agent(agent: Agent) -> None:
+def test_demo_succeeds_beside_a_running_agent(agent: Agent) -> None:
     assert run_cli("demo").returncode == 0
     assert agent.get("/readyz")[0] == 200
 
 
 @pytest.mark.parametrize("number", [2, 9, 15], ids=["SIGINT", "SIGKILL", "SIGTERM"])
-def test_demo_interrupted(number: int) -> None:
-    """Whatever ends it: no process, no program, no namespace stays, and the next one works."""
+def test_interrupted_demo_leaves_nothing_behind(number: int) -> None:
+    """No process, program or namespace stays, whatever ends the demo, and the next demo works."""
     with closing(cgroup.find(None)) as root:
 
         def programs() -> list[int]:

@@ -1,4 +1,4 @@
-"""`udpwatch doctor`: what it finds here, and who it recognises."""
+"""`udpwatch doctor`: its report on this machine, and other programs that it recognises."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.testing.lab import ContainerHost
 
 
-def test_doctor_here() -> None:
+def test_doctor_reports_on_this_machine() -> None:
     done = run_cli("doctor")
     assert done.returncode == 0, done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -30,14 +30,14 @@ def test_doctor_names_limits_that_differ() -> None:
     assert check["found"] == "--max-peers 1024 (default 131072)"
 
 
-def test_doctor_sees_its_neighbours(agent: Agent) -> None:
+def test_doctor_lists_other_programs_on_the_hooks(agent: Agent) -> None:
     report = json.loads(run_cli("doctor", "--json").stdout)
     (check,) = [check for check in report["checks"] if check["name"] == "other programs"]
     assert "egress on CGROUP_INET_EGRESS" in check["found"]
 
 
 def test_doctor_recognises_cilium(host: ContainerHost) -> None:
-    """A program that is called as Cilium's are, on our hook."""
+    """A program on our hook has a name like Cilium's."""
     with closing(cgroup.find(None)) as root:
         program = sendmsg_program("cil_sock4_sendm")
         link = bpf.link_create(program, root.fd, AttachType.CGROUP_UDP4_SENDMSG)
@@ -50,7 +50,7 @@ def test_doctor_recognises_cilium(host: ContainerHost) -> None:
         os.close(program)
 
 
-def test_doctor_without_rights() -> None:
+def test_doctor_fails_without_capabilities() -> None:
     done = run_cli("doctor", preexec_fn=without(*Capability))
     assert done.returncode == 77
     assert "udpwatch cannot work here" in done.stdout
@@ -58,8 +58,8 @@ def test_doctor_without_rights() -> None:
     assert done.stderr == ""
 
 
-def test_doctor_without_bcc(agent: Agent) -> None:
-    """It runs the compiler, whichever capabilities the running agent has."""
+def test_doctor_fails_without_bcc(agent: Agent) -> None:
+    """Doctor runs the compiler whichever capabilities a running agent has."""
     done = run_cli("doctor", wrapper=in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages"))
     assert done.returncode == 77
     assert "python3-bpfcc" in done.stdout

@@ -1,4 +1,4 @@
-"""Environments that lack something, each for real: one clear line and the documented exit status, or it goes on."""
+"""Environments that lack something: udpwatch ends with one clear line and the documented exit status, or works."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ from udpwatch.agent.testing.lab import ContainerHost, Lab
 # ---- what is missing ----
 
 
-def test_btf_path_that_is_not_there(folder: Path) -> None:
+def test_missing_btf_path_is_refused(folder: Path) -> None:
     assert_refused(run(folder, "--btf=/nowhere/vmlinux"), 2, "--btf", "/nowhere/vmlinux", "No such file")
 
 
-def test_kernel_without_btf(folder: Path, host: ContainerHost, port: int) -> None:
+def test_kernel_without_btf_uses_netlink(folder: Path, host: ContainerHost, port: int) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /sys/kernel/btf")
     with Agent(folder, wrapper=wrapper) as agent:
         assert any("cannot read BTF from /sys/kernel/btf/vmlinux" in line for line in agent.log)
@@ -44,25 +44,25 @@ def test_kernel_without_btf(folder: Path, host: ContainerHost, port: int) -> Non
             assert agent.counted(port, 1) == 1
 
 
-def test_bcc_missing(folder: Path) -> None:
+def test_missing_bcc_is_refused(folder: Path) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages")
     assert_refused(run(folder, "--cache=off", wrapper=wrapper), 77, "bcc", "python3-bpfcc")
 
 
-def test_bcc_is_an_empty_folder(folder: Path) -> None:
+def test_bcc_that_is_an_empty_folder_is_refused(folder: Path) -> None:
     wrapper = in_mount_namespace("mount -t tmpfs none /usr/lib/python3/dist-packages/bcc")
     assert_refused(run(folder, "--cache=off", wrapper=wrapper), 77, "bcc", "python3-bpfcc")
 
 
-def test_source_that_does_not_compile(folder: Path) -> None:
-    """The compiler's own word is passed on: bcc's exception has none."""
+def test_compiler_error_is_shown(folder: Path) -> None:
+    """bcc's exception does not have the compiler's message."""
     (folder / "sockets.c").write_text("int ingress(struct __sk_buff *skb) { return 1 }\n")
     wrapper = in_mount_namespace(f"mount --bind {folder}/sockets.c {SOURCES}/sockets.c")
     assert_refused(run(folder, "--cache=off", wrapper=wrapper), 1, "cannot compile sockets.c", "error: expected ';'")
 
 
-def test_loader_that_says_much(folder: Path) -> None:
-    """More than a pipe holds, and not all of it text."""
+def test_long_output_of_the_loader_does_not_block(folder: Path) -> None:
+    """It is more than a pipe holds, and not all of it is text."""
     (folder / "bcc").mkdir()
     (folder / "bcc" / "__init__.py").write_text(
         "import sys\nsys.stderr.buffer.write(b'\\xff noise\\n' * 100_000)\nraise ImportError('no such thing')\n"
@@ -70,15 +70,15 @@ def test_loader_that_says_much(folder: Path) -> None:
     assert_refused(run(folder, "--cache=off", env=before_all(folder)), 77, "cannot import bcc", "no such thing")
 
 
-def test_loader_that_dies(folder: Path) -> None:
+def test_loader_that_dies_is_reported(folder: Path) -> None:
     (folder / "bcc").mkdir()
     words = "import os, sys\nsys.stderr.write('out of order\\n')\nsys.stderr.flush()\nos._exit(3)\n"
     (folder / "bcc" / "__init__.py").write_text(words)
     assert_refused(run(folder, "--cache=off", env=before_all(folder)), 1, "status 3", "out of order")
 
 
-def test_few_descriptors(folder: Path) -> None:
-    """A soft limit is raised; a hard one that is too low is named."""
+def test_descriptor_limit_is_raised_or_named(folder: Path) -> None:
+    """A soft limit is raised; a hard limit that is too low is named."""
     assert_refused(
         run(folder, wrapper=["sh", "-c", 'ulimit -n 255; exec "$@"', "sh"]),
         1,
@@ -90,8 +90,8 @@ def test_few_descriptors(folder: Path) -> None:
         assert agent.get("/readyz")[0] == 200
 
 
-def test_fewer_descriptors_than_the_loader_hands_over(folder: Path) -> None:
-    """Where most are taken, some numbers are too low to take over all programs: one line, with the way out."""
+def test_too_few_descriptors_for_the_loaders_programs_is_one_error(folder: Path) -> None:
+    """When most descriptors are in use, some limits are too low for all programs: one line says how to raise it."""
     said: list[str] = []
     for free in range(28, 64, 2):
         taken = range(256 - free)
@@ -114,8 +114,10 @@ def test_fewer_descriptors_than_the_loader_hands_over(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("offset", [1_000_000, -100])
-def test_time_namespace(folder: Path, host: ContainerHost, port: int, offset: int) -> None:
-    """The programs have the host's clock, the agent that of its time namespace: events have the right time."""
+def test_events_have_the_right_time_in_a_time_namespace(
+    folder: Path, host: ContainerHost, port: int, offset: int
+) -> None:
+    """The programs use the host's clock, the agent that of its time namespace."""
     wrapper = ["unshare", "--time", f"--monotonic={offset}", "--fork", "--kill-child"]
     if subprocess.run([*wrapper, "true"], capture_output=True, check=False).returncode:
         pytest.skip("by design: this kernel has no time namespaces")
@@ -133,8 +135,8 @@ def test_time_namespace(folder: Path, host: ContainerHost, port: int, offset: in
 # ---- cgroup v2 ----
 
 
-def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: int) -> None:
-    """It is mounted privately: seen by nobody, gone with the agent."""
+def test_cgroup_v2_is_mounted_privately_when_missing(folder: Path, host: ContainerHost, port: int) -> None:
+    """Nobody else sees the mount, and it goes with the agent."""
     wrapper = in_mount_namespace("umount /sys/fs/cgroup/unified 2>/dev/null || umount -l /sys/fs/cgroup")
     with Agent(folder, wrapper=wrapper) as agent:
         assert "cgroup2" not in Path(f"/proc/{agent.pid}/mountinfo").read_text().replace("/proc/1", "")
@@ -146,8 +148,9 @@ def test_cgroup2_that_nobody_mounted(folder: Path, host: ContainerHost, port: in
 
 @pytest.fixture
 def container() -> Iterator[Sequence[str]]:
-    """A wrapper that puts a command where container runtimes put theirs: a cgroup below, its own cgroup and process
-    namespace, and a mount of cgroup v2 that shows no more than that cgroup."""
+    """A wrapper that runs a command as container runtimes do: in a cgroup below the root, with its own cgroup and
+    process namespace, and a mount of cgroup v2 that shows only that cgroup.
+    """
     with own_cgroup() as inner:
         inside = f'umount -l {inner.parent}; mount -t cgroup2 none {inner.parent}; exec "$@"'
         script = (
@@ -157,8 +160,8 @@ def container() -> Iterator[Sequence[str]]:
         yield ["unshare", "--mount", "sh", "-e", "-c", script, "sh"]
 
 
-def test_doctor_in_a_container(container: Sequence[str]) -> None:
-    """The container sees its own part of the tree as the root: noticed, and said."""
+def test_doctor_warns_in_a_cgroup_namespace(container: Sequence[str]) -> None:
+    """The container sees its own part of the tree as the root."""
     done = run_cli("doctor", "--json", wrapper=container)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert done.returncode == 0, done.stdout
@@ -167,15 +170,17 @@ def test_doctor_in_a_container(container: Sequence[str]) -> None:
     assert "--cgroup" in checks["cgroup v2"]["change"]
 
 
-def test_agent_in_a_container(container: Sequence[str], folder: Path) -> None:
-    """It says what it cannot see, and watches what it can: its own packets among them."""
+def test_agent_in_a_cgroup_namespace_watches_its_part(container: Sequence[str], folder: Path) -> None:
+    """It logs what it cannot see, and watches the rest, including its own packets."""
     with Agent(folder, wrapper=container) as agent:
         assert any("only this container's part of the node is watched" in line for line in agent.log)
         assert agent.get("/readyz")[0] == 200
 
 
-def test_exclusive_program_on_the_hook(folder: Path, host: ContainerHost, port: int) -> None:
-    """Cilium from before 1.14 holds sendmsg4 with flags 0: udpwatch says so and goes on without the cause."""
+def test_agent_works_without_the_cause_when_another_program_holds_the_hook(
+    folder: Path, host: ContainerHost, port: int
+) -> None:
+    """Cilium before 1.14 holds sendmsg4 with flags 0."""
     with held_exclusively() as path, Agent(folder, f"--cgroup={path}", "--hooks=cgroup") as agent:  # probes know it too
         assert agent.metric("udpwatch_probe_attached", probe="sendmsg4") == 0
         assert agent.metric("udpwatch_probe_attached", probe="egress") == 1
@@ -198,7 +203,7 @@ def test_exclusive_program_on_the_hook(folder: Path, host: ContainerHost, port: 
 
 
 def _sent(client: socket.socket, process: object) -> bool:
-    """Ask until the server has had a question and ended."""
+    """Send requests until the server has received one and ended."""
     with contextlib.suppress(ConnectionRefusedError):
         client.send(b"x")
     pid = process.pid  # type: ignore[attr-defined]
@@ -211,8 +216,8 @@ def _sent(client: socket.socket, process: object) -> bool:
 # ---- its own test packet ----
 
 
-def test_loopback_down(folder: Path) -> None:
-    """No packet of our own can prove that the sensor sees: not ready, and the reason is told."""
+def test_agent_is_not_ready_while_loopback_is_down(folder: Path) -> None:
+    """The self-test cannot pass, and the reason is logged."""
     with Lab() as lab:
         bare = lab.namespace("bare")
         bare.ip("link set lo down")
@@ -224,8 +229,8 @@ def test_loopback_down(folder: Path) -> None:
             wait_for(lambda: agent.snapshot()["ready"], "ready")
 
 
-def test_firewall_that_lets_nothing_in(folder: Path) -> None:
-    """No proof that packets are seen; the agent says so once, answers, and stops when told."""
+def test_agent_is_not_ready_behind_a_firewall_that_drops_everything(folder: Path) -> None:
+    """It logs the failed self-test once, answers its clients, and stops when told to."""
     with Lab() as lab:
         closed = lab.namespace("closed")
         closed.nft("table inet f { chain i { type filter hook input priority 0; policy drop; }; }")
@@ -240,8 +245,10 @@ def test_firewall_that_lets_nothing_in(folder: Path) -> None:
 # ---- places ----
 
 
-def test_port_taken(folder: Path, host: ContainerHost, port: int) -> None:
-    """Any local user can take it while the agent restarts: the agent watches, says so, and binds it when it is free."""
+def test_agent_watches_while_its_metrics_port_is_in_use(folder: Path, host: ContainerHost, port: int) -> None:
+    """Any local user can take the port while the agent restarts: the agent watches, logs it, and binds the port once it
+    is free.
+    """
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -264,31 +271,31 @@ def test_port_taken(folder: Path, host: ContainerHost, port: int) -> None:
             assert doctor.ask(agent.socket).works
 
 
-def test_address_that_is_no_name(folder: Path) -> None:
+def test_invalid_metrics_address_is_refused(folder: Path) -> None:
     assert_refused(run(folder, "--metrics-listen=a..b:80"), 1, "a..b:80", "--metrics-listen")
 
 
-def test_unwritable_socket_folder(folder: Path) -> None:
+def test_socket_folder_that_cannot_be_created_is_refused(folder: Path) -> None:
     assert_refused(run(folder, "--socket=/proc/udpwatch/s"), 1, "/proc/udpwatch/s", "--socket")
 
 
-def test_read_only_socket_folder(folder: Path) -> None:
+def test_read_only_socket_folder_is_refused(folder: Path) -> None:
     wrapper = in_mount_namespace(f"mount -t tmpfs -o ro none {folder}")
     assert_refused(run(folder, wrapper=wrapper), 1, f"{folder}/s", "Read-only", "--socket")
 
 
-def test_socket_path_is_a_file(folder: Path) -> None:
+def test_socket_path_that_is_a_file_is_refused(folder: Path) -> None:
     (folder / "s").write_text("precious")
     assert_refused(run(folder), 1, "is no socket")
     assert (folder / "s").read_text() == "precious"
 
 
-def test_events_file_that_cannot_be(folder: Path) -> None:
+def test_invalid_events_file_is_refused(folder: Path) -> None:
     assert_refused(run(folder, "--events=/nowhere/events"), 1, "/nowhere/events", "No such file")
 
 
-def test_event_file_of_somebody_else(folder: Path, host: ContainerHost, port: int) -> None:
-    """A folder that only root may enter, and logrotate's `create 0640 nobody`."""
+def test_events_file_of_another_user_is_written(folder: Path, host: ContainerHost, port: int) -> None:
+    """The folder lets only root in, and logrotate creates the file with `create 0640 nobody`."""
     logs = folder / "logs"
     logs.mkdir(mode=0o700)
     events = logs / "events"
@@ -311,8 +318,8 @@ def test_event_file_of_somebody_else(folder: Path, host: ContainerHost, port: in
 # ---- how it is started and stopped ----
 
 
-def test_nothing_is_imported_from_where_it_is_started(folder: Path) -> None:
-    """Root starts it in a folder that somebody else can write to."""
+def test_nothing_is_imported_from_the_working_directory(folder: Path) -> None:
+    """Root may start the agent in a folder that other users can write to."""
     for name in ("json.py", "bcc.py", "socket.py"):
         (folder / name).write_text(f"open({str(folder / 'imported')!r}, 'w')\nraise SystemExit(3)\n")
     code = "import sys; sys.path.remove(''); from udpwatch.agent import cli; sys.exit(cli.main(['doctor']))"
@@ -323,8 +330,8 @@ def test_nothing_is_imported_from_where_it_is_started(folder: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 @pytest.mark.parametrize("after", [0.0, 0.1, 0.2, 0.4])
-def test_stopped_while_starting(folder: Path, number: int, after: float) -> None:
-    """As the first process of a container, too, whose signals nobody handles by default."""
+def test_agent_can_be_stopped_while_it_starts(folder: Path, number: int, after: float) -> None:
+    """It is also the first process of a container, for which signals have no default action."""
     wrapper = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     with Agent(folder, "--events=off", wrapper=wrapper, ready=False, cwd=folder) as agent:
         children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
@@ -344,7 +351,7 @@ def _handles(pid: int, number: int) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def test_standard_streams_closed(folder: Path) -> None:
+def test_agent_works_with_closed_standard_streams(folder: Path) -> None:
     for command in (f"doctor <&- >{folder}/out", "doctor >&-", "--help >&-"):
         shell = f"{' '.join(COMMAND)} {command}"
         done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False)
@@ -352,7 +359,7 @@ def test_standard_streams_closed(folder: Path) -> None:
     assert "udpwatch works here" in (folder / "out").read_text()
 
 
-def test_output_that_cannot_be_written() -> None:
+def test_unwritable_output_ends_with_status_1() -> None:
     for command, status in (("doctor >/dev/full", 1), ("--help >/dev/full", 1)):
         shell = f"{' '.join(COMMAND)} {command}"
         done = subprocess.run(["sh", "-c", shell], stderr=subprocess.PIPE, text=True, check=False)

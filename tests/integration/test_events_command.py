@@ -31,7 +31,7 @@ PATIENCE_SECONDS = 60
 
 
 def kept(agent: Agent, port: int, count: int) -> list[dict[str, Any]]:
-    """The port's events, once the agent keeps so many."""
+    """Wait until the agent keeps so many events of a port; returns them."""
 
     def events() -> list[dict[str, Any]] | None:
         with Client(agent.socket, PATIENCE_SECONDS) as client:
@@ -61,12 +61,12 @@ class Command:
         return self.process.stdout
 
     def line(self) -> str:
-        """Its next line."""
+        """Read the next line."""
         assert select.select([self.out], [], [], PATIENCE_SECONDS)[0], "no line came"
         return self.out.readline()
 
     def end(self, number: int | None = None) -> tuple[int, str]:
-        """Its exit status and its complaints; after a signal, or by itself."""
+        """Wait for the end, or send a signal; returns exit status and stderr."""
         if number is not None:
             self.process.send_signal(number)
         _, complaints = self.process.communicate(timeout=PATIENCE_SECONDS)
@@ -86,7 +86,7 @@ def following(agent: Agent, *words: str, **options: Any) -> Iterator[Command]:
                 stream.close()
 
 
-def test_a_wrong_reply_shows_while_it_happens(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_wrong_reply_is_printed_as_it_happens(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, name="first")
     kept(agent, port, 1)
     with following(agent, "--since=1h", f"--port={port}") as command:
@@ -98,7 +98,7 @@ def test_a_wrong_reply_shows_while_it_happens(agent: Agent, host: ContainerHost,
         assert command.end(signal.SIGINT) == (130, "")
 
 
-def test_filters(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_filters_select_events(agent: Agent, host: ContainerHost, port: int) -> None:
     for name in ("alpha-1", "alpha-2", "beta"):
         wrong_replies(host, port, name=name)
     kept(agent, port, 3)
@@ -117,12 +117,12 @@ def test_filters(agent: Agent, host: ContainerHost, port: int) -> None:
     assert shown("--since=1h") == ["alpha-1", "alpha-2", "beta"]
 
 
-def test_since_a_time(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_since_selects_events(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, name="earlier")
     first = kept(agent, port, 1)[0]["time"]
 
     def later() -> bool:
-        """Until the clock is another one in milliseconds."""
+        """Wait until the clock shows another millisecond."""
         wrong_replies(host, port, name="later")
         return bool(kept(agent, port, 2)[-1]["time"] > first)
 
@@ -135,7 +135,7 @@ def test_since_a_time(agent: Agent, host: ContainerHost, port: int) -> None:
 
 
 @pytest.mark.parametrize("words", [["--since=yesterday"], ["--port=0"], ["--port=x"], ["--verdict=bad"]])
-def test_wrong_usage(words: list[str]) -> None:
+def test_wrong_usage_ends_with_status_2(words: list[str]) -> None:
     done = run_cli("events", *words)
     assert done.returncode == 2
     assert words[0].partition("=")[0] in done.stderr
@@ -154,8 +154,8 @@ def test_real_events_are_valid(agent: Agent, host: ContainerHost, port: int) -> 
         validator.validate(event)
 
 
-def test_a_reader_that_is_slow(folder: Path, host: ContainerHost, port: int) -> None:
-    """Its agent waits for nobody, and it says how much it misses."""
+def test_slow_reader_gets_the_number_of_missed_events(folder: Path, host: ContainerHost, port: int) -> None:
+    """The agent waits for no reader."""
     sent = 6_000
     with (
         Agent(folder, "--events-per-second=100000") as agent,
@@ -168,7 +168,7 @@ def test_a_reader_that_is_slow(folder: Path, host: ContainerHost, port: int) -> 
         question = ask(client, host.ETH0, port, server)
 
         def arrived(count: int) -> bool:
-            """Whether the agent has that event, or has lost it: other tests' events may fill the ring buffer."""
+            """Whether the agent has the event or has lost it: events of other tests may fill the ring buffer."""
             told = [event["count"] for event in other.events(1_000) if event["port"] == port]
             return told[-1:] == [count] or agent.wrong(port) >= count
 
@@ -205,7 +205,7 @@ def test_a_reader_that_is_slow(folder: Path, host: ContainerHost, port: int) -> 
 
 
 def missing(said: list[str]) -> int:
-    """How many events `udpwatch events` complains of."""
+    """Return how many missed events `udpwatch events` reports."""
     found = [
         re.fullmatch(r"udpwatch: (\d+) events are missing here: this reader was too slow\n", line) for line in said
     ]
@@ -213,7 +213,7 @@ def missing(said: list[str]) -> int:
     return sum(int(each[1]) for each in found if each)
 
 
-def test_agent_that_ends(folder: Path, host: ContainerHost, port: int) -> None:
+def test_end_of_the_agent_ends_the_command_with_an_error(folder: Path, host: ContainerHost, port: int) -> None:
     with Agent(folder) as agent:
         wrong_replies(host, port)
         with following(agent, "--since=1h") as command:
@@ -225,7 +225,7 @@ def test_agent_that_ends(folder: Path, host: ContainerHost, port: int) -> None:
     assert complaints == f"udpwatch: {problem}; see the agent's log\n"
 
 
-def test_no_agent(folder: Path) -> None:
+def test_missing_agent_is_an_error(folder: Path) -> None:
     for command in ("events", "explain"):
         done = run_cli(command, f"--connect={folder}/none")
         assert (done.returncode, done.stdout) == (1, "")
@@ -233,14 +233,14 @@ def test_no_agent(folder: Path) -> None:
         assert done.stderr.count("\n") == 1
 
 
-def test_no_permission(agent: Agent) -> None:
+def test_missing_permission_is_an_error(agent: Agent) -> None:
     done = run_cli("events", f"--connect={agent.socket}", wrapper=as_nobody())
     assert done.returncode == 1
     assert "permission denied" in done.stderr
 
 
-def test_our_own_reader_goes_away(agent: Agent, host: ContainerHost, port: int) -> None:
-    """As `udpwatch events | head -1`."""
+def test_closed_output_ends_the_command_quietly(agent: Agent, host: ContainerHost, port: int) -> None:
+    """As in `udpwatch events | head -1`."""
     wrong_replies(host, port)
     kept(agent, port, 1)
     with following(agent, "--since=1h", f"--port={port}") as command:
@@ -253,7 +253,7 @@ def test_our_own_reader_goes_away(agent: Agent, host: ContainerHost, port: int) 
 
 
 @pytest.mark.parametrize("no_colour", ["", "1"])
-def test_on_a_terminal(agent: Agent, host: ContainerHost, port: int, no_colour: str) -> None:
+def test_output_on_a_terminal_is_coloured(agent: Agent, host: ContainerHost, port: int, no_colour: str) -> None:
     wrong_replies(host, port)
     kept(agent, port, 1)
     ours, theirs = pty.openpty()
@@ -270,7 +270,7 @@ def test_on_a_terminal(agent: Agent, host: ContainerHost, port: int, no_colour: 
     assert "wrong-server" in line
 
 
-def test_names_do_no_harm(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_control_characters_in_names_are_escaped(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, name="\x1b[2J\u202e[red]")
     kept(agent, port, 1)
     for words in (["events", "--no-follow", f"--port={port}"], ["explain", str(port)]):
@@ -296,7 +296,7 @@ def test_explain_names_the_addresses_and_the_fix(agent: Agent, host: ContainerHo
     assert finding["remedy"]["config"] == "multihome"
 
 
-def test_explain_what_was_not_found(agent: Agent, folder: Path) -> None:
+def test_explain_of_an_unknown_server_is_an_error(agent: Agent, folder: Path) -> None:
     done = run_cli("explain", "no-such", f"--connect={agent.socket}")
     assert (done.returncode, done.stdout) == (0, "")
     assert "no wrong reply of 'no-such' so far" in done.stderr

@@ -1,5 +1,5 @@
 """Wrong replies of machines behind the node, seen in conntrack's flows: by function probes where the kernel allows
-them, by conntrack's events everywhere. The machines are packets on tun devices: no socket here has a part in it.
+them, by conntrack's events everywhere. The machines are packets on tun devices; no socket of this machine takes part.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ both = pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
 
 @pytest.fixture(autouse=True, scope="module")
 def short_grace() -> Iterator[None]:
-    """Half a second to answer a call: the tests' machines answer at once."""
+    """Let a server have half a second to answer a call: the tests' machines answer at once."""
     before, flows.GRACE_SECONDS = flows.GRACE_SECONDS, 0.5
     yield
     flows.GRACE_SECONDS = before
@@ -51,7 +51,7 @@ def how(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def open_watch(how: str) -> Callable[..., Watch]:
-    """A sensor of the wanted kind; where the kernel does not allow it the test is skipped."""
+    """Open a sensor of the wanted kind; skip the test when the kernel does not allow it."""
 
     def open_one(limits: Limits = Limits()) -> Watch:
         if how == "events":
@@ -68,14 +68,14 @@ def open_watch(how: str) -> Callable[..., Watch]:
 
 @pytest.fixture(scope="module")
 def sides(open_watch: Callable[..., Watch], router: Router) -> Iterator[Watch]:
-    """A sensor that was there before the router's first packet."""
+    """A sensor that was open before the router's first packet."""
     with closing(open_watch()) as watch:
         assert watch.sensor.listens == (not watch.sensor.probes()[-1].how)
         yield watch
 
 
 def settled(watch: Watch, port: int) -> dict[Finding, int]:
-    """The findings once everything that is under way has been decided."""
+    """Return the findings once every candidate has been decided."""
     watch.read()
     time.sleep(flows.GRACE_SECONDS + 0.1)  # the grace itself
     return watch.findings(port)
@@ -85,7 +85,9 @@ def settled(watch: Watch, port: int) -> dict[Finding, int]:
 
 
 @both
-def test_a_machine_behind_the_node(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+def test_wrong_reply_of_a_machine_behind_the_node_is_found(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
     client, asked, other, _ = family
     router.ask(client, 4444, asked, port)
     router.answer(other, port, client, 4444)
@@ -103,7 +105,9 @@ def test_a_machine_behind_the_node(sides: Watch, router: Router, port: int, fami
 
 
 @both
-def test_flows_are_counted_not_datagrams(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+def test_wrong_replies_behind_the_node_are_counted_in_flows(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
     client, asked, other, _ = family
     for client_port in (4444, 4445, 4446):
         router.ask(client, client_port, asked, port)
@@ -117,8 +121,8 @@ def test_flows_are_counted_not_datagrams(sides: Watch, router: Router, port: int
     assert sum(settled(sides, port).values()) == 4
 
 
-def test_a_server_behind_dnat(sides: Watch, router: Router, port: int) -> None:
-    """What its machine was asked is where NAT led; the client asked the service address."""
+def test_wrong_reply_of_a_server_behind_dnat_is_found(sides: Watch, router: Router, port: int) -> None:
+    """The machine received the request at the address after NAT; the client asked the service address."""
     client, asked, other, _ = V4
     router.node.nft(
         f"table ip dnat{port} {{ chain d {{ type nat hook prerouting priority dstnat;"
@@ -139,7 +143,7 @@ def test_a_server_behind_dnat(sides: Watch, router: Router, port: int) -> None:
     assert sum(settled(sides, port).values()) == 1
 
 
-def test_a_client_here_is_answered_wrongly(sides: Watch, router: Router, port: int) -> None:
+def test_wrong_reply_to_a_client_on_the_node_is_found(sides: Watch, router: Router, port: int) -> None:
     with router.node.socket() as client:
         client.bind(("10.2.0.1", 0))
         client.sendto(b"question", ("10.2.0.5", port))
@@ -149,8 +153,8 @@ def test_a_client_here_is_answered_wrongly(sides: Watch, router: Router, port: i
         assert (finding.expected, finding.actual, finding.cause, count) == ("10.2.0.5", "10.2.0.6", Cause.FORWARDED, 1)
 
 
-def test_asked_before_the_agent_started(open_watch: Callable[..., Watch], port: int) -> None:
-    """Entries that are there already are read once at the start; so are answered ones, and left alone."""
+def test_wrong_reply_to_a_request_from_before_the_start_is_found(open_watch: Callable[..., Watch], port: int) -> None:
+    """Existing entries are read once at the start; answered ones are ignored."""
     patient = Limits(window_ns=600_000_000_000)  # loading takes longer than conntrack waits, under emulation
     with Router() as router:
         router.node.sysctl("net/netfilter/nf_conntrack_udp_timeout", "600")
@@ -167,8 +171,10 @@ def test_asked_before_the_agent_started(open_watch: Callable[..., Watch], port: 
             assert event.request == Tuple(client, 4444, asked, port)
 
 
-def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) -> None:
-    """Where it was seen to go, its last status counts; where not, nothing is claimed and that is counted."""
+def test_entry_deleted_before_the_decision_is_judged_by_its_last_status(
+    sides: Watch, router: Router, port: int
+) -> None:
+    """When its deletion was not seen, nothing is claimed, and this is counted."""
     client, asked, other, _ = V4
     before = sides.sensor.sample(1 << 62).undecided
     router.ask(client, 4444, asked, port)
@@ -187,7 +193,9 @@ def test_an_entry_that_is_deleted_soon(sides: Watch, router: Router, port: int) 
 
 
 @both
-def test_ten_thousand_right_flows(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
+def test_ten_thousand_right_flows_give_no_finding(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
     client, asked, _, _ = family
     before = sides.sensor.sample(1 << 62).flows
     for number in range(10_000):
@@ -200,8 +208,10 @@ def test_ten_thousand_right_flows(sides: Watch, router: Router, port: int, famil
 
 
 @both
-def test_a_resolver_tries_the_next_server(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
-    """DNS: the first server is down, the second answers, from a port for each and from one port for both."""
+def test_resolver_that_tries_the_next_server_is_not_a_finding(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
+    """The first DNS server is down, the second responds; from a port for each and from one port for both."""
     client, first, second, third = family
     for number in range(200):
         router.ask(client, 20_000 + number, first, port)
@@ -214,8 +224,8 @@ def test_a_resolver_tries_the_next_server(sides: Watch, router: Router, port: in
     assert not settled(sides, port)
 
 
-def test_a_late_answer_to_a_port_used_again(open_watch: Callable[..., Watch], port: int) -> None:
-    """The entry of the first question is gone when its answer comes, and the port asks somebody else by then."""
+def test_late_reply_to_a_reused_port_is_not_a_finding(open_watch: Callable[..., Watch], port: int) -> None:
+    """The entry of the first request is gone when its reply arrives, and the port has asked another server."""
     client, first, second, _ = V4
     with Router() as router, closing(open_watch()) as watch:
         router.ask(client, 4444, first, port)
@@ -227,8 +237,10 @@ def test_a_late_answer_to_a_port_used_again(open_watch: Callable[..., Watch], po
 
 
 @both
-def test_peers_that_call_each_other(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
-    """One port for everything, as DHT, WireGuard and games have: some calls stay unanswered, others are answered."""
+def test_peers_that_call_each_other_are_not_a_finding(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
+    """DHT, WireGuard and games use one port for everything: some calls stay unanswered, others are answered."""
     peer, _, _, _ = family
     base = peer.rpartition("1:")[0] if ":" in peer else "10.2.1."
     others = [f"fd00:2::{number:x}" if ":" in peer else f"{base}{number}" for number in range(16, 116)]
@@ -247,8 +259,10 @@ def test_peers_that_call_each_other(sides: Watch, router: Router, port: int, fam
 
 
 @both
-def test_a_server_that_calls_its_client(sides: Watch, router: Router, port: int, family: tuple[str, ...]) -> None:
-    """SIP's way: one proxy is down, the other one calls the same client, which answers."""
+def test_server_that_calls_its_client_is_not_a_finding(
+    sides: Watch, router: Router, port: int, family: tuple[str, ...]
+) -> None:
+    """As in SIP: one proxy is down, the other one calls the same client, which answers."""
     client, down, other, _ = family
     router.ask(client, port, down, port)
     router.answer(other, port, client, port)
@@ -256,8 +270,8 @@ def test_a_server_that_calls_its_client(sides: Watch, router: Router, port: int,
     assert not settled(sides, port)
 
 
-def test_two_clients_behind_one_nat(sides: Watch, router: Router, port: int) -> None:
-    """Their translator gave both the same port, since they ask different servers: whose answer would it be?"""
+def test_two_clients_behind_one_nat_are_not_a_finding(sides: Watch, router: Router, port: int) -> None:
+    """Their NAT gave both the same port, since they ask different servers: the reply could belong to either."""
     nat, first, second, third = V4
     router.ask(nat, 4444, first, port)
     router.ask(nat, 4444, second, port)
@@ -265,7 +279,7 @@ def test_two_clients_behind_one_nat(sides: Watch, router: Router, port: int) -> 
     assert not settled(sides, port)
 
 
-def test_two_clients_behind_our_nat(sides: Watch, router: Router, port: int) -> None:
+def test_two_clients_behind_the_nodes_nat_are_not_a_finding(sides: Watch, router: Router, port: int) -> None:
     _, first, second, third = V4
     router.node.nft(
         f"table ip nat{port} {{ chain p {{ type nat hook postrouting priority srcnat;"
@@ -278,8 +292,8 @@ def test_two_clients_behind_our_nat(sides: Watch, router: Router, port: int) -> 
     assert not settled(sides, port)
 
 
-def test_another_zone(sides: Watch, router: Router, port: int) -> None:
-    """Two tenants with the same addresses."""
+def test_same_addresses_in_another_zone_are_not_a_finding(sides: Watch, router: Router, port: int) -> None:
+    """Two tenants have the same addresses."""
     client, asked, other, _ = V4
     router.node.nft(
         f"table ip zone{port} {{ chain z {{ type filter hook prerouting priority raw;"
@@ -290,7 +304,7 @@ def test_another_zone(sides: Watch, router: Router, port: int) -> None:
     assert not settled(sides, port)
 
 
-def test_asked_longer_ago_than_the_window(open_watch: Callable[..., Watch], router: Router, port: int) -> None:
+def test_reply_after_the_window_is_not_a_finding(open_watch: Callable[..., Watch], router: Router, port: int) -> None:
     client, asked, other, _ = V4
     with closing(open_watch(Limits(window_ns=300_000_000))) as watch:
         router.ask(client, 4444, asked, port)
@@ -301,7 +315,7 @@ def test_asked_longer_ago_than_the_window(open_watch: Callable[..., Watch], rout
 
 
 @pytest.mark.parametrize("group", ["10.1.255.255", "255.255.255.255", "239.1.2.3", "ff15::77"])
-def test_a_group_was_asked(sides: Watch, router: Router, port: int, group: str) -> None:
+def test_reply_to_a_multicast_request_is_not_a_finding(sides: Watch, router: Router, port: int, group: str) -> None:
     client, _, other, _ = V6 if ":" in group else V4
     router.left.send(client, 4444, group, port)
     router.answer(other, port, client, 4444)
@@ -310,8 +324,10 @@ def test_a_group_was_asked(sides: Watch, router: Router, port: int, group: str) 
 
 @pytest.mark.parametrize("group", ["10.2.255.255", "255.255.255.255", "224.0.0.251", "ff02::fb"])
 @pytest.mark.parametrize("first", ["server", "group"])
-def test_a_group_and_a_server_were_asked(sides: Watch, router: Router, port: int, group: str, first: str) -> None:
-    """From one port, as mDNS does (RFC 6762, section 5.4): whoever answers is right."""
+def test_reply_to_a_request_to_group_and_server_is_not_a_finding(
+    sides: Watch, router: Router, port: int, group: str, first: str
+) -> None:
+    """Both requests come from one port, as in mDNS (RFC 6762, section 5.4): any responder is right."""
     _, asked, other, _ = V6 if ":" in group else V4
     here, family = ("fd00:2::1", socket.AF_INET6) if ":" in group else ("10.2.0.1", socket.AF_INET)
     with router.node.socket(family) as client:
@@ -325,8 +341,8 @@ def test_a_group_and_a_server_were_asked(sides: Watch, router: Router, port: int
         assert not settled(sides, port)
 
 
-def test_who_called_before_the_agent_started(open_watch: Callable[..., Watch], port: int) -> None:
-    """One way each, nobody was answered, and the agent sees both flows at once: which one was first counts."""
+def test_older_of_two_flows_from_before_the_start_is_the_request(open_watch: Callable[..., Watch], port: int) -> None:
+    """Each went one way and neither was answered; the agent sees both at once."""
     client, asked, other, _ = V4
     patient = Limits(window_ns=600_000_000_000)  # loading takes longer than conntrack waits, under emulation
     with Router() as router:
@@ -341,8 +357,8 @@ def test_who_called_before_the_agent_started(open_watch: Callable[..., Watch], p
 # ---- one fault, one finding ----
 
 
-def test_a_socket_behind_the_node_is_the_sockets_finding(open_watch: Callable[..., Watch], port: int) -> None:
-    """A pod's wrong reply passes the node's conntrack, too."""
+def test_wrong_reply_of_a_pods_socket_is_counted_once(open_watch: Callable[..., Watch], port: int) -> None:
+    """It passes the node's conntrack, too."""
     with ContainerHost() as host, ExitStack() as stack:
         inhabit(host.node)
         watch = stack.enter_context(closing(open_watch()))
@@ -357,7 +373,7 @@ def test_a_socket_behind_the_node_is_the_sockets_finding(open_watch: Callable[..
             assert len(watch.events(port)) == 1
 
 
-def test_a_socket_on_the_node_is_the_sockets_finding(open_watch: Callable[..., Watch], port: int) -> None:
+def test_wrong_reply_of_a_socket_on_the_node_is_counted_once(open_watch: Callable[..., Watch], port: int) -> None:
     with ContainerHost() as host, ExitStack() as stack:
         inhabit(host.node)
         watch = stack.enter_context(closing(open_watch()))
@@ -368,8 +384,8 @@ def test_a_socket_on_the_node_is_the_sockets_finding(open_watch: Callable[..., W
             assert (finding.cause, count) == (Cause.KERNEL_CHOSEN, 1)
 
 
-def test_what_passes_two_namespaces_is_one(open_watch: Callable[..., Watch], port: int) -> None:
-    """The client's own namespace has conntrack at work as well."""
+def test_wrong_reply_through_two_namespaces_is_counted_once(open_watch: Callable[..., Watch], port: int) -> None:
+    """The client's own namespace has conntrack, too."""
     with ContainerHost() as host, ExitStack() as stack:
         inhabit(host.node)
         inhabit(host.outside)
@@ -388,8 +404,8 @@ def test_what_passes_two_namespaces_is_one(open_watch: Callable[..., Watch], por
             assert (finding.expected, finding.actual, count) == ("10.8.0.2", "10.8.0.3", 1)
 
 
-def test_many_of_a_pods_wrong_replies(open_watch: Callable[..., Watch], port: int) -> None:
-    """More than are kept in mind as its socket's until they are decided, each to another port of its client."""
+def test_many_wrong_replies_of_a_pod_are_counted_once(open_watch: Callable[..., Watch], port: int) -> None:
+    """They are more than the map of reported replies holds, each to another port of the client."""
     with ContainerHost() as host, ExitStack() as stack:
         inhabit(host.node)
         watch = stack.enter_context(closing(open_watch(Limits(max_reported=1024))))
@@ -420,8 +436,8 @@ def undecided(watch: Watch) -> int:
     return sample.undecided + sample.counters.undecided
 
 
-def test_a_flood_evicts_its_own_requests(crowded: tuple[Watch, Router], port: int) -> None:
-    """Requests to one port fill the table: those to another port stay, and their wrong replies are found."""
+def test_flood_through_the_router_evicts_its_own_requests(crowded: tuple[Watch, Router], port: int) -> None:
+    """Requests to one port fill the table; requests to another port stay, and their wrong replies are found."""
     watch, router = crowded
     client, asked, other, _ = V4
     for number in range(8):
@@ -435,8 +451,8 @@ def test_a_flood_evicts_its_own_requests(crowded: tuple[Watch, Router], port: in
     assert sum(settled(watch, port).values()) == 8
 
 
-def test_a_reply_to_an_evicted_request_is_undecided(crowded: tuple[Watch, Router], port: int) -> None:
-    """Right or wrong, it is counted and is no finding; what the client asked since then does not make it one."""
+def test_reply_to_an_evicted_request_is_undecided(crowded: tuple[Watch, Router], port: int) -> None:
+    """Right or wrong, it is counted and is no finding; later requests of the client do not change that."""
     watch, router = crowded
     client, asked, other, third = V4
     router.ask(client, 4444, asked, port)
@@ -458,9 +474,11 @@ def test_a_reply_to_an_evicted_request_is_undecided(crowded: tuple[Watch, Router
 
 
 @pytest.mark.parametrize("wrong", [0, 400])
-def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
-    """A small buffer, and more new flows than it holds: counted, mended by the table itself, right afterwards. What
-    the buffer still held stands in the table as well.
+def test_lost_conntrack_events_are_counted_and_recovered_from_the_table(
+    router: Router, port: int, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """A small buffer, and more new flows than it holds: counted, then read from the table, then right again. Events
+    that the buffer still held are in the table as well.
     """
     monkeypatch.setattr(flows, "RECEIVE_BYTES", 8192)
     client, asked, other, _ = V4
@@ -479,8 +497,8 @@ def test_events_that_came_too_fast(router: Router, port: int, monkeypatch: pytes
         assert watch.sensor.sample(1 << 62).overruns == overruns
 
 
-def test_events_hold_udp_only(router: Router, port: int) -> None:
-    """The socket filter keeps the rest out of the buffer."""
+def test_conntrack_events_of_other_protocols_are_filtered(router: Router, port: int) -> None:
+    """The socket filter keeps them out of the buffer."""
     with router.node.entered():
         listener = Listener(1 << 20)
     with closing(listener), router.node.socket(kind=socket.SOCK_STREAM) as stream:
@@ -494,7 +512,7 @@ def test_events_hold_udp_only(router: Router, port: int) -> None:
         assert entry.original == Tuple(V4[0], 4444, V4[1], port)
 
 
-def test_a_namespace_that_comes_later(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_namespace_created_later_is_watched(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
     client, asked, other, _ = V4
     with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
@@ -511,7 +529,7 @@ def test_a_namespace_that_comes_later(port: int, monkeypatch: pytest.MonkeyPatch
         assert len(watch.sensor._flows._source._namespaces) <= listened  # type: ignore[union-attr]
 
 
-def test_a_namespace_without_events(router: Router) -> None:
+def test_namespace_with_events_turned_off_is_reported_as_unwatched(router: Router) -> None:
     """Somebody has turned them off: nothing will ever come, and that is said."""
     inhabit(router.node)
     router.node.sysctl("net/netfilter/nf_conntrack_events", "0")
@@ -523,8 +541,8 @@ def test_a_namespace_without_events(router: Router) -> None:
         router.node.sysctl("net/netfilter/nf_conntrack_events", "1")
 
 
-def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who is listened to stays so; who is not is said, and listened to once there are descriptors again."""
+def test_unwatched_namespaces_are_watched_when_descriptors_are_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watched namespaces stay watched; the others are reported, and watched once descriptors are free."""
     monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
@@ -552,10 +570,10 @@ def test_no_descriptors_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @both
-def test_a_reply_that_the_nodes_firewall_drops(
+def test_wrong_reply_that_the_nodes_firewall_drops_is_missed(
     sides: Watch, router: Router, port: int, family: tuple[str, ...]
 ) -> None:
-    """Missed, by design: a wrong reply is a new flow, and what a rule drops conntrack never books."""
+    """By design: a wrong reply is a new flow, and conntrack never confirms what a rule drops."""
     client, asked, other, _ = family
     router.node.nft(
         f"table inet wall{port} {{ chain f {{ type filter hook forward priority 1;"

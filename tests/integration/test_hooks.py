@@ -1,4 +1,4 @@
-"""Which programs there are and what each finds alone: the cgroup hooks, the function probes, both."""
+"""The programs alone and together: what the cgroup hooks find, what the function probes find, what both find."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def skip_without_probes(watch: Watch) -> None:
 
 @pytest.fixture(scope="module")
 def everything() -> Iterator[Watch]:
-    """All programs."""
+    """A sensor with all programs."""
     with closing(Watch()) as watch:
         skip_without_probes(watch)
         yield watch
@@ -39,7 +39,7 @@ def everything() -> Iterator[Watch]:
 
 @pytest.fixture(scope="module")
 def functions() -> Iterator[Watch]:
-    """No cgroup hook at all."""
+    """A sensor with function probes alone."""
     with closing(Watch(hooks=Hooks.CGROUP)) as watch:
         skip_without_probes(watch)
     with closing(cgroup.find(None)) as root:
@@ -63,7 +63,7 @@ def the_event(watch: Watch, port: int) -> Event:
     return event
 
 
-def test_cgroup_hooks_alone(port: int) -> None:
+def test_cgroup_hooks_alone_find_a_wrong_reply(port: int) -> None:
     with ContainerHost() as host, closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.OFF)) as watch:
         assert [probe.name for probe in watch.sensor.probes()] == ["ingress", "egress", "sendmsg4", "sendmsg6"]
         with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
@@ -74,8 +74,10 @@ def test_cgroup_hooks_alone(port: int) -> None:
 
 
 @both
-def test_function_probes_alone(functions: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """The demo's wrong reply: the same finding as by the hooks, counted in flows."""
+def test_function_probes_alone_find_a_wrong_reply(
+    functions: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """The demo's wrong reply is the same finding as with the hooks, counted in flows."""
     assert functions.sensor.mode == "function"
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
@@ -95,12 +97,12 @@ def test_function_probes_alone(functions: Watch, host: ContainerHost, port: int,
 
 
 def _pid() -> int:
-    """As the kernel counts."""
+    """Return the process id as the kernel numbers it."""
     return int(Path("/proc/self").readlink().name)
 
 
 @both
-def test_function_probes_alone_and_a_right_server(
+def test_function_probes_alone_find_nothing_at_a_right_server(
     functions: Watch, host: ContainerHost, port: int, family: Family
 ) -> None:
     with (
@@ -116,10 +118,10 @@ def test_function_probes_alone_and_a_right_server(
 
 @both
 @pytest.mark.parametrize("which", ["everything", "functions"])
-def test_cause_and_pktinfo(
+def test_function_probes_tell_cause_and_pktinfo(
     request: pytest.FixtureRequest, host: ContainerHost, port: int, family: Family, which: str
 ) -> None:
-    """PKTINFO with the wrong address, and a connected socket's plain send, which no cgroup hook sees."""
+    """PKTINFO with the wrong address, and the plain send of a connected socket, which no cgroup hook sees."""
     watch: Watch = request.getfixturevalue(which)
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
@@ -144,8 +146,10 @@ def test_cause_and_pktinfo(
 
 
 @both
-def test_pktinfo_without_an_address(everything: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """An interface alone: routing still chooses the source."""
+def test_pktinfo_with_an_interface_alone_is_chosen_by_the_kernel(
+    everything: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """Routing still chooses the source."""
     anything = "0.0.0.0" if family is V4 else "::"
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
@@ -157,10 +161,8 @@ def test_pktinfo_without_an_address(everything: Watch, host: ContainerHost, port
         assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, True)
 
 
-def test_function_probes_alone_and_conntrack_in_both_namespaces(
-    functions: Watch, host: ContainerHost, port: int
-) -> None:
-    """A pod's wrong reply is booked in its own namespace and on the node; its sender is known in the first."""
+def test_function_probes_alone_count_a_pods_wrong_reply_once(functions: Watch, host: ContainerHost, port: int) -> None:
+    """It has an entry in the pod's namespace and one on the node; the sender is known in the first."""
     host.container.ip("addr add 172.17.0.4/16 dev eth0")
     host.container.nft("table inet here { chain o { type filter hook output priority 0; ct state invalid drop; }; }")
     host.outside.ip(f"route add 172.17.0.0/16 via {host.ETH0}")
@@ -179,11 +181,11 @@ def test_function_probes_alone_and_conntrack_in_both_namespaces(
 
 @both
 @pytest.mark.parametrize("which", ["everything", "functions"])
-def test_pktinfo_behind_many_other_messages(
+def test_pktinfo_behind_many_other_messages_is_unknown(
     request: pytest.FixtureRequest, host: ContainerHost, port: int, family: Family, which: str
 ) -> None:
-    """More control messages than are looked at: then it is not said that there was none. cgroup hooks see what the
-    kernel made of them all.
+    """There are more control messages than the probe reads, so it does not claim that there is none. The cgroup hooks
+    see the result of all of them.
     """
     watch: Watch = request.getfixturevalue(which)
     hops = (socket.IPPROTO_IP, socket.IP_TTL) if family is V4 else (socket.IPPROTO_IPV6, socket.IPV6_HOPLIMIT)
@@ -208,7 +210,9 @@ def test_pktinfo_behind_many_other_messages(
         assert (event.finding.cause, event.pktinfo) == (Cause.KERNEL_CHOSEN, False)
 
 
-def test_an_ipv6_socket_answers_ipv4(functions: Watch, host: ContainerHost, port: int) -> None:
+def test_function_probes_find_the_wrong_reply_of_an_ipv6_socket_to_ipv4(
+    functions: Watch, host: ContainerHost, port: int
+) -> None:
     dual = (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
     with bound(host.node, socket.AF_INET6, "::", port, dual) as server, host.container.socket() as client:
         server.sendto(*ask(client, V4.eth0, port, server))
@@ -245,8 +249,7 @@ libbpf.Btf.offset, probes.Target.__init__ = offset, target
 
 
 @pytest.mark.usefixtures("everything")
-def test_a_kernel_without_ipv6(folder: Path, host: ContainerHost, port: int) -> None:
-    """One function less, and nothing else."""
+def test_kernel_without_ipv6_lacks_one_probe_and_nothing_else(folder: Path, host: ContainerHost, port: int) -> None:
     (folder / "sitecustomize.py").write_text(NO_IPV6)
     with Agent(folder, env={**os.environ, **before_all(folder)}) as agent:
         probes = {probe["name"]: probe for probe in agent.snapshot()["probes"]}
@@ -261,8 +264,7 @@ def test_a_kernel_without_ipv6(folder: Path, host: ContainerHost, port: int) -> 
 
 
 @pytest.mark.parametrize("hooks", list(Hooks))
-def test_the_demo(hooks: Hooks, everything_allowed: bool) -> None:
-    """By each kind of program alone, as an operator would try it."""
+def test_demo_succeeds_with_each_kind_of_program_alone(hooks: Hooks, everything_allowed: bool) -> None:
     if hooks is Hooks.FUNCTION and not everything_allowed:
         done = run_cli("demo", env={"UDPWATCH_HOOKS": hooks})
         assert done.returncode == 77
@@ -278,7 +280,7 @@ def everything_allowed() -> bool:
         return not watch.sensor.features.probes_reason
 
 
-def test_forwarded_by_an_agent(folder: Path, port: int) -> None:
+def test_agent_reports_a_forwarded_wrong_reply_everywhere(folder: Path, port: int) -> None:
     """From the first packet to the metric, the event and the log line."""
     from router import Router  # noqa: PLC0415  it needs /dev/net/tun
 
@@ -295,12 +297,12 @@ def test_forwarded_by_an_agent(folder: Path, port: int) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--no-forwarded", "--forwarded"])
-def test_what_is_said_of_forwarded_replies(folder: Path, flag: str) -> None:
+def test_agent_logs_whether_it_watches_machines_behind_the_node(folder: Path, flag: str) -> None:
     with Agent(folder, flag) as agent:
         assert not any("machines behind this node" in line for line in agent.log)
 
 
-def test_hooks_that_do_not_exist() -> None:
+def test_unknown_hooks_are_refused() -> None:
     done = run_cli("run", "--hooks", "most")
     assert done.returncode == 2
     assert "invalid value 'most' for --hooks: expected all or cgroup or function" in done.stderr

@@ -1,4 +1,4 @@
-"""The image, built by its Dockerfile, and run with exactly what the chart gives its container."""
+"""The image, built by its Dockerfile, and run with what the chart gives its container."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def place() -> Iterator[Path]:
 
 
 def _clear_up_after_a_killed_run() -> None:
-    """Its processes, links and mounts ended with it; cgroups are the machine's own. One that is in use stays."""
+    """Remove the cgroups of a killed run; all else ended with its processes. A cgroup in use stays."""
     for folder in sorted(cgroup_folders(), key=lambda path: -len(path.parts)):
         if CGROUP_PARENT.strip("/") in folder.parts:
             with suppress(OSError):
@@ -50,7 +50,7 @@ def _clear_up_after_a_killed_run() -> None:
 
 @pytest.fixture(scope="module")
 def lab(place: Path) -> Iterator[RuntimeHost]:
-    """Its end comes before that of the folder."""
+    """The lab, closed before its folder is removed."""
     assert place
     with RuntimeHost() as lab:
         yield lab
@@ -68,7 +68,7 @@ def outside(lab: RuntimeHost) -> Namespace:
 
 @pytest.fixture(scope="module")
 def docker(place: Path, node: Namespace) -> Iterator[Docker]:
-    """Where the others' containers are."""
+    """The daemon of the other containers."""
     with Docker(place / "docker", node) as daemon:
         daemon.import_image(image_tar(place, build_server(place)))
         yield daemon
@@ -81,7 +81,7 @@ def archive(place: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def podman(place: Path, docker: Docker, archive: Path) -> Podman:
-    """Where the agent's containers are, on a host whose /var/lib and /var/log are of our own making."""
+    """The runtime of the agent's containers, on a host whose /var/lib and /var/log are folders of the test."""
     podman = Podman(place / "podman", docker)
     podman.mount(
         "mount -t tmpfs none /var/lib\nmount -t tmpfs none /var/log\nmkdir /var/lib/docker\n"
@@ -93,12 +93,12 @@ def podman(place: Path, docker: Docker, archive: Path) -> Podman:
 
 @pytest.fixture
 def pod(podman: Podman, folder: Path) -> Pod:
-    """What the chart makes on a node with Docker."""
+    """The pod that the chart makes on a node with Docker."""
     return Pod(podman, folder, render({"dockerContainers": True}), FIELDS)
 
 
 def ended_or_ready(podman: Podman, name: str) -> list[str]:
-    """What a container's agent has said, once it is ready or has ended."""
+    """Wait until a container's agent is ready or has ended; returns its log."""
     ended = podman.call("inspect", "--format={{.State.Status}}", name) == "exited"
     said = podman.log(name)
     return said if ended or "udpwatch: ready" in said else []
@@ -106,13 +106,13 @@ def ended_or_ready(podman: Podman, name: str) -> list[str]:
 
 @pytest.fixture
 def started(podman: Podman) -> Iterator[Callable[[Pod], Agent]]:
-    """Starts a pod's container, ready when it returns; ends it with the test."""
+    """Start containers of pods, each ready when the call returns; end them with the test."""
     with ExitStack() as stack:
         yield lambda pod: Agent(podman, stack.enter_context(pod.running()))
 
 
 class Agent:
-    """A container's agent, ready."""
+    """The agent of a container; ready."""
 
     def __init__(self, podman: Podman, name: str) -> None:
         self.podman, self.name = podman, name
@@ -144,7 +144,7 @@ class Agent:
 
 
 def wrong_server(docker: Docker, node: Namespace, name: str, port: int) -> str:
-    """A container on docker0 that answers from its first address when it is asked at its second; its id."""
+    """Run a container on docker0 that is asked at its second address and replies from its first; returns its id."""
     container = docker.run(name, f"/{SERVER}", str(port))
     ask_inside(node, first_pid(container), docker.address(container), port)
     return container
@@ -153,8 +153,10 @@ def wrong_server(docker: Docker, node: Namespace, name: str, port: int) -> str:
 # ---- what is in it ----
 
 
-def test_what_the_image_says(podman: Podman, loaded: Docker) -> None:
-    """Its health check is Docker's to tell: podman has none of an image that a newer Docker saved (OCI's format)."""
+def test_image_has_labels_and_a_command(podman: Podman, loaded: Docker) -> None:
+    """Its health check is tested under Docker: podman reads none from an image that a newer Docker saved in OCI's
+    format.
+    """
     (told,) = json.loads(podman.call("image", "inspect", image.IMAGE))
     config = told["Config"]
     health = json.loads(loaded.call("image", "inspect", "--format={{json .Config.Healthcheck}}", image.IMAGE))
@@ -184,8 +186,8 @@ print(json.dumps({
 """
 
 
-def test_what_is_in_the_image(podman: Podman) -> None:
-    """Every dependency pinned; no tools; and nothing left to compile, since the root is read-only."""
+def test_image_has_pinned_packages_and_nothing_to_compile(podman: Podman) -> None:
+    """Every dependency is pinned, there are no tools, and Python files are compiled, since the root is read-only."""
     words = ["run", "--rm", f"--cgroup-parent={CGROUP_PARENT}", "--network=none", "--no-healthcheck"]
     words += ["--entrypoint=/opt/udpwatch/bin/python", image.IMAGE]
     found = json.loads(podman.call(*words, "-c", _LOOK))
@@ -202,7 +204,7 @@ print(sbom.write(image.contents(pathlib.Path(sys.argv[1])), "image", "1", checks
 
 
 def test_sbom_of_the_image_lists_its_packages(podman: Podman, archive: Path) -> None:
-    """As a release reads them from the archive, compared with what dpkg and Python say inside."""
+    """The list that a release reads from the archive is compared with what dpkg and Python list inside."""
     environment = {**os.environ, "PYTHONPATH": str(image.ROOT / "release")}
     command = [sys.executable, "-c", _SBOM, archive]
     bom = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
@@ -220,7 +222,9 @@ def test_sbom_of_the_image_lists_its_packages(podman: Podman, archive: Path) -> 
 # ---- as the chart runs it ----
 
 
-def test_it_finds_and_names(started: Callable[[Pod], Agent], pod: Pod, docker: Docker, node: Namespace) -> None:
+def test_agent_in_the_image_finds_and_names_a_wrong_server(
+    started: Callable[[Pod], Agent], pod: Pod, docker: Docker, node: Namespace
+) -> None:
     agent = started(pod)
     container = wrong_server(docker, node, "dns-of-the-shop", PORT)
     labels = counted(node, PORT, RuntimeHost.NODE)
@@ -234,21 +238,23 @@ def test_it_finds_and_names(started: Callable[[Pod], Agent], pod: Pod, docker: D
 
 
 def probed(pod: Pod, probe: str) -> tuple[int, str]:
-    """(port, path) that kubelet asks."""
+    """Return (port, path) that kubelet requests."""
     asked = pod.container[probe]["httpGet"]
     (port,) = (port["containerPort"] for port in pod.container["ports"] if port["name"] == asked["port"])
     return port, asked["path"]
 
 
 def written(diff: str) -> list[str]:
-    """What a container's own layer has beside the folders that its runtime mounts things on."""
+    """Return what a container's own layer has beside the folders that its runtime mounts on."""
     mounts = ("/host/sys/fs/cgroup", "/var/log/pods", "/var/log/containers", "/var/lib/docker/containers", "/etc/mtab")
     folders = {str(folder) for mount in mounts for folder in (Path(mount), *Path(mount).parents)}
     return [line for line in diff.splitlines() if line.split()[1] not in folders]
 
 
-def test_what_it_has_and_keeps(started: Callable[[Pod], Agent], pod: Pod, podman: Podman) -> None:
-    """The chart's capabilities and no other, less once it runs; nothing written but where it may be; little memory."""
+def test_container_has_only_the_charts_capabilities_and_little_memory(
+    started: Callable[[Pod], Agent], pod: Pod, podman: Podman
+) -> None:
+    """It has the chart's capabilities, and fewer once it runs; it writes only where it may."""
     agent = started(pod)
     assert agent.has("CapBnd") == set(pod.capabilities)
     assert agent.has("CapEff") == agent.has("CapPrm") == {"BPF", "NET_ADMIN"}
@@ -263,10 +269,10 @@ def test_what_it_has_and_keeps(started: Callable[[Pod], Agent], pod: Pod, podman
     assert (status, "capabilities: CAP_BPF CAP_NET_ADMIN" in " ".join(told.split())) == (0, True), told
 
 
-def test_a_restarted_container_finds_no_programs(
+def test_restarted_container_starts_with_an_empty_cache(
     started: Callable[[Pod], Agent], pod: Pod, folder: Path, podman: Podman
 ) -> None:
-    """Whoever took the one before over could have left them (docs/security.md)."""
+    """An attacker in the earlier container could have left programs (docs/security.md)."""
     agent = started(pod)
     podman.call("restart", "--time=10", agent.name)
     wait_for(lambda: agent.said.count("udpwatch: ready") == 2, "the second start")
@@ -284,18 +290,18 @@ MISSED = {
 }
 
 
-def test_each_capability_is_said_to_be_missing(pod: Pod) -> None:
+def test_doctor_names_each_missing_capability(pod: Pod) -> None:
     assert set(pod.capabilities) == set(MISSED)
 
 
 @pytest.mark.parametrize("name", ["BPF", "NET_ADMIN"])
-def test_without_a_capability_that_it_needs(pod: Pod, name: str) -> None:
+def test_agent_without_a_needed_capability_ends_with_one_line(pod: Pod, name: str) -> None:
     done = pod.to_its_end(without=name)
     assert (done.returncode, said_by_udpwatch(done.stderr)) == (77, [f"udpwatch: {MISSED[name]}"])
 
 
-def test_without_perfmon(podman: Podman, pod: Pod) -> None:
-    """Mode netlink, or one clear line where the kernel's verifier takes the programs from nobody without."""
+def test_agent_without_perfmon_uses_netlink_or_ends_with_one_line(podman: Podman, pod: Pod) -> None:
+    """Some kernels' verifiers reject the programs without CAP_PERFMON."""
     with pod.running(without="PERFMON") as name:
         said = wait_for(lambda: ended_or_ready(podman, name), "it to be ready or to end")
         if "udpwatch: ready" in said:
@@ -306,12 +312,12 @@ def test_without_perfmon(podman: Podman, pod: Pod) -> None:
 
 
 def said_by_udpwatch(text: str) -> list[str]:
-    """Its lines; podman has some of its own."""
+    """Return udpwatch's lines, without podman's."""
     return [line for line in text.splitlines() if line.startswith("udpwatch: ")]
 
 
-def test_a_seccomp_profile_of_old(pod: Pod, podman: Podman) -> None:
-    """The capabilities are there, and bpf(2) is refused all the same: it says by what."""
+def test_agent_under_an_old_seccomp_profile_names_it(pod: Pod, podman: Podman) -> None:
+    """The capabilities are there, and bpf(2) is refused all the same."""
     words = [word for word in pod.arguments() if not word.startswith("--security-opt=seccomp=")]
     done = podman.done("run", "--rm", f"--security-opt=seccomp={podman.old_seccomp}", *words)
     (line,) = said_by_udpwatch(done.stderr)
@@ -322,8 +328,10 @@ def test_a_seccomp_profile_of_old(pod: Pod, podman: Podman) -> None:
 # ---- DNS ----
 
 
-def test_dns(started: Callable[[Pod], Agent], podman: Podman, folder: Path, docker: Docker, node: Namespace) -> None:
-    """The address comes with the pod and goes with it; containers of the node are answered from it."""
+def test_responder_in_the_pod_answers_containers_of_the_node(
+    started: Callable[[Pod], Agent], podman: Podman, folder: Path, docker: Docker, node: Namespace
+) -> None:
+    """Its address is added with the pod and removed with it."""
     values = {
         "dns": {"enabled": True, "clusterDNS": RuntimeHost.OUTSIDE, "options": ["host-record=udpwatch.test,10.1.2.3"]}
     }
@@ -355,7 +363,7 @@ def documented() -> list[str]:
 
 
 def options(command: str, *left_out: str) -> list[str]:
-    """What follows `docker run`, but for options that a test chooses itself: cgroups are cleared up by their parent."""
+    """Return what follows `docker run`, without options that a test sets itself; cgroups are found by their parent."""
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["docker", "run"]
     rest, result = words[2:], [f"--cgroup-parent={CGROUP_PARENT}"]
@@ -368,8 +376,8 @@ def options(command: str, *left_out: str) -> list[str]:
     return result
 
 
-def test_the_documented_command(documented: list[str], podman: Podman, docker: Docker, node: Namespace) -> None:
-    """By podman, which knows its capabilities. "The host's process ids" are the daemon's here, not the machine's."""
+def test_documented_command_works(documented: list[str], podman: Podman, docker: Docker, node: Namespace) -> None:
+    """podman runs it, which knows its capabilities. "The host's process ids" are the daemon's here."""
     (command,) = (block for block in documented if block.startswith("docker run") and "PERFMON" in block)
     seccomp = f"--security-opt=seccomp={podman.seccomp}"
     podman.call("run", "--name=documented", "--no-healthcheck", seccomp, *options(command))
@@ -384,7 +392,7 @@ def test_the_documented_command(documented: list[str], podman: Podman, docker: D
         podman.call("rm", "--force", "--time=0", "documented")
 
 
-def test_the_compose_file_says_the_same(documented: list[str]) -> None:
+def test_compose_file_has_the_options_of_the_command(documented: list[str]) -> None:
     (command,) = (block for block in documented if block.startswith("docker run") and "PERFMON" in block)
     (compose,) = (yaml.safe_load(block) for block in documented if block.startswith("services:"))
     ((name, service),) = compose["services"].items()
@@ -408,8 +416,12 @@ def loaded(docker: Docker, archive: Path) -> Docker:
     return docker
 
 
-def test_docker_of_debian_12(documented: list[str], loaded: Docker, node: Namespace) -> None:
-    """It has no name for the two capabilities; with the one that stands in for them it works, and turns healthy."""
+def test_documented_command_works_under_docker_of_debian_12(
+    documented: list[str], loaded: Docker, node: Namespace
+) -> None:
+    """That Docker has no names for the two capabilities; with the one that replaces them, the agent works and becomes
+    healthy.
+    """
     (command,) = (block for block in documented if block.startswith("docker run") and "SYS_ADMIN" in block)
     words = options(command)
     container = loaded.call("run", "--health-interval=1s", *words).splitlines()[-1]
@@ -421,8 +433,10 @@ def test_docker_of_debian_12(documented: list[str], loaded: Docker, node: Namesp
     loaded.call("rm", "--force", container)
 
 
-def test_dns_alone_needs_no_root(documented: list[str], loaded: Docker, node: Namespace, outside: Namespace) -> None:
-    """In a container of its own network, where Docker lets anybody listen on port 53."""
+def test_responder_alone_needs_no_root(
+    documented: list[str], loaded: Docker, node: Namespace, outside: Namespace
+) -> None:
+    """It runs in a container with its own network, where Docker lets any user listen on port 53."""
     (command,) = (block for block in documented if block.startswith("docker run") and " dns " in block)
     container = loaded.call("run", *options(command.replace("192.0.2.53", RuntimeHost.NODE)))
     listening(first_pid(container), 53)

@@ -1,4 +1,4 @@
-"""What is installed without a checkout works: the wheel carries the programs."""
+"""The wheel works without a checkout: it has the programs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_wheel_holds_every_source(site: Path) -> None:
+def test_wheel_has_every_source(site: Path) -> None:
     for source in (
         *(ROOT / "bpf").rglob("*.[ch]"),
         *(ROOT / "agent").rglob("*.py"),

@@ -1,4 +1,4 @@
-"""What follows from the kernel's lockdown level, whichever this kernel was booted with."""
+"""What follows from the kernel's lockdown level, whichever it was booted with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from udpwatch.agent.testing.lab import ContainerHost
 
 @pytest.fixture(scope="module")
 def report() -> dict[str, dict[str, str]]:
-    """doctor's checks by name."""
+    """Return doctor's checks by name."""
     done = run_cli("doctor", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
@@ -29,7 +29,7 @@ def confidential(report: dict[str, dict[str, str]]) -> bool:
     return report["lockdown"]["found"].startswith("confidentiality")
 
 
-def test_the_mode(report: dict[str, dict[str, str]], confidential: bool) -> None:
+def test_mode_follows_from_the_lockdown_level(report: dict[str, dict[str, str]], confidential: bool) -> None:
     with closing(Watch()) as watch:
         assert watch.sensor.mode == ("netlink" if confidential else "packet")
         if confidential:
@@ -41,7 +41,7 @@ def test_the_mode(report: dict[str, dict[str, str]], confidential: bool) -> None
             assert report["forwarded"]["found"] == "replies of machines behind this node are checked by function probes"
 
 
-def test_a_wrong_reply_is_found(confidential: bool, port: int) -> None:
+def test_wrong_reply_is_found_at_any_lockdown_level(confidential: bool, port: int) -> None:
     with ContainerHost() as host, closing(Watch(Limits(), forwarded=Forwarded.ON)) as watch:
         with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
             server.sendto(*ask(client, V4.eth0, port, server))
@@ -51,6 +51,6 @@ def test_a_wrong_reply_is_found(confidential: bool, port: int) -> None:
             assert finding.verdict is (Verdict.UNKNOWN if confidential else Verdict.NEW)
 
 
-def test_the_demo_comes_out() -> None:
+def test_demo_succeeds_at_any_lockdown_level() -> None:
     done = run_cli("demo")
     assert done.returncode == 0, done.stdout + done.stderr

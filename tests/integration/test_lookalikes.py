@@ -1,6 +1,5 @@
-"""Traps: what looks wrong and is right, what looks right and is wrong, and what many at once could confuse.
-
-Each was a defect once, found by attack.
+"""Right replies that look wrong, wrong replies that look right, and many at once that could confuse the programs. Each
+was a bug once, found by attack.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _SO_COOKIE = 57  # include/uapi/asm-generic/socket.h
 
 @pytest.fixture
 def pair() -> Iterator[tuple[Namespace, Namespace]]:
-    """A server with three addresses on one link and a client, without conntrack: (server, client)."""
+    """A server with three addresses on one cable and a client, without conntrack."""
     with Lab() as lab:
         yield lab.pair("server", ADDRESSES, "client", ["10.1.0.9"])
 
@@ -55,8 +54,10 @@ def on_cpu(number: int, function: Callable[[], object]) -> None:
 # ---- NAT ----
 
 
-def test_own_client_behind_source_nat(watch: Watch, host: ContainerHost, port: int) -> None:
-    """A resolver here, whose questions leave from a fixed address: its answers are no questions."""
+def test_replies_to_a_client_here_behind_source_nat_are_not_requests(
+    watch: Watch, host: ContainerHost, port: int
+) -> None:
+    """A resolver on this host sends its queries from a fixed address."""
     with ContainerHost() as lab:
         lab.node.ip(f"addr add {SECOND}/24 dev eth0")
         lab.node.nft(
@@ -75,8 +76,8 @@ def test_own_client_behind_source_nat(watch: Watch, host: ContainerHost, port: i
             assert watch.count(port) == 0
 
 
-def test_source_nat_mends_the_address_and_not_the_port(watch: Watch, port: int) -> None:
-    """Conntrack has booked the wrong reply as new; the asked address's port is taken, so NAT picks another."""
+def test_wrong_reply_whose_address_but_not_port_source_nat_restores_is_found(watch: Watch, port: int) -> None:
+    """Conntrack has a new entry for the reply; the asked address's port is in use, so NAT picks another."""
     with ContainerHost() as lab:
         lab.node.ip(f"addr add {SECOND}/24 dev eth0")
         lab.node.nft(
@@ -93,8 +94,8 @@ def test_source_nat_mends_the_address_and_not_the_port(watch: Watch, port: int) 
             assert (finding.expected, finding.actual) == (SECOND, SECOND)
 
 
-def test_source_nat_of_a_reply_to_a_broadcast(watch: Watch, port: int) -> None:
-    """NAT changes the port of what answers a group: who answers is right all the same."""
+def test_source_nat_of_a_reply_to_a_broadcast_is_not_a_finding(watch: Watch, port: int) -> None:
+    """NAT changes the port of the reply, which is right all the same."""
     with ContainerHost() as lab:
         lab.node.nft(
             "table ip own { chain p { type nat hook postrouting priority srcnat - 5;"
@@ -108,7 +109,7 @@ def test_source_nat_of_a_reply_to_a_broadcast(watch: Watch, port: int) -> None:
             assert watch.count(port) == 0
 
 
-def test_translation_in_another_zone(watch: Watch, port: int) -> None:
+def test_reply_through_nat_in_another_zone_is_not_a_finding(watch: Watch, port: int) -> None:
     with ContainerHost() as lab:
         lab.node.nft(
             f"""table ip zone {{
@@ -124,8 +125,8 @@ def test_translation_in_another_zone(watch: Watch, port: int) -> None:
             assert watch.count(port) == 0
 
 
-def test_translation_whose_entry_is_deleted(watch: Watch, port: int) -> None:
-    """As kube-proxy deletes them when an endpoint goes: nothing is claimed, not then and not later."""
+def test_reply_through_nat_whose_entry_was_deleted_is_not_a_finding(watch: Watch, port: int) -> None:
+    """kube-proxy deletes entries when an endpoint goes: nothing is claimed, then or later."""
     with ContainerHost() as lab:
         lab.node.nft(
             "table ip service { chain d { type nat hook prerouting priority dstnat;"
@@ -150,10 +151,10 @@ def test_translation_whose_entry_is_deleted(watch: Watch, port: int) -> None:
 
 @pytest.mark.parametrize("group", ["172.16.13.255", "255.255.255.255", "239.1.2.3"])
 @pytest.mark.parametrize("group_first", [False, True])
-def test_a_client_that_asks_one_and_all(
+def test_reply_to_a_client_that_asks_an_address_and_a_group_is_not_a_finding(
     watch: Watch, host: ContainerHost, port: int, group: str, group_first: bool
 ) -> None:
-    """NetBIOS, BACnet, games: the same socket asks an address and a group; nobody can answer from the group."""
+    """As in NetBIOS, BACnet and games; nobody can reply from the group's address."""
     with (
         bound(host.node, socket.AF_INET, "0.0.0.0", port) as server,
         host.outside.socket() as client,
@@ -177,8 +178,8 @@ def _interface(namespace: Namespace) -> int:
         return socket.if_nametoindex("eth0")
 
 
-def test_broadcast_over_a_device_without_frames(watch: Watch, port: int) -> None:
-    """tun: no frame tells that it was a broadcast, only the route does."""
+def test_reply_to_a_broadcast_over_a_tun_device_is_not_a_finding(watch: Watch, port: int) -> None:
+    """No frame shows that it was a broadcast; only the route does."""
     with ContainerHost() as lab:
         with lab.node.entered():
             tun = os.open("/dev/net/tun", os.O_RDWR)
@@ -195,7 +196,7 @@ def test_broadcast_over_a_device_without_frames(watch: Watch, port: int) -> None
 
 
 def datagram(source: str, source_port: int, destination: str, port: int) -> bytes:
-    """An IPv4 packet with a UDP datagram, checksums as they must be (RFC 791, 768: none for UDP)."""
+    """Return an IPv4 packet with a UDP datagram and valid checksums (RFC 791; RFC 768: none for UDP)."""
     udp = struct.pack("!HHHH", source_port, port, 10, 0) + b"hi"
     addresses = socket.inet_aton(source) + socket.inet_aton(destination)
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0) + addresses
@@ -205,15 +206,15 @@ def datagram(source: str, source_port: int, destination: str, port: int) -> byte
     return header[:10] + struct.pack("!H", checksum) + header[12:] + udp
 
 
-def test_broadcast_on_loopback(watch: Watch, host: ContainerHost, port: int) -> None:
+def test_reply_to_a_broadcast_on_loopback_is_not_a_finding(watch: Watch, host: ContainerHost, port: int) -> None:
     with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.node.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         server.sendto(*ask(client, "127.255.255.255", port, server))
         assert watch.count(port) == 0
 
 
-def test_request_in_a_broadcast_frame(packet_watch: Watch, port: int) -> None:
-    """A cluster is addressed by a frame to all: the packet in it asks one address all the same."""
+def test_wrong_reply_to_a_request_in_a_broadcast_frame_is_found(packet_watch: Watch, port: int) -> None:
+    """Frames to a cluster go to all machines, but the packet is for one address."""
     with ContainerHost() as lab:
         lab.node.ip(f"addr add {SECOND}/24 dev eth0")
         lab.outside.ip(f"neigh replace {SECOND} lladdr ff:ff:ff:ff:ff:ff dev eth0 nud permanent")
@@ -225,7 +226,7 @@ def test_request_in_a_broadcast_frame(packet_watch: Watch, port: int) -> None:
 # ---- sockets ----
 
 
-def test_listener_and_connected_socket_each_answer_right(
+def test_right_replies_of_listener_and_connected_socket_are_not_a_finding(
     watch: Watch, pair: tuple[Namespace, Namespace], port: int
 ) -> None:
     server, client = pair
@@ -243,7 +244,7 @@ def test_listener_and_connected_socket_each_answer_right(
 
 
 @both
-def test_connected_socket_asked_and_listener_answers(
+def test_wrong_reply_of_the_listener_to_a_request_at_the_connected_socket_is_found(
     watch: Watch, host: ContainerHost, port: int, family: Family
 ) -> None:
     reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -263,7 +264,7 @@ def test_connected_socket_asked_and_listener_answers(
 
 
 @both
-def test_connected_socket_that_names_another_source(
+def test_connected_socket_with_another_source_in_pktinfo_is_explicit(
     watch: Watch, host: ContainerHost, port: int, family: Family
 ) -> None:
     with (
@@ -277,7 +278,7 @@ def test_connected_socket_that_names_another_source(
         assert finding_of(watch, port).cause is Cause.EXPLICIT
 
 
-def test_one_link_local_peer_on_each_of_three_links(watch: Watch, port: int) -> None:
+def test_link_local_peers_on_three_links_are_distinguished(watch: Watch, port: int) -> None:
     """fe80::1 is another machine on each link."""
     with Lab() as lab:
         node = lab.namespace("node")
@@ -303,8 +304,10 @@ def test_one_link_local_peer_on_each_of_three_links(watch: Watch, port: int) -> 
 # ---- many at once ----
 
 
-def test_order_of_questions_seen_by_two_cpus(watch: Watch, pair: tuple[Namespace, Namespace], port: int) -> None:
-    """B, C, B, C from two CPUs in turn: C is the newest."""
+def test_newest_of_requests_seen_by_two_cpus_is_expected(
+    watch: Watch, pair: tuple[Namespace, Namespace], port: int
+) -> None:
+    """B, C, B, C arrive on two CPUs in turn: C is the newest."""
     server, client = pair
     with bound(server, socket.AF_INET, "0.0.0.0", port) as serving, client.socket() as asking:
         question = None
@@ -324,10 +327,10 @@ def test_order_of_questions_seen_by_two_cpus(watch: Watch, pair: tuple[Namespace
         assert watch.count(port) == 1
 
 
-def test_two_first_questions_at_the_same_moment(
+def test_first_requests_on_two_cpus_at_once_are_both_kept(
     packet_watch: Watch, pair: tuple[Namespace, Namespace], port: int
 ) -> None:
-    """A new client asks A on one CPU and B on the other: neither question is forgotten."""
+    """A new client asks A on one CPU and B on the other."""
     server, client = pair
     with bound(server, socket.AF_INET, A, port) as at_a, bound(server, socket.AF_INET, B, port) as at_b:
         at_a.settimeout(PATIENCE_SECONDS)
@@ -351,8 +354,8 @@ def test_two_first_questions_at_the_same_moment(
         assert packet_watch.count(port) == 0
 
 
-def test_more_peers_than_there_is_room_for(pair: tuple[Namespace, Namespace], port: int) -> None:
-    """Outside conntrack, what was pushed out of the table may have been the right answer: counted, not reported."""
+def test_reply_to_an_evicted_peer_is_undecided(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """Without conntrack, the reply may have been right: counted, not reported."""
     server, client = pair
     with (
         closing(Watch(Limits(max_peers=64))) as watch,
@@ -377,8 +380,8 @@ def flood(server: socket.socket, peer: tuple[str, int], times: int) -> None:
             server.sendto(b"x", peer)
 
 
-def test_workers_that_share_a_socket_are_told_apart(packet_watch: Watch, host: ContainerHost, port: int) -> None:
-    """A preforked server: both processes send through one socket at the same time, 20,000 each."""
+def test_workers_that_share_a_socket_are_distinguished(packet_watch: Watch, host: ContainerHost, port: int) -> None:
+    """Both processes of a preforked server send through one socket at the same time, 20,000 replies each."""
     with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
         _, peer = ask(client, host.ETH0, port, server)
         workers = [host.node.spawn(f"worker{n}", lambda: flood(server, peer, 20_000)) for n in range(2)]
@@ -387,8 +390,8 @@ def test_workers_that_share_a_socket_are_told_apart(packet_watch: Watch, host: C
     assert counts == {"worker0": 20_000, "worker1": 20_000}
 
 
-def test_sockets_whose_cookies_collide(packet_watch: Watch, host: ContainerHost, port: int) -> None:
-    """Two sockets that a table of 4096 slots by socket would mix up."""
+def test_sockets_whose_cookies_collide_are_distinguished(packet_watch: Watch, host: ContainerHost, port: int) -> None:
+    """A table of 4096 slots by cookie would confuse them."""
 
     def cookie(of: socket.socket) -> int:
         value: int = struct.unpack("=Q", of.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8))[0]
@@ -414,8 +417,8 @@ def test_sockets_whose_cookies_collide(packet_watch: Watch, host: ContainerHost,
         assert (finding.process, finding.cause, count) == (name, Cause.KERNEL_CHOSEN, 20_000)
 
 
-def test_a_process_that_becomes_another(packet_watch: Watch, host: ContainerHost, port: int) -> None:
-    """exec between two answers on the same socket: each under the name it had."""
+def test_each_reply_has_the_process_name_of_its_time(packet_watch: Watch, host: ContainerHost, port: int) -> None:
+    """The process calls exec between two replies on one socket."""
     code = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1])); s.sendto(*s.recvfrom(100))"
     with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
         os.set_inheritable(server.fileno(), True)
@@ -434,8 +437,10 @@ def test_a_process_that_becomes_another(packet_watch: Watch, host: ContainerHost
     assert counts == {"before-exec": 1, "python3": 1}
 
 
-def test_checked_counts_what_wrong_counts(packet_watch: Watch, host: ContainerHost, port: int) -> None:
-    """Datagrams both: the share of wrong replies never exceeds one."""
+def test_checked_replies_are_counted_in_datagrams_like_wrong_ones(
+    packet_watch: Watch, host: ContainerHost, port: int
+) -> None:
+    """The share of wrong replies never exceeds one."""
     before = packet_watch.sensor.counters()
     with (
         bound(host.node, socket.AF_INET, "0.0.0.0", port, (17, 103, 1000)) as server,
@@ -450,8 +455,8 @@ def test_checked_counts_what_wrong_counts(packet_watch: Watch, host: ContainerHo
 # ---- mode netlink ----
 
 
-def test_undecided_without_a_pause_is_counted(port: int, tmp_path: Path) -> None:
-    """A namespace that nobody is in cannot be asked, and its server never pauses: counted all the same."""
+def test_undecided_replies_are_counted_while_the_server_never_pauses(port: int, tmp_path: Path) -> None:
+    """No process is in the namespace, so its conntrack cannot be asked."""
     (tmp_path / "empty").touch()
     with (
         closing(Watch(Limits(window_ns=200_000_000), btf=tmp_path / "empty")) as watch,
@@ -472,7 +477,9 @@ def test_undecided_without_a_pause_is_counted(port: int, tmp_path: Path) -> None
         assert watch.count(port) == 0
 
 
-def test_verdicts_stay_what_they_are(packet_watch: Watch, pair: tuple[Namespace, Namespace], port: int) -> None:
+def test_wrong_reply_without_conntrack_is_untracked(
+    packet_watch: Watch, pair: tuple[Namespace, Namespace], port: int
+) -> None:
     server, client = pair
     with bound(server, socket.AF_INET, "0.0.0.0", port) as serving, client.socket() as asking:
         serving.sendto(*ask(asking, B, port, serving))

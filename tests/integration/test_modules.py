@@ -1,4 +1,4 @@
-"""conntrack as a module that is unloaded while its functions are probed. Skipped where it is none, or in use."""
+"""Conntrack as a module that is unloaded while its functions are probed. Skipped if it is built in or in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ CONNTRACK = ("__nf_conntrack_confirm", "nf_ct_delete")
 
 
 def unload() -> bool:
-    """Whether the kernel let it go."""
+    """Whether the kernel unloaded the module."""
     modules = ["nf_conntrack_netlink", "nf_conntrack"]
     return not any(subprocess.run(["rmmod", each], capture_output=True, check=False).returncode for each in modules)
 
@@ -32,8 +32,10 @@ def _a_module_that_nothing_uses() -> None:
 
 
 @pytest.mark.usefixtures("_a_module_that_nothing_uses")
-def test_conntrack_unloaded_while_it_is_probed(folder: Path) -> None:
-    """fentry holds the module. A kprobe does not: the kernel ends it silently, so it is noticed, said and measured."""
+def test_unloading_conntrack_detaches_its_probes_and_is_logged(folder: Path) -> None:
+    """fentry holds the module. A kprobe does not: the kernel ends it silently, so the agent checks, logs and exports
+    it.
+    """
     with Agent(folder) as agent:
         probes = {probe["name"]: probe for probe in agent.snapshot()["probes"]}
         # A kernel that is locked down has none at all.

@@ -1,4 +1,4 @@
-"""The kernel programs, compiled as on another architecture: bcc takes its name from ARCH."""
+"""The BPF programs, compiled as on another architecture: bcc reads its name from ARCH."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from udpwatch.agent.testing.lab import ContainerHost
 OTHER = {"x86_64": "arm64", "aarch64": "x86"}
 
 
-def test_programs_of_the_other_architecture(folder: Path, host: ContainerHost, port: int) -> None:
-    """The verifier takes them, and they find the wrong reply: BPF is BPF, and both are little-endian. What differs, the
-    registers that kprobes read, is in tests/unit/agent/kernel/test_architectures.py.
+def test_programs_compiled_for_the_other_architecture_find_a_wrong_reply(
+    folder: Path, host: ContainerHost, port: int
+) -> None:
+    """BPF is the same on both, and both are little-endian. Only the registers that kprobes read differ;
+    tests/unit/agent/kernel/test_architectures.py tests them.
     """
     environment = {**os.environ, "ARCH": OTHER[platform.machine()], "UDPWATCH_CACHE": "off"}
     with Agent(folder, "--hooks=cgroup", env=environment) as agent:

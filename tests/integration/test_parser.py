@@ -1,4 +1,4 @@
-"""The packet parser, run in the kernel on packets of every kind (BPF_PROG_TEST_RUN), against a model in Python."""
+"""The packet parser, run in the kernel (BPF_PROG_TEST_RUN) on packets of every kind, and a model in Python."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _split(batch: bytes, size: int) -> list[bytes]:
 
 
 class Programs:
-    """The loaded programs, attached to a cgroup that nothing is in: they see what the test feeds them."""
+    """The loaded programs, attached to an empty cgroup: they see only what the test feeds them."""
 
     def __init__(self, watched: cgroup.Cgroup) -> None:
         self._loaded = loader.load(watched, loader.Limits(max_peers=64, window_ns=1))
@@ -45,7 +45,9 @@ class Programs:
             self._scope: int = struct.unpack("=Q", any_.getsockopt(socket.SOL_SOCKET, SO_NETNS_COOKIE, 8))[0]
 
     def ingress(self, packet: bytes) -> Remembered | None:
-        """What the ingress program remembers of one packet (Ethernet header left out); raises on a bad return."""
+        """Return what the ingress program remembers of one packet (without Ethernet header); raises on an invalid
+        return value.
+        """
         version = packet[0] >> 4 if packet else 0
         ethernet = bytes(12) + (b"\x86\xdd" if version == 6 else b"\x08\x00")
         try:
@@ -67,7 +69,7 @@ class Programs:
         return found
 
     def remembered(self, asked: Asked | None) -> Remembered | None:
-        """What must stand in the table for a request: the tag as conversations.h makes it of its key."""
+        """Return the entry that a request must have: the tag is made from its key as conversations.h does."""
         if asked is None:
             return None
         peer, peer_port, address, port = asked
@@ -99,7 +101,7 @@ HAS_PACKET = bytes.fromhex(
 
 
 def gives_a_packet() -> bool:
-    """Whether BPF_PROG_TEST_RUN gives cgroup_skb programs the packet; older kernels do so on the hook only."""
+    """Whether BPF_PROG_TEST_RUN gives cgroup_skb programs the packet; older kernels give it only on the hook."""
     with unlimited():
         program = bpf.program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, HAS_PACKET)
     try:
@@ -117,7 +119,7 @@ def programs() -> Iterator[Programs]:
 
 
 def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specification, one case a line
-    """What must be remembered, by RFC 791, 768 and 8200."""
+    """Return what must be remembered by RFC 791, 768 and 8200."""
     if len(packet) < 28:
         return None
     if packet[0] >> 4 == 4:
@@ -220,12 +222,12 @@ def damaged(draw: st.DrawFn) -> bytes:
 @settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(packet=st.one_of(ipv4(), ipv6(), damaged(), st.binary(min_size=1, max_size=120)))
 @example(packet=bytes.fromhex("4500001c000100004011000001020304050607080035003500080000"))
-def test_parser(programs: Programs, packet: bytes) -> None:
+def test_parser_agrees_with_the_model(programs: Programs, packet: bytes) -> None:
     assert programs.ingress(packet) == programs.remembered(model(packet))
 
 
-def test_it_does_remember(programs: Programs) -> None:
-    """The property above would hold for a parser and a model that never find anything."""
+def test_parser_remembers_a_request(programs: Programs) -> None:
+    """Without this, a parser and a model that never find anything would pass the test above."""
     packet = (
         bytes.fromhex("4500001c0001000040110000") + bytes([10, 0, 0, 9, 10, 0, 0, 1]) + b"\x11\x5c\x00\x35\0\x08\0\0"
     )

@@ -1,4 +1,4 @@
-"""Who may not watch, who may with less, and what is said to them."""
+"""Missing privileges: who may not watch, who may with less, and the errors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 
-def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """As nobody, in a forked process: the checkout itself may lie where only root can read it."""
+def test_user_without_root_gets_one_line_and_status_77(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The process is forked: only root may be able to read the checkout."""
     pid = os.fork()
     if pid == 0:
         status = 99
@@ -44,7 +44,7 @@ def test_no_root(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("missing", [Capability.NET_ADMIN, Capability.BPF], ids=str)
-def test_root_without_a_needed_capability(folder: Path, missing: Capability) -> None:
+def test_root_without_a_needed_capability_gets_its_name(folder: Path, missing: Capability) -> None:
     drop = {missing, Capability.SYS_ADMIN}  # CAP_SYS_ADMIN stands in for CAP_BPF
     assert_refused(run(folder, preexec_fn=without(*drop)), 77, str(missing), "doctor")
 
@@ -81,8 +81,8 @@ servers.plain(server)
 
 @contextlib.contextmanager
 def plain_server(namespace: Namespace, port: int) -> Iterator[None]:
-    """A process that has to do with this one namespace; this one here holds them all, and without a namespace's cookie
-    (before 6.15) each of them would have to be asked.
+    """Run a server in a process of this namespace alone. This process has all namespaces, and without a namespace's
+    cookie (before 6.15) each of them would have to be asked.
     """
     process = namespace.popen([sys.executable, "-P", "-c", PLAIN_SERVER, str(port)])
     try:
@@ -93,8 +93,8 @@ def plain_server(namespace: Namespace, port: int) -> Iterator[None]:
         process.communicate()
 
 
-def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None], folder: Path, port: int) -> None:
-    """Runs all the same, says what it costs, finds the wrong reply and not the translated one."""
+def test_agent_without_perfmon_asks_conntrack(without_perfmon: Callable[[], None], folder: Path, port: int) -> None:
+    """It works, logs what it lacks, and finds the wrong reply but not the translated one."""
     with ContainerHost() as host, plain_server(host.node, port):
         host.node.nft(
             "table inet service { chain prerouting { type nat hook prerouting priority dstnat;"
@@ -119,10 +119,9 @@ def test_without_perfmon_conntrack_is_asked(without_perfmon: Callable[[], None],
             assert agent.snapshot()["lost"]["undecided"] == 0
 
 
-def test_without_perfmon_other_namespaces_are_not_guessed(
+def test_agent_without_perfmon_counts_other_namespaces_as_undecided(
     without_perfmon: Callable[[], None], folder: Path, host: ContainerHost, port: int
 ) -> None:
-    """What cannot be asked is counted as undecided and never reported."""
     with Agent(folder, "--window=0.5", preexec_fn=without_perfmon) as agent:
         with host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
@@ -131,9 +130,9 @@ def test_without_perfmon_other_namespaces_are_not_guessed(
         assert not [row for row in agent.snapshot()["rows"] if row["port"] == port]
 
 
-def test_least_rights(folder: Path) -> None:
-    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are all that it needs, as the documents say; before 5.11, where maps count
-    as locked memory, CAP_SYS_RESOURCE too, which it asks for, whether it is bcc that makes maps or the agent.
+def test_documented_capabilities_are_enough(folder: Path) -> None:
+    """CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON are enough. Before 5.11, where maps count as locked memory,
+    CAP_SYS_RESOURCE is needed, too, and its error names it, whether bcc or the agent makes the map.
     """
     wrapper = ["setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon"]
     if "add CAP_SYS_RESOURCE" in " ".join(run_cli("doctor", wrapper=wrapper).stdout.split()):
@@ -147,7 +146,7 @@ def test_least_rights(folder: Path) -> None:
 
 
 def credentials(pid: int) -> dict[str, str]:
-    """User, group, capabilities and no_new_privs of a process; all of its threads must have the same."""
+    """Return user, group, capabilities and no_new_privs of a process; all of its threads must agree."""
     fields = "Uid|Gid|Groups|CapInh|CapPrm|CapEff|CapBnd|CapAmb|NoNewPrivs"
     found = [
         dict(re.findall(rf"^({fields}):[ \t]*(.*?)[ \t]*$", task.read_text(), re.MULTILINE))
@@ -159,7 +158,7 @@ def credentials(pid: int) -> dict[str, str]:
 
 
 def names(mask: str) -> set[str]:
-    """A mask of capabilities, read by libcap."""
+    """Return a mask of capabilities as libcap prints it."""
     needs("capsh", "libcap2-bin")
     done = subprocess.run(["capsh", f"--decode={mask}"], capture_output=True, text=True, check=True)
     return set(filter(None, done.stdout.strip().partition("=")[2].split(",")))
@@ -177,7 +176,7 @@ def node() -> Iterator[Namespace]:
         yield lab.namespace("node")
 
 
-def test_agent_keeps_what_it_needs_and_gets_nothing_back(folder: Path) -> None:
+def test_agent_keeps_only_needed_capabilities_and_cannot_regain_others(folder: Path) -> None:
     with Agent(folder, "--hooks=cgroup") as agent:
         held = credentials(agent.pid)
         kept = {name for name in names(held["CapEff"]) if name != "cap_dac_override"}  # for --events FILE
@@ -186,14 +185,14 @@ def test_agent_keeps_what_it_needs_and_gets_nothing_back(folder: Path) -> None:
         assert held["Uid"].split() == ["0"] * 4
 
 
-def test_replay_keeps_nothing(folder: Path) -> None:
+def test_replay_keeps_no_capability(folder: Path) -> None:
     recording = GOLDEN / "replay.jsonl"
     with Agent(folder, f"--replay={recording}", "--events=-", stdout=subprocess.DEVNULL) as agent:
         assert_no_way_back(credentials(agent.pid), set())
 
 
-def test_responder_started_as_root_is_nobody(node: Namespace, folder: Path) -> None:
-    """It answers on port 53 of an address that comes later, and reads files that change, all the same."""
+def test_responder_started_as_root_runs_as_nobody(node: Namespace, folder: Path) -> None:
+    """It still listens on port 53 of an address that is added later, and reads files that change."""
     folder.chmod(0o755)
     hosts = write(folder / "hosts", "10.0.0.1 a.test")
     options = ("--listen-address=127.0.0.1,10.1.0.7", f"--addn-hosts={hosts}", "--user=nobody")
@@ -224,8 +223,8 @@ def test_responder_that_stays_root_has_no_capabilities(node: Namespace) -> None:
         assert held["Uid"].split() == ["0"] * 4
 
 
-def test_responder_without_the_right_to_change_user(node: Namespace) -> None:
-    """As in a container with NET_BIND_SERVICE alone: it says so and works, unless the user was named."""
+def test_responder_that_cannot_change_user_works_and_logs_it(node: Namespace) -> None:
+    """As in a container with NET_BIND_SERVICE alone. If --user is given, it is an error."""
     needs("capsh", "libcap2-bin")
     drop = ("capsh", "--drop=cap_setuid", "--", "-c", 'exec "$@"', "sh")
     with Responder(node, wrapper=drop) as responder:
@@ -239,6 +238,6 @@ def test_responder_without_the_right_to_change_user(node: Namespace) -> None:
     assert_refused(done, 5, "cannot change to user daemon", "CAP_SETUID", "--user=root")
 
 
-def test_responder_of_an_unknown_user() -> None:
+def test_responder_with_an_unknown_user_is_refused() -> None:
     done = run_cli("dns", "--port=5353", "--listen-address=127.0.0.1", "--metrics-listen=off", "--user=no-such-user")
     assert_refused(done, 1, "--user: there is no user 'no-such-user'")

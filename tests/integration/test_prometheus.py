@@ -1,8 +1,4 @@
-"""A real Prometheus scrapes real agents; every panel, variable and alert rule asks it, as Grafana would.
-
-What dashboards and alerts are to show is made to happen: wrong replies, DNS questions that fail, an upstream server
-that does not answer, a hosts file that cannot be read, events that cannot be written, an agent that is down.
-"""
+"""A real Prometheus scrapes real agents; every panel, variable and alert rule queries it, as Grafana would."""
 
 from __future__ import annotations
 
@@ -66,7 +62,7 @@ EMPTY = {
 
 
 class Prometheus:
-    """On a node of the lab, scraping each second."""
+    """Prometheus on a node of the lab, scraping each second."""
 
     def __init__(self, scene: ContainerHost, folder: Path, scrapes: Sequence[dict[str, Any]], rules: Path) -> None:
         if not shutil.which("prometheus"):
@@ -86,7 +82,7 @@ class Prometheus:
         self._process = scene.node.popen(["sh", "-c", f'exec "$@" >{self._log} 2>&1', "sh", *command])
 
     def get(self, path: str, **parameters: Any) -> Any:
-        """Ask its HTTP API; raises AssertionError with what it complains of."""
+        """Request its HTTP API; raises AssertionError with Prometheus' error."""
         url = f"http://{LISTEN}/api/v1/{path}?{urllib.parse.urlencode(parameters, doseq=True)}"
         with self.scene.node.entered():
             try:
@@ -99,7 +95,7 @@ class Prometheus:
         return told["data"]
 
     def ask(self, question: Question, **chosen: Sequence[str]) -> list[dict[str, Any]]:
-        """The series of a question's answer that have a number in it."""
+        """Return the series of a query's result that have a number."""
         expression = filled_in(question.expression, chosen, RANGE_S, STEP_S, RATE_S)
         now = time.time()
         if question.instant:
@@ -132,7 +128,7 @@ class Prometheus:
 
 
 class Traffic:
-    """Wrong replies and DNS questions, until it is stopped."""
+    """Wrong replies and DNS queries, until it is stopped."""
 
     def __init__(self, scene: ContainerHost) -> None:
         self._scene = scene
@@ -171,7 +167,7 @@ class Traffic:
                             ask(scene.container, address, name, tcp=tcp, seconds=0.5)
 
     def stop(self) -> None:
-        """And wait for the end."""
+        """Stop all traffic and wait for its end."""
         self._stop.set()
         for thread in self._threads:
             thread.join(30)
@@ -180,7 +176,7 @@ class Traffic:
 
 
 def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
-    """A server that first answers something else, and refuses names that begin with broken."""
+    """A DNS server that first sends something else, and refuses names that begin with broken."""
     if asked.name.startswith("broken"):
         return asked.answer(rcode=2)
     forged = bytearray(right(asked))
@@ -190,7 +186,7 @@ def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
 
 @contextlib.contextmanager
 def run_times_counted() -> Iterator[None]:
-    """The kernel counts the time of BPF programs meanwhile, as with the sysctl kernel.bpf_stats_enabled."""
+    """Have the kernel count the run time of BPF programs, as with the sysctl kernel.bpf_stats_enabled."""
     descriptor = bpf.bpf(ENABLE_STATS, ctypes.create_string_buffer(struct.pack("=I", 0), 4))
     try:
         yield
@@ -208,7 +204,7 @@ def scene() -> Iterator[ContainerHost]:
 
 @pytest.fixture(scope="module")
 def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The alert rules, impatient: what waits for minutes waits for two seconds."""
+    """The alert rules with minutes replaced by two seconds."""
     told = yaml.safe_load(boards.ALERTS.read_text())
     for group in told["groups"]:
         for rule in group["rules"]:
@@ -220,7 +216,9 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
-    """It scrapes a node as a PodMonitor would, the same one plainly, one that plays a recording, one that is down."""
+    """Prometheus scrapes a node as a PodMonitor would, the same one without relabelling, one that replays a recording,
+    and one that is down.
+    """
     with contextlib.ExitStack() as stack:
         folders = [Path(stack.enter_context(temporary())) for _ in range(3)]
         hosts = write(folders[0] / "hosts", "10.0.0.1 host.test")
@@ -269,7 +267,7 @@ def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
 
 
 def have_data(prometheus: Prometheus, questions: Sequence[Question], **chosen: Sequence[str]) -> None:
-    """Within a minute each of them has an answer."""
+    """Wait until each query has a result."""
     left = [each for each in questions if each.where not in EMPTY]
     assert left
 
@@ -283,7 +281,7 @@ def have_data(prometheus: Prometheus, questions: Sequence[Question], **chosen: S
 
 
 def row(prometheus: Prometheus, where: str, **labels: str) -> dict[str, Any]:
-    """The one series of an answer that carries these labels."""
+    """Return the one series of a result that has these labels."""
     (question,) = [each for each in boards.of_panels() if each.where == where]
 
     def found() -> list[dict[str, Any]]:
@@ -294,20 +292,20 @@ def row(prometheus: Prometheus, where: str, **labels: str) -> dict[str, Any]:
     return one
 
 
-def test_every_panel(prometheus: Prometheus) -> None:
+def test_every_panel_has_data(prometheus: Prometheus) -> None:
     have_data(prometheus, list(boards.of_panels()))
 
 
-def test_every_alert(prometheus: Prometheus) -> None:
+def test_every_alert_expression_has_data(prometheus: Prometheus) -> None:
     have_data(prometheus, list(boards.of_alerts()))
 
 
-def test_every_question_of_the_documents(prometheus: Prometheus) -> None:
+def test_every_query_in_the_docs_is_valid(prometheus: Prometheus) -> None:
     for question in boards.of_documents():
         prometheus.ask(question)
 
 
-def test_what_is_well_alarms_nobody(prometheus: Prometheus) -> None:
+def test_healthy_agent_fires_no_alert(prometheus: Prometheus) -> None:
     questions = [*boards.of_panels(), *boards.of_alerts()]
     quiet = [each for each in questions if each.where in EMPTY]
     assert len(quiet) == len(EMPTY)
@@ -316,8 +314,8 @@ def test_what_is_well_alarms_nobody(prometheus: Prometheus) -> None:
         assert not (alarms and question.where.startswith("alert/")), (question.where, alarms)
 
 
-def test_every_panel_with_choices(prometheus: Prometheus) -> None:
-    """One node, and one server of it; then an agent without a node, whose label no scrape adds."""
+def test_every_panel_has_data_for_selected_values(prometheus: Prometheus) -> None:
+    """One node and one server of it; then an agent without a node label, as a scrape without relabelling gives it."""
     panels = list(boards.of_panels())
     node = {"cluster": ["east"], "node": ["worker-1", "worker-9"], "instance": ["10.0.0.1:9953"]}
     have_data(prometheus, panels, **node, process=[SERVER], port=[str(PORT)], pod=[""], namespace=[""])
@@ -330,7 +328,7 @@ def test_every_panel_with_choices(prometheus: Prometheus) -> None:
     have_data(prometheus, plain, node=[""], process=[SERVER])
 
 
-def test_every_variable(prometheus: Prometheus) -> None:
+def test_every_variable_has_values(prometheus: Prometheus) -> None:
     for where, label, selector in boards.of_variables():
         values = prometheus.get(f"label/{label}/values", **{"match[]": filled_in(selector, {}, 60, 1, 5)})
         assert values, where
@@ -338,8 +336,8 @@ def test_every_variable(prometheus: Prometheus) -> None:
             assert "monitoring" not in values and "udpwatch-1" not in values, "the culprit's, not the agent's"
 
 
-def test_a_counter_that_was_born(prometheus: Prometheus) -> None:
-    """A server that answered wrongly once is there, once, with the moment; increase() alone would not show it."""
+def test_server_with_one_wrong_reply_is_shown(prometheus: Prometheus) -> None:
+    """increase() alone would not show a counter that starts at one."""
     labels = {"process": SHORT_SERVER, "port": str(SHORT_PORT), "node": "worker-1"}
     assert row(prometheus, "udpwatch-fleet/Servers/A", **labels)["value"] == 1
     since = row(prometheus, "udpwatch-fleet/Servers/C", **labels)["value"]
@@ -352,7 +350,7 @@ def test_a_counter_that_was_born(prometheus: Prometheus) -> None:
     assert not prometheus.ask(bare), "then this test shows nothing"
 
 
-def test_alerts_fire(prometheus: Prometheus) -> None:
+def test_alerts_fire_with_their_labels(prometheus: Prometheus) -> None:
     expected = {rule["alert"] for rule in boards.rules()} - {where.removeprefix("alert/") for where in EMPTY}
 
     def alerts(state: str) -> list[dict[str, Any]]:
@@ -376,7 +374,7 @@ def test_alerts_fire(prometheus: Prometheus) -> None:
         assert "<" not in text and "%!" not in text and "{{" not in text and "  " not in text, text
 
 
-def test_top_reads_the_same_labels(prometheus: Prometheus) -> None:
+def test_top_shows_the_rows_that_prometheus_has(prometheus: Prometheus) -> None:
     def found() -> set[tuple[str, str, int, str | None]]:
         with prometheus.scene.node.entered():
             done = run_cli("top", "--once", "--json", "--prometheus", f"http://{LISTEN}")
@@ -388,8 +386,8 @@ def test_top_reads_the_same_labels(prometheus: Prometheus) -> None:
     wait_for(lambda: wanted <= found(), "both nodes' findings")
 
 
-def test_what_is_exported_is_well_formed(prometheus: Prometheus) -> None:
-    """promtool's view of the names, types and texts of a real agent with everything on."""
+def test_promtool_accepts_the_exported_metrics(prometheus: Prometheus) -> None:
+    """The agent has everything enabled."""
     with prometheus.scene.node.entered(), urllib.request.urlopen(f"http://{prometheus.agents[0]}/metrics") as answer:
         exposed = answer.read()
     done = subprocess.run(["promtool", "check", "metrics"], input=exposed, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""What is a wrong reply and what only looks like one: every scene with its own count, real sockets, both modes."""
+"""Wrong replies, and right replies that only look wrong: every scene with its own count, real sockets, both modes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ SOL_UDP = 17
 
 
 @both
-def test_two_addresses_on_one_interface(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_wrong_reply_with_two_addresses_on_one_interface(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.outside.socket(family.inet) as client,
@@ -61,7 +63,9 @@ def test_two_addresses_on_one_interface(watch: Watch, host: ContainerHost, port:
 
 
 @both
-def test_bridge_and_eth0(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_wrong_reply_from_the_bridge_instead_of_eth0(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
@@ -86,7 +90,9 @@ def test_bridge_and_eth0(watch: Watch, host: ContainerHost, port: int, family: F
 
 
 @both
-def test_address_on_loopback(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_wrong_reply_to_a_request_at_an_address_on_loopback(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.outside.socket(family.inet) as client,
@@ -97,7 +103,7 @@ def test_address_on_loopback(watch: Watch, host: ContainerHost, port: int, famil
         assert finding_of(watch, port).expected == family.vip
 
 
-def test_ipv6_socket_with_ipv4_client(watch: Watch, host: ContainerHost, port: int) -> None:
+def test_wrong_reply_of_an_ipv6_socket_to_an_ipv4_client(watch: Watch, host: ContainerHost, port: int) -> None:
     with (
         bound(host.node, socket.AF_INET6, "::", port, (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)) as server,
         host.container.socket() as client,
@@ -110,8 +116,10 @@ def test_ipv6_socket_with_ipv4_client(watch: Watch, host: ContainerHost, port: i
 
 
 @both
-def test_connected_server_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """iperf3's way: the socket that got the request is connected to the client and answers from there on."""
+def test_wrong_replies_of_a_connected_server_socket(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """As iperf3: the socket that received the request is connected to the client and replies from there on."""
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
@@ -128,8 +136,8 @@ def test_connected_server_socket(watch: Watch, host: ContainerHost, port: int, f
         assert (finding.actual, finding.cause) == (family.docker0, Cause.CONNECTED)
 
 
-def test_two_threads_with_a_cause_each_share_a_socket(packet_watch: Watch, port: int) -> None:
-    """One names its source, the other leaves it to routing, at the same time."""
+def test_each_reply_has_the_cause_of_its_own_thread(packet_watch: Watch, port: int) -> None:
+    """Two threads share a socket: one names its source, the other leaves it to routing, at the same time."""
     with Lab() as lab:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -150,8 +158,8 @@ def test_two_threads_with_a_cause_each_share_a_socket(packet_watch: Watch, port:
             assert causes == {Cause.KERNEL_CHOSEN: 5_000, Cause.EXPLICIT: 5_000}
 
 
-def test_the_cgroup_is_the_senders(packet_watch: Watch, port: int) -> None:
-    """Not the one that made the socket: a process in another cgroup inherited it (socket activation)."""
+def test_finding_has_the_cgroup_of_the_sending_process(packet_watch: Watch, port: int) -> None:
+    """Another process, in another cgroup, made the socket (socket activation)."""
     with Lab() as lab, own_cgroup() as folder:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -167,8 +175,8 @@ def test_the_cgroup_is_the_senders(packet_watch: Watch, port: int) -> None:
             assert (finding.process, finding.cgroup) == ("heir", number)
 
 
-def test_a_socket_that_takes_turns(packet_watch: Watch, port: int) -> None:
-    """A hundred sends of each kind, one kind after the other: each has its own cause."""
+def test_each_reply_has_its_own_cause(packet_watch: Watch, port: int) -> None:
+    """A hundred sends of one kind, then a hundred of the other, in turns."""
     with Lab() as lab:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -182,8 +190,10 @@ def test_a_socket_that_takes_turns(packet_watch: Watch, port: int) -> None:
 
 
 @both
-def test_connected_second_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """A socket per client, connected after the listening one has received: bound to nothing, so routing froze it."""
+def test_wrong_reply_of_a_second_connected_socket(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """One socket for each client, connected after the listening one has received; it is not bound, so routing chose its
+    source.
+    """
     reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with (
         bound(host.node, family.inet, family.wildcard, port, reuse) as listener,
@@ -198,8 +208,10 @@ def test_connected_second_socket(watch: Watch, host: ContainerHost, port: int, f
 
 
 @both
-def test_connected_second_socket_on_an_ephemeral_port(host: ContainerHost, port: int, family: Family) -> None:
-    """Most connected sockets on such a port are clients; this one answers, for longer than the window."""
+def test_wrong_replies_of_a_second_connected_socket_on_an_ephemeral_port(
+    host: ContainerHost, port: int, family: Family
+) -> None:
+    """Most connected sockets on such a port are clients; this one replies, for longer than the window."""
     port += 20_000
     reuse = (socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     with (
@@ -224,7 +236,7 @@ def test_connected_second_socket_on_an_ephemeral_port(host: ContainerHost, port:
 
 
 @both
-def test_reuseport_sibling_answers(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_wrong_reply_of_a_reuseport_sibling(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
     reuse = (socket.SOL_SOCKET, SO_REUSEPORT, 1)
     with (
         bound(host.node, family.inet, family.wildcard, port, reuse) as one,
@@ -241,8 +253,10 @@ def test_reuseport_sibling_answers(watch: Watch, host: ContainerHost, port: int,
 
 
 @both
-def test_sibling_bound_to_the_other_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """A socket per address, and the answer goes out through the wrong one of them."""
+def test_wrong_reply_through_the_socket_bound_to_the_other_address(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """The server has a socket for each address."""
     with (
         bound(host.node, family.inet, family.eth0, port) as asked,
         bound(host.node, family.inet, family.docker0, port) as other,
@@ -254,7 +268,9 @@ def test_sibling_bound_to_the_other_address(watch: Watch, host: ContainerHost, p
 
 
 @both
-def test_pktinfo_with_another_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_wrong_reply_with_another_address_in_pktinfo_is_explicit(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.outside.socket(family.inet) as client,
@@ -281,7 +297,9 @@ def test_msg_more_is_one_datagram(watch: Watch, host: ContainerHost, port: int, 
 
 
 @both
-def test_segmentation_offload_counts_datagrams(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_segmentation_offload_is_counted_in_datagrams(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port, (SOL_UDP, UDP_SEGMENT, 1000)) as server,
         host.container.socket(family.inet) as client,
@@ -293,7 +311,7 @@ def test_segmentation_offload_counts_datagrams(watch: Watch, host: ContainerHost
 
 
 @both
-def test_datagram_larger_than_the_mtu(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_fragmented_wrong_reply_is_counted_once(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
@@ -308,7 +326,7 @@ def test_datagram_larger_than_the_mtu(watch: Watch, host: ContainerHost, port: i
 
 
 @both
-def test_loopback_to_own_addresses(watch: Watch, port: int, family: Family) -> None:
+def test_wrong_reply_over_loopback_between_own_addresses(watch: Watch, port: int, family: Family) -> None:
     one, other = ("10.9.0.1", "10.9.1.1") if family is V4 else ("fd00:9::1", "fd00:9:0:1::1")
     length = 24 if family is V4 else 128
     with Lab() as lab:
@@ -328,7 +346,7 @@ def test_loopback_to_own_addresses(watch: Watch, port: int, family: Family) -> N
             assert (finding_of(watch, port).expected, finding_of(watch, port).actual) == (other, one)
 
 
-def test_loopback_127(watch: Watch, host: ContainerHost, port: int) -> None:
+def test_wrong_reply_over_loopback_to_a_request_at_127_0_0_53(watch: Watch, host: ContainerHost, port: int) -> None:
     with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server:
         for address, wrong in (("127.0.0.1", 0), ("127.0.0.53", 1)):
             with host.node.socket() as client:
@@ -337,7 +355,7 @@ def test_loopback_127(watch: Watch, host: ContainerHost, port: int) -> None:
 
 
 def test_any_address_asked_is_a_right_source(watch: Watch, port: int) -> None:
-    """Three requests within one tick of the clock; routing answers each from the first address."""
+    """Three requests come within one tick of the clock; routing replies to each from the first address."""
     with Lab() as lab:
         alone = lab.namespace("alone")  # without conntrack: what was asked is remembered here alone
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -347,7 +365,7 @@ def test_any_address_asked_is_a_right_source(watch: Watch, port: int) -> None:
 
 
 @both
-def test_address_removed_between_request_and_reply(
+def test_wrong_reply_after_the_asked_address_was_removed(
     watch: Watch, host: ContainerHost, port: int, family: Family
 ) -> None:
     extra = "172.16.13.77/24" if family is V4 else "fd00:13::77/64"
@@ -368,7 +386,9 @@ def test_address_removed_between_request_and_reply(
 
 
 @both
-def test_pktinfo_server(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_reply_of_a_pktinfo_server_is_not_a_finding(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with host.node.socket(family.inet) as server, host.container.socket(family.inet) as client:
         servers.want_pktinfo(server)
         server.bind((family.wildcard, port))
@@ -382,7 +402,9 @@ def test_pktinfo_server(watch: Watch, host: ContainerHost, port: int, family: Fa
 
 
 @both
-def test_server_bound_to_the_address(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_reply_of_a_server_bound_to_the_address_is_not_a_finding(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.eth0, port) as server,
         host.container.socket(family.inet) as client,
@@ -393,8 +415,10 @@ def test_server_bound_to_the_address(watch: Watch, host: ContainerHost, port: in
 
 
 @both
-def test_one_client_asks_two_addresses(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """Both questions are out before the answers come, in the other order, each from its own address."""
+def test_right_replies_to_one_client_at_two_addresses_are_not_a_finding(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """Both requests are out before the replies come, in the other order, each from its own address."""
     with (
         bound(host.node, family.inet, family.eth0, port) as one,
         bound(host.node, family.inet, family.docker0, port) as other,
@@ -409,8 +433,8 @@ def test_one_client_asks_two_addresses(watch: Watch, host: ContainerHost, port: 
 
 
 @both
-def test_answer_from_another_port(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """TFTP's way (RFC 1350, section 4): the server goes on from a port of its own choice."""
+def test_reply_from_another_port_is_not_a_finding(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+    """As in TFTP (RFC 1350, section 4): the server continues from a port of its choice."""
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         bound(host.node, family.inet, family.wildcard, 0) as transfer,
@@ -421,7 +445,7 @@ def test_answer_from_another_port(watch: Watch, host: ContainerHost, port: int, 
         assert watch.count(transfer.getsockname()[1]) == 0
 
 
-def test_multicast_request(watch: Watch, host: ContainerHost, port: int) -> None:
+def test_reply_to_a_multicast_request_is_not_a_finding(watch: Watch, host: ContainerHost, port: int) -> None:
     group = "239.1.2.3"
     with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.outside.socket() as client:
         index = struct.pack("=4s4si", socket.inet_aton(group), bytes(4), _interface(host.node, "eth0"))
@@ -436,7 +460,7 @@ def test_multicast_request(watch: Watch, host: ContainerHost, port: int) -> None
         assert watch.count(port) == 0
 
 
-def test_multicast_request_ipv6(watch: Watch, host: ContainerHost, port: int) -> None:
+def test_reply_to_an_ipv6_multicast_request_is_not_a_finding(watch: Watch, host: ContainerHost, port: int) -> None:
     group = "ff15::1234"
     with bound(host.node, socket.AF_INET6, "::", port) as server, host.outside.socket(socket.AF_INET6) as client:
         membership = socket.inet_pton(socket.AF_INET6, group) + struct.pack("=i", _interface(host.node, "eth0"))
@@ -454,8 +478,10 @@ def _interface(namespace: Namespace, name: str) -> int:
 
 @pytest.mark.parametrize("address", ["172.16.13.255", "255.255.255.255"])
 @pytest.mark.parametrize("sender", ["outside", "node"])
-def test_broadcast_request(watch: Watch, host: ContainerHost, port: int, address: str, sender: str) -> None:
-    """Also the copy that the sender's own machine gets of its broadcast."""
+def test_reply_to_a_broadcast_request_is_not_a_finding(
+    watch: Watch, host: ContainerHost, port: int, address: str, sender: str
+) -> None:
+    """The sender's own machine gets a copy of its broadcast, too."""
     namespace = host.outside if sender == "outside" else host.node
     with (
         bound(host.node, socket.AF_INET, "0.0.0.0", port) as server,
@@ -468,8 +494,8 @@ def test_broadcast_request(watch: Watch, host: ContainerHost, port: int, address
 
 
 @both
-def test_same_addresses_in_two_namespaces(watch: Watch, port: int, family: Family) -> None:
-    """Two hosts that know nothing of each other, one with a wrong server and one with a right one."""
+def test_hosts_with_the_same_addresses_are_distinguished(watch: Watch, port: int, family: Family) -> None:
+    """Two namespaces, one with a wrong server and one with a right one."""
     with ContainerHost() as one, ContainerHost() as other, ExitStack() as sockets:
 
         def open_pair(lab: ContainerHost, address: str) -> tuple[socket.socket, socket.socket]:
@@ -517,7 +543,9 @@ def nat_host() -> Iterator[ContainerHost]:
 
 
 def served_at(family: Family) -> str:
-    """Where the rules lead: to the address that routing picks towards the outside, so that the answer is right."""
+    """Return the address that the rules lead to: the one that routing picks towards the outside, so that replies are
+    right.
+    """
     return family.eth0 if family is V4 else family.second
 
 
@@ -527,7 +555,9 @@ def service(family: Family) -> str:
 
 @both
 @pytest.mark.parametrize(("asked", "served"), [(53, 53), (7777, 8888)])
-def test_dnat(watch: Watch, nat_host: ContainerHost, family: Family, asked: int, served: int) -> None:
+def test_reply_through_dnat_is_not_a_finding(
+    watch: Watch, nat_host: ContainerHost, family: Family, asked: int, served: int
+) -> None:
     before = watch.count(served)
     with (
         bound(nat_host.node, family.inet, family.wildcard, served) as server,
@@ -544,7 +574,9 @@ def test_dnat(watch: Watch, nat_host: ContainerHost, family: Family, asked: int,
 
 @both
 @pytest.mark.parametrize("address", ["eth0", "second"])
-def test_redirect(watch: Watch, nat_host: ContainerHost, family: Family, address: str) -> None:
+def test_reply_through_redirect_is_not_a_finding(
+    watch: Watch, nat_host: ContainerHost, family: Family, address: str
+) -> None:
     before = watch.count(6001)
     with (
         bound(nat_host.node, family.inet, family.wildcard, 6001) as server,
@@ -576,7 +608,9 @@ def test_wrong_reply_behind_dnat(watch: Watch, nat_host: ContainerHost, family: 
 
 
 @both
-def test_masqueraded_client(watch: Watch, nat_host: ContainerHost, port: int, family: Family) -> None:
+def test_reply_to_a_masqueraded_client_is_not_a_finding(
+    watch: Watch, nat_host: ContainerHost, port: int, family: Family
+) -> None:
     other = "172.16.13.2" if family is V4 else "fd00:13::2"
     with (
         bound(nat_host.outside, family.inet, family.wildcard, port) as server,
@@ -602,8 +636,8 @@ def test_masqueraded_client(watch: Watch, nat_host: ContainerHost, port: int, fa
 
 
 @both
-def test_notrack(watch: Watch, port: int, family: Family) -> None:
-    """In mode netlink a reply without any entry may have been NAT in a namespace where conntrack works: undecided."""
+def test_wrong_reply_without_tracking_is_untracked(watch: Watch, port: int, family: Family) -> None:
+    """In mode netlink it may have been NAT where the namespace has conntrack: undecided."""
     with ContainerHost() as lab:
         lab.node.nft(
             f"table inet raw {{"
@@ -627,8 +661,10 @@ def test_notrack(watch: Watch, port: int, family: Family) -> None:
 
 
 @both
-def test_namespace_without_conntrack(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
-    """No rule there asks for conntrack, so no packet has an entry."""
+def test_wrong_reply_in_a_namespace_without_conntrack_is_untracked(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
+    """No rule there needs conntrack, so no packet has an entry."""
     server_address = "172.16.13.20" if family is V4 else "fd00:13::20"
     host.outside.ip(
         f"addr add {server_address}/{24 if family is V4 else 64} dev eth0{'' if family is V4 else ' nodad'}"
@@ -649,8 +685,8 @@ def test_namespace_without_conntrack(watch: Watch, host: ContainerHost, port: in
 
 
 @both
-def test_asked_long_ago(host: ContainerHost, port: int, family: Family) -> None:
-    """What a server sends after the window is no answer; a new question makes its answers count again."""
+def test_datagram_after_the_window_is_not_a_reply(host: ContainerHost, port: int, family: Family) -> None:
+    """A new request makes the next datagrams replies again."""
     with closing(Watch(Limits(window_ns=300_000_000))) as watch:
         with (
             bound(host.node, family.inet, family.wildcard, port) as server,
@@ -668,7 +704,9 @@ def test_asked_long_ago(host: ContainerHost, port: int, family: Family) -> None:
 
 
 @both
-def test_agent_started_in_the_middle(host: ContainerHost, port: int, family: Family) -> None:
+def test_reply_to_a_request_from_before_the_start_is_not_a_finding(
+    host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
@@ -682,7 +720,9 @@ def test_agent_started_in_the_middle(host: ContainerHost, port: int, family: Fam
 
 
 @both
-def test_server_that_was_never_asked(watch: Watch, host: ContainerHost, port: int, family: Family) -> None:
+def test_datagram_without_a_request_is_not_a_finding(
+    watch: Watch, host: ContainerHost, port: int, family: Family
+) -> None:
     with (
         bound(host.node, family.inet, family.wildcard, port) as server,
         bound(host.outside, family.inet, family.wildcard, 0) as client,
@@ -692,8 +732,8 @@ def test_server_that_was_never_asked(watch: Watch, host: ContainerHost, port: in
         assert watch.count(port) == 0
 
 
-def test_unreachable_peer_is_not_counted(watch: Watch, port: int) -> None:
-    """A send that fails sends no packet."""
+def test_failed_send_is_not_counted(watch: Watch, port: int) -> None:
+    """It sends no packet."""
     with Lab() as lab:
         lonely = lab.namespace("lonely")
         with bound(lonely, socket.AF_INET, "0.0.0.0", port) as server:

@@ -1,4 +1,4 @@
-"""Wrong words on the command line, in variables and in the settings file: each refused by its name."""
+"""Wrong settings on the command line, in variables and in the file: each is refused by its name."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from restricted import assert_refused, run
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_setting(folder: Path, flags: list[str], words: list[str]) -> None:
+def test_invalid_flag_is_refused_by_name(folder: Path, flags: list[str], words: list[str]) -> None:
     assert_refused(run(folder, *flags), 2, *words)
 
 
-def test_bad_variable_and_bad_file(folder: Path) -> None:
+def test_invalid_variable_and_file_are_refused_by_name(folder: Path) -> None:
     assert_refused(run(folder, env={"UDPWATCH_WINDOW": "0"}), 2, "UDPWATCH_WINDOW", "'0'")
     settings = folder / "settings.toml"
     settings.write_text("windows = 3\n")
@@ -39,7 +39,7 @@ def test_bad_variable_and_bad_file(folder: Path) -> None:
     assert_refused(run(folder, f"--config={settings}"), 2, str(settings))
 
 
-def test_unknown_command() -> None:
+def test_unknown_command_is_refused() -> None:
     done = run_cli("walk")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`udpwatch top` in a real terminal (tmux), against real agents, and against a real Prometheus that scrapes them."""
+"""`udpwatch top` in a real terminal (tmux), with real agents, and with a real Prometheus that scrapes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ENVIRONMENT = os.environ | {"LC_ALL": "C.UTF-8"}
 
 
 class Terminal:
-    """A real terminal of 80x24 that runs one command; its screen as characters."""
+    """A real terminal of 80x24 that runs one command; its screen as text."""
 
     def __init__(self, folder: Path, *command: str, **environment: str) -> None:
         if not shutil.which("tmux"):
@@ -56,21 +56,21 @@ class Terminal:
         return subprocess.run(command, capture_output=True, text=True, check=True, env=ENVIRONMENT).stdout
 
     def press(self, *keys: str) -> None:
-        """Keys by tmux's names."""
+        """Press keys by tmux's names."""
         self._tmux("send-keys", *keys)
 
     def resize(self, width: int, height: int) -> None:
-        """Another size of the window."""
+        """Resize the window."""
         self._tmux("resize-window", "-x", str(width), "-y", str(height))
 
     @property
     def lines(self) -> list[str]:
-        """The screen."""
+        """The lines of the screen."""
         return self._tmux("capture-pane", "-p", "-N").split("\n")[:-1]
 
     @property
     def text(self) -> str:
-        """The screen, as one text."""
+        """The screen as one text."""
         return "\n".join(self.lines)
 
     def ask(self, what: str) -> str:
@@ -85,7 +85,7 @@ class Terminal:
         return int(wait_for(lambda: children.read_text().split(), "the command to start")[0])
 
     def shows(self, *words: str) -> str:
-        """The screen, once all the words are on it."""
+        """Wait until all words are on the screen; returns its text."""
 
         def there() -> str:
             text = self.text
@@ -102,7 +102,7 @@ class Terminal:
         wait_for(lambda: word not in self.text, f"{word!r} to leave the screen", 60)
 
     def ended(self) -> int:
-        """Wait for the command's end; its exit status. The terminal is as it was before."""
+        """Wait for the command's end; returns its exit status. The terminal must be as it was before."""
         status = re.search(r"restored, status (\d+)", self.shows("restored, status "))
         assert status
         modes = {name: self.ask(name) for name in ("alternate_on", "cursor_flag", "mouse_any_flag", "keypad_flag")}
@@ -123,7 +123,7 @@ def top(*words: str) -> list[str]:
 
 @pytest.fixture
 def port() -> int:
-    """A port that no other run of the tests on this machine uses: an agent sees them all."""
+    """Return a port that no other run of the tests on this machine uses: an agent sees all of them."""
     return 40_000 + (os.getpid() * 7 + next(_ports)) % 20_000
 
 
@@ -131,7 +131,7 @@ _ports = count()
 
 
 def only(terminal: Terminal, port: int) -> None:
-    """Show the rows of this port alone, since the whole machine is watched."""
+    """Show only the rows of this port, since the whole machine is watched."""
     terminal.shows("q quit", "s ago")
     search(terminal, str(port))
     terminal.shows("No row has these words")
@@ -147,11 +147,11 @@ def search(terminal: Terminal, words: str) -> None:
 
 
 def row_of(text: str, port: int) -> list[str]:
-    """The words of the row of a port."""
+    """Return the words of the row of a port."""
     return next((line.split() for line in text.splitlines() if re.search(rf" {port} 1", line)), [])
 
 
-def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
+def test_finding_is_shown_and_every_key_works(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
     with Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
         only(terminal, port)
         wrong_replies(host, port, 23)
@@ -198,7 +198,7 @@ def test_a_real_finding_in_a_real_terminal(agent: Agent, folder: Path, host: Con
         assert terminal.ended() == 0
 
 
-def test_an_agent_that_is_stopped_and_started(folder: Path, host: ContainerHost, port: int) -> None:
+def test_restarted_agent_is_reconnected(folder: Path, host: ContainerHost, port: int) -> None:
     agent = Agent(folder)
     try:
         with Terminal(folder, *top("--connect", str(agent.socket))) as terminal:
@@ -222,7 +222,7 @@ def test_an_agent_that_is_stopped_and_started(folder: Path, host: ContainerHost,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_restores_the_terminal(folder: Path, number: signal.Signals) -> None:
+def test_signal_restores_the_terminal(folder: Path, number: signal.Signals) -> None:
     with Terminal(folder, *top("--replay", str(EVENTS))) as terminal:
         terminal.shows("q quit", "plain-server")
         (child,) = Path(f"/proc/{terminal.pid}/task/{terminal.pid}/children").read_text().split()
@@ -232,14 +232,14 @@ def test_a_signal_restores_the_terminal(folder: Path, number: signal.Signals) ->
 
 
 @pytest.mark.parametrize("milliseconds", [300, 500, 700, 900, 1100, 1300])
-def test_a_signal_at_any_time_of_its_start(folder: Path, milliseconds: int) -> None:
+def test_signal_at_any_time_of_the_start_restores_the_terminal(folder: Path, milliseconds: int) -> None:
     with Terminal(folder, *top("--replay", str(EVENTS))) as terminal:
         time.sleep(milliseconds / 1000)  # no condition marks these moments
         os.kill(terminal.pid, signal.SIGTERM)
         terminal.ended()
 
 
-def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
+def test_exception_restores_the_terminal(folder: Path) -> None:
     code = (
         "from udpwatch.agent.client.top import screen; import sys; from udpwatch.agent.cli import main\n"
         "screen.TopApp.action_sort = lambda self: 1 / 0\n"
@@ -252,7 +252,7 @@ def test_a_fault_of_its_own_restores_the_terminal(folder: Path) -> None:
         assert "ZeroDivisionError" in terminal.text
 
 
-def test_its_own_agent_when_none_runs(folder: Path, host: ContainerHost, port: int) -> None:
+def test_private_agent_is_started_when_none_runs(folder: Path, host: ContainerHost, port: int) -> None:
     if Path("/run/udpwatch/udpwatch.sock").exists():
         pytest.skip("an agent runs here")
     with Terminal(folder, *top()) as terminal:
@@ -265,7 +265,7 @@ def test_its_own_agent_when_none_runs(folder: Path, host: ContainerHost, port: i
     assert not list(Path("/tmp").glob("udpwatch-top-*"))
 
 
-def test_nobody_can_do_it_without_root_and_without_an_agent() -> None:
+def test_without_root_and_agent_it_is_an_error() -> None:
     if Path("/run/udpwatch/udpwatch.sock").exists():
         pytest.skip("an agent runs here")
     done = run_cli("top", "--once", wrapper=as_nobody())
@@ -273,14 +273,14 @@ def test_nobody_can_do_it_without_root_and_without_an_agent() -> None:
     assert "start `udpwatch run` as root" in done.stderr
 
 
-def test_a_socket_that_is_not_for_us(agent: Agent, folder: Path) -> None:
+def test_socket_without_permission_is_an_error(agent: Agent, folder: Path) -> None:
     folder.chmod(0o755)
     done = run_cli("top", "--once", "--connect", str(agent.socket), wrapper=as_nobody())
     assert done.returncode == 77
     assert "may not be opened" in done.stderr
 
 
-def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_once_prints_json_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
     if not shutil.which("jq"):
         pytest.skip("needs jq: apt-get install jq")
     wrong_replies(host, port, 7)
@@ -294,7 +294,7 @@ def test_once_is_for_jq(agent: Agent, host: ContainerHost, port: int) -> None:
     assert row_of(table.stdout, port)[-2] == "7"
 
 
-def test_once_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port: int) -> None:
+def test_once_works_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port: int) -> None:
     wrong_replies(host, port, 7)
     agent.counted(port, 7)
     done = run_cli("top", "--once", "--connect", str(agent.socket), env={"PYTHONIOENCODING": "latin-1"})
@@ -306,7 +306,7 @@ def test_once_in_a_locale_without_utf_8(agent: Agent, host: ContainerHost, port:
 
 
 def burst(path: Path, seconds: int) -> None:
-    """A recording in which MANY servers answer wrongly, all of them every second."""
+    """A recording in which MANY servers send wrong replies every second."""
     told = json.loads(EVENTS.read_text().splitlines()[0])
     begin = datetime(2027, 1, 15, 8, tzinfo=UTC)
     with path.open("w") as file:
@@ -317,7 +317,7 @@ def burst(path: Path, seconds: int) -> None:
                 file.write(json.dumps(told | {"count": (second + 1) * (1 + number % 9)}) + "\n")
 
 
-def test_a_burst_still_answers_keys(folder: Path) -> None:
+def test_keys_work_during_a_burst(folder: Path) -> None:
     burst(folder / "burst.jsonl", 20)
     with Terminal(folder, *top("--replay", str(folder / "burst.jsonl"))) as terminal:
         terminal.shows(f"of {MANY}")
@@ -351,7 +351,7 @@ def free_port() -> int:
 
 
 class Prometheus:
-    """A real one, on loopback, that scrapes each second."""
+    """A real Prometheus on loopback that scrapes each second."""
 
     def __init__(self, folder: Path, targets: Sequence[str]) -> None:
         if not shutil.which("prometheus"):
@@ -385,8 +385,8 @@ def cluster(url: str) -> dict[str, Any]:
     return told
 
 
-def test_a_cluster(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
-    """Two nodes: a real one, and one that replays a recording."""
+def test_cluster_of_two_nodes_is_shown(agent: Agent, folder: Path, host: ContainerHost, port: int) -> None:
+    """One is a real agent, the other replays a recording."""
     second = folder / "second"
     second.mkdir()
     with Agent(second, f"--replay={EVENTS}") as replay:

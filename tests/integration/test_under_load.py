@@ -1,4 +1,4 @@
-"""The finding beside load: other servers' traffic, floods of other tenants, clients that ask many addresses."""
+"""Findings under load: other servers' traffic, floods of other tenants, clients that ask many addresses."""
 
 from __future__ import annotations
 
@@ -43,21 +43,23 @@ def place(request: pytest.FixtureRequest, load: Path) -> Iterator[Place]:
 
 @pytest.fixture(scope="module")
 def netlink_watch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watch]:
-    """A sensor of this file's own: in mode netlink each wrong reply beside the load above is an element of its own."""
+    """A sensor for this file alone: in mode netlink each wrong reply during load is an element of its own."""
     with closing(open_netlink_watch(tmp_path_factory.mktemp("btf"))) as watch:
         yield watch
 
 
 def of_place(watch: Watch, port: int) -> int:
-    """Wrong replies from a local port of a Place: other tests use several ports from one on."""
+    """Return the wrong replies from a local port of a Place: other tests use several consecutive ports."""
     asked = {address for pair in ASKED for address in pair}
     return sum(count for finding, count in watch.findings(port).items() if finding.expected in asked)
 
 
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("rate", [5, 500])
-def test_beside_a_right_server(packet_watch: Watch, place: Place, port: int, family: Family, rate: int) -> None:
-    """A resolver's load: 20,000 fresh conversations a second, each answered rightly."""
+def test_wrong_replies_are_found_beside_a_right_server(
+    packet_watch: Watch, place: Place, port: int, family: Family, rate: int
+) -> None:
+    """The right server has a resolver's load: 20,000 new conversations a second."""
     with place.right_server(family), place.flood(family, RIGHT_PORT, 20_000, FLOOD_SECONDS):
         sent = answer_wrongly(place, family, port, rate, FLOOD_SECONDS)
     assert of_place(packet_watch, port) == sent
@@ -65,8 +67,10 @@ def test_beside_a_right_server(packet_watch: Watch, place: Place, port: int, fam
 
 
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
-def test_beside_one_way_traffic(packet_watch: Watch, place: Place, port: int, family: Family) -> None:
-    """A sink that never answers, of another port of the same namespace, floods the table."""
+def test_wrong_replies_are_found_beside_one_way_traffic(
+    packet_watch: Watch, place: Place, port: int, family: Family
+) -> None:
+    """A sink that never replies, on another port of the same namespace, floods the table."""
     with bound(place.server, family.inet, family.wildcard, SINK_PORT):
         before = packet_watch.sensor.counters().evicted
         with place.flood(family, SINK_PORT, 100_000, FLOOD_SECONDS):
@@ -76,8 +80,8 @@ def test_beside_one_way_traffic(packet_watch: Watch, place: Place, port: int, fa
     assert of_place(packet_watch, SINK_PORT) == 0
 
 
-def test_an_old_request_outlives_a_flood(place: Place, port: int) -> None:
-    """Asked before another tenant's flood, answered wrongly after it."""
+def test_old_request_survives_a_flood(place: Place, port: int) -> None:
+    """Its request came before another tenant's flood, its wrong reply after it."""
     with (
         closing(Watch()) as watch,
         bound(place.server, socket.AF_INET, "0.0.0.0", SINK_PORT),
@@ -95,8 +99,8 @@ def test_an_old_request_outlives_a_flood(place: Place, port: int) -> None:
         assert watch.count(port) == 50
 
 
-def test_a_flood_evicts_its_own_requests(place: Place, port: int) -> None:
-    """What the flooded server sends is undecided where it may have been asked: counted, never a finding."""
+def test_flood_evicts_its_own_requests(place: Place, port: int) -> None:
+    """What the flooded server sends to evicted clients is undecided: counted, never a finding."""
     with (
         closing(Watch(Limits(max_peers=1024))) as watch,
         bound(place.server, socket.AF_INET, "0.0.0.0", SINK_PORT) as sink,
@@ -111,8 +115,8 @@ def test_a_flood_evicts_its_own_requests(place: Place, port: int) -> None:
         assert watch.sensor.counters().undecided > before
 
 
-def test_a_tenant_that_has_lost_many_requests_holds_more(port: int) -> None:
-    """One set of eight: of another server's seven requests and one of the flood's, the flood's makes room."""
+def test_evictions_in_one_set_hit_the_flood_first(port: int) -> None:
+    """In one set of eight, with seven requests of another server and one of the flood, the flood's is evicted."""
     with Lab() as lab, own_cgroup() as folder, closing(Watch(Limits(max_peers=8), watched=folder)) as watch:
         alone = lab.namespace("alone")
 
@@ -136,7 +140,7 @@ def test_a_tenant_that_has_lost_many_requests_holds_more(port: int) -> None:
         assert watch.count(port) == 7
 
 
-def test_evicted_addresses_are_undecided(port: int) -> None:
+def test_reply_to_an_evicted_address_is_undecided(port: int) -> None:
     """Two conversations ask more addresses than there is room for: the right reply to an evicted request is counted."""
     with Lab() as lab, closing(Watch(Limits(max_peers=256))) as watch:
         alone = lab.namespace("alone")
@@ -165,7 +169,7 @@ def test_evicted_addresses_are_undecided(port: int) -> None:
 
 @dataclass
 class Pending:
-    """What must be found: requests with their answers, by the rules of docs/findings.md."""
+    """The model: requests with their replies, by the rules of docs/findings.md."""
 
     asked: list[str]
     wrong: dict[str, int]
@@ -185,8 +189,10 @@ class Pending:
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 8, 64])
 @pytest.mark.parametrize("family", [V4, V6], ids=["IPv4", "IPv6"])
 @pytest.mark.parametrize("slowest", [0.0, 0.5])
-def test_addresses_asked_from_one_socket(watch: Watch, port: int, family: Family, number: int, slowest: float) -> None:
-    """Each answered after 0 to 500 ms in any order, some wrongly: exact counts, with the newest pending address."""
+def test_replies_to_many_addresses_asked_from_one_socket_are_judged_exactly(
+    watch: Watch, port: int, family: Family, number: int, slowest: float
+) -> None:
+    """Each reply comes after 0 to 500 ms in any order, some are wrong; expected is the newest pending address."""
     if number > 16 and watch.sensor.features.mode == "netlink":
         pytest.skip("by design: without CAP_PERFMON a set holds 16 addresses (docs/findings.md)")
     chance = random.Random(f"{number} {family.name} {slowest}")  # noqa: S311
@@ -227,8 +233,8 @@ def test_addresses_asked_from_one_socket(watch: Watch, port: int, family: Family
             assert found == expected.wrong
 
 
-def test_an_address_that_was_answered_is_a_right_source(watch: Watch, port: int) -> None:
-    """A stream from A goes on while the same client asks B."""
+def test_address_that_was_answered_stays_a_right_source(watch: Watch, port: int) -> None:
+    """A stream from A continues while the same client asks B."""
     with Lab() as lab:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -242,8 +248,8 @@ def test_an_address_that_was_answered_is_a_right_source(watch: Watch, port: int)
             assert watch.count(port) == 1
 
 
-def test_a_group_and_an_address_answered_by_one_reply(watch: Watch, port: int) -> None:
-    """The reply from the address answers both; then the host may speak first, from another one."""
+def test_one_reply_answers_a_group_and_an_address(watch: Watch, port: int) -> None:
+    """Afterwards the host may speak first, from another address."""
     with Lab() as lab:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -259,8 +265,8 @@ def test_a_group_and_an_address_answered_by_one_reply(watch: Watch, port: int) -
 # ---- who speaks first ----
 
 
-def test_a_resolver_with_two_outgoing_addresses(watch: Watch, port: int) -> None:
-    """One socket a query, connected, from either address and with a port used again: answers to it are no requests."""
+def test_replies_to_a_resolver_with_two_addresses_are_not_requests(watch: Watch, port: int) -> None:
+    """The resolver uses a connected socket for each query, from either address, and reuses a port."""
     with Lab() as lab:
         resolver, upstream = lab.pair("resolver", ["10.1.0.1", "10.1.0.2"], "upstream", ["10.1.0.9"])
         with bound(upstream, socket.AF_INET, "0.0.0.0", 5300) as server:
@@ -275,8 +281,8 @@ def test_a_resolver_with_two_outgoing_addresses(watch: Watch, port: int) -> None
             assert watch.count(port) == 0
 
 
-def test_a_host_that_speaks_after_a_right_reply(watch: Watch, port: int) -> None:
-    """A peer asks at the second address and is answered; then the host asks that peer something, from the first."""
+def test_datagrams_after_a_right_reply_are_not_replies(watch: Watch, port: int) -> None:
+    """A peer asks at the second address and gets its reply; then the host sends it a request from the first."""
     with Lab() as lab:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
@@ -290,8 +296,8 @@ def test_a_host_that_speaks_after_a_right_reply(watch: Watch, port: int) -> None
             assert watch.count(port) == 1
 
 
-def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
-    """Both sides use one port; each speaks first now and then, and answers from the address asked."""
+def test_gossip_started_by_either_side_is_not_a_finding(watch: Watch, port: int) -> None:
+    """Both sides use one port; each speaks first now and then, and replies from the address asked."""
     with Lab() as lab:
         one, other = lab.pair("one", ["10.1.0.1", "10.1.0.2"], "other", ["10.1.0.9", "10.1.0.10"])
         with (
@@ -314,14 +320,16 @@ def test_gossip_that_either_side_begins(watch: Watch, port: int) -> None:
 
 
 def tracked_pair(lab: Lab) -> tuple[Namespace, Namespace]:
-    """A host with two addresses, 10.1.0.1 and .2, and conntrack; a peer, 10.1.0.9."""
+    """Build a host with two addresses, 10.1.0.1 and .2, and conntrack; and a peer, 10.1.0.9."""
     host, peer = lab.pair("host", ["10.1.0.1", "10.1.0.2"], "peer", ["10.1.0.9"])
     host.nft("table inet t { chain c { type filter hook input priority filter; ct state established accept; }; }")
     return host, peer
 
 
-def test_forged_requests_of_a_peer_that_this_host_asks(packet_watch: Watch, load: Path, port: int) -> None:
-    """Requests in a peer's name, at an address of no concern: what this host says to that peer stays its own."""
+def test_forged_requests_of_a_peer_do_not_make_requests_to_it_replies(
+    packet_watch: Watch, load: Path, port: int
+) -> None:
+    """The forged requests are for another address; what this host sends to the peer stays its own request."""
     with Lab() as lab:
         host, peer = tracked_pair(lab)
         with (
@@ -350,8 +358,8 @@ def test_forged_requests_of_a_peer_that_this_host_asks(packet_watch: Watch, load
             assert packet_watch.count(port) == 0
 
 
-def test_a_conversation_begun_here_beside_a_forged_request(watch: Watch, port: int) -> None:
-    """A client's connected socket goes on while its peer's request at another address, to another socket of the same
+def test_conversation_started_here_is_undecided_beside_a_forged_request(watch: Watch, port: int) -> None:
+    """A client's connected socket continues while its peer's request at another address, to another socket of the same
     port, is pending: undecided in conntrack's reply direction, whoever sent that request.
     """
     port += 20_000  # a client's
@@ -378,9 +386,10 @@ def test_a_conversation_begun_here_beside_a_forged_request(watch: Watch, port: i
                 assert watch.sensor.counters().undecided - before == 3
 
 
-def test_a_media_server_asked_at_eight_candidates(watch: Watch, port: int) -> None:
-    """WebRTC: one socket asks every address of a server (ICE), which answers each from where it was asked, then
-    streams from the one that was chosen while the checks go on."""
+def test_media_server_asked_at_eight_candidates_is_not_a_finding(watch: Watch, port: int) -> None:
+    """WebRTC: one socket asks every address of a server (ICE). The server replies to each from the address asked, then
+    streams from the chosen one while the checks continue.
+    """
     addresses = [f"127.0.0.{number}" for number in range(2, 10)]
     with Lab() as lab:
         alone = lab.namespace("alone")
@@ -393,7 +402,7 @@ def test_a_media_server_asked_at_eight_candidates(watch: Watch, port: int) -> No
             assert watch.count(port) == 0
 
 
-def test_musl_with_three_nameservers(watch: Watch, folder: Path) -> None:
+def test_responder_asked_by_musl_at_three_addresses_is_not_a_finding(watch: Watch, folder: Path) -> None:
     """musl asks all of them at once from one socket: three addresses of one `udpwatch dns`, for A and AAAA."""
     needs("musl-gcc", "musl-tools")
     nameservers = [f"10.1.0.{number}" for number in (1, 2, 3)]
@@ -432,9 +441,10 @@ with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_RAW) as raw:
 """
 
 
-def test_requests_with_many_extension_headers(packet_watch: Watch, port: int) -> None:
-    """Seven are read; of a request with forty the wrong reply is not seen, and that is counted. Newer kernels deliver
-    none with so many."""
+def test_requests_with_too_many_extension_headers_are_counted(packet_watch: Watch, port: int) -> None:
+    """Seven headers are read. After a request with forty the wrong reply is not seen, and this is counted. Newer
+    kernels deliver no such request.
+    """
     with Lab() as lab:
         server, client = lab.pair("server", ["fd00:1::1"], "client", ["fd00:1::9"])
         server.ip("addr add fd00:1::2/64 dev eth0 nodad preferred_lft 0")
@@ -454,10 +464,9 @@ def test_requests_with_many_extension_headers(packet_watch: Watch, port: int) ->
                 assert packet_watch.sensor.counters().unparsed - before == unparsed
 
 
-def test_undecided_events_delay_no_others(netlink_watch: Watch, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More events stay undecided than there is time to ask about: another server's event comes with the next reading.
-
-    What conntrack says is scripted, and what a question costs: a guest's emulated CPU takes 20 ms for one.
+def test_undecided_events_do_not_delay_others(netlink_watch: Watch, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More events are undecided than there is time to ask about; another server's event comes with the next sample.
+    Conntrack's answers and the cost of a question are scripted: a guest's emulated CPU takes 20 ms for one.
     """
     clock, undecided = [0.0], range(port + 1, port + 41)
 

@@ -1,4 +1,4 @@
-"""The systemd unit, under a real systemd: process 1 of namespaces of its own, which knows no unit but this one."""
+"""The systemd unit under a real systemd, which is process 1 of its own namespaces and knows only this unit."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ exec {SYSTEMD} --system --unit=test.target --show-status=no
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """What docs/systemd.md installs, and the unit."""
+    """A folder with what docs/systemd.md installs, and the unit."""
     with temporary() as name:
         place = Path(name)
         _install(place)
@@ -85,7 +85,7 @@ def _install(place: Path) -> None:
 
 
 class Systemd:
-    """Process 1 of its own namespaces, in the network of a host of the lab, with the unit and a drop-in of it."""
+    """A systemd in the network of a host of the lab, with the unit and a drop-in."""
 
     def __init__(self, place: Path, host: ContainerHost, drop_in: str = "") -> None:
         """The unit's agent is ready when it returns."""
@@ -166,7 +166,7 @@ def systemd(place: Path, host: ContainerHost) -> Iterator[Systemd]:
 
 @pytest.fixture(scope="module")
 def documented() -> list[str]:
-    """docs/systemd.md's drop-ins."""
+    """Return the drop-ins of docs/systemd.md."""
     return [block for block in blocks(DOCS / "systemd.md") if block.startswith("[Service]")]
 
 
@@ -176,14 +176,14 @@ def wrong_reply(host: ContainerHost, port: int) -> str:
     return counted(host.node, port, "127.0.0.1")["verdict"]
 
 
-def test_it_verifies(place: Path) -> None:
-    """Its own names and values, and what it refers to."""
+def test_systemd_analyze_accepts_the_unit(place: Path) -> None:
+    """All names, values and references are valid."""
     script = f"mount -t tmpfs none /opt; mkdir /{OPT}; mount --bind {place}/{OPT} /{OPT}; systemd-analyze verify {UNIT}"
     done = subprocess.run(["unshare", "--mount", "sh", "-ec", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_its_exposure() -> None:
+def test_exposure_score_is_the_documented_one() -> None:
     """systemd's own score is that of docs/systemd.md."""
     command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(UNIT)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -194,8 +194,8 @@ def test_its_exposure() -> None:
     assert scores.get(found.group(1)) == version
 
 
-def test_the_agent_works_in_it(systemd: Systemd, host: ContainerHost, port: int) -> None:
-    """LLVM included: nothing was compiled before."""
+def test_agent_works_in_the_unit(systemd: Systemd, host: ContainerHost, port: int) -> None:
+    """The compiler works, too: nothing was compiled before."""
     assert any("mode packet" in line for line in systemd.said)
     assert wrong_reply(host, port) == "new"
     assert systemd.systemctl("is-active", "udpwatch") == "active"
@@ -203,8 +203,8 @@ def test_the_agent_works_in_it(systemd: Systemd, host: ContainerHost, port: int)
     assert sorted(shown) == ["Type=notify", "WatchdogUSec=1min"]
 
 
-def test_what_it_may(systemd: Systemd) -> None:
-    """The unit's capabilities, less once it runs, and a file system of which two folders can be written."""
+def test_agent_in_the_unit_has_minimal_rights(systemd: Systemd) -> None:
+    """It has the unit's capabilities, fewer once it runs, and a file system with two writable folders."""
     assert systemd.has("CapBnd") == {"BPF", "NET_ADMIN", "PERFMON"}
     assert systemd.has("CapEff") == {"BPF", "NET_ADMIN"}
     status = systemd.status()
@@ -218,14 +218,14 @@ def test_what_it_may(systemd: Systemd) -> None:
     assert not os.access(root / "root/.profile", os.F_OK)
 
 
-def test_it_stops(systemd: Systemd) -> None:
+def test_unit_stops(systemd: Systemd) -> None:
     systemd.systemctl("stop", "udpwatch")
     told = systemd.systemctl("show", "--property=ActiveState,Result,ExecMainStatus", "udpwatch").splitlines()
     assert sorted(told) == ["ActiveState=inactive", "ExecMainStatus=0", "Result=success"]
 
 
-def test_the_watchdog_restarts_it(place: Path, host: ContainerHost, port: int) -> None:
-    """Once it makes no readings any more: here a stopped process, which does not answer to signals either."""
+def test_watchdog_restarts_an_agent_without_samples(place: Path, host: ContainerHost, port: int) -> None:
+    """The agent is stopped, so it takes no samples and handles no signals."""
     with closing(Systemd(place, host, "WatchdogSec=2\nTimeoutAbortSec=1\nRestartSec=0\n")) as running:
         first = running.pid
         wrong_reply(host, port)
@@ -236,7 +236,7 @@ def test_the_watchdog_restarts_it(place: Path, host: ContainerHost, port: int) -
         assert running.systemctl("show", "--property=NRestarts", "udpwatch") == "NRestarts=1"
 
 
-def test_drop_in_for_dns(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
+def test_drop_in_enables_dns(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
     (drop_in,) = (block for block in documented if "NET_BIND_SERVICE" in block)
     with closing(Systemd(place, host, f"{drop_in}\nEnvironment=UDPWATCH_DNS=on\n")) as running:
         assert any("port 53" in line for line in running.said), running.said
@@ -244,7 +244,7 @@ def test_drop_in_for_dns(place: Path, host: ContainerHost, documented: list[str]
         assert wrong_reply(host, port) == "new"
 
 
-def test_drop_in_for_mode_netlink(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
+def test_drop_in_enables_mode_netlink(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
     (drop_in,) = (block for block in documented if "SYS_PTRACE" in block)
     without_types = "Environment=UDPWATCH_BTF=/etc/hostname"
     with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n")) as running:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,3 +44,14 @@ def test_unit_tests_of_the_agent_are_named_after_the_module_that_they_test() -> 
     assert found >= OF_SEVERAL_MODULES
     modules = {name: ROOT / name.replace("test_", "") for name in found - OF_SEVERAL_MODULES}
     assert [name for name, module in sorted(modules.items()) if not module.exists()] == []
+
+
+def test_tests_that_are_named_elsewhere_exist() -> None:
+    """The matrix, its fixtures and CI refer to integration tests by name."""
+    files = list((TESTS / "integration").glob("test_*.py"))
+    found = {path.stem for path in files}
+    for path in files:
+        tree = ast.parse(path.read_text())
+        found |= {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for page in (ROOT / ".ci/run", TESTS / "integration/conftest.py", TESTS / "kernels/matrix.py"):
+        assert set(re.findall(r"\btest_\w+", page.read_text())) - found - {"test_"} == set(), page

@@ -89,7 +89,7 @@ def test_process_that_ends_during_the_lookup_is_unknown(tmp_path: Path) -> None:
     ],
     ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd", *(f"one name {end}" for end in range(8))],
 )
-def test_cgroup_is_taken_from_the_right_hierarchy(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
+def test_cgroups_of_all_hierarchies_are_read(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
     make(tmp_path, 7, "a", {7: "a"}, lines)
     assert look(tmp_path, 7, "a").cgroups == paths
 

@@ -196,7 +196,7 @@ def test_name_from_the_kernel_is_left_when_nothing_is_found(host: Host) -> None:
     assert Senders(Roots(host.roots.proc)).lookup(seen(comm=""), 0) == Sender("unknown", PID)
 
 
-def test_sender_on_another_machine_has_only_its_interface(host: Host) -> None:
+def test_sender_on_another_machine_is_unknown(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     assert host.senders.lookup(seen(cause=Cause.FORWARDED), 0) == Sender("")
 
@@ -227,7 +227,7 @@ def test_pod_ends_with_its_last_container(host: Host, removed: bool) -> None:
     assert host.senders.has_ended(sender, 2)
 
 
-def test_sender_without_a_cgroup_never_ends(host: Host) -> None:
+def test_sender_whose_end_cannot_be_seen_never_ends(host: Host) -> None:
     host.process(f"0::{DOCKER}\n")
     assert not host.senders.has_ended(host.senders.lookup(seen(), 0), 1)
     assert not host.senders.has_ended(Sender("server"), 1)
