@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "host_port": set(),
     "names": set(),
+    "netlink": set(),
     "shares": set(),
     "budget": set(),
     "settings": set(),
@@ -44,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         *("responder", "settings", "shares"),
     },
     # clients
-    "addresses": {"names"},
+    "addresses": {"names", "netlink"},
     "address_monitor": {"addresses", "limited_log"},
     "admission": {"limited_log", "names", "policy", "settings"},
     "udp_socket": set(),
