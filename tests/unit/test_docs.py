@@ -16,10 +16,7 @@ PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/
 COLUMNS = 120
 #: Pages that are still too wide.
 TO_DO = {
-    "docs/docker.md",
     "docs/kubernetes.md",
-    "docs/security.md",
-    "docs/systemd.md",
     "helm/udpwatch/README.md",
 }
 
