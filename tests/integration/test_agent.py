@@ -328,9 +328,9 @@ def test_full_map_of_peers_evicts_the_oldest(host: ContainerHost, port: int) -> 
         peers = set()
         for _ in range(500):
             with host.container.socket() as client:
-                question = ask(client, host.ETH0, port, server)
-                peers.add(question[1])
-        server.sendto(*question)
+                request = ask(client, host.ETH0, port, server)
+                peers.add(request[1])
+        server.sendto(*request)
         assert watch.count(port) == 1
         sample = watch.sensor.sample(1 << 62)
         assert len(peers) > 400  # the client's kernel may have used a port twice
@@ -345,9 +345,9 @@ def test_full_map_of_findings_counts_under_overflow(host: ContainerHost, port: i
         for at in range(port, port + 20):
             with host.node.socket() as server, host.container.socket() as client:
                 server.bind(("0.0.0.0", at))
-                question = ask(client, host.ETH0, at, server)
-                server.sendto(*question)
-                server.sendto(*question)
+                request = ask(client, host.ETH0, at, server)
+                server.sendto(*request)
+                server.sendto(*request)
         kept = sum(watch.count(at) for at in range(port, port + 20))
         assert kept == 8
         counters = watch.sensor.counters()
@@ -483,8 +483,8 @@ def test_misbehaving_socket_clients_do_no_harm(agent: Agent) -> None:
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(agent.socket))
         lines = client.makefile("rwb")
-        for question in (b"not json\n", b"[]\n", b'{"get": "everything"}\n', b"[" * 5000 + b"\n"):
-            lines.write(question)
+        for request in (b"not json\n", b"[]\n", b'{"get": "everything"}\n', b"[" * 5000 + b"\n"):
+            lines.write(request)
             lines.flush()
             assert "error" in json.loads(lines.readline())
         # Longer than a line may be: the connection is closed, maybe before all of it was written.

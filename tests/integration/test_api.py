@@ -1,4 +1,4 @@
-"""The agent's socket: followers that read, that are slow, that never read; and doctor's questions."""
+"""The agent's socket: followers that read, that are slow, that never read; and doctor's requests."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_follower_that_never_reads_loses_only_its_own_events(folder: Path, host:
         told = lazy.follow()
         with Client(agent.socket, 60) as other, host.node.socket() as server, host.container.socket() as client:
             server.bind(("0.0.0.0", port))
-            question = ask(client, host.ETH0, port, server)
+            request = ask(client, host.ETH0, port, server)
             for count in range(1, 5_001):
-                server.sendto(*question)
+                server.sendto(*request)
                 if count % 250 == 0:  # no more than the ring buffer holds
                     wait_for(lambda count=count: (kept := other.events(1)) and kept[0]["count"] == count, "the event")
             assert agent.counted(port, 5_000) == 5_000
@@ -62,17 +62,17 @@ def test_followers_may_disconnect(agent: Agent, host: ContainerHost, port: int) 
 
 
 def test_invalid_request_gets_an_error(agent: Agent) -> None:
-    questions = [b"{}", b"[1]", b'{"get":"events"}', b'{"get":"events","limit":-1}', b'{"get":"events","limit":true}']
-    questions += [b'{"get":"snapshot","more":1}', b'{"follow":"everything"}', b"7", b'"x"']
+    requests = [b"{}", b"[1]", b'{"get":"events"}', b'{"get":"events","limit":-1}', b'{"get":"events","limit":true}']
+    requests += [b'{"get":"snapshot","more":1}', b'{"follow":"everything"}', b"7", b'"x"']
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(agent.socket))
         with client.makefile("rwb") as lines:
-            for question in questions:
-                lines.write(question + b"\n")
+            for request in requests:
+                lines.write(request + b"\n")
                 lines.flush()
                 answer = json.loads(lines.readline())
                 assert answer["v"] == 1
-                assert ("error" in answer) == (question != b'{"get":"events","limit":true}'), question
+                assert ("error" in answer) == (request != b'{"get":"events","limit":true}'), request
 
 
 def test_doctor_reports_on_the_running_agent(agent: Agent) -> None:
@@ -99,7 +99,7 @@ def test_doctor_shows_the_running_agents_capabilities(agent: Agent) -> None:
     agent.stop()
     done = run_cli("doctor", "--agent", here)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"no agent answers on {agent.socket}" in done.stderr
+    assert f"cannot connect to {agent.socket}: no agent is listening" in done.stderr
 
 
 def test_doctor_fails_when_the_agent_is_not_ready(folder: Path) -> None:

@@ -55,7 +55,7 @@ def answer(host: ContainerHost, address: str) -> bytes:
         client.settimeout(0.2)
         client.connect((address, PORT))
         try:
-            client.send(b"question")
+            client.send(b"request")
             return client.recv(100)
         except OSError:
             return b""
@@ -81,7 +81,7 @@ def test_code_of_each_remedy_replies_from_the_address_asked(
         for address in (host.ETH0, host.DOCKER0, host.ETH0_6, host.DOCKER0_6):
 
             def answered_or_ended(address: str = address) -> bool:
-                return answer(host, address) == b"question" or process.poll() is not None
+                return answer(host, address) == b"request" or process.poll() is not None
 
             wait_for(answered_or_ended, f"an answer from {address}")
             assert process.poll() is None
@@ -93,7 +93,7 @@ def test_plain_server_does_not_reply_from_the_address_asked(host: ContainerHost)
         server.bind(("0.0.0.0", PORT))
         process = host.node.spawn("plain", lambda: servers.plain(server))
         try:
-            wait_for(lambda: answer(host, host.DOCKER0) == b"answer to question", "an answer from the near address")
+            wait_for(lambda: answer(host, host.DOCKER0) == b"answer to request", "an answer from the near address")
             assert answer(host, host.ETH0) == b""
         finally:
             process.stop()

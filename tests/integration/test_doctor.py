@@ -44,7 +44,7 @@ def test_doctor_recognises_cilium(host: ContainerHost) -> None:
     try:
         done = run_cli("doctor")
         assert done.returncode == 0
-        assert "Cilium is here" in done.stdout
+        assert "Cilium is present" in done.stdout
     finally:
         os.close(link)
         os.close(program)
@@ -53,7 +53,7 @@ def test_doctor_recognises_cilium(host: ContainerHost) -> None:
 def test_doctor_fails_without_capabilities() -> None:
     done = run_cli("doctor", preexec_fn=without(*Capability))
     assert done.returncode == 77
-    assert "udpwatch cannot work here" in done.stdout
+    assert "udpwatch does not work here" in done.stdout
     assert "CAP_NET_ADMIN" in done.stdout
     assert done.stderr == ""
 

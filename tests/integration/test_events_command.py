@@ -165,17 +165,17 @@ def test_slow_reader_gets_the_number_of_missed_events(folder: Path, host: Contai
         host.container.socket() as client,
     ):
         server.bind(("0.0.0.0", port))
-        question = ask(client, host.ETH0, port, server)
+        request = ask(client, host.ETH0, port, server)
 
         def arrived(count: int) -> bool:
             """Whether the agent has the event or has lost it: events of other tests may fill the ring buffer."""
             told = [event["count"] for event in other.events(1_000) if event["port"] == port]
             return told[-1:] == [count] or agent.wrong(port) >= count
 
-        server.sendto(*question)
+        server.sendto(*request)
         heard, said = [command.line()], list[str]()  # it follows
         for count in range(2, sent + 1):
-            server.sendto(*question)
+            server.sendto(*request)
             if count % 250 == 0:  # no more than the ring buffer holds
                 wait_for(lambda count=count: arrived(count), "the event")
         # Now it reads on, in threads: neither of its pipes must hold the other up.
@@ -188,7 +188,7 @@ def test_slow_reader_gets_the_number_of_missed_events(folder: Path, host: Contai
             reader.start()
 
         def caught_up() -> bool:
-            server.sendto(*question)
+            server.sendto(*request)
             return bool(json.loads(heard[-1])["count"] > sent)
 
         wait_for(caught_up, "an event that came when it read on")

@@ -1,5 +1,7 @@
 """Wrong replies of machines behind the node, seen in conntrack's flows: by function probes where the kernel allows
-them, by conntrack's events everywhere. The machines are packets on tun devices; no socket of this machine takes part.
+them, by conntrack's events everywhere.
+
+The machines are packets on tun devices; no socket of this machine takes part.
 """
 
 from __future__ import annotations
@@ -146,7 +148,7 @@ def test_wrong_reply_of_a_server_behind_dnat_is_found(sides: Watch, router: Rout
 def test_wrong_reply_to_a_client_on_the_node_is_found(sides: Watch, router: Router, port: int) -> None:
     with router.node.socket() as client:
         client.bind(("10.2.0.1", 0))
-        client.sendto(b"question", ("10.2.0.5", port))
+        client.sendto(b"request", ("10.2.0.5", port))
         source, source_port, _, _ = router.right.receive()
         router.right.send("10.2.0.6", port, source, source_port)
         ((finding, count),) = settled(sides, port).items()
@@ -335,7 +337,7 @@ def test_reply_to_a_request_to_group_and_server_is_not_a_finding(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"right")
         client.bind((here, 0))
         for server in (asked, group) if first == "server" else (group, asked):
-            client.sendto(b"question", (server, port))
+            client.sendto(b"request", (server, port))
             source, source_port, _, _ = router.right.receive()
         router.right.send(other, port, source, source_port)
         assert not settled(sides, port)
@@ -395,7 +397,7 @@ def test_wrong_reply_through_two_namespaces_is_counted_once(open_watch: Callable
             machine = stack.enter_context(closing(Machine("behind")))
         host.node.ip("addr add 10.8.0.1/24 dev behind", "link set behind up")
         with host.outside.socket() as client:
-            client.sendto(b"question", ("10.8.0.2", port))
+            client.sendto(b"request", ("10.8.0.2", port))
             source, source_port, _, _ = machine.receive()
             machine.send("10.8.0.3", port, source, source_port)
             client.settimeout(PATIENCE_SECONDS)

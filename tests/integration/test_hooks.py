@@ -83,9 +83,9 @@ def test_function_probes_alone_find_a_wrong_reply(
         bound(host.node, family.inet, family.wildcard, port) as server,
         host.container.socket(family.inet) as client,
     ):
-        question = ask(client, family.eth0, port, server)
+        request = ask(client, family.eth0, port, server)
         for _ in range(3):
-            server.sendto(*question)
+            server.sendto(*request)
         event = the_event(functions, port)
         finding = event.finding
         assert (finding.expected, finding.actual, finding.family) == (family.eth0, family.docker0, family.number)

@@ -1,5 +1,6 @@
-"""Right replies that look wrong, wrong replies that look right, and many at once that could confuse the programs. Each
-was a bug once, found by attack.
+"""Right replies that look wrong, wrong replies that look right, and many at once that could confuse the programs.
+
+Each was a bug once, found by attack.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def pair() -> Iterator[tuple[Namespace, Namespace]]:
 ADDRESSES = A, B, C = "10.1.0.1", "10.1.0.2", "10.1.0.3"
 
 
-def answer_from(server: socket.socket, question: tuple[bytes, tuple[str, int]], source: str) -> None:
-    data, peer = question
+def answer_from(server: socket.socket, request: tuple[bytes, tuple[str, int]], source: str) -> None:
+    data, peer = request
     server.sendmsg([data], [source_control(V4, source)], 0, peer)
 
 
@@ -164,9 +165,9 @@ def test_reply_to_a_client_that_asks_an_address_and_a_group_is_not_a_finding(
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
         client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
         if group_first:
-            question = ask(client, group, port, server)
+            request = ask(client, group, port, server)
             answer_from(server, ask(client, SECOND, port, server), SECOND)
-            server.sendto(*question)
+            server.sendto(*request)
         else:
             answer_from(server, ask(client, SECOND, port, server), SECOND)
             server.sendto(*ask(client, group, port, server))
@@ -282,7 +283,7 @@ def test_link_local_peers_on_three_links_are_distinguished(watch: Watch, port: i
     """fe80::1 is another machine on each link."""
     with Lab() as lab:
         node = lab.namespace("node")
-        questions = []
+        requests = []
         with bound(node, socket.AF_INET6, "::", port) as server:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             server.settimeout(PATIENCE_SECONDS)
@@ -295,8 +296,8 @@ def test_link_local_peers_on_three_links_are_distinguished(watch: Watch, port: i
                 with bound(peer, socket.AF_INET6, "::", 40_000) as client:
                     client.sendto(b"x", (f"fe80::a{number}", port, 0, index))
                     data, control, _, sender = server.recvmsg(100, 100)
-                    questions.append((data, control, sender))
-            for data, control, sender in questions:
+                    requests.append((data, control, sender))
+            for data, control, sender in requests:
                 server.sendmsg([data], control, 0, sender)
         assert watch.count(port) == 0
 
@@ -310,20 +311,20 @@ def test_newest_of_requests_seen_by_two_cpus_is_expected(
     """B, C, B, C arrive on two CPUs in turn: C is the newest."""
     server, client = pair
     with bound(server, socket.AF_INET, "0.0.0.0", port) as serving, client.socket() as asking:
-        question = None
+        request = None
         for number, address in enumerate((B, C, B, C)):
 
             def put(address: str = address) -> None:
-                nonlocal question
-                question = ask(asking, address, port, serving)
+                nonlocal request
+                request = ask(asking, address, port, serving)
 
             on_cpu(number % 2, put)
-        assert question
-        serving.sendto(*question)  # from A, which was never asked
+        assert request
+        serving.sendto(*request)  # from A, which was never asked
         assert watch.count(port) == 1
         assert finding_of(watch, port).expected == C
         on_cpu(0, lambda: ask(asking, A, port, serving))
-        answer_from(serving, question, C)
+        answer_from(serving, request, C)
         assert watch.count(port) == 1
 
 

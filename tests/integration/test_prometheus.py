@@ -23,7 +23,7 @@ import boards
 import pytest
 import yaml
 from agents import Agent, run_cli, temporary
-from boards import Question, filled_in
+from boards import Query, filled_in
 from dns_server import Asked, FakeServer, ask, bare_query, right, write
 from repository import GOLDEN
 from scene_agent import InNamespace
@@ -94,11 +94,11 @@ class Prometheus:
         assert not told.get("warnings"), told
         return told["data"]
 
-    def ask(self, question: Question, **chosen: Sequence[str]) -> list[dict[str, Any]]:
+    def ask(self, query: Query, **chosen: Sequence[str]) -> list[dict[str, Any]]:
         """Return the series of a query's result that have a number."""
-        expression = filled_in(question.expression, chosen, RANGE_S, STEP_S, RATE_S)
+        expression = filled_in(query.expression, chosen, RANGE_S, STEP_S, RATE_S)
         now = time.time()
-        if question.instant:
+        if query.instant:
             told = self.get("query", query=expression, time=now)
             found = [(each["metric"], [each["value"]]) for each in told["result"]]
         else:
@@ -150,7 +150,7 @@ class Traffic:
                         client.recv(100)
 
     def _dns(self) -> None:
-        """Local names, others, and ones that the upstream server fails; garbage, and questions that are not served."""
+        """Local names, others, and ones that the upstream server fails; garbage, and queries that are not served."""
         scene = self._scene
         with scene.outside.socket() as afar, scene.container.socket() as near:
             afar.bind((AFAR, 0))
@@ -255,7 +255,7 @@ def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
         running = stack.enter_context(Prometheus(scene, folders[2], scrapes, rules))
         running.agents = addresses
         wait_for(lambda: running.is_up, "Prometheus")
-        known = Question("", f"count(count_over_time(udpwatch_build_info[1m]) > {RATE_S + 2})")
+        known = Query("", f"count(count_over_time(udpwatch_build_info[1m]) > {RATE_S + 2})")
         wait_for(lambda: [each["value"] for each in running.ask(known)] == [3], "some scrapes of each agent")
         wrong_replies(scene, SHORT_PORT, name=SHORT_SERVER)
         traffic = Traffic(scene)
@@ -266,9 +266,9 @@ def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
         yield running
 
 
-def have_data(prometheus: Prometheus, questions: Sequence[Question], **chosen: Sequence[str]) -> None:
+def have_data(prometheus: Prometheus, queries: Sequence[Query], **chosen: Sequence[str]) -> None:
     """Wait until each query has a result."""
-    left = [each for each in questions if each.where not in EMPTY]
+    left = [each for each in queries if each.where not in EMPTY]
     assert left
 
     def all_answered() -> bool:
@@ -282,10 +282,10 @@ def have_data(prometheus: Prometheus, questions: Sequence[Question], **chosen: S
 
 def row(prometheus: Prometheus, where: str, **labels: str) -> dict[str, Any]:
     """Return the one series of a result that has these labels."""
-    (question,) = [each for each in boards.of_panels() if each.where == where]
+    (query,) = [each for each in boards.of_panels() if each.where == where]
 
     def found() -> list[dict[str, Any]]:
-        return [each for each in prometheus.ask(question) if labels.items() <= each.items()]
+        return [each for each in prometheus.ask(query) if labels.items() <= each.items()]
 
     told: list[dict[str, Any]] = wait_for(found, f"{where} to show {labels}", 30)
     (one,) = told
@@ -301,17 +301,17 @@ def test_every_alert_expression_has_data(prometheus: Prometheus) -> None:
 
 
 def test_every_query_in_the_docs_is_valid(prometheus: Prometheus) -> None:
-    for question in boards.of_documents():
-        prometheus.ask(question)
+    for query in boards.of_documents():
+        prometheus.ask(query)
 
 
 def test_healthy_agent_fires_no_alert(prometheus: Prometheus) -> None:
-    questions = [*boards.of_panels(), *boards.of_alerts()]
-    quiet = [each for each in questions if each.where in EMPTY]
+    queries = [*boards.of_panels(), *boards.of_alerts()]
+    quiet = [each for each in queries if each.where in EMPTY]
     assert len(quiet) == len(EMPTY)
-    for question in quiet:
-        alarms = prometheus.ask(question)
-        assert not (alarms and question.where.startswith("alert/")), (question.where, alarms)
+    for query in quiet:
+        alarms = prometheus.ask(query)
+        assert not (alarms and query.where.startswith("alert/")), (query.where, alarms)
 
 
 def test_every_panel_has_data_for_selected_values(prometheus: Prometheus) -> None:
@@ -346,7 +346,7 @@ def test_server_with_one_wrong_reply_is_shown(prometheus: Prometheus) -> None:
     assert 0 < time.time() - since / 1000 < RANGE_S
     (over_time,) = [each for each in boards.of_panels() if each.where == "udpwatch-server/By node/A"]
     assert prometheus.ask(over_time, process=[SHORT_SERVER], node=["worker-1"])
-    bare = Question("", f'increase(udpwatch_reply_source_mismatch_total{{port="{SHORT_PORT}"}}[{RANGE_S}s]) > 0')
+    bare = Query("", f'increase(udpwatch_reply_source_mismatch_total{{port="{SHORT_PORT}"}}[{RANGE_S}s]) > 0')
     assert not prometheus.ask(bare), "then this test shows nothing"
 
 

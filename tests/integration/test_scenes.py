@@ -163,11 +163,11 @@ def test_finding_has_the_cgroup_of_the_sending_process(packet_watch: Watch, port
     with Lab() as lab, own_cgroup() as folder:
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
-            question = ask(client, "127.0.0.2", port, server)
+            request = ask(client, "127.0.0.2", port, server)
 
             def answer() -> None:
                 (folder / "cgroup.procs").write_text(str(os.getpid()))
-                server.sendto(*question)
+                server.sendto(*request)
 
             number = folder.stat().st_ino
             assert alone.spawn("heir", answer).wait() == 0
@@ -244,7 +244,7 @@ def test_wrong_reply_of_a_reuseport_sibling(watch: Watch, host: ContainerHost, p
         host.container.socket(family.inet) as client,
     ):
         for _ in range(5):
-            client.sendto(b"question", (family.eth0, port))
+            client.sendto(b"request", (family.eth0, port))
             (got,), _, _ = select.select([one, other], [], [], 5)
             data, peer = got.recvfrom(100)
             (other if got is one else one).sendto(data, peer)
@@ -505,12 +505,12 @@ def test_hosts_with_the_same_addresses_are_distinguished(watch: Watch, port: int
 
         wrong_server, wrong_client = open_pair(one, family.wildcard)
         right_server, right_client = open_pair(other, family.eth0)
-        questions = [
+        requests = [
             (wrong_server, ask(wrong_client, family.eth0, port, wrong_server)),
             (right_server, ask(right_client, family.eth0, port, right_server)),
         ]
-        for server, question in questions:
-            server.sendto(*question)
+        for server, request in requests:
+            server.sendto(*request)
         assert watch.count(port) == 1
         if watch.sensor.features.mode == "packet":
             assert [event.netns_inode for event in watch.events(port)] == [one.node.inode]
@@ -713,7 +713,7 @@ def test_reply_to_a_request_from_before_the_start_is_not_a_finding(
     ):
         data, peer = ask(client, family.eth0, port, server)
         with closing(Watch()) as watch:
-            server.sendto(data, peer)  # its question was not seen: nothing is known, nothing is said
+            server.sendto(data, peer)  # its request was not seen: nothing is known, nothing is said
             assert watch.count(port) == 0
             server.sendto(*ask(client, family.eth0, port, server))
             assert watch.count(port) == 1

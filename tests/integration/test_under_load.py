@@ -88,14 +88,14 @@ def test_old_request_survives_a_flood(place: Place, port: int) -> None:
         bound(place.server, socket.AF_INET, "0.0.0.0", port) as server,
         ExitStack() as clients,
     ):
-        questions = []
+        requests = []
         for _ in range(50):
             client = clients.enter_context(place.client.socket())
-            questions.append(ask(client, ASKED[0][1], port, server))
+            requests.append(ask(client, ASKED[0][1], port, server))
         with place.flood(V4, SINK_PORT, 0, 2):
             pass
-        for question in questions:
-            server.sendto(*question)
+        for request in requests:
+            server.sendto(*request)
         assert watch.count(port) == 50
 
 
@@ -131,10 +131,10 @@ def test_evictions_in_one_set_hit_the_flood_first(port: int) -> None:
                         ask(opened.enter_context(alone.socket()), "127.0.0.2", port + 10_000, sink)
 
                 flood(200)
-                questions = [ask(opened.enter_context(alone.socket()), "127.0.0.2", port, server) for _ in range(7)]
+                requests = [ask(opened.enter_context(alone.socket()), "127.0.0.2", port, server) for _ in range(7)]
                 flood(50)
-                for question in questions:
-                    server.sendto(*question)
+                for request in requests:
+                    server.sendto(*request)
 
         assert alone.spawn("converse", converse).wait() == 0
         assert watch.count(port) == 7
@@ -275,7 +275,7 @@ def test_replies_to_a_resolver_with_two_addresses_are_not_requests(watch: Watch,
                 with bound(resolver, socket.AF_INET, source, port) as query:
                     query.connect(("10.1.0.9", 5300))
                     query.settimeout(PATIENCE_SECONDS)
-                    query.send(b"question")
+                    query.send(b"query")
                     server.sendto(*server.recvfrom(100))
                     query.recv(100)
             assert watch.count(port) == 0
@@ -340,7 +340,7 @@ def test_forged_requests_of_a_peer_do_not_make_requests_to_it_replies(
             server.settimeout(PATIENCE_SECONDS)
 
             def converse() -> None:
-                program.sendto(b"question", ("10.1.0.9", 1024))
+                program.sendto(b"request", ("10.1.0.9", 1024))
                 server.sendto(*server.recvfrom(100))
                 program.recvfrom(100)
 
@@ -374,13 +374,13 @@ def test_conversation_started_here_is_undecided_beside_a_forged_request(watch: W
             program.settimeout(PATIENCE_SECONDS)
             remote.settimeout(PATIENCE_SECONDS)
             program.connect(("10.1.0.9", 1024))
-            program.send(b"question")
+            program.send(b"request")
             remote.sendto(*remote.recvfrom(100))
             program.recv(100)
             ask(remote, "10.1.0.2", port, listener)
             before = watch.sensor.counters().undecided
             for _ in range(3):
-                program.send(b"next question")
+                program.send(b"next request")
             assert watch.count(port) == 0
             if watch.sensor.features.mode == "packet":
                 assert watch.sensor.counters().undecided - before == 3
@@ -395,8 +395,8 @@ def test_media_server_asked_at_eight_candidates_is_not_a_finding(watch: Watch, p
         alone = lab.namespace("alone")
         with bound(alone, socket.AF_INET, "0.0.0.0", port) as server, alone.socket() as client:
             for turn in range(3):
-                questions = [(address, ask(client, address, port, server)) for address in addresses]
-                for address, (data, peer) in random.Random(turn).sample(questions, len(questions)):  # noqa: S311
+                requests = [(address, ask(client, address, port, server)) for address in addresses]
+                for address, (data, peer) in random.Random(turn).sample(requests, len(requests)):  # noqa: S311
                     server.sendmsg([data], [source_control(V4, address)], 0, peer)
                     server.sendmsg([b"media"], [source_control(V4, addresses[turn])], 0, peer)
             assert watch.count(port) == 0
@@ -424,7 +424,7 @@ def test_responder_asked_by_musl_at_three_addresses_is_not_a_finding(watch: Watc
 SEND_WITH_HEADERS = """
 import socket, struct, sys
 source, peer_port, destination, port, count = sys.argv[1:]
-body = b"question"
+body = b"requests"  # an even number of bytes, for the checksum
 udp = struct.pack("!HHHH", int(peer_port), int(port), 8 + len(body), 0) + body
 ends = [socket.inet_pton(socket.AF_INET6, each) for each in (source, destination)]
 words = struct.unpack(f"!{(32 + 8 + len(udp)) // 2}H", b"".join(ends) + struct.pack("!II", len(udp), 17) + udp)
@@ -455,11 +455,11 @@ def test_requests_with_too_many_extension_headers_are_counted(packet_watch: Watc
                 words = ("fd00:1::9", str(40_000 + headers), "fd00:1::2", str(port), str(headers))
                 client.run([sys.executable, "-c", SEND_WITH_HEADERS, *words])
                 try:
-                    question = serving.recvfrom(100)
+                    request = serving.recvfrom(100)
                 except TimeoutError:
                     assert headers == 40
                     break
-                serving.sendto(*question)
+                serving.sendto(*request)
                 assert packet_watch.count(port) == wrong
                 assert packet_watch.sensor.counters().unparsed - before == unparsed
 

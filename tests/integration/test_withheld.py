@@ -56,7 +56,7 @@ def test_a_withheld_command_line_is_waited_for_once(server: int) -> None:
 def test_the_agent_with_a_withheld_command_line(agent: Agent, server: int, host: ContainerHost, port: int) -> None:
     """Others' wrong replies are found, it stays healthy, and it stops when it is told to."""
     with host.container.socket() as client, host.node.socket() as other:
-        client.sendto(b"question", (host.ETH0, PORT))
+        client.sendto(b"request", (host.ETH0, PORT))
         agent.counted(PORT, 1)
         other.bind(("0.0.0.0", port))
         other.sendto(*ask(client, host.ETH0, port, other))

@@ -90,11 +90,11 @@ class Agent(Command):
         return sum(sample.value for sample in self.samples(name) if labels.items() <= sample.labels.items())
 
     def wrong(self, port: int) -> int:
-        """Wrong replies counted for a port."""
+        """Return the count of wrong replies from a port."""
         return int(self.metric("udpwatch_reply_source_mismatch_total", port=str(port)))
 
     def counted(self, port: int, at_least: int) -> int:
-        """Wrong replies counted for a port, once there are so many; more would be a fault too."""
+        """Wait until so many wrong replies from a port are counted; returns the count, which must not be higher."""
         count: int = wait_for(lambda: (now := self.wrong(port)) >= at_least and now, f"{at_least} wrong replies")
         return count
 
@@ -104,17 +104,17 @@ class Agent(Command):
 
 
 def temporary() -> tempfile.TemporaryDirectory[str]:
-    """A short path: a Unix socket's may have 107 bytes."""
+    """Return a temporary folder with a short path: a Unix socket's path has 107 bytes at most."""
     return tempfile.TemporaryDirectory(prefix="udpwatch-test-")
 
 
 def before_all(folder: Path) -> dict[str, str]:
-    """Environment in which modules in ``folder`` come before all others."""
+    """Return an environment in which modules in ``folder`` come before all others."""
     return {"PYTHONPATH": os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))}
 
 
 def as_nobody() -> Sequence[str]:
-    """For run_cli's ``wrapper``: another user than root; skips where that one may not read this checkout."""
+    """Return a ``wrapper`` for run_cli that runs as user nobody; skip the test if nobody cannot read this checkout."""
     wrapper = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
     if subprocess.run([*wrapper, "test", "-r", __file__], check=False).returncode:
         pytest.skip(f"nobody (65534) may not read {__file__}: put the checkout where other users can")
@@ -122,7 +122,7 @@ def as_nobody() -> Sequence[str]:
 
 
 def run_cli(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line to its end."""
+    """Run a `udpwatch` command to its end."""
     wrapper = options.pop("wrapper", ())
     return subprocess.run(
         [*wrapper, *COMMAND, *arguments],

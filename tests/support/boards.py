@@ -1,4 +1,4 @@
-"""What the dashboards and the alert rules ask of Prometheus, and how Grafana puts its variables in."""
+"""The queries of the dashboards, the alert rules and the docs, with variables filled in as Grafana does."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ALERTS = ROOT / "dashboards/alerts.yaml"
 
 
 @dataclass(frozen=True)
-class Question:
-    """One expression, and where it stands: `udpwatch-fleet/Nodes/A` or `alert/UdpwatchAgentDown`."""
+class Query:
+    """One query and its place: `udpwatch-fleet/Nodes/A` or `alert/UdpwatchAgentDown`."""
 
     where: str
     expression: str
@@ -25,42 +25,42 @@ class Question:
 
 
 def boards() -> dict[str, dict[str, Any]]:
-    """The generated dashboards, by uid."""
+    """Return the generated dashboards by uid."""
     loaded = [json.loads(path.read_text()) for path in DASHBOARDS]
     return {each["uid"]: each for each in loaded}
 
 
-def of_panels() -> Iterator[Question]:
-    """What all panels ask."""
+def of_panels() -> Iterator[Query]:
+    """Yield the queries of all panels."""
     for uid, board in boards().items():
         for panel in board["panels"]:
             for target in panel.get("targets", ()):
                 where = f"{uid}/{panel['title']}/{target['refId']}"
-                yield Question(where, target["expr"], bool(target.get("instant")))
+                yield Query(where, target["expr"], bool(target.get("instant")))
 
 
 def rules() -> list[dict[str, Any]]:
-    """The alert rules."""
+    """Return the alert rules."""
     return [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 
 
-def of_alerts() -> Iterator[Question]:
-    """What all alert rules ask."""
+def of_alerts() -> Iterator[Query]:
+    """Yield the queries of all alert rules."""
     for rule in rules():
-        yield Question(f"alert/{rule['alert']}", rule["expr"])
+        yield Query(f"alert/{rule['alert']}", rule["expr"])
 
 
-def of_documents() -> Iterator[Question]:
-    """The ```promql blocks of the documents: one question a line or paragraph, comments aside."""
+def of_documents() -> Iterator[Query]:
+    """Yield the queries in the docs' ```promql blocks: one for each line, without comments."""
     for page in sorted((ROOT / "docs").rglob("*.md")):
         for block in re.findall(r"```promql\n(.*?)```", page.read_text(), re.DOTALL):
             lines = [line for line in block.splitlines() if line.strip() and not line.startswith("#")]
             for number, line in enumerate(lines):
-                yield Question(f"{page.relative_to(ROOT)}/{number}", line)
+                yield Query(f"{page.relative_to(ROOT)}/{number}", line)
 
 
 def of_variables() -> Iterator[tuple[str, str, str]]:
-    """(where, label, selector) of each variable: Grafana asks for the values of that label among these series."""
+    """Yield (where, label, selector) of each variable: Grafana queries the values of that label in these series."""
     for uid, board in boards().items():
         for variable in board["templating"]["list"]:
             if variable["type"] == "query":
@@ -70,9 +70,8 @@ def of_variables() -> Iterator[tuple[str, str, str]]:
 
 
 def filled_in(expression: str, chosen: Mapping[str, Sequence[str]], range_s: int, step_s: int, rate_s: int) -> str:
-    """As Grafana sends it: `chosen` has the values of the variables, what is not in it is at All, `.*`.
-
-    A variable that allows several values becomes a regular expression of them, each escaped.
+    """Return the query as Grafana sends it. `chosen` has the selected values of variables; others are at All, `.*`.
+    Several values become a regular expression in which each is escaped.
     """
     times = {
         "__range": f"{range_s}s",
@@ -95,5 +94,5 @@ def filled_in(expression: str, chosen: Mapping[str, Sequence[str]], range_s: int
 
 
 def _escaped(text: str) -> str:
-    """For a regular expression within a string of PromQL."""
+    """Escape a text for a regular expression in a PromQL string."""
     return re.sub(r"[$^*{}\[\]'+?.()|]", r"\\\\\g<0>", text.replace("\\", "\\" * 4))

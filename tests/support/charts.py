@@ -1,4 +1,4 @@
-"""The chart as tests see it: rendered by the real helm. Used by unit/ and by whoever runs what the chart describes."""
+"""The chart, rendered by the real helm, for its unit tests and for tests that run what it describes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_helm = pytest.mark.skipif(
 
 
 def helm(command: str, *arguments: str, values: Values | None = None) -> subprocess.CompletedProcess[str]:
-    """Run ``helm COMMAND ARGUMENTS`` with ``values`` over the chart's. Whether it failed is the caller's matter."""
+    """Run ``helm COMMAND ARGUMENTS`` with ``values`` over the chart's; the caller checks the exit status."""
     return subprocess.run(
         [HELM, command, *arguments, "--values", "-"],
         input=json.dumps(values or {}),
@@ -46,23 +46,23 @@ def _template(values: str, kube_version: str) -> str:
 
 
 def template(values: Values | None = None, kube_version: str = "1.37.0") -> str:
-    """What `helm template` writes; asserts that it does."""
+    """Return the output of `helm template`, which must succeed."""
     return _template(json.dumps(values or {}, sort_keys=True), kube_version)
 
 
 def render(values: Values | None = None, kube_version: str = "1.37.0") -> list[Manifest]:
-    """The chart's manifests with these values."""
+    """Return the chart's manifests with these values."""
     return [manifest for manifest in yaml.safe_load_all(template(values, kube_version)) if manifest]
 
 
 def only(manifests: list[Manifest], kind: str) -> Manifest:
-    """The one manifest of this kind."""
+    """Return the one manifest of this kind."""
     (manifest,) = (manifest for manifest in manifests if manifest["kind"] == kind)
     return manifest
 
 
 def values_table() -> str:
-    """The table of values in the chart's README: what stands behind ``# --`` in values.yaml, with name and default."""
+    """Return the table of values for the chart's README, from the comments ``# --`` in values.yaml."""
     text = (CHART / "values.yaml").read_text()
     defaults = yaml.safe_load(text)
     rows, path, comment = ["| value | default | meaning |", "|---|---|---|"], [], ""
@@ -81,7 +81,7 @@ def values_table() -> str:
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The values that a reader of values.yaml sets, with their paths; a map that is empty by default is one."""
+    """Yield path and value of each setting; an empty map counts as one setting."""
     if isinstance(tree, dict) and tree:
         for name, value in tree.items():
             yield from leaves(value, (*path, name))
@@ -90,5 +90,5 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, .
 
 
 def nested(path: Sequence[str], value: Any) -> dict[str, Any]:
-    """Values with ``value`` at ``path``."""
+    """Return values with ``value`` at ``path``."""
     return functools.reduce(lambda inner, name: {name: inner}, reversed(path), value)

@@ -1,4 +1,4 @@
-"""Findings, events and a snapshot with a value in every field, and the files that say how they are shown."""
+"""Findings, events and a snapshot with a value in every field, and the comparison with golden files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The project's image, really built by its Dockerfile, on a base made from Debian's packages: no registry is asked.
+"""The project's image, built by its Dockerfile on a base made from Debian's packages; no registry is used.
 
-Packages come from the mirror that this machine's apt uses, Python's from where its pip takes them. What was built is
-kept outside the repository, one base and one image: those that are out of date are removed.
+Debian's packages come from the mirror of this machine's apt, Python's from the index of its pip. The base and the
+image are cached outside the repository, and replaced when they are out of date.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Builder(Docker):
         return [*super().command(), *without]
 
     def build(self, base: Path, name: str) -> None:
-        """IMAGE, from a base of that name."""
+        """Build IMAGE from a base of that name."""
         self.call("import", str(base), name)
         # Docker 20.10 has its classic builder built in, a newer client looks for BuildKit first.
         proxies = [f"--build-arg={name}" for name in os.environ if name.lower().endswith("_proxy")]
@@ -59,7 +59,9 @@ class Builder(Docker):
 
 
 def obtain(folder: Path) -> Path:
-    """What `docker save` gives of the image, from the cache or built now, in this folder. Skips where it cannot."""
+    """Write the output of `docker save` into this folder, from the cache or a new build; skip the test if that is not
+    possible.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run may be building it
@@ -78,14 +80,14 @@ def obtain(folder: Path) -> Path:
 
 
 def _from() -> str:
-    """The base image that the Dockerfile names."""
+    """Return the base image that the Dockerfile names."""
     found = re.search(r"^ARG BASE=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert found, "the Dockerfile names no base"
     return found.group(1)
 
 
 def _sources() -> list[Path]:
-    """All that the Dockerfile copies."""
+    """Return all files that the Dockerfile copies."""
     files = [path for name in SOURCES for path in (ROOT / name, *(ROOT / name).rglob("*")) if path.is_file()]
     return sorted(path for path in files if "__pycache__" not in path.parts)
 
@@ -102,7 +104,7 @@ def _of(path: Path) -> str:
 
 
 def _keep(made: Path, path: Path) -> None:
-    """Put a finished file into the cache, and take away what it replaces."""
+    """Put a finished file into the cache and remove what it replaces."""
     kind = path.name.partition("-")[0]
     shutil.move(made, path.with_suffix(".part"))
     for old in CACHE.glob(f"{kind}-*.tar"):
@@ -111,7 +113,7 @@ def _keep(made: Path, path: Path) -> None:
 
 
 def _base(folder: Path) -> Path:
-    """A root file system as small as debian:*-slim, with what the build's pip asks for."""
+    """Make a root file system as small as debian:*-slim, with the files that the build's pip needs."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
     mirrors = sources(SUITE)

@@ -1,4 +1,4 @@
-"""Two machines of which one is loaded by many clients while a server on it answers wrongly (load.c)."""
+"""Two hosts: many clients load one of them while a server on it sends wrong replies (load.c)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TRACKING = {
 
 @dataclass(frozen=True)
 class Place:
-    """A server machine with two addresses and a client machine, in both families, and who else sends to it."""
+    """A server host with two addresses and a client host, in both families."""
 
     server: Namespace
     client: Namespace
@@ -31,7 +31,9 @@ class Place:
 
     @contextmanager
     def flood(self, family: Family, port: int, rate: int, seconds: float) -> Iterator[None]:
-        """Requests of 40 addresses behind the client, each from a fresh port; over when they have all been sent."""
+        """Send requests from 40 addresses behind the client, each from a new port, during the body; leave when all are
+        sent.
+        """
         source, to = ("10.9.0.1", ASKED[0][0]) if family is V4 else ("fd00:9::1", ASKED[1][0])
         words = [str(self.load), "flood", source, "40", to, str(port), str(rate), str(seconds)]
         with self.client.popen(words) as process:
@@ -53,14 +55,14 @@ ASKED = (("10.1.0.1", "10.1.0.2"), ("fd00:1::1", "fd00:1::2"))  # the first is w
 
 
 def compile_load(folder: Path) -> Path:
-    """load.c, compiled into a folder."""
+    """Compile load.c into a folder."""
     binary = folder / "load"
     subprocess.run(["gcc", "-O2", "-o", binary, Path(__file__).with_name("load.c")], check=True)
     return binary
 
 
 def make_place(lab: Lab, load: Path, tracking: str) -> Place:
-    """``tracking``: one of TRACKING."""
+    """Build the hosts; ``tracking`` is a key of TRACKING."""
     server, client = lab.pair("server", [*ASKED[0], *ASKED[1]], "client", ["10.1.0.9", "fd00:1::9"])
     # Of two IPv6 addresses the kernel prefers the newer; one that is deprecated comes last.
     server.ip(f"addr change {ASKED[1][1]}/64 dev eth0 preferred_lft 0")
@@ -80,7 +82,9 @@ def make_place(lab: Lab, load: Path, tracking: str) -> Place:
 
 
 def answer_wrongly(place: Place, family: Family, port: int, rate: int, seconds: float) -> int:
-    """A plain server, asked from a fresh port each time at the address that routing does not answer from."""
+    """Run a plain server, and ask it from a new port each time at the address that routing does not choose; returns the
+    number of wrong replies.
+    """
     index = 0 if family is V4 else 1
     sent = 0
     with bound(place.server, family.inet, family.wildcard, port) as server:

@@ -1,4 +1,4 @@
-"""What container runtimes leave on the machine itself: cgroups above all, which no namespace keeps apart."""
+"""What container runtimes leave on the machine itself, above all cgroups, which have no namespace."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ CGROUP_PARENTS = ("docker", "kubepods", "udpwatch-test")  # below which the test
 
 @contextlib.contextmanager
 def untouched(*names: str) -> Iterator[Path]:
-    """A folder with folders of these names, for all that runtimes write; in the end the machine must be as it was."""
+    """Yield a folder with subfolders of these names, for everything that runtimes write; afterwards the machine must be
+    as before.
+    """
     with temporary() as name:
         place = Path(name)
         for folder in names:
@@ -36,7 +38,7 @@ def untouched(*names: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_cgroup() -> Iterator[Path]:
-    """A cgroup (v2) for this test alone. What killed runs have left is removed, too."""
+    """Yield a cgroup (v2) for this test alone. Cgroups of killed runs are removed, too."""
     with closing(cgroup.find(None)) as root:
         path = Path(root.path, f"{_OWN}{os.getpid()}")
     for left in path.parent.glob(f"{_OWN}*"):
@@ -52,8 +54,8 @@ def own_cgroup() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def limited(pid: int, memory_bytes: int, cpus: float) -> Iterator[None]:
-    """A process that runs already, in cgroups with these limits, as a chart sets them; yields nothing where this
-    machine has no such controllers that may be used.
+    """Put a running process into cgroups with these limits, as a chart sets them; no limits where this machine has no
+    such controllers.
     """
     made: list[Path] = []
     period_us = 100_000
@@ -83,19 +85,19 @@ def limited(pid: int, memory_bytes: int, cpus: float) -> Iterator[None]:
 
 
 def cgroup_folders() -> set[Path]:
-    """Every cgroup, of every hierarchy."""
+    """Return every cgroup of every hierarchy."""
     return {Path(at) for at, _folders, _files in os.walk(CGROUPS)}
 
 
 def remove_cgroups(since: set[Path]) -> None:
-    """Remove what the tests' runtimes have made since there were only these, once nothing runs there any more."""
+    """Remove the cgroups that the tests' runtimes have made since, once no process is in them."""
     mine = [folder for folder in cgroup_folders() - since if _is_of_a_test(folder)]
     for folder in sorted(mine, key=lambda path: -len(path.parts)):
         wait_for(lambda folder=folder: _removed(folder), f"{folder} to be empty")
 
 
 def _is_of_a_test(folder: Path) -> bool:
-    """Whether it is one of CGROUP_PARENTS or below one, in the only hierarchy (v2) or in one of them (v1, hybrid)."""
+    """Whether it is in CGROUP_PARENTS or below, in the only hierarchy (v2) or in one of them (v1, hybrid)."""
     return any(part in CGROUP_PARENTS for part in folder.relative_to(CGROUPS).parts[:2])
 
 
@@ -106,7 +108,7 @@ def _removed(folder: Path) -> bool:
 
 
 def first_pid(container_id: str) -> int:
-    """The container's first process, as the machine numbers it: not as the daemon in its namespace does."""
+    """Return the container's first process as the machine numbers it; its daemon's namespace numbers it differently."""
 
     def find() -> int:
         found = [int(line) for line in _members(container_id)]
@@ -129,14 +131,14 @@ def listening(pid: int, port: int) -> None:
 
 
 def ip_in(pid: int, *lines: str) -> None:
-    """Lines for ip(8) in a process's network namespace."""
+    """Run lines of ip(8) in a process's network namespace."""
     command = ["nsenter", f"--net=/proc/{pid}/ns/net", "ip", "-batch", "-"]
     done = subprocess.run(command, input="\n".join(lines) + "\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
 def name_pod(log: Path, namespace: str, pod: str, uid: str, container: str, container_id: str) -> None:
-    """What kubelet makes under /var/log for a container that it has started."""
+    """Make what kubelet makes under /var/log for a container."""
     folder = log / "pods" / f"{namespace}_{pod}_{uid}" / container
     folder.mkdir(parents=True)
     (folder / "0.log").touch()
@@ -146,8 +148,7 @@ def name_pod(log: Path, namespace: str, pod: str, uid: str, container: str, cont
 
 
 def left_behind(*folders: Path) -> dict[str, Any]:
-    """All that a runtime leaves on a machine, as far as it is there now; with the processes and mounts that have to do
-    with these folders."""
+    """Return everything that a runtime can leave on a machine, with the processes and mounts that use these folders."""
     links = {line.split(": ")[1] for line in _output("ip", "-o", "link").splitlines()}
     places = ("/var/lib/docker", "/var/lib/containerd", "/run/docker", "/run/containerd", "/etc/docker", "/etc/cni")
     return {
@@ -163,7 +164,7 @@ def left_behind(*folders: Path) -> dict[str, Any]:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """The processes with the folder in their command line."""
+    """Return the processes that have the folder in their command line."""
     return [int(path.parent.name) for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder) in _text(path)]
 
 

@@ -1,7 +1,7 @@
-"""Pods as a manifest describes them, run for real: by podman, beside a Docker daemon and in its namespaces.
+"""Pods as a manifest describes them, run by podman beside a Docker daemon and in its namespaces.
 
-Debian 12 has Docker 20.10, which knows no CAP_BPF and no CAP_PERFMON (until 23.0); its podman does. Containers and what
-watches over them end with the daemon, as its own do.
+Debian 12 has Docker 20.10, which knows neither CAP_BPF nor CAP_PERFMON (Docker 23.0 does); its podman knows both.
+Containers and their watching processes end with the daemon.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ COUNTER = "udpwatch_reply_source_mismatch_total"
 
 
 class Podman:
-    """Its command line, in the namespaces of a daemon."""
+    """podman's command line, in the namespaces of a daemon."""
 
     def __init__(self, folder: Path, docker: Docker) -> None:
         """Skips where there is no podman."""
@@ -59,30 +59,30 @@ class Podman:
         return [*self._inside, "env", "CONTAINERS_CONF=/dev/null", "podman", *places, *ways, *arguments]
 
     def done(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """One of its commands, however it ends."""
+        """Run one of its commands; returns the completed process."""
         return subprocess.run(
             self._podman(*arguments), capture_output=True, text=True, check=False, timeout=240, stdin=subprocess.DEVNULL
         )
 
     def call(self, *arguments: str) -> str:
-        """One of its commands; its output."""
+        """Run one of its commands, which must succeed; returns its output."""
         done = self.done(*arguments)
         assert done.returncode == 0, f"podman {' '.join(arguments)}: {done.stderr}"
         return done.stdout.strip()
 
     def mount(self, script: str) -> None:
-        """Change what is mounted, for the daemon, podman and their containers alone."""
+        """Change mounts for the daemon, podman and their containers alone."""
         subprocess.run([*self._inside, "sh", "-ec", script], check=True, capture_output=True)
 
     def log(self, name: str) -> list[str]:
-        """The lines that a container has written so far."""
+        """Return the lines that a container has written so far."""
         done = self.done("logs", name)
         return (done.stdout + done.stderr).splitlines()
 
 
 def _seccomp_of_today() -> str:
-    """Podman's default profile as docs/docker.md changes it: bpf(2) is for CAP_BPF, too, as in the default profiles of
-    Docker and containerd since 2022 (moby/moby#43987, containerd/containerd#7301).
+    """Return podman's default profile as docs/docker.md changes it: CAP_BPF allows bpf(2), as in the default profiles
+    of Docker and containerd since 2022 (moby/moby#43987, containerd/containerd#7301).
     """
     (command,) = (block for block in blocks(DOCS / "docker.md") if block.startswith("jq "))
     line, _, _file = command.partition(">")
@@ -90,7 +90,7 @@ def _seccomp_of_today() -> str:
 
 
 def _seccomp_of_old() -> str:
-    """Podman's default profile without a rule for CAP_BPF, as it was in podman 4."""
+    """Return podman's default profile without a rule for CAP_BPF, as in podman 4."""
     profile = json.loads(Path("/usr/share/containers/seccomp.json").read_text())
     profile["syscalls"] = [
         each for each in profile["syscalls"] if "CAP_BPF" not in each.get("includes", {}).get("caps", [])
@@ -99,12 +99,12 @@ def _seccomp_of_old() -> str:
 
 
 def blocks(page: Path) -> list[str]:
-    """The blocks of code on a page, without what they are in."""
+    """Return the code blocks of a page."""
     return [block.strip() for block in re.findall(r"^```\w+\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)]
 
 
 class Pod:
-    """What a workload's template says, as arguments of `podman run`."""
+    """The pod template of a workload as arguments of `podman run`."""
 
     def __init__(self, podman: Podman, folder: Path, manifests: Sequence[Manifest], fields: Mapping[str, str]) -> None:
         """``fields``: what the downward API would say, by fieldPath. The folder is for its volumes."""
@@ -116,15 +116,15 @@ class Pod:
 
     @property
     def capabilities(self) -> list[str]:
-        """What its container is given, all else being dropped."""
+        """Return the capabilities that its container gets; all others are dropped."""
         given = self.container["securityContext"]["capabilities"]
         assert given["drop"] == ["ALL"]
         added: list[str] = given["add"]
         return added
 
     def arguments(self, container: Manifest | None = None, without: str = "") -> list[str]:
-        """Options, image and command line of a container, perhaps without one of its capabilities. Whatever is not
-        understood is an error.
+        """Return options, image and command line of a container, without one capability if given. An unknown field is
+        an error.
         """
         container = container or self.container
         rest = {key: value for key, value in container.items() if key not in _ELSEWHERE}
@@ -146,7 +146,7 @@ class Pod:
 
     @contextlib.contextmanager
     def running(self, without: str = "") -> Iterator[str]:
-        """Its container; the name. It is removed in the end."""
+        """Run its container during the body; yields its name."""
         name = f"{self.container['name']}-{next(_numbers)}"
         self._podman.call("run", "--detach", f"--name={name}", *self.arguments(without=without))
         try:
@@ -204,7 +204,7 @@ class Pod:
 
 
 def get(node: Namespace, address: str, port: int, path: str) -> tuple[int, str]:
-    """An HTTP request from a host of the lab: (status, body)."""
+    """Send an HTTP request from a host of the lab; returns status and body."""
     with node.socket(kind=socket.SOCK_STREAM) as link:
         link.settimeout(30)
         link.connect((address, port))
@@ -216,7 +216,7 @@ def get(node: Namespace, address: str, port: int, path: str) -> tuple[int, str]:
 
 
 def counted(node: Namespace, port: int, address: str) -> dict[str, str]:
-    """Labels of the one series of a port, once the agent at this address counts one wrong reply."""
+    """Wait until the agent at this address counts a wrong reply from a port; returns the labels of its series."""
 
     def find() -> list[dict[str, str]]:
         families = text_string_to_metric_families(get(node, address, 9953, "/metrics")[1])

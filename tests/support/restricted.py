@@ -1,4 +1,4 @@
-"""Commands with fewer rights, other mounts or a busier kernel than this machine's, and what a refusal looks like."""
+"""Commands with fewer rights, other mounts or a busier kernel than this machine's, and how a refusal looks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextlib.contextmanager
 def unlimited() -> Iterator[None]:
-    """For programs of our own: before Linux 5.11 they count as locked memory."""
+    """Lift the limit of locked memory, which counts BPF programs before Linux 5.11."""
     before = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     with contextlib.suppress(ValueError):  # without CAP_SYS_RESOURCE
         resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -39,7 +39,7 @@ def unlimited() -> Iterator[None]:
 
 
 def without(*capabilities: Capability) -> Callable[[], None]:
-    """For preexec_fn: root, but for these."""
+    """Return a preexec_fn that drops these capabilities."""
 
     def drop() -> None:
         die_with_parent()
@@ -50,7 +50,7 @@ def without(*capabilities: Capability) -> Callable[[], None]:
 
 
 def in_mount_namespace(script: str) -> Sequence[str]:
-    """A wrapper that changes what is mounted for the command alone."""
+    """Return a wrapper that changes mounts for the command alone."""
     return ["unshare", "--mount", "sh", "-e", "-c", f'{script}\nexec "$@"', "sh"]
 
 
@@ -64,7 +64,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], status: int, *words: 
 
 
 def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """`udpwatch run` with places of its own."""
+    """Run `udpwatch run` with paths of its own."""
     given = {flag.partition("=")[0] for flag in flags}
     places = {"--metrics-listen": "127.0.0.1:0", "--socket": str(folder / "s")}
     defaults = [f"{flag}={value}" for flag, value in places.items() if flag not in given]
@@ -72,14 +72,16 @@ def run(folder: Path, *flags: str, **options: object) -> subprocess.CompletedPro
 
 
 def sendmsg_program(name: str) -> int:
-    """A program for sendmsg4 that lets everything pass; its descriptor."""
+    """Load a program for sendmsg4 that allows everything; returns its descriptor."""
     with unlimited():
         return bpf.program_load(ProgramType.CGROUP_SOCK_ADDR, AttachType.CGROUP_UDP4_SENDMSG, RETURN_1, name)
 
 
 @contextlib.contextmanager
 def held_exclusively() -> Iterator[Path]:
-    """A cgroup whose sendmsg4 hook a program holds with flags 0, as Cilium's from before 1.14: it bears no other."""
+    """Yield a cgroup whose sendmsg4 hook a program holds with flags 0, as Cilium before 1.14 does: no other program can
+    be attached.
+    """
     with own_cgroup() as path:
         program = sendmsg_program("exclusive")
         try:
@@ -91,6 +93,6 @@ def held_exclusively() -> Iterator[Path]:
 
 
 def _attach_exclusively(program: int, folder: int) -> None:
-    """BPF_PROG_ATTACH with flags 0; it goes with the cgroup."""
+    """Attach by BPF_PROG_ATTACH with flags 0; the attachment ends with the cgroup."""
     values = struct.pack("=IIII", folder, program, AttachType.CGROUP_UDP4_SENDMSG, 0)
     bpf.bpf(Command.PROG_ATTACH, ctypes.create_string_buffer(values, 128))

@@ -1,4 +1,4 @@
-"""A node that forwards between two tun devices: the machines on both sides are packets that the test writes."""
+"""A node that forwards between two tun devices; the machines on both sides are packets that the test writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PATIENCE_SECONDS = 30.0
 
 
 class Machine:
-    """Everything behind one of the router's devices."""
+    """All machines behind one of the router's devices."""
 
     def __init__(self, name: str) -> None:
         """Make the device in the calling thread's namespace."""
@@ -27,11 +27,13 @@ class Machine:
         fcntl.ioctl(self._fd, _TUNSETIFF, struct.pack("16sH14s", name.encode(), _IFF_TUN_NO_PI, b""))
 
     def send(self, source: str, source_port: int, destination: str, port: int) -> None:
-        """A datagram arrives at the router from this side."""
+        """Let a datagram arrive at the router from this side."""
         os.write(self._fd, datagram(source, source_port, destination, port))
 
     def receive(self) -> tuple[str, int, str, int]:
-        """The next datagram that the router sent to this side: (source, its port, destination, its port)."""
+        """Wait for the next datagram that the router sends to this side; returns (source, its port, destination, its
+        port).
+        """
         while True:
             assert select.select([self._fd], [], [], _PATIENCE_SECONDS)[0], f"nothing came out at {self.name}"
             found = _parse(os.read(self._fd, 65535))
@@ -39,7 +41,7 @@ class Machine:
                 return found
 
     def drain(self) -> None:
-        """Forget what the router sent."""
+        """Discard what the router sent."""
         while select.select([self._fd], [], [], 0)[0]:
             os.read(self._fd, 65535)
 
@@ -48,7 +50,7 @@ class Machine:
 
 
 class Router(Lab):
-    """clients 10.1/16, fd00:1::/64 -- left [node] right -- 10.2/16, fd00:2::/64 servers; conntrack is at work."""
+    """clients 10.1/16, fd00:1::/64 -- left [node] right -- 10.2/16, fd00:2::/64 servers; conntrack is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,12 +70,12 @@ class Router(Lab):
         self.node.nft("table inet t { chain f { type filter hook forward priority 0; ct state invalid drop; }; }")
 
     def ask(self, client: str, client_port: int, server: str, port: int) -> None:
-        """A question passes the router."""
+        """Send a request through the router."""
         self.left.send(client, client_port, server, port)
         assert self.right.receive() == (client, client_port, server, port)
 
     def answer(self, server: str, port: int, client: str, client_port: int) -> None:
-        """An answer, or whatever the other side sends by itself, passes the router."""
+        """Send a reply, or a datagram that the other side starts with, through the router."""
         self.right.send(server, port, client, client_port)
         assert self.left.receive() == (server, port, client, client_port)
 
@@ -84,12 +86,12 @@ class Router(Lab):
 
 
 def inhabit(namespace: Namespace) -> None:
-    """Put a process into it: a namespace is found by who lives in it, as a container's is."""
+    """Put a process into a namespace: the agent finds namespaces by their processes, as those of containers."""
     namespace.spawn("resident", signal.pause)
 
 
 def datagram(source: str, source_port: int, destination: str, port: int) -> bytes:
-    """An IP packet with a UDP datagram (RFC 791, 8200, 768), checksums as they must be."""
+    """Return an IP packet with a UDP datagram and valid checksums (RFC 791, 8200, 768)."""
     ends = [ipaddress.ip_address(address) for address in (source, destination)]
     addresses = b"".join(end.packed for end in ends)
     udp = struct.pack("!HHHH", source_port, port, 10, 0) + b"hi"
@@ -110,7 +112,7 @@ def _checksum(data: bytes) -> int:
 
 
 def _parse(packet: bytes) -> tuple[str, int, str, int] | None:
-    """None for what is not UDP, or was made by the router itself (ICMP, neighbour discovery)."""
+    """Return None for other protocols than UDP, and for packets of the router itself (ICMP, neighbour discovery)."""
     if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
         at, first, length = (packet[0] & 15) * 4, 12, 4
     elif packet[0] >> 4 == 6 and packet[6] == socket.IPPROTO_UDP:

@@ -59,7 +59,7 @@ exec "$@"
 
 
 def build_server(folder: Path) -> Path:
-    """A UDP server as most are written, static: it runs in an empty image and on the host."""
+    """Compile a static UDP server with recvfrom and sendto, which runs in an empty image and on the host."""
     source, program = folder / "server.c", folder / SERVER
     source.write_text(_SOURCE)
     subprocess.run(["gcc", "-static", "-Os", "-o", program, source], check=True, capture_output=True)
@@ -67,7 +67,7 @@ def build_server(folder: Path) -> Path:
 
 
 def image_tar(folder: Path, server: Path) -> Path:
-    """The root file system of an image: the server, and busybox for a shell."""
+    """Write the root file system of an image: the server, and busybox as a shell."""
     busybox = shutil.which("busybox")
     if not busybox or subprocess.run(["ldd", busybox], capture_output=True, check=False).returncode == 0:
         pytest.skip("no static busybox for the image: apt-get install busybox-static")
@@ -82,7 +82,7 @@ def image_tar(folder: Path, server: Path) -> Path:
 
 
 class RuntimeHost(Lab):
-    """``outside`` 172.16.13.1 -- eth0 172.16.13.13, 172.16.13.14 ``node``, where runtimes make bridges of their own."""
+    """``outside`` 172.16.13.1 -- eth0 172.16.13.13, 172.16.13.14 ``node``, where runtimes make their bridges."""
 
     NODE, SECOND, OUTSIDE = "172.16.13.13", "172.16.13.14", "172.16.13.1"
 
@@ -92,7 +92,7 @@ class RuntimeHost(Lab):
 
 
 def answered_from(client: Namespace, asked: str, port: int) -> str:
-    """Ask once; the address that the answer came from."""
+    """Send a request; returns the address that the reply came from."""
     with client.socket() as socket:
         socket.settimeout(10)
         socket.sendto(b"x", (asked, port))
@@ -101,7 +101,7 @@ def answered_from(client: Namespace, asked: str, port: int) -> str:
 
 
 def ask_inside(node: Namespace, pid: int, first: str, port: int) -> None:
-    """The node asks a container at its second address, given to it here, and is answered from its first."""
+    """Have the node ask a container at a second address, which it gets here; the reply comes from its first."""
     ip_in(pid, f"addr add {INSIDE}/32 dev lo")
     node.ip(f"route replace {INSIDE}/32 via {first}")
     listening(pid, port)
@@ -109,7 +109,7 @@ def ask_inside(node: Namespace, pid: int, first: str, port: int) -> None:
 
 
 class Daemon:
-    """A runtime's daemon in a namespace of the lab; a context manager."""
+    """A runtime's daemon in a namespace of the lab. A context manager."""
 
     name: ClassVar[str]
     package: ClassVar[str]
@@ -155,7 +155,7 @@ class Daemon:
         return done.stdout.strip()
 
     def answers(self) -> bool:
-        """Whether its client gets through."""
+        """Whether its client can reach it."""
         done = subprocess.run(self._client("version"), capture_output=True, check=False, timeout=120)
         return done.returncode == 0
 
@@ -177,7 +177,7 @@ class Daemon:
 
 
 class Docker(Daemon):
-    """Docker, its bridge docker0 in the lab's namespace."""
+    """Docker, with its bridge docker0 in the lab's namespace."""
 
     name, package, client = "dockerd", "docker.io", "docker"
 
@@ -191,7 +191,7 @@ class Docker(Daemon):
 
     @staticmethod
     def root_in(folder: Path) -> Path:
-        """What /var/lib/docker is elsewhere."""
+        """Return the folder in place of /var/lib/docker."""
         root = folder / "root"
         root.mkdir(mode=0o710, exist_ok=True)
         return root
@@ -208,7 +208,7 @@ class Docker(Daemon):
         self.call("import", str(path), IMAGE)
 
     def address(self, container_id: str) -> str:
-        """A container's address on docker0."""
+        """Return a container's address on docker0."""
         return self.call("inspect", "--format", "{{.NetworkSettings.IPAddress}}", container_id)
 
     def run(self, name: str, *command: str, flags: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""The host that most scenes play on, in both families of addresses, and the steps that scenes are made of."""
+"""The host of most scenes, its addresses in both families, and the steps that scenes are made of."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def host_with_more_addresses() -> Iterator[ContainerHost]:
 def bound(
     namespace: Namespace, inet: socket.AddressFamily, address: str, port: int, *options: tuple[int, int, int]
 ) -> Iterator[socket.socket]:
-    """A UDP socket, bound."""
+    """Yield a bound UDP socket."""
     with namespace.socket(inet) as made:
         for option in options:
             made.setsockopt(*option)
@@ -82,18 +82,18 @@ def bound(
 
 
 def finding_of(watch: Watch, port: int) -> Finding:
-    """The only finding on a port."""
+    """Return the only finding on a port."""
     (finding,) = watch.findings(port)
     return finding
 
 
 def verdict_of(watch: Watch, expected: Verdict) -> Verdict:
-    """In mode netlink every verdict is unknown, by design."""
+    """Return the expected verdict, which is always unknown in mode netlink."""
     return expected if watch.sensor.features.mode == "packet" else Verdict.UNKNOWN
 
 
 def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
-    """The address that routing picks for a peer: the first one for IPv4, by RFC 6724 for IPv6."""
+    """Return the address that routing picks for a peer: the first one for IPv4, by RFC 6724 for IPv6."""
     with namespace.socket(family.inet) as probe:
         probe.connect((peer, 9))
         picked: str = probe.getsockname()[0]
@@ -101,10 +101,10 @@ def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
 
 
 def ask(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[bytes, tuple[str, int]]:
-    """Send a question and wait until the server's socket has it: (the question, the peer as the server sees it)."""
+    """Send a request and wait until the server's socket has it; returns the request and the client's address."""
     client.settimeout(PATIENCE_SECONDS)
     server.settimeout(PATIENCE_SECONDS)
-    client.sendto(b"question", (address, port))
+    client.sendto(b"request", (address, port))
     data, peer = server.recvfrom(65535)
     return data, peer
 

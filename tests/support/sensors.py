@@ -1,4 +1,4 @@
-"""Real sensors, and what they found."""
+"""Real sensors and their findings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ IN_MATRIX = bool(os.environ.get("UDPWATCH_TEST_KERNEL"))
 
 
 class Watch:
-    """A sensor, and all that it has found so far by local port. Each test has ports of its own."""
+    """A sensor, and all its findings so far by local port. Each test uses other ports."""
 
     def __init__(
         self,
@@ -40,16 +40,16 @@ class Watch:
         self._events += self.sensor.events()
 
     def findings(self, port: int) -> dict[Finding, int]:
-        """Findings on a local port, with their counts."""
+        """Return the findings on a local port with their counts."""
         self.read()
         return {finding: number for finding, number in self._findings.items() if finding.port == port}
 
     def count(self, port: int) -> int:
-        """Wrong replies from a local port."""
+        """Return the number of wrong replies from a local port."""
         return sum(self.findings(port).values())
 
     def events(self, port: int) -> list[Event]:
-        """Events of a local port."""
+        """Return the events of a local port."""
         self.read()
         return [event for event in self._events if event.finding.port == port]
 
@@ -59,7 +59,7 @@ class Watch:
 
 
 def open_netlink_watch(folder: Path) -> Watch:
-    """Conntrack is asked over netlink because the kernel's types are not available: the path names an empty file."""
+    """Open a sensor that asks conntrack over netlink, because the file with the kernel's types is empty."""
     nothing = folder / "empty"
     nothing.touch()
     watch = Watch(btf=nothing)

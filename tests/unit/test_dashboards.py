@@ -14,7 +14,7 @@ from typing import Any
 import boards
 import pytest
 import yaml
-from boards import Question, filled_in
+from boards import Query, filled_in
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -158,23 +158,23 @@ def exported() -> dict[str, set[str]]:
 
 
 EXPORTED = exported()
-QUESTIONS = [*boards.of_panels(), *boards.of_alerts(), *boards.of_documents()]
+QUERIES = [*boards.of_panels(), *boards.of_alerts(), *boards.of_documents()]
 #: words of PromQL before a bracket or brace that name no metric
 METRIC = re.compile(r"\b(udpwatch_\w+|process_\w+|up)\b(?:\s*\{([^}]*)\})?")
 
 
-@pytest.mark.parametrize("question", QUESTIONS, ids=[each.where for each in QUESTIONS])
-def test_metrics_and_labels_are_exported_by_the_agent(question: Question) -> None:
+@pytest.mark.parametrize("query", QUERIES, ids=[each.where for each in QUERIES])
+def test_metrics_and_labels_are_exported_by_the_agent(query: Query) -> None:
     known = set(TARGET_LABELS)
-    asked = METRIC.findall(question.expression)
-    assert asked, question
+    asked = METRIC.findall(query.expression)
+    assert asked, query
     for metric, matchers in asked:
         assert metric in EXPORTED, f"no metric {metric}"
         labels = EXPORTED[metric] | TARGET_LABELS
         known |= labels
         given = set(re.findall(r"(\w+)\s*[=!]", matchers))
         assert given <= labels, f"{metric} has no labels {given - labels}"
-    for labels in re.findall(r"\b(?:by|on|without|ignoring|group_left|group_right) \(([^)]*)\)", question.expression):
+    for labels in re.findall(r"\b(?:by|on|without|ignoring|group_left|group_right) \(([^)]*)\)", query.expression):
         given = set(re.findall(r"\w+", labels))
         assert given <= known, f"nothing in it has labels {given - known}"
 
@@ -229,8 +229,8 @@ def test_shares_are_relative_to_checked_replies(checked: str, tmp_path: Path) ->
 def test_every_expression_is_promql(tmp_path: Path) -> None:
     if not shutil.which("promtool"):
         pytest.skip("promtool is missing: apt-get install prometheus")
-    filled = [filled_in(question.expression, {}, 3600, 15, 60) for question in QUESTIONS]
-    rules = [{"record": f"question:{number}", "expr": text} for number, text in enumerate(filled)]
+    filled = [filled_in(query.expression, {}, 3600, 15, 60) for query in QUERIES]
+    rules = [{"record": f"query:{number}", "expr": text} for number, text in enumerate(filled)]
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "all", "rules": rules}]}))
     done = subprocess.run(
         ["promtool", "check", "rules", "--lint=none", tmp_path / "rules.yaml"], capture_output=True, check=False
