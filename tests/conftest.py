@@ -1,4 +1,4 @@
-"""What all three circles of tests share. unit/ needs no root; integration/ needs root and makes its own namespaces."""
+"""What all kinds of tests share. unit/ needs no root; integration/ needs root and makes its own namespaces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Integration tests say what they miss."""
+    """Skip integration tests without root, and say why."""
     if os.geteuid() == 0:
         return
     for item in items:

@@ -47,7 +47,7 @@ def line(what: str, figure: str, reach: str = "") -> None:
 
 
 def packet(source: str, destination: str, source_port: int, destination_port: int, protocol: int = 17) -> bytes:
-    """An Ethernet frame with a datagram of 64 bytes."""
+    """Return an Ethernet frame with a datagram of 64 bytes."""
     one, other = ipaddress.ip_address(source), ipaddress.ip_address(destination)
     udp = struct.pack("!HHHH", source_port, destination_port, 72, 0) + bytes(64)
     if one.version == 6:
@@ -65,7 +65,7 @@ def let_go(held: loader.Loaded) -> None:
 
 @contextlib.contextmanager
 def loaded(watched: cgroup.Cgroup) -> Iterator[loader.Loaded]:
-    """The programs, attached."""
+    """Load and attach the programs during the body."""
     held = loader.load(watched, loader.Limits())
     try:
         yield held
@@ -75,7 +75,7 @@ def loaded(watched: cgroup.Cgroup) -> Iterator[loader.Loaded]:
 
 @contextlib.contextmanager
 def detached(held: loader.Loaded, root: int) -> Iterator[None]:
-    """Off their hooks while the body runs."""
+    """Detach the programs during the body."""
     for link in held.links.values():
         os.close(link)
     held.links.clear()
@@ -87,7 +87,7 @@ def detached(held: loader.Loaded, root: int) -> Iterator[None]:
 
 
 def programs() -> None:
-    """Nanoseconds a packet, net of an empty program (BPF_PROG_TEST_RUN)."""
+    """Measure nanoseconds for each packet, minus those of an empty program (BPF_PROG_TEST_RUN)."""
     print("programs: ns a packet, net of an empty program (median of alternating runs)")
     with contextlib.closing(cgroup.find(None)) as root:
         folder = Path(root.path, f"udpwatch-bench-{os.getpid()}")
@@ -140,7 +140,9 @@ def programs() -> None:
 
 
 def sendmsg() -> None:
-    """The sendmsg hook has no test run: its mean run time by the kernel's own statistics, against an empty one."""
+    """Measure the sendmsg hook's mean run time by the kernel's statistics, compared with an empty program; it has no
+    test run.
+    """
     print("sendmsg4: ns a send, by kernel.bpf_stats_enabled, net of an empty program on the same hook")
     with contextlib.closing(cgroup.find(None)) as root, loaded(root) as sensor, Lab() as lab, counted():
         alone = lab.namespace("alone")
@@ -174,7 +176,7 @@ def sendmsg() -> None:
 
 @contextlib.contextmanager
 def counted() -> Iterator[None]:
-    """The kernel keeps programs' run times while the body runs."""
+    """Have the kernel count the programs' run times during the body."""
     switch = Path("/proc/sys/kernel/bpf_stats_enabled")
     before = switch.read_text()
     switch.write_text("1")
@@ -185,7 +187,7 @@ def counted() -> Iterator[None]:
 
 
 def function_probes() -> None:
-    """Each function probe has no test run: its mean run time beside an empty probe's on the same function."""
+    """Measure each function probe's mean run time beside an empty probe's on the same function."""
     print("function probes: ns a run, by kernel.bpf_stats_enabled; an empty probe on the same function; their ratio")
     with contextlib.closing(cgroup.find(None)) as root, contextlib.ExitStack() as stack:
         with Table() as table:
@@ -231,7 +233,7 @@ def function_probes() -> None:
 
 
 def means(programs: list[int], traffic: Callable[[], None]) -> list[float]:
-    """Nanoseconds a run of each program during the traffic."""
+    """Return nanoseconds for each run of each program during the traffic."""
     before = [bpf.program_info(each) for each in programs]
     traffic()
     after = [bpf.program_info(each) for each in programs]
@@ -241,7 +243,7 @@ def means(programs: list[int], traffic: Callable[[], None]) -> list[float]:
 
 
 def conntrack_events() -> None:
-    """What `--forwarded` costs where probes are not allowed: the kernel's part a new flow, and the agent's."""
+    """Measure what `--forwarded` costs without probes: the kernel's part for each new flow, and the agent's."""
     print("conntrack's events over netlink")
     count = 3_000
     with Router() as router:
@@ -282,7 +284,7 @@ def pingpong(binary: Path, namespace: Namespace, how: str, count: int) -> float:
 
 @contextlib.contextmanager
 def empty_programs(root: int) -> Iterator[None]:
-    """Programs that only return, on our hooks: what the kernel itself takes for the hooks."""
+    """Attach programs that only return: their cost is the kernel's own for the hooks."""
     held = []
     for _, hook in HOOKS:
         held.append(bpf.program_load(hook.type, hook.attach, RETURN_1))
@@ -322,7 +324,7 @@ def request_reply() -> None:
 
 
 def start() -> None:
-    """The agent as a whole, with nothing compiled before, and with everything."""
+    """Measure the start of the agent, without a cache and with it."""
     print("the agent")
     with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder:
         kept = Path(folder, "cache")
@@ -343,7 +345,7 @@ def start() -> None:
 
 
 def flood() -> None:
-    """Wrong replies as fast as two processes send them."""
+    """Send wrong replies as fast as two processes can."""
     each = 300_000
     with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder, ContainerHost() as host:
         with Agent(Path(folder)) as running, host.container.socket() as client:
@@ -379,7 +381,7 @@ def fill_info(descriptor: int, info: ctypes.Array[ctypes.c_char]) -> None:
 
 
 def map_ids(program: int) -> list[int]:
-    """The maps that a program uses (struct bpf_prog_info, nr_map_ids and map_ids)."""
+    """Return the maps that a program uses (struct bpf_prog_info, nr_map_ids and map_ids)."""
     ids, info = ctypes.create_string_buffer(4 * 64), ctypes.create_string_buffer(224)
     struct.pack_into("=IIQ", info, 48, 0, 64, ctypes.addressof(ids))
     fill_info(program, info)
@@ -387,14 +389,14 @@ def map_ids(program: int) -> list[int]:
 
 
 def map_name(descriptor: int) -> str:
-    """As the kernel has it (struct bpf_map_info)."""
+    """Return the name that the kernel has for a map (struct bpf_map_info)."""
     info = ctypes.create_string_buffer(40)
     fill_info(descriptor, info)
     return info.raw[24:40].rstrip(b"\0").decode()
 
 
 def kernel_memory() -> None:
-    """The memory of each map of the agent's programs, as the kernel accounts for it (memlock in fdinfo)."""
+    """Return the memory of each map of the agent's programs, as the kernel accounts for it (memlock in fdinfo)."""
     print("memory of the maps")
     with contextlib.closing(cgroup.find(None)) as root, loaded(root) as held:
         total = 0
@@ -416,7 +418,9 @@ LOADS = (
 
 
 def busy() -> None:
-    """Wrong replies of one server beside another one's load, found of those sent: rows of load, columns of tracking."""
+    """Measure the share of one server's wrong replies that is found beside another server's load: rows of load, columns
+    of tracking.
+    """
     print("wrong replies found / sent, beside fresh conversations of 40 addresses (0: as many as go)")
     seconds = 4
     with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder:

@@ -37,7 +37,7 @@ def line(what: str, figure: str, reach: str = "") -> None:
 
 
 def hosts_servers(folder: Path) -> dict[str, Sequence[str]]:
-    """The servers with NAMES names in a file."""
+    """Return the servers that have NAMES names in a file."""
     records = "\n".join(f'  local-data: "{name(n)} 3600 IN A {address(n)}"' for n in range(NAMES))
     return {
         "udpwatch": [*COMMAND, "dns", "--no-resolv", *hosts(folder), *OURS],
@@ -47,7 +47,7 @@ def hosts_servers(folder: Path) -> dict[str, Sequence[str]]:
 
 
 def cache_servers(folder: Path) -> dict[str, Sequence[str]]:
-    """The servers that ask another one, and remember."""
+    """Return the servers that forward and cache."""
     upstream = ["--no-resolv", "--no-hosts", f"--server=127.0.0.1#{UPSTREAM_PORT}", f"--cache-size={2 * NAMES}"]
     forward = f"forward-zone:\n  name: .\n  forward-addr: 127.0.0.1@{UPSTREAM_PORT}\n"
     return {
@@ -90,7 +90,7 @@ def address(number: int) -> str:
 
 @contextlib.contextmanager
 def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PORT) -> Iterator[int]:
-    """A server; its process id once it answers."""
+    """Run a server; yields its process id once it responds."""
     process = subprocess.Popen(
         ["taskset", "-c", SERVER_CPU, *words],
         preexec_fn=place.enter_in_child,
@@ -110,13 +110,13 @@ def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PO
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of the process and all its threads."""
+    """Return the CPU seconds of the process and all its threads."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def ask(place: Namespace, folder: Path, pid: int) -> tuple[float, float]:
-    """(microseconds of the server's CPU a query, queries a second)."""
+    """Return microseconds of the server's CPU for each query, and queries each second."""
     before = cpu_seconds(pid)
     words = ["dnsperf", "-s", "127.0.0.1", "-p", str(PORT), "-d", str(folder / "queries"), "-l", str(SECONDS)]
     said = place.run(["taskset", "-c", CLIENT_CPU, *words, "-c", "4", "-T", "1", "-q", str(OUTSTANDING)])
@@ -139,7 +139,7 @@ def compare(what: str, place: Namespace, folder: Path, servers: dict[str, Sequen
 
 
 def forwarding(place: Namespace, folder: Path, servers: dict[str, Sequence[str]]) -> None:
-    """Names that nobody has asked before: each question goes to the upstream server."""
+    """Measure names that nobody has asked for before: each query goes to the upstream server."""
     print("dns, forwarded: us of server CPU a query; queries a second (5,000 names, each once)")
     (folder / "fresh").write_text("".join(f"host{number}.wild.example A\n" for number in range(5_000)))
     for server, words in servers.items():
@@ -152,7 +152,7 @@ def forwarding(place: Namespace, folder: Path, servers: dict[str, Sequence[str]]
 
 
 def main() -> None:
-    """All of it."""
+    """Run the whole benchmark."""
     with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as scratch, Lab() as lab:
         folder, place = Path(scratch), lab.namespace("alone")
         folder.chmod(0o755)

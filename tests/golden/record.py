@@ -1,5 +1,5 @@
-"""Makes tests/golden/replay.jsonl: what a real agent says of real servers, in the lab and in cgroups and log folders
-that are called as kubelet calls them. `make screens` photographs it.
+"""Makes tests/golden/replay.jsonl: events of a real agent about real servers, in the lab and in cgroups and log folders
+with names as kubelet's. `make screens` uses it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SERVERS = (
 
 
 def main() -> int:
-    """Needs root."""
+    """Record; needs root."""
     with ExitStack() as opened:
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         logs = folder / "containers"

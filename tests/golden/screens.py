@@ -1,4 +1,4 @@
-"""Makes docs/top.svg: `udpwatch top` on a recording of a real run, photographed by Textual. `make screens`."""
+"""Makes docs/top.svg: `udpwatch top` on a recording of a real run, exported by Textual. `make screens`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLAYED_SECONDS = 12.0  # until rates and the sparkline have something to show
 
 
 async def photograph(recording: Path) -> str:
-    """The screen as SVG, the first row opened."""
+    """Return the screen as SVG, with the first row's details open."""
     os.environ.setdefault("UDPWATCH_NODE", "node-1")
     source = open_replay(str(recording))
     try:

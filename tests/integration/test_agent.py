@@ -47,7 +47,7 @@ def event_lines(agent: Agent, port: int) -> list[dict[str, object]]:
     return [event for event in map(json.loads, lines) if event["port"] == port]
 
 
-# ---- what it tells ----
+# ---- output ----
 
 
 @contextmanager
@@ -270,7 +270,7 @@ def test_wrong_reply_in_each_of_a_thousand_namespaces_is_counted(agent: Agent, p
     assert agent.get("/readyz")[0] == 200
 
 
-# ---- what it survives ----
+# ---- failures ----
 
 
 def test_full_ring_buffer_loses_events_and_no_counts(host: ContainerHost, port: int) -> None:

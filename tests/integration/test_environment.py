@@ -26,7 +26,7 @@ from udpwatch.agent.commands import doctor
 from udpwatch.agent.kernel.loader_child import SOURCES
 from udpwatch.agent.testing.lab import ContainerHost, Lab
 
-# ---- what is missing ----
+# ---- missing parts ----
 
 
 def test_missing_btf_path_is_refused(folder: Path) -> None:
@@ -213,7 +213,7 @@ def _sent(client: socket.socket, process: object) -> bool:
     return bool(done)
 
 
-# ---- its own test packet ----
+# ---- self-test ----
 
 
 def test_agent_is_not_ready_while_loopback_is_down(folder: Path) -> None:
@@ -242,7 +242,7 @@ def test_agent_is_not_ready_behind_a_firewall_that_drops_everything(folder: Path
             assert len([line for line in agent.log if "did not see a datagram sent over loopback" in line]) == 1
 
 
-# ---- places ----
+# ---- paths and ports ----
 
 
 def test_agent_watches_while_its_metrics_port_is_in_use(folder: Path, host: ContainerHost, port: int) -> None:
@@ -315,7 +315,7 @@ def test_events_file_of_another_user_is_written(folder: Path, host: ContainerHos
         assert agent.metric("udpwatch_events_lost_total", stage="output") == 0
 
 
-# ---- how it is started and stopped ----
+# ---- start and end ----
 
 
 def test_nothing_is_imported_from_the_working_directory(folder: Path) -> None:

@@ -191,7 +191,7 @@ def test_entry_deleted_before_the_decision_is_judged_by_its_last_status(
         assert list(found.values()) == [1]
 
 
-# ---- what only looks like one ----
+# ---- right replies that look wrong ----
 
 
 @both
@@ -356,7 +356,7 @@ def test_older_of_two_flows_from_before_the_start_is_the_request(open_watch: Cal
             assert not settled(watch, port)
 
 
-# ---- one fault, one finding ----
+# ---- each wrong reply is counted once ----
 
 
 def test_wrong_reply_of_a_pods_socket_is_counted_once(open_watch: Callable[..., Watch], port: int) -> None:
@@ -568,7 +568,7 @@ def test_unwatched_namespaces_are_watched_when_descriptors_are_free_again(monkey
         assert len(set(watch.sensor._flows._source._namespaces) - known) >= 3  # type: ignore[union-attr]
 
 
-# ---- what is not seen ----
+# ---- limits ----
 
 
 @both

@@ -150,7 +150,7 @@ def wrong_server(docker: Docker, node: Namespace, name: str, port: int) -> str:
     return container
 
 
-# ---- what is in it ----
+# ---- contents ----
 
 
 def test_image_has_labels_and_a_command(podman: Podman, loaded: Docker) -> None:
@@ -280,7 +280,7 @@ def test_restarted_container_starts_with_an_empty_cache(
     assert not written(podman.call("diff", agent.name))
 
 
-# ---- with less ----
+# ---- fewer rights ----
 
 #: capability -> what is said without it
 MISSED = {

@@ -142,7 +142,7 @@ def test_documented_capabilities_are_enough(folder: Path) -> None:
         assert agent.snapshot()["mode"] == "packet"
 
 
-# ---- what is given up after the start ----
+# ---- rights after the start ----
 
 
 def credentials(pid: int) -> dict[str, str]:

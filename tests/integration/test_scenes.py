@@ -632,7 +632,7 @@ def test_reply_to_a_masqueraded_client_is_not_a_finding(
         assert finding_of(watch, port).expected == wrong
 
 
-# ---- conntrack's absence ----
+# ---- without conntrack ----
 
 
 @both

@@ -262,7 +262,7 @@ def test_one_reply_answers_a_group_and_an_address(watch: Watch, port: int) -> No
             assert watch.count(port) == 0
 
 
-# ---- who speaks first ----
+# ---- hosts that speak first ----
 
 
 def test_replies_to_a_resolver_with_two_addresses_are_not_requests(watch: Watch, port: int) -> None:

@@ -25,7 +25,7 @@ HOT = ("/usr/bin", "/usr/sbin", "/usr/lib/python3", sysconfig.get_path("stdlib")
 
 
 def main(folder: Path) -> int:
-    """Nothing here judges: that is the host's. Returns 0 when result.json is written."""
+    """Record what happens; the host judges it. Returns 0 when result.json is written."""
     (folder / "started").touch()
     request = json.loads((folder / "request.json").read_text())
     if request["cached"]:
@@ -51,13 +51,13 @@ def main(folder: Path) -> int:
 
 
 class Record:
-    """A plugin of pytest: what came of each test is known at once, also of a guest that dies."""
+    """A pytest plugin that writes each result at once, so that a guest that dies leaves its results."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """A test that fails in its teardown as well has two lines."""
+        """Write a line; a test that also fails in its teardown has two."""
         if report.passed and report.when != "call":
             return
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
@@ -84,20 +84,20 @@ def prepare(cached: Sequence[str]) -> None:
 
 
 def bench(parts: Sequence[str]) -> str:
-    """What parts of tests/bench print here."""
+    """Return the output of parts of tests/bench."""
     command = [sys.executable, "tests/bench/bench.py", *parts]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False).stdout
 
 
 def lockdown() -> str:
-    """The level as the kernel names it; "none" also where the kernel has no lockdown."""
+    """Return the level as the kernel names it; "none" also when the kernel has no lockdown."""
     read = "mount -t securityfs none /sys/kernel/security 2>/dev/null; cat /sys/kernel/security/lockdown"
     done = subprocess.run(["unshare", "--mount", "sh", "-c", read], capture_output=True, text=True, check=False)
     return done.stdout.partition("[")[2].partition("]")[0] or "none"
 
 
 def doctor() -> dict[str, Any]:
-    """Its report; raises RuntimeError with what it said where it wrote none."""
+    """Return doctor's report; raises RuntimeError with its output when there is none."""
     command = [sys.executable, "-m", "udpwatch.agent.cli", "doctor", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:

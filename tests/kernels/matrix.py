@@ -107,7 +107,7 @@ SHARE = (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table; tests None: those that were asked for."""
+    """A row of the table; tests None: those of the command line."""
 
     kernel: str  # of packages.SUITES, or NATIVE
     lockdown: str | None = "none"  # None: as the machine has it
@@ -127,7 +127,7 @@ ROWS = (
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What came of a test: "passed", "failed" with the end of the message, "skipped" with the reason."""
+    """The result of a test: "passed", "failed" with the end of the message, "skipped" with the reason."""
 
     name: str
     outcome: str
@@ -140,7 +140,7 @@ class Case:
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a row."""
+    """The result of a row."""
 
     row: Row
     release: str = ""
@@ -158,7 +158,7 @@ class Outcome:
 
     @property
     def attached(self) -> str:
-        """The programs that are attached; tail calls and what the agent runs on demand are not."""
+        """Return the attached programs, without tail calls and programs that the agent runs on demand."""
         return " ".join(name for name in self.programs if name in ATTACHED)
 
     @property
@@ -186,7 +186,9 @@ class Outcome:
 async def run_rows(
     rows: Sequence[Row], kernels: dict[str, Kernel], tests: Sequence[str], bench: Sequence[str], resume: bool
 ) -> list[Outcome]:
-    """Guests side by side, then what is native, alone: it has the machine's real time. All see the tree of now."""
+    """Run guests side by side, then native rows alone, since they share the machine's real time. All use one copy of
+    the tree.
+    """
     tree = RESULTS / "tree/udpwatch"
     _copy(tree)
     digests = state(tree)
@@ -214,7 +216,7 @@ async def run_rows(
 
 
 async def run(row: Row, kernel: Kernel | None, tree: Path, tests: Sequence[str], bench: Sequence[str]) -> Outcome:
-    """Boot (or not, where there is no kernel to boot), wait, read what was left."""
+    """Boot a kernel, unless the row is native; wait, and read the results."""
     print(f"{row.name}: starts", flush=True)
     begin = time.monotonic()
     folder = RESULTS / row.name
@@ -238,20 +240,20 @@ async def run(row: Row, kernel: Kernel | None, tree: Path, tests: Sequence[str],
 
 
 def _files(tree: Path, tests: Sequence[str], kernel: Kernel | None) -> list[str]:
-    """Folders as the test files in them; single tests as they are."""
+    """Expand folders to their test files; keep single tests."""
     found = [str(path.relative_to(tree)) for each in tests for path in sorted((tree / each).glob("test_*.py"))]
     chosen = [each for each in found if not kernel or each not in UNFIT] + [each for each in tests if ".py" in each]
     return sorted(chosen, key=lambda each: each != MODULE_TESTS)
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    """The checkout, and the programs of our own environment: pytest, vng and its other half."""
+    """Return the environment with the checkout, and with our own programs: pytest, vng and its helpers."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return {**os.environ, "PATH": path, "PYTHONPATH": str(tree.parent)}
 
 
 def _copy(tree: Path) -> None:
-    """The checkout without what tools left in it, compiled: a guest would take a hundred times as long."""
+    """Copy the checkout without the files of tools, and compile it: a guest would take a hundred times as long."""
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", ".*_cache", ".hypothesis", "__pycache__")
     shutil.copytree(ROOT, tree, ignore=ignored, symlinks=True)
     (tree / "build").mkdir()
@@ -274,7 +276,7 @@ def _guest(kernel: Kernel, lockdown: str, folder: Path) -> list[str]:
 
 
 async def _finish(command: list[str], folder: Path, environment: dict[str, str], cwd: Path) -> str | None:
-    """Run to the end, which may be a violent one; what is wrong with that end. All of it is gone on return."""
+    """Run to the end, if necessary by killing; returns the problem, if any. No process is left."""
     begin = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *command,
@@ -346,7 +348,7 @@ def _digest(paths: Sequence[Path]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What came of a row before, test file by test file: true as long as nothing changes that it depends on."""
+    """Results of earlier runs of a row by test file; valid until something changes that they depend on."""
 
     row: str
     release: str
@@ -378,7 +380,7 @@ class Kept:
         return outcome
 
     def write(self, outcome: Outcome) -> None:
-        """Keep the files of which every test was run and none failed."""
+        """Keep the files of which every test ran and none failed."""
         if not outcome.release:
             return
         kept = self._load()
@@ -437,8 +439,8 @@ def _unexpected(outcome: Outcome) -> Iterator[str]:
 
 
 def required(outcome: Outcome) -> set[str]:
-    """The programs without which a row is no success: all that have a budget, since Debian's kernels allow all, unless
-    they are locked down. A machine's own kernel may allow less.
+    """Return the programs that a successful row must have attached: all with a budget, since Debian's kernels allow all
+    unless they are locked down. A machine's own kernel may allow less.
     """
     if outcome.row.kernel == NATIVE:
         return {program.name for program in PROGRAMS if program.required}
@@ -448,7 +450,7 @@ def required(outcome: Outcome) -> set[str]:
 
 
 def over_budget(outcome: Outcome) -> Iterator[str]:
-    """What has no budget, or needs more. A machine's own kernel has none: it may be any."""
+    """Yield programs without a budget or over it. The machine's own kernel has none, since it may be any."""
     kernel = outcome.row.kernel
     if kernel == NATIVE:
         return
@@ -470,7 +472,7 @@ def _budgets() -> dict[str, dict[str, int]]:
 
 
 def _proposal(count: int) -> int:
-    """With room to grow, two digits of it."""
+    """Return a budget with room to grow, rounded to two digits."""
     step = 10 ** max(0, len(str(count)) - 2)
     return math.ceil(count * BUDGET_FACTOR / step) * step
 
@@ -488,7 +490,7 @@ COLUMNS: dict[str, Callable[[Outcome], str]] = {
 
 
 def as_text(outcomes: Sequence[Outcome]) -> str:
-    """The table, the programs beside their budgets, and all that is wrong."""
+    """Return the table, the programs with their budgets, and all problems."""
     table = [list(COLUMNS), *([show(outcome) for show in COLUMNS.values()] for outcome in outcomes)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
@@ -519,7 +521,7 @@ def in_short(attached: str) -> str:
 
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
-    """The table of docs/kernels.md: what does not differ from machine to machine."""
+    """Return the table of docs/kernels.md, without what differs between machines."""
     lines = ["| kernel | lockdown | mode | programs | tests |", "|---|---|---|---|---|"]
     for outcome in outcomes:
         series = ".".join(outcome.release.split(".")[:2])
@@ -536,7 +538,7 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
 
 
 def document(outcomes: Sequence[Outcome]) -> None:
-    """Put the table where it belongs in the documents."""
+    """Write the table into the docs."""
     begin, end = MARKERS
     before, _, rest = PAGE.read_text().partition(begin)
     _, _, after = rest.partition(end)
@@ -547,7 +549,7 @@ def document(outcomes: Sequence[Outcome]) -> None:
 
 
 def main() -> int:
-    """Exit status 0: every row came out as it must."""
+    """Return 0 if every row succeeded."""
     parser = argparse.ArgumentParser(description="run the integration tests on other kernels")
     names = [row.name for row in ROWS]
     parser.add_argument("--kernels", type=str.split, default=names, help=f"default: {' '.join(names)}")
@@ -585,7 +587,9 @@ def main() -> int:
 
 @contextmanager
 def only_one() -> Iterator[None]:
-    """Two at once would write over each other. What the last one left goes, but for what is kept."""
+    """Refuse a second run, which would overwrite the first one's files; remove the files of the last run except kept
+    results.
+    """
     RESULTS.mkdir(parents=True, exist_ok=True)
     folder = os.open(RESULTS, os.O_RDONLY)
     try:
@@ -601,7 +605,7 @@ def only_one() -> Iterator[None]:
 
 
 async def interruptible(work: Coroutine[Any, Any, list[Outcome]]) -> list[Outcome]:
-    """SIGTERM is as Ctrl-C."""
+    """Treat SIGTERM like Ctrl-C."""
     task = asyncio.create_task(work)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     return await task

@@ -22,7 +22,7 @@ SUITES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "newest": "si
 
 
 class Unavailable(Exception):
-    """A kernel cannot be had; the message says why and what to do."""
+    """A kernel is not available; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Kernel:
 
 
 def obtain(name: str) -> Kernel:
-    """The kernel of a suite, from the cache or the mirror. Raises Unavailable."""
+    """Return the kernel of a suite, from the cache or the mirror; raises Unavailable."""
     suite = SUITES[name]
     folder = CACHE / suite
     stamp = folder / "packages"  # written last: where it is, everything is there
@@ -59,7 +59,7 @@ def _unpacked(name: str, folder: Path) -> Kernel:
 
 
 def _packages(suite: str, folder: Path) -> list[str]:
-    """name=version of every package that makes the kernel, as the mirror has them now."""
+    """Return name=version of every package of the kernel, as the mirror has them now."""
     (folder / "lists/partial").mkdir(parents=True, exist_ok=True)
     (folder / "sources.list").write_text(f"deb [signed-by={KEYRING}] {_mirror()} {suite} main\n")
     _apt(folder, "update", "-qq")

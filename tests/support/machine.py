@@ -48,7 +48,7 @@ def own_cgroup() -> Iterator[Path]:
     try:
         yield path
     finally:
-        # cgroup.procs is empty before the last process has quite ended: who has ended, rmdir alone knows.
+        # cgroup.procs is empty before the last process has ended completely: only rmdir shows that it has.
         wait_for(lambda: _removed(path), f"{path} to be empty")
 
 

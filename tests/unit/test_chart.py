@@ -337,7 +337,7 @@ def test_agent_that_enters_namespaces_is_not_confined_by_apparmor() -> None:
     assert pod(render(MATRIX["netlink"]))["securityContext"]["appArmorProfile"] == {"type": "Unconfined"}
 
 
-# ---- what the agent reads ----
+# ---- settings ----
 
 
 @pytest.mark.parametrize("name", MATRIX)

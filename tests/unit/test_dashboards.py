@@ -39,7 +39,7 @@ def test_generated_files_match_the_code(tmp_path: Path) -> None:
     assert made == kept, "dashboards/grafana is stale: `make dashboards`"
 
 
-# ---- sound as Grafana reads them ----
+# ---- valid for Grafana ----
 
 
 @EACH
@@ -142,7 +142,7 @@ def test_every_dashboard_is_linked_from_another() -> None:
     assert {"udpwatch-server", "udpwatch-agent"} == set(re.findall(r"/d/([\w-]+)\?", clicked))
 
 
-# ---- about metrics that there are ----
+# ---- metrics ----
 
 
 def exported() -> dict[str, set[str]]:

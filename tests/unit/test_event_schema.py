@@ -30,7 +30,9 @@ def test_golden_events_are_valid(event: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.finding.cause)
 @pytest.mark.parametrize(
-    "sender", [Sender(""), Sender("a", 1, "/b", "c", "/d", "docker", "e", "f", "g", "h")], ids=["nobody", "all"]
+    "sender",
+    [Sender(""), Sender("a", 1, "/b", "c", "/d", "docker", "e", "f", "g", "h")],
+    ids=["unknown sender", "every field"],
 )
 def test_event_of_any_sender_is_valid(event: Any, sender: Sender) -> None:
     if event.finding.cause == Cause.FORWARDED and sender.process:

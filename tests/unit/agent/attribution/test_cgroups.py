@@ -156,7 +156,7 @@ def test_only_a_watched_cgroup_can_be_reported_as_removed(tmp_path: Path) -> Non
     assert not tree.is_removed("/a", 1)
     (tmp_path / "a").rmdir()
     assert tree.is_removed("/a", 2)
-    # Of what was never seen nobody knows.
+    # The end of a cgroup that was never seen is unknown.
     assert not any(tree.is_removed(path, 2) for path in ("/b", "/../a", "/\0", "/never"))
     (tmp_path / "a").mkdir()
     assert not tree.is_removed("/a", 3)

@@ -32,7 +32,7 @@ def test_name_is_read_from_the_state_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b"null", b"{}", b'{"Name": 7}', b'{"Name": null}', b"\xff\xfe", b"[" * 200_000],
-    ids=["empty", "cut", "list", "null", "nameless", "number", "null name", "bytes", "deep"],
+    ids=["empty", "truncated", "list", "null", "no name", "number", "null name", "not UTF-8", "deep"],
 )
 def test_invalid_state_file_gives_no_name(tmp_path: Path, content: bytes) -> None:
     assert DockerNames(state(tmp_path, content)).lookup(ID, 0) == ""

@@ -87,7 +87,17 @@ def test_process_that_ends_during_the_lookup_is_unknown(tmp_path: Path) -> None:
         ("nonsense\n0::/a\n", ("/a",)),
         *((f"0::/a{end}0::/docker/x\n", (f"/a{end}0::/docker/x",)) for end in "\r\v\f\x1c\x1d\x1e\x85\u2028"),
     ],
-    ids=["v2", "none", "root", "hybrid", "v1", "colons", "gone", "odd", *(f"one name {end}" for end in range(8))],
+    ids=[
+        "v2",
+        "none",
+        "root",
+        "hybrid",
+        "v1",
+        "colons",
+        "removed cgroup",
+        "invalid line",
+        *(f"one name {end}" for end in range(8)),
+    ],
 )
 def test_cgroups_of_all_hierarchies_are_read(tmp_path: Path, lines: str, paths: tuple[str, ...]) -> None:
     make(tmp_path, 7, "a", {7: "a"}, lines)

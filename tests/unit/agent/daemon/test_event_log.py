@@ -178,7 +178,7 @@ def test_writer_can_be_stopped_before_its_start(tmp_path: Path) -> None:
     Losses().writer(str(tmp_path / "events")).stop()
 
 
-# ---- where other users can write ----
+# ---- folders that other users can write to ----
 
 
 NOBODY = 65_534

@@ -78,7 +78,7 @@ def test_pages_are_served_over_ipv6() -> None:
         view.stop()
 
 
-# ---- a port that is taken ----
+# ---- ports in use ----
 
 
 def test_used_port_is_bound_once_it_is_free(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,7 +104,7 @@ def test_module_without_the_types_is_an_error(kernel: Path, modules: Path) -> No
         features.flow_offsets(kernel)
 
 
-# ---- how wide a member is ----
+# ---- sizes of members ----
 
 
 class Sizes(Btf):

@@ -167,7 +167,7 @@ def _replace_by_fifo(path: Path) -> None:
         "others write",
         "folder: group",
         "folder: others",
-        "cut",
+        "truncated",
         "empty",
         "other key",
         "link",

@@ -19,7 +19,7 @@ from udpwatch.agent.client.top.rows import Look
         ({}, "total 1   findings 1   lost 0"),
         ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
     ],
-    ids=["quiet", "beyond"],
+    ids=["in rows", "in no row"],
 )
 def test_totals_of_a_node(changes: dict[str, Any], told: str) -> None:
     lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
