@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from agents import Agent, temporary
+from runtimes import RuntimeHost
 from scene import host_with_more_addresses
 from sensors import Watch, open_netlink_watch
 
-from udpwatch.agent.testing.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost, Namespace
 
 _ports = count(20_000)
 
@@ -79,6 +80,26 @@ def host() -> Iterator[ContainerHost]:
     """The demo's machine, with a second address on eth0 and two virtual ones on loopback."""
     with host_with_more_addresses() as lab:
         yield lab
+
+
+@pytest.fixture(scope="module")
+def lab(place: Path) -> Iterator[RuntimeHost]:
+    """The host of container runtimes, for modules with a folder ``place``; closed before that folder is removed."""
+    assert place
+    with RuntimeHost() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="module")
+def node(lab: RuntimeHost) -> Namespace:
+    """The node of that host."""
+    return lab.node
+
+
+@pytest.fixture(scope="module")
+def outside(lab: RuntimeHost) -> Namespace:
+    """The machine outside of it."""
+    return lab.outside
 
 
 @pytest.fixture

@@ -52,24 +52,6 @@ def place() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def lab(place: Path) -> Iterator[RuntimeHost]:
-    """The lab, closed before its folder is removed."""
-    assert place
-    with RuntimeHost() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def node(lab: RuntimeHost) -> Namespace:
-    return lab.node
-
-
-@pytest.fixture(scope="module")
-def outside(lab: RuntimeHost) -> Namespace:
-    return lab.outside
-
-
-@pytest.fixture(scope="module")
 def server(place: Path) -> Path:
     return build_server(place)
 

@@ -49,24 +49,6 @@ def _clear_up_after_a_killed_run() -> None:
 
 
 @pytest.fixture(scope="module")
-def lab(place: Path) -> Iterator[RuntimeHost]:
-    """The lab, closed before its folder is removed."""
-    assert place
-    with RuntimeHost() as lab:
-        yield lab
-
-
-@pytest.fixture(scope="module")
-def node(lab: RuntimeHost) -> Namespace:
-    return lab.node
-
-
-@pytest.fixture(scope="module")
-def outside(lab: RuntimeHost) -> Namespace:
-    return lab.outside
-
-
-@pytest.fixture(scope="module")
 def docker(place: Path, node: Namespace) -> Iterator[Docker]:
     """The daemon of the other containers."""
     with Docker(place / "docker", node) as daemon:
