@@ -22,7 +22,7 @@ from waiting import wait_for
 from udpwatch.agent.kernel.ctnetlink import Listener
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import Cause, Event, Finding, Forwarded, Hooks, Tuple, Verdict
-from udpwatch.agent.sources import flows
+from udpwatch.agent.sources import flow_events, flows
 from udpwatch.agent.testing.lab import ContainerHost, Lab
 
 #: by family: client, the server's address that is asked, the one it answers from, another server
@@ -428,7 +428,7 @@ def test_many_wrong_replies_of_a_pod_are_counted_once(open_watch: Callable[..., 
 @pytest.fixture
 def crowded(open_watch: Callable[..., Watch], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Router]]:
     """A sensor whose table holds 256 clients, and a router without a flow."""
-    monkeypatch.setattr(flows, "MAX_REQUESTS", 256)
+    monkeypatch.setattr(flow_events, "MAX_REQUESTS", 256)
     with Router() as router, closing(open_watch(Limits(max_peers=1024))) as watch:
         yield watch, router
 
@@ -482,7 +482,7 @@ def test_lost_conntrack_events_are_counted_and_recovered_from_the_table(
     """A small buffer, and more new flows than it holds: counted, then read from the table, then right again. Events
     that the buffer still held are in the table as well.
     """
-    monkeypatch.setattr(flows, "RECEIVE_BYTES", 8192)
+    monkeypatch.setattr(flow_events, "RECEIVE_BYTES", 8192)
     client, asked, other, _ = V4
     with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
         for number in range(500):
@@ -515,7 +515,7 @@ def test_conntrack_events_of_other_protocols_are_filtered(router: Router, port: 
 
 
 def test_namespace_created_later_is_watched(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(flow_events, "LOOK_SECONDS", 0.0)
     client, asked, other, _ = V4
     with closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)) as watch:
         with Router() as router:
@@ -545,7 +545,7 @@ def test_namespace_with_events_turned_off_is_reported_as_unwatched(router: Route
 
 def test_unwatched_namespaces_are_watched_when_descriptors_are_free_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Watched namespaces stay watched; the others are reported, and watched once descriptors are free."""
-    monkeypatch.setattr(flows, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(flow_events, "LOOK_SECONDS", 0.0)
     with ExitStack() as stack:
         watch = stack.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
         lab = stack.enter_context(Lab())
