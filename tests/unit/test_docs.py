@@ -16,7 +16,6 @@ PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/
 COLUMNS = 120
 #: Pages that are still too wide.
 TO_DO = {
-    "docs/kubernetes.md",
     "helm/udpwatch/README.md",
 }
 
