@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import subprocess
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from repository import ROOT
 CHART = ROOT / "helm/udpwatch"
 HELM = ROOT / "build/tools/helm"
 NAMESPACE = "monitoring"
+LONGEST_DEFAULT = 80  # shown in the chart's README
 
 Manifest = dict[str, Any]
 Values = Mapping[str, Any]
@@ -61,23 +63,32 @@ def only(manifests: list[Manifest], kind: str) -> Manifest:
     return manifest
 
 
-def values_table() -> str:
-    """Return the table of values for the chart's README, from the comments ``# --`` in values.yaml."""
+def values_list() -> str:
+    """Return the list of values in the chart's README: each comment ``# --`` in values.yaml, with name and default."""
     text = (CHART / "values.yaml").read_text()
     defaults = yaml.safe_load(text)
-    rows, path, comment = ["| value | default | meaning |", "|---|---|---|"], [], ""
+    items, path, comment = "", [], ""
     for line in text.splitlines():
         key = re.match(r"( *)(\w+):", line)
-        if said := re.match(r" *# -- (.*)", line):
-            comment = said[1]
+        if found := re.match(r" *# -- (.*)", line):
+            comment = found[1]
+        elif comment and (more := re.match(r" *# (.*)", line)):
+            comment += f" {more[1]}"
         elif key:
             path = [*path[: len(key[1]) // 2], key[2]]
             if comment:
-                default = functools.reduce(lambda tree, name: tree[name], path, defaults)
-                shown = json.dumps(default).replace("|", "\\|")
-                rows.append(f"| `{'.'.join(path)}` | `{shown}` | {comment.replace('|', chr(92) + '|')} |")
+                default = json.dumps(functools.reduce(lambda tree, name: tree[name], path, defaults))
+                shown = f"`{default}`" if len(default) <= LONGEST_DEFAULT else "see values.yaml"
+                items += _wrapped(f"- `{'.'.join(path)}` ({shown}): {comment}")
             comment = ""
-    return "\n".join(rows) + "\n"
+    return items
+
+
+def _wrapped(item: str) -> str:
+    """Wrap a list item at spaces outside of code."""
+    unbroken = re.sub(r"`[^`]{,90}`", lambda code: code[0].replace(" ", "\0"), item)
+    lines = textwrap.wrap(unbroken, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines).replace("\0", " ") + "\n"
 
 
 def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
