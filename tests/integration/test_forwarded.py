@@ -532,7 +532,6 @@ def test_namespace_created_later_is_watched(port: int, monkeypatch: pytest.Monke
 
 
 def test_namespace_with_events_turned_off_is_reported_as_unwatched(router: Router) -> None:
-    """Somebody has turned them off: nothing will ever come, and that is said."""
     inhabit(router.node)
     router.node.sysctl("net/netfilter/nf_conntrack_events", "0")
     try:
