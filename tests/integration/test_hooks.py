@@ -297,7 +297,7 @@ def test_agent_reports_a_forwarded_wrong_reply_everywhere(folder: Path, port: in
 
 
 @pytest.mark.parametrize("flag", ["--no-forwarded", "--forwarded"])
-def test_agent_logs_whether_it_watches_machines_behind_the_node(folder: Path, flag: str) -> None:
+def test_explicit_choice_about_machines_behind_the_node_is_not_logged(folder: Path, flag: str) -> None:
     with Agent(folder, flag) as agent:
         assert not any("machines behind this node" in line for line in agent.log)
 

@@ -65,7 +65,7 @@ def test_process_that_has_ended_is_unknown(proc: Path) -> None:
     assert look(proc, 0, "") == Process("unknown")
 
 
-def test_process_that_ends_during_the_lookup_is_unknown(tmp_path: Path) -> None:
+def test_process_that_ends_during_the_lookup_keeps_what_was_read(tmp_path: Path) -> None:
     folder = make(tmp_path, 7, "java", {7: "java"}, "")
     (folder / "cgroup").unlink()
     assert look(tmp_path, 7, "java") == Process("java")

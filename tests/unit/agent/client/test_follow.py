@@ -99,7 +99,7 @@ def test_kept_events_come_first_and_none_is_repeated() -> None:
 
 
 def test_equal_event_after_a_new_one_is_shown() -> None:
-    """Once a new event has come, an equal one is a repetition on the wire no longer."""
+    """Only events right after the kept ones can be repetitions of them."""
     assert told([numbered(1)], [{"event": numbered(2)}, {"event": numbered(1)}], since=0.0) == [1, 2, 1, "gone"]
     assert told([numbered(1), numbered(1)], [{"event": numbered(1)}] * 3, since=0.0) == [1, 1, 1, "gone"]
 

@@ -109,7 +109,7 @@ def test_server_can_be_stopped_while_the_port_is_in_use() -> None:
         assert time.monotonic() - begun < http.BIND_SECONDS
 
 
-def test_missing_address_is_retried() -> None:
+def test_missing_address_is_a_problem_that_may_pass() -> None:
     """192.0.2.0/24 is for documentation (RFC 5737): no host has it."""
     view = HttpServer("192.0.2.1", 9953)
     assert view.problem == "cannot listen on 192.0.2.1:9953 for metrics: Cannot assign requested address"

@@ -47,7 +47,7 @@ def test_counts_add_up_and_new_rows_are_returned() -> None:
     assert (row.count, row.sender.pid, row.last) == (5, 8, 2)
 
 
-def test_state_is_ready_while_the_self_test_passes() -> None:
+def test_state_is_ready_with_required_probes_and_a_passed_self_test() -> None:
     summed = state()
     assert not summed.snapshot(True, 0).ready  # nothing was read yet
     ingress = Probe("ingress", True, True, 0, 0.0, 0, 1)
@@ -190,7 +190,7 @@ def test_suspected_reply_is_undecided_not_wrong() -> None:
     assert snapshot.lost["undecided"] == 9
 
 
-def test_jump_of_the_wall_clock_expires_no_row() -> None:
+def test_rows_expire_by_the_monotonic_clock() -> None:
     summed = state(forget=60)
     summed.add(sample(Increase(finding(), 1, 0, 7)), now=1e9, monotonic=0)
     summed.add(sample(), now=2e9, monotonic=1)

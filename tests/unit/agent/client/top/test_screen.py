@@ -473,6 +473,6 @@ def test_lines_scroll_within_what_there_is() -> None:
     asyncio.run(run())
 
 
-def test_rows_of_different_senders_have_different_keys() -> None:
+def test_key_of_a_row_does_not_depend_on_the_process_id() -> None:
     changed = replace(row(), sender=Sender("openvpn", 1))
     assert key_of("n", changed) == key_of("n", row())

@@ -56,7 +56,7 @@ def test_table_fits_the_width() -> None:
     assert "no wrong reply so far" in text.table(look(0), 80, "script")
 
 
-def test_json_object_has_all_documented_keys() -> None:
+def test_json_object_has_only_documented_keys() -> None:
     seen = text.once(Script(look(0, row(count=1)), look(1, row("\x1b[31m[red]", count=3), row(count=3), other=2)), 0.01)
     told = json.loads(json.dumps(text.as_json(seen)))
     assert told["findings"][0] | {"last": None} == {
