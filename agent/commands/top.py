@@ -49,7 +49,7 @@ def run(parsed: argparse.Namespace) -> int:
             signal.signal(number, handler)
 
 
-def _source(parsed: argparse.Namespace) -> sources.Source:
+def _source(parsed: argparse.Namespace) -> sources.ViewSource:
     if parsed.prometheus:
         return PrometheusSource(parsed.prometheus)
     if parsed.replay:
@@ -57,19 +57,19 @@ def _source(parsed: argparse.Namespace) -> sources.Source:
     return sources.open_agent(parsed.connect)
 
 
-def _show(source: sources.Source, parsed: argparse.Namespace) -> int:
+def _show(source: sources.ViewSource, parsed: argparse.Namespace) -> int:
     """Print one table or object, print lines or objects without end, or run the screen."""
     if parsed.once:
-        look = text.once(source, parsed.interval)
+        view = text.once(source, parsed.interval)
         width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(json.dumps(text.as_json(look)) if parsed.json else text.table(look, width, source.name))
+        print(json.dumps(text.as_json(view)) if parsed.json else text.table(view, width, source.name))
         return 0
     terminal = sys.stdin.isatty() and sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if terminal and not parsed.json:
         return text.interactive(source, parsed.interval, explain.short_advice)
     shown: dict[Key, int] = {}
-    for look in text.looks(source, parsed.interval, lambda line: print(f"udpwatch: {line}", file=sys.stderr)):
-        for line in [json.dumps(text.as_json(look))] if parsed.json else text.changes(look, shown):
+    for view in text.views(source, parsed.interval, lambda line: print(f"udpwatch: {line}", file=sys.stderr)):
+        for line in [json.dumps(text.as_json(view))] if parsed.json else text.changes(view, shown):
             print(line)
         sys.stdout.flush()
     return 0

@@ -24,7 +24,7 @@ async def photograph(recording: Path) -> str:
     os.environ.setdefault("UDPWATCH_NODE", "node-1")
     source = open_replay(str(recording))
     try:
-        app = TopApp(source, remedy=explain.short_advice)
+        app = TopApp(source, fix=explain.short_advice)
         async with app.run_test(size=SIZE) as pilot:
             end = time.monotonic() + PLAYED_SECONDS
             while time.monotonic() < end or not app.query_one(Findings).selected:

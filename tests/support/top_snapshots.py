@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from udpwatch.agent.client.top.rows import Look
+from udpwatch.agent.client.top.rows import View
 from udpwatch.agent.model import Row, Sender, Snapshot
 
 NOW = 1_800_000_000.0
@@ -26,5 +26,5 @@ def snapshot(*found: Row, **changes: Any) -> Snapshot:
     return replace(plain_snapshot, **changes)
 
 
-def look(seconds: float, *found: Row, **changes: Any) -> Look:
-    return Look(NOW + seconds, (snapshot(*found, time=NOW + seconds, **changes),))
+def view(seconds: float, *found: Row, **changes: Any) -> View:
+    return View(NOW + seconds, (snapshot(*found, time=NOW + seconds, **changes),))

@@ -1,1 +1,1 @@
-"""`udpwatch top`: what it shows of one node or of all nodes, and how it stays up to date."""
+"""`udpwatch top`: a live view of one node, or of all nodes by way of Prometheus."""

@@ -1,4 +1,4 @@
-"""The three lines above the table: who is watched and how it stands, the numbers, the last minutes. Pure functions."""
+"""Lay out the three lines above the table: the source and its state, the counts, the recent rate. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from math import ceil
 from rich.cells import cell_len
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.layout import Painted, age_text, clock_text, count_text, fitted, rate_text
-from udpwatch.agent.client.top.rows import HISTORY_SECONDS, Baseline, Look, other_of, total_of
+from udpwatch.agent.client.top.layout import StyledLine, age_text, clock_text, count_text, fitted, rate_text
+from udpwatch.agent.client.top.rows import HISTORY_SECONDS, Baseline, View, other_of, total_of
 
 STALE_SECONDS = 5.0
 _KERNEL_WIDTH = 24
@@ -19,50 +19,50 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """How the screen stands to its source."""
+class SourceState:
+    """The state of the screen's source."""
 
-    source: str
+    name: str
     now: float  # seconds since the epoch
-    paused: float | None = None  # since when
-    trouble: str = ""  # why it is not connected
+    paused: float | None = None  # when the screen was paused, seconds since the epoch
+    error: str = ""  # why it is not connected
 
 
-def _state(look: Look | None, condition: Condition) -> tuple[str, str]:
-    if condition.trouble:
-        age = f", as of {age_text(condition.now - look.time)} ago" if look else ""
-        return f"not connected: retrying{age}", "trouble"
-    if condition.paused is not None:
-        return f"paused at {clock_text(condition.paused)}", "paused"
-    if look is None:
+def _state(view: View | None, source: SourceState) -> tuple[str, str]:
+    if source.error:
+        age = f", data is {age_text(source.now - view.time)} old" if view else ""
+        return f"not connected: retrying{age}", "error"
+    if source.paused is not None:
+        return f"paused at {clock_text(source.paused)}", "paused"
+    if view is None:
         return "connecting", "paused"
-    age_seconds = condition.now - look.time
-    if not all(each.ready for each in look.snapshots):
-        return f"not ready, {age_text(age_seconds)} ago", "trouble"
-    stale = not look.cluster and age_seconds > STALE_SECONDS
-    return f"● {age_text(age_seconds)} ago", "trouble" if stale else "live"
+    age_seconds = source.now - view.time
+    if not all(each.ready for each in view.snapshots):
+        return f"not ready, {age_text(age_seconds)} ago", "error"
+    stale = not view.cluster and age_seconds > STALE_SECONDS
+    return f"● {age_text(age_seconds)} ago", "error" if stale else "live"
 
 
-def banner(look: Look | None, condition: Condition, baseline: Baseline | None, width: int) -> list[Painted]:
-    """The three lines above the table."""
+def banner(view: View | None, source: SourceState, baseline: Baseline | None, width: int) -> list[StyledLine]:
+    """Return the three lines above the table."""
     return [
-        _title(look, condition, width),
-        _numbers(look, condition, baseline, width),
-        _graph(look, width),
+        _title(view, source, width),
+        _counts(view, source, baseline, width),
+        _graph(view, width),
     ]
 
 
-def _title(look: Look | None, condition: Condition, width: int) -> Painted:
-    state, style = _state(look, condition)
-    painted: Painted = [(" udpwatch", "name")]
-    if look and look.cluster:
-        nodes = len(look.snapshots)
-        facts = [("", f"{nodes} node" + "s" * (nodes != 1)), ("", condition.source)]
-    elif look and look.snapshots:
-        each = look.snapshots[0]
+def _title(view: View | None, source: SourceState, width: int) -> StyledLine:
+    state, style = _state(view, source)
+    styled: StyledLine = [(" udpwatch", "name")]
+    if view and view.cluster:
+        nodes = len(view.snapshots)
+        facts = [("", f"{nodes} node" + "s" * (nodes != 1)), ("", source.name)]
+    elif view and view.snapshots:
+        each = view.snapshots[0]
         facts = [("", each.node), ("mode", each.mode), ("kernel", fitted(each.kernel, _KERNEL_WIDTH).rstrip())]
     else:
-        facts = [("", condition.source)]
+        facts = [("", source.name)]
     room = width - cell_len(state) - 12
     for label, fact in facts:
         text = f"  {label} " if label else "  "
@@ -70,43 +70,43 @@ def _title(look: Look | None, condition: Condition, width: int) -> Painted:
         if need > room and label:
             break
         shown = safe(fact) if need <= room else fitted(safe(fact), max(room - 2, 1))
-        painted += [(text, "label"), (shown, "fact")]
+        styled += [(text, "label"), (shown, "fact")]
         room -= need
-    return _ended(painted, [(state + " ", style)], width)
+    return _justified(styled, [(state + " ", style)], width)
 
 
-def _numbers(look: Look | None, condition: Condition, baseline: Baseline | None, width: int) -> Painted:
-    if look is None:
-        return _ended([(f" {safe(condition.trouble)}", "trouble")] if condition.trouble else [], [], width)
-    found = sum(len(each.rows) for each in look.snapshots)
-    other = other_of(look, baseline)
-    lost = sum(sum(each.lost.values()) for each in look.snapshots)
-    painted: Painted = [(" wrong ", "label"), (f"{rate_text(look.wrong)}/s", "wrong" if look.wrong else "fact")]
+def _counts(view: View | None, source: SourceState, baseline: Baseline | None, width: int) -> StyledLine:
+    if view is None:
+        return _justified([(f" {safe(source.error)}", "error")] if source.error else [], [], width)
+    found = sum(len(each.rows) for each in view.snapshots)
+    other = other_of(view, baseline)
+    lost = sum(sum(each.lost.values()) for each in view.snapshots)
+    styled: StyledLine = [(" wrong ", "label"), (f"{rate_text(view.wrong)}/s", "wrong" if view.wrong else "fact")]
     facts = [
-        ("checked", f"{rate_text(look.checked)}/s", "fact"),
-        ("total", count_text(total_of(look, baseline)), "fact"),
+        ("checked", f"{rate_text(view.checked)}/s", "fact"),
+        ("total", count_text(total_of(view, baseline)), "fact"),
         ("findings", str(found), "fact"),
-        ("lost", count_text(lost), "trouble" if lost else "fact"),
+        ("lost", count_text(lost), "error" if lost else "fact"),
     ]
     if other:
-        facts.insert(-1, ("in no row", count_text(other), "fact"))
+        facts.insert(-1, ("other", count_text(other), "fact"))
     for label, fact, style in facts:
-        painted += [(f"   {label} ", "label"), (fact, style)]
-    since = [(f"counted since {clock_text(baseline.time)} ", "paused")] if baseline else []
-    if condition.trouble:
-        since = [(f"{safe(condition.trouble)} ", "trouble")]
-    return _ended(painted, since, width)
+        styled += [(f"   {label} ", "label"), (fact, style)]
+    note = [(f"totals since {clock_text(baseline.time)} ", "paused")] if baseline else []
+    if source.error:
+        note = [(f"{safe(source.error)} ", "error")]
+    return _justified(styled, note, width)
 
 
-def _graph(look: Look | None, width: int) -> Painted:
+def _graph(view: View | None, width: int) -> StyledLine:
     left, right_width = " last 5 min ", 15
     columns = max(0, width - len(left) - right_width)
-    bars, peak = spark(look.history, look.time, columns) if look else (" " * columns, 0.0)
+    bars, peak = spark(view.history, view.time, columns) if view else (" " * columns, 0.0)
     return [(left, "label"), (bars, "graph"), (fitted(f" peak {rate_text(peak)}/s", right_width), "label")]
 
 
-def _ended(left: Painted, right: Painted, width: int) -> Painted:
-    """Left and right parts in one line; the right one gives way where both do not fit."""
+def _justified(left: StyledLine, right: StyledLine, width: int) -> StyledLine:
+    """Put two parts at the ends of one line; cut the right part if they do not fit."""
     used = sum(cell_len(text) for text, _ in left)
     room = width - used - 1
     if right and room < 8:
@@ -119,7 +119,7 @@ def _ended(left: Painted, right: Painted, width: int) -> Painted:
 
 
 def spark(history: Sequence[tuple[float, float]], now: float, columns: int) -> tuple[str, float]:
-    """HISTORY_SECONDS of a rate in as many columns, the newest at the right; and the highest column's rate."""
+    """Draw HISTORY_SECONDS of a rate in ``columns`` bars, the newest at the right; also return the highest rate."""
     if columns <= 0:
         return "", 0.0
     seconds = HISTORY_SECONDS / columns
@@ -130,11 +130,11 @@ def spark(history: Sequence[tuple[float, float]], now: float, columns: int) -> t
         if 0 <= column < columns:
             sums.setdefault(column, []).append(rate)
     values = [sum(sums[column]) / len(sums[column]) if column in sums else None for column in range(columns)]
-    return _bars(_bridged(values))
+    return _bars(_filled(values))
 
 
-def _bridged(values: list[float | None]) -> list[float | None]:
-    """With long intervals only some columns have a value of their own: it is the rate of those before it, too."""
+def _filled(values: list[float | None]) -> list[float | None]:
+    """Fill each gap with the next value. A value is the rate since the previous one, so it applies to the gap, too."""
     known = [column for column, value in enumerate(values) if value is not None]
     for left, right in pairwise(known):
         for column in range(left + 1, right):

@@ -1,4 +1,7 @@
-"""The pane about one row: who it is, how to mend it, its latest events as conntrack saw them. Pure functions."""
+"""Lay out the detail pane of one row: its sender, the fix, and its latest events with conntrack's entries.
+
+Pure functions.
+"""
 
 from __future__ import annotations
 
@@ -8,68 +11,68 @@ from datetime import datetime
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.layout import Painted, clock_text, count_text, rate_text
+from udpwatch.agent.client.top.layout import StyledLine, clock_text, count_text, rate_text
 from udpwatch.agent.client.top.rows import Key, Line
 from udpwatch.agent.model import Row
 
 MAX_EVENTS = 20
 
 _CAUSES = {
-    "kernel-chosen": "the socket is bound to all addresses and left the source to routing",
-    "explicit": "the application chose this source itself",
-    "connected": "the socket was connected: its source has been fixed since",
-    "forwarded": "the reply of a machine behind this node",
-    "unknown": "why is not known",
+    "kernel-chosen": "the socket is bound to all addresses, and routing chose the source",
+    "explicit": "the application chose the source itself",
+    "connected": "the socket was connected, and connect() chose the source",
+    "forwarded": "a machine behind this node sent the reply",
+    "unknown": "how the source was chosen is unknown",
 }
 _VERDICTS = {
-    "new": "conntrack booked the reply as a new flow: NAT is not undone, the client's kernel refuses it",
-    "untracked": "no conntrack on this path: a client with a connected socket refuses it",
-    "unknown": "conntrack could not be read",
+    "new": "conntrack counts the reply as a new flow: NAT is not undone, and the client's kernel rejects the reply",
+    "untracked": "conntrack does not track this traffic; a client with a connected socket rejects the reply",
+    "unknown": "this kernel does not report conntrack's verdict",
 }
-GENERAL_REMEDY = (
-    "Bind the server to each address that clients ask, or let it use IP_PKTINFO (IPV6_PKTINFO): take the "
-    "address of each request from recvmsg() and give it to sendmsg(). See docs/findings.md."
+GENERAL_FIX = (
+    "Bind the server to each address that clients ask, or use IP_PKTINFO (IPV6_PKTINFO): take the address of each "
+    "request from recvmsg() and pass it to sendmsg(). See docs/findings.md."
 )
 
 
 def events_of(key: Key, events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The events of one row, the newest first."""
-    wanted = (key.process, key.pod, key.container, key.port, key.expected, key.actual, key.verdict, key.cause)
+    """Return the events of one row, the newest first."""
+    values = (key.process, key.pod, key.container, key.port, key.expected, key.actual, key.verdict, key.cause)
     names = ("process", "pod", "container", "port", "expected", "actual", "verdict", "cause")
-    of_row = [event for event in events if tuple(event.get(name) or "" for name in names) == wanted]
+    of_row = [event for event in events if tuple(event.get(name) or "" for name in names) == values]
     return of_row[: -MAX_EVENTS - 1 : -1]
 
 
 def title(line: Line) -> str:
-    """The pane's title."""
     process = safe(line.key.process) or "another machine"
     return f"{process}, port {line.key.port}/udp"
 
 
 def detail(
-    line: Line, events: Sequence[dict[str, Any]] | None, remedy: str, width: int, cluster: bool
-) -> list[Painted]:
-    """The pane's lines; ``events`` as `events_of` gives them, None while they are being asked for."""
+    line: Line, events: Sequence[dict[str, Any]] | None, fix: str, width: int, cluster: bool
+) -> list[StyledLine]:
+    """Return the lines of the pane. ``events``: from `events_of`; None: not received yet."""
     key, row = line.key, line.row
     lines = _about(key, row, cluster)
     verdict, cause = safe(key.verdict), safe(key.cause)
-    lines.append(("asked", f"{safe(key.expected)}, answered from {safe(key.actual)}: {_CAUSES.get(cause, cause)}"))
-    lines.append((verdict, _VERDICTS.get(verdict, verdict)))
-    seen = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
+    lines.append(("asked at", f"{safe(key.expected)}, replied from {safe(key.actual)}: {_CAUSES.get(cause, cause)}"))
+    lines.append(("verdict", f"{verdict}: {_VERDICTS[verdict]}" if verdict in _VERDICTS else verdict))
+    counts = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
     if row.last:
-        seen += f", the last at {clock_text(row.last)}"
-    lines.append(("count", seen))
-    lines.append(("remedy", safe_lines(remedy or GENERAL_REMEDY)))
-    painted = [each for label, text in lines for each in _labelled(label, text, width)]
-    return painted + _latest(events, width, cluster)
+        counts += f", the last at {clock_text(row.last)}"
+    lines.append(("count", counts))
+    lines.append(("fix", safe_lines(fix or GENERAL_FIX)))
+    styled = [each for label, text in lines for each in _labelled(label, text, width)]
+    return styled + _latest(events, width, cluster)
 
 
 def safe_lines(text: str) -> str:
-    """`safe`, of a text of several lines."""
+    """Apply `safe` to each line."""
     return "\n".join(map(safe, text.splitlines()))
 
 
 def _about(key: Key, row: Row, cluster: bool) -> list[tuple[str, str]]:
+    """Describe the sender: (label, text) of each line."""
     sender = row.sender
     lines = []
     if cluster:
@@ -77,40 +80,41 @@ def _about(key: Key, row: Row, cluster: bool) -> list[tuple[str, str]]:
     if sender.pid:
         executable = sender.command or sender.executable
         lines.append(("process", f"pid {sender.pid}" + (f"  {safe(executable)}" if executable else "")))
-    where = []
+    location = []
     if sender.pod:
-        where.append(f"pod {sender.namespace}/{sender.pod}")
+        location.append(f"pod {sender.namespace}/{sender.pod}")
     if sender.container:
-        where.append(f"container {sender.container}")
+        location.append(f"container {sender.container}")
     if sender.runtime or sender.container_id:
-        where.append(" ".join(filter(None, (sender.runtime, sender.container_id[:12]))))
+        location.append(" ".join(filter(None, (sender.runtime, sender.container_id[:12]))))
     if row.interface:
-        where.append(f"came in by {row.interface}")
-    if where:
-        lines.append(("where", safe(", ".join(where))))
+        location.append(f"received on {row.interface}")
+    if location:
+        lines.append(("location", safe(", ".join(location))))
     elif sender.cgroup not in {"", "/"}:
         lines.append(("cgroup", safe(sender.cgroup)))
     return lines
 
 
-def _latest(events: Sequence[dict[str, Any]] | None, width: int, cluster: bool) -> list[Painted]:
+def _latest(events: Sequence[dict[str, Any]] | None, width: int, cluster: bool) -> list[StyledLine]:
     if cluster:
-        return _labelled("events", "Prometheus keeps none: run `udpwatch top` or `udpwatch events` on that node", width)
+        text = "Prometheus stores no events; run `udpwatch top` or `udpwatch events` on that node"
+        return _labelled("events", text, width)
     if not events:
-        return _labelled("events", "..." if events is None else "none of the latest is of this row", width)
+        return _labelled("events", "..." if events is None else "none of the latest events belongs to this row", width)
     return _labelled("events", "\n".join(map(_event, events)), width)
 
 
 def _event(event: dict[str, Any]) -> str:
     conntrack = event.get("conntrack") or {}
-    booked, request = conntrack.get("original"), conntrack.get("request")
+    original, request = conntrack.get("original"), conntrack.get("request")
     text = _clock(event.get("time"))
-    if not booked:
+    if not original:
         text += f"  client {_join(event.get('peer'), event.get('peer_port'))}"
     if request:
         text += f"  asked {_flow(request)}"
-    if booked:
-        text += f"  conntrack {_flow(booked)}"
+    if original:
+        text += f"  conntrack {_flow(original)}"
     return safe(text)
 
 
@@ -133,13 +137,13 @@ def _clock(time: object) -> str:
 _LABEL_WIDTH = 11
 
 
-def _labelled(label: str, text: str, width: int) -> list[Painted]:
-    """A label and its text, folded beside it."""
+def _labelled(label: str, text: str, width: int) -> list[StyledLine]:
+    """Wrap a text beside its label."""
     room = max(10, width - _LABEL_WIDTH - 1)
-    folded = [
+    wrapped = [
         line
         for part in text.split("\n")
         for line in textwrap.wrap(part, room, break_on_hyphens=False, subsequent_indent="") or [""]
     ]
     first = f" {label:<{_LABEL_WIDTH - 1}}"
-    return [[(first if at == 0 else " " * _LABEL_WIDTH, "label"), (line, "fact")] for at, line in enumerate(folded)]
+    return [[(first if at == 0 else " " * _LABEL_WIDTH, "label"), (line, "fact")] for at, line in enumerate(wrapped)]

@@ -1,4 +1,4 @@
-"""The thread that asks a source in turn, so that a slow one never holds up the screen."""
+"""A thread that reads the source, so that a slow source never blocks the screen."""
 
 from __future__ import annotations
 
@@ -8,67 +8,67 @@ from dataclasses import dataclass
 from typing import Any
 
 from udpwatch.agent.client.top.detail import events_of
-from udpwatch.agent.client.top.rows import Key, Look, Meter
-from udpwatch.agent.client.top.sources import Source
+from udpwatch.agent.client.top.rows import Key, Meter, View
+from udpwatch.agent.client.top.sources import ViewSource
 from udpwatch.agent.errors import UdpwatchError
 
 STOP_SECONDS = 2.0
-EVENTS_ASKED = 1_000
+EVENTS_REQUESTED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class News:
-    """What one round brought."""
+class Update:
+    """The result of one read."""
 
-    look: Look | None = None
-    trouble: str = ""  # why there is no look; the next round tries again
-    failure: UdpwatchError | None = None  # why there will be no other one
-    subject: Key | None = None  # whose events these are
+    view: View | None = None
+    error: str = ""  # why there is no result; the next read tries again
+    fatal: UdpwatchError | None = None  # why reading has stopped
+    key: Key | None = None  # the row of the events
     events: tuple[dict[str, Any], ...] = ()  # the newest first
 
 
 class Feed(threading.Thread):
-    """Asks every ``interval`` seconds, and at once when the subject changes."""
+    """Reads every ``interval`` seconds, and immediately when another row is followed."""
 
-    def __init__(self, source: Source, interval: float, tell: Callable[[News], None]) -> None:
-        """``tell`` is called in this thread and must not block."""
+    def __init__(self, source: ViewSource, interval: float, publish: Callable[[Update], None]) -> None:
+        """``publish`` is called in this thread and must not block."""
         super().__init__(name="feed", daemon=True)
-        self._source, self._interval, self._tell = source, interval, tell
+        self._source, self._interval, self._publish = source, interval, publish
         self._meter = Meter()
-        self._subject: Key | None = None
+        self._key: Key | None = None
         self._wake = threading.Event()
         self._stopping = False
 
-    def follow(self, subject: Key | None) -> None:
-        """Bring this row's events, too; None: none."""
-        self._subject = subject
-        if subject:
+    def follow(self, key: Key | None) -> None:
+        """Read the events of this row, too; None: no events."""
+        self._key = key
+        if key:
             self._wake.set()
 
     def run(self) -> None:
         while not self._stopping:
             self._wake.clear()
-            news = self._ask()
+            update = self._read()
             if self._stopping:
                 break
-            self._tell(news)
-            if news.failure:
+            self._publish(update)
+            if update.fatal:
                 break
             self._wake.wait(self._interval)
 
-    def _ask(self) -> News:
-        subject = self._subject
+    def _read(self) -> Update:
+        key = self._key
         try:
-            look = self._meter.add(self._source.read())
-            events = events_of(subject, self._source.events(EVENTS_ASKED)) if subject else []
-            return News(look, subject=subject, events=tuple(events))
+            view = self._meter.add(self._source.read())
+            events = events_of(key, self._source.events(EVENTS_REQUESTED)) if key else []
+            return Update(view, key=key, events=tuple(events))
         except OSError as error:
-            return News(trouble=error.strerror or str(error) or type(error).__name__)
+            return Update(error=error.strerror or str(error) or type(error).__name__)
         except UdpwatchError as error:
-            return News(failure=error)
+            return Update(fatal=error)
 
     def stop(self) -> None:
-        """End it; where it waits for an answer, it ends by itself, unheard."""
+        """Stop reading. A read that is still waiting for a response ends later and is discarded."""
         self._stopping = True
         self._wake.set()
         if self.ident and self is not threading.current_thread():

@@ -1,7 +1,7 @@
-"""`udpwatch top` in characters: numbers, and columns that fit a width. Pure functions.
+"""Format numbers and lay out columns in a given width. Pure functions.
 
-A painted line is a list of (text, style), where a style is a name that screen.py gives a look. Text from outside
-passes `safe` here, and is never read as markup.
+A styled line is a list of (text, style); style.py defines the styles. Untrusted text passes through `safe` here and is
+never parsed as markup.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from rich.cells import cell_len, set_cell_size
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.rows import Line, Order
 
-Painted = list[tuple[str, str]]
+StyledLine = list[tuple[str, str]]
 
 
 def fitted(text: str, width: int, right: bool = False) -> str:
-    """Exactly ``width`` cells of it; what is cut off is shown as cut off."""
+    """Pad or cut the text to exactly ``width`` cells; a cut text ends with "…"."""
     length = cell_len(text)
     if length > width:
         return set_cell_size(text, width - 1) + "…" if width > 0 else ""
@@ -27,7 +27,7 @@ def fitted(text: str, width: int, right: bool = False) -> str:
 
 
 def address_text(address: str, width: int) -> str:
-    """An address in ``width`` cells; both of its ends tell more than its middle."""
+    """Fit an address into ``width`` cells. The middle is cut, because both ends are more significant."""
     address = safe(address)
     if len(address) <= width or width < 3:
         return fitted(address, width)
@@ -36,7 +36,7 @@ def address_text(address: str, width: int) -> str:
 
 
 def rate_text(rate: float | None) -> str:
-    """Five characters at most."""
+    """Format a rate in at most five characters."""
     if rate is None:
         return "·"
     if rate == 0:
@@ -47,7 +47,7 @@ def rate_text(rate: float | None) -> str:
 
 
 def count_text(count: float) -> str:
-    """Exact as far as it fits in seven characters."""
+    """Format a count in at most seven characters, exactly if it fits."""
     return f"{count:.0f}" if count < 1e7 else _short(count)
 
 
@@ -60,7 +60,7 @@ def _short(number: float) -> str:
 
 
 def age_text(seconds: float) -> str:
-    """Four characters at most."""
+    """Format an age in at most four characters."""
     seconds = max(0.0, seconds)
     for limit, unit, size in ((60, "s", 1), (3600, "m", 60), (86_400, "h", 3600)):
         if seconds < limit:
@@ -69,28 +69,28 @@ def age_text(seconds: float) -> str:
 
 
 def clock_text(time: float) -> str:
-    """Local time of day: people read their own clock."""
+    """Format the time of day in the local time zone."""
     return datetime.fromtimestamp(time).strftime("%H:%M:%S")
 
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One column: what stands in it, how it may shrink."""
+    """One column: its content, and how it may shrink."""
 
     name: str
-    headings: tuple[str, ...]  # the long one, the short one
-    cell: Callable[[Line, float], str]  # of a line, at a time
+    headings: tuple[str, ...]  # (long, short)
+    cell: Callable[[Line, float], str]  # (line, time now) -> text
     right: bool = False
     order: Order | None = None
-    brief: Callable[[Line, float], str] | None = None  # the same in few cells
-    width: int = 0  # as laid out
+    brief: Callable[[Line, float], str] | None = None  # the same as `cell` in fewer cells
+    width: int = 0
 
 
 def _last(line: Line, now: float) -> str:
     return age_text(now - line.row.last) if line.row.last else "-"
 
 
-#: in few cells
+#: short forms for narrow terminals
 _BRIEF = {
     "kernel-chosen": "kernel",
     "explicit": "app",
@@ -99,10 +99,10 @@ _BRIEF = {
     "untracked": "untr",
     "unknown": "?",
 }
-_ADDRESSES = {"asked", "answered"}
-_NAMES = {"node", "process", "where"}
-#: who gives cells where there are too few, and how many it keeps: names before addresses
-_GIVING = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
+_ADDRESSES = {"asked", "replied"}
+_NAMES = {"node", "process", "location"}
+#: the columns to shrink, in this order, and their minimum widths
+_SHRINK_ORDER = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
 
 
 def _brief(word: str) -> str:
@@ -113,15 +113,15 @@ COLUMNS = (
     Column("node", ("node",), lambda line, _: safe(line.key.node)),
     Column("process", ("process",), lambda line, _: safe(line.key.process) or "-", order=Order.PROCESS),
     Column(
-        "where",
+        "location",
         ("pod or container", "pod"),
-        lambda line, _: safe(line.where) or "-",
-        order=Order.WHERE,
-        brief=lambda line, _: safe(line.key.pod or line.where) or "-",
+        lambda line, _: safe(line.location) or "-",
+        order=Order.LOCATION,
+        brief=lambda line, _: safe(line.key.pod or line.location) or "-",
     ),
     Column("port", ("port",), lambda line, _: str(line.key.port), right=True, order=Order.PORT),
     Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
-    Column("answered", ("answered from", "answered"), lambda line, _: safe(line.key.actual)),
+    Column("replied", ("replied from", "replied"), lambda line, _: safe(line.key.actual)),
     Column(
         "verdict",
         ("verdict", "ct"),
@@ -136,32 +136,32 @@ COLUMNS = (
 
 
 def columns_for(lines: Sequence[Line], width: int, cluster: bool, order: Order) -> tuple[Column, ...]:
-    """The columns laid out for ``lines`` in ``width`` cells.
+    """Lay out the columns for ``lines`` in ``width`` cells.
 
-    Where they do not fit, headings give way first, then words that have a short form, then names, addresses last.
+    If they do not fit, headings are shortened first, then words with a short form, then names, and addresses last.
     """
     columns = [column for column in COLUMNS if cluster or column.name != "node"]
     laid = [_natural(column, lines, order) for column in columns]
-    for brief in ((), ("verdict", "cause"), ("verdict", "cause", "where")):
+    for brief in ((), ("verdict", "cause"), ("verdict", "cause", "location")):
         if _total(laid) <= width:
             break
-        laid = [_natural(_briefer(column, column.name in brief), lines, order) for column in columns]
+        laid = [_natural(_shortened(column, column.name in brief), lines, order) for column in columns]
     return tuple(_spread(_shrunk(laid, width), width))
 
 
-def _briefer(column: Column, words: bool) -> Column:
-    """With its shortest heading, and with its short words, too."""
+def _shortened(column: Column, words: bool) -> Column:
+    """Use the short heading and, with ``words``, the short form of the content."""
     cell = column.brief if words and column.brief else column.cell
     return replace(column, headings=column.headings[-1:], cell=cell)
 
 
-#: what changes all the time does not move its column; a total has its five cells at least
-_FIXED = {"rate": 5, "total": 5, "last": 4, "port": 5}
+#: minimum widths, so that changing numbers do not move the columns
+_MINIMUM = {"rate": 5, "total": 5, "last": 4, "port": 5}
 
 
 def _natural(column: Column, lines: Sequence[Line], order: Order) -> Column:
-    """As wide as its content, and as its heading with an arrow."""
-    content = _FIXED.get(column.name, 0)
+    """Set the width to that of the content or of the heading with its arrow."""
+    content = _MINIMUM.get(column.name, 0)
     if column.name == "total":
         content = max([content, *(len(count_text(line.total)) for line in lines)])
     elif not content:
@@ -175,52 +175,52 @@ def _total(columns: Sequence[Column]) -> int:
 
 
 def _shrunk(columns: Sequence[Column], width: int) -> list[Column]:
-    """Taken a cell at a time from the widest of those that may give; when nobody may, from everything."""
+    """Shrink the widest column of _SHRINK_ORDER, one cell at a time; if all are at their minimum, shrink any column."""
     widths = [column.width for column in columns]
     for _ in range(_total(columns) - width):
-        for names, least in _GIVING:
-            giving = [at for at, each in enumerate(columns) if each.name in names and widths[at] > least]
-            if giving:
+        for names, minimum in _SHRINK_ORDER:
+            candidates = [at for at, each in enumerate(columns) if each.name in names and widths[at] > minimum]
+            if candidates:
                 break
         else:
-            giving = [at for at in range(len(columns)) if widths[at] > 1]
-        if not giving:
+            candidates = [at for at in range(len(columns)) if widths[at] > 1]
+        if not candidates:
             break
-        widths[max(giving, key=lambda at: widths[at])] -= 1
+        widths[max(candidates, key=lambda at: widths[at])] -= 1
     return [replace(column, width=each) for column, each in zip(columns, widths, strict=True)]
 
 
 def _spread(columns: Sequence[Column], width: int) -> list[Column]:
-    """Some room between the columns where there is some: blanks before each, three at most."""
+    """Divide spare room between the columns, at most three blanks before each."""
     spare = width - _total(columns)
     gap = min(3, spare // len(columns))
     return [replace(column, width=column.width + (gap if at else 0)) for at, column in enumerate(columns)]
 
 
-def heading(columns: Sequence[Column], order: Order, backwards: bool) -> Painted:
-    """The line above the table; an arrow shows by which column, and which way, it is sorted."""
-    painted: Painted = []
+def heading(columns: Sequence[Column], order: Order, backwards: bool) -> StyledLine:
+    """Return the line of headings; an arrow marks the sorted column and its direction."""
+    styled: StyledLine = []
     for column in columns:
         arrow = ("▼" if order.falls is not backwards else "▲") if column.order is order else ""
         text = fitted(column.headings[0] + arrow, column.width, column.right)
-        painted += [(text, "heading-sorted" if arrow else "heading"), (" ", "heading")]
-    return painted[:-1]
+        styled += [(text, "heading-sorted" if arrow else "heading"), (" ", "heading")]
+    return styled[:-1]
 
 
-def cells(line: Line, columns: Sequence[Column], now: float) -> Painted:
-    """One line of the table."""
+def cells(line: Line, columns: Sequence[Column], now: float) -> StyledLine:
+    """Return one line of the table."""
     quiet = line.rate == 0
-    painted: Painted = []
+    styled: StyledLine = []
     for column in columns:
-        style = "quiet" if quiet and column.name != "answered" else column.name
+        style = "quiet" if quiet and column.name != "replied" else column.name
         cell = column.cell(line, now)
         text = (
             address_text(cell, column.width) if column.name in _ADDRESSES else fitted(cell, column.width, column.right)
         )
-        painted += [(text, style), (" ", "gap")]
-    return painted[:-1]
+        styled += [(text, style), (" ", "gap")]
+    return styled[:-1]
 
 
-def plain(painted: Painted) -> str:
-    """The characters alone."""
-    return "".join(text for text, _ in painted).rstrip()
+def plain(styled: StyledLine) -> str:
+    """Return the text without styles."""
+    return "".join(text for text, _ in styled).rstrip()

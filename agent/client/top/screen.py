@@ -1,4 +1,4 @@
-"""The screen of `udpwatch top`. It draws what it was last told and never waits for a source."""
+"""The screen of `udpwatch top`. It draws the last update and never waits for the source."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from textual.filter import LineFilter, NoColor
 from textual.message import Message
 from textual.widgets import Input
 
-from udpwatch.agent.client.top.banner import Condition, banner
+from udpwatch.agent.client.top.banner import SourceState, banner
 from udpwatch.agent.client.top.detail import detail, title
-from udpwatch.agent.client.top.feed import Feed, News
-from udpwatch.agent.client.top.layout import Painted, clock_text, columns_for, heading
-from udpwatch.agent.client.top.rows import Baseline, Key, Line, Look, Order, baseline_of, matching, rows
-from udpwatch.agent.client.top.sources import Source
+from udpwatch.agent.client.top.feed import Feed, Update
+from udpwatch.agent.client.top.layout import StyledLine, clock_text, columns_for, heading
+from udpwatch.agent.client.top.rows import Baseline, Key, Line, Order, View, baseline_of, matching, rows
+from udpwatch.agent.client.top.sources import ViewSource
 from udpwatch.agent.client.top.style import CSS
-from udpwatch.agent.client.top.widgets import Findings, Help, Lines
+from udpwatch.agent.client.top.widgets import Findings, Help, TextPane
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Row
 
-#: what there is to say about a row beyond itself: the cure of a known server; "" where nothing is known
-Remedy = Callable[[Row], str]
+#: returns how to fix the server of a row, or ""
+Fix = Callable[[Row], str]
 
 _KEYS = (("s", "sort"), ("/", "filter"), ("p", "pause"), ("c", "clear"), ("⏎", "detail"), ("?", "help"), ("q", "quit"))
-_LEAST_TABLE = 5  # lines that the detail pane leaves
-_DETAIL = 14  # lines that it may have in any case
+_TABLE_LINES = 5  # that the detail pane leaves for the table
+_DETAIL_LINES = 14  # that the detail pane may use on any screen
 
 
 class TopApp(App[UdpwatchError | None]):
-    """Ends with the error that ended it, or None."""
+    """Returns None, or the error that ended it."""
 
     CSS = CSS
     TITLE = "udpwatch top"
     ENABLE_COMMAND_PALETTE = False
-    AUTO_FOCUS = None  # it would come after keys that are typed already
+    AUTO_FOCUS = None  # automatic focus would be applied after keys that are already queued
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+c", "quit", priority=False),
         Binding("s", "sort"),
         Binding("r", "reverse"),
-        # It moves the focus: it comes first, or keys that are typed already would go where that was before.
+        # It moves the focus, so it needs priority: otherwise keys that are already queued go to the old focus.
         Binding("slash", "filter", priority=True),
         Binding("escape", "close"),
         Binding("p", "pause"),
@@ -58,29 +58,29 @@ class TopApp(App[UdpwatchError | None]):
         Binding("ctrl+z", "suspend_process"),
     ]
 
-    class Told(Message):
-        """News from the feed's thread."""
+    class Updated(Message):
+        """An update from the feed's thread."""
 
-        def __init__(self, news: News) -> None:
+        def __init__(self, update: Update) -> None:
             super().__init__()
-            self.news = news
+            self.update = update
 
     def __init__(
         self,
-        source: Source | None,
+        source: ViewSource | None,
         interval: float = 1.0,
-        remedy: Remedy | None = None,
+        fix: Fix | None = None,
         clock: Callable[[], float] = time.time,
         name: str = "",
     ) -> None:
-        """Without a source nothing is asked, and `take` is called by whoever has news: a test."""
+        """Without a source, nothing is read; a test then calls `take`."""
         super().__init__()
-        self._remedy, self._clock = remedy, clock
+        self._fix, self._clock = fix, clock
         self._source_name = source.name if source else name
-        self._feed = Feed(source, interval, self._tell) if source else None
-        self._newest: Look | None = None
-        self._shown: Look | None = None  # the newest, or the one before the pause
-        self._trouble = ""
+        self._feed = Feed(source, interval, self._post_update) if source else None
+        self._newest: View | None = None
+        self._shown: View | None = None  # the newest view, or the one when the screen was paused
+        self._error = ""
         self._paused: float | None = None
         self._baseline: Baseline | None = None
         self._order, self._backwards = Order.RATE, False
@@ -88,19 +88,19 @@ class TopApp(App[UdpwatchError | None]):
         self._detail = False
         self._events: tuple[Key | None, tuple[dict[str, Any], ...]] = (None, ())
 
-    # What it is made of
+    # Widgets
 
     def compose(self) -> ComposeResult:
-        """From the top: banner, heading, table, pane, filter, keys."""
-        yield Lines("banner")
-        yield Lines("heading")
+        """Create the widgets from top to bottom."""
+        yield TextPane("banner")
+        yield TextPane("heading")
         yield Findings()
-        yield Lines("detail")
-        yield Input(placeholder="words that a row must have; Esc clears", id="filter", compact=True)
-        yield Lines("keys")
+        yield TextPane("detail")
+        yield Input(placeholder="words that a row must contain; Esc clears", id="filter", compact=True)
+        yield TextPane("keys")
 
     def on_mount(self) -> None:
-        """Begin to ask; let SIGTERM and a closed terminal end the screen as `q` does."""
+        """Start reading; make SIGTERM and a closed terminal (SIGHUP) end the screen as `q` does."""
         self.query_one(Input).cursor_blink = False
         self.screen.set_focus(self.query_one(Findings))
         if not self.is_headless:
@@ -112,131 +112,127 @@ class TopApp(App[UdpwatchError | None]):
         self._draw()
 
     def on_unmount(self) -> None:
-        """Stop to ask."""
         if self._feed:
             self._feed.stop()
 
     def get_line_filters(self) -> list[LineFilter]:
-        """NO_COLOR means none, where Textual's own answer is grey."""
+        """With NO_COLOR, use no colours at all; Textual would use shades of grey."""
         return [NoColor()] if self.no_color else list(super().get_line_filters())
 
-    # What it is told
+    # Updates
 
-    def _tell(self, news: News) -> None:
-        self.post_message(self.Told(news))
+    def _post_update(self, update: Update) -> None:
+        """Hand an update from the feed's thread to the screen's thread."""
+        self.post_message(self.Updated(update))
 
-    def on_top_app_told(self, message: Told) -> None:
-        """In the screen's own thread."""
-        self.take(message.news)
+    def on_top_app_updated(self, message: Updated) -> None:
+        self.take(message.update)
 
-    def take(self, news: News) -> None:
-        """Take news in and draw them."""
-        if news.failure:
-            self.exit(news.failure)
+    def take(self, update: Update) -> None:
+        """Apply an update and draw it."""
+        if update.fatal:
+            self.exit(update.fatal)
             return
-        self._trouble = news.trouble
-        if news.look:
-            self._newest = news.look
+        self._error = update.error
+        if update.view:
+            self._newest = update.view
             if self._paused is None:
-                self._shown = news.look
-        if news.subject:
-            self._events = news.subject, news.events
+                self._shown = update.view
+        if update.key:
+            self._events = update.key, update.events
         self._draw()
 
-    # What it draws
+    # Drawing
 
     def _draw(self) -> None:
         try:
             table = self.query_one(Findings)
-        except NoMatches:  # it is ending
+        except NoMatches:  # the screen is closing
             return
-        look = self._shown
+        view = self._shown
         lines: list[Line] = []
-        if look:
-            lines = rows(look, self._order, self._backwards, baseline=self._baseline)
-            # Laid out for all of them: the columns stand still while a filter is typed.
-            columns = columns_for(lines, self.size.width, look.cluster, self._order)
-            table.show(matching(lines, self._words), columns, look.time, self._empty())
-            self.query_one("#heading", Lines).show([heading(columns, self._order, self._backwards)])
+        if view:
+            lines = rows(view, self._order, self._backwards, baseline=self._baseline)
+            # The columns are laid out for all lines, so that they do not move while a filter is typed.
+            columns = columns_for(lines, self.size.width, view.cluster, self._order)
+            table.show(matching(lines, self._words), columns, view.time, self._empty_text())
+            self.query_one("#heading", TextPane).show([heading(columns, self._order, self._backwards)])
         self._draw_detail()
         self._draw_banner()
         self._draw_keys()
 
-    def _empty(self) -> str:
+    def _empty_text(self) -> str:
+        """Return the text that an empty table shows."""
         if self._words:
-            return "No row has these words in it. Esc shows all."
+            return "No row contains these words. Esc clears the filter."
         if self._baseline:
-            return f"No wrong reply since {clock_text(self._baseline.time)}. C counts from the beginning again."
-        return "No wrong reply so far: each one went out from the address that the client had asked."
+            return f"No wrong reply since {clock_text(self._baseline.time)}. C restores the full totals."
+        return "No wrong reply so far: every reply left from the address that the client asked."
 
     def _draw_banner(self) -> None:
-        condition = Condition(self._source_name, self._clock(), self._paused, self._trouble)
-        painted = banner(self._shown, condition, self._baseline, self.size.width)
-        self.screen_stack[0].query_one("#banner", Lines).show(painted)
+        source = SourceState(self._source_name, self._clock(), self._paused, self._error)
+        styled = banner(self._shown, source, self._baseline, self.size.width)
+        self.screen_stack[0].query_one("#banner", TextPane).show(styled)
 
     def _draw_detail(self) -> None:
-        pane, line = self.query_one("#detail", Lines), self.query_one(Findings).selected
+        pane, line = self.query_one("#detail", TextPane), self.query_one(Findings).selected
         pane.display = self._detail and line is not None
         if not self._detail or line is None or self._shown is None:
             return
-        subject, events = self._events
-        remedy = self._remedy(line.row) if self._remedy else ""
-        mine = events if subject == line.key else None
-        painted = detail(line, mine, remedy, self.size.width, self._shown.cluster)
-        room = min(self.size.height - 5 - _LEAST_TABLE, max(_DETAIL, self.size.height // 2))
-        pane.styles.height = max(3, min(len(painted) + 1, room))
+        key, events = self._events
+        fix = self._fix(line.row) if self._fix else ""
+        styled = detail(line, events if key == line.key else None, fix, self.size.width, self._shown.cluster)
+        room = min(self.size.height - 5 - _TABLE_LINES, max(_DETAIL_LINES, self.size.height // 2))
+        pane.styles.height = max(3, min(len(styled) + 1, room))
         pane.border_title = title(line).replace("[", "\\[")
-        pane.show(painted)
+        pane.show(styled)
 
     def _draw_keys(self) -> None:
-        painted: Painted = []
-        for key, what in _KEYS:
-            painted += [(f" {key}", "key"), (f" {what} ", "label")]
+        styled: StyledLine = []
+        for key, action in _KEYS:
+            styled += [(f" {key}", "key"), (f" {action} ", "label")]
         first, last, count = self.query_one(Findings).range
-        where = f"{first}-{last} of {count} " if count else ""
-        used = sum(len(text) for text, _ in painted)
-        painted.append((where.rjust(max(0, self.size.width - used))[: max(0, self.size.width - used)], "label"))
-        self.query_one("#keys", Lines).show([painted])
+        position = f"{first}-{last} of {count} " if count else ""
+        room = max(0, self.size.width - sum(len(text) for text, _ in styled))
+        styled.append((position.rjust(room)[:room], "label"))
+        self.query_one("#keys", TextPane).show([styled])
 
     def on_resize(self) -> None:
-        """Lay out for the new size, once the widgets have theirs."""
+        """Draw after the widgets have their new sizes."""
         self.call_after_refresh(self._draw)
 
-    # What its keys do
+    # Keys
 
     def action_sort(self) -> None:
-        """The next order."""
         self._order, self._backwards = self._order.next, False
         self._draw()
 
     def action_reverse(self) -> None:
-        """The same order, the other way round."""
         self._backwards = not self._backwards
         self._draw()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """A slash is a letter while words are typed, and nothing over the help."""
+        """Disable the filter key while the filter is typed, where "/" is a character, and on the help screen."""
         return action != "filter" or (len(self.screen_stack) == 1 and not isinstance(self.focused, Input))
 
     def action_filter(self) -> None:
-        """Ask for words."""
         field = self.query_one(Input)
         field.display = True
-        self.screen.set_focus(field)  # at once: focus() comes after the keys that are typed already
+        self.screen.set_focus(field)  # focus() would be applied after keys that are already queued
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        """Filter while it is typed."""
+        """Filter while the words are typed."""
         self._words = event.value
         self._draw()
 
     def on_input_submitted(self) -> None:
-        """Keep the words and go back to the table."""
+        """Keep the filter and return to the table."""
         field = self.query_one(Input)
         field.display = bool(field.value)
         self.screen.set_focus(self.query_one(Findings))
 
     def action_close(self) -> None:
-        """Close what was opened last: the filter, else the pane."""
+        """Close the filter, else the detail pane."""
         field = self.query_one(Input)
         if field.display:
             field.value = ""
@@ -246,19 +242,19 @@ class TopApp(App[UdpwatchError | None]):
             self.action_detail()
 
     def action_pause(self) -> None:
-        """Hold the screen; asking goes on."""
+        """Freeze or resume the screen; reading continues."""
         self._paused = self._clock() if self._paused is None else None
         if self._paused is None:
             self._shown = self._newest
         self._draw()
 
-    def action_clear(self, begin: bool = True) -> None:
-        """Count from here on; or all of it again."""
-        self._baseline = baseline_of(self._shown) if begin and self._shown else None
+    def action_clear(self, clear: bool = True) -> None:
+        """Count totals from now on, or restore the full totals."""
+        self._baseline = baseline_of(self._shown) if clear and self._shown else None
         self._draw()
 
     def action_detail(self) -> None:
-        """Open or close the pane about the selected row."""
+        """Open or close the detail pane of the selected row."""
         table = self.query_one(Findings)
         self._detail = not self._detail and table.selected is not None
         if self._detail:
@@ -268,7 +264,7 @@ class TopApp(App[UdpwatchError | None]):
         self.call_after_refresh(self._draw)
 
     def on_findings_selected(self, message: Findings.Selected) -> None:
-        """Another row: another pane."""
+        """Show the details of the newly selected row."""
         if message.opened and not self._detail:
             self.action_detail()
             return
@@ -277,14 +273,13 @@ class TopApp(App[UdpwatchError | None]):
         self._draw_keys()
 
     def _follow(self) -> None:
+        """Read the events of the selected row while the detail pane is open."""
         line = self.query_one(Findings).selected
         if self._feed:
             self._feed.follow(line.key if self._detail and line else None)
 
     def action_scroll_detail(self, by: int) -> None:
-        """Move the pane's lines."""
-        self.query_one("#detail", Lines).scroll_lines(by)
+        self.query_one("#detail", TextPane).scroll_lines(by)
 
     def action_help(self) -> None:
-        """Say what there is."""
         self.push_screen(Help(self._shown))

@@ -1,7 +1,6 @@
-"""Where `udpwatch top` gets its looks from: the running agent, an agent of its own, or Prometheus (prometheus.py).
+"""The sources of `udpwatch top`: a running agent, a private agent, or Prometheus (prometheus.py).
 
-A source's `read` raises OSError where nobody answers (it may answer again: the caller retries) and UdpwatchError where
-trying again is no use.
+`read` raises OSError for a temporary error, after which the caller retries, and UdpwatchError for a permanent one.
 """
 
 from __future__ import annotations
@@ -15,80 +14,81 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
-from udpwatch.agent.client.top.rows import Look
+from udpwatch.agent.client.top.rows import View
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.testing.child import Child
 
 STOP_SECONDS = 10.0
-MAX_WORDS = 20  # of an agent's last ones
+MAX_LOG_LINES = 20  # the last ones of a private agent
 
-#: What a private agent takes from the environment. It serves no DNS, heals nothing and writes no events.
+#: The settings that a private agent takes from the environment. It serves no DNS, heals nothing and writes no events.
 _INHERITED = ("CGROUP", "BTF", "HOOKS", "FORWARDED", "WINDOW", "NODE", "MAX_PEERS", "MAX_SERIES", "EVENTS_PER_SECOND")
-MAX_ROWS = 10_000  # a private agent's; no Prometheus has to store them
+MAX_ROWS = 10_000  # of a private agent; the limit may be high because Prometheus does not store these rows
 
 
-class Source(Protocol):
-    """Gives looks."""
+class ViewSource(Protocol):
+    """Provides the views that `udpwatch top` displays."""
 
     @property
     def name(self) -> str:
-        """What the user reads it as."""
+        """The name shown to the user."""
 
-    def read(self) -> Look:
-        """A look, without rates unless the source knows them better."""
+    def read(self) -> View:
+        """Return the current view; its rates are None unless the source computes rates itself."""
 
     def events(self, limit: int) -> list[dict[str, Any]]:
-        """The newest events, the newest last; none where the source has none."""
+        """Return the newest events, the newest at the end; empty if the source has no events."""
 
     def close(self) -> None:
-        """Let go of it; from any thread."""
+        """Close the source; any thread may call this."""
 
 
 class AgentSource:
-    """A running agent, by its socket. Connects again when it went away."""
+    """A running agent, read over its socket. It reconnects after an error."""
 
     def __init__(self, path: Path, name: str = "") -> None:
         self._path = path
         self._client: Client | None = None
         self.name = name or str(path)
 
-    def read(self) -> Look:
-        """Raises OSError where nobody answers."""
-        snapshot = self._ask(Client.snapshot)
-        return Look(snapshot.time, (snapshot,))
+    def read(self) -> View:
+        """Read the agent's snapshot. Raises OSError."""
+        snapshot = self._query(Client.snapshot)
+        return View(snapshot.time, (snapshot,))
 
     def events(self, limit: int) -> list[dict[str, Any]]:
-        """What the agent still has."""
-        events: list[dict[str, Any]] = self._ask(lambda client: client.events(limit))
+        """Return the newest events that the agent keeps. Raises OSError."""
+        events: list[dict[str, Any]] = self._query(lambda client: client.events(limit))
         return events
 
     def close(self) -> None:
-        """Close the connection."""
         client, self._client = self._client, None
         if client:
             with contextlib.suppress(OSError, RuntimeError):  # another thread may be reading from it
                 client.close()
 
-    def _ask(self, question: Callable[[Client], Any]) -> Any:
+    def _query(self, request: Callable[[Client], Any]) -> Any:
         try:
             if self._client is None:
                 self._client = Client(self._path)
-            return question(self._client)
+            return request(self._client)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             self.close()
-            raise ConnectionError(f"{self._path}: what answers there is no udpwatch agent of this version") from error
-        except (OSError, UdpwatchError) as error:
+            raise ConnectionError(f"{self._path} is not the socket of an agent of this version") from error
+        except OSError:
             self.close()
-            if isinstance(error, UdpwatchError):  # another version: it may be replaced while we look
-                raise ConnectionError(str(error)) from None
             raise
+        except UdpwatchError as error:
+            # An agent of another version may be replaced while this runs, so the error is temporary.
+            self.close()
+            raise ConnectionError(str(error)) from None
 
 
 class PrivateAgent:
-    """`udpwatch run` as a child of our own, asked over the same socket as any other. It ends with us."""
+    """A `udpwatch run` as a child process, read over its socket. It ends with this process."""
 
     def __init__(self, flags: Sequence[str], name: str) -> None:
-        """Start it and wait until it answers; raises UdpwatchError with its last words where it does not."""
+        """Start the agent and wait until it responds. Raises UdpwatchError with its last log line if it does not."""
         self.name = name
         self._folder = tempfile.TemporaryDirectory(prefix="udpwatch-top-")
         path = Path(self._folder.name, "udpwatch.sock")
@@ -98,40 +98,39 @@ class PrivateAgent:
             "--metrics-listen=off",
             *flags,
             name=name,
-            keep_lines=MAX_WORDS,
+            keep_lines=MAX_LOG_LINES,
             env=_environment(),
-            start_new_session=True,  # the terminal's keys are ours
+            start_new_session=True,  # signals from the terminal's keys must not reach the agent
         )
         self._agent = AgentSource(path, name)
         try:
-            self._child.wait_until_ready(self._answers)
+            self._child.wait_until_ready(self._responds)
         except BaseException:
             self.close()
             raise
-        # We are connected: nobody else needs the path, and what is gone cannot be left behind, even by SIGKILL.
+        # The connection stays open without the path. Removed now, it cannot be left behind even after SIGKILL.
         self._folder.cleanup()
 
-    def read(self) -> Look:
-        """Raises UdpwatchError once the child has ended."""
+    def read(self) -> View:
+        """Read the agent's snapshot. Raises UdpwatchError if the agent has exited."""
         try:
             return self._agent.read()
         except OSError as error:
-            # The connection ends a moment before the process.
+            # The agent closes the connection shortly before it exits.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._child.process.wait(STOP_SECONDS)
             raise UdpwatchError(f"{self.name} has ended: {self._child.last_message or error}") from None
 
     def events(self, limit: int) -> list[dict[str, Any]]:
-        """What it still has."""
         return self._agent.events(limit)
 
     def close(self) -> None:
-        """End it, gently first, and clean up."""
+        """Stop the agent with SIGTERM, after STOP_SECONDS with SIGKILL, and remove its directory."""
         self._agent.close()
         self._child.stop(seconds=STOP_SECONDS)
         self._folder.cleanup()
 
-    def _answers(self) -> bool:
+    def _responds(self) -> bool:
         with contextlib.suppress(OSError):
             self._agent.read()
             return True
@@ -139,32 +138,35 @@ class PrivateAgent:
 
 
 def _environment() -> dict[str, str]:
+    """Return the environment without the settings that a private agent must not inherit."""
     inherited = {f"UDPWATCH_{name}" for name in _INHERITED}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("UDPWATCH_") or name in inherited}
     return {"UDPWATCH_MAX_SERIES": str(MAX_ROWS), **kept}
 
 
-def open_agent(connect: str | None) -> Source:
-    """The agent that runs here; where none does and we are root, one of our own. Raises UdpwatchError."""
+def open_agent(connect: str | None) -> ViewSource:
+    """Connect to the running agent; if none runs and the user is root, start a private one. Raises UdpwatchError."""
     path = Path(connect) if connect else DEFAULT_SOCKET
     source = AgentSource(path)
     try:
         source.read()
     except PermissionError:
-        raise CannotRun(f"{path} may not be opened: run this as root, or as a member of the socket's group") from None
+        raise CannotRun(
+            f"cannot connect to {path}: permission denied; run this as root, or as a member of the socket's group"
+        ) from None
     except OSError as error:
         reason = error.strerror or str(error)
         if connect or not isinstance(error, FileNotFoundError | ConnectionRefusedError):
-            raise UdpwatchError(f"no agent answers on {path} ({reason}): start `udpwatch run`") from None
+            raise UdpwatchError(f"cannot connect to {path}: {reason}; start an agent with `udpwatch run`") from None
         if os.geteuid() != 0:
             raise CannotRun(
-                f"no agent answers on {path} ({reason}): start `udpwatch run` as root, or run this as root, which "
-                "starts an agent for as long as it runs; --prometheus URL and --replay FILE need neither"
+                f"cannot connect to {path}: {reason}; start `udpwatch run` as root, or run this as root to start a "
+                "private agent, or use --prometheus URL or --replay FILE"
             ) from None
-        return PrivateAgent((), "an agent of its own")
+        return PrivateAgent((), "private agent")
     return source
 
 
-def open_replay(file: str) -> Source:
-    """A recording, played by an agent of our own. Raises UdpwatchError."""
+def open_replay(file: str) -> ViewSource:
+    """Play a recording in a private agent. Raises UdpwatchError."""
     return PrivateAgent((f"--replay={file}",), f"replay of {Path(file).name}")

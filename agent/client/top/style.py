@@ -1,6 +1,6 @@
-"""What `udpwatch top` looks like: one place for colours. Quiet by default; what is wrong stands out.
+"""The colours of `udpwatch top`. Colours are muted; only wrong replies and errors are bright.
 
-Without colours (NO_COLOR) the selected row is reversed, and what stands out is bold.
+With NO_COLOR, the selected row is in reverse video and emphasised text is bold.
 """
 
 CSS = """
@@ -17,13 +17,13 @@ Help { align: center middle; background: #10151b 60%; }
 #help { width: 100%; max-width: 100; height: 100%; max-height: 26; background: #18202a; border: round #39506a;
         padding: 0 1; }
 
-Lines, Findings {
+TextPane, Findings {
     & > .name { color: #e6edf3; text-style: bold; }
     & > .fact { color: #c6ced6; }
     & > .label { color: #7d8b99; }
     & > .live { color: #6fbf8b; }
     & > .paused { color: #d9b45b; text-style: bold; }
-    & > .trouble { color: #ef7b6b; text-style: bold; }
+    & > .error { color: #ef7b6b; text-style: bold; }
     & > .wrong { color: #f0a05a; text-style: bold; }
     & > .graph { color: #f0a05a; }
     & > .heading { color: #93a3b3; }
@@ -32,10 +32,10 @@ Lines, Findings {
     & > .quiet { color: #8a97a3; }
     & > .node { color: #c6ced6; }
     & > .process { color: #e6edf3; text-style: bold; }
-    & > .where { color: #a9c7e8; }
+    & > .location { color: #a9c7e8; }
     & > .port { color: #c6ced6; }
     & > .asked { color: #8fcfa5; }
-    & > .answered { color: #f0a05a; }
+    & > .replied { color: #f0a05a; }
     & > .verdict { color: #c6ced6; }
     & > .cause { color: #a3b0bc; }
     & > .rate { color: #e6edf3; text-style: bold; }

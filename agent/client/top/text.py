@@ -1,4 +1,4 @@
-"""`udpwatch top` without its screen: tables, JSON and plain lines, for scripts and pipes. Imports no textual."""
+"""The output of `udpwatch top` for scripts and pipes: tables, JSON and plain lines. Does not import textual."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.banner import Condition, banner
+from udpwatch.agent.client.top.banner import SourceState, banner
 from udpwatch.agent.client.top.layout import (
     cells,
     clock_text,
@@ -18,85 +18,86 @@ from udpwatch.agent.client.top.layout import (
     plain,
     rate_text,
 )
-from udpwatch.agent.client.top.rows import Key, Line, Look, Meter, Order, rows
-from udpwatch.agent.client.top.sources import Source
+from udpwatch.agent.client.top.rows import Key, Line, Meter, Order, View, rows
+from udpwatch.agent.client.top.sources import ViewSource
 from udpwatch.agent.errors import UdpwatchError
 
 UNCUT = 10_000
 BANNER_WIDTH = 100
-MAX_WAIT_SECONDS = 20.0  # an agent hangs up on who is silent for a minute
+MAX_WAIT_SECONDS = 20.0  # the agent closes a connection that is idle for a minute
 
 
-def once(source: Source, interval: float) -> Look:
-    """One look with rates: of two, an interval apart. Raises OSError, UdpwatchError."""
+def once(source: ViewSource, interval: float) -> View:
+    """Read twice, an interval apart, and return a view with rates. Raises OSError, UdpwatchError."""
     meter = Meter()
-    first = look = meter.add(source.read())
+    first = view = meter.add(source.read())
     end = time.monotonic() + interval
-    while first.wrong is None and (look.wrong is None or time.monotonic() < end):
+    while first.wrong is None and (view.wrong is None or time.monotonic() < end):
         time.sleep(max(0.05, min(MAX_WAIT_SECONDS, end - time.monotonic())))
-        look = meter.add(source.read())
-    return look
+        view = meter.add(source.read())
+    return view
 
 
-def looks(source: Source, interval: float, trouble: Callable[[str], None]) -> Iterator[Look]:
-    """A look each interval, without end; ``trouble`` is told once each time that nobody answers any more."""
-    meter, told, due = Meter(), "", time.monotonic()
+def views(source: ViewSource, interval: float, report: Callable[[str], None]) -> Iterator[View]:
+    """Yield a view every interval, forever. Pass each loss of the connection to ``report``, once."""
+    meter, connected, due = Meter(), True, time.monotonic()
     while True:
         try:
-            look: Look | None = meter.add(source.read())
-            told = ""
+            view: View | None = meter.add(source.read())
+            connected = True
         except OSError as error:
-            look, reason = None, error.strerror or str(error)
-            if not told:
-                trouble(f"not connected: {reason}; retrying")
-            told = reason
+            view = None
+            if connected:
+                report(f"not connected: {error.strerror or error}; retrying")
+            connected = False
         if time.monotonic() >= due:
             due = time.monotonic() + interval
-            if look:
-                yield look
+            if view:
+                yield view
         time.sleep(max(0.01, min(MAX_WAIT_SECONDS, due - time.monotonic())))
 
 
-def table(look: Look, width: int | None, source: str) -> str:
-    """A look for people, as a table; without a ``width`` nothing is cut off."""
-    lines = rows(look, Order.RATE)
-    columns = columns_for(lines, width or UNCUT, look.cluster, Order.RATE)
-    condition = Condition(source, look.time)
-    text = [plain(line) for line in banner(look, condition, None, width or BANNER_WIDTH)[:2]]
+def table(view: View, width: int | None, source: str) -> str:
+    """Format a view as a table; without a ``width``, nothing is cut."""
+    lines = rows(view, Order.RATE)
+    columns = columns_for(lines, width or UNCUT, view.cluster, Order.RATE)
+    state = SourceState(source, view.time)
+    text = [plain(line) for line in banner(view, state, None, width or BANNER_WIDTH)[:2]]
     if lines:
         text += [
             plain(heading(columns, Order.RATE, False)),
-            *(plain(cells(line, columns, look.time)) for line in lines),
+            *(plain(cells(line, columns, view.time)) for line in lines),
         ]
     else:
         text.append(" no wrong reply so far")
     return "\n".join(text)
 
 
-def changes(look: Look, before: dict[Key, int]) -> list[str]:
-    """A line for each row that grew; ``before`` is brought up to date."""
-    grown = [line for line in rows(look, Order.LAST, True) if before.get(line.key) != line.total]
+def changes(view: View, before: dict[Key, int]) -> list[str]:
+    """Format a line for each row whose total has increased; update ``before``."""
+    increased = [line for line in rows(view, Order.LAST, True) if before.get(line.key) != line.total]
     before.clear()
-    before |= {line.key: line.total for line in rows(look, Order.TOTAL)}
-    return [_change(look, line) for line in grown]
+    before |= {line.key: line.total for line in rows(view, Order.TOTAL)}
+    return [_change(view, line) for line in increased]
 
 
-def _change(look: Look, line: Line) -> str:
+def _change(view: View, line: Line) -> str:
     key = line.key
-    who = " ".join(filter(None, (safe(key.node) if look.cluster else "", safe(key.process) or "-", safe(line.where))))
+    names = (safe(key.node) if view.cluster else "", safe(key.process) or "-", safe(line.location))
     return (
-        f"{clock_text(look.time)} {who} port {key.port} asked {safe(key.expected)} answered {safe(key.actual)} "
+        f"{clock_text(view.time)} {' '.join(filter(None, names))} port {key.port} "
+        f"asked {safe(key.expected)} replied {safe(key.actual)} "
         f"{safe(key.verdict)} {safe(key.cause)} rate {rate_text(line.rate)} total {count_text(line.total)}"
     )
 
 
-def as_json(look: Look) -> dict[str, Any]:
-    """A look for programs (docs/top.md)."""
+def as_json(view: View) -> dict[str, Any]:
+    """Return a view as a JSON object (docs/top.md)."""
     return {
         "v": 1,
-        "time": _utc(look.time),
-        "wrong_per_second": _rounded(look.wrong),
-        "checked_per_second": _rounded(look.checked),
+        "time": _utc(view.time),
+        "wrong_per_second": _rounded(view.wrong),
+        "checked_per_second": _rounded(view.checked),
         "nodes": [
             {
                 "node": each.node,
@@ -110,9 +111,9 @@ def as_json(look: Look) -> dict[str, Any]:
                 "lost": each.lost,
                 "notes": list(each.notes),
             }
-            for each in look.snapshots
+            for each in view.snapshots
         ],
-        "findings": [_finding(line) for line in rows(look, Order.RATE)],
+        "findings": [_finding(line) for line in rows(view, Order.RATE)],
     }
 
 
@@ -147,12 +148,12 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def interactive(source: Source, interval: float, remedy: Callable[[Any], str] | None) -> int:
-    """The screen, until it is left; the exit status. Raises the UdpwatchError that ended it."""
-    # Textual takes a third of a second and 30 MB: nobody else should pay for it.
+def interactive(source: ViewSource, interval: float, fix: Callable[[Any], str] | None) -> int:
+    """Run the screen and return the exit status. Raises the UdpwatchError that ended it."""
+    # Importing Textual takes 0.3 seconds and 30 MB, so only the screen imports it.
     from udpwatch.agent.client.top.screen import TopApp  # noqa: PLC0415
 
-    app = TopApp(source, interval, remedy)
+    app = TopApp(source, interval, fix)
     failure = app.run()
     if isinstance(failure, UdpwatchError):
         raise failure

@@ -6,23 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from top_snapshots import NOW, look, row
+from top_snapshots import NOW, row, view
 
-from udpwatch.agent.client.top.banner import Condition, banner, spark
+from udpwatch.agent.client.top.banner import SourceState, banner, spark
 from udpwatch.agent.client.top.layout import plain
-from udpwatch.agent.client.top.rows import Look
+from udpwatch.agent.client.top.rows import View
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
         ({}, "total 1   findings 1   lost 0"),
-        ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   in no row 3   lost 2"),
+        ({"other": 3, "lost": {"queue": 2}}, "total 4   findings 1   other 3   lost 2"),
     ],
     ids=["in rows", "in no row"],
 )
 def test_totals_of_a_node(changes: dict[str, Any], told: str) -> None:
-    lines = banner(look(0, row(count=1), **changes), Condition("test", NOW), None, 100)
+    lines = banner(view(0, row(count=1), **changes), SourceState("test", NOW), None, 100)
     assert told in "".join(text for text, _ in lines[1])
 
 
@@ -40,23 +40,23 @@ def test_sparkline_is_flat_without_wrong_replies() -> None:
     assert (set(bars.strip()), peak) == ({"▁"}, 0.0)
 
 
-def state(seen: Look | None, **changes: Any) -> str:
-    lines = banner(seen, replace(Condition("/run/a.sock", NOW + 1), **changes), None, 80)
+def state(seen: View | None, **changes: Any) -> str:
+    lines = banner(seen, replace(SourceState("/run/a.sock", NOW + 1), **changes), None, 80)
     return "\n".join(map(plain, lines))
 
 
 def test_banner_shows_the_state_of_the_connection() -> None:
-    good = look(0, row())
+    good = view(0, row())
     assert "● 1s ago" in state(good)
     assert "paused at " in state(good, paused=NOW)
-    assert "not connected: retrying, as of 1s ago" in state(good, trouble="Connection refused")
-    assert "Connection refused" in state(good, trouble="Connection refused")
+    assert "not connected: retrying, data is 1s old" in state(good, error="Connection refused")
+    assert "Connection refused" in state(good, error="Connection refused")
     assert "/run/a.sock" in state(None)
-    assert "not ready" in state(look(0, row(), ready=False))
+    assert "not ready" in state(view(0, row(), ready=False))
     assert "2 nodes" in state(replace(good, cluster=True, snapshots=good.snapshots * 2))
 
 
 def test_banner_shows_the_counts() -> None:
-    text = state(look(0, row(count=3), other=4, lost={"queue": 2, "output": 3}))
-    for fact in ("total 7", "in no row 4", "findings 1", "lost 5"):
+    text = state(view(0, row(count=3), other=4, lost={"queue": 2, "output": 3}))
+    for fact in ("total 7", "other 4", "findings 1", "lost 5"):
         assert fact in text

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from top_snapshots import NOW, look, row
+from top_snapshots import NOW, row, view
 
-from udpwatch.agent.client.top.banner import Condition, banner
+from udpwatch.agent.client.top.banner import SourceState, banner
 from udpwatch.agent.client.top.layout import (
     address_text,
     age_text,
@@ -60,20 +60,20 @@ ADDRESSES = st.sampled_from(["10.0.0.1", "172.16.113.113", "fd00:1234:5678:9abc:
 def test_no_line_is_wider_than_the_screen(
     found: list[tuple[str, str, str, int]], width: int, cluster: bool, order: Order
 ) -> None:
-    seen = look(0, *(row(name, 53, count, pod=pod, expected=where) for name, pod, where, count in found))
+    seen = view(0, *(row(name, 53, count, pod=pod, expected=where) for name, pod, where, count in found))
     lines = rows(seen, order)
     columns = columns_for(lines, width, cluster, order)
     for painted in (heading(columns, order, False), *(cells(line, columns, NOW) for line in lines)):
         text = "".join(part for part, _ in painted)
         assert cell_len(text) <= width
         assert text.isprintable()
-    for painted in banner(seen, Condition("agent", NOW), None, width):
+    for painted in banner(seen, SourceState("agent", NOW), None, width):
         assert cell_len("".join(part for part, _ in painted)) <= max(width, 70)
 
 
 def test_ipv4_addresses_are_complete_in_80_columns() -> None:
     long = row("unbound-control-very-long", 65535, 123_456, namespace="kube-system", pod="coredns-7c9f6d-x2x9k")
-    lines = rows(look(0, long), Order.RATE)
+    lines = rows(view(0, long), Order.RATE)
     text = plain(cells(lines[0], columns_for(lines, 80, False, Order.RATE), NOW))
     assert "172.16.13.13" in text
     assert "172.17.0.1" in text
@@ -82,7 +82,7 @@ def test_ipv4_addresses_are_complete_in_80_columns() -> None:
 
 
 def test_heading_marks_the_sort_column() -> None:
-    lines = rows(look(0, row()), Order.TOTAL)
+    lines = rows(view(0, row()), Order.TOTAL)
     for order, backwards, arrow in (
         (Order.TOTAL, False, "total▼"),
         (Order.PORT, False, "port▲"),

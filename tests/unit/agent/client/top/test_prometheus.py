@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from udpwatch.agent.client.top import prometheus
-from udpwatch.agent.client.top.prometheus import PrometheusSource, look_of, samples_of
+from udpwatch.agent.client.top.prometheus import PrometheusSource, samples_of, view_of
 from udpwatch.agent.client.top.rows import Order, rows
 from udpwatch.agent.errors import UsageError
 
@@ -34,27 +34,27 @@ def test_each_node_and_finding_has_a_row() -> None:
         (mismatch("b:9953", "other", process="other"), 5.0),
     ]
     rates = [(mismatch("a:9953"), 0.5), (mismatch("b:9953", "other"), 2.0)]
-    look, seen = look_of(1000.0, totals, rates, [({}, 4.0)], {})
-    shown = [(line.key.node, line.key.port, line.where, line.rate, line.total) for line in rows(look, Order.TOTAL)]
+    view, seen = view_of(1000.0, totals, rates, [({}, 4.0)], {})
+    shown = [(line.key.node, line.key.port, line.location, line.rate, line.total) for line in rows(view, Order.TOTAL)]
     assert shown == [("b:9953", 53, "shop/dns-0", 0.0, 9), ("a:9953", 53, "", 0.5, 7)]
-    assert (look.wrong, look.checked, len(look.snapshots)) == (2.5, 4.0, 2)
-    assert [(each.other, each.checked, each.mode, each.lost) for each in look.snapshots] == [
+    assert (view.wrong, view.checked, len(view.snapshots)) == (2.5, 4.0, 2)
+    assert [(each.other, each.checked, each.mode, each.lost) for each in view.snapshots] == [
         (0, 100, "packet", {}),
         (5, 10, "", {"queue": 3}),
     ]
     # Prometheus does not say when a counter grew: known once we saw it grow.
-    assert [row.last for each in look.snapshots for row in each.rows] == [0.0, 0.0]
-    again, _ = look_of(1015.0, [(mismatch("a:9953"), 8.0)], rates, [], seen)
+    assert [row.last for each in view.snapshots for row in each.rows] == [0.0, 0.0]
+    again, _ = view_of(1015.0, [(mismatch("a:9953"), 8.0)], rates, [], seen)
     assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
 
 
 def test_node_has_the_name_that_the_scrape_adds() -> None:
     """Two agents of one node, while one replaces the other, are one node."""
     old, new = ({**mismatch(f"10.0.0.{number}:9953"), "node": "worker-1"} for number in (1, 2))
-    look, seen = look_of(1000.0, [(old, 7.0), (new, 1.0)], [(old, 0.5), (new, 1.0)], [], {})
-    (line,) = rows(look, Order.TOTAL)
+    view, seen = view_of(1000.0, [(old, 7.0), (new, 1.0)], [(old, 0.5), (new, 1.0)], [], {})
+    (line,) = rows(view, Order.TOTAL)
     assert (line.key.node, line.total, line.rate) == ("worker-1", 8, 1.5)
-    again, _ = look_of(1015.0, [(new, 2.0), (old, 7.0)], [], [], seen)
+    again, _ = view_of(1015.0, [(new, 2.0), (old, 7.0)], [], [], seen)
     assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
 
 
@@ -69,8 +69,8 @@ def test_values_that_are_not_counts_are_ignored() -> None:
     totals = samples_of(vector((mismatch("a"), "3"), *((mismatch("b"), value) for value in bad)))
     assert totals == [(mismatch("a"), 3.0)]
     odd = samples_of(vector((mismatch("a", "9" * 5000), "3"), ({**mismatch("a"), "port": 53}, "4")))
-    look, _ = look_of(1000.0, odd, odd, odd, {})
-    assert sorted((line.key.port, line.total) for line in rows(look, Order.TOTAL)) == [(0, 3), (53, 4)]
+    view, _ = view_of(1000.0, odd, odd, odd, {})
+    assert sorted((line.key.port, line.total) for line in rows(view, Order.TOTAL)) == [(0, 3), (53, 4)]
 
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -120,8 +120,8 @@ def test_path_and_password_reach_the_server_and_no_findings_are_valid(serve: Cal
 
     url = serve(answer).replace("http://", "http://me:p%40ss@") + "/prom/"
     source = PrometheusSource(url)
-    look = source.read()
-    assert (look.snapshots, look.wrong, look.cluster) == ((), 0.0, True)
+    view = source.read()
+    assert (view.snapshots, view.wrong, view.cluster) == ((), 0.0, True)
     assert set(asked) == {("/prom/api/v1/query", "Basic bWU6cEBzcw==")}
     assert "p%40ss" not in source.name
 
@@ -129,22 +129,22 @@ def test_path_and_password_reach_the_server_and_no_findings_are_valid(serve: Cal
 @pytest.mark.parametrize(
     ("status", "body", "reason"),
     [
-        (200, b"<html>a router</html>", "no answer of Prometheus' HTTP API"),
-        (200, b"[]", "no answer of Prometheus' HTTP API"),
+        (200, b"<html>a router</html>", "not from Prometheus' HTTP API"),
+        (200, b"[]", "not from Prometheus' HTTP API"),
         (200, b'{"status": "success", "data": {"resultType": "scalar", "result": [1, "2"]}}', "not a vector"),
         (200, b"x" * 5000, "more than 0 MiB"),
         (422, b'{"status": "error", "error": "query timed out"}', "422 query timed out"),
         (503, b"<html>", "503 Service Unavailable"),
         (400, json.dumps({"error": "\x1b]0;x\x07" * 100}).encode(), "400 \ufffd]0;x\ufffd"),
         (200, json.dumps({"status": "\x1b[2J", "data": {}, "error": "\x1b[2J"}).encode(), r"\(\ufffd\[2J\)"),
-        (200, b"[" * 3000, "no answer of Prometheus' HTTP API"),
+        (200, b"[" * 3000, "not from Prometheus' HTTP API"),
         (503, b"[" * 3000, "503 Service Unavailable"),
     ],
 )
 def test_response_that_is_not_prometheus_is_an_error(
     serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch, status: int, body: bytes, reason: str
 ) -> None:
-    monkeypatch.setattr(prometheus, "MAX_REPLY_BYTES", 3000)
+    monkeypatch.setattr(prometheus, "MAX_RESPONSE_BYTES", 3000)
     with pytest.raises(OSError, match=reason) as caught:
         PrometheusSource(serve(say(status, body))).read()
     assert str(caught.value).isprintable()
@@ -154,7 +154,7 @@ def test_response_that_is_not_http_is_an_error(serve: Callable[[Answer], str]) -
     def answer(handler: BaseHTTPRequestHandler) -> None:
         handler.wfile.write(b"SSH-2.0-OpenSSH_9\x1b[2J\r\n")
 
-    with pytest.raises(OSError, match="no answer of Prometheus' HTTP API") as caught:
+    with pytest.raises(OSError, match="not from Prometheus' HTTP API") as caught:
         PrometheusSource(serve(answer)).read()
     assert str(caught.value).isprintable()
 

@@ -15,14 +15,14 @@ import pytest
 from repository import GOLDEN
 from textual import events
 from textual.widgets import Input
-from top_snapshots import NOW, look, row
+from top_snapshots import NOW, row, view
 
 from udpwatch.agent.client import explain
-from udpwatch.agent.client.top.feed import News
-from udpwatch.agent.client.top.rows import Look, Meter, key_of
+from udpwatch.agent.client.top.feed import Update
+from udpwatch.agent.client.top.rows import Meter, View, key_of
 from udpwatch.agent.client.top.screen import TopApp
-from udpwatch.agent.client.top.sources import Source
-from udpwatch.agent.client.top.widgets import Findings, Lines
+from udpwatch.agent.client.top.sources import ViewSource
+from udpwatch.agent.client.top.widgets import Findings, TextPane
 from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Row, Sender
@@ -44,15 +44,15 @@ def drive(
     size: tuple[int, int] = (80, 24),
     app: TopApp | None = None,
 ) -> TopApp:
-    """Run a screen with two looks, one second apart, and play on it."""
+    """Run a screen with two views, one second apart, and play on it."""
     app = app or TopApp(None, clock=lambda: NOW + 1, name="test")
     found = found or THREE
 
     async def run() -> None:
         async with app.run_test(size=size) as pilot:
             meter = Meter()
-            app.take(News(meter.add(look(0, *(replace(each, count=1) for each in found)))))
-            app.take(News(meter.add(look(1, *found))))
+            app.take(Update(meter.add(view(0, *(replace(each, count=1) for each in found)))))
+            app.take(Update(meter.add(view(1, *found))))
             await pilot.pause()
             await play(app, pilot)
 
@@ -100,14 +100,14 @@ def test_selected_row_stays_selected() -> None:
         for _ in range(6):
             await pilot.press("s")
             assert selected(app) == "ccc"
-        app.take(News(look(2, row("zzz", 9, 100), *THREE)))
+        app.take(Update(view(2, row("zzz", 9, 100), *THREE)))
         assert selected(app) == "ccc"
-        app.take(News(look(3, *THREE[:2])))
+        app.take(Update(view(3, *THREE[:2])))
         assert selected(app) in {"aaa", "bbb"}
         await pilot.press("G")
         assert selected(app) == "aaa"
         await pilot.press("g")
-        app.take(News(look(4, row("zzz", 9, 100), *THREE)))
+        app.take(Update(view(4, row("zzz", 9, 100), *THREE)))
         assert selected(app) == "zzz"
 
     drive(play)
@@ -124,7 +124,7 @@ def test_slash_filters_while_typing() -> None:
         assert processes(app) == "bbb ccc aaa"
         await pilot.press("slash", *"nothing q")
         assert processes(app) == ""
-        assert "No row has these words" in screen(app)[5]
+        assert "No row contains these words" in screen(app)[5]
         await pilot.press("escape")
         assert len(processes(app).split()) == 3
 
@@ -158,7 +158,7 @@ def test_p_pauses_the_screen() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("p")
         assert "paused at" in screen(app)[0]
-        app.take(News(look(2, *THREE, row("new", 9))))
+        app.take(Update(view(2, *THREE, row("new", 9))))
         assert "new" not in processes(app)
         await pilot.press("p")
         assert "new" in processes(app)
@@ -169,11 +169,11 @@ def test_p_pauses_the_screen() -> None:
 def test_c_counts_from_now() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("c")
-        assert "counted since" in screen(app)[1]
+        assert "totals since" in screen(app)[1]
         assert "total 0" in screen(app)[1]
         assert processes(app) == ""
         assert "No wrong reply since" in screen(app)[5]
-        app.take(News(look(2, *THREE[:2], row("ccc", 2, 16))))
+        app.take(Update(view(2, *THREE[:2], row("ccc", 2, 16))))
         await pilot.pause()
         assert processes(app) == "ccc"
         assert "total 10" in screen(app)[1]
@@ -188,13 +188,13 @@ def test_enter_opens_the_details_of_a_row() -> None:
         await pilot.press("j", "enter")
         await pilot.pause()
         text = "\n".join(screen(app))
-        for fact in ("ccc, port 2/udp", "pid 4242", "asked     172.16.13.13", "remedy", "events    ..."):
+        for fact in ("ccc, port 2/udp", "pid 4242", "asked at  172.16.13.13", "fix  ", "events    ..."):
             assert fact in text, text
         assert len(app.query_one(Findings).text) == 3
         line = app.query_one(Findings).selected
         assert line
         event = json.loads((GOLDEN / "events.jsonl").read_text().splitlines()[0]) | {"peer": "\x1b[2J[b]"}
-        app.take(News(look(2, *THREE), subject=line.key, events=(event,)))
+        app.take(Update(view(2, *THREE), key=line.key, events=(event,)))
         await pilot.pause()
         text = "\n".join(screen(app))
         assert "conntrack 172.17.0.1:56789 > 172.17.0.3:40000" in text, text
@@ -214,7 +214,7 @@ def test_remedy_is_shown_in_the_details() -> None:
         await pilot.pause()
         assert "multihome" in "\n".join(screen(app))
 
-    drive(play, row("openvpn"), app=TopApp(None, remedy=explain.short_advice, name="test"))
+    drive(play, row("openvpn"), app=TopApp(None, fix=explain.short_advice, name="test"))
 
 
 def test_question_mark_opens_help_and_any_key_closes_it() -> None:
@@ -243,12 +243,12 @@ def test_q_quits(key: str) -> None:
 
 def test_connection_error_is_shown_until_it_is_over() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
-        app.take(News(trouble="Connection refused"))
+        app.take(Update(error="Connection refused"))
         await pilot.pause()
         assert "not connected: retrying" in screen(app)[0]
         assert "Connection refused" in screen(app)[1]
         assert len(processes(app).split()) == 3
-        app.take(News(look(2, *THREE)))
+        app.take(Update(view(2, *THREE)))
         await pilot.pause()
         assert "not connected" not in "\n".join(screen(app))
 
@@ -257,10 +257,10 @@ def test_connection_error_is_shown_until_it_is_over() -> None:
 
 def test_permanent_error_ends_the_screen() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
-        app.take(News(failure=UdpwatchError("its agent has ended")))
+        app.take(Update(fatal=UdpwatchError("the agent has ended")))
         await pilot.pause()
 
-    assert str(drive(play).return_value) == "its agent has ended"
+    assert str(drive(play).return_value) == "the agent has ended"
 
 
 def test_screen_uses_every_size() -> None:
@@ -303,13 +303,13 @@ def test_control_characters_in_names_are_escaped() -> None:
 
 
 def test_five_thousand_changing_rows_leave_keys_responsive() -> None:
-    """Each look changes all rows; only visible rows are drawn, so a key is handled between two looks."""
+    """Each view changes all rows; only visible rows are drawn, so a key is handled between two views."""
     many = [row(f"srv-{number}", number, number) for number in range(1, 5001)]
 
     async def play(app: TopApp, pilot: Any) -> None:
         meter = Meter()
         for second in range(2, 5):
-            app.take(News(meter.add(look(second, *(replace(each, count=each.count * second) for each in many)))))
+            app.take(Update(meter.add(view(second, *(replace(each, count=each.count * second) for each in many)))))
             begun = time.monotonic()
             await pilot.press("j")
             took = time.monotonic() - begun
@@ -348,11 +348,11 @@ class Slow:
         self.asked = 0
         self.subjects = 0
 
-    def read(self) -> Look:
+    def read(self) -> View:
         self.asked += 1
         if self.asked == 2:
             raise ConnectionRefusedError(111, "Connection refused")
-        return look(self.asked, row(count=self.asked))
+        return view(self.asked, row(count=self.asked))
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         self.subjects += 1
@@ -366,7 +366,7 @@ def test_feed_polls_its_source() -> None:
     source = Slow()
 
     async def run() -> None:
-        checked: Source = source
+        checked: ViewSource = source
         app = TopApp(checked, 0.02)
         async with app.run_test(size=(80, 24)) as pilot:
             while source.asked < 5:
@@ -406,8 +406,8 @@ def recording() -> list[str]:
     return lines
 
 
-def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
-    """Yield snapshots of a recording, one look a second, through everything above the kernel."""
+def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[View]:
+    """Yield snapshots of a recording, one view a second, through everything above the kernel."""
     now = 0.0
     monkeypatch.setattr(replay.time, "monotonic", lambda: now)
     played = Replay(path)
@@ -418,7 +418,7 @@ def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
         list(played.events())
         state.add(played.sample(0), NOW + second, now)
         snapshot = state.snapshot(True, NOW + second)
-        seen.append(meter.add(Look(snapshot.time, (snapshot,))))
+        seen.append(meter.add(View(snapshot.time, (snapshot,))))
     played.close()
     monkeypatch.undo()
     return seen
@@ -427,16 +427,16 @@ def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Look]:
 def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(recording()) + "\n")
-    looks = replayed(path, monkeypatch)
+    views = replayed(path, monkeypatch)
     monkeypatch.setenv("TZ", "UTC")
     time.tzset()
     shown: list[str] = []
 
     async def run() -> None:
-        app = TopApp(None, remedy=explain.short_advice, clock=lambda: NOW + 2.5, name="test")
+        app = TopApp(None, fix=explain.short_advice, clock=lambda: NOW + 2.5, name="test")
         async with app.run_test(size=(80, 24)) as pilot:
-            for seen in looks:
-                app.take(News(seen))
+            for seen in views:
+                app.take(Update(seen))
             await pilot.pause()
             shown.extend(screen(app))
             await pilot.press("j", "enter")
@@ -444,7 +444,7 @@ def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             mine = [json.loads(line) for line in reversed(recording()) if "openvpn" in line]
             line = app.query_one(Findings).selected
             assert line
-            app.take(News(looks[-1], subject=line.key, events=tuple(mine)))
+            app.take(Update(views[-1], key=line.key, events=tuple(mine)))
             await pilot.pause()
             shown.append("-" * 80)
             shown.extend(screen(app))
@@ -463,7 +463,7 @@ def test_lines_scroll_within_what_there_is() -> None:
     async def run() -> None:
         app = TopApp(None, name="test")
         async with app.run_test(size=(80, 24)):
-            keys = app.query_one("#banner", Lines)
+            keys = app.query_one("#banner", TextPane)
             keys.show([[(str(number), "fact")] for number in range(10)])
             keys.scroll_lines(100)
             assert "9" in screen(app)[2]

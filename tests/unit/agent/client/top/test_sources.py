@@ -96,7 +96,7 @@ def test_response_that_is_not_an_agents_is_a_temporary_error(tmp_path: Path, ans
 
 def test_missing_agent_is_an_error_that_says_what_to_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "DEFAULT_SOCKET", tmp_path / "default.sock")
-    with pytest.raises(UdpwatchError, match=r"no agent answers on .*other\.sock .*start `udpwatch run`"):
+    with pytest.raises(UdpwatchError, match=r"cannot connect to .*other\.sock: .*start an agent with `udpwatch run`"):
         open_agent(str(tmp_path / "other.sock"))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(CannotRun, match="run this as root"):

@@ -8,23 +8,23 @@ from itertools import islice
 from typing import Any
 
 from repository import DOCS
-from top_snapshots import look, row
+from top_snapshots import row, view
 
 from udpwatch.agent.client.top import text
 from udpwatch.agent.client.top.detail import detail, title
 from udpwatch.agent.client.top.layout import plain
-from udpwatch.agent.client.top.rows import Look, Order, rows
+from udpwatch.agent.client.top.rows import Order, View, rows
 
 
 class Script:
-    """A source whose looks are given."""
+    """A source whose views are given."""
 
     name = "script"
 
-    def __init__(self, *said: Look | OSError) -> None:
+    def __init__(self, *said: View | OSError) -> None:
         self._said = iter(said)
 
-    def read(self) -> Look:
+    def read(self) -> View:
         said = next(self._said)
         if isinstance(said, OSError):
             raise said
@@ -38,26 +38,26 @@ class Script:
 
 
 def test_once_reads_two_looks() -> None:
-    seen = text.once(Script(look(0, row(count=1)), look(1, row(count=3)), look(2, row(count=9))), 0.01)
+    seen = text.once(Script(view(0, row(count=1)), view(1, row(count=3)), view(2, row(count=9))), 0.01)
     assert seen.wrong == 2.0
 
 
 def test_once_waits_for_a_new_snapshot() -> None:
-    seen = text.once(Script(look(0, row()), look(0, row()), look(0.5, row(count=2))), 0.01)
+    seen = text.once(Script(view(0, row()), view(0, row()), view(0.5, row(count=2))), 0.01)
     assert seen.wrong == 2.0
 
 
 def test_table_fits_the_width() -> None:
-    seen = text.once(Script(look(0, row(count=1)), look(1, row(count=3))), 0.01)
+    seen = text.once(Script(view(0, row(count=1)), view(1, row(count=3))), 0.01)
     for width in (80, None):
         lines = text.table(seen, width, "script").splitlines()
         assert lines[-1].split()[:5] == ["openvpn", "-", "1194", "172.16.13.13", "172.17.0.1"]
         assert all(len(line) <= (width or 200) for line in lines)
-    assert "no wrong reply so far" in text.table(look(0), 80, "script")
+    assert "no wrong reply so far" in text.table(view(0), 80, "script")
 
 
 def test_json_object_has_only_documented_keys() -> None:
-    seen = text.once(Script(look(0, row(count=1)), look(1, row("\x1b[31m[red]", count=3), row(count=3), other=2)), 0.01)
+    seen = text.once(Script(view(0, row(count=1)), view(1, row("\x1b[31m[red]", count=3), row(count=3), other=2)), 0.01)
     told = json.loads(json.dumps(text.as_json(seen)))
     assert told["findings"][0] | {"last": None} == {
         "node": "node-1", "process": "\x1b[31m[red]", "pid": 4242, "command": None, "namespace": None, "pod": None,
@@ -73,10 +73,10 @@ def test_json_object_has_only_documented_keys() -> None:
 
 def test_plain_lines_show_rows_that_grew() -> None:
     before: dict[Any, int] = {}
-    assert len(text.changes(look(0, row(), row("\x1b]0;x\x07", 53)), before)) == 2
-    lines = text.changes(look(1, row(), row("\x1b]0;x\x07", 53, count=2)), before)
+    assert len(text.changes(view(0, row(), row("\x1b]0;x\x07", 53)), before)) == 2
+    lines = text.changes(view(1, row(), row("\x1b]0;x\x07", 53, count=2)), before)
     assert len(lines) == 1
-    assert "port 53 asked 172.16.13.13 answered 172.17.0.1 new kernel-chosen" in lines[0]
+    assert "port 53 asked 172.16.13.13 replied 172.17.0.1 new kernel-chosen" in lines[0]
     assert lines[0].isprintable()
 
 
@@ -84,7 +84,7 @@ def test_control_characters_of_a_source_are_escaped() -> None:
     """Prometheus forwards any text in labels, including verdict and cause."""
     evil = "\x1b]52;c;eA==\x07\r"
     found = row(evil, namespace=evil, pod=evil, container=evil, expected=evil, actual=evil, verdict=evil, cause=evil)
-    seen = replace(look(0, found, node=evil, mode=evil, kernel=evil), cluster=True)
+    seen = replace(view(0, found, node=evil, mode=evil, kernel=evil), cluster=True)
     (line,) = rows(seen, Order.TOTAL)
     shown = [text.table(seen, width, "script") for width in (None, 100, 40)]
     shown += [*text.changes(seen, {}), title(line)]
@@ -96,7 +96,7 @@ def test_control_characters_of_a_source_are_escaped() -> None:
 def test_looks_continue_after_an_error_and_log_it_once() -> None:
     said: list[str] = []
     gone = ConnectionRefusedError(111, "Connection refused")
-    script = Script(look(0, row()), gone, gone, look(1, row(count=2)), gone, look(2, row(count=2)))
-    seen = list(islice(text.looks(script, 0.01, said.append), 3))
+    script = Script(view(0, row()), gone, gone, view(1, row(count=2)), gone, view(2, row(count=2)))
+    seen = list(islice(text.views(script, 0.01, said.append), 3))
     assert [each.snapshots[0].rows[0].count for each in seen] == [1, 2, 2]
     assert said == ["not connected: Connection refused; retrying"] * 2
