@@ -1,4 +1,4 @@
-"""`udpwatch demo`: moby/moby#15127 in network namespaces, and udpwatch catching it. Tells its story as it goes."""
+"""`udpwatch demo`: reproduce moby/moby#15127 in network namespaces, and show what udpwatch reports."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from udpwatch.agent.testing.child import Child
 from udpwatch.agent.testing.lab import ContainerHost
 
 PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP = 56789, 56790, 56791, 56792
-SILENCE_SECONDS = 1.0  # after so long without an answer, none comes
-ANSWER_SECONDS = 5.0  # for what must come, on a slow machine too
+SILENCE_SECONDS = 1.0  # a missing reply is accepted as missing after this time
+REPLY_SECONDS = 5.0  # for an expected packet, also on a slow machine
 EVENT_SECONDS = 5.0
 _SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
 
 _INTRODUCTION = """\
-A machine with two addresses runs a UDP server on "all addresses". A container on the same machine asks it at one
-address; the kernel sends the answer from the other one. Nothing logs an error, and the container waits in vain. This
-demo builds that machine, lets it happen, and shows what each side sees. One of them is conntrack, the kernel's list of
-conversations: an answer that belongs to none of them is not translated back and not let in.
+A machine with two addresses runs a UDP server on all addresses (0.0.0.0). A container on the same machine sends a
+request to one address, and the kernel sends the reply from the other one. Nothing logs an error, and the client times
+out. This demo builds that machine in network namespaces, reproduces the wrong reply, and shows what each side sees.
+One side is conntrack, the kernel's table of flows: NAT does not translate a reply that matches no flow in this table.
 """
 
 _PICTURE = """\
@@ -45,14 +45,14 @@ _PICTURE = """\
 
 
 class _Agent(Child):
-    """A real `udpwatch run` beside us; its events are in a queue."""
+    """A real `udpwatch run` as a child process; its events are in a queue."""
 
     def __init__(self) -> None:
         super().__init__(
             "run",
             *("--events=-", "--metrics-listen=off", "--socket=off"),
             stdout=subprocess.PIPE,
-            env={"UDPWATCH_CACHE": "off", **os.environ},  # nothing shall be left behind
+            env={"UDPWATCH_CACHE": "off", **os.environ},  # without the cache, the demo leaves no files
         )
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._read_events, daemon=True).start()
@@ -69,43 +69,43 @@ class _Agent(Child):
 
     @property
     def mode(self) -> str:
-        """How the agent asks conntrack, "packet" or "netlink"."""
+        """How the agent queries conntrack: "packet" or "netlink"."""
         found = re.search(r"mode (\w+)", " ".join(self.log))
         return found.group(1) if found else "unknown"
 
 
-class _Story:
-    """Prints, and remembers whether everything came out."""
+class _Report:
+    """Prints the results and counts failed checks."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._colour = out.isatty() and "NO_COLOR" not in os.environ
         self.failed = 0
 
-    def say(self, text: str = "") -> None:
+    def line(self, text: str = "") -> None:
         print(text, file=self._out, flush=True)
 
     def paragraph(self, text: str) -> None:
-        self.say(textwrap.fill(" ".join(text.split()), 78) + "\n")
+        self.line(textwrap.fill(" ".join(text.split()), 78) + "\n")
 
     def head(self, text: str) -> None:
-        self.say("\n" + self._paint("1", text))
+        self.line("\n" + self._paint("1", text))
 
-    def show(self, who: str, what: str) -> None:
-        self.say(f"    {who:<10} {what}")
+    def fact(self, observer: str, text: str) -> None:
+        self.line(f"    {observer:<10} {text}")
 
-    def check(self, good: bool, who: str, what: str) -> None:
-        """One line, marked by whether it came out as it should."""
-        self.failed += not good
-        mark = self._paint("32", "ok") if good else self._paint("31", "NO")
-        self.say(f"{mark}  {who:<10} {what}")
+    def check(self, passed: bool, observer: str, text: str) -> None:
+        """Print a line that is marked ok or NO."""
+        self.failed += not passed
+        mark = self._paint("32", "ok") if passed else self._paint("31", "NO")
+        self.line(f"{mark}  {observer:<10} {text}")
 
     def _paint(self, code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
 
 
 class _Icmp:
-    """Listens on the node's bridge for the container's "port unreachable"."""
+    """Captures the container's "port unreachable" messages on the node's bridge."""
 
     def __init__(self, lab: ContainerHost) -> None:
         with lab.node.entered():
@@ -113,7 +113,7 @@ class _Icmp:
             self._socket.bind(("docker0", 0))
 
     def port_unreachable(self, seconds: float) -> bool:
-        """Whether one came: type 3 code 3 (RFC 792), or type 1 code 4 (RFC 4443)."""
+        """Wait for a message of type 3 code 3 (RFC 792) or type 1 code 4 (RFC 4443); return whether one came."""
         end = time.monotonic() + seconds
         while select.select([self._socket], [], [], max(0, end - time.monotonic()))[0]:
             packet = self._socket.recv(2048)
@@ -129,14 +129,14 @@ class _Icmp:
         self._socket.close()
 
 
-def _ask(
+def _request(
     lab: ContainerHost,
     address: str,
     port: int,
     seconds: float = SILENCE_SECONDS,
     kind: socket.SocketKind = socket.SOCK_DGRAM,
 ) -> tuple[str, int]:
-    """Ask from the container as a client does: connect, send, wait. (the answer or "", the client's port)."""
+    """Send a request from the container: connect, send, wait. Return the reply, or "", and the client's port."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with lab.container.socket(family, kind) as client:
         client.settimeout(seconds)
@@ -150,8 +150,8 @@ def _ask(
 
 
 def _conntrack(lab: ContainerHost, family: socket.AddressFamily, client_port: int) -> list[tuple[str, bool]]:
-    """The node's UDP entries of one client port: (as text, whether an answer was seen)."""
-    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket  # noqa: PLC0415  it is slow to import
+    """Return the node's UDP entries for a client port: (as text, whether conntrack saw a reply)."""
+    from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket  # noqa: PLC0415  slow to import
 
     found = []
     with lab.node.entered(), NFCTSocket(nfgen_family=family) as conntrack:
@@ -170,14 +170,14 @@ def _join(host: str, port: int) -> str:
 
 
 def _serve(lab: ContainerHost, name: str, function: Any, address: str, port: int) -> None:
-    """Start a server on the node; it is listening when this returns."""
+    """Start a server on the node, and return when it is listening."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     kind = socket.SOCK_STREAM if function is servers.tcp else socket.SOCK_DGRAM
     with lab.node.socket(family, kind) as server:
         if family == socket.AF_INET6:
             server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if function is servers.with_pktinfo:
-            servers.want_pktinfo(server)
+            servers.enable_pktinfo(server)
         server.bind((address, port))
         if kind == socket.SOCK_STREAM:
             server.listen()
@@ -185,91 +185,91 @@ def _serve(lab: ContainerHost, name: str, function: Any, address: str, port: int
 
 
 def _next_event(agent: _Agent, lab: ContainerHost) -> dict[str, Any] | None:
-    """The next event about the lab; other wrong replies of this machine are none of this story's."""
+    """Return the next event of the lab, without those of other servers on this machine; None if there is none."""
     end = time.monotonic() + EVENT_SECONDS
     while (left := end - time.monotonic()) > 0:
         try:
             event = agent.events.get(timeout=left)
         except queue.Empty:
             return None
-        # In mode netlink the namespace is not told.
+        # In mode netlink, events do not contain the namespace.
         if event["netns"] in (None, lab.node.inode) and event["peer"] in (lab.CONTAINER, lab.CONTAINER_6):
             return event
     return None
 
 
-def _wrong(story: _Story, lab: ContainerHost, agent: _Agent, asked: str, other: str) -> None:
-    """The plain server: what client, conntrack and udpwatch see."""
+def _check_plain_server(report: _Report, lab: ContainerHost, agent: _Agent, asked: str, other: str) -> None:
+    """Send a request to the plain server, and report what client, conntrack and udpwatch see."""
     family = socket.AF_INET6 if ":" in asked else socket.AF_INET
     icmp = _Icmp(lab)
     try:
-        answer, port = _ask(lab, asked, PORT)
-        refused = icmp.port_unreachable(ANSWER_SECONDS)
+        reply, port = _request(lab, asked, PORT)
+        rejected = icmp.port_unreachable(REPLY_SECONDS)
     finally:
         icmp.close()
-    story.check(not answer, "client", f"asked {_join(asked, PORT)}, got {answer or 'no answer'}")
-    story.check(refused, "", "its kernel refused the answer: ICMP port unreachable")
+    report.check(not reply, "client", f"asked {_join(asked, PORT)}, received {reply or 'no reply'}")
+    report.check(rejected, "", "its kernel rejected the reply: ICMP port unreachable")
     entries = _conntrack(lab, family, port)
     for text, replied in entries:
-        story.show("conntrack" if text == entries[0][0] else "", f"{text}  {'replied' if replied else 'UNREPLIED'}")
-    story.check(
+        report.fact("conntrack" if text == entries[0][0] else "", f"{text}  {'replied' if replied else 'UNREPLIED'}")
+    report.check(
         [replied for _, replied in entries] == [False, False],
         "",
-        "two entries, none answered: the reply was booked as a new flow",
+        "two flows without a reply: the reply counts as a new flow",
     )
     event = _next_event(agent, lab)
     if event is None:
-        story.check(False, "udpwatch", "reported nothing")
+        report.check(False, "udpwatch", "reported nothing")
         return
-    story.show("udpwatch", f"process {event['process']} (pid {event['pid']}), port {event['port']}/udp")
-    story.check(
+    report.fact("udpwatch", f"process {event['process']} (pid {event['pid']}), port {event['port']}/udp")
+    report.check(
         (event["expected"], event["actual"], event["port"], event["process"]) == (asked, other, PORT, "plain-server"),
         "",
-        f"was asked at {event['expected']}, answered from {event['actual']}",
+        f"was asked at {event['expected']}, replied from {event['actual']}",
     )
     verdict = "unknown" if agent.mode == "netlink" else "new"
-    story.check(
+    report.check(
         (event["verdict"], event["cause"]) == (verdict, "kernel-chosen"),
         "",
         f"verdict {event['verdict']} (conntrack), cause {event['cause']} (routing)",
     )
 
 
-def _right(story: _Story, lab: ContainerHost, asked: str) -> None:
-    """The same server, done right in three ways: each answer must arrive."""
-    for what, port, kind in (
+def _check_fixed_servers(report: _Report, lab: ContainerHost, asked: str) -> None:
+    """Send a request to the same server with three fixes: each reply must arrive."""
+    for fix, port, kind in (
         ("with IP_PKTINFO", PORT_PKTINFO, socket.SOCK_DGRAM),
-        ("bound to the one address", PORT_BOUND, socket.SOCK_DGRAM),
+        ("bound to one address", PORT_BOUND, socket.SOCK_DGRAM),
         ("over TCP", PORT_TCP, socket.SOCK_STREAM),
     ):
-        answer, _ = _ask(lab, asked, port, ANSWER_SECONDS, kind)
-        story.check(bool(answer), "client", f"{what}: {'got its answer' if answer else 'got no answer'}")
+        reply, _ = _request(lab, asked, port, REPLY_SECONDS, kind)
+        report.check(bool(reply), "client", f"{fix}: received {'the reply' if reply else 'no reply'}")
 
 
-def _tell(story: _Story, lab: ContainerHost, agent: _Agent) -> None:
+def _run_scenario(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
     for family, asked, other, wildcard in (
-        ("IPv4", lab.ETH0, lab.DOCKER0, "0.0.0.0"),  # noqa: S104  the fault needs it, and the namespace has no outside
+        ("IPv4", lab.ETH0, lab.DOCKER0, "0.0.0.0"),  # noqa: S104  the bug needs this, and the namespace is isolated
         ("IPv6", lab.ETH0_6, lab.DOCKER0_6, "::"),
     ):
-        story.head(f"{family}: a plain server (recvfrom, sendto) on {_join(wildcard, PORT)}")
+        report.head(f"{family}: a plain server (recvfrom, sendto) on {_join(wildcard, PORT)}")
         _serve(lab, "plain-server", servers.plain, wildcard, PORT)
-        _wrong(story, lab, agent, asked, other)
+        _check_plain_server(report, lab, agent, asked, other)
 
-        story.head(f"{family}: the same server, done right")
+        report.head(f"{family}: the same server, fixed")
         _serve(lab, "pktinfo-server", servers.with_pktinfo, wildcard, PORT_PKTINFO)
         _serve(lab, "bound-server", servers.plain, asked, PORT_BOUND)
         _serve(lab, "tcp-server", servers.tcp, wildcard, PORT_TCP)
-        _right(story, lab, asked)
-        # Events keep their order: if the plain server is the next one heard of, the right ones were not flagged.
-        _ask(lab, asked, PORT)
+        _check_fixed_servers(report, lab, asked)
+        # Events are in order: if the next one is about the plain server, the fixed servers were not reported.
+        _request(lab, asked, PORT)
         event = _next_event(agent, lab)
         quiet = event is not None and event["process"] == "plain-server" and event["port"] == PORT
-        story.check(quiet, "udpwatch", "flagged none of these, and the plain one when it was asked again")
+        report.check(quiet, "udpwatch", "reported none of these, and the plain server when asked again")
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does: by an exception, so that everything is taken down."""
+    """Make SIGTERM end the demo as Ctrl-C does: by an exception, so that everything is cleaned up."""
 
     def interrupt(_number: int, _frame: object) -> None:
         raise KeyboardInterrupt
@@ -291,28 +291,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(_parsed: argparse.Namespace) -> int:
     """Run the demo on standard output; return 0, or 1 if a line did not come out as expected. Raises CannotRun."""
-    return tell(sys.stdout)
+    return run_demo(sys.stdout)
 
 
-def tell(out: TextIO) -> int:
-    """Tell the story on ``out``; returns 0, or 1 if anything did not come out as it should.
+def run_demo(out: TextIO) -> int:
+    """Run the demo and print the results to ``out``. Return 0, or 1 if a check failed.
 
-    Raises CannotRun where this machine cannot run it.
+    Raises CannotRun if this machine cannot run it.
     """
-    story = _Story(out)
+    report = _Report(out)
     started = time.monotonic()
     with _interruptible(), ContainerHost() as lab:
-        story.paragraph(_INTRODUCTION)
-        story.say(_PICTURE)
+        report.paragraph(_INTRODUCTION)
+        report.line(_PICTURE)
         agent = _Agent()
         try:
-            story.show("udpwatch", f"is watching (mode {agent.mode}), ready after {time.monotonic() - started:.1f} s")
-            _tell(story, lab, agent)
+            report.fact("udpwatch", f"is ready after {time.monotonic() - started:.1f} s (mode {agent.mode})")
+            _run_scenario(report, lab, agent)
         finally:
             agent.stop()
     seconds = f"{time.monotonic() - started:.0f} s"
-    if story.failed:
-        story.say(f"\n{story.failed} of the lines above did not come out: they are marked NO ({seconds}).")
+    if report.failed:
+        report.line(f"\n{report.failed} of the checks above failed: they are marked NO ({seconds}).")
         return 1
-    story.say(f"\nAll of it came out as it should ({seconds}). Nothing was left behind.")
+    report.line(f"\nAll checks passed ({seconds}). Nothing was left behind.")
     return 0

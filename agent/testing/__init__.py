@@ -1,1 +1,1 @@
-"""The network namespaces and the small servers of the demo and the tests."""
+"""Network namespaces, small servers and child processes for the demo and the tests."""

@@ -1,4 +1,4 @@
-"""A `udpwatch` command as a child process: its log, when it is ready, and its end."""
+"""Run a `udpwatch` command as a child process: read its log, wait until it is ready, stop it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from udpwatch.agent.testing.lab import die_with_parent
 
 #: -P: nothing is imported from the working directory.
 COMMAND = (sys.executable, "-P", "-m", "udpwatch.agent.cli")
-READY_SECONDS = 240.0  # under emulation a start takes a minute
+READY_SECONDS = 240.0  # under emulation, starting takes a minute
 STOP_SECONDS = 30.0
 _PREFIX = "udpwatch: "
 
 
 class Child:
-    """The command runs from the constructor to `stop`, and is killed when this process ends."""
+    """A command that runs from the constructor to `stop`. It is killed when this process ends."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Child:
 
         def begin() -> None:
             die_with_parent()
-            if os.getppid() != parent:  # it ended before the line above
+            if os.getppid() != parent:  # the parent ended before die_with_parent() took effect
                 os._exit(1)
 
         for option, value in (("stdin", subprocess.DEVNULL), ("stdout", subprocess.DEVNULL), ("preexec_fn", begin)):
@@ -80,18 +80,18 @@ class Child:
         return self.log[-1].strip().removeprefix(_PREFIX) if self.log else ""
 
     def wait_until_ready(self, condition: Callable[[], bool] | None = None, seconds: float = READY_SECONDS) -> None:
-        """Wait for the condition, by default that the command has logged that it is ready.
+        """Wait for the condition; by default, that the command has logged that it is ready.
 
-        Raises CannotRun or UdpwatchError with the last message when the command ends first, or the time is over.
+        Raises CannotRun or UdpwatchError with the last message if the command ends first or the time is up.
         """
         end = time.monotonic() + seconds
         while not (condition() if condition else self.is_ready):
             status = self.process.poll()
             if status is not None:
                 self._reader.join(STOP_SECONDS)
-                reason = self.last_message or f"it ended with status {status}"
+                reason = self.last_message or f"exit status {status}"
             elif time.monotonic() > end:
-                reason = f"it is not ready after {seconds:.0f} s: {self.last_message or 'it logged nothing'}"
+                reason = f"not ready after {seconds:.0f} s: {self.last_message or 'nothing was logged'}"
             else:
                 time.sleep(0.02)
                 continue
@@ -99,7 +99,7 @@ class Child:
             raise CannotRun(text) if status == CannotRun.exit_status else UdpwatchError(text)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = STOP_SECONDS) -> int:
-        """Send the signal, wait, and kill a command that does not end in time; returns the exit status."""
+        """Send the signal, wait, kill a command that does not end in time, and return the exit status."""
         if self.process.poll() is None:
             self.process.send_signal(number)
         try:
@@ -107,7 +107,7 @@ class Child:
         except subprocess.TimeoutExpired:
             self.process.kill()
             status = self.process.wait()
-        self._reader.join(5)  # a process that the command left behind may hold the pipe
+        self._reader.join(5)  # a process that the command left behind may keep the pipe open
         if self.process.stderr and not self._reader.is_alive():
             self.process.stderr.close()
         return status

@@ -1,8 +1,7 @@
-"""Network namespaces for the demo and the tests: real links, real addresses, real conntrack, nothing left behind.
+"""Network namespaces for the demo and the tests, with real links, addresses and conntrack.
 
-A namespace here has no name: it is a descriptor of this process. Its links vanish with it, and it vanishes with this
-process, however that ends; there is nothing that a later run would have to clean up. Child processes ask to be killed
-with their parent.
+A namespace has no name; this process holds it by a descriptor. The kernel removes the namespace and its links when this
+process ends, even by SIGKILL, so nothing is left behind. Child processes are killed with their parent.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def die_with_parent() -> None:
-    """To be called in a child before it does anything: SIGKILL for it when its parent ends, however that ends."""
+    """Make the kernel kill this process when its parent ends. Call it first in a child process."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Namespace:
-    """One network namespace, a "host" of the lab."""
+    """One network namespace: a host of the lab."""
 
     def __init__(self, name: str) -> None:
-        """Create it, loopback up; raises CannotRun when that is not permitted."""
+        """Create the namespace and enable its loopback. Raises CannotRun without permission."""
         self.name = name
         try:
             self._fd = netns.create()
@@ -45,45 +44,46 @@ class Namespace:
 
     @property
     def path(self) -> str:
-        """A path that ip(8) takes for the namespace."""
+        """The path of the namespace, for ip(8)."""
         return f"/proc/{os.getpid()}/fd/{self._fd}"
 
     @property
     def inode(self) -> int:
-        """The number that lsns(8) shows, and an event's `netns`."""
+        """The inode number, as in lsns(8) and in an event's `netns`."""
         return os.fstat(self._fd).st_ino
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """The calling thread is in the namespace; sockets made meanwhile stay in it."""
+        """Move the calling thread into the namespace for a while; sockets created there stay there."""
         with netns.entered(self._fd):
             yield
 
     def socket(
         self, family: socket.AddressFamily = socket.AF_INET, kind: socket.SocketKind = socket.SOCK_DGRAM
     ) -> socket.socket:
-        """A new socket in the namespace."""
+        """Create a socket in the namespace."""
         with self.entered():
             return socket.socket(family, kind)
 
     def run(self, command: Sequence[str], stdin: str | None = None) -> str:
-        """Run a command in the namespace; its output. Raises UdpwatchError with what it complained of."""
+        """Run a command in the namespace and return its output. Raises UdpwatchError with its error message."""
         try:
             done = subprocess.run(
                 command, input=stdin, capture_output=True, text=True, check=False, preexec_fn=self.enter_in_child
             )
         except OSError as error:
-            raise CannotRun(f"cannot run {command[0]} ({error.strerror}): install iproute2 and nftables") from None
+            raise CannotRun(f"cannot run {command[0]}: {error.strerror}; install iproute2 and nftables") from None
         if done.returncode:
-            raise UdpwatchError(f"{' '.join(command)} in {self.name}: {(done.stderr or done.stdout).strip()}")
+            reason = (done.stderr or done.stdout).strip()
+            raise UdpwatchError(f"cannot run {' '.join(command)} in namespace {self.name}: {reason}")
         return done.stdout
 
     def popen(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
-        """Start a command in the namespace; it dies with this process. The caller waits for it."""
+        """Start a command in the namespace. It is killed when this process ends. The caller waits for it."""
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=self.enter_in_child)
 
     def ip(self, *lines: str) -> None:
-        """Lines for ip(8), in the namespace."""
+        """Run commands of ip(8) in the namespace."""
         self.run(["ip", "-batch", "-"], "\n".join(lines) + "\n")
 
     def add_addresses(self, device: str, *addresses: str) -> None:
@@ -91,7 +91,7 @@ class Namespace:
         self.ip(*(f"addr add {each}{'/64 nodad' if ':' in each else '/24'} dev {device}" for each in addresses))
 
     def nft(self, rules: str) -> None:
-        """A ruleset for nft(8), in the namespace."""
+        """Load a ruleset of nft(8) in the namespace."""
         self.run(["nft", "-f", "-"], rules)
 
     def sysctl(self, name: str, value: str) -> None:
@@ -100,13 +100,13 @@ class Namespace:
             Path("/proc/sys", name).write_text(value)
 
     def spawn(self, name: str, function: Callable[[], None]) -> Process:
-        """Run a function in a process of its own in the namespace, under the process name ``name``."""
+        """Run a function in the namespace, in a new process with the name ``name``."""
         child = Process(name, function, self._fd)
         self._children.append(child)
         return child
 
     def close(self) -> None:
-        """End its processes and let go of it."""
+        """Kill its processes and close it."""
         for child in self._children:
             child.stop()
         self._children.clear()
@@ -121,7 +121,7 @@ class Namespace:
 
 
 class Process:
-    """A forked function with a name of its own."""
+    """A function in a forked process with a name of its own."""
 
     def __init__(self, name: str, function: Callable[[], None], namespace: int) -> None:
         sys.stdout.flush()
@@ -132,7 +132,7 @@ class Process:
             status = 1
             try:
                 die_with_parent()
-                if os.getppid() == parent:  # else it died before we asked
+                if os.getppid() == parent:  # otherwise the parent ended before die_with_parent() took effect
                     signal.signal(signal.SIGINT, signal.SIG_IGN)
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                     Path("/proc/self/comm").write_text(name)
@@ -143,7 +143,7 @@ class Process:
                 os._exit(status)
 
     def wait(self) -> int:
-        """Wait for its end; its exit status (negative: the signal that ended it)."""
+        """Wait for its end; return its exit status, negative for a signal."""
         if self.pid:
             _, status = os.waitpid(self.pid, 0)
             self.pid = 0
@@ -151,7 +151,7 @@ class Process:
         return 0
 
     def stop(self) -> None:
-        """Kill it and wait."""
+        """Kill the process and wait for its end."""
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
@@ -160,7 +160,7 @@ class Process:
 
 
 class Lab:
-    """A set of namespaces and the links between them. A context manager: leaving it removes all of it."""
+    """A set of namespaces and the links between them. The context manager removes them at its end."""
 
     def __init__(self) -> None:
         self._namespaces: list[Namespace] = []
@@ -174,14 +174,14 @@ class Lab:
         self._namespaces.clear()
 
     def namespace(self, name: str) -> Namespace:
-        """Add a host."""
+        """Add a namespace."""
         namespace = Namespace(name)
         self._namespaces.append(namespace)
         return namespace
 
     @staticmethod
     def link(one: Namespace, device: str, other: Namespace, other_device: str) -> None:
-        """A cable between two hosts, both ends up."""
+        """Connect two namespaces by a pair of veth devices, both up."""
         one.ip(f"link add {device} type veth peer name {other_device} netns {other.path}", f"link set {device} up")
         other.ip(f"link set {other_device} up")
 
@@ -197,10 +197,10 @@ class Lab:
 
 
 class ContainerHost(Lab):
-    """The scene of moby/moby#15127.
+    """The hosts of moby/moby#15127.
 
     ``outside`` 172.16.13.1 -- eth0 172.16.13.13 ``node`` docker0 172.17.0.1 -- 172.17.0.3 ``container``; the node
-    forwards and masquerades as Docker makes it do. IPv6 likewise: fd00:13::1, ::13 and fd00:17::1, ::3.
+    forwards and masquerades as with Docker. For IPv6: fd00:13::1, fd00:13::13 -- fd00:17::1, fd00:17::3.
     """
 
     ETH0, DOCKER0, CONTAINER, OUTSIDE = "172.16.13.13", "172.17.0.1", "172.17.0.3", "172.16.13.1"

@@ -93,7 +93,7 @@ def test_plain_server_does_not_reply_from_the_address_asked(host: ContainerHost)
         server.bind(("0.0.0.0", PORT))
         process = host.node.spawn("plain", lambda: servers.plain(server))
         try:
-            wait_for(lambda: answer(host, host.DOCKER0) == b"answer to request", "an answer from the near address")
+            wait_for(lambda: answer(host, host.DOCKER0) == b"reply to request", "an answer from the near address")
             assert answer(host, host.ETH0) == b""
         finally:
             process.stop()

@@ -390,7 +390,7 @@ def test_reply_of_a_pktinfo_server_is_not_a_finding(
     watch: Watch, host: ContainerHost, port: int, family: Family
 ) -> None:
     with host.node.socket(family.inet) as server, host.container.socket(family.inet) as client:
-        servers.want_pktinfo(server)
+        servers.enable_pktinfo(server)
         server.bind((family.wildcard, port))
         process = host.node.spawn("pktinfo", lambda: servers.with_pktinfo(server))
         client.settimeout(PATIENCE_SECONDS)

@@ -305,7 +305,7 @@ def test_gossip_started_by_either_side_is_not_a_finding(watch: Watch, port: int)
             bound(other, socket.AF_INET, "0.0.0.0", port) as right,
         ):
             for side in (left, right):
-                servers.want_pktinfo(side)
+                servers.enable_pktinfo(side)
                 side.settimeout(PATIENCE_SECONDS)
             for turn in range(20):
                 asking, answering, addresses = (
@@ -314,7 +314,7 @@ def test_gossip_started_by_either_side_is_not_a_finding(watch: Watch, port: int)
                 asking.sendto(b"ping", (addresses[turn // 2 % 2], port))
                 _, control, _, peer = answering.recvmsg(100, socket.CMSG_SPACE(32))
                 level, kind, asked = control[0]
-                answering.sendmsg([b"pong"], [(level, kind, servers.answer_from(asked))], 0, peer)
+                answering.sendmsg([b"pong"], [(level, kind, servers.reply_control(asked))], 0, peer)
                 asking.recvfrom(100)
             assert watch.count(port) == 0
 
