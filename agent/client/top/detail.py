@@ -25,7 +25,7 @@ _CAUSES = {
     "unknown": "how the source was chosen is unknown",
 }
 _VERDICTS = {
-    "new": "conntrack counts the reply as a new flow: NAT is not undone, and the client's kernel rejects the reply",
+    "new": "conntrack counts the reply as a new flow, so NAT is not undone and the client's kernel rejects the reply",
     "untracked": "conntrack does not track this traffic; a client with a connected socket rejects the reply",
     "unknown": "this kernel does not report conntrack's verdict",
 }
