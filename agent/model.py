@@ -117,7 +117,7 @@ class Event:
     original: Tuple | None  # the conntrack entry of the reply itself
     reply: Tuple | None
     conversation: Conversation | None  # of a suspected reply
-    request: Tuple | None = None  # of a forwarded reply: the flow without a reply, as its client began it
+    request: Tuple | None = None  # of a forwarded reply: the client's flow, which has no reply
     pktinfo: bool | None = None  # whether it was sent with IP_PKTINFO or IPV6_PKTINFO; None: unknown
 
 
@@ -158,7 +158,7 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class ConntrackHealth:
-    """What explains lost UDP in the agent's own namespace."""
+    """Conntrack's counters in the agent's own namespace, which can explain lost UDP datagrams."""
 
     entries: int
     limit: int
@@ -179,12 +179,12 @@ class Sample:
     undecided: int  # suspected replies without a decision
     #: tenant (records.tenant_of) -> its wrong replies for which the kernel's table of findings had no room
     beyond: dict[int, int] = field(default_factory=dict)
-    dropped: int = 0  # events that found too many others waiting for conntrack or for the reader
+    dropped: int = 0  # events for which the queue for conntrack or for the reader was full
     held_back: int = 0  # events of flows beyond the rate limit
     flows: int = 0  # new UDP flows that were checked
     overruns: int = 0  # times that conntrack's events overran the buffer
     conntrack: ConntrackHealth | None = None
-    udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
+    udp_sent: int | None = None  # datagrams sent in the agent's own namespace, as the kernel counts them
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,15 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
  * Function probes: find wrong replies of machines behind this node in conntrack's new flows, and
- * learn about senders from udp_sendmsg(). They attach by fentry or as kprobes where the kernel
- * allows it.
+ * learn about senders from udp_sendmsg(). They attach by fentry, or as kprobes, if the
+ * kernel allows it.
  *
  * Rules
  * 1. The programs only watch.
  * 2. Conntrack confirms each flow once, so a finding of these programs counts flows.
- * 3. A new flow that mirrors an unanswered flow is only a candidate: peers that call each other
- *    look the same at first. `settle` decides some seconds later, when such peers have answered
- *    each other.
+ * 3. A new flow that mirrors an unanswered flow is only a candidate: two peers that send to
+ *    each other look the same at first. `settle` decides some seconds later, when such peers have
+ *    replied to each other.
  * 4. Unclear cases are undecided: a client that asked two addresses from one port, an entry that
  *    vanished unseen, a request that may have been evicted.
  *

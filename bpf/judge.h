@@ -95,7 +95,7 @@ static __always_inline enum judgement judge(struct conversation_set *set, __u64 
     const struct address group = {};
 
     enum judgement judgement = judge_one(set, tag, source, port_kept, now, &known);
-    /* A conversation that is gone may have had any number of requests. */
+    /* An evicted conversation may have had any number of requests. */
     *flags = known.asked ? known.tenant.flags : SEVERAL;
     if (!(known.tenant.flags & SEVERAL)) {
         *expected = known.address;
@@ -105,7 +105,7 @@ static __always_inline enum judgement judge(struct conversation_set *set, __u64 
     struct address_set *others = addresses_of(tag, key->scope);
     if (!keys || !others)
         return NOT_A_REPLY;
-    /* A hash is never 0, so no source is right from another port. */
+    /* From another port no source is right: 0 is the hash of no request. */
     return judge_several(others, tag, port_kept ? request_hash(keys, tag, source) : 0,
                          request_hash(keys, tag, &group), now, expected);
 }

@@ -42,8 +42,8 @@ enum verdict {
 enum cause {
     CAUSE_KERNEL_CHOSEN = 1, /* wildcard socket, no PKTINFO: routing chose the source */
     CAUSE_EXPLICIT = 2,      /* the application named this source (bind or PKTINFO) */
-    CAUSE_CONNECTED = 3,     /* connect() froze the source */
-    CAUSE_UNKNOWN = 4,       /* the sendmsg hook is not attached, or named no destination */
+    CAUSE_CONNECTED = 3,     /* connect() chose the source */
+    CAUSE_UNKNOWN = 4,       /* no sendmsg hook, or the send named no destination */
     CAUSE_FORWARDED = 5, /* the reply of a machine behind this node, found in its conntrack flow */
 };
 
@@ -70,8 +70,8 @@ struct conversation_key {
     __u32 link; /* interface index of a link-local peer, else 0 */
 };
 
-/* Random numbers, set before the programs are attached. Without them, an attacker cannot choose
- * peers whose conversations share one set. */
+/* Random numbers, set before the programs are attached. An attacker who does not know them cannot
+ * choose peers whose conversations share one set. */
 struct hash_keys {
     __u32 word[HASH_WORDS];
 };
@@ -322,7 +322,7 @@ struct stats {
                         of this host while a request of the peer is pending */
     __u64 evicted;   /* requests evicted within the window */
     __u64 flows;     /* new UDP flows of conntrack */
-    __u64 candidates; /* of these, candidates without room */
+    __u64 candidates; /* of these, candidates for which there was no room */
     __u64 self_tests; /* right replies of the self-test */
 };
 

@@ -98,8 +98,8 @@ static __always_inline struct fingerprint_set *fingerprints_of(__u64 hash) {
 }
 
 /* Note that a request was evicted within the window, because later replies of its tenant may be
- * undecided. `answered` means answered rightly. A wrongly answered request leaves no fingerprint:
- * when its peer asks another address, the reply no longer comes from this one. */
+ * undecided. `answered` means that it got a right reply. A request with a wrong reply leaves no
+ * fingerprint, because its server does not reply from the address that was asked. */
 static __always_inline void note_eviction(__u64 hash, const struct tenant *of, int answered,
                                           __u64 now) {
     const struct hash_keys *keys = keys_of_hash();
@@ -411,7 +411,8 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
             count_unremembered(skb, key, now); /* its request may have been evicted */
         return;
     }
-    /* A client's socket repeats its request from another address than the last client used. */
+    /* Not a reply, but the request of a client, which sends from another address than the last
+     * client on this port. */
     if (judgement == WRONG && flags & CLIENTS && sk->state == BPF_TCP_ESTABLISHED)
         return;
     COUNT(checked, segments_of(skb));
@@ -422,8 +423,8 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
         return;
     if (tracking == UNTRACKED && HAVE_KERNEL_READ && same(&finding.expected, &packet->source))
         return; /* only the port differs, and no conntrack could have changed it */
-    /* The datagram may continue a conversation that this host began and the peer answered, or it
-     * may answer a request of that peer. */
+    /* The datagram may continue a conversation that this host began and the peer replied to, or it
+     * may reply to an evicted request of that peer. */
     if (tracking == BEGUN_HERE ||
         may_have_asked(tag, key, &packet->source, tracking != UNTRACKED, now)) {
         COUNT(undecided, segments_of(skb));

@@ -128,7 +128,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Wrong replies by namespace",
-            "The namespace of the sender's pod. Empty: processes outside of pods, and machines behind a node.",
+            "The namespace of the sender's pod. Without a name: processes outside of pods, and machines behind a node.",
             "cps",
             (f"sum by (namespace) ({per_second(WRONG)}) > 0", "{{namespace}}"),
             stacked=True,
@@ -137,7 +137,7 @@ def dashboard() -> Dashboard:
         lines(
             "Wrong replies by cause",
             "kernel-chosen: the socket is bound to all addresses, and routing chose the source. explicit: the program "
-            "chose it. connected: connect() fixed it. forwarded: the reply of another machine, counted in flows.",
+            "chose it. connected: connect() chose it. forwarded: the reply of another machine, counted in flows.",
             "cps",
             (f"sum by (cause) ({per_second(WRONG)}) > 0", "{{cause}}"),
             stacked=True,
@@ -167,8 +167,8 @@ def dashboard() -> Dashboard:
         ),
         rows(
             "Namespaces",
-            "Namespaces with wrong replies within the selected time, the worst first. The empty one has the processes "
-            "outside of pods.",
+            "Namespaces with wrong replies within the selected time, the worst first. The row without a name "
+            "has the processes outside of pods.",
             "namespace",
             Column("wrong replies", f"sum by (namespace) ({IN_TIME})"),
             Column(
@@ -188,7 +188,7 @@ def dashboard() -> Dashboard:
             "the source of the reply. since: the first wrong reply within that time. A click opens the server.",
             by_server,
             Column("wrong replies", f"sum by ({by_server}) ({NAMED_IN_TIME})"),
-            Column("a second", f"sum by ({by_server}) ({per_second(NAMED)})", "cps", [(0.000001, RED)], 100),
+            Column("per second", f"sum by ({by_server}) ({per_second(NAMED)})", "cps", [(0.000001, RED)], 100),
             Column("since", since(NAMED, by_server), "dateTimeAsIso", width=170),
             Column("last", last(NAMED, by_server), "dateTimeAsIso", width=170),
             links=[("This server", to_server)],

@@ -208,9 +208,9 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Dropped",
-            "dropped: the table is full if it is at 100 %, else mostly races. early: entries without a reply, evicted "
-            "for new ones. race: another packet created the entry of the same flow first, usually two DNS queries from "
-            "one socket.",
+            "dropped: packets without an entry. At 100 %, the table is full; otherwise most of them lost a race. "
+            "early: entries without a reply, evicted for new ones. race: another packet created the entry of the same "
+            "flow first, usually two DNS queries from one socket.",
             "pps",
             (f"sum by ({WHERE}) ({rate(of('conntrack_dropped_total'))}) > 0", f"dropped, {WHERE_LEGEND}"),
             (f"sum by ({WHERE}) ({rate(of('conntrack_early_drop_total'))}) > 0", f"early, {WHERE_LEGEND}"),

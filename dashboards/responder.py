@@ -92,7 +92,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Queries by transport",
-            "Much TCP means that responses are too large for UDP.",
+            "Many queries over TCP mean that responses are too large for UDP.",
             "reqps",
             (f"sum by (proto) ({rate(over_ipv4)})", "{{proto}}, IPv4"),
             (f"sum by (proto) ({rate(over_ipv6)})", "{{proto}}, IPv6"),
@@ -182,7 +182,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Mismatched responses",
-            "Messages that match no query. Many of them mean that someone is forging responses.",
+            "Messages that match no query. Many of them suggest an attempt to forge responses.",
             "reqps",
             (f"sum by ({WHERE}) ({rate(of('upstream_mismatched_responses_total'))}) > 0", WHERE_LEGEND),
         ),

@@ -80,7 +80,7 @@ def dashboard() -> Dashboard:
         ),
         number(
             "Last",
-            "The last wrong reply within the selected time, with an error of a scrape or two.",
+            "The last wrong reply within the selected time, accurate to one or two scrape intervals.",
             last(WRONG, ""),
             unit="dateTimeAsIso",
             base=BLUE,
@@ -107,7 +107,7 @@ def dashboard() -> Dashboard:
         lines(
             "By cause",
             "kernel-chosen: the socket is bound to all addresses, and routing chose the source; fix the server. "
-            "explicit: the program chose it. connected: connect() fixed it. forwarded: the server runs on another "
+            "explicit: the program chose it. connected: connect() chose it. forwarded: the server runs on another "
             "machine.",
             "cps",
             (f"sum by (cause) ({per_second(WRONG)}) > 0", "{{cause}}"),
@@ -127,7 +127,7 @@ def dashboard() -> Dashboard:
             "All findings of the selected servers within the selected time. A click opens the agent that found it.",
             labels,
             Column("wrong replies", f"sum by ({labels}) ({IN_TIME})"),
-            Column("a second", f"sum by ({labels}) ({per_second(WRONG)})", "cps", [(0.000001, RED)], 100),
+            Column("per second", f"sum by ({labels}) ({per_second(WRONG)})", "cps", [(0.000001, RED)], 100),
             Column("since", since(WRONG, labels), "dateTimeAsIso", width=170),
             Column("last", last(WRONG, labels), "dateTimeAsIso", width=170),
             links=[("The agent that found it", link(AGENT, "instance"))],

@@ -224,7 +224,7 @@ class DnsCollector(Collector):
         yield _gauge("tcp_connections", "Open TCP connections.", metrics.tcp_connections)
         yield _counter(
             "tcp_connections_closed",
-            "TCP connections closed early: the idlest, to make room for another (room); of the client that held the "
+            "TCP connections closed early: idle ones, to make room for another (room); of the client that held the "
             "most unread responses when their memory was full (held); of a client that took no response for 10 s "
             "(slow).",
             ("reason",),

@@ -1,11 +1,12 @@
-"""The TCP server (RFC 7766): pipelined queries, responses as soon as they are ready, and no way to lock others out.
+"""The TCP server (RFC 7766): pipelined queries, responses as soon as they are ready. No client can lock others out.
 
 An idle connection is closed when its slot is needed: the client with the most connections loses the one that has been
 idle longest. So a thousand connections of one client cost another client nothing.
 
-Memory is bounded in sum: at most MAX_HELD_BYTES of responses are kept for slow clients, over all connections; then the
-client with the most loses its connection with the most. The kernel's buffers are small, and no more of a query is kept
-than a query can be long. A response that costs the event loop about a millisecond gets a turn of its own.
+Total memory is bounded: at most MAX_HELD_BYTES of responses are kept for slow clients, over all connections. Beyond
+that, the client that holds the most loses the connection that holds the most. The kernel's buffers are small, and the
+bytes of a query beyond MAX_QUERY_BYTES are dropped. A response that costs the event loop about a millisecond gets a
+turn of its own.
 """
 
 from __future__ import annotations
@@ -112,8 +113,8 @@ class TcpServer:
             asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def _accept(self, listener: socket.socket) -> None:
-        """Accept connections. Not asyncio's way: without descriptors it logs hundreds of tracebacks a second, and frees
-        none."""
+        """Accept connections. asyncio's server is not used: when descriptors run out, it logs hundreds of tracebacks a
+        second and frees no descriptor."""
         loop = asyncio.get_running_loop()
         for _ in range(ACCEPTED_IN_A_ROW):
             try:
@@ -155,7 +156,7 @@ class TcpServer:
         """Answer the queries of one connection until it ends, then close it."""
         peer = writer.get_extra_info("peername")
         try:
-            if not peer:  # it is closed already
+            if not peer:  # it has been closed already
                 return
             connection = _Connection(writer, peer[0], peer[1])
             if not self._admission.admits_client(connection.packed):

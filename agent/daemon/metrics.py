@@ -22,12 +22,12 @@ class SnapshotCollector(Collector):
         self._snapshot = snapshot
 
     def collect(self) -> Iterator[Metric]:
-        """All families, of one snapshot."""
+        """Yield all metric families, from one snapshot."""
         return families(self._snapshot())
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
-    """The metric families of one snapshot."""
+    """Yield the metric families of one snapshot."""
     yield _wrong_replies(snapshot)
     yield CounterMetricFamily(
         "udpwatch_replies_checked",
@@ -39,16 +39,16 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield from _self_checks(snapshot)
     yield CounterMetricFamily(
         "udpwatch_flows_checked",
-        "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 where "
-        "this check is off (udpwatch doctor).",
+        "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 if "
+        "this check is off (see udpwatch doctor).",
         value=snapshot.flows,
     )
     yield from _conntrack(snapshot)
     yield from _conversations(snapshot)
     info = GaugeMetricFamily(
         "udpwatch_build_info",
-        "Always 1. mode is how conntrack is read: 'packet', 'netlink' where the kernel does not allow 'packet', or "
-        "'function': from new flows only.",
+        "Always 1. mode is how conntrack is read: 'packet', 'netlink' if the kernel does not allow 'packet', "
+        "'function' if only new flows are watched, or 'replay' for a recording.",
         labels=["version", "kernel", "mode"],
     )
     info.add_metric([snapshot.version, snapshot.kernel, snapshot.mode], 1)
@@ -59,8 +59,8 @@ def _wrong_replies(snapshot: Snapshot) -> Metric:
     wrong = CounterMetricFamily(
         "udpwatch_reply_source_mismatch",
         "UDP replies that left this node from a different address (actual) than the one the client asked (expected). "
-        "The client does not get them: it waits for the expected address. Beyond the limit of series, all labels "
-        "except namespace are 'other'.",
+        "Most clients do not get them, because they wait for a reply from the expected address. Beyond the limit of "
+        "series, all labels except namespace are 'other'.",
         labels=MISMATCH_LABELS,
     )
     for row in snapshot.rows:
@@ -79,7 +79,7 @@ def _lost(snapshot: Snapshot) -> Metric:
     lost = CounterMetricFamily(
         "udpwatch_events_lost",
         "Events and replies that were lost, by stage. Counts of wrong replies stay exact except for the stages "
-        "'undecided', 'flows_full', 'probe_missed', 'remember' and 'unparsed'.",
+        "'undecided', 'flows_full', 'conntrack_overrun', 'probe_missed', 'remember' and 'unparsed'.",
         labels=["stage"],
     )
     for stage, count in snapshot.lost.items():
@@ -157,13 +157,13 @@ def _conversations(snapshot: Snapshot) -> Iterator[Metric]:
 
 
 def _conntrack(snapshot: Snapshot) -> Iterator[Metric]:
-    """Nothing if conntrack is not loaded."""
+    """Yield nothing if conntrack is not loaded."""
     health = snapshot.conntrack
     if health is None:
         return
     yield GaugeMetricFamily(
         "udpwatch_conntrack_entries",
-        "Conntrack entries in the agent's network namespace. At the limit, the kernel drops new UDP flows.",
+        "Conntrack entries in the agent's network namespace. At the limit, the kernel drops new flows.",
         value=health.entries,
     )
     yield GaugeMetricFamily(

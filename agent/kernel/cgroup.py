@@ -21,7 +21,7 @@ class Cgroup:
     """An open cgroup v2 folder."""
 
     fd: int
-    path: str  # where it was found, for messages
+    path: str  # for messages: where it was found
     id: int
 
     @property

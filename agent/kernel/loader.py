@@ -23,7 +23,7 @@ from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.model import Hooks
 
-LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent
+LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent for ever
 _MAX_ANSWER = 1 << 20
 _MAX_DESCRIPTORS = 64
 

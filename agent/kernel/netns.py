@@ -79,7 +79,7 @@ def entered_by_cookie(cookie: int, pid: int, everywhere: bool = True) -> Iterato
     """Run the body in the namespace with this cookie; yield False without moving if it is not found.
 
     The namespaces of ``pid`` are tried first, because the sender is nearly always in one of them, and then all of /proc
-    if ``everywhere``. Other namespaces than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE for processes of other
+    if ``everywhere``. Namespaces other than our own need CAP_SYS_ADMIN, and CAP_SYS_PTRACE for processes of other
     users; namespaces that cannot be opened are skipped.
     """
     if cookie_here() == cookie:
@@ -126,7 +126,7 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise
-            continue  # it is gone, or not accessible
+            continue  # it has ended, or cannot be opened
         try:
             inode = os.fstat(fd).st_ino
             if inode not in seen:
@@ -139,7 +139,7 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
 def _of_process(pid: int) -> Iterator[Path]:
     process = Path("/proc", str(pid))
     yield process / "ns/net"
-    # VPN and CNI daemons serve other namespaces than their own: with single threads, or through open descriptors.
+    # VPN and CNI daemons serve several namespaces: a thread has entered another one, or a descriptor refers to it.
     for thread in _entries(process / "task", MAX_ENTRIES):
         yield thread / "ns/net"
     for held in _entries(process / "fd", MAX_ENTRIES):
