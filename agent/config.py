@@ -172,7 +172,9 @@ SETTINGS = (
     Setting("socket_group", _text, None, "GROUP", "group that may use the socket besides root: name or number"),
     Setting("cgroup", _text, None, "PATH", "watch only this cgroup v2 directory (default: the whole node)"),
     Setting("btf", _file, None, "PATH", "the kernel's type information (default: /sys/kernel/btf/vmlinux)"),
-    Setting("window", _number(0.1, 3600), 30, "SECONDS", "how long udpwatch remembers a request; conntrack: 30"),
+    Setting(
+        "window", _number(0.1, 3600), 30, "SECONDS", "how long to remember a request; conntrack's UDP timeout is 30"
+    ),
     Setting("max_peers", _integer(16, 1 << 22), 131_072, "N", "number of conversations to remember, 80 bytes each"),
     Setting(
         "max_series",

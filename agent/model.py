@@ -1,4 +1,4 @@
-"""The types that pass between rooms. This module imports nothing of ours."""
+"""The types that several folders of the agent share. This module imports nothing of ours."""
 
 from __future__ import annotations
 

@@ -25,13 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--namespace", metavar="NAME", help="only events of this Kubernetes namespace")
     parser.add_argument("--port", type=_port, metavar="N", help="only events of this server port")
     parser.add_argument("--process", metavar="NAME", help="only events of this process")
-    parser.add_argument("--verdict", choices=[str(verdict) for verdict in Verdict], help="only with this verdict")
+    parser.add_argument(
+        "--verdict", choices=[str(verdict) for verdict in Verdict], help="only events with this verdict"
+    )
     parser.add_argument(
         "--since",
         metavar="WHEN",
-        help="first print the events that the agent still holds from then on: seconds ago, 5m, 1h, a time (RFC 3339)",
+        help="first print the stored events since WHEN: 30 (seconds ago), 5m, 1h, or a time (RFC 3339)",
     )
-    parser.add_argument("--no-follow", action="store_true", help="only the events that the agent holds, at most 1,000")
+    parser.add_argument("--no-follow", action="store_true", help="print the stored events (at most 1,000) and exit")
     parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
 
 

@@ -21,16 +21,18 @@ from udpwatch.agent.client.top.rows import Key
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare where to read from and how to print."""
     parser.description = (
-        "Attach to the agent that runs here; if none runs, start one for as long as this runs (root). Without a "
-        "terminal: print a line for each row that changed, every interval."
+        "Show the findings of the agent on this machine. Without an agent, start one until top exits (needs root). "
+        "Without a terminal, print a line for each changed row every interval."
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
     where.add_argument("--prometheus", metavar="URL", help="read all nodes from this Prometheus instead")
     where.add_argument("--replay", metavar="FILE", help="play a recording of `udpwatch run --events FILE` instead")
-    parser.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="between two updates [1]")
+    parser.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="time between updates [1]")
     parser.add_argument("--once", action="store_true", help="print one table, with rates over one interval")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an interval; with --once, one")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object every interval; with --once, only one"
+    )
 
 
 def run(parsed: argparse.Namespace) -> int:
