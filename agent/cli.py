@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from udpwatch.agent import __version__
 from udpwatch.agent.errors import UdpwatchError
@@ -79,6 +79,18 @@ def _run(words: Sequence[str]) -> int:
         return 130
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """A parser that reports unknown arguments with the usage of its command. argparse leaves them to the main parser,
+    whose usage does not list the command's options."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse the arguments; exit for unknown ones."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return parsed, unknown
+
+
 def _parser(wanted: str | None, command: Command | None) -> argparse.ArgumentParser:
     """The parser of all commands; only ``wanted`` has its arguments."""
     parser = argparse.ArgumentParser(
@@ -87,7 +99,7 @@ def _parser(wanted: str | None, command: Command | None) -> argparse.ArgumentPar
         epilog=EXIT_STATUSES,
     )
     parser.add_argument("--version", action="version", version=f"udpwatch {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, summary in COMMANDS.items():
         own = commands.add_parser(name, help=summary, epilog=EXIT_STATUSES)
         if command and name == wanted:
