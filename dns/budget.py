@@ -3,6 +3,9 @@
 When a cgroup's quota is less than one CPU and is used up, the kernel stops the whole process for the rest of the
 period, including the thread that answers from memory. So work for clients and upstream servers is delayed once the
 event loop has used its share of the quota; the agent's HTTP server does the same. Without such a quota nothing waits.
+
+A piece of work waits once, for a bounded time. So work that cannot wait, such as accepting connections, delays the rest
+but never stops it, also if it takes more than the share.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import Callable
 
 SHARE = 0.4  # of the quota, for the event loop
 BURST_SECONDS = 0.01  # of CPU time, after an idle period
+MAX_DEBT_SECONDS = 0.05  # of CPU time used beyond the share; the rest is forgotten
 _SMALL_SECONDS = 1e-6  # a smaller debt does not count
 
 
@@ -36,10 +40,11 @@ class Budget:
         return self._cpus() < 1
 
     def delay(self) -> float:
-        """Return how many seconds to wait before more work; 0: none."""
+        """Return how many seconds the next piece of work shall wait; 0: none. It waits once."""
         rate = self._share * self._cpus()
         now, taken = self._clock(), self._used()
         self._left = min(BURST_SECONDS, self._left + (now - self._at) * rate - (taken - self._taken))
+        self._left = max(-MAX_DEBT_SECONDS, self._left)
         self._at, self._taken = now, taken
         return -self._left / rate if rate < self._share and self._left < -_SMALL_SECONDS else 0.0
 

@@ -62,11 +62,11 @@ class HandoverQueue:
             except RuntimeError:  # the loop is closed
                 return
 
-    def _take(self) -> None:
+    def _take(self, has_waited: bool = False) -> None:
         """Submit at most TAKEN_PER_TURN queries, so that other events get their turn."""
         assert self._loop
-        if delay := self._budget.delay():
-            self._loop.call_later(delay, self._take)
+        if not has_waited and (delay := self._budget.delay()):
+            self._loop.call_later(delay, self._take, True)
             return
         batch: list[Pending] = []
         most = TAKEN_WHERE_LIMITED if self._budget.is_limited else TAKEN_PER_TURN

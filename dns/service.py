@@ -66,7 +66,7 @@ class Service:
         self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)
         common = self._responder, self.metrics, self._admission
         self._udp = UdpServer(*common, self._handover.put, log_query)
-        self._tcp = TcpServer(*common, self._forwarder, log_query)
+        self._tcp = TcpServer(*common, self._forwarder, log_query, budget)
         self._zone = ZoneReloader(settings, self._responder, self.metrics, self._udp.invalidate)
         self._routes = RouteReloader(
             settings,

@@ -6,7 +6,8 @@ idle longest. So a thousand connections of one client cost another client nothin
 Total memory is bounded: at most MAX_HELD_BYTES of responses are kept for slow clients, over all connections. Beyond
 that, the client that holds the most loses the connection that holds the most. The kernel's buffers are small, and the
 bytes of a query beyond MAX_QUERY_BYTES are dropped. A response that costs the event loop about a millisecond gets a
-turn of its own.
+turn of its own. With a CPU quota (budget.py) queries may have to wait, because queries over UDP need the event loop,
+too.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from udpwatch.dns.admission import Admission
+from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.forwarder import ClientQuery, Forwarder
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Metrics
@@ -76,9 +78,10 @@ class TcpServer:
         admission: Admission,
         forwarder: Forwarder,
         log_query: LogQuery | None,
+        budget: Budget = UNLIMITED,
     ) -> None:
         self._responder, self._metrics, self._admission = responder, metrics, admission
-        self._forwarder, self._log_query = forwarder, log_query
+        self._forwarder, self._log_query, self._budget = forwarder, log_query, budget
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
         self._listeners: set[socket.socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -213,6 +216,8 @@ class TcpServer:
     async def _converse(self, reader: asyncio.StreamReader, connection: _Connection) -> None:
         while (data := await _read_query(reader)) is not None:
             connection.touch()
+            if delay := self._budget.delay():
+                await asyncio.sleep(delay)
             found = self._responder.respond(data, asyncio.get_running_loop().time(), tcp=True)
             if isinstance(found, Drop):
                 self._metrics.malformed[found.reason][0] += 1

@@ -179,7 +179,7 @@ class UpstreamClient:
             async with asyncio.timeout(TCP_SECONDS):
                 received = await self._transport.exchange_tcp(server, data)
             async with self._parsing:
-                while delay := self._budget.delay():
+                if delay := self._budget.delay():
                     await asyncio.sleep(delay)
                 response = self._match(received, ident, key)
                 await asyncio.sleep(0)  # one turn of the event loop for each

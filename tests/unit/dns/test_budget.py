@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from udpwatch.dns.budget import BURST_SECONDS, SHARE, Budget
+from udpwatch.dns.budget import BURST_SECONDS, MAX_DEBT_SECONDS, SHARE, Budget
 
 
 class Thread:
@@ -25,8 +25,8 @@ def test_work_beyond_the_share_waits_until_it_has_been_saved() -> None:
     thread = Thread(0.5)
     thread.work(BURST_SECONDS)
     assert thread.budget.delay() == 0
-    thread.work(0.1)
-    assert thread.budget.delay() == pytest.approx((0.1 - 0.1 * SHARE * 0.5 * (1 + BURST_SECONDS / 0.1)) / (SHARE * 0.5))
+    thread.work(0.04)
+    assert thread.budget.delay() == pytest.approx((0.04 - (0.04 + BURST_SECONDS) * SHARE * 0.5) / (SHARE * 0.5))
     thread.now += thread.budget.delay()
     assert thread.budget.delay() == pytest.approx(0)
 
@@ -37,6 +37,12 @@ def test_a_long_rest_saves_no_more_than_a_burst() -> None:
     assert thread.budget.delay() == 0
     thread.work(2 * BURST_SECONDS)
     assert thread.budget.delay() > 0
+
+
+def test_debt_is_bounded() -> None:
+    thread = Thread(0.5)
+    thread.work(1_000)
+    assert thread.budget.delay() == pytest.approx(MAX_DEBT_SECONDS / (SHARE * 0.5))
 
 
 def test_in_the_long_run_it_is_the_share() -> None:

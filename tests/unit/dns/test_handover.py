@@ -12,7 +12,7 @@ import dns_messages as m
 import pytest
 from virtual_time import now, run, turns
 
-from udpwatch.dns.budget import SHARE, Budget
+from udpwatch.dns.budget import MAX_DEBT_SECONDS, SHARE, Budget
 from udpwatch.dns.forwarder import ClientQuery
 from udpwatch.dns.handover import MAX_QUEUED, MAX_QUEUED_PER_CLIENT, TAKEN_WHERE_LIMITED, HandoverQueue
 from udpwatch.dns.message import parse_query
@@ -97,6 +97,24 @@ def test_queries_wait_while_the_cpu_quota_is_used_up(link: UdpSocket) -> None:
         assert len(taken) == 100
         assert max(Counter(taken).values()) == TAKEN_WHERE_LIMITED, "one turn takes few"
         assert 0.3 / (SHARE * 0.5) < taken[-1] < 0.4 / (SHARE * 0.5)
+
+    run(flood())
+
+
+def test_work_that_cannot_wait_does_not_stop_queries(link: UdpSocket) -> None:
+    async def flood() -> None:
+        taken: list[float] = []
+        loop = asyncio.get_running_loop()
+        budget = Budget(lambda: 0.5, SHARE, loop.time, loop.time)  # other work keeps the thread busy all the time
+        queue = HandoverQueue(Metrics(), lambda _: taken.append(now()), budget)
+        queue.start()
+        await asyncio.sleep(600)
+        queue.put([pending(link, A, number) for number in range(TAKEN_WHERE_LIMITED + 1)])
+        longest = MAX_DEBT_SECONDS / (SHARE * 0.5)
+        await asyncio.sleep(longest)
+        assert len(taken) == TAKEN_WHERE_LIMITED
+        await asyncio.sleep(longest)
+        assert len(taken) == TAKEN_WHERE_LIMITED + 1
 
     run(flood())
 

@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "udp_socket": set(),
     "udp": {"admission", "limited_log", "metrics", "responder", "udp_socket"},
     "handover": {"budget", "forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},
-    "tcp": {"admission", "forwarder", "limited_log", "metrics", "names", "responder", "udp_socket"},
+    "tcp": {"admission", "budget", "forwarder", "limited_log", "metrics", "names", "responder", "udp_socket"},
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
     "conffile": {"errors"},

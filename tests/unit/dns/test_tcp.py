@@ -13,6 +13,7 @@ from virtual_time import now, run, turns
 
 from udpwatch.dns import tcp as module
 from udpwatch.dns.admission import Admission
+from udpwatch.dns.budget import SHARE, UNLIMITED, Budget
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.forwarder import Forwarder
@@ -42,7 +43,7 @@ SERVER = Server("198.51.100.53")
 class Case:
     """A server that knows host.test and large.test."""
 
-    def __init__(self, script: Script = honest, **settings: object) -> None:
+    def __init__(self, script: Script = honest, budget: Budget = UNLIMITED, **settings: object) -> None:
         large = StaticRecord(name_from_text("large.test"), m.TXT, b"\xff" * LARGE_BYTES)
         host = HostRecord((name_from_text("host.test"),), ("192.0.2.1",))
         settings = {"local_service": False, **settings}
@@ -54,7 +55,7 @@ class Case:
         self.admission = Admission(made)
         failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
         self.forwarder = Forwarder(made, responder, cache, failover, self.metrics, None)
-        self.server = TcpServer(responder, self.metrics, self.admission, self.forwarder, None)
+        self.server = TcpServer(responder, self.metrics, self.admission, self.forwarder, None, budget)
         self.tasks: dict[TcpDouble, asyncio.Task[None]] = {}
 
     async def connect(self, client: str = A, window: int = 1 << 30) -> TcpDouble:
@@ -409,5 +410,25 @@ def test_stop_waits_for_responses_in_progress() -> None:
         assert len(connection.responses()) == 1
         connection.end()
         await case.nothing_is_left()
+
+    run(converse())
+
+
+def test_queries_wait_while_the_cpu_quota_is_used_up() -> None:
+    async def converse() -> None:
+        used = 0.0
+
+        def use() -> float:
+            nonlocal used
+            used += 0.004  # by each query
+            return used
+
+        case = Case(budget=Budget(lambda: 0.5, SHARE, asyncio.get_running_loop().time, use))
+        connection = await case.connect()
+        connection.send(*[KNOWN] * 100)
+        connection.end()
+        await case.nothing_is_left()
+        assert len(connection.responses()) == 100
+        assert now() > 0.9 * used / (SHARE * 0.5)
 
     run(converse())
