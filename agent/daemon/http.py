@@ -109,7 +109,11 @@ class _Server(ThreadingHTTPServer):
     ) -> None:
         self.address_family, self.count = family, count
         self._spent = 0.0  # seconds of CPU, by threads that have ended
-        self._spent_for: dict[bytes, float] = {}  # client -> the same
+        #: By client: its CPU on a virtual clock (start-time fair queueing), which is the time of the last connection
+        #: that got a thread. A new client, or one that comes after a pause, begins at the present.
+        self._spent_for: dict[bytes, float] = {}
+        self._turn = 0.0  # the virtual clock
+        self._begin_at: float | None = None  # monotonic seconds, when the next connection has waited for the CPU
         self._budget = Budget(cpus, CPU_SHARE, used=lambda: self._spent + time.thread_time())
         self._lock = threading.Lock()
         self._stopping = False
@@ -157,10 +161,15 @@ class _Server(ThreadingHTTPServer):
         while self._waiting:
             if self._running >= MAX_CONNECTIONS:
                 return SLOT_SECONDS
-            if delay := self._budget.delay():
-                return min(delay, IDLE_SECONDS)
-            connection = min(self._waiting, key=lambda each: self._spent_for.get(each.client, 0.0))
+            now, delay = time.monotonic(), self._budget.delay()
+            if delay and self._begin_at is None:
+                self._begin_at = now + delay
+            if delay and self._begin_at is not None and now < self._begin_at:
+                return min(self._begin_at - now, IDLE_SECONDS)
+            self._begin_at = None  # the next one waits anew, but only once: a flood of connections must not stop all
+            connection = min(self._waiting, key=lambda each: self._turn_of(each.client))
             self._waiting.remove(connection)
+            self._turn = self._turn_of(connection.client)
             with self._lock:
                 self._running += 1
             try:
@@ -169,6 +178,9 @@ class _Server(ThreadingHTTPServer):
                 self._end(connection.socket, connection.client, 0.0)
                 self.shutdown_request(connection.socket)
         return IDLE_SECONDS
+
+    def _turn_of(self, client: bytes) -> float:
+        return max(self._turn, self._spent_for.get(client, 0.0))
 
     def process_request_thread(self, request: socket.socket | tuple[bytes, socket.socket], address: object) -> None:
         """Answer, in the connection's own thread."""
@@ -185,7 +197,7 @@ class _Server(ThreadingHTTPServer):
             self._spent += used
             if len(self._spent_for) >= MAX_CLIENTS:
                 self._spent_for.clear()
-            self._spent_for[client] = self._spent_for.get(client, 0.0) + used
+            self._spent_for[client] = self._turn_of(client) + used
 
     def _close_slow(self) -> None:
         now = time.monotonic()

@@ -229,7 +229,7 @@ class Closed:
         if self.places >= 1:
             self.places -= 1
             return 0.0
-        return 0.01
+        return 60.0
 
 
 def test_client_that_has_cost_less_goes_first_when_cpu_is_short() -> None:
@@ -247,6 +247,47 @@ def test_client_that_has_cost_less_goes_first_when_cpu_is_short() -> None:
         assert all(respond(link).endswith(b"well\n") for link in greedy[2:])
         greedy[0].close()
         greedy[1].close()
+
+
+def test_new_client_does_not_go_before_one_that_has_been_served_for_long() -> None:
+    with serving() as view:
+        server = view._server
+        assert server
+        for _ in range(20):  # a scraper; in all it has cost more than the newcomer will
+            assert respond(connect(view.url, "127.0.0.2")).endswith(b"well\n")
+        wait_for(lambda: not server._open, "the end of these connections")
+        budget = server._budget = Closed()  # type: ignore[assignment]
+        with contextlib.ExitStack() as links:
+            scraper, *newcomers = [
+                links.enter_context(connect(view.url, source))
+                for source in ["127.0.0.2", *["127.0.0.3"] * MAX_CONNECTIONS_PER_CLIENT]
+            ]
+            for link in (scraper, *newcomers):
+                link.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            wait_for(lambda: len(server._waiting) == 1 + len(newcomers), "waiting connections")
+            for left in range(len(newcomers), 2, -1):
+                budget.places = 1
+                wait_for(lambda left=left: len(server._open) == left, "the end of one")  # type: ignore[misc]
+            scraper.settimeout(0.1)
+            assert scraper.recv(10)
+            budget.places = math.inf
+
+
+def test_connections_that_are_accepted_do_not_stop_those_that_wait_for_the_cpu() -> None:
+    class Busy:
+        """A budget that accepting alone uses up."""
+
+        asked = 0
+
+        def delay(self) -> float:
+            self.asked += 1
+            return 0.05
+
+    with serving() as view:
+        budget = view._server._budget = Busy()  # type: ignore[union-attr, assignment]
+        links = [connect(view.url) for _ in range(MAX_CONNECTIONS_PER_CLIENT)]
+        assert all(respond(link).endswith(b"well\n") for link in links)
+        assert budget.asked > len(links), "each of them has waited"
 
 
 def test_client_is_an_ipv4_address_or_an_ipv6_network() -> None:
