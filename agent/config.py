@@ -126,7 +126,8 @@ def _choice(kind: type[_Choice]) -> Callable[[object], _Choice]:
         try:
             return kind(text)
         except ValueError:
-            raise _Rejected(" or ".join(kind)) from None
+            *others, last = kind
+            raise _Rejected(f"{', '.join(others)} or {last}") from None
 
     return parse
 

@@ -69,10 +69,10 @@ class Report:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what to check."""
     parser.description = (
-        "Try everything that udpwatch needs and print the result. Exit status 77: udpwatch cannot run here. With "
-        "--agent, ask the running agent instead: exit status 0 if it is ready, 1 if not."
+        "Test everything that udpwatch needs on this machine and print the result, with the state of a running agent. "
+        "Exit status 77: udpwatch cannot run here. With --agent, ask only the agent: 0 if it is ready, 1 if not."
     )
-    parser.add_argument("--agent", action="store_true", help="print the running agent's own report; try nothing")
+    parser.add_argument("--agent", action="store_true", help="print only the running agent's own report; test nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
         parser.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")

@@ -85,7 +85,7 @@ def find(path: str | None) -> Cgroup:
             return _open(path)
         except OSError as error:
             raise UsageError(
-                f"cgroup: cannot use {path!r}: {error.strerror}; expected the mount point of cgroup v2"
+                f"invalid value {path!r} for --cgroup: expected a folder of cgroup v2 ({error.strerror})"
             ) from None
     found: Cgroup | None = None
     reasons = []

@@ -305,4 +305,4 @@ def test_explicit_choice_about_machines_behind_the_node_is_not_logged(folder: Pa
 def test_unknown_hooks_are_refused() -> None:
     done = run_cli("run", "--hooks", "most")
     assert done.returncode == 2
-    assert "invalid value 'most' for --hooks: expected all or cgroup or function" in done.stderr
+    assert "invalid value 'most' for --hooks: expected all, cgroup or function" in done.stderr
