@@ -82,8 +82,7 @@ def test_descriptor_limit_is_raised_or_named(folder: Path) -> None:
     assert_refused(
         run(folder, wrapper=["sh", "-c", 'ulimit -n 255; exec "$@"', "sh"]),
         1,
-        "open files is 255",
-        "needs 256",
+        "cannot open 256 files",
         "ulimit -n",
     )
     with Agent(folder, wrapper=["sh", "-c", 'ulimit -S -n 20; exec "$@"', "sh"]) as agent:
@@ -173,7 +172,7 @@ def test_doctor_warns_in_a_cgroup_namespace(container: Sequence[str]) -> None:
 def test_agent_in_a_cgroup_namespace_watches_its_part(container: Sequence[str], folder: Path) -> None:
     """It logs what it cannot see, and watches the rest, including its own packets."""
     with Agent(folder, wrapper=container) as agent:
-        assert any("only this container's part of the node is watched" in line for line in agent.log)
+        assert any("only this container's part of the node" in line for line in agent.log)
         assert agent.get("/readyz")[0] == 200
 
 
@@ -286,7 +285,7 @@ def test_read_only_socket_folder_is_refused(folder: Path) -> None:
 
 def test_socket_path_that_is_a_file_is_refused(folder: Path) -> None:
     (folder / "s").write_text("precious")
-    assert_refused(run(folder), 1, "is no socket")
+    assert_refused(run(folder), 1, "the file is not a socket")
     assert (folder / "s").read_text() == "precious"
 
 
