@@ -3,8 +3,8 @@
  * What the tables of sockets.c and conntrack.c share: sets of WAYS entries in an array map, found
  * by a keyed hash, with a share for each tenant (a server port of a network namespace).
  *
- * What is evicted: expired entries first. A full set evicts from the tenant that holds most of it:
- * an answered request, else a wrongly answered one, else the oldest. A tenant that lost many
+ * What is evicted: expired entries first. A full set evicts from the tenant with the most entries
+ * in it: an answered request, else a wrongly answered one, else the oldest. A tenant that lost many
  * requests counts as holding more. A request that is evicted within the window leaves a
  * fingerprint.
  */
@@ -23,8 +23,8 @@
 
 /* ---- hashes ---- */
 
-/* Like NH, the universal hash of UMAC (RFC 4418, section 5.2), but sums keep their carry: without
- * the words, an attacker finds two keys that collide with probability 2^-32 at most. */
+/* Like NH, the universal hash of UMAC (RFC 4418, section 5.2), but sums keep their carry. Two keys
+ * of an attacker who does not know the words collide with probability 2^-32 at most. */
 static __always_inline __u64 pair(const struct hash_keys *keys, int at, __u64 a, __u64 b) {
     return (a + keys->word[at]) * (b + keys->word[at + 1]);
 }

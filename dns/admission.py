@@ -1,7 +1,7 @@
 """Which queries are served: by the client's network, and by the interface on which they arrive.
 
-A listening address is no barrier: Linux accepts a packet for any of its addresses on any interface. So when interfaces
-are configured, the ingress interface decides, whatever address was asked (CVE-2012-3411).
+A listening address does not keep packets out: Linux accepts a packet for any of its addresses on any interface. So
+when interfaces are configured, the ingress interface decides, whatever address was asked (CVE-2012-3411).
 """
 
 from __future__ import annotations

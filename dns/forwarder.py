@@ -5,10 +5,10 @@ Rules
    guess at all of them (CVE-2020-25686).
 2. A client waits for a query once. The same query from the same client, from another port or with another id, is a
    repeat: it gets the response too, but it never takes a slot from others.
-3. At a limit the greediest client gives way (shares.py): its oldest query is refused. A client that is as greedy as the
-   greediest takes the slot of a query older than FRESH_SECONDS, which is unlikely to succeed, or is refused. So clients
-   behind one address get responses while one of them looks up names of a dead zone, and no client makes us query
-   upstream servers more often than twice the limit a second.
+3. At a limit the client with the most queries gives way (shares.py): its oldest query is refused. A client with as many
+   takes the slot of a query older than FRESH_SECONDS, which is unlikely to succeed, or is refused. So clients behind
+   one address get responses while one of them looks up names of a dead zone, and no client makes us query upstream
+   servers more often than twice the limit a second.
 4. Nothing here blocks the event loop: DELIVERED_PER_TURN responses are sent per turn.
 """
 
@@ -34,7 +34,7 @@ from udpwatch.dns.settings import Server, Settings
 from udpwatch.dns.shares import Shares, network_of
 
 STALE_SECONDS = 1.8  # RFC 8767, section 5: the client response timer
-FRESH_SECONDS = 0.5  # during which a query is safe from a client that is not less greedy than its own
+FRESH_SECONDS = 0.5  # a younger query gives its slot only to a client with fewer queries
 #: Multiples of --dns-forward-max, which is per server group, so that dead servers cost the other groups nothing:
 #: queries in flight to all servers; clients that wait (several may wait for one query), per server group and in all.
 ALL_ASKED, WAITING, ALL_WAITING = 4, 2, 4
@@ -242,7 +242,7 @@ class Forwarder:
                 del self._repeats[network]
 
     def _remove_if_idle(self, group: Group) -> None:
-        """Groups come and go with resolv.conf."""
+        """Forget a group without queries, because resolv.conf may no longer name its servers."""
         load = self._loads.get(group)
         if load and not load.queries:
             del self._loads[group]
@@ -340,8 +340,8 @@ class Forwarder:
         return from_entry(forward.query, entry, forward.most, now, source) if entry else None
 
     def _serve_stale(self, query: _InFlight) -> None:
-        """The servers are slow: send an expired response, if there is one. The query continues and still counts for
-        the same clients."""
+        """Send an expired response, if there is one, because the servers are slow. The query continues and still
+        counts for the same clients."""
         query.timer = None
         for waiter in query.waiters.values():
             for origin, client_query in list(waiter.queries.items()):

@@ -1,4 +1,4 @@
-"""Queries on their way from the UDP thread to the event loop, and their responses back to the clients."""
+"""Pass queries from the UDP thread to the event loop, and their responses back to the clients."""
 
 from __future__ import annotations
 

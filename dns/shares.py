@@ -1,4 +1,4 @@
-"""How much of a shared resource each client uses, so that the greediest gives way first. No sockets, no clock.
+"""Count each client's use of a shared resource, so that the client with the most gives way. No sockets, no clock.
 
 Rules
 1. A client is an address. An IPv6 client counts first as its /64, and as its address among those of the same /64: a

@@ -1,11 +1,11 @@
-"""Query one upstream server, so that no one else can answer in its place.
+"""Query one upstream server, and accept a response from no other host.
 
 Rules
 1. Each attempt has its own socket, connected to its server: the kernel then delivers nothing from other addresses and
-   reports at once when no one listens. The kernel picks the source port, and the id is random; a response is accepted
+   reports at once if no server listens. The kernel picks the source port, and the id is random; a response is accepted
    only when id, question and format match (RFC 5452, section 9.1).
-2. Too many mismatches mean that someone is guessing: the query continues over TCP, where guessing does not work.
-3. What servers send is bounded in sum: at most MAX_TCP_ANSWERS responses over TCP, of up to 64 KB each, are read at the
+2. Too many mismatches suggest an attempt to guess: the query continues over TCP, where guessing does not work.
+3. Memory for responses is bounded: at most MAX_TCP_ANSWERS responses over TCP, of up to 64 KB each, are read at the
    same time, and one of them is parsed per turn of the event loop; of those over UDP, UDP_ANSWERS_PER_TURN. The rest
    waits in the kernel's buffers, which are small.
 """
@@ -152,7 +152,7 @@ class UpstreamClient:
                         future.set_result(None)
             except BlockingIOError:
                 return
-            except (OSError, AttemptFailed) as error:  # OSError: ICMP reports that no one listens
+            except (OSError, AttemptFailed) as error:  # OSError: ICMP reports that no server listens
                 if not future.done():
                     future.set_exception(error)
 

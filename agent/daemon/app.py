@@ -264,7 +264,7 @@ class App:
         log.warning("%s", describe(row))
 
     def _doctor(self) -> dict[str, Any]:
-        """The agent's report about itself, for its socket."""
+        """Return the agent's report about itself, for its socket."""
         snapshot = self._snapshot
         return {
             "version": snapshot.version,
@@ -286,7 +286,7 @@ class App:
         self._state.lose(stage, count)
 
     def _reader_gone(self) -> None:
-        """Stop, as any program in a pipe whose reader is gone."""
+        """Stop, as other programs in a pipe do when the reader exits."""
         self._end()
 
     def _end(self) -> None:

@@ -153,7 +153,7 @@ class EventWriter:
             raise
 
     def _is_elsewhere(self) -> bool:
-        """Whether the path now names another file, or none (logrotate moves the file)."""
+        """Return whether the path now names another file, or none (logrotate moves the file)."""
         if self._gone:
             return True
         try:
@@ -244,7 +244,7 @@ def _open_in(folder: int, name: str, shared: bool, at: Path) -> int:
     follow = 0 if _is_own_files(folder) else os.O_NOFOLLOW
     fd = os.open(name, flags | follow, 0o640, dir_fd=folder)
     status = os.fstat(fd)
-    # The owner does not tell: a hard link to one of our files has our owner too.
+    # Ownership proves nothing: a hard link to one of our files has our owner, too.
     hard_link = stat.S_ISREG(status.st_mode) and status.st_nlink > 1
     if shared and (hard_link or status.st_uid not in (0, os.geteuid())):
         os.close(fd)

@@ -134,7 +134,7 @@ class _Server(ThreadingHTTPServer):
             selector.register(self, selectors.EVENT_READ)
             while not self._stopping:
                 if selector.select(self._begin()):
-                    with contextlib.suppress(OSError):  # it has gone, or there is no descriptor for it
+                    with contextlib.suppress(OSError):  # the client has disconnected, or no descriptor is free
                         self.process_request(*self.get_request())
                 self._close_slow()
         for each in self._waiting:
@@ -145,7 +145,7 @@ class _Server(ThreadingHTTPServer):
         self._stopping = True
 
     def process_request(self, request: socket.socket | tuple[bytes, socket.socket], address: object) -> None:
-        """Take a connection in; where there is no room, close another one first."""
+        """Accept a connection; if there is no room, close another one first."""
         assert isinstance(request, socket.socket) and isinstance(address, tuple)  # a stream server's
         client = _client_of(address[0])
         mine = [each for each in self._open.copy().values() if each.client == client]
@@ -157,7 +157,7 @@ class _Server(ThreadingHTTPServer):
         self._waiting.append(connection)
 
     def _begin(self) -> float:
-        """Give threads to connections that wait; seconds until that should be tried again."""
+        """Start threads for waiting connections; return after how many seconds to try again."""
         while self._waiting:
             if self._running >= MAX_CONNECTIONS:
                 return SLOT_SECONDS
@@ -174,7 +174,7 @@ class _Server(ThreadingHTTPServer):
                 self._running += 1
             try:
                 super().process_request(connection.socket, connection.address)
-            except RuntimeError:  # no thread is to be had
+            except RuntimeError:  # the system allows no more threads
                 self._end(connection.socket, connection.client, 0.0)
                 self.shutdown_request(connection.socket)
         return IDLE_SECONDS
@@ -206,10 +206,10 @@ class _Server(ThreadingHTTPServer):
                 self._close_oldest([each], "time")
 
     def handle_error(self, request: object, address: object) -> None:
-        """Ignore it: a scraper that disconnects is not an error of ours."""
+        """Ignore the error: it is normal that a scraper disconnects."""
 
     def _greediest(self) -> list[_Connection]:
-        """The connections of the client that has the most."""
+        """Return the connections of the client that has the most."""
         clients: dict[bytes, list[_Connection]] = {}
         for each in self._open.copy().values():
             clients.setdefault(each.client, []).append(each)
@@ -231,7 +231,7 @@ class _Server(ThreadingHTTPServer):
 
 
 def _client_of(host: str) -> bytes:
-    """The client's identity: an IPv4 address, or the /64 of an IPv6 address."""
+    """Return the client's identity: an IPv4 address, or the /64 of an IPv6 address."""
     address = ipaddress.ip_address(host.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
     return address.packed if address.version == 4 else address.packed[:8]

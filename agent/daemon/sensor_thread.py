@@ -1,4 +1,4 @@
-"""The thread that reads the source of findings, at its share of the CPU."""
+"""Read the source of findings in a thread with a limited share of the CPU."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, 
 LOSS_STAGES = {
     "rate_limit": "events held back in the kernel by events_per_second",
     "ring_full": "events for which the ring buffer had no room",
-    "findings_full": "events of wrong replies for which the kernel's findings table had no room",
+    "findings_full": "wrong replies for which the kernel's findings table had no room; counted under `other`",
     "undecided": "replies without a decision: conntrack could not be asked, or their request had been evicted",
     "flows_full": "candidates (new flows that may be wrong replies) for which there was no room",
     "conntrack_overrun": "times that conntrack's events overran the buffer; udpwatch read the table instead",
@@ -78,16 +78,16 @@ class SenderLookup(Protocol):
 
     @property
     def left_out(self) -> int:
-        """Lookups skipped since the start because a tenant had too many."""
+        """Return the number of lookups skipped since the start because a tenant had too many."""
 
     def lookup(self, seen: Increase | Event) -> Sender:
-        """The sender of a reply."""
+        """Return the sender of a reply."""
 
     def has_ended(self, sender: Sender, now: float) -> bool:
-        """Whether the sender's pod or container has ended; ``now``: monotonic seconds."""
+        """Return whether the sender's pod or container has ended. ``now``: monotonic seconds."""
 
     def namespace_of(self, tenant: int) -> str:
-        """The Kubernetes namespace of a tenant of the kernel's findings (Sample.beyond); "": none, or unknown."""
+        """Return the Kubernetes namespace of a tenant of the kernel's findings (Sample.beyond); "": none or unknown."""
 
 
 class State:
@@ -114,7 +114,7 @@ class State:
         self._losing = threading.Lock()
 
     def add(self, sample: Sample, now: float, monotonic: float) -> list[Row]:
-        """Take a sample in; returns the rows that are new. ``now``: seconds since the epoch."""
+        """Add a sample; return the rows that are new. ``now``: seconds since the epoch."""
         fresh: dict[_Key, _Sum] = {}
         evictions = MAX_EVICTIONS
         for increase in sample.increases:
@@ -145,7 +145,7 @@ class State:
             known.increase, known.sender = increase, sender
             known.count += increase.count
             known.last, known.touched, known.ended = now, monotonic, None
-        if self._about.mode != "netlink":  # there what had no room was only suspected
+        if self._about.mode != "netlink":  # there, the kernel only suspects wrong replies
             self._add_beyond(sample.beyond)
         self._sample = sample
         self._look_who_ended(monotonic)
@@ -209,10 +209,10 @@ class State:
             self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
     def snapshot(self, self_test_passed: bool, now: float) -> Snapshot:
-        """Everything, as of the last sample."""
+        """Return everything, as of the last sample."""
         sample = self._sample or _NOTHING
         counters = sample.counters
-        # In mode netlink the kernel cannot tell NAT from a wrong reply: what overflowed was only suspected.
+        # In mode netlink the kernel cannot distinguish NAT from a wrong reply: the overflow counts suspected replies.
         suspected = self._about.mode == "netlink"
         with self._losing:
             lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here

@@ -51,7 +51,7 @@ _EVENTS = Path("/proc/sys/net/netfilter/nf_conntrack_events")
 
 @dataclass(frozen=True, slots=True)
 class Transport:
-    """Where namespaces and conntrack's messages come from: the kernel, or a double in unit tests."""
+    """Where namespaces and conntrack's messages come from: the kernel, or a fake in unit tests."""
 
     namespaces: Callable[[], Iterator[int]] = netns.everywhere
     table: Callable[[], Table] = Table
