@@ -60,7 +60,7 @@ def parse_since(text: str, now: float) -> float:
 
 
 def read_events(
-    path: Path, wanted: EventFilter, since: float | None, follow: bool, connect: Callable[[Path], Client] = Client
+    path: Path, event_filter: EventFilter, since: float | None, follow: bool, connect: Callable[[Path], Client] = Client
 ) -> Iterator[dict[str, Any]]:
     """Yield {"event": ...} for each event that matches, and {"lost": N} if this reader was too slow.
 
@@ -71,7 +71,7 @@ def read_events(
     def kept(client: Client) -> Iterator[dict[str, Any]]:
         for event in client.events(KEPT_EVENTS):
             delivered[_identity(event)] += 1
-            if wanted.matches(event) and (since is None or _time(event) >= since):
+            if event_filter.matches(event) and (since is None or _time(event) >= since):
                 yield {"event": event}
 
     delivered: Counter[str] = Counter()  # kept events, which may come again at the start of the followed ones
@@ -91,7 +91,7 @@ def read_events(
                     delivered[identity] -= 1
                     continue
                 delivered.clear()  # events are in order, so this one is newer than all kept ones
-            if "lost" in message or (event is not None and wanted.matches(event)):
+            if "lost" in message or (event is not None and event_filter.matches(event)):
                 yield message
         raise ConnectionResetError
 

@@ -40,11 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Print the events until the agent ends. Raises UdpwatchError."""
     terminal = sys.stdout.isatty()
-    wanted = follow.EventFilter(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
+    event_filter = follow.EventFilter(parsed.pod, parsed.namespace, parsed.port, parsed.process, parsed.verdict)
     since = None if parsed.since is None else follow.parse_since(parsed.since, time.time())
     lines = EventLines(terminal and not os.environ.get("NO_COLOR"))
     has_heading = not terminal or parsed.json
-    for message in follow.read_events(Path(parsed.connect or DEFAULT_SOCKET), wanted, since, not parsed.no_follow):
+    path = Path(parsed.connect or DEFAULT_SOCKET)
+    for message in follow.read_events(path, event_filter, since, not parsed.no_follow):
         if "lost" in message:
             print(f"udpwatch: {message['lost']} events are missing here: this reader was too slow", file=sys.stderr)
         elif parsed.json:

@@ -87,7 +87,7 @@ class Namespace:
         self.run(["ip", "-batch", "-"], "\n".join(lines) + "\n")
 
     def add_addresses(self, device: str, *addresses: str) -> None:
-        """Give a device addresses of networks /24 and /64."""
+        """Add addresses to a device; IPv4 networks are /24, IPv6 networks /64."""
         self.ip(*(f"addr add {each}{'/64 nodad' if ':' in each else '/24'} dev {device}" for each in addresses))
 
     def nft(self, rules: str) -> None:
@@ -115,7 +115,7 @@ class Namespace:
             self._fd = -1
 
     def enter_in_child(self) -> None:
-        """For preexec_fn: the child is in the namespace, and is killed when its parent ends."""
+        """Move a child into the namespace, to be killed with its parent. Use it as preexec_fn."""
         netns.setns(self._fd)
         die_with_parent()
 
@@ -188,7 +188,7 @@ class Lab:
     def pair(
         self, name: str, addresses: Sequence[str], other_name: str, other_addresses: Sequence[str]
     ) -> tuple[Namespace, Namespace]:
-        """Add two hosts and a cable from eth0 to eth0; the networks are /24 and /64."""
+        """Add two namespaces and connect their eth0; the networks are /24 and /64."""
         one, other = self.namespace(name), self.namespace(other_name)
         self.link(one, "eth0", other, "eth0")
         one.add_addresses("eth0", *addresses)

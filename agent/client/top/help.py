@@ -47,7 +47,7 @@ def help_lines(view: View | None, width: int) -> list[StyledLine]:
         lines += [[], *_block("Lost", losses, width)]
     notes = [("", safe(note)) for each in snapshots for note in each.notes]
     if notes:
-        lines += [[], *_block("This machine", notes, width)]
+        lines += [[], *_block("Notes", notes, width)]
     return lines
 
 
