@@ -118,6 +118,8 @@ $(VENV)/bin/python: | packages-python
 
 # $(call pip,WHAT,STAMPS): WHAT is the checkout, with extras
 define pip
+	@foreign=$$(find $(VENV) *.egg-info -type d ! -writable -print -quit 2>/dev/null); [ -z "$$foreign" ] || { \
+		echo "udpwatch: cannot install Python packages: $$foreign belongs to $$(stat -c %U "$$foreign"); run \`sudo make clean\`, then try again" >&2; exit 1; }
 	@echo "installing Python packages into $(VENV)"
 	@said=$$($(BIN)/pip install -qq --disable-pip-version-check -e '$(1)' 2>&1) || { \
 		reason=$$(grep '^ *ERROR: ' <<<"$$said" | tail -n1 | sed 's/^ *ERROR: //'); \

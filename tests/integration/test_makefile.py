@@ -107,6 +107,14 @@ def test_python_packages_that_cannot_be_downloaded(checkout: Path) -> None:
     assert not (checkout / ".venv/.lint").exists()
 
 
+def test_venv_that_root_has_created(checkout: Path) -> None:
+    (checkout / ".venv/bin").mkdir(parents=True)
+    (checkout / ".venv/bin/python").symlink_to("/usr/bin/python3")
+    assert said(checkout, ".venv/.lint", user=NOBODY) == (
+        "udpwatch: cannot install Python packages: .venv belongs to root; run `sudo make clean`, then try again"
+    )
+
+
 def test_helm_that_cannot_be_downloaded(checkout: Path) -> None:
     if not shutil.which("npm"):
         pytest.skip("needs npm: apt-get install npm")
