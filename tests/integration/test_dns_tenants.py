@@ -13,10 +13,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import dns.message
 import pytest
+from attacks import LONG_RECORD, TXT, long_answer
 from dns_server import (
     PORT,
     Asked,
@@ -31,6 +31,7 @@ from dns_server import (
     send_message,
     texts,
 )
+from machine import AGENT_MEMORY, limited, memory_kib
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
@@ -74,13 +75,6 @@ def running(namespace: Namespace, code: str, *words: str) -> Iterator[subprocess
             pipe.close()
 
 
-def peak_kib(responder: Responder) -> int:
-    """Peak resident memory."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{responder.process.pid}/status").read_text())
-    assert found
-    return int(found.group(1))
-
-
 # ---- upstream servers ----
 
 #: Asks for one name in the cache over one TCP connection, over and over; prints the longest time, in milliseconds.
@@ -103,16 +97,6 @@ STOPWATCH = """
 """
 
 
-def long_answer(asked: Asked) -> bytes:
-    """60 KB of addresses over TCP; truncated over UDP."""
-    question = asked.data[12 : 12 + asked.data[12:].index(b"\0") + 5]
-    if not asked.tcp:
-        return asked.data[:2] + struct.pack("!HHHHH", 0x8380, 1, 0, 0, 0) + question
-    count = (60_000 - len(question)) // 16
-    records = b"".join(b"\xc0\x0c" + struct.pack("!HHIHI", 1, 1, 300, 4, number) for number in range(count))
-    return asked.data[:2] + struct.pack("!HHHHH", 0x8180, 1, count, 0, 0) + question + records
-
-
 def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     """900 responses of 60 KB: memory stays bounded, the event loop continues, and every refusal is counted."""
     held: list[Asked] = []
@@ -123,7 +107,7 @@ def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFix
         if asked.tcp and not released.is_set():
             held.append(asked)
             released.wait(20)
-        return long_answer(asked)
+        return long_answer(asked.data, asked.tcp)
 
     released = threading.Event()
     with FakeServer(scene.servers, UPSTREAM, script) as server, Responder(scene.node, f"--server={UPSTREAM}") as dnsd:
@@ -132,7 +116,11 @@ def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFix
         query = bare_query("cached.example")
         words = NODE, (struct.pack("!H", len(query)) + query).hex()
         before = dnsd.resident_kib()
-        with running(scene.client, STOPWATCH, *words) as stopwatch, connected(scene.client, NODE) as client:
+        with (
+            limited(dnsd.process.pid, AGENT_MEMORY) as kept,
+            running(scene.client, STOPWATCH, *words) as stopwatch,
+            connected(scene.client, NODE) as client,
+        ):
             assert stopwatch.stdout and stopwatch.stdout.readline() == b"ready\n"
             client.setsockopt(socket.SOL_SOCKET, 33, 1 << 22)  # SO_RCVBUFFORCE
             for number in range(LONG_ANSWERS):
@@ -142,10 +130,11 @@ def test_long_responses_released_at_once(scene: Scene, capsys: pytest.CaptureFix
             answers = [dns.message.from_wire(client.recv(2000), raise_on_truncation=False) for _ in range(LONG_ANSWERS)]
             stopwatch.terminate()
             stalled = int(stopwatch.stdout.read())
+            assert kept.oom_kills() == 0
         codes = Counter("long" if each.flags & 0x0200 else rcode(each) for each in answers)
         busy = dnsd.metric("upstream_failures_total", reason="busy")
         timeouts = dnsd.metric("upstream_failures_total", reason="timeout")
-        grown = peak_kib(dnsd) - before
+        grown = memory_kib(dnsd.process.pid, "VmHWM") - before
         with capsys.disabled():
             print(f" [{dict(codes)}, {busy} busy, {timeouts} timeouts: {grown >> 10} MB, {stalled} ms]", end="")
         assert grown < 50 << 10
@@ -262,9 +251,10 @@ def test_flood_of_one_client(
 def test_slow_readers_of_many_addresses(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
     """500 connections of 20 clients ask for 60 KB and read nothing: memory is bounded, also the kernel's, a client
     that reads is answered, and what was closed is counted."""
-    records = [f"--txt-record=huge.test,{each:0240}" for each in range(230)]
-    query = bare_query("huge.test", kind=16)
+    query = bare_query("huge.test", kind=TXT)
+    records = [f"--{each}" for each in LONG_RECORD]
     with Responder(scene.node, *records) as dnsd, contextlib.ExitStack() as stack:
+        kept = stack.enter_context(limited(dnsd.process.pid, AGENT_MEMORY))
         before = dnsd.resident_kib()
         for number in range(500):
             link = stack.enter_context(scene.client.socket(socket.AF_INET, socket.SOCK_STREAM))
@@ -279,17 +269,18 @@ def test_slow_readers_of_many_addresses(scene: Scene, capsys: pytest.CaptureFixt
         answered = 0
         for number in range(20):
             with connected(scene.client, NODE, socket.SOCK_STREAM) as link:
-                send_message(link, bare_query("huge.test", number, kind=16))
+                send_message(link, bare_query("huge.test", number, kind=TXT))
                 with contextlib.suppress(OSError):
                     answered += len(receive_message(link)) > 50_000
         held, closed = dnsd.metric("tcp_held_bytes"), dnsd.metric("tcp_connections_closed_total", reason="held")
-        grown = peak_kib(dnsd) - before
+        grown = memory_kib(dnsd.process.pid, "VmHWM") - before
         with capsys.disabled():
             print(f" [{grown >> 10} MB, {kernel_kib >> 10} MB of the kernel, {closed} closed]", end="")
         assert answered == 20
         assert held <= 16 << 20
         assert grown < 40 << 10
         assert kernel_kib < 40 << 10
+        assert kept.oom_kills() == 0
         wait_for(lambda: dnsd.metric("tcp_connections_closed_total", reason="slow") > 0, "the rest to be given up")
     del stack
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 import threading
 from pathlib import Path
 
 from agents import Agent
 from dns_server import METRICS, Responder
+from machine import AGENT_MEMORY, limited, memory_kib
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 
@@ -24,6 +24,7 @@ def test_long_headers_take_no_memory_of_the_agent(folder: Path) -> None:
         node = lab.namespace("node")
         with Agent(folder, "--metrics-listen=127.0.0.1:9953", preexec_fn=node.enter_in_child) as agent:
             assert flooded(node, agent.pid) < MAX_GROWN_KIB
+            assert agent.process.poll() is None
 
 
 def test_long_headers_take_no_memory_of_the_responder() -> None:
@@ -35,8 +36,16 @@ def test_long_headers_take_no_memory_of_the_responder() -> None:
 
 
 def flooded(node: Namespace, pid: int) -> int:
-    """Flood the port from one address and ask from another; by how many KiB the process's peak has grown."""
-    before = peak_kib(pid)
+    """Flood the port from one address and ask from another; by how many KiB the process's peak has grown, which has
+    the memory that the chart gives it."""
+    with limited(pid, AGENT_MEMORY) as kept:
+        grown = _flooded(node, pid)
+        assert kept.oom_kills() == 0
+    return grown
+
+
+def _flooded(node: Namespace, pid: int) -> int:
+    before = memory_kib(pid, "VmHWM")
     threads = [threading.Thread(target=lambda: exchange(node, "127.0.0.2", LONG_HEADERS)) for _ in range(CLIENTS)]
     for thread in threads:
         thread.start()
@@ -46,7 +55,7 @@ def flooded(node: Namespace, pid: int) -> int:
         asked += 1
     for thread in threads:
         thread.join()
-    return peak_kib(pid) - before
+    return memory_kib(pid, "VmHWM") - before
 
 
 def exchange(node: Namespace, source: str, headers: bytes) -> bytes:
@@ -61,9 +70,3 @@ def exchange(node: Namespace, source: str, headers: bytes) -> bytes:
         while data := link.recv(1000):
             received += data
     return received
-
-
-def peak_kib(pid: int) -> int:
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    assert found
-    return int(found.group(1))

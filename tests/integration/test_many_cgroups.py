@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from attacks import delegated
 from machine import own_cgroup
 
 from udpwatch.agent.attribution import cgroups
@@ -25,14 +26,14 @@ CONTAINERS = [f"{number:064x}" for number in range(20)]  # each in a folder of i
 def tree() -> Iterator[Path]:
     """A cgroup with a delegated tree and some containers."""
     with own_cgroup() as root:
-        folders = [root / "user-1000.slice"]
-        folders += [root / "user-1000.slice" / str(number) for number in range(DELEGATED)]
+        folders = []
         for number, container in enumerate(CONTAINERS):
             folders += [root / f"{number}.slice", root / f"{number}.slice" / container]
         try:
-            for folder in folders:
-                folder.mkdir()
-            yield root
+            with delegated(root, DELEGATED):
+                for folder in folders:
+                    folder.mkdir()
+                yield root
         finally:
             for folder in reversed(folders):
                 with contextlib.suppress(OSError):

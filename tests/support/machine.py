@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -16,6 +17,7 @@ from waiting import wait_for
 from udpwatch.agent.kernel import cgroup
 
 CGROUPS = Path("/sys/fs/cgroup")
+AGENT_MEMORY = 256 << 20  # the chart's limit, for DNS as well
 _OWN = "udpwatch-test-"  # and the process that made it
 CGROUP_PARENTS = ("docker", "kubepods", "udpwatch-test")  # below which the tests' runtimes make cgroups
 
@@ -52,23 +54,47 @@ def own_cgroup() -> Iterator[Path]:
         wait_for(lambda: _removed(path), f"{path} to be empty")
 
 
+class Limited:
+    """The cgroups of a process that has limits, and what the kernel counted of it there."""
+
+    def __init__(self, memory: Path, cpu: Path) -> None:
+        self._memory, self._cpu = memory, cpu
+
+    def oom_kills(self) -> int:
+        """Processes that were killed because of the limit of memory."""
+        (name,) = (each for each in ("memory.events", "memory.oom_control") if (self._memory / each).exists())
+        return int(_fields(self._memory / name)["oom_kill"])
+
+    def throttled(self) -> tuple[int, int, float]:
+        """(periods of the quota, those of them in which it ran out, seconds that threads waited then)."""
+        counted = _fields(self._cpu / "cpu.stat")
+        waited = counted.get("throttled_usec", 0) / 1e6 or counted.get("throttled_time", 0) / 1e9
+        return counted["nr_periods"], counted["nr_throttled"], waited
+
+
+def _fields(path: Path) -> dict[str, int]:
+    return {name: int(value) for name, _, value in (line.partition(" ") for line in path.read_text().splitlines())}
+
+
 @contextlib.contextmanager
-def limited(pid: int, memory_bytes: int, cpus: float) -> Iterator[None]:
-    """Put a running process into cgroups with these limits, as a chart sets them; no limits where this machine has no
-    such controllers.
+def limited(pid: int, memory_bytes: int, cpus: float | None = None) -> Iterator[Limited]:
+    """Put a running process into cgroups with these limits, as a chart sets them. The memory that it has already
+    counts.
     """
     made: list[Path] = []
     period_us = 100_000
+    left = memory_bytes - (memory_kib(pid, "VmRSS") << 10)  # charges stay with the cgroup that it had before
+    quota = -1 if cpus is None else int(cpus * period_us)
     try:
         if (CGROUPS / "memory").is_dir():  # v1
             settings = {
-                "memory": {"memory.limit_in_bytes": memory_bytes},
-                "cpu": {"cpu.cfs_period_us": period_us, "cpu.cfs_quota_us": int(cpus * period_us)},
+                "memory": {"memory.limit_in_bytes": left},
+                "cpu": {"cpu.cfs_period_us": period_us, "cpu.cfs_quota_us": quota},
             }
             folders = {name: CGROUPS / name / f"{_OWN}{os.getpid()}" for name in settings}
         else:
             (CGROUPS / "cgroup.subtree_control").write_text("+memory +cpu")
-            settings = {"": {"memory.max": memory_bytes, "cpu.max": f"{int(cpus * period_us)} {period_us}"}}
+            settings = {"": {"memory.max": left, "cpu.max": f"{quota if cpus else 'max'} {period_us}"}}
             folders = {"": CGROUPS / f"{_OWN}{os.getpid()}-limited"}
         for name, files in settings.items():
             folders[name].mkdir()
@@ -76,12 +102,19 @@ def limited(pid: int, memory_bytes: int, cpus: float) -> Iterator[None]:
             for file, value in files.items():
                 (folders[name] / file).write_text(str(value))
             (folders[name] / "cgroup.procs").write_text(str(pid))
-        yield
+        yield Limited(made[0], made[-1])
     finally:
         for folder in made:
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 (folder.parent / "cgroup.procs").write_text(str(pid))
             wait_for(lambda folder=folder: _removed(folder), f"{folder} to be empty")
+
+
+def memory_kib(pid: int, name: str) -> int:
+    """A process's memory: VmRSS what it has, VmHWM the most that it ever had."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found.group(1))
 
 
 def cgroup_folders() -> set[Path]:
