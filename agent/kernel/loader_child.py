@@ -34,7 +34,7 @@ from udpwatch.agent.kernel.bpf import (
     program_load_logged,
 )
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.objects import Cache, Object, name_maps
+from udpwatch.agent.kernel.objects import CompileCache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, KEYS, LOCKED, MAPS, ON_DEMAND, TAIL_CALLS, Hook, Program
 from udpwatch.agent.model import Hooks
@@ -172,7 +172,7 @@ class _Answer:
 
 def _obtain(source: str, request: dict[str, Any], constants: Mapping[str, object]) -> Object:
     """Return the object of a source file, from the cache or compiled now."""
-    cache = Cache(Path(request["cache"]) if request["cache"] else None)
+    cache = CompileCache(Path(request["cache"]) if request["cache"] else None)
     key = objects.key(SOURCES, source, constants)
     compiled = cache.get(key)
     if compiled is None:

@@ -92,7 +92,7 @@ def decode(key: str, content: bytes) -> Object:
     return Object(words["compiler"], maps, {name: bytes.fromhex(code) for name, code in words["programs"].items()})
 
 
-class Cache:
+class CompileCache:
     """A folder with MAX_FILES objects at most; no method raises OSError."""
 
     def __init__(self, folder: Path | None) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from udpwatch.agent.kernel import objects
 from udpwatch.agent.kernel.bpf import MapDefinition, registers
-from udpwatch.agent.kernel.objects import MAX_FILES, Cache, Object, decode, encode, name_maps
+from udpwatch.agent.kernel.objects import MAX_FILES, CompileCache, Object, decode, encode, name_maps
 
 KEY, OTHER_KEY = "0" * 64, "1" * 64
 OBJECT = Object(
@@ -124,7 +124,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_folder_is_created(folder: Path) -> None:
-    cache = Cache(folder)
+    cache = CompileCache(folder)
     assert cache.get(KEY) is None
     cache.put(KEY, OBJECT)
     assert cache.get(KEY) == OBJECT
@@ -134,7 +134,7 @@ def test_folder_is_created(folder: Path) -> None:
 
 
 def test_without_a_folder_nothing_is_cached() -> None:
-    cache = Cache(None)
+    cache = CompileCache(None)
     cache.put(KEY, OBJECT)
     assert cache.get(KEY) is None
 
@@ -175,7 +175,7 @@ def _replace_by_fifo(path: Path) -> None:
     ],
 )
 def test_unsafe_or_damaged_file_is_not_used(folder: Path, spoil: Callable[[Path], None]) -> None:
-    cache = Cache(folder)
+    cache = CompileCache(folder)
     cache.put(KEY, OBJECT)
     spoil(folder / f"{KEY}.json")
     assert cache.get(KEY) is None
@@ -184,7 +184,7 @@ def test_unsafe_or_damaged_file_is_not_used(folder: Path, spoil: Callable[[Path]
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, which may give files away: run `make test` as root")
 @pytest.mark.parametrize("whose", ["file", "folder"])
 def test_file_or_folder_of_another_user_is_not_used(folder: Path, whose: str) -> None:
-    cache = Cache(folder)
+    cache = CompileCache(folder)
     cache.put(KEY, OBJECT)
     os.chown(folder / f"{KEY}.json" if whose == "file" else folder, 65534, 65534)
     assert cache.get(KEY) is None
@@ -194,12 +194,12 @@ def test_file_or_folder_of_another_user_is_not_used(folder: Path, whose: str) ->
 
 @pytest.mark.parametrize("folder", [Path("/proc/nowhere"), Path("/dev/null"), Path("/dev/null/x")])
 def test_folder_that_cannot_be_created_is_ignored(folder: Path) -> None:
-    Cache(folder).put(KEY, OBJECT)
-    assert Cache(folder).get(KEY) is None
+    CompileCache(folder).put(KEY, OBJECT)
+    assert CompileCache(folder).get(KEY) is None
 
 
 def test_least_recently_used_files_make_room(folder: Path) -> None:
-    cache = Cache(folder)
+    cache = CompileCache(folder)
     keys = [f"{number:064x}" for number in range(MAX_FILES)]
     for age, key in enumerate(reversed(keys)):
         cache.put(key, OBJECT)
