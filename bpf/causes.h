@@ -16,7 +16,6 @@ static __always_inline int are_alike(const struct socket_cause *known) {
 }
 
 /* Note the cause of one more send of a socket; return whether all recent sends had the same cause.
-
  */
 static __always_inline int note_cause(struct socket_cause *known, __u16 cause) {
     if (known->cause == cause)

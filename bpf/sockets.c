@@ -250,7 +250,6 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
     }
 #endif
     /* The sendmsg hooks do not run for most sends of a connected socket, so the noted cause is old.
-
      */
     if (sk->state == BPF_TCP_ESTABLISHED &&
         (cause != CAUSE_EXPLICIT || leaves_from_own(sk, &key->actual, key->family)))

@@ -90,7 +90,6 @@ static __always_inline __u64 lesser_of(__u64 a, __u64 b) {
 /* ---- the choice of what is evicted ---- */
 
 /* Return a score; the highest one is evicted. `held` is the share of the set that the tenant holds.
-
  */
 static __always_inline __u64 eviction_score(__u64 held, __u64 is_heavy, __u64 is_answered,
                                             __u64 is_wrongly_answered, __u64 asked, __u64 now) {
