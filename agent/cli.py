@@ -68,9 +68,9 @@ def parse(words: Sequence[str]) -> tuple[Command, argparse.Namespace]:
 
 
 def _run(words: Sequence[str]) -> int:
-    command, parsed = parse(words)
     logging.basicConfig(level=logging.INFO, format="udpwatch: %(message)s", stream=sys.stderr)
     try:
+        command, parsed = parse(words)
         return command.run(parsed)
     except UdpwatchError as error:
         print(f"udpwatch: {error}", file=sys.stderr)

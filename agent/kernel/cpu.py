@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 SLICE_SECONDS = 0.004  # of CPU between two pauses
+MAX_PAUSE_SECONDS = 2.0  # whatever one piece of work cost: findings stay fresh, and the agent stays healthy
 SWITCH_SECONDS = 0.001  # after which a busy thread yields the interpreter's lock
 COLLECTIONS = 200  # garbage collections of young objects for each full one
 LOOK_SECONDS = 10.0  # between two reads of the quota, which may change
@@ -118,7 +119,7 @@ class Pace:
             return
         rest = taken / (self._share * min(1.0, self._cpus())) - (self._clock() - self._begun)
         if rest > 0:
-            self._pause(rest)
+            self._pause(min(rest, MAX_PAUSE_SECONDS))
         self._taken, self._begun = self._used(), self._clock()
 
 

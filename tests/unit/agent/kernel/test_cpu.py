@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from udpwatch.agent.kernel.cpu import SLICE_SECONDS, Pace, quota
+from udpwatch.agent.kernel.cpu import MAX_PAUSE_SECONDS, SLICE_SECONDS, Pace, quota
 
 
 def tree(folder: Path, mounts: dict[str, str], cgroup: str, files: dict[str, str]) -> Path:
@@ -77,6 +77,12 @@ def test_thread_keeps_to_its_share_of_the_quota(cpus: float, expected: float) ->
     for _ in range(10_000):
         thread.work(0.0003)
     assert thread.used / thread.now == pytest.approx(expected, rel=0.01)
+
+
+def test_pause_after_one_long_piece_of_work_is_bounded() -> None:
+    thread = Thread(0.2, 0.1)
+    thread.work(1.0)
+    assert thread.pauses == [MAX_PAUSE_SECONDS]
 
 
 def test_pauses_come_after_slices_of_work(tmp_path: Path) -> None:
