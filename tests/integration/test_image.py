@@ -149,7 +149,7 @@ def test_image_has_labels_and_a_command(podman: Podman, loaded: Docker) -> None:
     assert "version" not in labels  # only a release has one (release/image.py)
     assert labels["licenses"] == "Apache-2.0 AND GPL-2.0-only"
     assert labels["description"]
-    (size,) = re.findall(r"^It takes (\d+) MB", (DOCS / "docker.md").read_text(), re.MULTILINE)
+    (size,) = re.findall(r"^The image takes (\d+) MB", (DOCS / "docker.md").read_text(), re.MULTILINE)
     assert told["Size"] / 1e6 == pytest.approx(int(size), rel=0.05)
 
 
