@@ -6,8 +6,8 @@ Rules
 2. A name with an address or an alias is answered for every type, with NODATA for types that it does not have, and is
    never forwarded: musl's resolver takes an upstream NXDOMAIN for the whole name. A name with only other records is
    forwarded for other types: one MX record must not hide a public domain's addresses. The same holds for a name above
-   an existing one (an empty non-terminal, RFC 8020). In local-only domains (`--local=/DOMAIN/`, `--address=/DOMAIN/`)
-   both kinds of names exist, so they get NODATA instead of NXDOMAIN.
+   an existing one (an empty non-terminal). Both kinds of names exist: where they would get NXDOMAIN, from here or from
+   an upstream server, they get NODATA, because NXDOMAIN would also deny the names below (RFC 8020).
 3. An invalid line is reported with file and line number, and skipped. If a file cannot be read the build fails and the
    caller keeps its table. The other files are read nevertheless, so that all unreadable files are counted.
 """
@@ -27,7 +27,6 @@ from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
 CNAME_CHAIN = 10  # dnsmasq's limit; a longer chain is a loop
 HOSTS, CONFIG = "hosts", "config"
 MAX_ADDRESSES = 500  # per name and family: they fit into one message over TCP and into client limits
-FEW_DOMAINS = 8  # up to this number, comparing suffixes is cheaper than splitting names
 
 _ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
 
@@ -63,7 +62,7 @@ class Zone:
         self._own_ttl: dict[bytes, int] = {}  # names of host-record
         self._wild: dict[bytes, list[str | None]] = {}
         self._delegated = {each.domain for each in settings.domain_servers}  # domains that `--server` names
-        self._above: set[bytes] = set()  # names above others, in local-only domains
+        self._above: set[bytes] = set()  # names above others, without the root
         self._origins: dict[bytes, str] = {}  # name -> CONFIG; if queries are logged, also a file
         self.entries = 0  # names and aliases
         self.unreadable = 0  # files that could not be read
@@ -132,7 +131,7 @@ class Zone:
 
     def exists(self, name: bytes) -> bool:
         """Return whether a name without a local answer exists and must not get NXDOMAIN: it has records of other types,
-        or it has names below it in a local-only domain."""
+        or names below it."""
         return name in self._above or name in self._records
 
     # ---- building ----
@@ -175,18 +174,14 @@ class Zone:
         for wild in settings.addresses:
             self._wild.setdefault(wild.domain, []).append(wild.address)
 
-    def _add_above(self, settings: Settings) -> None:
-        ours = {each.domain for each in settings.domain_servers if not each.servers and not each.standard} - {b""}
-        ours |= {name for name, addresses in self._wild.items() if not any(addresses) and name not in self._delegated}
-        if not ours:
-            return
-        ends = tuple(ours) if len(ours) <= FEW_DOMAINS else b""
-        for name in chain(*self._addresses.values(), self._records):
-            if not name.endswith(ends):
-                continue
-            parents = tuple(suffixes(name))
-            highest = max((at for at, parent in enumerate(parents) if parent in ours), default=0)
-            self._above.update(parents[1 : highest + 1])
+    def _add_above(self) -> None:
+        wild = (name for name, addresses in self._wild.items() if any(addresses))
+        above = self._above
+        for name in chain(*self._addresses.values(), self._records, wild):
+            parent = name[1 + name[0] :]
+            while len(parent) > 1 and parent not in above:  # else those above it are known, too
+                above.add(parent)
+                parent = parent[1 + parent[0] :]
 
 
 def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
@@ -212,7 +207,7 @@ def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Z
     for text in missed:
         complain(text)
     zone.unreadable = len(missed)
-    zone._add_above(settings)
+    zone._add_above()
     return zone
 
 

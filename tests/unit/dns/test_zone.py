@@ -7,6 +7,7 @@ import resource
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -601,11 +602,40 @@ def test_name_with_other_records_is_forwarded_for_other_types(kind: int) -> None
 @pytest.mark.parametrize("kind", ONLY)
 def test_upstream_nxdomain_does_not_deny_local_records(kind: int) -> None:
     settings = Settings(hosts=False, records=(StaticRecord(wire("a.example"), kind, bytes(7)),))
-    responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
     for text, rcode in (("a.example", Rcode.NOERROR), ("b.example", Rcode.NXDOMAIN), ("x.a.example", Rcode.NXDOMAIN)):
-        denied = m.response(text, m.A, (), (m.soa(300, 60),), rcode=Rcode.NXDOMAIN)
-        entry = responder.entry_of(parse_response(denied), 0.0)
-        assert (entry.rcode, entry.expires) == (rcode, 60.0)
+        assert after_nxdomain(settings, text) == rcode
+
+
+def after_nxdomain(settings: Settings, text: str) -> int:
+    """What a client gets if an upstream server denies a name."""
+    responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
+    denied = m.response(text, m.A, (), (m.soa(300, 60),), rcode=Rcode.NXDOMAIN)
+    entry = responder.entry_of(parse_response(denied), 0.0)
+    assert entry.expires == 60.0
+    return entry.rcode
+
+
+def test_upstream_nxdomain_does_not_deny_local_names_below(tmp_path: Path) -> None:
+    """RFC 8020: NXDOMAIN for a name denies all names below it."""
+    file = tmp_path / "hosts"
+    file.write_text("192.0.2.1 a.b.host.example\n")
+    settings = Settings(
+        hosts=False,
+        addn_hosts=(file,),
+        host_records=(HostRecord((wire("a.record.example"),), ("192.0.2.2",)),),
+        records=(StaticRecord(wire("a.text.example"), m.TXT, b"\1x"), *cnames(("a.alias.example", "x"))),
+        addresses=(DomainAddress(wire("a.wild.example"), "192.0.2.3"), DomainAddress(wire("a.blocked.other"), None)),
+    )
+    for text in ("b.host", "host", "record", "text", "alias", "wild"):
+        assert after_nxdomain(settings, f"{text}.example") == Rcode.NOERROR, text
+    for text in ("example", "HOST.example"):
+        assert after_nxdomain(settings, text) == Rcode.NOERROR, text
+    for text in ("x.host.example", "x.a.b.host.example", "other", "blocked.other", "ost.example"):
+        assert after_nxdomain(settings, text) == Rcode.NXDOMAIN, text
+    domain_needed = replace(settings, domain_needed=True)
+    table = build(domain_needed, pytest.fail)
+    assert answer(table, "example", m.A, domain_needed) == (Rcode.NOERROR, 0), "as dnsmasq"
+    assert answer(table, "nothing", m.A, domain_needed) == (Rcode.NXDOMAIN, 0)
 
 
 def test_alias_of_a_name_without_address() -> None:
@@ -622,8 +652,7 @@ def test_unknown_names_are_forwarded(load: Load) -> None:
 
 
 def test_empty_non_terminal(load: Load) -> None:
-    """An empty non-terminal: somebody else's business, but where nobody else may be asked. There NXDOMAIN would deny
-    what is below it (RFC 8020)."""
+    """It is forwarded, except in a local-only domain. There NXDOMAIN would deny what is below it (RFC 8020)."""
     ours = (DomainServers(wire("ours"), ()), DomainServers(wire("theirs.ours"), (UPSTREAM,)))
     settings = Settings(
         hosts=False,
