@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import struct
 from array import array
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from udpwatch.dns.cname import follow
-from udpwatch.dns.message import HEADER_BYTES, Malformed, Rcode, Response, Type, owner
+from udpwatch.dns.message import AD, HEADER_BYTES, Malformed, Rcode, Response, Type, owner
 from udpwatch.dns.names import is_subdomain
 
 ENTRY_BYTES = 600  # of Python objects per entry
@@ -33,6 +34,7 @@ class Entry:
     stored: float  # monotonic seconds
     expires: float
     max_ttl: int = MAX_TTL  # seconds; the largest TTL that a client sees
+    flags: int = 0  # AD, if it is passed on
     retry: float = 0.0  # while it is served stale: the servers are not queried again before this time
 
     @property
@@ -40,13 +42,14 @@ class Entry:
         """Approximate memory, in bytes."""
         return ENTRY_BYTES + len(self.body) + 2 * len(self.ttls)
 
-    def aged(self, now: float, stale: bool) -> bytes:
-        """Return the records with their TTLs as of now, or with STALE_TTL if ``stale``."""
+    def aged(self, now: float, stale: bool, records: int | None = None) -> bytes:
+        """Return the first ``records`` records (None: all) with their TTLs as of now, or STALE_TTL if ``stale``."""
         passed, most = int(now - self.stored), self.max_ttl
+        kept_body = self.body if records is None else self.body[: self.end_of(records)]
         if not self.ttls or (passed == 0 and most == MAX_TTL and not stale):
-            return self.body
-        body, stale_ttl = bytearray(self.body), min(STALE_TTL, most)
-        for offset in self.ttls:
+            return kept_body
+        body, stale_ttl = bytearray(kept_body), min(STALE_TTL, most)
+        for offset in self.ttls if records is None else self.ttls[:records]:
             if stale:
                 ttl = stale_ttl
             else:
@@ -55,13 +58,27 @@ class Entry:
             _ttl.pack_into(body, offset, ttl)
         return bytes(body)
 
+    def end_of(self, records: int) -> int:
+        """Return the offset in body after the first ``records`` records."""
+        if not records:
+            return 0
+        at = self.ttls[records - 1] + 4  # RDLENGTH and RDATA follow the TTL
+        return at + 2 + int.from_bytes(self.body[at : at + 2], "big")
 
-def entry_of(answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache: bool) -> Entry:
+    def fitting(self, room: int) -> int:
+        """Return how many records fit into ``room`` octets."""
+        return bisect_right(range(len(self.ttls)), room, key=lambda index: self.end_of(index + 1))
+
+
+def entry_of(
+    answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache: bool, proxy_dnssec: bool = False
+) -> Entry:
     """Create the entry of a response. It expires at once if it must not be cached.
 
     Positive responses live as long as the smallest TTL of the records that answer the question, including aliases.
     NXDOMAIN and NODATA also have the SOA's TTL or MINIMUM, whichever is smaller (RFC 2308, section 5), else
     ``neg_ttl``. ``max_ttl`` (0: no limit) applies to clients only: caching for less would cost more upstream queries.
+    ``proxy_dnssec``: keep the server's AD.
     """
     start = len(answer.question) + HEADER_BYTES
     ttls = answer.records.ttl_offsets(start)
@@ -73,6 +90,7 @@ def entry_of(answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache:
         stored=now,
         expires=now,
         max_ttl=min(max_ttl or MAX_TTL, MAX_TTL),
+        flags=answer.flags & AD if proxy_dnssec else 0,
     )
     if answer.truncated or answer.rcode not in (Rcode.NOERROR, Rcode.NXDOMAIN):
         return entry

@@ -204,6 +204,16 @@ class Query:
         return (self.flags & OPCODE_MASK) >> 11
 
     @property
+    def dnssec_ok(self) -> bool:
+        """Whether the client asks for DNSSEC records."""
+        return bool(self.edns and self.edns.dnssec_ok)
+
+    @property
+    def understands_ad(self) -> bool:
+        """Whether AD means something to the client (RFC 6840, section 5.8)."""
+        return bool(self.flags & AD) or self.dnssec_ok
+
+    @property
     def recursion_desired(self) -> bool:
         """Whether upstream servers may be queried."""
         return bool(self.flags & RD)
@@ -211,7 +221,7 @@ class Query:
     @property
     def key(self) -> tuple[bytes, int, int, int]:
         """The cache key: name, type, class, and the flags that change a response (DO and CD)."""
-        wants = (self.flags & CD) | (DO if self.edns and self.edns.dnssec_ok else 0)
+        wants = (self.flags & CD) | (DO if self.dnssec_ok else 0)
         return self.name, self.type, self.klass, wants
 
     def udp_bytes(self, most: int) -> int:
@@ -493,9 +503,15 @@ def opt(rcode: int = 0, dnssec_ok: bool = False) -> bytes:
 
 
 def build_error(data: bytes, rcode: int) -> bytes:
-    """Build a response to a malformed query: a header only, so never longer than the query."""
+    """Build a response to a malformed query, or to one with an unsupported opcode: a header only, so never longer than
+    the query.
+
+    What follows the header of another opcode is unknown (RFC 8906, section 8.1.4), so the question is not copied; RD,
+    RA and CD have a meaning for standard queries only.
+    """
     ident, flags = struct.unpack_from("!HH", data)
-    kept = response_flags(flags & ~CD, rcode, flags & OPCODE_MASK)
+    opcode = flags & OPCODE_MASK
+    kept = QR | opcode | rcode if opcode else response_flags(flags & ~CD, rcode)
     return _header.pack(ident, kept, 0, 0, 0, 0)
 
 

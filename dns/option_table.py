@@ -209,6 +209,13 @@ OPTIONS = (
         readers.read_rebind_domain_ok,
         "with --stop-dns-rebind: allow these domains",
     ),
+    _option(
+        "--proxy-dnssec",
+        readers.on("proxy_dnssec"),
+        "pass the AD flag of upstream servers on, to clients that set AD or DO; trust the servers and the network to "
+        "them",
+        "AD is cached with its response; queries to upstream servers have AD set",
+    ),
     # cache
     _option(
         "-c --cache-size=N",
@@ -300,7 +307,7 @@ _REFUSED = """
     interface-name ipset leasefile-ro:9 leasequery localise-queries:y localmx:L log-async log-debug log-dhcp
     log-facility:8 max-cache-ttl max-port max-tcp-connections min-cache-ttl min-port mx-target:t naptr-record nftset
     no-0x20-encode no-dhcp-interface:2 no-dhcpv4-interface no-dhcpv6-interface no-ping:5 pid-file:x port-limit
-    proxy-dnssec pxe-prompt pxe-service query-port:Q quiet-dhcp quiet-dhcp6 quiet-ra quiet-tftp ra-param read-ethers:Z
+    pxe-prompt pxe-service query-port:Q quiet-dhcp quiet-dhcp6 quiet-ra quiet-tftp ra-param read-ethers:Z
     rev-server script-arp script-on-renewal selfmx:e servers-file shared-network strict-order:o strip-mac strip-subnet
     synth-domain tag-if tftp-lowercase tftp-max tftp-mtu tftp-no-blocksize tftp-no-fail tftp-port-range tftp-root
     tftp-secure tftp-single-port tftp-unique-root trust-anchor umbrella

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 
 from udpwatch.dns import message
 from udpwatch.dns.cache import Cache
@@ -121,9 +122,11 @@ class Responder:
         NXDOMAIN for a name with local records of other types becomes NODATA: it would deny these, too (RFC 8020).
         """
         settings = self._settings
-        entry = entry_of(answer, now, settings.neg_ttl, settings.max_ttl, settings.negcache)
+        limits = settings.neg_ttl, settings.max_ttl, settings.negcache
+        entry = entry_of(answer, now, *limits, settings.proxy_dnssec)
         if entry.rcode == Rcode.NXDOMAIN and self.zone.exists(answer.name):
             entry.rcode = Rcode.NOERROR
+            entry.flags = 0  # AD was about NXDOMAIN
         return entry
 
     def refuse(self, query: Query, rcode: int) -> Reply:
@@ -150,18 +153,16 @@ class Responder:
     def _local(self, query: Query, found: Found, most: int) -> Reply:
         rcode = Rcode.NOERROR if found.exists else Rcode.NXDOMAIN
         source = CONFIG if found.origin == CONFIG else HOSTS
-        records, count = [], 0
+        records = []
         if query.type == Type.ANY and found.rrsets:
             first = found.rrsets[0]  # RFC 8482, section 4.1: one RRset will do
             if first.type not in (Type.A, Type.AAAA):
-                records, count = [message.build_record(_HINFO, first.ttl, _RFC8482)], 1
+                records = [message.build_record(_HINFO, first.ttl, _RFC8482)]
             found = Found((first,) if not records else (), found.exists, found.origin)
         for rrset in found.rrsets:
             owner = message.TO_QUESTION if rrset.owner == query.name else rrset.owner
             records += [message.build_record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
-            count += len(rrset.data)
-        data = fitted(query, rcode, AA, b"".join(records), (count, 0, 0), most)
-        return Reply(data, source, rcode, query, FOREVER, found)
+        return Reply(_with_answers(query, rcode, records, most), source, rcode, query, FOREVER, found)
 
     def _chaos(self, query: Query, most: int) -> Reply:
         """Answer `version.bind` and similar names as dnsmasq does (dnsmasq(8), "cachesize.bind")."""
@@ -186,28 +187,53 @@ class Responder:
         strings = [line.encode()[:255] for line in answers[label][:MAX_STRINGS]]
         text = b"".join(bytes((len(string),)) + string for string in strings)
         body = message.build_record(Type.TXT, 0, text or b"\0", klass=Class.CH)
-        return Reply(fitted(query, 0, AA, body, (1, 0, 0), most), "config", 0, query)
+        return Reply(_with_answers(query, 0, [body], most), "config", 0, query)
 
 
-def fitted(query: Query, rcode: int, flags: int, body: bytes, counts: tuple[int, int, int], most: int) -> bytes:
-    """Build a response; if it is too long, one with TC and only the question, so that stub resolvers retry over TCP
-    (RFC 2181, section 9)."""
-    if not _fits(query, len(body), most):
-        return message.build_response(query, rcode, flags | TC)
-    return message.build_response(query, rcode, flags, body, counts)
+# ---- responses that fit ----
+#
+# One that is too long carries as many whole records as fit, with TC (RFC 2181, section 9): a resolver that supports TCP
+# retries over TCP, one that does not (musl before 1.2.4) uses the records. The question, which stub resolvers compare,
+# and OPT are always there.
 
 
-def _fits(query: Query, body_bytes: int, most: int) -> bool:
-    return message.HEADER_BYTES + len(query.question) + body_bytes + (message.OPT_BYTES if query.edns else 0) <= most
+def _room(query: Query, most: int) -> int:
+    """Return how many octets of records fit."""
+    return most - message.HEADER_BYTES - len(query.question) - (message.OPT_BYTES if query.edns else 0)
+
+
+def _with_answers(query: Query, rcode: int, records: list[bytes], most: int) -> bytes:
+    """Build an authoritative response with these answers, or the first of them and TC."""
+    body, room, flags, count = b"".join(records), _room(query, most), AA, len(records)
+    if len(body) > room:
+        flags |= TC
+        ends = accumulate(map(len, records))
+        count = sum(1 for _ in takewhile(lambda end: end <= room, ends))
+        body = b"".join(records[:count])
+    return message.build_response(query, rcode, flags, body, (count, 0, 0))
+
+
+def _first_counts(counts: tuple[int, int, int], records: int) -> tuple[int, int, int]:
+    """Return the number of records in each section if only the first ``records`` stay."""
+    answers = min(counts[0], records)
+    authorities = min(counts[1], records - answers)
+    return answers, authorities, min(counts[2], records - answers - authorities)
 
 
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
-    """Build the response of a cache entry for this client, without AA and AD, which are the server's claims."""
+    """Build the response of a cache entry for this client, without AA, which is the server's claim."""
     has_room = entry.rcode <= message.RCODE_MASK or query.edns  # only OPT has the upper bits
     rcode = entry.rcode if has_room else Rcode.SERVFAIL
-    # A truncated response has no TTLs to count down.
-    body = entry.aged(now, source == "stale") if _fits(query, len(entry.body), most) else entry.body
-    data = fitted(query, rcode, 0, body, entry.counts, most)
+    stale, room = source == "stale", _room(query, most)
+    flags = entry.flags if entry.flags and not stale and query.understands_ad else 0
+    if len(entry.body) <= room:
+        data = message.build_response(query, rcode, flags, entry.aged(now, stale), entry.counts)
+    else:
+        records = entry.fitting(room)
+        counts = _first_counts(entry.counts, records)
+        if counts[:2] != entry.counts[:2]:  # additional records may be left out (RFC 2181, section 9)
+            flags |= TC
+        data = message.build_response(query, rcode, flags, entry.aged(now, stale, records), counts)
     # TTLs are whole seconds: the same bytes are valid until the next second.
     until = min(entry.expires, entry.stored + int(now - entry.stored) + 1) if source == "cache" else 0.0
     return Reply(data, source, rcode, query, until)

@@ -85,6 +85,7 @@ class Settings:
     rebind_localhost_ok: bool = False
     rebind_domains_ok: tuple[bytes, ...] = ()
     local_ttl: int = 0  # seconds
+    proxy_dnssec: bool = False  # pass AD on
     neg_ttl: int = 0  # seconds, for negative responses without SOA; 0: do not cache them
     max_ttl: int = 0  # seconds; the largest TTL that a client sees; 0: no limit
     cache_size: int = 10_000  # responses; 0: no cache

@@ -22,7 +22,7 @@ from udpwatch.dns import message
 from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.cache_entry import Key
 from udpwatch.dns.cname import CnameLoop, follow
-from udpwatch.dns.message import CD, DO, RD, Malformed, Rcode, Response
+from udpwatch.dns.message import AD, CD, DO, RD, Malformed, Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.settings import Server
 from udpwatch.dns.transport import SocketTransport, Transport
@@ -60,9 +60,16 @@ class Busy(AttemptFailed):
 class UpstreamClient:
     """Queries single servers. Runs in the event loop's thread."""
 
-    def __init__(self, metrics: Metrics, transport: Transport | None = None, budget: Budget = UNLIMITED) -> None:
-        """``transport``: None for real sockets."""
+    def __init__(
+        self,
+        metrics: Metrics,
+        transport: Transport | None = None,
+        budget: Budget = UNLIMITED,
+        proxy_dnssec: bool = False,
+    ) -> None:
+        """``transport``: None for real sockets. ``proxy_dnssec``: ask for AD."""
         self._metrics, self._budget = metrics, budget
+        self._flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
         self._transport = transport or SocketTransport()
         self._udp_answers = 0  # received in this turn of the event loop
         self._tcp_waiting = 0  # queries that wait for a slot
@@ -106,7 +113,7 @@ class UpstreamClient:
         name, kind, klass, wants = key
         ident = int.from_bytes(os.urandom(2), "big")
         question = name + struct.pack("!HH", kind, klass)
-        data = message.build_query(ident, question, RD | (wants & CD), edns)
+        data = message.build_query(ident, question, self._flags | (wants & CD), edns)
         response = await self._over_udp(server, ident, key, data)
         if response is None or response.truncated:
             response = await self._over_tcp(server, ident, key, data)

@@ -41,6 +41,8 @@ def folder() -> Iterator[Path]:
         path = Path(name)
         path.chmod(0o755)  # dnsmasq gives up root
         write(path / "hosts", "10.0.0.1 four.test four", "fd00::2 six.test", "10.0.0.3 both.test", "fd00::3 both.test")
+        with (path / "hosts").open("a") as hosts:
+            hosts.write("10.0.0.4 deep.above.test\n" + "".join(f"10.0.1.{each} many.test\n" for each in range(99)))
         (path / "nsswitch.conf").write_text("hosts: dns\n")
         for number, server in (("4", NODE), ("6", NODE_6)):
             (path / f"resolv{number}").write_text(f"nameserver {server}\noptions timeout:6 attempts:1\n")
@@ -150,14 +152,15 @@ QUESTIONS = [
     *(("x.lan", "TXT"), ("www.example", "A"), ("www.example", "AAAA"), ("gone.test", "A"), ("plain", "A")),
     *(("1.0.0.10.in-addr.arpa", "PTR"), ("9.9.9.10.in-addr.arpa", "PTR"), ("7.7.7.10.in-addr.arpa", "PTR")),
     *(("8.0.0.10.in-addr.arpa", "PTR"), ("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA")),
-    *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A")),
+    *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A"), ("above.test", "A"), ("above.test", "TXT")),
+    *(("test", "A"), ("x.above.test", "A")),
     ("2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa", "PTR"),
 ]
 #: udpwatch answers a name with an address for every type. dnsmasq queries upstream, and turns an NXDOMAIN for a
 #: local name into NOERROR with that server's SOA; without an upstream server it responds with REFUSED.
 NO_DATA = [("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA"), ("alias.test", "AAAA")]
 #: udpwatch never sets AA for upstream responses, nor for names that it only refuses to forward.
-WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa"}
+WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa", "above.test", "test"}
 WITHOUT_AUTHORITY |= {("text.test", "A"), ("mail.test", "A")}
 
 
@@ -200,6 +203,15 @@ def test_same_responses_as_dnsmasq(
         assert [each.ttl for each in ours.answer] == [each.ttl for each in theirs.answer]
     if not {name, (name, kind)} & WITHOUT_AUTHORITY:
         assert ours.flags & dns.flags.AA == theirs.flags & dns.flags.AA
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_truncated_response_has_as_many_records_as_that_of_dnsmasq(
+    lab: tuple[Namespace, Namespace], responder: Responder, dnsmasq: Namespace, tcp: bool
+) -> None:
+    ours, theirs = ask(lab[1], NODE, "many.test", tcp=tcp), ask(dnsmasq, "127.0.0.1", "many.test", tcp=tcp)
+    assert ours.flags & dns.flags.TC == theirs.flags & dns.flags.TC == (0 if tcp else dns.flags.TC)
+    assert len(texts(ours)) == len(texts(theirs)) == (99 if tcp else (512 - 12 - 15) // 16)
 
 
 def test_without_upstream(folder: Path) -> None:

@@ -28,7 +28,7 @@ from udpwatch.dns.cache_entry import (
 from udpwatch.dns.cname import CnameLoop, follow
 from udpwatch.dns.message import Rcode, parse_query, parse_response
 from udpwatch.dns.names import lower, name_from_text
-from udpwatch.dns.responder import Forward, Reply, Responder, fitted, from_entry
+from udpwatch.dns.responder import Forward, Reply, Responder, from_entry
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import HostRecord, Server, Settings, StaticRecord
 from udpwatch.dns.zone import build
@@ -259,6 +259,27 @@ def test_upstream_flags_are_not_passed_on() -> None:
     assert m.flags_of(reply.data) == m.QR | m.RD | m.RA
 
 
+@pytest.mark.parametrize("upstream", [0, m.AD])
+@pytest.mark.parametrize("proxy", [False, True])
+def test_proxy_dnssec_passes_ad_to_clients_that_understand_it(proxy: bool, upstream: int) -> None:
+    """RFC 6840, section 5.8. An expired response is no longer authentic."""
+    made = entry_of(parse_response(positive(flags=m.RA | upstream)), 0.0, 0, 0, True, proxy)
+    understand = m.query(NAME, flags=m.RD | m.AD), m.query(NAME, m.A, m.opt(flags=m.DO))
+    expected = upstream if proxy else 0
+    for data in understand:
+        for source in ("forward", "cache"):
+            assert m.flags_of(from_entry(parse_query(data), made, 512, 0.0, source).data) & m.AD == expected
+        assert not m.flags_of(from_entry(parse_query(data), made, 512, 400.0, "stale").data) & m.AD
+    for data in (m.query(NAME), m.query(NAME, m.A, m.opt())):
+        assert not m.flags_of(from_entry(parse_query(data), made, 512, 0.0, "cache").data) & m.AD
+
+
+def test_proxy_dnssec_of_the_responder() -> None:
+    made = responder(Cache(0, 0), proxy_dnssec=True)
+    assert made.entry_of(parse_response(positive(flags=m.RA | m.AD)), 0.0).flags == m.AD
+    assert responder(Cache(0, 0)).entry_of(parse_response(positive(flags=m.RA | m.AD)), 0.0).flags == 0
+
+
 @pytest.mark.parametrize("asked", ["www.example", "WWW.EXAMPLE", "wWw.ExAmPlE"])
 def test_pointers_into_a_question_in_another_case_stay_valid(asked: str) -> None:
     kept = Cache(10, 0)
@@ -306,36 +327,75 @@ def test_do_and_cd_have_entries_of_their_own() -> None:
         (512, True, 65535),
     ],
 )
-def test_response_too_long_is_truncated(edns: int | None, tcp: bool, most: int) -> None:
-    """Only TC, the question, which stub resolvers match, and OPT."""
+@pytest.mark.parametrize("cached", [False, True], ids=["forwarded", "cached"])
+def test_response_too_long_is_truncated(edns: int | None, tcp: bool, most: int, cached: bool) -> None:
+    """It has the first records, as many as fit, TC, the question, which stub resolvers compare, and OPT."""
     extra = () if edns is None else (m.opt(size=edns),)
     data, ours = m.query(NAME, m.A, *extra), b"" if edns is None else m.opt()
     room = most - 12 - len(m.question(NAME)) - len(ours)
-    for body, whole in ((room, True), (room + 1, False)):
-        kept = Cache(10, 0)
-        kept.put(KEY, Entry(3, bytes(body), (1, 2, 3), array("H"), 0.0, 100.0))
-        reply = respond(responder(kept), data, 1.0, tcp)
-        flags = m.QR | m.RD | m.RA | 3
-        if whole:
-            assert len(reply.data) == most
-            assert m.flags_of(reply.data) == flags
-            assert m.counts_of(reply.data) == (1, 1, 2, 3 + len(extra))
+    short = [m.record(m.A, (1 << 31 | number).to_bytes(4, "big"), 300) for number in range((room - 12) // 16)]
+    rest = room - 16 * len(short) - 12  # what is left for the data of a last record
+    for more in (0, 1) if ours or not tcp else (0,):  # a longer one never arrives
+        records = (*short, m.record(m.TXT, bytes(rest + more), 300))
+        made = entry(m.response(NAME, m.A, records), 0.0)
+        if cached:
+            kept = Cache(10, 0)
+            kept.put(KEY, made)
+            reply = respond(responder(kept), data, 1.0, tcp)
         else:
-            assert reply.data == m.header(1, 0, 0, len(extra), flags | m.TC) + m.question(NAME) + ours
+            reply = from_entry(parse_query(data), made, most, 0.0, "forward")
+        present = records[: len(records) - more]
+        body = b"".join(present)
+        if cached:
+            body = body.replace((300).to_bytes(4, "big"), (299).to_bytes(4, "big"))
+        flags = m.QR | m.RD | m.RA | (m.TC if more else 0)
+        assert reply.data == m.header(1, len(present), 0, len(extra), flags) + m.question(NAME) + body + ours
+
+
+def test_truncated_response_keeps_the_order_of_sections() -> None:
+    """Answers first, then authorities; a response without some additional records is not truncated (RFC 2181, section
+    9)."""
+    address, server = m.record(m.A, bytes(4), 300), m.record(m.NS, b"\2ns" + m.TO_QUESTION, 300)
+    answer = entry(m.response(NAME, m.A, (address,) * 2, (server,) * 2, (address,) * 2))
+    query = parse_query(m.query(NAME))
+    sizes = [len(each) for each in (*(address,) * 2, *(server,) * 2, *(address,) * 2)]
+    counts = [(0, 0, 0), (1, 0, 0), (2, 0, 0), (2, 1, 0), (2, 2, 0), (2, 2, 1), (2, 2, 2)]
+    for present, expected in enumerate(counts):
+        for spare in (0, 15) if present < 6 else (0, 100):
+            most = 12 + len(m.question(NAME)) + sum(sizes[:present]) + spare
+            data = from_entry(query, answer, most, 0.0, "forward").data
+            assert m.counts_of(data) == (1, *expected)
+            assert bool(m.flags_of(data) & m.TC) == (present < 4)
+            assert len(dns.message.from_wire(data, raise_on_truncation=False).sections[1]) == (expected[0] > 0)
+
+
+def test_first_record_too_long_leaves_the_question() -> None:
+    answer = entry(m.response(NAME, m.TXT, (m.record(m.TXT, b"\xff" + bytes(255)),) * 3))
+    data = from_entry(parse_query(m.query(NAME, m.TXT)), answer, 200, 0.0, "forward").data
+    assert data == m.header(1, flags=m.QR | m.RD | m.RA | m.TC) + m.question(NAME, m.TXT)
+
+
+def test_stale_truncated_response_has_the_stale_ttl() -> None:
+    answer = entry(m.response(NAME, m.A, (m.record(m.A, bytes(4), 300),) * 100))
+    reply = from_entry(parse_query(m.query(NAME)), answer, 512, 400.0, "stale")
+    rrset = dns.message.from_wire(reply.data, raise_on_truncation=False).answer[0]
+    assert (rrset.ttl, m.counts_of(reply.data)) == (30, (1, 30, 0, 0))
 
 
 def test_edns_packet_max_limits_responses() -> None:
     kept = Cache(10, 0)
-    kept.put(KEY, Entry(0, bytes(3000), (1, 0, 0), array("H"), 0.0, 100.0))
+    kept.put(KEY, entry(m.response(NAME, m.A, (m.record(m.A, bytes(4), 300),) * 200)))
     for limit, truncated in ((512, True), (4096, False), (65535, False)):
         reply = respond(responder(kept, edns_packet_max=limit), m.query(NAME, m.A, m.opt(size=65535)), 1.0)
         assert bool(m.flags_of(reply.data) & m.TC) == truncated
 
 
-def test_counts_above_the_header_field_are_rejected() -> None:
-    """The header is never built, because the body is too long."""
-    data = fitted(parse_query(m.query(NAME)), 0, 0, bytes(1_600_000), (100_000, 0, 0), 65_535)
-    assert m.flags_of(data) & m.TC
+def test_more_records_than_the_header_can_count() -> None:
+    """They never fit."""
+    record = StaticRecord(name_from_text(NAME), m.TXT, b"\0")
+    reply = respond(responder(Cache(0, 0), records=(record,) * 70_000), m.query(NAME, m.TXT), 0.0, True)
+    assert m.flags_of(reply.data) & m.TC
+    assert m.counts_of(reply.data)[1] == (65_535 - len(m.query(NAME))) // 13
 
 
 def test_local_response_too_long_is_truncated() -> None:
@@ -343,7 +403,8 @@ def test_local_response_too_long_is_truncated() -> None:
     made = responder(Cache(0, 0), records=(record,) * 3)
     reply = respond(made, m.query(NAME, m.TXT), 0.0)
     assert m.flags_of(reply.data) == m.QR | m.AA | m.TC | m.RD | m.RA
-    assert m.counts_of(reply.data) == (1, 0, 0, 0)
+    assert m.counts_of(reply.data) == (1, 1, 0, 0)
+    assert len(dns.message.from_wire(reply.data, raise_on_truncation=False).answer[0]) == 1
     assert m.counts_of(respond(made, m.query(NAME, m.TXT), 0.0, True).data) == (1, 3, 0, 0)
 
 

@@ -158,6 +158,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--rebind-localhost-ok", {"rebind_localhost_ok": True}),
     ("--rebind-domain-ok=a.example", {"rebind_domains_ok": (A,)}),
     ("--rebind-domain-ok=/a.example/b.example/", {"rebind_domains_ok": (A, B)}),
+    ("--proxy-dnssec", {"proxy_dnssec": True}),
     ("--cache-size=150", {"cache_size": 150}),
     ("--cache-size=0", {"cache_size": 0}),
     ("--no-negcache", {"negcache": False}),

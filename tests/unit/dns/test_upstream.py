@@ -69,6 +69,13 @@ def test_query_over_udp() -> None:
     assert sent.data == m.header(1, additional=1, flags=m.RD, ident=sent.id) + m.question("www.example") + m.opt()
 
 
+def test_proxy_dnssec_asks_for_ad() -> None:
+    """RFC 6840, section 5.7."""
+    network = UpstreamNetwork()
+    run(UpstreamClient(Metrics(), network, proxy_dnssec=True).query(SERVER, KEY))
+    assert m.flags_of(network.sent[0].data) == m.RD | m.AD
+
+
 def test_each_attempt_has_a_random_id() -> None:
     case = Case()
 
