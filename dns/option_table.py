@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -26,6 +28,8 @@ def _version(draft: Draft, _: str) -> None:
 
 
 # ---- the table ----
+
+_SHORT_WITH_VALUE = tuple("l3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,11 @@ class Option:
     def needs_value(self) -> bool:
         """Whether the value is required."""
         return bool(self.value) and not self.value.startswith("[=")
+
+    @property
+    def short_needs_value(self) -> bool:
+        """Whether the short option requires the value, also where the long one does not."""
+        return self.needs_value or self.short in _SHORT_WITH_VALUE
 
 
 def _option(
@@ -290,32 +299,75 @@ OPTIONS = (
     _option("-w --help", _help, "show this help", "`--help dhcp` is not supported", command_line_only=True),
 )
 
-#: dnsmasq's other options, including those that its --help does not show and those added after 2.90; after a colon
-#: the short option, if there is one.
-_REFUSED = """
-    add-cpe-id add-mac add-subnet alias:V all-servers auth-peer auth-sec-servers auth-server auth-soa auth-ttl auth-zone
-    bogus-nxdomain:B bootp-dynamic:3 bridge-interface caa-record cache-rr clear-on-reload conf-script
-    connmark-allowlist connmark-allowlist-enable conntrack dhcp-alternate-port dhcp-authoritative:K dhcp-boot:M
-    dhcp-broadcast dhcp-circuitid dhcp-client-update dhcp-duid dhcp-fqdn dhcp-generate-names dhcp-host:G dhcp-hostsdir
-    dhcp-hostsfile dhcp-ignore:J dhcp-ignore-clid dhcp-ignore-names dhcp-lease dhcp-lease-max:X dhcp-leasefile:l
-    dhcp-luascript dhcp-mac:4 dhcp-match dhcp-name-match dhcp-no-override dhcp-option:O dhcp-option-force
-    dhcp-option-pxe dhcp-optsdir dhcp-optsfile dhcp-proxy dhcp-pxe-vendor dhcp-range:F dhcp-rapid-commit dhcp-relay
-    dhcp-remoteid dhcp-reply-delay dhcp-script:6 dhcp-scriptuser dhcp-sequential-ip dhcp-split-relay dhcp-subscrid
-    dhcp-ttl dhcp-userclass:j dhcp-vendorclass:U dns-loop-detect dns-rr dnssec dnssec-check-unsigned dnssec-debug
-    dnssec-limits dnssec-no-timecheck dnssec-timestamp do-0x20-encode dumpfile dumpmask dynamic-host enable-dbus:1
-    enable-ra enable-tftp enable-ubus fast-dns-retry filter-A filter-AAAA filter-rr filterwin2k:f group:g ignore-address
-    interface-name ipset leasefile-ro:9 leasequery localise-queries:y localmx:L log-async log-debug log-dhcp
-    log-facility:8 max-cache-ttl max-port max-tcp-connections min-cache-ttl min-port mx-target:t naptr-record nftset
-    no-0x20-encode no-dhcp-interface:2 no-dhcpv4-interface no-dhcpv6-interface no-ping:5 pid-file:x port-limit
-    pxe-prompt pxe-service query-port:Q quiet-dhcp quiet-dhcp6 quiet-ra quiet-tftp ra-param read-ethers:Z
-    rev-server script-arp script-on-renewal selfmx:e servers-file shared-network strict-order:o strip-mac strip-subnet
-    synth-domain tag-if tftp-lowercase tftp-max tftp-mtu tftp-no-blocksize tftp-no-fail tftp-port-range tftp-root
-    tftp-secure tftp-single-port tftp-unique-root trust-anchor umbrella
-"""
-REFUSED = {name: short for name, _, short in (word.partition(":") for word in _REFUSED.split())}
+# ---- dnsmasq's other options, including those that its --help does not show and those added after 2.90 ----
+#
+# One word each: the name, the format of the value ("": none; "[=]": optional), and after a colon the short option.
 
-BY_NAME = {option.name: option for option in OPTIONS}
-BY_SHORT = {option.short: option for option in OPTIONS if option.short}
+
+def _idle(words: str) -> tuple[Option, ...]:
+    """Create the rows of options that are accepted and do nothing."""
+    rows = []
+    for word in words.split():
+        name, value, short = re.fullmatch(r"([\w-]+)(=|\[=])?(?::(\w))?", word).groups("")  # type: ignore[union-attr]
+        rows.append(Option(name, short, {"=": "VALUE", "[=]": "[=VALUE]"}.get(value, ""), readers.accept_noop, ""))
+    return tuple(rows)
+
+
+#: Options that do nothing in dnsmasq without another one, by the name of that one. udpwatch refuses the other one, and
+#: accepts these.
+IDLE = {
+    "dhcp-range": _idle("""
+        bootp-dynamic[=]:3 bridge-interface= dhcp-alternate-port[=] dhcp-authoritative:K dhcp-boot=:M dhcp-broadcast[=]
+        dhcp-circuitid= dhcp-client-update dhcp-duid= dhcp-fqdn dhcp-generate-names[=] dhcp-host=:G dhcp-hostsdir=
+        dhcp-hostsfile= dhcp-ignore=:J dhcp-ignore-clid dhcp-ignore-names[=] dhcp-lease= dhcp-lease-max=:X
+        dhcp-leasefile[=]:l dhcp-mac=:4 dhcp-match= dhcp-name-match= dhcp-no-override dhcp-option=:O dhcp-option-force=
+        dhcp-option-pxe= dhcp-optsdir= dhcp-optsfile= dhcp-proxy[=] dhcp-pxe-vendor= dhcp-rapid-commit dhcp-remoteid=
+        dhcp-reply-delay= dhcp-script=:6 dhcp-scriptuser= dhcp-sequential-ip dhcp-subscrid= dhcp-ttl= dhcp-userclass=:j
+        dhcp-vendorclass=:U leasefile-ro:9 leasequery[=] log-dhcp no-dhcp-interface=:2 no-dhcpv4-interface=
+        no-dhcpv6-interface= no-ping:5 pxe-prompt= pxe-service= quiet-dhcp quiet-dhcp6 quiet-ra ra-param= read-ethers:Z
+        script-on-renewal shared-network= tag-if=
+    """),
+    "enable-tftp": _idle("""
+        quiet-tftp tftp-lowercase tftp-max= tftp-mtu= tftp-no-blocksize tftp-no-fail tftp-port-range= tftp-root=
+        tftp-secure tftp-single-port tftp-unique-root[=]
+    """),
+    "dnssec": _idle("""
+        dnssec-check-unsigned[=] dnssec-debug dnssec-limits= dnssec-no-timecheck dnssec-timestamp= trust-anchor=
+    """),
+}
+#: Options that turn on what udpwatch does not have, and why they are refused.
+_MISSING = {
+    "dhcp-range:F dhcp-relay dhcp-split-relay": "udpwatch has no DHCP; run dnsmasq with --port=0 for DHCP",
+    "enable-tftp": "udpwatch has no TFTP; run dnsmasq with --port=0 for TFTP",
+    "enable-ra": "udpwatch sends no router advertisements; run radvd, or dnsmasq with --port=0",
+    "dnssec": "udpwatch does not validate DNSSEC; use an upstream server that does, and --proxy-dnssec",
+    "auth-peer auth-sec-servers auth-server auth-soa auth-ttl auth-zone": (
+        "udpwatch has no authoritative mode; for names of this node use --host-record and --local, for a zone a server "
+        "such as NSD"
+    ),
+    "enable-dbus:1": "udpwatch has no D-Bus interface; write changing servers to a --resolv-file, which is watched",
+    "enable-ubus": "udpwatch has no ubus interface; read its metrics (--metrics-listen)",
+    "dhcp-luascript script-arp conf-script": "udpwatch runs no scripts",
+    "ipset nftset": (
+        "udpwatch fills no address sets; let a dnsmasq do so, and forward these domains to it with "
+        "--server=/DOMAIN/ADDRESS#PORT"
+    ),
+    """
+    add-cpe-id add-mac add-subnet alias:V all-servers bogus-nxdomain:B caa-record cache-rr clear-on-reload
+    connmark-allowlist connmark-allowlist-enable conntrack dns-loop-detect dns-rr do-0x20-encode dumpfile dumpmask
+    dynamic-host fast-dns-retry filter-A filter-AAAA filter-rr filterwin2k:f group:g ignore-address interface-name
+    localise-queries:y localmx:L log-async log-debug log-facility:8 max-cache-ttl max-port max-tcp-connections
+    min-cache-ttl min-port mx-target:t naptr-record no-0x20-encode pid-file:x port-limit query-port:Q rev-server
+    selfmx:e servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
+    """: "udpwatch does not support this dnsmasq option",
+}
+_missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]
+REFUSED = {name: short for (name, _, short), _ in _missing}
+REASONS = {name: why for (name, _, _), why in _missing}
+
+_ACCEPTED = (*OPTIONS, *(option for rows in IDLE.values() for option in rows))
+BY_NAME = {option.name: option for option in _ACCEPTED}
+BY_SHORT = {option.short: option for option in _ACCEPTED if option.short}
 REFUSED_SHORT = {short: name for name, short in REFUSED.items() if short}
 
 
@@ -334,10 +386,31 @@ def markdown() -> str:
     for option in OPTIONS:
         short = f", `-{option.short}`" if option.short else ""
         differs = f" Differs: {option.differs}." if option.differs else ""
-        text = f"`{option.flag}`{short}: {option.help}.{differs}"
-        items.append(
-            textwrap.fill(
-                text, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-            )
+        items.append(f"`{option.flag}`{short}: {option.help}.{differs}")
+    return _list(items)
+
+
+def markdown_idle() -> str:
+    """Return the list of accepted options without effect."""
+    return _list([f"without `--{name}`: {_names(option.name for option in rows)}." for name, rows in IDLE.items()])
+
+
+def markdown_refused() -> str:
+    """Return the list of refused options."""
+    return _list(
+        [f"{_names(word.partition(':')[0] for word in words.split())}: {why}." for words, why in _MISSING.items()]
+    )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _list(items: list[str]) -> str:
+    wrapped = [
+        textwrap.fill(
+            text, 120, initial_indent="- ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
         )
-    return "\n".join(items) + "\n"
+        for text in items
+    ]
+    return "\n".join(wrapped) + "\n"

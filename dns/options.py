@@ -2,7 +2,8 @@
 
 Rules
 1. Every option is one row of option_table.py.
-2. Nothing is ignored. Options that only dnsmasq has are refused by name, and so are unknown ones.
+2. Nothing that has an effect in dnsmasq is ignored. Options that only dnsmasq has are refused by name, and so are
+   unknown ones. Those that do nothing in dnsmasq without a refused one (IDLE) are accepted.
 3. An option never means anything else than it means to dnsmasq; if udpwatch does not do that, the option is refused.
 4. The order of options does not matter, except where it does for dnsmasq: files override the command line, and the
    order of servers and names is kept. What depends on several options is computed at the end, in `_finish`.
@@ -19,7 +20,7 @@ from udpwatch.dns import message, names
 from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
 from udpwatch.dns.option_readers import Draft, Information
-from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REFUSED, REFUSED_SHORT, Option
+from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REASONS, REFUSED, REFUSED_SHORT, Option
 from udpwatch.dns.settings import DomainServers, Settings, StaticRecord
 from udpwatch.dns.values import Rejected
 
@@ -70,7 +71,7 @@ def _words(arguments: Sequence[str]) -> Iterator[tuple[str, Option, str | None]]
             while at < len(word):
                 option, where = _letter(word[at]), f"-{word[at]}"
                 at += 1
-                if option.needs_value:
+                if option.short_needs_value:
                     yield where, option, word[at:] or _next(where, words)
                     break
                 yield where, option, None  # getopt never gives -q a value
@@ -109,7 +110,7 @@ def _letter(letter: str) -> Option:
 
 def _known(name: str, where: str, see: str) -> Option:
     if name in REFUSED:
-        raise ConfigError(f"{where}: udpwatch does not support this dnsmasq option; see {DOCUMENT}")
+        raise ConfigError(f"{where}: {REASONS[name]}; see {DOCUMENT}")
     if name not in BY_NAME:
         raise ConfigError(f"{where if where.isprintable() else repr(where)}: unknown option; see {see}")
     return BY_NAME[name]

@@ -20,13 +20,25 @@ from udpwatch.dns import options
 from udpwatch.dns.errors import ConfigError, DnsError, FileError
 from udpwatch.dns.message import Type
 from udpwatch.dns.names import name_from_text
-from udpwatch.dns.option_table import OPTIONS, REFUSED, Option, markdown, usage
+from udpwatch.dns.option_table import (
+    IDLE,
+    OPTIONS,
+    REASONS,
+    REFUSED,
+    Option,
+    markdown,
+    markdown_idle,
+    markdown_refused,
+    usage,
+)
 from udpwatch.dns.options import Information, parse, read_conf
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / options.DOCUMENT
 BY_NAME = {option.name: option for option in OPTIONS}
+IDLE_OPTIONS = [option for rows in IDLE.values() for option in rows]
+LATER = {"dhcp-option-pxe", "dhcp-split-relay", "do-0x20-encode", "leasequery", "no-0x20-encode"}  # than dnsmasq 2.90
 A, B, C = (name_from_text(text) for text in ("a.example", "b.example", "c.example"))
 needs_dnsmasq = pytest.mark.skipif(not shutil.which("dnsmasq"), reason="needs dnsmasq: install dnsmasq-base")
 
@@ -405,15 +417,15 @@ def test_arguments_are_split_as_by_getopt(words: str, expected: dict[str, Any]) 
         (["--local-service", "host"], "'host': unexpected argument; see --help"),
         (["--nosuch"], "--nosuch: unknown option; see --help"),
         (["--a\nb"], "'--a\\nb': unknown option; see --help"),
-        (["-l"], "--dhcp-leasefile (-l): udpwatch does not support this dnsmasq option; see"),
-        (["-kF"], "--dhcp-range (-F): udpwatch does not support this dnsmasq option; see"),
+        (["-l"], "-l: missing value"),
+        (["-kF"], "--dhcp-range (-F): udpwatch has no DHCP; run dnsmasq with --port=0 for DHCP; see"),
         (["-?"], "-?: unknown option; see --help"),
         (["-qextra"], "--selfmx (-e): udpwatch does"),
         (["--no-p"], "--no-p: ambiguous option; it could be --no-poll, --no-ping"),
         (["--domain-"], "--domain-: ambiguous option; it could be --domain-suffix, --domain-needed"),
         (["--dhcp"], "--dhcp: ambiguous option; it could be --dhcp-alternate-port, "),
-        (["--dhcp-ra=x"], "--dhcp-ra: ambiguous option; it could be --dhcp-range, --dhcp-rapid-commit"),
-        (["--dhcp-ran=x"], "--dhcp-range: udpwatch does not support this dnsmasq option; see"),
+        (["--dhcp-ra=x"], "--dhcp-ra: ambiguous option; it could be --dhcp-rapid-commit, --dhcp-range"),
+        (["--dhcp-ran=x"], "--dhcp-range: udpwatch has no DHCP; run dnsmasq with --port=0 for DHCP; see"),
         (["--=x"], "--: ambiguous option; it could be "),
         (["--domain", "\udcff"], "'\\udcff': not UTF-8"),
         (["-p"], "-p: missing value"),
@@ -431,13 +443,64 @@ def test_empty_arguments_are_ignored() -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_unsupported_dnsmasq_option_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    why = "udpwatch does not support this dnsmasq option; see docs/dns-options.md"
+    why = f"{REASONS[name]}; see docs/dns-options.md"
     assert rejected(f"--{name}") == rejected(f"--{name}=x") == f"--{name}: {why}"
     if REFUSED[name]:
         assert rejected(f"-{REFUSED[name]}x") == f"--{name} (-{REFUSED[name]}): {why}"
     file = tmp_path / "f.conf"
     file.write_text(f"{name}=x\n")
     assert rejected("-C", str(file)) == f"{file} line 1: {name}: {why}"
+
+
+@pytest.mark.parametrize("option", IDLE_OPTIONS, ids=lambda option: option.name)
+def test_option_of_a_missing_service_has_no_effect(option: Option, tmp_path: Path) -> None:
+    """With and without a value, as dnsmasq takes it."""
+    file = tmp_path / "f.conf"
+    for line, valid in ((option.name, not option.needs_value), (f"{option.name}=set:a,b", bool(option.value))):
+        file.write_text(f"{line}\n")
+        if valid:
+            assert settings(f"--{line}") == read_conf(file) == Settings()
+        else:
+            rejected(f"--{line}")
+            rejected("-C", str(file))
+
+
+@needs_dnsmasq
+@pytest.mark.parametrize("option", [o for o in IDLE_OPTIONS if o.name not in LATER], ids=lambda option: option.name)
+def test_dnsmasq_takes_a_value_for_the_same_idle_options(option: Option, tmp_path: Path) -> None:
+    file = tmp_path / "f.conf"
+    file.write_text(f"{option.name}\ndomain=a.example\n")
+    missing = dnsmasq_test("-C", str(file))
+    file.write_text(f"{option.name}=1\n")
+    extra = dnsmasq_test("-C", str(file))
+    assert ("missing parameter" in missing) is option.needs_value
+    assert ("extraneous parameter" in extra) is not option.value
+    if option.short:
+        word = "x" if option.short_needs_value else ""
+        words = f"-{option.short}{word}", "--domain=a.example"
+        assert "requires an argument" not in dnsmasq_test("-C", "/dev/null", *words)
+        assert settings(*words) == replace(Settings(), domain=A)
+        assert bool(dnsmasq_test("-C", "/dev/null", f"-{option.short}")) is option.short_needs_value
+
+
+def test_published_dhcp_lines_have_no_effect(tmp_path: Path) -> None:
+    """A configuration whose DHCP is switched off by commenting out dhcp-range."""
+    file = tmp_path / "f.conf"
+    lines = (
+        "log-dhcp",
+        "dhcp-leasefile=/var/lib/misc/dnsmasq.leases",
+        "dhcp-host=11:22:33:44:55:66,fred,192.168.0.60,45m",
+        "dhcp-option=3,1.2.3.4",
+        "dhcp-authoritative",
+        "no-dhcp-interface=eth0",
+        "tftp-root=/var/ftpd",
+        "trust-anchor=.,20326,8,2,E06D44B80B8F1D39A95C0B0D7C65D08458E880409BBC683457104237C7F8EC8D",
+        "server=192.0.2.1",
+    )
+    file.write_text("".join(f"{line}\n" for line in lines))
+    assert read_conf(file) == replace(Settings(), servers=(NS,))
+    if shutil.which("dnsmasq"):
+        assert dnsmasq_test("-C", str(file)) == ""
 
 
 def test_commands() -> None:
@@ -616,12 +679,11 @@ def test_pipe_is_read_as_a_file(tmp_path: Path) -> None:
 def test_every_dnsmasq_option_is_supported_or_refused() -> None:
     text = subprocess.run(["dnsmasq", "--help"], capture_output=True, text=True, timeout=30, check=True).stdout
     theirs = {name: short for short, name in re.findall(r"^(?:-(.), |    )--([\w-]+)", text, re.MULTILINE)}
-    ours = {option.name: option.short for option in OPTIONS} | REFUSED
+    ours = {option.name: option.short for option in (*OPTIONS, *IDLE_OPTIONS)} | REFUSED
     assert len(theirs) > 150
     assert {name: ours.get(name) for name in theirs} == theirs
-    later = {"dhcp-option-pxe", "dhcp-split-relay", "do-0x20-encode", "leasequery", "no-0x20-encode"}
     hidden = {"dhcp-lease", "domain-suffix", "dnssec-limits"}
-    assert set(ours) - set(theirs) - later - hidden == {"metrics-listen"}
+    assert set(ours) - set(theirs) - LATER - hidden == {"metrics-listen"}
 
 
 @needs_dnsmasq
@@ -688,12 +750,14 @@ def test_dnsmasq_splits_arguments_alike(words: str) -> None:
 
 
 def test_golden_document_lists_the_options() -> None:
-    """The list in docs/dns-options.md is generated (`make golden`)."""
-    text = DOCUMENT.read_text()
-    start, end = text.index("\n- `--") + 1, text.index("\n## ")
-    if os.environ.get("UDPWATCH_GOLDEN") == "write":
-        DOCUMENT.write_text(text[:start] + markdown() + text[end:])
-    assert DOCUMENT.read_text()[start:].startswith(markdown() + "\n## ")
+    """The lists in docs/dns-options.md are generated (`make golden`)."""
+    for heading, expected in (("# Opt", markdown()), ("## No effect", markdown_idle()), ("## Ref", markdown_refused())):
+        text = DOCUMENT.read_text() + "\n## "
+        start = text.index("\n- ", text.index(heading)) + 1
+        end = text.index("\n## ", start)
+        if os.environ.get("UDPWATCH_GOLDEN") == "write":
+            DOCUMENT.write_text((text[:start] + expected + text[end:]).removesuffix("\n## "))
+        assert DOCUMENT.read_text()[start:].startswith(expected)
 
 
 def test_document_lists_refused_options() -> None:
