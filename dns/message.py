@@ -44,9 +44,11 @@ class Type(IntEnum):
     TXT = 16
     AAAA = 28
     SRV = 33
+    NAPTR = 35
     OPT = 41
     SVCB = 64
     HTTPS = 65
+    CAA = 257
     TKEY = 249
     TSIG = 250
     IXFR = 251

@@ -6,6 +6,7 @@ A reader raises Rejected with what it expected.
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,12 @@ from udpwatch.dns.values import (
     seconds,
     server_of,
     short,
+    whole,
 )
+
+#: Types that `--dns-rr` cannot give: those whose data the zone reads (use --host-record and --cname), OPT and those of
+#: queries (RFC 6895, section 3.1).
+_NO_RAW_TYPES = {0, message.Type.A, message.Type.AAAA, message.Type.CNAME, message.Type.OPT, *range(128, 256)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,10 @@ class Draft:
     many: dict[str, dict[Any, None]] = field(default_factory=dict)  # of Settings, with several values
     domains: dict[bytes, _Domain] = field(default_factory=dict)
     cnames: dict[bytes, bytes] = field(default_factory=dict)  # alias: target
+    mail_hosts: list[bytes] = field(default_factory=list)  # of --mx-host without a target
+    mail_target: bytes = b""  # --mx-target
+    mail_for_local: bool = False  # --localmx
+    has_mail_or_service: bool = False  # --mx-host or --srv-host
     local_service: str = ""  # "net", "host"; "": not given
     once: dict[str, bool] = field(default_factory=dict)  # options that must not be repeated: whether from a file
     files: list[Path] = field(default_factory=list)  # to read next
@@ -152,6 +162,7 @@ def _label(name: bytes) -> dnslib.DNSLabel:
 
 
 def read_srv(draft: Draft, value: str) -> None:
+    draft.has_mail_or_service = True
     name, *rest = parts(value)
     if len(rest) > 4:
         raise Rejected("_SERVICE._PROTO[.DOMAIN][,TARGET[,PORT[,PRIORITY[,WEIGHT]]]]")
@@ -163,10 +174,77 @@ def read_srv(draft: Draft, value: str) -> None:
 
 def read_mx(draft: Draft, value: str) -> None:
     name, *rest = parts(value)
+    if len(rest) > 2:
+        raise Rejected("NAME[,TARGET[,PREFERENCE]]")
+    draft.has_mail_or_service = True
+    if rest:
+        add_mx(draft, name_of(name), name_of(rest[0]), short(rest[1]) if len(rest) > 1 else 1)
+    else:
+        draft.mail_hosts.append(name_of(name))
+
+
+def add_mx(draft: Draft, name: bytes, target: bytes, preference: int = 1) -> None:
+    """Add an MX record."""
+    draft.add("records", StaticRecord(name, message.Type.MX, preference.to_bytes(2, "big") + target))
+
+
+def read_mx_target(draft: Draft, value: str) -> None:
+    draft.mail_target = name_of(plain(value))
+
+
+def read_localmx(draft: Draft, _: str) -> None:
+    draft.mail_for_local = True
+
+
+def _string(text: str) -> bytes:
+    octets = text.encode()
+    if len(octets) > 255:
+        raise Rejected("at most 255 octets in a string")
+    return bytes((len(octets),)) + octets
+
+
+def read_caa(draft: Draft, value: str) -> None:
+    fields = parts(value)
+    if len(fields) != 4:
+        raise Rejected("NAME,FLAGS,TAG,VALUE")
+    name, flags, tag, text = fields
+    if not (tag.isascii() and tag.isalnum()):
+        raise Rejected("a tag of letters and digits")  # RFC 8659, section 4.1
+    data = bytes((whole(0, 255)(flags),)) + _string(tag) + text.encode()
+    if len(data) > 65535:
+        raise Rejected("at most 65535 octets")
+    draft.add("records", StaticRecord(name_of(name), message.Type.CAA, data))
+
+
+def read_naptr(draft: Draft, value: str) -> None:
+    fields = parts(value)
+    if not 6 <= len(fields) <= 7:
+        raise Rejected("NAME,ORDER,PREFERENCE,FLAGS,SERVICE,REGEXP[,REPLACEMENT]")
+    name, order, preference, *strings = fields[:6]
+    replacement = fields[6] if len(fields) > 6 else ""
+    data = b"".join(
+        (
+            *(short(number).to_bytes(2, "big") for number in (order, preference)),
+            *(_string(text) for text in strings),
+            name_of(replacement) if replacement not in ("", ".") else ROOT,
+        )
+    )
+    draft.add("records", StaticRecord(name_of(name), message.Type.NAPTR, data))
+
+
+def read_dns_rr(draft: Draft, value: str) -> None:
+    name, *rest = parts(value)
     if not 1 <= len(rest) <= 2:
-        raise Rejected("NAME,TARGET[,PREFERENCE]")
-    data = _packed(dnslib.MX(_label(name_of(rest[0])), short(rest[1]) if len(rest) > 1 else 1))
-    draft.add("records", StaticRecord(name_of(name), message.Type.MX, data))
+        raise Rejected("NAME,TYPE[,HEX]")
+    kind, digits = short(rest[0]), rest[1] if len(rest) > 1 else ""
+    if kind in _NO_RAW_TYPES:
+        raise Rejected("the number of a type without an option of its own that can be looked up")
+    if not re.fullmatch(r"([0-9A-Fa-f]{2}[: ]?)*", digits):
+        raise Rejected("pairs of hexadecimal digits")
+    data = bytes.fromhex(digits.replace(":", ""))
+    if len(data) > 65535:
+        raise Rejected("at most 65535 octets")
+    draft.add("records", StaticRecord(name_of(name), kind, data))
 
 
 def read_ptr(draft: Draft, value: str) -> None:

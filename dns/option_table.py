@@ -153,7 +153,36 @@ OPTIONS = (
         readers.read_srv,
         "an SRV record; without DOMAIN in --domain; without TARGET the service is not available",
     ),
-    _option("-m --mx-host=NAME,TARGET[,PREFERENCE]", readers.read_mx, "an MX record", "TARGET is required"),
+    _option(
+        "-m --mx-host=NAME[,TARGET[,PREFERENCE]]",
+        readers.read_mx,
+        "an MX record; without TARGET it is that of --mx-target",
+        "an empty TARGET is refused",
+    ),
+    _option(
+        "-t --mx-target=NAME",
+        readers.read_mx_target,
+        "the target of --mx-host without TARGET and of --localmx (this host); without --mx-host and --srv-host also an "
+        "MX record of this host",
+        once=True,
+    ),
+    _option("-L --localmx", readers.read_localmx, "an MX record, with --mx-target, for each name with an address"),
+    _option("-e --selfmx", readers.on("self_mx"), "an MX record to itself for each name with an address"),
+    _option(
+        "--naptr-record=NAME,ORDER,PREFERENCE,FLAGS,SERVICE,REGEXP[,REPLACEMENT]", readers.read_naptr, "a NAPTR record"
+    ),
+    _option(
+        "--caa-record=NAME,FLAGS,TAG,VALUE",
+        readers.read_caa,
+        "a CAA record",
+        "a VALUE with commas must be quoted in a file",
+    ),
+    _option(
+        "--dns-rr=NAME,TYPE[,HEX]",
+        readers.read_dns_rr,
+        "a record of another type, by its number, with its data in hexadecimal digits",
+        "A, AAAA, CNAME and types of queries are refused",
+    ),
     _option("--ptr-record=NAME,TARGET", readers.read_ptr, "a PTR record", "TARGET is required"),
     _option("-T --local-ttl=SECONDS", readers.one("local_ttl", values.seconds), "TTL of local names (0)", once=True),
     # upstream servers
@@ -353,12 +382,12 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V all-servers bogus-nxdomain:B caa-record cache-rr clear-on-reload
-    connmark-allowlist connmark-allowlist-enable conntrack dns-loop-detect dns-rr do-0x20-encode dumpfile dumpmask
+    add-cpe-id add-mac add-subnet alias:V all-servers bogus-nxdomain:B cache-rr clear-on-reload
+    connmark-allowlist connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask
     dynamic-host fast-dns-retry filter-A filter-AAAA filter-rr filterwin2k:f group:g ignore-address interface-name
-    localise-queries:y localmx:L log-async log-debug log-facility:8 max-cache-ttl max-port max-tcp-connections
-    min-cache-ttl min-port mx-target:t naptr-record no-0x20-encode pid-file:x port-limit query-port:Q rev-server
-    selfmx:e servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
+    localise-queries:y log-async log-debug log-facility:8 max-cache-ttl max-port max-tcp-connections
+    min-cache-ttl min-port no-0x20-encode pid-file:x port-limit query-port:Q rev-server
+    servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

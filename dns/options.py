@@ -11,15 +11,16 @@ Rules
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from udpwatch.dns import message, names
+from udpwatch.dns import message, names, values
 from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
-from udpwatch.dns.option_readers import Draft, Information
+from udpwatch.dns.option_readers import Draft, Information, add_mx
 from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REASONS, REFUSED, REFUSED_SHORT, Option
 from udpwatch.dns.settings import DomainServers, Settings, StaticRecord
 from udpwatch.dns.values import Rejected
@@ -168,8 +169,9 @@ def _shown(value: str) -> str:
 
 def _finish(draft: Draft) -> Settings:
     """Create the settings. Raises ConfigError for options that contradict each other."""
+    said_of_mail = _finish_mail(draft)
     many = {name: tuple(items) for name, items in draft.many.items()}
-    said: dict[str, Any] = draft.fields | many
+    said: dict[str, Any] = draft.fields | many | said_of_mail
     said["domain_servers"] = tuple(
         DomainServers(name, tuple(domain.servers), domain.kind == "standard") for name, domain in draft.domains.items()
     )
@@ -185,6 +187,28 @@ def _finish(draft: Draft) -> Settings:
     elif draft.local_service == "host":
         changes |= {"local_service": False, "interfaces": ("lo",)}
     return replace(settings, **changes)
+
+
+def _finish_mail(draft: Draft) -> dict[str, Any]:
+    """Add the MX records that `--mx-target` and this host's name complete. Return the settings of `--localmx`."""
+    complete = draft.mail_hosts or draft.mail_for_local
+    if not complete and (not draft.mail_target or draft.has_mail_or_service):
+        return {}
+    host = _host_name()
+    target = draft.mail_target or host
+    for name in draft.mail_hosts:
+        add_mx(draft, name, target)
+    if not draft.has_mail_or_service:  # dnsmasq's rule
+        add_mx(draft, host, target, 0)
+    return {"local_mx": target} if draft.mail_for_local else {}
+
+
+def _host_name() -> bytes:
+    text = socket.gethostname()
+    try:
+        return values.name_of(text)
+    except Rejected as error:
+        raise ConfigError(f"cannot use this host's name {text!r} for MX records: expected {error}") from None
 
 
 def _qualified(record: StaticRecord, domain: bytes) -> StaticRecord:

@@ -77,6 +77,8 @@ class Settings:
     addresses: tuple[DomainAddress, ...] = ()
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()
+    local_mx: bytes = b""  # wire format: the MX target of each name with an address; b"": none
+    self_mx: bool = False  # each name with an address is its own MX target
     domain: bytes = b""  # wire format, lower case
     expand_hosts: bool = False
     domain_needed: bool = False

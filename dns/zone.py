@@ -55,6 +55,7 @@ class Zone:
 
     def __init__(self, settings: Settings) -> None:
         self._ttl = settings.local_ttl
+        self._local_mx, self._self_mx = settings.local_mx, settings.self_mx
         #: name -> concatenated addresses: 60 bytes per name less than a list
         self._addresses: dict[int, dict[bytes, bytes]] = {Type.A: {}, Type.AAAA: {}}
         self._reverse: dict[bytes, bytes] = {}  # packed address -> name
@@ -95,7 +96,7 @@ class Zone:
             rrsets.append(Rrset(name, each, ttl, tuple(record.data for record in records)))
         wanted = [rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)]
         if not wanted:
-            wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME]
+            wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME] or self._find_mx(name, kind, rrsets)
         if wanted or any(rrset.type in _ADDRESS_BYTES for rrset in rrsets) or self._records.get(name) == {}:
             return Found(tuple(wanted), True, origin)
         if name.endswith((REVERSE_4, REVERSE_6)) and (address := address_of(name)) in self._reverse:
@@ -104,6 +105,13 @@ class Zone:
             pointers = (Rrset(name, Type.PTR, ttl, (target,)),) if kind in (Type.PTR, Type.ANY) else ()
             return Found(pointers, True, self._origins.get(target, HOSTS))
         return self._find_wild(name, kind)
+
+    def _find_mx(self, name: bytes, kind: int, rrsets: list[Rrset]) -> list[Rrset]:
+        """Return the MX record of a name with an address: `--localmx`, `--selfmx`."""
+        target = name if self._self_mx else self._local_mx
+        if kind != Type.MX or not target or not any(rrset.type in _ADDRESS_BYTES for rrset in rrsets):
+            return []
+        return [Rrset(name, Type.MX, self._ttl, (b"\0\1" + target,))]
 
     def _find_wild(self, name: bytes, kind: int) -> Found | None:
         """Answer by `--address`, unless `--server` names a longer domain, or the same domain while `--address` gives it

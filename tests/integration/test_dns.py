@@ -61,7 +61,9 @@ OPTIONS = [
     *("--cname=alias.test,four.test", '--txt-record=text.test,two words,"quoted"', "--domain=test", "--expand-hosts"),
     *("--srv-host=_http._tcp.test,four.test,80,1,2", "--mx-host=mail.test,four.test,10", "--bogus-priv"),
     *("--ptr-record=9.9.9.10.in-addr.arpa,pointer.test", "--host-record=host.test,10.0.0.8,fd00::8"),
-    *("--domain-needed", "--local-ttl=60"),
+    *("--domain-needed", "--local-ttl=60", "--localmx", "--mx-target=target.test", "--mx-host=mail2.test"),
+    *("--caa-record=caa.test,0,issue,ca.example", "--naptr-record=naptr.test,10,20,u,E2U+sip,!^.*$!sip:x@y!"),
+    *("--naptr-record=naptr2.test,1,2,s,SIP+D2U,,_sip._udp.test", "--dns-rr=rr.test,65280,01:23:45"),
 ]
 
 
@@ -153,7 +155,9 @@ QUESTIONS = [
     *(("1.0.0.10.in-addr.arpa", "PTR"), ("9.9.9.10.in-addr.arpa", "PTR"), ("7.7.7.10.in-addr.arpa", "PTR")),
     *(("8.0.0.10.in-addr.arpa", "PTR"), ("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA")),
     *(("text.test", "A"), ("alias.test", "AAAA"), ("mail.test", "A"), ("above.test", "A"), ("above.test", "TXT")),
-    *(("test", "A"), ("x.above.test", "A")),
+    *(("test", "A"), ("x.above.test", "A"), ("caa.test", "CAA"), ("naptr.test", "NAPTR"), ("naptr2.test", "NAPTR")),
+    *(("rr.test", "TYPE65280"), ("four.test", "MX"), ("six.test", "MX"), ("mail2.test", "MX"), ("alias.test", "MX")),
+    *(("caa.test", "A"), ("host.test", "MX")),
     ("2.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.0.d.f.ip6.arpa", "PTR"),
 ]
 #: udpwatch answers a name with an address for every type. dnsmasq queries upstream, and turns an NXDOMAIN for a
@@ -161,7 +165,7 @@ QUESTIONS = [
 NO_DATA = [("four.test", "AAAA"), ("four.test", "HTTPS"), ("wild.test", "AAAA"), ("alias.test", "AAAA")]
 #: udpwatch never sets AA for upstream responses, nor for names that it only refuses to forward.
 WITHOUT_AUTHORITY = {"no.test", "below.no.test", "x.lan", "plain", "7.7.7.10.in-addr.arpa", "above.test", "test"}
-WITHOUT_AUTHORITY |= {("text.test", "A"), ("mail.test", "A")}
+WITHOUT_AUTHORITY |= {("text.test", "A"), ("mail.test", "A"), ("caa.test", "A")}
 
 
 @pytest.fixture(scope="module")

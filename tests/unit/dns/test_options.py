@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -75,6 +76,7 @@ def at(*addresses: str | None, domain: bytes = A) -> dict[str, Any]:
     return {"addresses": tuple(DomainAddress(domain, address) for address in addresses)}
 
 
+HOST = name_from_text(socket.gethostname().lower())
 NS, NS6 = Server("192.0.2.1"), Server("2001:db8::1")
 
 #: An option with its value, and the fields of Settings that it changes. dnsmasq accepts each, except OURS.
@@ -135,6 +137,24 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--srv-host=a.example,,80", record(Type.SRV, b"\0\0\0\0\0\x50\0")),
     ("--mx-host=a.example,b.example", record(Type.MX, b"\0\1" + B)),
     ("--mx-host=a.example,b.example,50", record(Type.MX, b"\0\x32" + B)),
+    ("--mx-host=a.example", record(Type.MX, b"\0\1" + HOST)),
+    ("--mx-target=a.example", record(Type.MX, b"\0\0" + A, HOST)),
+    ("--localmx", record(Type.MX, b"\0\0" + HOST, HOST) | {"local_mx": HOST}),
+    ("--selfmx", {"self_mx": True}),
+    ("--caa-record=a.example,128,issue,ca.example", record(Type.CAA, b"\x80\5issueca.example")),
+    ("--caa-record=a.example,0,issuewild,", record(Type.CAA, b"\0\x09issuewild")),
+    (
+        "--naptr-record=a.example,10,20,u,E2U+sip,!^.*$!sip:x@y!",
+        record(Type.NAPTR, b"\0\x0a\0\x14\1u\7E2U+sip\x0e!^.*$!sip:x@y!\0"),
+    ),
+    (
+        "--naptr-record=a.example,10,20,s,SIP+D2U,,b.example",
+        record(Type.NAPTR, b"\0\x0a\0\x14\1s\7SIP+D2U\0" + B),
+    ),
+    ("--naptr-record=a.example,1,2,,,,.", record(Type.NAPTR, b"\0\1\0\2\0\0\0\0")),
+    ("--dns-rr=a.example,65280", {"records": (StaticRecord(A, 65280, b""),)}),
+    ("--dns-rr=a.example,51,01:23:45", {"records": (StaticRecord(A, 51, b"\x01\x23\x45"),)}),
+    ("--dns-rr=a.example,51,01 2345aF", {"records": (StaticRecord(A, 51, b"\x01\x23\x45\xaf"),)}),
     ("--ptr-record=a.example,b.example", record(Type.PTR, B)),
     ("--local-ttl=60", {"local_ttl": 60}),
     ("--no-resolv", {"resolv": False}),
@@ -213,7 +233,17 @@ BAD = [
     *(f"--cname={value}" for value in ("", "a", "a,", "a,1,", "*.a,b", "a,b,a,c", "a,b,99999999999", "a..b,c")),
     *(f"--txt-record={value}" for value in ("", ",x", "a..b,x", "a," + "x," * 33000)),
     *(f"--srv-host={value}" for value in ("", "a,b,x", "a,b,1,x", "a,b,1,1,65536", "a,b,1,1,1,1", "a..b", "a,b..c")),
-    *(f"--mx-host={value}" for value in ("", "a", "a,b,x", "a,b,1,1")),
+    *(f"--mx-host={value}" for value in ("", "a,", "a,b,x", "a,b,1,1")),
+    *(f"--mx-target={value}" for value in ("", "a..b")),
+    *(f"--caa-record={value}" for value in ("", "a", "a,0,issue", "a,256,issue,x", "a,0,a b,x", "a,0,,x", "a,0,b,x,y")),
+    *(f"--caa-record=a,0,{tag},{text}" for tag, text in (("x" * 256, ""), ("x", "y" * 65536))),
+    *(
+        f"--naptr-record={value}"
+        for value in ("", "a,1,2,s,x", "a,65536,2,s,x,y", "a,1,2,s,x,y,b..c", "a,1,2,s,x,y,b,c")
+    ),
+    f"--naptr-record=a,1,2,s,x,{'y' * 256}",
+    *(f"--dns-rr={value}" for value in ("", "a", "a,TXT", "a,65536", "a,16,0", "a,16,zz", "a,16,00,00", "a,16,0:0")),
+    *(f"--dns-rr=a,{kind},00" for kind in (0, 1, 5, 28, 41, 250, 255)),
     *(f"--ptr-record={value}" for value in ("", "a", "a,b,c", "a,")),
     *(f"--local-ttl={value}" for value in ("", "-1", "2147483648", "1h")),
     "--resolv-file=",
@@ -314,6 +344,25 @@ def test_servers_of_a_domain_must_be_of_one_kind(second: str) -> None:
     message = rejected("--server=/a.example/192.0.2.1", f"--server={second}")
     assert message.startswith(f"--server: invalid value {second!r}")
     assert "a.example" in message
+
+
+def test_mx_target_completes_mx_host() -> None:
+    """dnsmasq adds a record of this host only if there is no --mx-host and no --srv-host."""
+
+    def mx(*words: str) -> set[tuple[bytes, bytes]]:
+        return {(record.name, record.data) for record in settings(*words).records if record.type == Type.MX}
+
+    assert mx("--mx-host=a.example", "--mx-target=b.example") == {(A, b"\0\1" + B)}
+    assert mx("--mx-target=b.example", "--mx-host=a.example,c.example,9") == {(A, b"\0\x09" + C)}
+    assert mx("--mx-target=b.example", "--srv-host=_x._tcp.a,c") == set()
+    assert mx("--localmx", "--srv-host=_x._tcp.a,c") == set()
+    assert settings("--localmx", "--mx-target=b.example").local_mx == B
+
+
+def test_host_name_that_is_no_domain_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(options.socket, "gethostname", lambda: "a..b")
+    assert rejected("--localmx").startswith("cannot use this host's name 'a..b' for MX records: expected ")
+    assert settings("--no-hosts").records == ()
 
 
 def test_alias_has_one_target() -> None:
@@ -420,7 +469,7 @@ def test_arguments_are_split_as_by_getopt(words: str, expected: dict[str, Any]) 
         (["-l"], "-l: missing value"),
         (["-kF"], "--dhcp-range (-F): udpwatch has no DHCP; run dnsmasq with --port=0 for DHCP; see"),
         (["-?"], "-?: unknown option; see --help"),
-        (["-qextra"], "--selfmx (-e): udpwatch does"),
+        (["-qextra"], "--pid-file (-x): udpwatch does"),
         (["--no-p"], "--no-p: ambiguous option; it could be --no-poll, --no-ping"),
         (["--domain-"], "--domain-: ambiguous option; it could be --domain-suffix, --domain-needed"),
         (["--dhcp"], "--dhcp: ambiguous option; it could be --dhcp-alternate-port, "),
@@ -743,7 +792,7 @@ def test_dnsmasq_splits_arguments_alike(words: str) -> None:
     except ConfigError:
         accepted = False
     theirs = dnsmasq_test("-C", "/dev/null", *words.split()) == ""
-    assert accepted is theirs or words == "-qextra"  # -e is an option of dnsmasq's
+    assert accepted is theirs or words == "-qextra"  # -x is an option of dnsmasq's
 
 
 # ---- the document ----

@@ -572,6 +572,24 @@ def test_local_name_is_answered_for_every_type(load: Load, kind: int) -> None:
     assert answer(table, "a.example", kind) == (Rcode.NOERROR, 0)
 
 
+def test_mx_of_local_names(load: Load) -> None:
+    lines = "192.0.2.1 a.example\n2001:db8::1 b.example\n"
+    records = (StaticRecord(wire("own.example"), m.MX, b"\0\7" + wire("x")), *cnames(("alias.example", "a.example")))
+    hosts = (HostRecord((wire("own.example"), wire("h.example")), ("192.0.2.3",)),)
+    for changes, own in (({"local_mx": wire("mail")}, ""), ({"self_mx": True}, "self")):
+        table, _ = load(lines, records=records, host_records=hosts, **changes)
+        for text in ("a.example", "b.example", "h.example"):
+            found = table.find(wire(text), m.MX)
+            assert found and [(rrset.type, rrset.data) for rrset in found.rrsets] == [
+                (m.MX, (b"\0\1" + wire(text if own else "mail"),))
+            ]
+            assert answer(table, text, m.TXT) == (Rcode.NOERROR, 0)
+        assert answer(table, "alias.example", m.MX) == (Rcode.NOERROR, 2)
+        assert answer(table, "own.example", m.MX) == (Rcode.NOERROR, 1)
+        assert answer(table, "c.example", m.MX) == "forward"
+    assert answer(load(lines)[0], "a.example", m.MX) == (Rcode.NOERROR, 0)
+
+
 ONLY = [m.MX, m.TXT, m.SRV, m.PTR]
 
 
