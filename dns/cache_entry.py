@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from array import array
 from bisect import bisect_right
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from udpwatch.dns.cname import follow
@@ -71,20 +72,26 @@ class Entry:
 
 
 def entry_of(
-    answer: Response, now: float, neg_ttl: int, max_ttl: int, negcache: bool, proxy_dnssec: bool = False
+    answer: Response,
+    now: float,
+    neg_ttl: int,
+    max_ttl: int,
+    negcache: bool,
+    proxy_dnssec: bool = False,
+    cache_ttl: tuple[int, int] = (0, MAX_TTL),
 ) -> Entry:
     """Create the entry of a response. It expires at once if it must not be cached.
 
     Positive responses live as long as the smallest TTL of the records that answer the question, including aliases.
     NXDOMAIN and NODATA also have the SOA's TTL or MINIMUM, whichever is smaller (RFC 2308, section 5), else
     ``neg_ttl``. ``max_ttl`` (0: no limit) applies to clients only: caching for less would cost more upstream queries.
-    ``proxy_dnssec``: keep the server's AD.
+    ``proxy_dnssec``: keep the server's AD. ``cache_ttl``: the smallest and the largest TTL that are kept.
     """
-    start = len(answer.question) + HEADER_BYTES
+    start, (low, high) = len(answer.question) + HEADER_BYTES, cache_ttl
     ttls = answer.records.ttl_offsets(start)
     entry = Entry(
         rcode=answer.rcode,
-        body=_limited(answer.message[start : answer.body_end], ttls),
+        body=_limited(answer.message[start : answer.body_end], ttls, low, high),
         counts=answer.counts,
         ttls=ttls,
         stored=now,
@@ -101,20 +108,47 @@ def entry_of(
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
     except Malformed:  # its names are invalid or form a loop
         return entry
-    entry.expires = now + min(MAX_TTL, *lifetimes)
+    lifetime = min(lifetimes)
+    if lifetime or (found and answer.rcode == Rcode.NOERROR):  # a negative response without a lifetime is not cached
+        entry.expires = now + min(max(lifetime, low), high)
     return entry
 
 
-def _limited(body: bytes, ttls: array[int]) -> bytes:
-    """Return the records with no TTL above MAX_TTL; usually the same object."""
+def _limited(body: bytes, ttls: array[int], low: int, high: int) -> bytes:
+    """Return the records with no TTL below or above these limits; usually the same object."""
     unpack = _ttl.unpack_from
-    high = [offset for offset in ttls if unpack(body, offset)[0] > MAX_TTL]
-    if not high:
+    beyond = [offset for offset in ttls if not low <= unpack(body, offset)[0] <= high]
+    if not beyond:
         return body
     changed = bytearray(body)
-    for offset in high:
-        _ttl.pack_into(changed, offset, min(_seconds(unpack(body, offset)[0]), MAX_TTL))
+    for offset in beyond:
+        _ttl.pack_into(changed, offset, min(max(_seconds(unpack(body, offset)[0]), low), high))
     return bytes(changed)
+
+
+def without(entry: Entry, types: Collection[int]) -> None:
+    """Cut the records of an entry before the first one of these types.
+
+    Later records may refer to names in earlier ones, so that a record in the middle cannot be removed; aliases come
+    before what they lead to.
+    """
+    for index, offset in enumerate(entry.ttls):
+        if int.from_bytes(entry.body[offset - 4 : offset - 2], "big") in types:
+            cut(entry, index)
+            return
+
+
+def cut(entry: Entry, records: int) -> None:
+    """Keep the first records only. AD no longer holds."""
+    entry.body, entry.ttls = entry.body[: entry.end_of(records)], entry.ttls[:records]
+    entry.counts, entry.flags = first_counts(entry.counts, records), 0
+
+
+def first_counts(counts: tuple[int, int, int], records: int) -> tuple[int, int, int]:
+    """Return the number of records in each section if only the first ``records`` stay."""
+    answers = min(counts[0], records)
+    authorities = min(counts[1], records - answers)
+    return answers, authorities, min(counts[2], records - answers - authorities)
 
 
 def _seconds(ttl: int) -> int:

@@ -30,6 +30,7 @@ from udpwatch.dns.values import (
     short,
     whole,
 )
+from udpwatch.dns.values import network as values_network
 
 #: Types that `--dns-rr` cannot give: those whose data the zone reads (use --host-record and --cname), OPT and those of
 #: queries (RFC 6895, section 3.1).
@@ -112,6 +113,30 @@ def read_address(draft: Draft, value: str) -> None:
     for domain in domains:
         for address in addresses:
             draft.add("addresses", DomainAddress(domain, address))
+
+
+def read_rev_server(draft: Draft, value: str) -> None:
+    network_text, comma, rest = plain(value).partition(",")
+    network = values_network(network_text.strip(" "))
+    if not network.prefixlen or (comma and not rest.strip(" ")):
+        raise Rejected("ADDRESS[/PREFIX][,SERVER] with a prefix of at least 1")
+    bits = 8 if network.version == 4 else 4  # of a label
+    labels = -(-network.prefixlen // bits)
+    zones = []
+    for part in network.subnets(new_prefix=labels * bits):
+        parts_of_name = part.network_address.reverse_pointer.split(".")
+        zones.append(".".join(parts_of_name[-labels - 2 :]))
+    read_server(draft, f"/{'/'.join(zones)}/{rest.strip(' ')}")
+
+
+def filter_types(*kinds: int) -> Read:
+    """Return the reader of an option that filters these types."""
+
+    def read(draft: Draft, _: str) -> None:
+        for kind in kinds:
+            draft.add("filtered_types", kind)
+
+    return read
 
 
 def read_rebind_domain_ok(draft: Draft, value: str) -> None:

@@ -202,6 +202,12 @@ OPTIONS = (
         "refused: server names, *DOMAIN, a source port, and more than one of servers, # and nothing for a domain",
     ),
     _option(
+        "--rev-server=ADDRESS[/PREFIX][,SERVER]",
+        readers.read_rev_server,
+        "an upstream server, as with --server, for the reverse names of a network",
+        "refused: server names",
+    ),
+    _option(
         "--local=/DOMAIN/[..][ADDRESS|#]",
         readers.read_local,
         "the same as --server; usually without an address",
@@ -248,6 +254,30 @@ OPTIONS = (
         "with --stop-dns-rebind: allow these domains",
     ),
     _option(
+        "-B --bogus-nxdomain=ADDRESS[/PREFIX]",
+        readers.each("bogus_addresses", values.network),
+        "turn upstream responses with this address into NXDOMAIN; may be repeated",
+    ),
+    _option(
+        "--ignore-address=ADDRESS[/PREFIX]",
+        readers.each("ignored_addresses", values.network),
+        "ignore upstream responses with this address and wait for another; may be repeated",
+        "they count as mismatched: the 20th leads to TCP",
+    ),
+    _option(
+        "--filter-A",
+        readers.filter_types(1),
+        "remove A records from upstream responses",
+        "what follows them in the response is removed, too; the same for --filter-AAAA and --filter-rr",
+    ),
+    _option("--filter-AAAA", readers.filter_types(28), "remove AAAA records from upstream responses"),
+    _option(
+        "--filter-rr=TYPE[,..]",
+        readers.several("filtered_types", values.record_type),
+        "remove records of these types from upstream responses",
+        "ANY is refused",
+    ),
+    _option(
         "--proxy-dnssec",
         readers.on("proxy_dnssec"),
         "pass the AD flag of upstream servers on, to clients that set AD or DO; trust the servers and the network to "
@@ -273,6 +303,20 @@ OPTIONS = (
         "--max-ttl=SECONDS",
         readers.one("max_ttl", values.seconds),
         "maximum TTL that clients see (0: no limit)",
+        once=True,
+    ),
+    _option(
+        "--min-cache-ttl=SECONDS",
+        readers.one("min_cache_ttl", values.whole(0, 3600)),
+        "raise smaller TTLs to this one, at most 3600 (0)",
+        "the first response has it, too; more is refused",
+        once=True,
+    ),
+    _option(
+        "--max-cache-ttl=SECONDS",
+        readers.one("max_cache_ttl", values.seconds),
+        "lower larger TTLs to this one (0: no limit)",
+        "the first response has it, too; at most 86400 even without this option",
         once=True,
     ),
     _option(
@@ -382,11 +426,11 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V all-servers bogus-nxdomain:B cache-rr clear-on-reload
+    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr clear-on-reload
     connmark-allowlist connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask
-    dynamic-host fast-dns-retry filter-A filter-AAAA filter-rr filterwin2k:f group:g ignore-address interface-name
-    localise-queries:y log-async log-debug log-facility:8 max-cache-ttl max-port max-tcp-connections
-    min-cache-ttl min-port no-0x20-encode pid-file:x port-limit query-port:Q rev-server
+    dynamic-host fast-dns-retry filterwin2k:f group:g interface-name
+    localise-queries:y log-async log-debug log-facility:8 max-port max-tcp-connections
+    min-port no-0x20-encode pid-file:x port-limit query-port:Q
     servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from udpwatch.dns.message import Response, Type
 from udpwatch.dns.names import Network, address_of, is_single_label, is_subdomain, suffixes
@@ -31,6 +31,17 @@ def contains(networks: Iterable[Network], packed: bytes) -> bool:
     return any(mapped in network for network in networks if network.version == mapped.version)
 
 
+def has_address_in(networks: Iterable[Network], answer: Response) -> bool:
+    """Return whether a response has an address in one of the networks."""
+    return any(contains(networks, packed) for packed in _addresses(answer))
+
+
+def _addresses(answer: Response) -> Iterator[bytes]:
+    for record in answer.records.of(1):
+        if (record.type, record.end - record.data) in _ADDRESSES:
+            yield answer.message[record.data : record.end]
+
+
 def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: bool = False) -> bool:
     """Return whether a query without a local answer gets NXDOMAIN: `--domain-needed`, `--bogus-priv`.
 
@@ -52,10 +63,7 @@ def rebinds(settings: Settings, answer: Response) -> bool:
     """Return whether a response maps a name to a private address (`--stop-dns-rebind`)."""
     if not settings.stop_dns_rebind or any(is_subdomain(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
-    for record in answer.records.of(1):
-        if (record.type, record.end - record.data) not in _ADDRESSES:
-            continue
-        packed = answer.message[record.data : record.end]
-        if contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed)):
-            return True
-    return False
+    return any(
+        contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed))
+        for packed in _addresses(answer)
+    )

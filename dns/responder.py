@@ -17,9 +17,9 @@ from itertools import accumulate, takewhile
 
 from udpwatch.dns import message
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.cache_entry import Entry, entry_of
+from udpwatch.dns.cache_entry import MAX_TTL, Entry, cut, entry_of, first_counts, without
 from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
-from udpwatch.dns.policy import never_forwarded
+from udpwatch.dns.policy import has_address_in, never_forwarded
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import Settings
 from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
@@ -73,6 +73,8 @@ class Responder:
 
     def __init__(self, settings: Settings, zone: Zone, cache: Cache) -> None:
         self._settings = settings
+        high = min(settings.max_cache_ttl or MAX_TTL, MAX_TTL)
+        self._cache_ttl = min(settings.min_cache_ttl, high), high
         self.zone = zone
         self.cache = cache
         self.routes = Routes()
@@ -117,13 +119,18 @@ class Responder:
         return Forward(query, most)
 
     def entry_of(self, answer: Response, now: float) -> Entry:
-        """Create the cache entry of a response.
+        """Create the cache entry of a response, changed as the settings say.
 
         NXDOMAIN for a name with local records of other types becomes NODATA: it would deny these, too (RFC 8020).
         """
         settings = self._settings
         limits = settings.neg_ttl, settings.max_ttl, settings.negcache
-        entry = entry_of(answer, now, *limits, settings.proxy_dnssec)
+        entry = entry_of(answer, now, *limits, settings.proxy_dnssec, self._cache_ttl)
+        if settings.bogus_addresses and has_address_in(settings.bogus_addresses, answer):
+            entry.rcode = Rcode.NXDOMAIN
+            cut(entry, 0)
+        if settings.filtered_types:
+            without(entry, settings.filtered_types)
         if entry.rcode == Rcode.NXDOMAIN and self.zone.exists(answer.name):
             entry.rcode = Rcode.NOERROR
             entry.flags = 0  # AD was about NXDOMAIN
@@ -213,13 +220,6 @@ def _with_answers(query: Query, rcode: int, records: list[bytes], most: int) -> 
     return message.build_response(query, rcode, flags, body, (count, 0, 0))
 
 
-def _first_counts(counts: tuple[int, int, int], records: int) -> tuple[int, int, int]:
-    """Return the number of records in each section if only the first ``records`` stay."""
-    answers = min(counts[0], records)
-    authorities = min(counts[1], records - answers)
-    return answers, authorities, min(counts[2], records - answers - authorities)
-
-
 def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -> Reply:
     """Build the response of a cache entry for this client, without AA, which is the server's claim."""
     has_room = entry.rcode <= message.RCODE_MASK or query.edns  # only OPT has the upper bits
@@ -230,7 +230,7 @@ def from_entry(query: Query, entry: Entry, most: int, now: float, source: str) -
         data = message.build_response(query, rcode, flags, entry.aged(now, stale), entry.counts)
     else:
         records = entry.fitting(room)
-        counts = _first_counts(entry.counts, records)
+        counts = first_counts(entry.counts, records)
         if counts[:2] != entry.counts[:2]:  # additional records may be left out (RFC 2181, section 9)
             flags |= TC
         data = message.build_response(query, rcode, flags, entry.aged(now, stale, records), counts)

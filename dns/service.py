@@ -61,7 +61,9 @@ class Service:
         log_query = query_log.log_query if query_log else None
         self._admission = Admission(settings)
         self._listening = Listening(settings, self._admission)
-        upstream = UpstreamClient(self.metrics, budget=budget, proxy_dnssec=settings.proxy_dnssec)
+        upstream = UpstreamClient(
+            self.metrics, budget=budget, proxy_dnssec=settings.proxy_dnssec, ignored=settings.ignored_addresses
+        )
         failover = Failover(upstream, self.metrics)
         self._forwarder = Forwarder(settings, self._responder, self._cache, failover, self.metrics, query_log)
         self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from udpwatch.dns.names import Network
+
 ETC_HOSTS = Path("/etc/hosts")
 ETC_RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -88,6 +90,11 @@ class Settings:
     rebind_domains_ok: tuple[bytes, ...] = ()
     local_ttl: int = 0  # seconds
     proxy_dnssec: bool = False  # pass AD on
+    bogus_addresses: tuple[Network, ...] = ()  # a response with such an address becomes NXDOMAIN
+    ignored_addresses: tuple[Network, ...] = ()  # a response with such an address is ignored
+    filtered_types: tuple[int, ...] = ()  # records that are removed from upstream responses
+    min_cache_ttl: int = 0  # seconds
+    max_cache_ttl: int = 0  # seconds; 0: no limit
     neg_ttl: int = 0  # seconds, for negative responses without SOA; 0: do not cache them
     max_ttl: int = 0  # seconds; the largest TTL that a client sees; 0: no limit
     cache_size: int = 10_000  # responses; 0: no cache

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import os
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 
 from udpwatch.dns import message
 from udpwatch.dns.budget import UNLIMITED, Budget
@@ -24,6 +24,8 @@ from udpwatch.dns.cache_entry import Key
 from udpwatch.dns.cname import CnameLoop, follow
 from udpwatch.dns.message import AD, CD, DO, RD, Malformed, Rcode, Response
 from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.names import Network
+from udpwatch.dns.policy import has_address_in
 from udpwatch.dns.settings import Server
 from udpwatch.dns.transport import SocketTransport, Transport
 
@@ -66,9 +68,11 @@ class UpstreamClient:
         transport: Transport | None = None,
         budget: Budget = UNLIMITED,
         proxy_dnssec: bool = False,
+        ignored: Collection[Network] = (),
     ) -> None:
-        """``transport``: None for real sockets. ``proxy_dnssec``: ask for AD."""
-        self._metrics, self._budget = metrics, budget
+        """``transport``: None for real sockets. ``proxy_dnssec``: ask for AD. A response with an address in ``ignored``
+        counts as a mismatch."""
+        self._metrics, self._budget, self._ignored = metrics, budget, ignored
         self._flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
         self._transport = transport or SocketTransport()
         self._udp_answers = 0  # received in this turn of the event loop
@@ -134,7 +138,8 @@ class UpstreamClient:
             except Malformed:
                 pass
             else:
-                if (response.name, response.type, response.klass) == key[:3] and not response.opcode:
+                matches = (response.name, response.type, response.klass) == key[:3] and not response.opcode
+                if matches and not (self._ignored and has_address_in(self._ignored, response)):
                     return response
         self._metrics.mismatched[0] += 1
         return None

@@ -6,6 +6,8 @@ import ipaddress
 from collections.abc import Callable
 from pathlib import Path
 
+import dnslib
+
 from udpwatch.dns.conffile import parts
 from udpwatch.dns.host_port import host_port
 from udpwatch.dns.names import lower, name_from_text
@@ -15,6 +17,7 @@ MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
 MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
 MAX_INTERFACE_BYTES = 15  # IFNAMSIZ without its NUL
 ROOT = b"\0"
+_NO_RECORD_TYPES = {41, *range(249, 256)}  # OPT, and types of queries (RFC 6895, section 3.1)
 
 
 class Rejected(ValueError):
@@ -51,6 +54,22 @@ def name_of(text: str) -> bytes:
         return lower(name_from_text(text))
     except ValueError as error:
         raise Rejected(f"a valid name; this one has {error}") from None
+
+
+def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
+    """``ADDRESS[/PREFIX]``."""
+    try:
+        return ipaddress.ip_network(text, strict=False)
+    except ValueError:
+        raise Rejected("ADDRESS[/PREFIX]") from None
+
+
+def record_type(text: str) -> int:
+    """The name or the number of a record type that responses can have."""
+    kind = whole(1, 65535)(text) if text.isdigit() else dnslib.QTYPE.reverse.get(text.upper(), 0)
+    if not kind or kind in _NO_RECORD_TYPES:
+        raise Rejected("names or numbers of record types")
+    return int(kind)
 
 
 def domain_name(text: str) -> bytes:

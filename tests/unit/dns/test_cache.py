@@ -7,6 +7,7 @@ import struct
 import threading
 import tracemalloc
 from array import array
+from ipaddress import ip_network
 from typing import Any
 
 import dns.message
@@ -251,6 +252,61 @@ def test_opt_and_records_after_it_are_not_forwarded() -> None:
     assert plain == m.header(1, 1, 0, 1, m.QR | m.RD | m.RA) + m.question(NAME) + made.body
     with_edns = from_entry(parse_query(m.query(NAME, m.A, m.opt())), made, 512, 0.0, "cache").data
     assert with_edns == m.header(1, 1, 0, 2, m.QR | m.RD | m.RA) + m.question(NAME) + made.body + m.opt()
+
+
+@pytest.mark.parametrize(
+    ("ttl", "low", "high", "kept"),
+    [
+        *((0, 0, 0, 0), (60, 0, 0, 60), (100_000, 0, 0, MAX_TTL), (1 << 31, 0, 0, 0)),
+        *((0, 30, 0, 30), (60, 30, 0, 60), (1 << 31, 30, 0, 30)),
+        *((60, 0, 30, 30), (10, 0, 30, 10), (100_000, 0, 100_000, MAX_TTL), (5, 60, 30, 30)),
+    ],
+)
+def test_smallest_and_largest_ttl_in_the_cache(ttl: int, low: int, high: int, kept: int) -> None:
+    made = responder(Cache(0, 0), min_cache_ttl=low, max_cache_ttl=high)
+    found = made.entry_of(parse_response(positive(address(ttl))), 0.0)
+    assert found.expires == kept
+    assert ttls(from_entry(parse_query(m.query(NAME)), found, 512, 0.0, "forward").data) == [kept]
+
+
+def test_smallest_ttl_does_not_cache_negative_responses_without_soa() -> None:
+    made = responder(Cache(0, 0), min_cache_ttl=60, max_cache_ttl=90)
+    assert made.entry_of(parse_response(negative()), 0.0).expires == 0.0
+    assert made.entry_of(parse_response(negative(m.soa(5, 5))), 0.0).expires == 60.0
+    assert made.entry_of(parse_response(negative(m.soa(500, 500))), 0.0).expires == 90.0
+
+
+def test_bogus_nxdomain() -> None:
+    made = responder(Cache(0, 0), bogus_addresses=(ip_network("192.0.2.0/24"), ip_network("2001:db8::/32")))
+    aaaa = m.response(NAME, m.AAAA, (m.record(m.AAAA, bytes.fromhex("20010db8") + bytes(12), 300),))
+    for data in (positive(address(300)), positive(m.record(m.A, bytes(4), 300), address(300)), aaaa):
+        entry = made.entry_of(parse_response(data), 0.0)
+        assert (entry.rcode, entry.body, entry.counts, entry.expires) == (Rcode.NXDOMAIN, b"", (0, 0, 0), 300.0)
+    reply = from_entry(parse_query(m.query(NAME)), entry, 512, 100.0, "cache")
+    assert reply.data == m.header(flags=m.QR | m.RD | m.RA | 3) + m.question(NAME)
+    other = made.entry_of(parse_response(positive(m.record(m.A, bytes(4), 300))), 0.0)
+    assert (other.rcode, other.counts) == (0, (1, 0, 0))
+
+
+def test_filtered_types() -> None:
+    """Aliases before the first filtered record stay; what follows it does not, since it may refer to it."""
+    alias = m.record(m.CNAME, OTHER, 300)
+    text, mail = m.record(m.TXT, b"\1x", 300), m.record(m.MX, b"\0\1" + OTHER, 300)
+    made = responder(Cache(0, 0), filtered_types=(m.A, m.TXT), proxy_dnssec=True)
+
+    def counts(*parts: tuple[bytes, ...], kind: int = m.A) -> tuple[tuple[int, int, int], int]:
+        entry = made.entry_of(parse_response(m.response(NAME, kind, *parts, flags=m.RA | m.AD)), 0.0)
+        data = from_entry(parse_query(m.query(NAME)), entry, 512, 0.0, "forward").data
+        assert len(parse_response(data).records) == sum(entry.counts) == len(entry.ttls)
+        assert entry.expires == 300.0
+        assert entry.rcode == 0
+        return entry.counts, entry.flags
+
+    assert counts((alias, address(300, OTHER))) == ((1, 0, 0), 0)
+    assert counts((address(300), address(300))) == ((0, 0, 0), 0)
+    assert counts((address(300), alias), (m.soa(300, 300),)) == ((0, 0, 0), 0)
+    assert counts((mail,), (), (text, mail), kind=m.MX) == ((1, 0, 0), 0)
+    assert counts((mail,), (m.soa(300, 300),), (mail,), kind=m.MX) == ((1, 1, 1), m.AD)
 
 
 def test_upstream_flags_are_not_passed_on() -> None:

@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "netlink": set(),
     "shares": set(),
     "budget": set(),
-    "settings": set(),
+    "settings": {"names"},
     "message": {"names"},
     "cname": {"message"},
     "cache_entry": {"cname", "message", "names"},
@@ -38,7 +38,9 @@ ALLOWED: dict[str, set[str]] = {
     "statistics": {"cache", "metrics"},
     # upstream servers
     "transport": {"settings"},
-    "upstream": {"budget", "cache_entry", "cname", "message", "metrics", "settings", "transport"},
+    "upstream": {
+        *("budget", "cache_entry", "cname", "message", "metrics", "names", "policy", "settings", "transport"),
+    },
     "failover": {"cache_entry", "message", "metrics", "settings", "upstream"},
     "forwarder": {
         *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "policy", "querylog"),

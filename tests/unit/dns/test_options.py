@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields, replace
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,30 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--local=/a.example/", servers()),
     ("--local=//", servers(domain=b"")),
     ("--local=/a.example/192.0.2.1", servers(NS)),
+    ("--rev-server=192.168.1.0/24,192.0.2.1", servers(NS, domain=name_from_text("1.168.192.in-addr.arpa"))),
+    ("--rev-server=192.168.1.7/24", servers(domain=name_from_text("1.168.192.in-addr.arpa"))),
+    ("--rev-server=192.168.1.7/16,#", servers(domain=name_from_text("168.192.in-addr.arpa"), standard=True)),
+    (
+        "--rev-server=192.0.2.7,192.0.2.1#54",
+        servers(replace(NS, port=54), domain=name_from_text("7.2.0.192.in-addr.arpa")),
+    ),
+    (
+        "--rev-server=10.20.0.0/15,192.0.2.1",
+        {"domain_servers": tuple(DomainServers(name_from_text(f"{n}.10.in-addr.arpa"), (NS,)) for n in (20, 21))},
+    ),
+    ("--rev-server=2001:db8::/32,192.0.2.1", servers(NS, domain=name_from_text("8.b.d.0.1.0.0.2.ip6.arpa"))),
+    (
+        "--rev-server=fd00::/7,192.0.2.1",
+        {"domain_servers": tuple(DomainServers(name_from_text(f"{n}.f.ip6.arpa"), (NS,)) for n in "cd")},
+    ),
+    ("--bogus-nxdomain=64.94.110.11", {"bogus_addresses": (ip_network("64.94.110.11"),)}),
+    ("--bogus-nxdomain=2001:db8::1/32", {"bogus_addresses": (ip_network("2001:db8::/32"),)}),
+    ("--ignore-address=192.0.2.9/24", {"ignored_addresses": (ip_network("192.0.2.0/24"),)}),
+    ("--filter-A", {"filtered_types": (1,)}),
+    ("--filter-AAAA", {"filtered_types": (28,)}),
+    ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),
+    ("--min-cache-ttl=3600", {"min_cache_ttl": 3600}),
+    ("--max-cache-ttl=60", {"max_cache_ttl": 60}),
     ("--dns-forward-max=150", {"forward_max": 150}),
     ("--edns-packet-max=4096", {"edns_packet_max": 4096}),
     ("--domain-needed", {"domain_needed": True}),
@@ -261,6 +286,18 @@ BAD = [
         for value in ("fe80::1", "fe80::1%", "fe80::1#53%lo", "2001:db8::1%lo", "192.0.2.1,192.0.2.2")
     ),
     *(f"--local={value}" for value in ("", "192.0.2.1", "a.example", "/#/")),
+    *(
+        f"--rev-server={value}"
+        for value in ("", "x", "192.0.2.0/33,192.0.2.1", "0.0.0.0/0", "10.0.0.0/8,", "10.0.0.0/8,x")
+    ),
+    *(
+        f"--{name}={value}"
+        for name in ("bogus-nxdomain", "ignore-address")
+        for value in ("", "x", "1.2.3.4/33", "1.2.3.4,")
+    ),
+    *(f"--filter-rr={value}" for value in ("", "TXT,", "x", "ANY", "OPT", "0", "255", "65536")),
+    *(f"--min-cache-ttl={value}" for value in ("", "-1", "3601")),
+    *(f"--max-cache-ttl={value}" for value in ("", "x")),
     *(f"--dns-forward-max={value}" for value in ("", "0", "x")),
     *(f"--edns-packet-max={value}" for value in ("", "511", "65536")),
     *(f"--rebind-domain-ok={value}" for value in ("", "/", "//", "/a//b/")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from ipaddress import ip_network
 
 import dns_messages as m
 import pytest
@@ -74,6 +75,23 @@ def test_proxy_dnssec_asks_for_ad() -> None:
     network = UpstreamNetwork()
     run(UpstreamClient(Metrics(), network, proxy_dnssec=True).query(SERVER, KEY))
     assert m.flags_of(network.sent[0].data) == m.RD | m.AD
+
+
+def test_response_with_an_ignored_address_is_not_the_last() -> None:
+    forged = m.record(m.A, bytes((203, 0, 113, 9)), 300)
+    network = UpstreamNetwork({SERVER: lambda sent: [(0.0, sent.respond(forged)), (0.1, sent.respond(ADDRESS))]})
+    metrics = Metrics()
+    client = UpstreamClient(metrics, network, ignored=(ip_network("203.0.113.0/24"),))
+    assert run(client.query(SERVER, KEY)).message.endswith(ADDRESS)
+    assert metrics.mismatched[0] == 1
+    network.scripts[SERVER] = lambda sent: [(0.0, sent.respond(forged))]
+
+    async def attempt() -> str:
+        with pytest.raises(AttemptFailed) as raised:
+            await client.query(SERVER, KEY)
+        return raised.value.reason
+
+    assert run(attempt()) == "timeout"
 
 
 def test_each_attempt_has_a_random_id() -> None:
