@@ -302,6 +302,11 @@ def read_host_record(draft: Draft, value: str) -> None:
     draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
 
 
+def read_log_facility(_: Draft, value: str) -> None:
+    if plain(value) != "-":
+        raise Rejected("'-', which is stderr; redirect stderr to log to a file or to syslog")
+
+
 def read_log_queries(draft: Draft, value: str) -> None:
     if value not in ("", "extra"):
         raise Rejected("nothing or 'extra'")

@@ -29,7 +29,7 @@ def _version(draft: Draft, _: str) -> None:
 
 # ---- the table ----
 
-_SHORT_WITH_VALUE = tuple("l3")
+_SHORT_WITH_VALUE = tuple("l3x")
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +338,13 @@ OPTIONS = (
         readers.read_log_queries,
         "log queries and responses; extra: with serial number and client",
     ),
+    _option(
+        "-8 --log-facility=-",
+        readers.read_log_facility,
+        "no effect: udpwatch always logs to stderr",
+        "files and syslog are refused",
+        once=True,
+    ),
     _option("--no-ident", readers.on("ident", False), "do not answer CHAOS names below bind."),
     _option(
         "--metrics-listen=HOST:PORT|off",
@@ -352,6 +359,13 @@ OPTIONS = (
         readers.one("user", values.user_name),
         "if started as root, change to this user (nobody) and keep only CAP_NET_BIND_SERVICE",
         "root means uid 0 without other capabilities; the user's supplementary groups are kept",
+        once=True,
+    ),
+    _option(
+        "-x --pid-file[=FILE]",
+        readers.one("pid_file", values.optional_path),
+        "write the process id to this file before changing user, and remove it at the end if allowed; nothing: none",
+        "no file is written by default",
         once=True,
     ),
     _option(
@@ -426,12 +440,10 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr clear-on-reload
-    connmark-allowlist connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask
-    dynamic-host fast-dns-retry filterwin2k:f group:g interface-name
-    localise-queries:y log-async log-debug log-facility:8 max-port max-tcp-connections
-    min-port no-0x20-encode pid-file:x port-limit query-port:Q
-    servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
+    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr clear-on-reload connmark-allowlist
+    connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask dynamic-host fast-dns-retry
+    filterwin2k:f group:g interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
+    no-0x20-encode port-limit query-port:Q servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

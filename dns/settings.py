@@ -106,4 +106,5 @@ class Settings:
     log_extra: bool = False
     ident: bool = True  # answer CHAOS *.bind
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
+    pid_file: Path | None = None
     user: str = ""  # the user to change to when started as root; "": nobody

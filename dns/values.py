@@ -44,6 +44,10 @@ def file_path(text: str) -> Path:
     return Path(text)
 
 
+def optional_path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
 def name_of(text: str) -> bytes:
     """Convert to wire format in lower case. Only ASCII: clients ask for the xn-- form of other names."""
     if not text.isascii():

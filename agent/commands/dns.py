@@ -10,6 +10,7 @@ import os
 import pwd
 import signal
 import sys
+from pathlib import Path
 
 from udpwatch.agent import __version__
 from udpwatch.agent.daemon.http import HttpServer
@@ -18,7 +19,8 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
 from udpwatch.agent.kernel.cpu import Cpus, favour_servers
-from udpwatch.dns.errors import ConfigError, DnsError, NetworkError
+from udpwatch.dns.conffile import shown
+from udpwatch.dns.errors import ConfigError, DnsError, FileError, NetworkError
 from udpwatch.dns.host_port import host_port
 from udpwatch.dns.option_readers import Information
 from udpwatch.dns.options import parse
@@ -78,6 +80,9 @@ async def _run(settings: Settings) -> None:
         loop.add_signal_handler(signal.SIGHUP, reload)
         loop.add_signal_handler(signal.SIGUSR1, tell)
         try:
+            if settings.pid_file:
+                write_pid(settings.pid_file)
+                opened.callback(remove_pid, settings.pid_file)
             give_up_root(settings.user)
             if http:
                 http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
@@ -87,6 +92,25 @@ async def _run(settings: Settings) -> None:
             await done.wait()
         finally:
             await service.stop()
+
+
+def write_pid(path: Path) -> None:
+    """Write our process id to a new file, which replaces an old one. Raises FileError.
+
+    A symbolic link is not followed: who may write to the folder must not choose which file root overwrites.
+    """
+    try:
+        path.unlink(missing_ok=True)
+        with path.open("x") as file:  # O_EXCL
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise FileError(f"pid-file: cannot write {shown(path)}: {error.strerror}") from None
+
+
+def remove_pid(path: Path) -> None:
+    """Remove the file at the end; as another user this may fail, as in dnsmasq."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def give_up_root(name: str) -> None:

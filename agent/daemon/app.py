@@ -57,6 +57,8 @@ def open_dns(conf: Path | None, cpus: Cpus) -> Service:
         dns = read_conf(conf) if conf else DnsSettings()
         if dns.metrics_listen != DnsSettings().metrics_listen:
             raise UdpwatchError(f"{conf}: metrics-listen is only for `udpwatch dns`; use --metrics-listen instead")
+        if dns.pid_file:
+            raise UdpwatchError(f"{conf}: pid-file is only for `udpwatch dns`; remove it")
         if dns.user:
             raise UdpwatchError(f"{conf}: user is only for `udpwatch dns`; the agent must run as root")
         return Service(dns, __version__, cpus)

@@ -261,7 +261,8 @@ def test_ready_when_the_tables_are_loaded(lab: tuple[Namespace, Namespace], tmp_
     ("words", "status", "said"),
     [
         (["--no-such-option"], 1, "--no-such-option"),
-        (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "does not support this dnsmasq option"),
+        (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "run dnsmasq with --port=0 for DHCP"),
+        (["--filterwin2k"], 1, "does not support this dnsmasq option"),
         (["--port=99999"], 1, "port"),
         (["--conf-file=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
         (["--conf-dir=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
@@ -274,6 +275,18 @@ def test_exit_statuses(words: list[str], status: int, said: str | None) -> None:
     assert done.returncode == status
     if said:
         assert said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_pid_file(lab: tuple[Namespace, Namespace], tmp_path: Path) -> None:
+    """An old file or symbolic link is replaced, not followed."""
+    victim, file = write(tmp_path / "victim", "precious"), tmp_path / "dns.pid"
+    file.symlink_to(victim)
+    with Lab() as built:
+        running = Responder(built.namespace("node"), f"--pid-file={file}", "--log-facility=-")
+        assert int(file.read_text()) == running.process.pid
+        assert not file.is_symlink() and victim.read_text() == "precious\n"
+        assert running.stop() == 0, running.log
+        assert not file.exists()
 
 
 def test_missing_permission(lab: tuple[Namespace, Namespace]) -> None:

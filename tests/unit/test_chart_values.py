@@ -42,6 +42,7 @@ DNS_BY_THE_CHART = {
     "no-resolv": "with dns.upstreamServers",
     "metrics-listen": "metrics.port, and the agent's own",
     "user": "the agent needs root",
+    "pid-file": "of `udpwatch dns` only",
 }
 
 

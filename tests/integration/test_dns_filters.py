@@ -1,0 +1,132 @@
+"""Options that change upstream responses, beside dnsmasq with the same options and the same upstream server."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import dns.flags
+import dns.message
+import dns.rrset
+import pytest
+from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, ask, connected, needs, rcode, texts
+from waiting import wait_for
+
+from udpwatch.agent.testing.lab import Lab, Namespace
+
+UPSTREAM, PORT, REVERSE_PORT = "127.0.0.99", 5300, 5301
+OPTIONS = (
+    *(f"--server={UPSTREAM}#{PORT}", f"--rev-server=10.7.0.0/16,{UPSTREAM}#{REVERSE_PORT}", "--filter-AAAA"),
+    *("--bogus-nxdomain=64.94.110.0/24", "--ignore-address=203.0.113.0/24", "--filter-rr=TXT", "--proxy-dnssec"),
+    *("--min-cache-ttl=30", "--max-cache-ttl=60", "--dhcp-leasefile=/nowhere/leases", "--log-dhcp"),
+)
+
+
+def upstream(asked: Asked) -> bytes | list[bytes]:
+    """Respond as the first label of the name says."""
+    label, kind = asked.name.split(".")[0], asked.type
+    if label == "bogus":
+        return asked.answer("300 A 64.94.110.11")
+    if label == "forged":
+        return [asked.answer("300 A 203.0.113.9"), asked.answer("300 A 192.0.2.80")]
+    if label == "alias":
+        reply = asked.reply("300 CNAME target.example.")
+        data = {"A": "192.0.2.80", "AAAA": "2001:db8::80", "TXT": "x"}[kind]
+        reply.answer.append(dns.rrset.from_text("target.example.", 300, "IN", kind, data))
+        return reply.to_wire()
+    if label == "signed":
+        reply = asked.reply("300 A 192.0.2.80")
+        reply.flags |= dns.flags.AD
+        return reply.to_wire()
+    ttl = {"short": 1, "long": 1000}.get(label, 300)
+    data = {"A": "192.0.2.80", "AAAA": "2001:db8::80", "TXT": "x", "MX": "1 mail.example."}.get(kind)
+    return asked.answer(f"{ttl} {kind} {data}") if data else asked.answer(rcode=3)
+
+
+def reverse(asked: Asked) -> bytes:
+    """The server of a reverse zone."""
+    return asked.answer("300 PTR host.example.")
+
+
+@contextlib.contextmanager
+def upstream_servers(node: Namespace) -> Iterator[None]:
+    with FakeServer(node, UPSTREAM, upstream, PORT), FakeServer(node, UPSTREAM, reverse, REVERSE_PORT):
+        yield
+
+
+@pytest.fixture(scope="module")
+def ours() -> Iterator[Namespace]:
+    with Lab() as built:
+        node = built.namespace("ours")
+        with upstream_servers(node), Responder(node, *OPTIONS):
+            yield node
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Iterator[Namespace]:
+    needs("dnsmasq", "dnsmasq-base")
+    with Lab() as built:
+        node = built.namespace("theirs")
+        words = ["--keep-in-foreground", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", "--pid-file", *OPTIONS]
+        with upstream_servers(node):
+            process = node.popen(["dnsmasq", *words])
+            try:
+                wait_for(lambda: process.poll() is not None or _answers(node), "dnsmasq")
+                assert process.poll() is None, process.communicate()
+                yield node
+            finally:
+                process.kill()
+                process.communicate()
+
+
+def _answers(node: Namespace) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(ask(node, "127.0.0.1", "ready.example"))
+    return False
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "code", "answer"),
+    [
+        ("plain.example", "A", "NOERROR", ["192.0.2.80"]),
+        ("plain.example", "MX", "NOERROR", ["1 mail.example."]),
+        ("plain.example", "AAAA", "NOERROR", []),
+        ("plain.example", "TXT", "NOERROR", []),
+        ("alias.example", "A", "NOERROR", ["192.0.2.80", "target.example."]),
+        ("alias.example", "AAAA", "NOERROR", ["target.example."]),
+        ("bogus.example", "A", "NXDOMAIN", []),
+        ("forged.example", "A", "NOERROR", ["192.0.2.80"]),
+        ("1.2.7.10.in-addr.arpa", "PTR", "NOERROR", ["host.example."]),
+        ("1.2.8.10.in-addr.arpa", "PTR", "NXDOMAIN", []),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True], ids=["forwarded", "cached"])
+def test_changed_responses_are_those_of_dnsmasq(
+    ours: Namespace, theirs: Namespace, name: str, kind: str, code: str, answer: list[str], again: bool
+) -> None:
+    for node in (ours, theirs):
+        response = ask(node, "127.0.0.1", name, kind)
+        assert (rcode(response), texts(response)) == (code, answer), (node.name, again)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), [("short.example", 2, 30), ("long.example", 31, 60)])
+def test_cached_ttls_have_the_limits_of_dnsmasq(
+    ours: Namespace, theirs: Namespace, name: str, low: int, high: int
+) -> None:
+    for node in (ours, theirs):
+        ask(node, "127.0.0.1", name)
+        assert low <= ask(node, "127.0.0.1", name).answer[0].ttl <= high
+
+
+def test_ad_is_passed_on_as_by_dnsmasq(ours: Namespace, theirs: Namespace) -> None:
+    for node in (ours, theirs):
+        query = dns.message.make_query("signed.example", "A")
+        query.flags |= dns.flags.AD
+        with connected(node, "127.0.0.1", socket.SOCK_DGRAM) as link:
+            link.settimeout(ANSWER_SECONDS)
+            link.send(query.to_wire())
+            response = dns.message.from_wire(link.recv(65_535))
+        assert query.is_response(response)
+        assert response.flags & dns.flags.AD
+        assert not ask(node, "127.0.0.1", "plain.example").flags & dns.flags.AD
