@@ -306,6 +306,11 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--clear-on-reload",
+        readers.on("clear_on_reload"),
+        "clear the cache when a resolv file is read again",
+    ),
+    _option(
         "--min-cache-ttl=SECONDS",
         readers.one("min_cache_ttl", values.whole(0, 3600)),
         "raise smaller TTLs to this one, at most 3600 (0)",
@@ -440,7 +445,7 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr clear-on-reload connmark-allowlist
+    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask dynamic-host fast-dns-retry
     filterwin2k:f group:g interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
     no-0x20-encode port-limit query-port:Q servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella

@@ -92,7 +92,11 @@ class RouteReloader:
 
     async def on_change(self) -> bool:
         """Read the files again; for `Watch`."""
-        return self.read()
+        complete = self.read()
+        if self._settings.clear_on_reload:
+            self._responder.cache.clear()
+            self._invalidate()
+        return complete
 
     def read(self) -> bool:
         """Read resolv.conf. Return whether all files could be read; if none could, the old servers stay."""

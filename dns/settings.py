@@ -74,6 +74,7 @@ class Settings:
     resolv: bool = True
     resolv_files: tuple[Path, ...] = (ETC_RESOLV_CONF,)
     poll: bool = True  # watch the resolv files
+    clear_on_reload: bool = False  # clear the cache when a resolv file is read again
     servers: tuple[Server, ...] = ()
     domain_servers: tuple[DomainServers, ...] = ()
     addresses: tuple[DomainAddress, ...] = ()

@@ -205,6 +205,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--filter-A", {"filtered_types": (1,)}),
     ("--filter-AAAA", {"filtered_types": (28,)}),
     ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),
+    ("--clear-on-reload", {"clear_on_reload": True}),
     ("--min-cache-ttl=3600", {"min_cache_ttl": 3600}),
     ("--max-cache-ttl=60", {"max_cache_ttl": 60}),
     ("--dns-forward-max=150", {"forward_max": 150}),
