@@ -29,7 +29,7 @@ def _version(draft: Draft, _: str) -> None:
 
 # ---- the table ----
 
-_SHORT_WITH_VALUE = tuple("l3x")
+_SHORT_WITH_VALUE = tuple("l3xg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +367,13 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "-g --group[=NAME]",
+        readers.one("group", values.optional_group_name),
+        "if started as root, change to this group (the user's)",
+        "the user's supplementary groups are kept; dnsmasq's default is dip",
+        once=True,
+    ),
+    _option(
         "-x --pid-file[=FILE]",
         readers.one("pid_file", values.optional_path),
         "write the process id to this file before changing user, and remove it at the end if allowed; nothing: none",
@@ -447,7 +454,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet alias:V all-servers cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask dynamic-host fast-dns-retry
-    filterwin2k:f group:g interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
+    filterwin2k:f interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
     no-0x20-encode port-limit query-port:Q servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

@@ -108,4 +108,5 @@ class Settings:
     ident: bool = True  # answer CHAOS *.bind
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
     pid_file: Path | None = None
+    group: str = ""  # the group to change to; "": that of the user
     user: str = ""  # the user to change to when started as root; "": nobody

@@ -116,6 +116,12 @@ def user_name(text: str) -> str:
     return text
 
 
+def optional_group_name(text: str) -> str:
+    if text and (not text.isprintable() or "\0" in text or ":" in text):
+        raise Rejected("a group name")
+    return text
+
+
 def metrics_listen(text: str) -> str:
     if text != "off":
         try:

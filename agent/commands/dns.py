@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import grp
 import logging
 import os
 import pwd
@@ -83,7 +84,7 @@ async def _run(settings: Settings) -> None:
             if settings.pid_file:
                 write_pid(settings.pid_file)
                 opened.callback(remove_pid, settings.pid_file)
-            give_up_root(settings.user)
+            give_up_root(settings.user, settings.group)
             if http:
                 http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
             await service.start()
@@ -113,13 +114,13 @@ def remove_pid(path: Path) -> None:
         path.unlink()
 
 
-def give_up_root(name: str) -> None:
-    """Change from root to this user ("": nobody), and keep no capability but KEPT, whoever we are. Before any thread is
-    started: the others would keep theirs.
+def give_up_root(name: str, group: str = "") -> None:
+    """Change from root to this user ("": nobody) and this group ("": the user's), and keep no capability but KEPT.
 
-    Raises DnsError where a user that was named cannot be had.
+    Call it before any thread is started: a running thread keeps its capabilities. Raises DnsError if the change to a
+    user or group that was given fails.
     """
-    user = _user(name) if os.geteuid() == 0 else None
+    user = _user(name, group) if os.geteuid() == 0 else None
     try:
         capabilities.drop_all_but(KEPT, user)
     except OSError as error:
@@ -127,7 +128,7 @@ def give_up_root(name: str) -> None:
             raise
         hint = "add CAP_SETUID and CAP_SETGID, or give --user=root"
         problem = f"cannot change to user {user.name}: {error.strerror}"
-        if name:
+        if name or group:
             raise DnsError(f"{problem}; {hint}") from None
         capabilities.drop_all_but(KEPT)
         log.warning("%s; still root, without its capabilities; %s", problem, hint)
@@ -136,15 +137,20 @@ def give_up_root(name: str) -> None:
             log.info("changed to user %s", user.name)
 
 
-def _user(name: str) -> User | None:
-    """None for root itself."""
+def _user(name: str, group: str) -> User | None:
+    """Return None for root with its present group."""
+    try:
+        gid = grp.getgrnam(group).gr_gid if group else None
+    except KeyError:
+        raise ConfigError(f"--group: there is no group {group!r}") from None
     try:
         entry = pwd.getpwnam(name or "nobody")
     except KeyError:
         if name:
             raise ConfigError(f"--user: there is no user {name!r}") from None
-        return User("nobody", NOBODY, NOBODY)
-    return User(entry.pw_name, entry.pw_uid, entry.pw_gid) if entry.pw_uid else None
+        return User("nobody", NOBODY, NOBODY if gid is None else gid)
+    user = User(entry.pw_name, entry.pw_uid, entry.pw_gid if gid is None else gid)
+    return user if user.uid or gid not in (None, os.getegid()) else None
 
 
 def ready(service: Service) -> tuple[bool, str]:

@@ -59,8 +59,9 @@ def open_dns(conf: Path | None, cpus: Cpus) -> Service:
             raise UdpwatchError(f"{conf}: metrics-listen is only for `udpwatch dns`; use --metrics-listen instead")
         if dns.pid_file:
             raise UdpwatchError(f"{conf}: pid-file is only for `udpwatch dns`; remove it")
-        if dns.user:
-            raise UdpwatchError(f"{conf}: user is only for `udpwatch dns`; the agent must run as root")
+        if dns.user or dns.group:
+            option = "user" if dns.user else "group"
+            raise UdpwatchError(f"{conf}: {option} is only for `udpwatch dns`; the agent must run as root")
         return Service(dns, __version__, cpus)
     except DnsError as error:
         raise UdpwatchError(f"--dns: {error}") from None

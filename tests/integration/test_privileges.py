@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import grp
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -214,6 +216,20 @@ def test_responder_started_as_root_runs_as_nobody(node: Namespace, folder: Path)
 def test_responder_changes_user_by_default(node: Namespace) -> None:
     with Responder(node) as responder:
         assert credentials(responder.process.pid)["Uid"].split() == [str(NOBODY)] * 4
+
+
+@pytest.mark.parametrize("user", ["nobody", "root"])
+def test_responder_changes_to_a_group(node: Namespace, user: str) -> None:
+    uid, gid = pwd.getpwnam(user).pw_uid, grp.getgrnam("daemon").gr_gid
+    with Responder(node, f"--user={user}", "--group=daemon") as responder:
+        held = credentials(responder.process.pid)
+        assert_no_way_back(held, {"cap_net_bind_service"})
+        assert (held["Uid"].split(), held["Gid"].split()) == ([str(uid)] * 4, [str(gid)] * 4)
+
+
+def test_responder_with_an_unknown_group_is_refused() -> None:
+    done = run_cli("dns", "--port=5353", "--listen-address=127.0.0.1", "--metrics-listen=off", "--group=no-such-group")
+    assert_refused(done, 1, "--group: there is no group 'no-such-group'")
 
 
 def test_responder_that_stays_root_has_no_capabilities(node: Namespace) -> None:

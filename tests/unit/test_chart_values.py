@@ -41,7 +41,7 @@ DNS_BY_THE_CHART = {
     "no-hosts": "always: the node's hosts are not the pods'",
     "no-resolv": "with dns.upstreamServers",
     "metrics-listen": "metrics.port, and the agent's own",
-    "user": "the agent needs root",
+    **dict.fromkeys(("user", "group"), "the agent needs root"),
     "pid-file": "of `udpwatch dns` only",
 }
 
