@@ -1,7 +1,8 @@
 """Query a group of servers: the preferred one first, then the others, until one has responded.
 
 The next server is queried when the one before has failed or has been silent for STAGGER_SECONDS; a late response still
-counts. Servers that have timed out repeatedly come last for a while.
+counts. Servers that have timed out repeatedly come last for a while. With `--strict-order` the order is always that of
+the settings; with `--all-servers` all are queried at the same time.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ class _Health:
 class Failover:
     """Queries groups of servers and remembers which of them respond. Runs in the event loop's thread."""
 
-    def __init__(self, client: UpstreamClient, metrics: Metrics) -> None:
+    def __init__(
+        self, client: UpstreamClient, metrics: Metrics, strict_order: bool = False, all_servers: bool = False
+    ) -> None:
         self._client, self._metrics = client, metrics
+        self._strict_order, self._all_servers = strict_order, all_servers
         self._health: dict[Server, _Health] = {}
         self._last_good: Server | None = None
 
@@ -53,6 +57,8 @@ class Failover:
 
     def order(self, servers: tuple[Server, ...]) -> list[Server]:
         """Sort servers: the one that responded last first, silent ones last."""
+        if self._strict_order:
+            return list(servers)
         now = asyncio.get_running_loop().time()
 
         def rank(server: Server) -> tuple[bool, bool]:
@@ -68,13 +74,15 @@ class Failover:
         ordered = self.order(servers)
         plan = (ordered * ROUNDS)[: max(MAX_ATTEMPTS, len(ordered))]
         running: dict[asyncio.Task[Response], Server] = {}
-        rcode = int(Rcode.SERVFAIL)
+        rcode, next_ones = int(Rcode.SERVFAIL), len(ordered) if self._all_servers else 1
         try:
             while True:
                 left = end - loop.time()
-                if plan and left > 0:
-                    server = plan.pop(0)
-                    running[asyncio.create_task(self._client.query(server, key))] = server
+                if left > 0:
+                    for server in plan[:next_ones]:
+                        running[asyncio.create_task(self._client.query(server, key))] = server
+                    del plan[:next_ones]
+                    next_ones = 1
                 if not running or left <= 0:
                     raise ResolutionFailed(rcode)
                 wait = min(left, STAGGER_SECONDS) if plan else left

@@ -214,6 +214,15 @@ OPTIONS = (
         "a domain is required",
     ),
     _option(
+        "-o --strict-order",
+        readers.on("strict_order"),
+        "query the servers of a domain in their order, not first the one that responded last",
+        "the next one also if one is silent for 0.8 seconds; dnsmasq waits until the client repeats its query",
+    ),
+    _option(
+        "--all-servers", readers.on("all_servers"), "query all servers of a domain at the same time; the first wins"
+    ),
+    _option(
         "-0 --dns-forward-max=N",
         readers.one("forward_max", values.whole(1, 65535)),
         "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
@@ -452,10 +461,10 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V all-servers cache-rr connmark-allowlist
+    add-cpe-id add-mac add-subnet alias:V cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask dynamic-host fast-dns-retry
     filterwin2k:f interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
-    no-0x20-encode port-limit query-port:Q servers-file strict-order:o strip-mac strip-subnet synth-domain umbrella
+    no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -64,7 +64,7 @@ class Service:
         upstream = UpstreamClient(
             self.metrics, budget=budget, proxy_dnssec=settings.proxy_dnssec, ignored=settings.ignored_addresses
         )
-        failover = Failover(upstream, self.metrics)
+        failover = Failover(upstream, self.metrics, settings.strict_order, settings.all_servers)
         self._forwarder = Forwarder(settings, self._responder, self._cache, failover, self.metrics, query_log)
         self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)
         common = self._responder, self.metrics, self._admission

@@ -77,6 +77,8 @@ class Settings:
     clear_on_reload: bool = False  # clear the cache when a resolv file is read again
     servers: tuple[Server, ...] = ()
     domain_servers: tuple[DomainServers, ...] = ()
+    strict_order: bool = False  # query servers in their order
+    all_servers: bool = False  # query all servers at the same time
     addresses: tuple[DomainAddress, ...] = ()
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()

@@ -10,7 +10,7 @@ import dns.flags
 import dns.message
 import dns.rrset
 import pytest
-from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, ask, connected, needs, rcode, texts
+from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, ask, connected, needs, rcode, right, texts
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
@@ -49,6 +49,25 @@ def reverse(asked: Asked) -> bytes:
     return asked.answer("300 PTR host.example.")
 
 
+def failing(asked: Asked) -> bytes:
+    """A server that always fails."""
+    return asked.answer(rcode=2)
+
+
+@contextlib.contextmanager
+def dnsmasq(node: Namespace, *options: str) -> Iterator[None]:
+    """dnsmasq in a namespace, once it responds."""
+    words = ["--keep-in-foreground", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", "--pid-file", *options]
+    process = node.popen(["dnsmasq", *words])
+    try:
+        wait_for(lambda: process.poll() is not None or _answers(node), "dnsmasq")
+        assert process.poll() is None, process.communicate()
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
 @contextlib.contextmanager
 def upstream_servers(node: Namespace) -> Iterator[None]:
     with FakeServer(node, UPSTREAM, upstream, PORT), FakeServer(node, UPSTREAM, reverse, REVERSE_PORT):
@@ -68,16 +87,8 @@ def theirs() -> Iterator[Namespace]:
     needs("dnsmasq", "dnsmasq-base")
     with Lab() as built:
         node = built.namespace("theirs")
-        words = ["--keep-in-foreground", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", "--pid-file", *OPTIONS]
-        with upstream_servers(node):
-            process = node.popen(["dnsmasq", *words])
-            try:
-                wait_for(lambda: process.poll() is not None or _answers(node), "dnsmasq")
-                assert process.poll() is None, process.communicate()
-                yield node
-            finally:
-                process.kill()
-                process.communicate()
+        with upstream_servers(node), dnsmasq(node, *OPTIONS):
+            yield node
 
 
 def _answers(node: Namespace) -> bool:
@@ -117,6 +128,23 @@ def test_cached_ttls_have_the_limits_of_dnsmasq(
     for node in (ours, theirs):
         ask(node, "127.0.0.1", name)
         assert low <= ask(node, "127.0.0.1", name).answer[0].ttl <= high
+
+
+@pytest.mark.parametrize(("option", "first_asked"), [("--strict-order", 3), ("--all-servers", 3), ("", 1)])
+def test_servers_are_chosen_as_by_dnsmasq(option: str, first_asked: int) -> None:
+    """The first one always fails. Without an option, it is not queried again."""
+    needs("dnsmasq", "dnsmasq-base")
+    words = [f"--server={UPSTREAM}#{each}" for each in (PORT, REVERSE_PORT)] + [option]
+    for theirs in (False, True):
+        with Lab() as built:
+            node = built.namespace("node")
+            with FakeServer(node, UPSTREAM, failing, PORT) as first, FakeServer(node, UPSTREAM, right, REVERSE_PORT):
+                with dnsmasq(node, *words) if theirs else Responder(node, *words):
+                    before = len(first.asked)
+                    for label in "abc":
+                        assert texts(ask(node, "127.0.0.1", f"{label}.example")) == ["192.0.2.80"]
+                    asked = len(set(first.names()[before:]))
+                    assert asked == first_asked or (theirs and not option), (theirs, first.names())
 
 
 def test_ad_is_passed_on_as_by_dnsmasq(ours: Namespace, theirs: Namespace) -> None:

@@ -44,11 +44,11 @@ def after(seconds: float) -> Script:
 class Group:
     """Three servers that follow scripts."""
 
-    def __init__(self, *scripts: Script, servers: tuple[Server, ...] = (FIRST, SECOND, THIRD)) -> None:
+    def __init__(self, *scripts: Script, servers: tuple[Server, ...] = (FIRST, SECOND, THIRD), **options: bool) -> None:
         self.servers = servers[: len(scripts)]
         self.network = UpstreamNetwork(dict(zip(self.servers, scripts, strict=True)))
         self.metrics = Metrics()
-        self.failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
+        self.failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics, **options)
 
     async def query(self) -> None:
         """Query the group; every socket is closed afterwards."""
@@ -97,6 +97,46 @@ def test_late_response_counts_while_the_next_server_is_queried() -> None:
     group = Group(after(STAGGER_SECONDS + 0.1), silent)
     assert run(query()) == pytest.approx(STAGGER_SECONDS + 0.1)
     assert group.sent() == [(FIRST, 0.0), (SECOND, STAGGER_SECONDS)]
+
+
+def test_strict_order_queries_the_first_server_first_each_time() -> None:
+    for strict, expected in ((True, [FIRST, SECOND] * 3), (False, [FIRST, SECOND, SECOND, SECOND])):
+        group = Group(servfail, honest, strict_order=strict)
+
+        async def query(group: Group = group) -> None:
+            for _ in range(3):
+                await group.query()
+
+        run(query())
+        assert [server for server, _ in group.sent()] == expected
+
+
+def test_strict_order_of_silent_servers() -> None:
+    """Also after the first one has counted as down."""
+    group = Group(silent, honest, strict_order=True)
+
+    async def query() -> float:
+        for _ in range(DOWN_AFTER + 1):
+            await group.query()
+        return now()
+
+    assert run(query()) == pytest.approx((DOWN_AFTER + 1) * STAGGER_SECONDS)
+
+
+def test_all_servers_are_queried_at_the_same_time() -> None:
+    async def query() -> float:
+        await group.query()
+        return now()
+
+    group = Group(silent, servfail, after(0.2), all_servers=True)
+    assert run(query()) == pytest.approx(0.2)
+    assert group.sent()[:3] == [(FIRST, 0.0), (SECOND, 0.0), (THIRD, 0.0)]
+
+
+def test_failure_of_all_servers_at_the_same_time() -> None:
+    group = Group(servfail, refused, servfail, all_servers=True)
+    assert failed(group)[1] == 0.0
+    assert len(group.sent()) == ROUNDS * 3
 
 
 def failed(group: Group) -> tuple[int, float]:

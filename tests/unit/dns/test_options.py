@@ -208,6 +208,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--clear-on-reload", {"clear_on_reload": True}),
     ("--min-cache-ttl=3600", {"min_cache_ttl": 3600}),
     ("--max-cache-ttl=60", {"max_cache_ttl": 60}),
+    ("--strict-order", {"strict_order": True}),
+    ("--all-servers", {"all_servers": True}),
     ("--dns-forward-max=150", {"forward_max": 150}),
     ("--edns-packet-max=4096", {"edns_packet_max": 4096}),
     ("--domain-needed", {"domain_needed": True}),
