@@ -169,9 +169,9 @@ def _shown(value: str) -> str:
 
 def _finish(draft: Draft) -> Settings:
     """Create the settings. Raises ConfigError for options that contradict each other."""
-    said_of_mail = _finish_mail(draft)
+    mail = _finish_mail(draft)
     many = {name: tuple(items) for name, items in draft.many.items()}
-    said: dict[str, Any] = draft.fields | many | said_of_mail
+    said: dict[str, Any] = draft.fields | many | mail
     said["domain_servers"] = tuple(
         DomainServers(name, tuple(domain.servers), domain.kind == "standard") for name, domain in draft.domains.items()
     )
