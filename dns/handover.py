@@ -11,14 +11,14 @@ from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.forwarder import ClientQuery
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.responder import Reply
-from udpwatch.dns.shares import network_of
+from udpwatch.dns.shares import Counts, network_of
 from udpwatch.dns.udp import Pending
 from udpwatch.dns.udp_socket import BATCH, peer_of
 
 TAKEN_PER_TURN = BATCH  # a turn of the event loop for each query would cost half as much again
 TAKEN_WHERE_LIMITED = 8  # with a CPU quota
-#: Queries that the event loop has not taken yet. Above that, clients have to retry: a flood must end somewhere, and
-#: even a refusal costs the event loop time.
+#: Queries that the event loop has not taken yet. Above that, the client with the most loses its oldest one: a flood
+#: must end somewhere, and even a refusal costs the event loop time.
 MAX_QUEUED, MAX_QUEUED_PER_CLIENT = 4_096, 1_024
 
 
@@ -34,6 +34,7 @@ class HandoverQueue:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lock = threading.Lock()
         self._waiting: OrderedDict[bytes, deque[Pending]] = OrderedDict()  # by network, in the order of their turns
+        self._held: Counts[bytes] = Counts()  # how many of these
         self._size = 0
         self._scheduled = False
 
@@ -46,14 +47,15 @@ class HandoverQueue:
         with self._lock:
             for each in pending:
                 network = network_of(each.peer)
-                waiting = self._waiting.get(network)
-                if waiting and len(waiting) >= MAX_QUEUED_PER_CLIENT:
+                if self._held[network] >= MAX_QUEUED_PER_CLIENT:
                     self._metrics.forward_rejects["queue_share"][0] += 1
-                elif self._size >= MAX_QUEUED:
+                    continue
+                if self._size >= MAX_QUEUED:
                     self._metrics.forward_rejects["queue"][0] += 1
-                else:
-                    self._waiting.setdefault(network, deque()).append(each)
-                    self._size += 1
+                    self._pop(self._held.greediest())
+                self._waiting.setdefault(network, deque()).append(each)
+                self._held.add(network, 1)
+                self._size += 1
             wake = bool(self._size) and not self._scheduled
             self._scheduled = self._scheduled or wake
         if wake and self._loop:
@@ -61,6 +63,16 @@ class HandoverQueue:
                 self._loop.call_soon_threadsafe(self._take)
             except RuntimeError:  # the loop is closed
                 return
+
+    def _pop(self, network: bytes) -> Pending:
+        """Take the oldest query of a client."""
+        waiting = self._waiting[network]
+        query = waiting.popleft()
+        if not waiting:
+            del self._waiting[network]
+        self._held.add(network, -1)
+        self._size -= 1
+        return query
 
     def _take(self, has_waited: bool = False) -> None:
         """Submit at most TAKEN_PER_TURN queries, so that other events get their turn."""
@@ -72,11 +84,9 @@ class HandoverQueue:
         most = TAKEN_WHERE_LIMITED if self._budget.is_limited else TAKEN_PER_TURN
         with self._lock:
             while self._waiting and len(batch) < most:
-                network, waiting = self._waiting.popitem(last=False)
-                batch.append(waiting.popleft())
-                if waiting:
-                    self._waiting[network] = waiting
-            self._size -= len(batch)
+                network = next(iter(self._waiting))
+                self._waiting.move_to_end(network)
+                batch.append(self._pop(network))
             self._scheduled = bool(self._waiting)
         if self._scheduled:
             self._loop.call_soon(self._take)

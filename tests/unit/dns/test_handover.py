@@ -130,6 +130,31 @@ def test_queue_is_bounded_for_all_clients_together(link: UdpSocket) -> None:
     run(flood())
 
 
+def test_full_queue_drops_the_oldest_of_the_client_with_the_most(link: UdpSocket) -> None:
+    """Four clients fill it; a fifth one is served all the same. Of clients with one query each, the oldest loses it."""
+
+    async def flood() -> None:
+        metrics, taken = Metrics(), Counter[bytes]()
+        queue = HandoverQueue(metrics, lambda query: taken.update([query.client]))
+        queue.start()
+        greedy = [number.to_bytes(4, "big") for number in range(MAX_QUEUED // MAX_QUEUED_PER_CLIENT)]
+        for each in greedy:
+            queue.put([pending(link, each, number) for number in range(MAX_QUEUED_PER_CLIENT)])
+        queue.put([pending(link, B, number) for number in range(10)])
+        await turns(2 * MAX_QUEUED)
+        assert taken[B] == 10
+        assert taken.total() == MAX_QUEUED
+        assert metrics.forward_rejects["queue"][0] == 10
+
+        queue.put([pending(link, number.to_bytes(4, "big"), number) for number in range(MAX_QUEUED)])
+        queue.put([pending(link, B, 0)])
+        taken.clear()
+        await turns(2 * MAX_QUEUED)
+        assert (taken[B], taken[bytes(4)]) == (1, 0)
+
+    run(flood())
+
+
 def test_response_goes_back_to_its_client(link: UdpSocket) -> None:
     async def forward() -> bytes:
         metrics = Metrics()
