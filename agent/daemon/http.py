@@ -48,6 +48,8 @@ BIND_SECONDS = 2.0  # between two attempts to bind a port that another program h
 
 #: Errors of bind(2) that can end by themselves: HttpServer tries again.
 _PASSING = {errno.EADDRINUSE, errno.EADDRNOTAVAIL}
+#: Errors of accept(2) that leave the connection in the backlog.
+_SHORTAGES = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 #: Reasons to close a connection before its response is complete.
 CLOSED = {
     "client": "its client had more than MAX_CONNECTIONS_PER_CLIENT",
@@ -134,8 +136,11 @@ class _Server(ThreadingHTTPServer):
             selector.register(self, selectors.EVENT_READ)
             while not self._stopping:
                 if selector.select(self._begin()):
-                    with contextlib.suppress(OSError):  # the client has disconnected, or no descriptor is free
+                    try:
                         self.process_request(*self.get_request())
+                    except OSError as error:  # the client has disconnected, or the system is short of something
+                        if error.errno in _SHORTAGES:
+                            time.sleep(SLOT_SECONDS)  # the socket stays readable: select() does not wait
                 self._close_slow()
         for each in self._waiting:
             self.shutdown_request(each.socket)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 import re
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -52,6 +55,28 @@ def closed(view: HttpServer, reason: str) -> float:
     """Return the count of connections that were closed early."""
     (family,) = view.collector.collect()
     return next(sample.value for sample in family.samples if sample.labels == {"reason": reason})
+
+
+def test_server_does_not_spin_without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits before it accepts again, and serves the connection once there are descriptors."""
+    attempts, pauses, sleep = Counter[str](), Counter[str](), time.sleep
+    accept = http._Server.get_request
+
+    def fail(server: http._Server) -> tuple[socket.socket, object]:
+        attempts["http"] += 1
+        if attempts["http"] > 5:
+            return accept(server)
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def pause(seconds: float) -> None:
+        pauses[threading.current_thread().name] += 1
+        sleep(seconds)
+
+    monkeypatch.setattr(http._Server, "get_request", fail)
+    monkeypatch.setattr(http.time, "sleep", pause)
+    with serving() as view:
+        assert respond(connect(view.url)).startswith(b"HTTP/1.0 200")
+    assert (attempts["http"], pauses["http"]) == (6, 5)
 
 
 def test_server_can_be_stopped_before_its_start() -> None:
