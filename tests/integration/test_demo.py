@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from contextlib import closing
 
 import pytest
 from agents import COMMAND, Agent, run_cli
+from repository import ROOT
 from restricted import held_exclusively
 from waiting import wait_for
 
@@ -24,6 +26,20 @@ def test_demo_succeeds() -> None:
     assert max(map(len, lines)) <= 80
     assert "172.16.13.13" in done.stdout
     assert done.stderr == ""
+
+
+def test_screen_in_the_readme_is_the_demos() -> None:
+    """Only process ids and the client's ports differ."""
+
+    def masked(lines: list[str]) -> list[str]:
+        return [re.sub(r"pid \d+|(?<=172\.17\.0\.3):\d+", "N", line).rstrip() for line in lines]
+
+    readme = (ROOT / "README.md").read_text()
+    command, *screen = readme.split("```\n")[1].splitlines()
+    assert command == "$ sudo make demo"
+    assert len(screen) > 10
+    shown = masked(run_cli("demo").stdout.splitlines())
+    assert [line for line in masked(screen) if line not in shown] == []
 
 
 def test_demo_fails_when_the_cause_is_unknown() -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from repository import DOCS, ROOT
+from repository import DOCS, GOLDEN, ROOT
 
 from udpwatch.agent.config import SETTINGS
 from udpwatch.agent.daemon.state import LOSS_STAGES
@@ -73,3 +73,9 @@ def long_lines(page: Path) -> Iterator[int]:
 def test_pages_are_at_most_120_columns_wide() -> None:
     wide = {str(page.relative_to(ROOT)): list(long_lines(page)) for page in PAGES}
     assert {name: numbers for name, numbers in wide.items() if numbers} == {}
+
+
+def test_explain_page_shows_what_explain_prints() -> None:
+    command, _, shown = (DOCS / "explain.md").read_text().split("```\n")[1].partition("\n")
+    assert command == "$ udpwatch explain openvpn"
+    assert shown in (GOLDEN / "explain.txt").read_text()
