@@ -171,11 +171,11 @@ def _finish(draft: Draft) -> Settings:
     """Create the settings. Raises ConfigError for options that contradict each other."""
     mail = _finish_mail(draft)
     many = {name: tuple(items) for name, items in draft.many.items()}
-    said: dict[str, Any] = draft.fields | many | mail
-    said["domain_servers"] = tuple(
+    given: dict[str, Any] = draft.fields | many | mail
+    given["domain_servers"] = tuple(
         DomainServers(name, tuple(domain.servers), domain.kind == "standard") for name, domain in draft.domains.items()
     )
-    settings = Settings(**said)
+    settings = Settings(**given)
     if settings.resolv and not settings.poll and len(settings.resolv_files) > 1:
         raise ConfigError(
             "--no-poll: allowed with one --resolv-file only; finding the newest of several requires polling"

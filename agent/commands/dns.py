@@ -72,14 +72,14 @@ async def _run(settings: Settings) -> None:
             reloads.add(task)
             task.add_done_callback(reloads.discard)
 
-        def tell() -> None:
+        def log_statistics() -> None:
             for line in service.statistics():
                 log.info("dns: %s", line)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, done.set)
         loop.add_signal_handler(signal.SIGHUP, reload)
-        loop.add_signal_handler(signal.SIGUSR1, tell)
+        loop.add_signal_handler(signal.SIGUSR1, log_statistics)
         try:
             if settings.pid_file:
                 write_pid(settings.pid_file)

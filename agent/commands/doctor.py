@@ -95,19 +95,19 @@ def ask(path: Path | None) -> Report:
             "the agent's socket is disabled (--socket off): ask its /readyz, or give a socket with --connect"
         )
     with translated_errors(path), Client(path) as client:
-        told = client.doctor()
-    checks = [_agent(told)]
-    checks += [Check("note", Status.WARN, note) for note in told["notes"]]
-    checks += [_probe(from_json(Probe, probe)) for probe in told["probes"]]
-    return Report(told["version"], tuple(checks), told["mode"], told["ready"], running=True)
+        report = client.doctor()
+    checks = [_agent(report)]
+    checks += [Check("note", Status.WARN, note) for note in report["notes"]]
+    checks += [_probe(from_json(Probe, probe)) for probe in report["probes"]]
+    return Report(report["version"], tuple(checks), report["mode"], report["ready"], running=True)
 
 
-def _agent(told: dict[str, Any]) -> Check:
-    kept = " ".join(told["capabilities"]) or "none"
-    found = f"{told['version']}, process {told['pid']}, mode {told['mode']}, capabilities: {kept}"
-    if told["ready"]:
+def _agent(report: dict[str, Any]) -> Check:
+    kept = " ".join(report["capabilities"]) or "none"
+    found = f"{report['version']}, process {report['pid']}, mode {report['mode']}, capabilities: {kept}"
+    if report["ready"]:
         return Check("agent", Status.OK, f"ready: {found}")
-    return Check("agent", Status.FAIL, f"not ready ({told['reason']}): {found}", "read its log")
+    return Check("agent", Status.FAIL, f"not ready ({report['reason']}): {found}", "read its log")
 
 
 def _running(path: Path | None) -> Check:

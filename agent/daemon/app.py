@@ -83,7 +83,7 @@ class App:
         self._cpus = Cpus()
         self._started = time.time()
         self._failure: BaseException | None = None
-        self._said_ready: bool | None = None  # in the log
+        self._logged_ready: bool | None = None  # in the log
         self._done = asyncio.Event()
         self._read_at = self._logged_at = time.monotonic()
         self._may_log, self._not_logged = float(FINDING_LINES), 0
@@ -138,7 +138,7 @@ class App:
             self._loop.add_signal_handler(number, self._done.set)
         if self._dns:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
-            self._loop.add_signal_handler(signal.SIGUSR1, self._tell_of_dns)
+            self._loop.add_signal_handler(signal.SIGUSR1, self._log_dns_statistics)
         if self._starting.to_be_stopped:
             self._done.set()
         self._drop_capabilities()
@@ -162,9 +162,9 @@ class App:
         self._thread.start()
         systemd.notify("READY=1")
         self._watchdog = self._loop.create_task(self._notify_watchdog())
-        self._said_ready, reason = self._ready()
+        self._logged_ready, reason = self._ready()
         favour_servers()
-        if self._said_ready:
+        if self._logged_ready:
             log.info("ready")
         else:
             log.warning("not ready: %s", reason)
@@ -184,7 +184,7 @@ class App:
         assert self._dns
         self._reloading = self._loop.create_task(self._dns.reload())
 
-    def _tell_of_dns(self) -> None:
+    def _log_dns_statistics(self) -> None:
         assert self._dns
         for line in self._dns.statistics():
             log.info("dns: %s", line)
@@ -247,8 +247,8 @@ class App:
         self._left_out = left_out
         self._snapshot = self._state.snapshot(self_test_passed, now)
         ready, reason = self._ready()
-        if self._said_ready not in (None, ready) and not self._done.is_set():
-            self._said_ready = ready
+        if self._logged_ready not in (None, ready) and not self._done.is_set():
+            self._logged_ready = ready
             log.warning("ready again" if ready else "not ready: %s", *([] if ready else [reason]))
         self._read_at = time.monotonic()
 

@@ -38,7 +38,7 @@ LOSS_STAGES = {
 MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces share one
 MAX_EVICTIONS = 100  # rows that make room in one sample
 ENDED_SECONDS = 60.0  # longer than a scrape interval, so that Prometheus gets the last count
-LOOK_SECONDS = 5.0  # how often to check whether pods and containers have ended
+CHECK_SECONDS = 5.0  # how often to check whether pods and containers have ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class State:
     ) -> None:
         self._about = about
         self._senders = senders
-        self._next_look = 0.0
+        self._next_check = 0.0
         self._max_series = max_series
         self._forget = forget_seconds
         self._sums: dict[_Key, _Sum] = {}
@@ -148,7 +148,7 @@ class State:
         if self._about.mode != "netlink":  # there, the kernel only suspects wrong replies
             self._add_beyond(sample.beyond)
         self._sample = sample
-        self._look_who_ended(monotonic)
+        self._check_for_ended(monotonic)
         for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
             self._remove(idle)
         return [_row(known) for known in fresh.values()]
@@ -182,10 +182,10 @@ class State:
                 self._add_other(self._senders.namespace_of(tenant), more if more > 0 else count)
         self._beyond = dict(beyond)
 
-    def _look_who_ended(self, monotonic: float) -> None:
-        if monotonic < self._next_look:
+    def _check_for_ended(self, monotonic: float) -> None:
+        if monotonic < self._next_check:
             return
-        self._next_look = monotonic + LOOK_SECONDS
+        self._next_check = monotonic + CHECK_SECONDS
         answers: dict[str, bool] = {}  # many rows have one container
         for known in self._sums.values():
             sender = known.sender

@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
-from udpwatch.agent.daemon.state import ENDED_SECONDS, LOOK_SECONDS, LOSS_STAGES, About, SenderLookup, State
+from udpwatch.agent.daemon.state import CHECK_SECONDS, ENDED_SECONDS, LOSS_STAGES, About, SenderLookup, State
 from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Sample, Sender, Verdict
 
 
@@ -272,7 +272,7 @@ def test_restarted_container_keeps_its_series() -> None:
     containers.ended = {"a"}
     summed.add(sample(), 0, 10)
     containers.ended = set()
-    summed.add(sample(), 0, 10 + LOOK_SECONDS)
+    summed.add(sample(), 0, 10 + CHECK_SECONDS)
     summed.add(sample(), 0, 11 + ENDED_SECONDS)
     assert ports(summed) == [1, 2, 3, 1003]
 
@@ -306,4 +306,4 @@ def test_each_container_is_checked_once_and_seldom() -> None:
     containers.asked = 0
     for tenth in range(100, 300):
         summed.add(sample(), 0, tenth / 10)
-    assert containers.asked == 2 * 20 / LOOK_SECONDS
+    assert containers.asked == 2 * 20 / CHECK_SECONDS
