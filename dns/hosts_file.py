@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from udpwatch.dns.idn import to_ascii
 from udpwatch.dns.names import MAX_NAME_BYTES, lower, name_from_text, pack_address
 from udpwatch.dns.settings import ETC_HOSTS, Settings
 
@@ -109,7 +110,7 @@ def _read_line(add: Add, words: list[bytes], domain: bytes) -> str:
 
 
 def _host_name(word: bytes) -> bytes | None:
-    """Convert to wire format in lower case; None for an invalid host name."""
+    """Convert to wire format in lower case, international names in their xn-- form; None for an invalid host name."""
     word = word.lower()
     if _PLAIN_NAME.fullmatch(word) and len(word) < 254:
         return b"".join([bytes((len(label),)) + label for label in word.split(b".")]) + b"\0"
@@ -117,7 +118,7 @@ def _host_name(word: bytes) -> bytes | None:
         text = word.decode()
         if "\\" in text or not text.isprintable():
             return None
-        name = lower(name_from_text(text))
+        name = lower(name_from_text(to_ascii(text)))
     except ValueError:  # UnicodeDecodeError is one
         return None
     return name if name != b"\0" else None

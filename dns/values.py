@@ -10,6 +10,7 @@ import dnslib
 
 from udpwatch.dns.conffile import parts
 from udpwatch.dns.host_port import host_port
+from udpwatch.dns.idn import to_ascii
 from udpwatch.dns.names import lower, name_from_text
 from udpwatch.dns.settings import Server, Settings
 
@@ -49,13 +50,11 @@ def optional_path(text: str) -> Path | None:
 
 
 def name_of(text: str) -> bytes:
-    """Convert to wire format in lower case. Only ASCII: clients ask for the xn-- form of other names."""
-    if not text.isascii():
-        raise Rejected("a name in ASCII; write an international name in its xn-- form")
+    """Convert to wire format in lower case; international names in their xn-- form."""
     if any(character < " " or character == "\x7f" for character in text) or text.strip(" .") == "":
         raise Rejected("a name with at least one label and without control characters")
     try:
-        return lower(name_from_text(text))
+        return lower(name_from_text(to_ascii(text)))
     except ValueError as error:
         raise Rejected(f"a valid name; this one has {error}") from None
 

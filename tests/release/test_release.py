@@ -139,7 +139,7 @@ def test_sbom_lists_every_package_of_the_constraints(files: Path) -> None:
     assert {part["purl"].removeprefix("pkg:pypi/") for part in bom["components"]} == pinned
     (needs,) = (each["dependsOn"] for each in bom["dependencies"] if each["ref"] == f"pkg:pypi/udpwatch@{__version__}")
     assert {re.sub("@.*", "", each) for each in needs} == {
-        f"pkg:pypi/{name}" for name in ("dnslib", "inotify-simple", "prometheus-client", "pyroute2", "textual")
+        f"pkg:pypi/{name}" for name in ("dnslib", "idna", "inotify-simple", "prometheus-client", "pyroute2", "textual")
     }
 
 

@@ -16,6 +16,7 @@ ALLOWED: dict[str, set[str]] = {
     "host_port": set(),
     "names": set(),
     "netlink": set(),
+    "idn": set(),
     "shares": set(),
     "budget": set(),
     "settings": {"names"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "limited_log": set(),
     "metrics": {"cache", "message"},
     # files
-    "hosts_file": {"names", "settings"},
+    "hosts_file": {"idn", "names", "settings"},
     "resolvconf": {"settings"},
     "watch": set(),
     "zone": {"errors", "hosts_file", "message", "names", "settings"},
@@ -57,7 +58,7 @@ ALLOWED: dict[str, set[str]] = {
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
     "conffile": {"errors"},
-    "values": {"conffile", "host_port", "names", "settings"},
+    "values": {"conffile", "host_port", "idn", "names", "settings"},
     "option_readers": {"conffile", "message", "names", "settings", "values"},
     "option_table": {"option_readers", "values"},
     "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
@@ -83,6 +84,7 @@ ALLOWED: dict[str, set[str]] = {
 #: Modules that decide: no sockets, no files, no clock of their own.
 WITHOUT_IO = {
     "host_port",
+    "idn",
     "names",
     "message",
     "cname",

@@ -144,7 +144,7 @@ def test_addresses_are_compared_in_full(load: Load) -> None:
 
 @pytest.mark.parametrize(
     ("text", "name"),
-    [("under_score.example", None), ("-dash-", None), ("1.2.3.4", None), ("ü.example", b"\x02\xc3\xbc\x07example\0")],
+    [("under_score.example", None), ("-dash-", None), ("1.2.3.4", None), ("ü.example", b"\x07xn--tda\x07example\0")],
 )
 def test_unusual_names_are_accepted(load: Load, text: str, name: bytes | None) -> None:
     table, complaints = load(f"192.0.2.1 {text}\n")
@@ -152,10 +152,11 @@ def test_unusual_names_are_accepted(load: Load, text: str, name: bytes | None) -
     assert complaints == []
 
 
-def test_case_is_folded_for_ascii_only(load: Load) -> None:
-    """U+017F, which Python and IDNA fold to s, stays a different letter."""
-    table, _ = load("192.0.2.1 \u017f.example\n")
-    assert addresses(table, "s.example") == ["?"]
+def test_international_name_that_cannot_be_converted(load: Load, tmp_path: Path) -> None:
+    table, complaints = load("192.0.2.1 good.example i♥ny.example Bücher.Example\n192.0.2.2 next.example\n")
+    assert [addresses(table, f"{each}.example") for each in ("good", "xn--bcher-kva")] == [["192.0.2.1"]] * 2
+    assert addresses(table, "next.example") == ["192.0.2.2"]
+    assert complaints == [f"bad name at {tmp_path / 'hosts'} line 1"]
 
 
 def test_longest_names(load: Load) -> None:
