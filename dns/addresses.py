@@ -13,8 +13,9 @@ from udpwatch.dns.netlink import BUFFER, Netlink, attributes
 
 _RTM_GETADDR = 22
 _RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV6_IFADDR = 0x1, 0x10, 0x100
-_IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_IFA_ADDRESS, _IFA_LOCAL, _IFA_LABEL, _IFA_FLAGS = 1, 2, 3, 8
 _IFA_F_TENTATIVE, _IFA_F_DADFAILED = 0x40, 0x08
+_IFA_F_TEMPORARY, _IFA_F_DEPRECATED = 0x01, 0x20  # of IPv6; for IPv4, 0x01 means secondary
 
 _ifaddrmsg = struct.Struct("=BBBBI")
 
@@ -28,6 +29,8 @@ class Local:
     index: int  # interface index
     interface: str
     usable: bool  # False while duplicate address detection runs, or if it failed
+    label: str  # the interface, or its label (eth0:1)
+    is_preferred: bool  # False for an IPv6 address that is temporary, deprecated or tentative
 
     @property
     def text(self) -> str:
@@ -61,12 +64,16 @@ def _read(payload: memoryview, names: dict[int, str]) -> Local | None:
         return None
     if _IFA_FLAGS in found:
         flags = struct.unpack("=I", found[_IFA_FLAGS])[0]
+    name = names.get(index, f"if{index}")
+    secondary = _IFA_F_TEMPORARY | _IFA_F_DEPRECATED | _IFA_F_TENTATIVE
     return Local(
         packed=packed,
         network=ipaddress.ip_network((peer or packed, prefix), strict=False),
         index=index,
-        interface=names.get(index, f"if{index}"),
+        interface=name,
         usable=not flags & (_IFA_F_TENTATIVE | _IFA_F_DADFAILED),
+        label=found[_IFA_LABEL].rstrip(b"\0").decode(errors="replace") if _IFA_LABEL in found else name,
+        is_preferred=family == socket.AF_INET or not flags & secondary,
     )
 
 

@@ -17,13 +17,14 @@ import dnslib
 from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
 from udpwatch.dns.names import name_to_text, suffixes
-from udpwatch.dns.settings import DomainAddress, HostRecord, Server, StaticRecord
+from udpwatch.dns.settings import DomainAddress, HostRecord, InterfaceName, Server, StaticRecord
 from udpwatch.dns.values import (
     ROOT,
     Rejected,
     address_of_text,
     domains_of,
     file_path,
+    interface_or_label,
     name_of,
     seconds,
     server_of,
@@ -300,6 +301,32 @@ def read_host_record(draft: Draft, value: str) -> None:
     if not names or not addresses:
         raise Rejected("NAME[,NAME..][,IPv4][,IPv6][,TTL] with at least a name and an address")
     draft.add("host_records", HostRecord(tuple(names), tuple(addresses.values()), ttl))
+
+
+def read_interface_name(draft: Draft, value: str) -> None:
+    fields = parts(value)
+    if len(fields) != 2:
+        raise Rejected("NAME,INTERFACE[/4|/6]")
+    interface, slash, family = fields[1].partition("/")
+    if slash and family not in ("4", "6"):
+        raise Rejected("/4, /6 or nothing after the interface")
+    ipv4, ipv6 = None if family == "6" else "", None if family == "4" else ""
+    draft.add("interface_names", InterfaceName(name_of(fields[0]), interface_or_label(interface), ipv4, ipv6))
+
+
+def read_dynamic_host(draft: Draft, value: str) -> None:
+    name, *given = parts(value)
+    interface = given.pop() if given else ""
+    hosts: dict[int, str] = {}
+    for text in given:
+        address = address_of_text(text)
+        if address.version in hosts:
+            raise Rejected("one address per family; use another --dynamic-host for more")
+        hosts[address.version] = str(address)
+    if not hosts:
+        raise Rejected("NAME,[IPv4],[IPv6],INTERFACE with at least one address")
+    dynamic = InterfaceName(name_of(name), interface_or_label(interface), hosts.get(4), hosts.get(6))
+    draft.add("interface_names", dynamic)
 
 
 def read_log_facility(_: Draft, value: str) -> None:

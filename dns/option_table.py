@@ -144,6 +144,19 @@ OPTIONS = (
     ),
     _option("--cname=ALIAS[,..],TARGET[,TTL]", readers.read_cname, "aliases of a name", "*.DOMAIN is refused"),
     _option(
+        "--interface-name=NAME,INTERFACE[/4|/6]",
+        readers.read_interface_name,
+        "the addresses of an interface, as they change, and their reverse",
+        "no address: NODATA; dnsmasq queries the upstream servers",
+    ),
+    _option(
+        "--dynamic-host=NAME,[IPv4],[IPv6],INTERFACE",
+        readers.read_dynamic_host,
+        "addresses in the networks of an interface, as they change, and their reverse; the host part is that of the "
+        "given address",
+        "a second address of a family is refused",
+    ),
+    _option(
         "-Y --txt-record=NAME[,TEXT..]",
         readers.read_txt,
         "a TXT record; each text is one string, or several if longer than 255",
@@ -462,8 +475,8 @@ _MISSING = {
     ),
     """
     add-cpe-id add-mac add-subnet alias:V cache-rr connmark-allowlist
-    connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask dynamic-host fast-dns-retry
-    filterwin2k:f interface-name localise-queries:y log-async log-debug max-port max-tcp-connections min-port
+    connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
+    filterwin2k:f localise-queries:y log-async log-debug max-port max-tcp-connections min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

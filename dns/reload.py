@@ -14,6 +14,7 @@ from pathlib import Path
 from udpwatch.dns import zone
 from udpwatch.dns.errors import HostsError
 from udpwatch.dns.failover import Failover
+from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolvconf import read_resolv
 from udpwatch.dns.responder import Responder
@@ -27,9 +28,15 @@ class ZoneReloader:
     """Replaces the responder's zone."""
 
     def __init__(
-        self, settings: Settings, responder: Responder, metrics: Metrics, invalidate: Callable[[], None]
+        self,
+        settings: Settings,
+        responder: Responder,
+        metrics: Metrics,
+        invalidate: Callable[[], None],
+        interfaces: HostInterfaces | None = None,
     ) -> None:
         self._settings, self._responder, self._metrics, self._invalidate = settings, responder, metrics, invalidate
+        self._interfaces = interfaces
         self._logged_error = ""  # so that retries do not repeat it
         self._loading = asyncio.Lock()
 
@@ -48,7 +55,7 @@ class ZoneReloader:
         """
         async with self._loading:
             try:
-                table = await asyncio.to_thread(zone.build, self._settings, warn, missing_ok)
+                table = await asyncio.to_thread(zone.build, self._settings, warn, missing_ok, self._interfaces)
             except HostsError as error:
                 self._metrics.hosts_unreadable = error.files
                 if str(error) != self._logged_error:

@@ -21,6 +21,7 @@ from udpwatch.dns.cache import Cache
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.forwarder import ALL_ASKED, Forwarder
 from udpwatch.dns.handover import HandoverQueue
+from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.listen import Listening
 from udpwatch.dns.metrics import DnsCollector, Metrics
@@ -70,7 +71,8 @@ class Service:
         common = self._responder, self.metrics, self._admission
         self._udp = UdpServer(*common, self._handover.put, log_query)
         self._tcp = TcpServer(*common, self._forwarder, log_query, budget)
-        self._zone = ZoneReloader(settings, self._responder, self.metrics, self._udp.invalidate)
+        self._interfaces = HostInterfaces(settings)
+        self._zone = ZoneReloader(settings, self._responder, self.metrics, self._udp.invalidate, self._interfaces)
         self._routes = RouteReloader(
             settings,
             self._responder,
@@ -165,6 +167,8 @@ class Service:
     def _use_addresses(self, locals_: list[Local]) -> None:
         self._locals = locals_
         self._admission.update(local.network for local in locals_)
+        if self._interfaces.update(locals_):
+            self._udp.invalidate()
 
     def _on_addresses(self, locals_: list[Local]) -> bool:
         """Follow a change of addresses. Return whether all that should be bound is bound."""

@@ -61,6 +61,16 @@ class HostRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class InterfaceName:
+    """`--interface-name`, `--dynamic-host`: a name with the addresses of an interface, or in its networks."""
+
+    name: bytes  # wire format, lower case
+    interface: str  # or a label: eth0:1
+    ipv4: str | None = ""  # "": the interface's addresses; None: no IPv4; else the address whose host part is taken
+    ipv6: str | None = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings; the defaults are those of `udpwatch dns` without options."""
 
@@ -82,6 +92,7 @@ class Settings:
     addresses: tuple[DomainAddress, ...] = ()
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()
+    interface_names: tuple[InterfaceName, ...] = ()
     local_mx: bytes = b""  # wire format: the MX target of each name with an address; b"": none
     self_mx: bool = False  # each name with an address is its own MX target
     domain: bytes = b""  # wire format, lower case

@@ -105,6 +105,16 @@ def _device(text: str, star: bool = False) -> str:
     return text
 
 
+def interface_or_label(text: str) -> str:
+    """An interface, or a label of its addresses: eth0:1."""
+    try:
+        _device(text.partition(":")[0])
+        _device(text.replace(":", "."))
+    except Rejected:
+        raise Rejected(f"an interface name or label of at most {MAX_INTERFACE_BYTES} bytes") from None
+    return text
+
+
 def listening_device(text: str) -> str:
     return _device(text, star=True)
 

@@ -20,6 +20,7 @@ from itertools import chain
 
 from udpwatch.dns.errors import HostsError
 from udpwatch.dns.hosts_file import Complain, hosts_files, read_hosts
+from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.message import Type
 from udpwatch.dns.names import REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
@@ -51,10 +52,11 @@ class Found:
 
 
 class Zone:
-    """All local names. Created by `build`, never changed afterwards."""
+    """All local names. Created by `build`, never changed afterwards, except for the addresses of interfaces."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, interfaces: HostInterfaces | None = None) -> None:
         self._ttl = settings.local_ttl
+        self._interfaces = interfaces or HostInterfaces(settings)
         self._local_mx, self._self_mx = settings.local_mx, settings.self_mx
         #: name -> concatenated addresses: 60 bytes per name less than a list
         self._addresses: dict[int, dict[bytes, bytes]] = {Type.A: {}, Type.AAAA: {}}
@@ -85,11 +87,9 @@ class Zone:
         return Found((), True, CONFIG)
 
     def _find(self, name: bytes, kind: int) -> Found | None:
-        rrsets = [
-            Rrset(name, each, self._own_ttl.get(name, self._ttl), _split(packed, _ADDRESS_BYTES[Type(each)]))
-            for each, table in self._addresses.items()
-            if (packed := table.get(name))
-        ]
+        if name.endswith((REVERSE_4, REVERSE_6)) and (pointer := self._find_pointer(name, kind, True)):
+            return pointer
+        rrsets = self._address_rrsets(name)
         origin = self._origins.get(name, HOSTS)
         for each, records in self._records.get(name, {}).items():
             ttl = next((record.ttl for record in records if record.ttl is not None), self._ttl)
@@ -99,12 +99,31 @@ class Zone:
             wanted = [rrset for rrset in rrsets if rrset.type == Type.CNAME] or self._find_mx(name, kind, rrsets)
         if wanted or any(rrset.type in _ADDRESS_BYTES for rrset in rrsets) or self._records.get(name) == {}:
             return Found(tuple(wanted), True, origin)
-        if name.endswith((REVERSE_4, REVERSE_6)) and (address := address_of(name)) in self._reverse:
-            target = self._reverse[address]
-            ttl = self._own_ttl.get(target, self._ttl)
-            pointers = (Rrset(name, Type.PTR, ttl, (target,)),) if kind in (Type.PTR, Type.ANY) else ()
-            return Found(pointers, True, self._origins.get(target, HOSTS))
+        if name.endswith((REVERSE_4, REVERSE_6)) and (pointer := self._find_pointer(name, kind, False)):
+            return pointer
         return self._find_wild(name, kind)
+
+    def _address_rrsets(self, name: bytes) -> list[Rrset]:
+        """Return the addresses of a name: those of interfaces, or those of hosts files and host records."""
+        ttl, dynamic = self._own_ttl.get(name, self._ttl), self._interfaces.addresses(name)
+        if dynamic is not None:
+            found = [(kind, dynamic[size]) for kind, size in _ADDRESS_BYTES.items()]
+        else:
+            found = [
+                (kind, _split(self._addresses[kind].get(name, b""), size)) for kind, size in _ADDRESS_BYTES.items()
+            ]
+        return [Rrset(name, kind, ttl, data) for kind, data in found if data]
+
+    def _find_pointer(self, name: bytes, kind: int, of_interfaces: bool) -> Found | None:
+        """Answer a reverse name. Interfaces come before configured records, which come before hosts files."""
+        address = address_of(name)
+        if address is None:
+            return None
+        target = self._interfaces.pointer(address) if of_interfaces else self._reverse.get(address)
+        if target is None:
+            return None
+        rrset = Rrset(name, Type.PTR, self._own_ttl.get(target, self._ttl), (target,))
+        return Found((rrset,) if kind in (Type.PTR, Type.ANY) else (), True, self._origins.get(target, HOSTS))
 
     def _find_mx(self, name: bytes, kind: int, rrsets: list[Rrset]) -> list[Rrset]:
         """Return the MX record of a name with an address: `--localmx`, `--selfmx`."""
@@ -176,6 +195,9 @@ class Zone:
                 self._records.setdefault(name, {})  # is answered for every type, also without an address
                 if host.ttl is not None:
                     self._own_ttl[name] = host.ttl
+        for each in settings.interface_names:
+            self._records.setdefault(each.name, {})
+            self._origins.setdefault(each.name, CONFIG)
         for record in settings.records:
             self._origins.setdefault(record.name, CONFIG)
             self._records.setdefault(record.name, {}).setdefault(record.type, []).append(record)
@@ -192,12 +214,14 @@ class Zone:
                 parent = parent[1 + parent[0] :]
 
 
-def build(settings: Settings, complain: Complain, missing_ok: bool = False) -> Zone:
+def build(
+    settings: Settings, complain: Complain, missing_ok: bool = False, interfaces: HostInterfaces | None = None
+) -> Zone:
     """Read every file. Raises HostsError if some cannot be read; with ``missing_ok``, complain instead.
 
     ``/etc/hosts`` may always be missing, as with dnsmasq.
     """
-    zone = Zone(settings)
+    zone = Zone(settings, interfaces)
     missed: list[str] = []
     zone._add_settings(settings)
     domain = settings.domain if settings.expand_hosts else b""

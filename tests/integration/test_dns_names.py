@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from dns_server import Responder, ask, rcode, texts, write
 from dnsmasq import dnsmasq
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 
@@ -57,3 +59,68 @@ def test_international_names(folder: Path) -> None:
         assert [found(node, "xn--iny-zx5a.example") for node in nodes] == [("NXDOMAIN", [])] * 2
         pointers = [found(node, "2.2.0.192.in-addr.arpa", "PTR") for node in nodes]
         assert pointers == [("NOERROR", ["xn--hst-sna.example."])] * 2
+
+
+def networks(node: Namespace) -> None:
+    """Two interfaces, with IPv4 and IPv6, and a label."""
+    node.ip("link add br1 type bridge", "link set br1 addrgenmode none", "link set br1 up")
+    node.ip("addr add 10.61.0.1/24 dev br1", "addr add 10.61.1.1/25 dev br1", "addr add fd61::1/64 dev br1 nodad")
+    node.ip("addr add fd65::5/64 dev br1 nodad preferred_lft 0", "addr add 10.61.2.1/24 dev br1 label br1:1")
+    node.ip(
+        "link add br2 type bridge", "link set br2 addrgenmode none", "link set br2 up", "addr add 10.62.0.1/24 dev br2"
+    )
+
+
+def pointer(address: str) -> str:
+    return ip_address(address).reverse_pointer
+
+
+INTERFACE_NAMES = (
+    *("--interface-name=every.test,br1", "--interface-name=four.test,br1/4", "--interface-name=six.test,br1/6"),
+    *("--interface-name=every.test,br2", "--interface-name=label.test,br1:1", "--interface-name=none.test,br9"),
+    *("--dynamic-host=eight.test,0.0.0.8,::8,br1", "--dynamic-host=six.only.test,fd00::a:0:0:9,br1"),
+    *(
+        "--cname=alias.test,every.test",
+        "--ptr-record=1.0.62.10.in-addr.arpa,other.test",
+        "--host-record=every.test,192.0.2.1",
+    ),
+)
+
+
+def test_names_of_interfaces() -> None:
+    with both(*INTERFACE_NAMES, "--local=/test/", setup=networks) as nodes:
+        for name, kind, data in (
+            ("every.test", "A", ["10.61.0.1", "10.61.1.1", "10.62.0.1"]),
+            ("every.test", "AAAA", ["fd61::1"]),  # not the deprecated one
+            ("four.test", "A", ["10.61.0.1", "10.61.1.1"]),
+            ("four.test", "AAAA", []),
+            ("six.test", "AAAA", ["fd61::1"]),
+            ("label.test", "A", ["10.61.2.1"]),
+            ("none.test", "A", []),
+            ("eight.test", "A", ["10.61.0.8", "10.61.1.8"]),
+            ("eight.test", "AAAA", ["fd61::8"]),
+            ("six.only.test", "A", []),
+            ("six.only.test", "AAAA", ["fd61::a:0:0:9"]),
+            ("only.test", "A", []),
+            ("alias.test", "A", ["10.61.0.1", "10.61.1.1", "10.62.0.1", "every.test."]),
+            (pointer("10.61.0.1"), "PTR", ["every.test."]),
+            (pointer("fd65::5"), "PTR", ["every.test."]),
+            (pointer("10.62.0.1"), "PTR", ["every.test."]),
+            (pointer("10.61.1.8"), "PTR", ["eight.test."]),
+            (pointer("10.61.2.1"), "PTR", ["label.test."]),
+        ):
+            assert [found(node, name, kind) for node in nodes] == [("NOERROR", data)] * 2, (name, kind)
+
+
+def test_names_follow_the_addresses_of_their_interfaces() -> None:
+    with both(*INTERFACE_NAMES, setup=networks) as nodes:
+        assert [found(node, "label.test") for node in nodes] == [("NOERROR", ["10.61.2.1"])] * 2
+        for node in nodes:
+            node.ip("addr del 10.61.2.1/24 dev br1", "addr add 10.61.3.1/24 dev br1 label br1:1")
+            node.ip("addr add 10.62.7.1/24 dev br2", "link add br9 type bridge", "addr add 10.69.0.1/24 dev br9")
+            wait_for(lambda node=node: found(node, "label.test")[1] == ["10.61.3.1"], "the new address")
+            wait_for(lambda node=node: found(node, "none.test")[1] == ["10.69.0.1"], "the new interface")
+            assert "10.62.7.1" in found(node, "every.test")[1]
+            assert found(node, pointer("10.61.3.1"), "PTR")[1] == ["label.test."]
+            node.ip("link del br9")
+            wait_for(lambda node=node: found(node, "none.test")[1] == [], "it to disappear")

@@ -54,6 +54,7 @@ NOT_A_TENANTS = {
             "values.py:MAX_INTERFACE_BYTES",
             "values.py:MAX_SECONDS",
             "watch.py:MAX_PAUSE_SECONDS",
+            "idn.py:MAX_TEXT",
             "names.py:MAX_LABEL_BYTES",
             "message.py:MAX_MESSAGE_BYTES",
             "names.py:MAX_NAME_BYTES",

@@ -32,7 +32,8 @@ ALLOWED: dict[str, set[str]] = {
     "hosts_file": {"idn", "names", "settings"},
     "resolvconf": {"settings"},
     "watch": set(),
-    "zone": {"errors", "hosts_file", "message", "names", "settings"},
+    "interfaces": {"addresses", "names", "settings"},
+    "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings"},
     # from a query to a response
     "responder": {"cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
     "querylog": {"message", "metrics", "names", "responder"},
@@ -63,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "option_table": {"option_readers", "values"},
     "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
     # the whole
-    "reload": {"errors", "failover", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
+    "reload": {"errors", "failover", "interfaces", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
     "service": {
         *(
             "address_monitor",
@@ -74,6 +75,7 @@ ALLOWED: dict[str, set[str]] = {
             "failover",
             "forwarder",
             "handover",
+            "interfaces",
             "limited_log",
         ),
         *("listen", "metrics", "querylog", "reload", "responder", "settings", "statistics", "tcp", "udp", "upstream"),

@@ -34,7 +34,15 @@ from udpwatch.dns.option_table import (
     usage,
 )
 from udpwatch.dns.options import Information, parse, read_conf
-from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
+from udpwatch.dns.settings import (
+    DomainAddress,
+    DomainServers,
+    HostRecord,
+    InterfaceName,
+    Server,
+    Settings,
+    StaticRecord,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENT = ROOT / options.DOCUMENT
@@ -117,6 +125,14 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     (
         "--host-record=a.example, b.example, 2001:db8::1, 192.0.2.1, 60",
         {"host_records": (HostRecord((A, B), ("2001:db8::1", "192.0.2.1"), 60),)},
+    ),
+    ("--interface-name=A.example,eth0", {"interface_names": (InterfaceName(A, "eth0"),)}),
+    ("--interface-name=a.example, eth0:1/4", {"interface_names": (InterfaceName(A, "eth0:1", ipv6=None),)}),
+    ("--interface-name=a.example,eth0/6", {"interface_names": (InterfaceName(A, "eth0", ipv4=None),)}),
+    ("--dynamic-host=a.example,0.0.0.8,eth0", {"interface_names": (InterfaceName(A, "eth0", "0.0.0.8", None),)}),
+    (
+        "--dynamic-host=a.example,::0:8, 0.0.0.8,eth0",
+        {"interface_names": (InterfaceName(A, "eth0", "0.0.0.8", "::8"),)},
     ),
     ("--cname=a.example,b.example", record(Type.CNAME, B)),
     ("--cname=a.example,b.example,60", record(Type.CNAME, B, ttl=60)),
@@ -265,6 +281,9 @@ BAD = [
     *(f"--address={value}" for value in ("", "192.0.2.1", "//192.0.2.1", "/*a/192.0.2.1", "/a/b", "/a/::1%lo")),
     *(f"--host-record={value}" for value in ("", "a", "192.0.2.1", "a,b", "a,192.0.2.1,192.0.2.2", "a,192.0.2.1,1,2")),
     *(f"--host-record={value}" for value in ("a,192.0.2.1,99999999999", "a..b,192.0.2.1", "a,,192.0.2.1")),
+    *(f"--interface-name={value}" for value in ("", "a.example", "a.example,", ",eth0", "a,eth0/5", "a,b c", "a,b,c")),
+    *(f"--dynamic-host={value}" for value in ("", "a", "a,eth0", "a,0.0.0.8", "a,0.0.0.8,", "a,0.0.0.8,0.0.0.9,eth0")),
+    *(f"--dynamic-host={value}" for value in ("a,0.0.0.8,eth0/4", "a,b,eth0", ",::8,eth0", "a,fe80::1%lo,eth0")),
     *(f"--cname={value}" for value in ("", "a", "a,", "a,1,", "*.a,b", "a,b,a,c", "a,b,99999999999", "a..b,c")),
     *(f"--txt-record={value}" for value in ("", ",x", "a..b,x", "a," + "x," * 33000)),
     *(f"--srv-host={value}" for value in ("", "a,b,x", "a,b,1,x", "a,b,1,1,65536", "a,b,1,1,1,1", "a..b", "a,b..c")),
