@@ -1,4 +1,4 @@
-"""Local names that depend on this host's interfaces: `--interface-name`, `--dynamic-host`.
+"""Local names that depend on this host's interfaces: `--interface-name`, `--dynamic-host`, `--localise-queries`.
 
 The tables are replaced whole, by one assignment, when the addresses change; readers in any thread see the old ones or
 the new ones.
@@ -22,14 +22,17 @@ class HostInterfaces:
 
     def __init__(self, settings: Settings) -> None:
         self._names = settings.interface_names
+        self._localises = settings.localise_queries
+        self._masks: dict[bytes, int] = {}  # IPv4 address -> netmask
         self._tables: _Tables = _named(self._names, []), {}
 
     def update(self, locals_: Iterable[Local]) -> bool:
         """Take this host's addresses. Return whether responses change."""
-        if not self._names:
+        if not self._names and not self._localises:
             return False
         known, before = list(locals_), self._tables
         self._tables = _named(self._names, known), _pointers(self._names, known)
+        self._masks = {local.packed: _mask(local) for local in known if len(local.packed) == 4}
         return self._tables != before
 
     def addresses(self, name: bytes) -> dict[int, tuple[bytes, ...]] | None:
@@ -39,6 +42,23 @@ class HostInterfaces:
     def pointer(self, address: bytes) -> bytes | None:
         """Return the name of an address of an interface."""
         return self._tables[1].get(address)
+
+    def selects(self, asked: bytes) -> bool:
+        """Return whether responses to queries for this address of this host depend on it; b"" if it is not known."""
+        return self._localises and asked in self._masks
+
+    def near(self, addresses: tuple[bytes, ...], asked: bytes) -> tuple[bytes, ...]:
+        """Return those IPv4 addresses that are in the network of the address that was asked, or all if none is.
+
+        The network is that of the interface with this address, which may not be the one on which the query arrived.
+        """
+        mask = self._masks.get(asked, 0)
+        network = int.from_bytes(asked, "big") & mask
+        return tuple(each for each in addresses if int.from_bytes(each, "big") & mask == network) or addresses
+
+
+def _mask(local: Local) -> int:
+    return int(local.network.netmask)
 
 
 def _named(names: tuple[InterfaceName, ...], known: list[Local]) -> Addresses:
@@ -70,6 +90,6 @@ def _address(name: InterfaceName, local: Local) -> bytes | None:
     host = name.ipv4 if len(local.packed) == 4 else name.ipv6
     if not host:
         return None if host is None else local.packed
-    mask = int(local.network.netmask)
+    mask = _mask(local)
     joined = int.from_bytes(local.packed, "big") & mask | int.from_bytes(pack_address(host), "big") & ~mask
     return joined.to_bytes(len(local.packed), "big")

@@ -157,6 +157,12 @@ OPTIONS = (
         "a second address of a family is refused",
     ),
     _option(
+        "-y --localise-queries",
+        readers.on("localise_queries"),
+        "if a name of a hosts file, a host record or an interface has several IPv4 addresses, return those in the "
+        "network of the address that was asked, if there are any",
+    ),
+    _option(
         "-Y --txt-record=NAME[,TEXT..]",
         readers.read_txt,
         "a TXT record; each text is one string, or several if longer than 255",
@@ -476,7 +482,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet alias:V cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    filterwin2k:f localise-queries:y log-async log-debug max-port max-tcp-connections min-port
+    filterwin2k:f log-async log-debug max-port max-tcp-connections min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet synth-domain umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

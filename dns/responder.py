@@ -84,8 +84,11 @@ class Responder:
         #: For hits.bind and misses.bind: queries answered locally, and forwarded.
         self.totals: Callable[[], tuple[int, int]] = lambda: (0, 0)
 
-    def respond(self, data: bytes, now: float, tcp: bool = False) -> Reply | Forward | Drop:
-        """Return what a query gets. ``now``: monotonic seconds. Never raises, whatever the bytes."""
+    def respond(self, data: bytes, now: float, tcp: bool = False, asked: bytes = b"") -> Reply | Forward | Drop:
+        """Return what a query gets. Never raises, whatever the bytes.
+
+        ``now``: monotonic seconds. ``asked``: the address of this host that was asked, 4 or 16 octets.
+        """
         try:
             query = message.parse_query(data)
         except Malformed as error:
@@ -93,13 +96,13 @@ class Responder:
                 return Drop(error.reason)
             return Reply(message.build_error(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
         most = TCP_BYTES if tcp else query.udp_bytes(min(self._settings.edns_packet_max, MAX_UDP_BYTES))
-        return self._refusal(data, query) or self._known(query, most, now) or self._unknown(query, most)
+        return self._refusal(data, query) or self._known(query, most, now, asked) or self._unknown(query, most)
 
-    def _known(self, query: Query, most: int, now: float) -> Reply | None:
+    def _known(self, query: Query, most: int, now: float, asked: bytes) -> Reply | None:
         """Answer from memory."""
         if query.klass == Class.CH:
             return self._chaos(query, most)
-        found = self.zone.find(query.name, query.type)
+        found = self.zone.find(query.name, query.type, asked)
         if found:
             return self._local(query, found, most)
         entry = self.cache.get(query.key, now)
@@ -169,7 +172,8 @@ class Responder:
         for rrset in found.rrsets:
             owner = message.TO_QUESTION if rrset.owner == query.name else rrset.owner
             records += [message.build_record(rrset.type, rrset.ttl, data, owner) for data in rrset.data]
-        return Reply(_with_answers(query, rcode, records, most), source, rcode, query, FOREVER, found)
+        until = 0.0 if any(rrset.varies for rrset in found.rrsets) else FOREVER
+        return Reply(_with_answers(query, rcode, records, most), source, rcode, query, until, found)
 
     def _chaos(self, query: Query, most: int) -> Reply:
         """Answer `version.bind` and similar names as dnsmasq does (dnsmasq(8), "cachesize.bind")."""

@@ -93,6 +93,7 @@ class Settings:
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()
     interface_names: tuple[InterfaceName, ...] = ()
+    localise_queries: bool = False  # of a name's IPv4 addresses, return those in the network of the address asked
     local_mx: bytes = b""  # wire format: the MX target of each name with an address; b"": none
     self_mx: bool = False  # each name with an address is its own MX target
     domain: bytes = b""  # wire format, lower case

@@ -53,10 +53,11 @@ log = logging.getLogger(__name__)
 
 
 class _Connection:
-    def __init__(self, writer: asyncio.StreamWriter, address: str, port: int) -> None:
+    def __init__(self, writer: asyncio.StreamWriter, address: str, port: int, asked: bytes) -> None:
         self.writer, self.address, self.port = writer, address, port
         self.family = "2" if ":" in address else "1"  # metric label
         self.packed = pack_address(address.partition("%")[0])
+        self.asked = asked  # the address of this host, 4 or 16 octets
         self.active = asyncio.get_running_loop().time()
         self.unanswered: set[asyncio.Task[None]] = set()
         self.slots = asyncio.Semaphore(MAX_UNANSWERED)
@@ -144,7 +145,8 @@ class TcpServer:
             LIMITED.write(log, logging.ERROR, "dns: a connection ended with %r", error, error=error)
 
     async def _serve_socket(self, link: socket.socket) -> None:
-        if not self._admission.admits_ingress(*_arrival(link)):
+        index, asked = _arrival(link)
+        if not self._admission.admits_ingress(index, asked):
             self._metrics.dropped["policy"][0] += 1
             link.close()
             return
@@ -153,15 +155,15 @@ class TcpServer:
         except BaseException:
             link.close()
             raise
-        await self.serve(reader, writer)
+        await self.serve(reader, writer, asked)
 
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer the queries of one connection until it ends, then close it."""
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asked: bytes = b"") -> None:
+        """Answer the queries of one connection until it ends, then close it. ``asked``: the address of this host."""
         peer = writer.get_extra_info("peername")
         try:
             if not peer:  # it has been closed already
                 return
-            connection = _Connection(writer, peer[0], peer[1])
+            connection = _Connection(writer, peer[0], peer[1], asked)
             if not self._admission.admits_client(connection.packed):
                 self._metrics.dropped["policy"][0] += 1
                 return
@@ -218,7 +220,8 @@ class TcpServer:
             connection.touch()
             if delay := self._budget.delay():
                 await asyncio.sleep(delay)
-            found = self._responder.respond(data, asyncio.get_running_loop().time(), tcp=True)
+            now = asyncio.get_running_loop().time()
+            found = self._responder.respond(data, now, tcp=True, asked=connection.asked)
             if isinstance(found, Drop):
                 self._metrics.malformed[found.reason][0] += 1
                 break  # what follows cannot be trusted

@@ -256,7 +256,7 @@ class UdpServer(threading.Thread):
         if not self._is_admitted(link, name, control):
             return None
         try:
-            found = self._responder.respond(packet, now)
+            found = self._responder.respond(packet, now, False, control[link.layout.destination])
             if self._log_query and not isinstance(found, Drop):
                 self._log_query(found, *peer_of(name))
         except Exception as error:  # a bug must not cost the thread

@@ -40,6 +40,7 @@ class Rrset:
     type: int
     ttl: int  # seconds
     data: tuple[bytes, ...]  # RDATA in wire format, names uncompressed
+    varies: bool = False  # it depends on the address that was asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,15 @@ class Zone:
         self.entries = 0  # names and aliases
         self.unreadable = 0  # files that could not be read
 
-    def find(self, name: bytes, kind: int) -> Found | None:
-        """Return the local answer for a name (wire format, lower case), or None if the name is not local."""
+    def find(self, name: bytes, kind: int, asked: bytes = b"") -> Found | None:
+        """Return the local answer for a name (wire format, lower case), or None if the name is not local.
+
+        ``asked``: the address of this host that was asked, for `--localise-queries`; b"" if it does not matter.
+        """
         aliases: list[Rrset] = []
         at = name
         for _ in range(CNAME_CHAIN):
-            found = self._find(at, kind)
+            found = self._find(at, kind, asked)
             if found is None and aliases and at in self._records:  # answer with the alias alone, as dnsmasq does
                 return Found(tuple(aliases), True, CONFIG)
             if found is None:
@@ -86,10 +90,10 @@ class Zone:
             at = found.rrsets[0].data[0]
         return Found((), True, CONFIG)
 
-    def _find(self, name: bytes, kind: int) -> Found | None:
+    def _find(self, name: bytes, kind: int, asked: bytes) -> Found | None:
         if name.endswith((REVERSE_4, REVERSE_6)) and (pointer := self._find_pointer(name, kind, True)):
             return pointer
-        rrsets = self._address_rrsets(name)
+        rrsets = self._address_rrsets(name, asked)
         origin = self._origins.get(name, HOSTS)
         for each, records in self._records.get(name, {}).items():
             ttl = next((record.ttl for record in records if record.ttl is not None), self._ttl)
@@ -103,16 +107,18 @@ class Zone:
             return pointer
         return self._find_wild(name, kind)
 
-    def _address_rrsets(self, name: bytes) -> list[Rrset]:
+    def _address_rrsets(self, name: bytes, asked: bytes) -> list[Rrset]:
         """Return the addresses of a name: those of interfaces, or those of hosts files and host records."""
         ttl, dynamic = self._own_ttl.get(name, self._ttl), self._interfaces.addresses(name)
-        if dynamic is not None:
-            found = [(kind, dynamic[size]) for kind, size in _ADDRESS_BYTES.items()]
-        else:
-            found = [
-                (kind, _split(self._addresses[kind].get(name, b""), size)) for kind, size in _ADDRESS_BYTES.items()
-            ]
-        return [Rrset(name, kind, ttl, data) for kind, data in found if data]
+        found = []
+        for kind, size in _ADDRESS_BYTES.items():
+            data = _split(self._addresses[kind].get(name, b""), size) if dynamic is None else dynamic[size]
+            varies = size == 4 and len(data) > 1 and self._interfaces.selects(asked)
+            if varies:
+                data = self._interfaces.near(data, asked)
+            if data:
+                found.append(Rrset(name, kind, ttl, data, varies))
+        return found
 
     def _find_pointer(self, name: bytes, kind: int, of_interfaces: bool) -> Found | None:
         """Answer a reverse name. Interfaces come before configured records, which come before hosts files."""

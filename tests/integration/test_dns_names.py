@@ -36,9 +36,11 @@ def both(*options: str, setup: Callable[[Namespace], None] = lambda node: None) 
             yield [ours, theirs]
 
 
-def found(node: Namespace, name: str, kind: str = "A", address: str = "127.0.0.1") -> tuple[str, list[str]]:
+def found(
+    node: Namespace, name: str, kind: str = "A", address: str = "127.0.0.1", tcp: bool = False
+) -> tuple[str, list[str]]:
     """Code and data of a response."""
-    response = ask(node, address, name, kind)
+    response = ask(node, address, name, kind, tcp)
     return rcode(response), texts(response)
 
 
@@ -124,3 +126,41 @@ def test_names_follow_the_addresses_of_their_interfaces() -> None:
             assert found(node, pointer("10.61.3.1"), "PTR")[1] == ["label.test."]
             node.ip("link del br9")
             wait_for(lambda node=node: found(node, "none.test")[1] == [], "it to disappear")
+
+
+@pytest.mark.parametrize("tcp", [False, True])
+def test_localised_responses(folder: Path, tcp: bool) -> None:
+    """They depend on the address that was asked, whatever was asked before."""
+    near, far, other = "10.61.0.50", "10.62.0.50", "192.0.2.1"
+    hosts = write(folder / "hosts", *(f"{each} many.test" for each in (near, far, other)), f"{far} one.test")
+    options = (
+        f"--addn-hosts={hosts}",
+        "--interface-name=own.test,br1",
+        "--interface-name=own.test,br2",
+        "--localise-queries",
+    )
+    more = ("--cname=alias.test,many.test", f"--host-record=host.test,{near}", f"--host-record=host.test,{far}")
+    wild = (f"--address=/wild.test/{near}", f"--address=/wild.test/{far}")
+    cases = {
+        "many.test": {
+            "10.61.0.1": [near],
+            "10.62.0.1": [far],
+            "10.61.1.1": [near, far, other],
+            "fd61::1": [near, far, other],
+        },
+        "one.test": {"10.61.0.1": [far], "10.62.0.1": [far]},
+        "own.test": {
+            "10.61.0.1": ["10.61.0.1"],
+            "10.62.0.1": ["10.62.0.1"],
+            "fd61::1": ["10.61.0.1", "10.61.1.1", "10.62.0.1"],
+        },
+        "alias.test": {"10.61.0.1": [near, "many.test."], "10.62.0.1": [far, "many.test."]},
+        "host.test": {"10.61.0.1": [near], "10.62.0.1": [far], "127.0.0.1": [near, far]},
+        "wild.test": {"10.61.0.1": [near, far], "10.62.0.1": [near, far]},
+    }
+    with both(*options, *more, *wild, setup=networks) as nodes:
+        for _ in range(2):
+            for name, expected in cases.items():
+                for address, data in expected.items():
+                    responses = [found(node, name, "A", address, tcp) for node in nodes]
+                    assert responses == [("NOERROR", data)] * 2, (name, address)

@@ -81,3 +81,15 @@ def test_update_reports_changes_of_responses_only() -> None:
     assert not interfaces.update([local("192.0.2.1/24"), local("198.51.100.1/24", "eth1")])
     assert interfaces.update([local("192.0.2.2/24")])
     assert not HostInterfaces(Settings()).update([local("192.0.2.1/24")])
+
+
+def test_addresses_in_the_network_of_the_address_asked() -> None:
+    interfaces = HostInterfaces(Settings(localise_queries=True))
+    assert not interfaces.update([local("192.0.2.1/24"), local("10.0.0.1/8", "eth1"), local("2001:db8::1/64")])
+    data = tuple(pack_address(text) for text in ("192.0.2.7", "198.51.100.7", "192.0.2.8"))
+    assert interfaces.near(data, pack_address("192.0.2.1")) == (data[0], data[2])
+    assert interfaces.near(data, pack_address("10.0.0.1")) == data, "none of them is there"
+    selects = [interfaces.selects(pack_address(text)) for text in ("192.0.2.1", "192.0.2.2", "2001:db8::1")]
+    assert selects == [True, False, False]
+    assert not interfaces.selects(b"")
+    assert not host(InterfaceName(A, "eth0"), addresses=(local("192.0.2.1/24"),)).selects(pack_address("192.0.2.1"))

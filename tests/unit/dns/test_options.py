@@ -134,6 +134,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         "--dynamic-host=a.example,::0:8, 0.0.0.8,eth0",
         {"interface_names": (InterfaceName(A, "eth0", "0.0.0.8", "::8"),)},
     ),
+    ("--localise-queries", {"localise_queries": True}),
     ("--cname=a.example,b.example", record(Type.CNAME, B)),
     ("--cname=a.example,b.example,60", record(Type.CNAME, B, ttl=60)),
     (

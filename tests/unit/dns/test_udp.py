@@ -282,10 +282,10 @@ def test_listen_address_is_served_on_every_interface(monkeypatch: pytest.MonkeyP
 def test_internal_error_costs_one_query(case: Case) -> None:
     respond: Callable[..., object] = case.responder.respond
 
-    def broken(data: bytes, now: float) -> object:
+    def broken(data: bytes, now: float, *rest: object) -> object:
         if b"bomb" in data:
             raise ZeroDivisionError
-        return respond(data, now)
+        return respond(data, now, *rest)
 
     case.responder.respond = broken  # type: ignore[method-assign,assignment]
     queries = [m.query(name, ident=ident) for ident, name in enumerate(("host.test", "bomb.test", "host.test"))]
