@@ -16,8 +16,8 @@ import dnslib
 
 from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
-from udpwatch.dns.names import name_to_text, suffixes
-from udpwatch.dns.settings import DomainAddress, HostRecord, InterfaceName, Server, StaticRecord
+from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, name_to_text, suffixes
+from udpwatch.dns.settings import DomainAddress, HostRecord, InterfaceName, Server, StaticRecord, SynthDomain
 from udpwatch.dns.values import (
     ROOT,
     Rejected,
@@ -36,6 +36,10 @@ from udpwatch.dns.values import network as values_network
 #: Types that `--dns-rr` cannot give: those whose data the zone reads (use --host-record and --cname), OPT and those of
 #: queries (RFC 6895, section 3.1).
 _NO_RAW_TYPES = {0, message.Type.A, message.Type.AAAA, message.Type.CNAME, message.Type.OPT, *range(128, 256)}
+
+
+#: characters in front of an IPv4 and an IPv6 address, in one label
+MAX_SYNTH_PREFIX = {4: 47, 6: 24}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +81,7 @@ class Draft:
 
 
 Read = Callable[[Draft, str], None]
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def read_server(draft: Draft, value: str) -> None:
@@ -327,6 +332,37 @@ def read_dynamic_host(draft: Draft, value: str) -> None:
         raise Rejected("NAME,[IPv4],[IPv6],INTERFACE with at least one address")
     dynamic = InterfaceName(name_of(name), interface_or_label(interface), hosts.get(4), hosts.get(6))
     draft.add("interface_names", dynamic)
+
+
+def read_synth_domain(draft: Draft, value: str) -> None:
+    name, *fields = parts(value)
+    if not fields:
+        raise Rejected("DOMAIN,ADDRESS/PREFIX[,PREFIX[*]] or DOMAIN,FIRST[,LAST[,PREFIX[*]]]")
+    first, last, rest = _range(fields)
+    if len(rest) > 1:
+        raise Rejected("one prefix after the addresses")
+    text = rest[0].lower() if rest else ""
+    prefix, numbered = text.removesuffix("*"), text.endswith("*")
+    if not re.fullmatch(r"[a-z0-9_-]*", prefix) or len(prefix) > MAX_SYNTH_PREFIX[first.version]:
+        most = MAX_SYNTH_PREFIX[first.version]
+        raise Rejected(f"a prefix of at most {most} letters, digits, - and _, with * at its end for numbers")
+    if numbered and first.packed[:-8] != last.packed[:-8]:
+        raise Rejected("addresses in one /64 for numbered names")
+    domain = name_of(name)
+    if len(domain) > MAX_NAME_BYTES - 1 - MAX_LABEL_BYTES:
+        raise Rejected(f"a domain of at most {MAX_NAME_BYTES - 1 - MAX_LABEL_BYTES} octets")
+    draft.add("synth_domains", SynthDomain(domain, first.packed, last.packed, prefix, numbered))
+
+
+def _range(fields: list[str]) -> tuple[Address, Address, list[str]]:
+    """Return the first and the last address of ADDRESS/PREFIX or FIRST[,LAST], and the fields after them."""
+    if "/" in fields[0]:
+        network = values_network(fields[0])
+        return network[0], network[-1], fields[1:]
+    first, last = address_of_text(fields[0]), address_of_text(fields[1] if len(fields) > 1 else fields[0])
+    if first.version != last.version or first.packed > last.packed:
+        raise Rejected("two addresses of one family, the smaller one first")
+    return first, last, fields[2:]
 
 
 def read_log_facility(_: Draft, value: str) -> None:

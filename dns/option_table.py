@@ -157,6 +157,13 @@ OPTIONS = (
         "a second address of a family is refused",
     ),
     _option(
+        "--synth-domain=DOMAIN,ADDRESS/PREFIX|FIRST[,LAST][,PREFIX[*]]",
+        readers.read_synth_domain,
+        "names for a range of addresses, and their reverse: PREFIX192-0-2-7.DOMAIN, PREFIXfd00--7.DOMAIN; with *, "
+        "numbers: PREFIX0.DOMAIN",
+        "a prefix with a dot or outside ASCII is refused; IPv6 ranges may be numbered",
+    ),
+    _option(
         "-y --localise-queries",
         readers.on("localise_queries"),
         "if a name of a hosts file, a host record or an interface has several IPv4 addresses, return those in the "
@@ -483,7 +490,7 @@ _MISSING = {
     add-cpe-id add-mac add-subnet alias:V cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
     filterwin2k:f log-async log-debug max-port max-tcp-connections min-port
-    no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet synth-domain umbrella
+    no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -71,6 +71,17 @@ class InterfaceName:
 
 
 @dataclass(frozen=True, slots=True)
+class SynthDomain:
+    """`--synth-domain`: names for a range of addresses."""
+
+    domain: bytes  # wire format, lower case
+    first: bytes  # 4 or 16 octets
+    last: bytes
+    prefix: str = ""  # lower case
+    is_numbered: bool = False  # names have numbers instead of addresses
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings; the defaults are those of `udpwatch dns` without options."""
 
@@ -93,6 +104,7 @@ class Settings:
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()
     interface_names: tuple[InterfaceName, ...] = ()
+    synth_domains: tuple[SynthDomain, ...] = ()
     localise_queries: bool = False  # of a name's IPv4 addresses, return those in the network of the address asked
     local_mx: bytes = b""  # wire format: the MX target of each name with an address; b"": none
     self_mx: bool = False  # each name with an address is its own MX target

@@ -24,6 +24,7 @@ from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.message import Type
 from udpwatch.dns.names import REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
+from udpwatch.dns.synth import SynthDomains
 
 CNAME_CHAIN = 10  # dnsmasq's limit; a longer chain is a loop
 HOSTS, CONFIG = "hosts", "config"
@@ -64,6 +65,7 @@ class Zone:
         self._reverse: dict[bytes, bytes] = {}  # packed address -> name
         self._records: dict[bytes, dict[int, list[StaticRecord]]] = {}
         self._own_ttl: dict[bytes, int] = {}  # names of host-record
+        self._synth = SynthDomains(settings.synth_domains) if settings.synth_domains else None
         self._wild: dict[bytes, list[str | None]] = {}
         self._delegated = {each.domain for each in settings.domain_servers}  # domains that `--server` names
         self._above: set[bytes] = set()  # names above others, without the root
@@ -105,7 +107,7 @@ class Zone:
             return Found(tuple(wanted), True, origin)
         if name.endswith((REVERSE_4, REVERSE_6)) and (pointer := self._find_pointer(name, kind, False)):
             return pointer
-        return self._find_wild(name, kind)
+        return self._find_synth(name, kind) or self._find_wild(name, kind)
 
     def _address_rrsets(self, name: bytes, asked: bytes) -> list[Rrset]:
         """Return the addresses of a name: those of interfaces, or those of hosts files and host records."""
@@ -130,6 +132,21 @@ class Zone:
             return None
         rrset = Rrset(name, Type.PTR, self._own_ttl.get(target, self._ttl), (target,))
         return Found((rrset,) if kind in (Type.PTR, Type.ANY) else (), True, self._origins.get(target, HOSTS))
+
+    def _find_synth(self, name: bytes, kind: int) -> Found | None:
+        """Answer by `--synth-domain`."""
+        if not self._synth:
+            return None
+        rrsets = []
+        if name.endswith((REVERSE_4, REVERSE_6)) and (address := address_of(name)):
+            if target := self._synth.pointer(address):
+                rrsets.append(Rrset(name, Type.PTR, self._ttl, (target,)))
+        else:
+            for packed in self._synth.addresses(name):
+                rrsets.append(Rrset(name, Type.A if len(packed) == 4 else Type.AAAA, self._ttl, (packed,)))
+        if not rrsets:
+            return None
+        return Found(tuple(rrset for rrset in rrsets if kind in (rrset.type, Type.ANY)), True, CONFIG)
 
     def _find_mx(self, name: bytes, kind: int, rrsets: list[Rrset]) -> list[Rrset]:
         """Return the MX record of a name with an address: `--localmx`, `--selfmx`."""

@@ -164,3 +164,41 @@ def test_localised_responses(folder: Path, tcp: bool) -> None:
                 for address, data in expected.items():
                     responses = [found(node, name, "A", address, tcp) for node in nodes]
                     assert responses == [("NOERROR", data)] * 2, (name, address)
+
+
+def test_synthetic_names(folder: Path) -> None:
+    hosts = write(folder / "hosts", "192.0.2.77 real.test", "192.0.2.200 h-192-0-2-78.test")
+    options = ("--synth-domain=test,192.0.2.0/24,h-", "--synth-domain=six.test,2001:db8::/64,h-", "--local=/test/")
+    numbers = ("--synth-domain=n.test,198.51.100.10,198.51.100.19,n*", "--synth-domain=n.test,fd00::/64,s-*")
+    more = (
+        "--synth-domain=bare.test,::/64",
+        "--cname=alias.test,h-192-0-2-1.test",
+        "--mx-host=h-192-0-2-1.test,mail.test",
+    )
+    with both(f"--addn-hosts={hosts}", *options, *numbers, *more) as nodes:
+        for name, kind, code, data in (
+            ("h-192-0-2-1.test", "A", "NOERROR", ["192.0.2.1"]),
+            ("H-192-0-2-1.TEST", "A", "NOERROR", ["192.0.2.1"]),
+            ("h-192-0-2-1.test", "AAAA", "NOERROR", []),
+            ("h-192-0-2-1.test", "MX", "NOERROR", ["1 mail.test."]),
+            ("h-192-0-2-78.test", "A", "NOERROR", ["192.0.2.200"]),
+            ("h-192-0-3-1.test", "A", "NXDOMAIN", []),
+            ("h-192-0-2-01.test", "A", "NXDOMAIN", []),
+            ("x.h-192-0-2-1.test", "A", "NXDOMAIN", []),
+            ("alias.test", "A", "NOERROR", ["192.0.2.1", "h-192-0-2-1.test."]),
+            ("h-2001-db8--9.six.test", "AAAA", "NOERROR", ["2001:db8::9"]),
+            ("h-2001-db8--9.six.test", "A", "NOERROR", []),
+            ("h-2001-db9--9.six.test", "AAAA", "NXDOMAIN", []),
+            ("n0.n.test", "A", "NOERROR", ["198.51.100.10"]),
+            ("n9.n.test", "A", "NOERROR", ["198.51.100.19"]),
+            ("n10.n.test", "A", "NXDOMAIN", []),
+            ("s-4294967295.n.test", "AAAA", "NOERROR", ["fd00::ffff:ffff"]),
+            ("0--1.bare.test", "AAAA", "NOERROR", ["::1"]),
+            (pointer("192.0.2.1"), "PTR", "NOERROR", ["h-192-0-2-1.test."]),
+            (pointer("192.0.2.77"), "PTR", "NOERROR", ["real.test."]),
+            (pointer("198.51.100.11"), "PTR", "NOERROR", ["n1.n.test."]),
+            (pointer("2001:db8::9"), "PTR", "NOERROR", ["h-2001-db8--9.six.test."]),
+            (pointer("fd00::1:0"), "PTR", "NOERROR", ["s-65536.n.test."]),
+            (pointer("::1"), "PTR", "NOERROR", ["0--1.bare.test."]),
+        ):
+            assert [found(node, name, kind) for node in nodes] == [(code, data)] * 2, (name, kind)

@@ -33,7 +33,8 @@ ALLOWED: dict[str, set[str]] = {
     "resolvconf": {"settings"},
     "watch": set(),
     "interfaces": {"addresses", "names", "settings"},
-    "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings"},
+    "synth": {"names", "settings"},
+    "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings", "synth"},
     # from a query to a response
     "responder": {"cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
     "querylog": {"message", "metrics", "names", "responder"},
@@ -95,6 +96,7 @@ WITHOUT_IO = {
     "policy",
     "routes",
     "shares",
+    "synth",
     "responder",
     "settings",
 }

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from udpwatch.dns import options
 from udpwatch.dns.errors import ConfigError, DnsError, FileError
 from udpwatch.dns.message import Type
-from udpwatch.dns.names import name_from_text
+from udpwatch.dns.names import name_from_text, pack_address
 from udpwatch.dns.option_table import (
     IDLE,
     OPTIONS,
@@ -42,6 +42,7 @@ from udpwatch.dns.settings import (
     Server,
     Settings,
     StaticRecord,
+    SynthDomain,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -83,6 +84,10 @@ def servers(*given: Server, domain: bytes = A, standard: bool = False) -> dict[s
 
 def at(*addresses: str | None, domain: bytes = A) -> dict[str, Any]:
     return {"addresses": tuple(DomainAddress(domain, address) for address in addresses)}
+
+
+def synth(first: str, last: str, prefix: str = "", numbered: bool = False) -> dict[str, Any]:
+    return {"synth_domains": (SynthDomain(A, pack_address(first), pack_address(last), prefix, numbered),)}
 
 
 HOST = name_from_text(socket.gethostname().lower())
@@ -135,6 +140,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         {"interface_names": (InterfaceName(A, "eth0", "0.0.0.8", "::8"),)},
     ),
     ("--localise-queries", {"localise_queries": True}),
+    ("--synth-domain=A.example,192.0.2.7/24", synth("192.0.2.0", "192.0.2.255")),
+    ("--synth-domain=a.example,192.0.2.7", synth("192.0.2.7", "192.0.2.7")),
+    ("--synth-domain=a.example, 192.0.2.7, 192.0.2.9, host-*", synth("192.0.2.7", "192.0.2.9", "host-", True)),
+    ("--synth-domain=a.example,2001:db8::/112,*", synth("2001:db8::", "2001:db8::ffff", "", True)),
+    ("--synth-domain=a.example,2001:db8::/32,p_", synth("2001:db8::", "2001:db8:ffff:ffff:ffff:ffff:ffff:ffff", "p_")),
     ("--cname=a.example,b.example", record(Type.CNAME, B)),
     ("--cname=a.example,b.example,60", record(Type.CNAME, B, ttl=60)),
     (
@@ -283,6 +293,16 @@ BAD = [
     *(f"--host-record={value}" for value in ("", "a", "192.0.2.1", "a,b", "a,192.0.2.1,192.0.2.2", "a,192.0.2.1,1,2")),
     *(f"--host-record={value}" for value in ("a,192.0.2.1,99999999999", "a..b,192.0.2.1", "a,,192.0.2.1")),
     *(f"--interface-name={value}" for value in ("", "a.example", "a.example,", ",eth0", "a,eth0/5", "a,b c", "a,b,c")),
+    *(
+        f"--synth-domain={value}"
+        for value in ("", "a", "a,", "a,b", ",192.0.2.7", "a,192.0.2.7/33", "a,192.0.2.7/24,b,c")
+    ),
+    *(f"--synth-domain=a,192.0.2.7,{value}" for value in ("b", "192.0.2.6", "::1", "192.0.2.8,b.c", "192.0.2.8,*b")),
+    *(f"--synth-domain=a,192.0.2.7/24,{value}" for value in ("b c", "b" * 48, "b**", "\u2665")),
+    *(
+        f"--synth-domain={value}"
+        for value in ("a,2001:db8::/63,b*", f"{'a.' * 96},192.0.2.7", "a,2001:db8::,2001:db9::,*")
+    ),
     *(f"--dynamic-host={value}" for value in ("", "a", "a,eth0", "a,0.0.0.8", "a,0.0.0.8,", "a,0.0.0.8,0.0.0.9,eth0")),
     *(f"--dynamic-host={value}" for value in ("a,0.0.0.8,eth0/4", "a,b,eth0", ",::8,eth0", "a,fe80::1%lo,eth0")),
     *(f"--cname={value}" for value in ("", "a", "a,", "a,1,", "*.a,b", "a,b,a,c", "a,b,99999999999", "a..b,c")),
