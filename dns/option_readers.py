@@ -17,7 +17,7 @@ import dnslib
 from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
 from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, name_to_text, suffixes
-from udpwatch.dns.settings import DomainAddress, HostRecord, InterfaceName, Server, StaticRecord, SynthDomain
+from udpwatch.dns.settings import Alias, DomainAddress, HostRecord, InterfaceName, Server, StaticRecord, SynthDomain
 from udpwatch.dns.values import (
     ROOT,
     Rejected,
@@ -25,6 +25,7 @@ from udpwatch.dns.values import (
     domains_of,
     file_path,
     interface_or_label,
+    ipv4_number,
     name_of,
     seconds,
     server_of,
@@ -363,6 +364,21 @@ def _range(fields: list[str]) -> tuple[Address, Address, list[str]]:
     if first.version != last.version or first.packed > last.packed:
         raise Rejected("two addresses of one family, the smaller one first")
     return first, last, fields[2:]
+
+
+def read_alias(draft: Draft, value: str) -> None:
+    fields = parts(value)
+    if not 2 <= len(fields) <= 3:
+        raise Rejected("OLD|FIRST-LAST,NEW[,MASK]")
+    first_text, dash, last_text = (part.strip(" ") for part in fields[0].partition("-"))
+    first, new, mask = (ipv4_number(text) for text in (first_text, fields[1], *(fields[2:] or ["255.255.255.255"])))
+    if not dash:
+        draft.add("aliases", Alias(first & mask, first & mask, new, mask, mask))
+        return
+    last = ipv4_number(last_text)
+    if first > last or first & mask != last & mask:
+        raise Rejected("FIRST-LAST,NEW,MASK with the smaller address first and both in one network of MASK")
+    draft.add("aliases", Alias(first, last, new, mask, 0xFFFFFFFF))
 
 
 def read_log_facility(_: Draft, value: str) -> None:

@@ -300,6 +300,11 @@ OPTIONS = (
         "they count as mismatched: the 20th leads to TCP",
     ),
     _option(
+        "-V --alias=OLD|FIRST-LAST,NEW[,MASK]",
+        readers.read_alias,
+        "rewrite IPv4 addresses in upstream responses: those bits of OLD that MASK has (all) become those of NEW",
+    ),
+    _option(
         "--filter-A",
         readers.filter_types(1),
         "remove A records from upstream responses",
@@ -487,7 +492,7 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet alias:V cache-rr connmark-allowlist
+    add-cpe-id add-mac add-subnet cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
     filterwin2k:f log-async log-debug max-port max-tcp-connections min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
+from udpwatch.dns.alias import rewritten
 from udpwatch.dns.message import Response, Type
 from udpwatch.dns.names import Network, address_of, is_single_label, is_subdomain, suffixes
 from udpwatch.dns.settings import Settings
@@ -60,10 +61,10 @@ def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: boo
 
 
 def rebinds(settings: Settings, answer: Response) -> bool:
-    """Return whether a response maps a name to a private address (`--stop-dns-rebind`)."""
+    """Return whether a response maps a name to a private address (`--stop-dns-rebind`), after `--alias`."""
     if not settings.stop_dns_rebind or any(is_subdomain(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
     return any(
         contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed))
-        for packed in _addresses(answer)
+        for packed in _addresses(rewritten(settings.aliases, answer))
     )

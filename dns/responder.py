@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate, takewhile
 
 from udpwatch.dns import message
+from udpwatch.dns.alias import rewritten
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import MAX_TTL, Entry, cut, entry_of, first_counts, without
 from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
@@ -128,7 +129,10 @@ class Responder:
         """
         settings = self._settings
         limits = settings.neg_ttl, settings.max_ttl, settings.negcache
+        received, answer = answer, rewritten(settings.aliases, answer)
         entry = entry_of(answer, now, *limits, settings.proxy_dnssec, self._cache_ttl)
+        if answer is not received:
+            entry.flags = 0  # AD was about other addresses
         if settings.bogus_addresses and has_address_in(settings.bogus_addresses, answer):
             entry.rcode = Rcode.NXDOMAIN
             cut(entry, 0)

@@ -82,6 +82,17 @@ class SynthDomain:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """`--alias`: IPv4 addresses, as numbers, that are rewritten in upstream responses."""
+
+    first: int
+    last: int
+    new: int
+    mask: int  # the bits that are rewritten
+    compared: int  # the bits of an address that must be in the range
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings; the defaults are those of `udpwatch dns` without options."""
 
@@ -119,6 +130,7 @@ class Settings:
     proxy_dnssec: bool = False  # pass AD on
     bogus_addresses: tuple[Network, ...] = ()  # a response with such an address becomes NXDOMAIN
     ignored_addresses: tuple[Network, ...] = ()  # a response with such an address is ignored
+    aliases: tuple[Alias, ...] = ()  # the last one that applies counts
     filtered_types: tuple[int, ...] = ()  # records that are removed from upstream responses
     min_cache_ttl: int = 0  # seconds
     max_cache_ttl: int = 0  # seconds; 0: no limit

@@ -91,6 +91,13 @@ def address_of_text(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     return address
 
 
+def ipv4_number(text: str) -> int:
+    try:
+        return int(ipaddress.IPv4Address(text))
+    except ValueError:
+        raise Rejected("IPv4 addresses") from None
+
+
 def listen_address(text: str) -> str:
     return str(address_of_text(text))
 

@@ -20,14 +20,22 @@ OPTIONS = (
     *(f"--server={UPSTREAM}#{PORT}", f"--rev-server=10.7.0.0/16,{UPSTREAM}#{REVERSE_PORT}", "--filter-AAAA"),
     *("--bogus-nxdomain=64.94.110.0/24", "--ignore-address=203.0.113.0/24", "--filter-rr=TXT", "--proxy-dnssec"),
     *("--min-cache-ttl=30", "--max-cache-ttl=60", "--dhcp-leasefile=/nowhere/leases", "--log-dhcp"),
+    *("--alias=198.51.100.0,10.9.0.0,255.255.255.0", "--alias=203.0.114.4-203.0.114.6,10.8.0.0,255.255.255.0"),
+    "--alias=192.0.2.7,64.94.110.9",
 )
+
+
+#: label: addresses
+ADDRESSES = {
+    "bogus": ["64.94.110.11"],
+    "doctored": ["198.51.100.7", "203.0.114.5", "203.0.114.3"],
+    "turned": ["192.0.2.7"],  # by --alias into an address of --bogus-nxdomain
+}
 
 
 def upstream(asked: Asked) -> bytes | list[bytes]:
     """Respond as the first label of the name says."""
     label, kind = asked.name.split(".")[0], asked.type
-    if label == "bogus":
-        return asked.answer("300 A 64.94.110.11")
     if label == "forged":
         return [asked.answer("300 A 203.0.113.9"), asked.answer("300 A 192.0.2.80")]
     if label == "alias":
@@ -35,6 +43,8 @@ def upstream(asked: Asked) -> bytes | list[bytes]:
         data = {"A": "192.0.2.80", "AAAA": "2001:db8::80", "TXT": "x"}[kind]
         reply.answer.append(dns.rrset.from_text("target.example.", 300, "IN", kind, data))
         return reply.to_wire()
+    if label in ADDRESSES:
+        return asked.answer(*(f"300 A {address}" for address in ADDRESSES[label]))
     if label == "signed":
         reply = asked.reply("300 A 192.0.2.80")
         reply.flags |= dns.flags.AD
@@ -112,6 +122,8 @@ def _answers(node: Namespace) -> bool:
         ("alias.example", "AAAA", "NOERROR", ["target.example."]),
         ("bogus.example", "A", "NXDOMAIN", []),
         ("forged.example", "A", "NOERROR", ["192.0.2.80"]),
+        ("doctored.example", "A", "NOERROR", ["10.8.0.5", "10.9.0.7", "203.0.114.3"]),
+        ("turned.example", "A", "NXDOMAIN", []),
         ("1.2.7.10.in-addr.arpa", "PTR", "NOERROR", ["host.example."]),
         ("1.2.8.10.in-addr.arpa", "PTR", "NXDOMAIN", []),
     ],

@@ -24,7 +24,8 @@ ALLOWED: dict[str, set[str]] = {
     "cname": {"message"},
     "cache_entry": {"cname", "message", "names"},
     "cache": {"cache_entry", "message"},
-    "policy": {"message", "names", "settings"},
+    "alias": {"message", "settings"},
+    "policy": {"alias", "message", "names", "settings"},
     "routes": {"names", "settings"},
     "limited_log": set(),
     "metrics": {"cache", "message"},
@@ -36,7 +37,7 @@ ALLOWED: dict[str, set[str]] = {
     "synth": {"names", "settings"},
     "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings", "synth"},
     # from a query to a response
-    "responder": {"cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
+    "responder": {"alias", "cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
     "querylog": {"message", "metrics", "names", "responder"},
     "statistics": {"cache", "metrics"},
     # upstream servers
@@ -93,6 +94,7 @@ WITHOUT_IO = {
     "cname",
     "cache_entry",
     "cache",
+    "alias",
     "policy",
     "routes",
     "shares",

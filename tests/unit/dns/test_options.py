@@ -35,6 +35,7 @@ from udpwatch.dns.option_table import (
 )
 from udpwatch.dns.options import Information, parse, read_conf
 from udpwatch.dns.settings import (
+    Alias,
     DomainAddress,
     DomainServers,
     HostRecord,
@@ -230,6 +231,12 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--bogus-nxdomain=64.94.110.11", {"bogus_addresses": (ip_network("64.94.110.11"),)}),
     ("--bogus-nxdomain=2001:db8::1/32", {"bogus_addresses": (ip_network("2001:db8::/32"),)}),
     ("--ignore-address=192.0.2.9/24", {"ignored_addresses": (ip_network("192.0.2.0/24"),)}),
+    ("--alias=0.0.1.2,0.0.3.4", {"aliases": (Alias(0x102, 0x102, 0x304, 0xFFFFFFFF, 0xFFFFFFFF),)}),
+    ("--alias=0.0.1.2, 0.0.3.4, 255.255.255.0", {"aliases": (Alias(0x100, 0x100, 0x304, 0xFFFFFF00, 0xFFFFFF00),)}),
+    (
+        "--alias=0.0.1.2-0.0.1.9,0.0.3.4,255.255.255.0",
+        {"aliases": (Alias(0x102, 0x109, 0x304, 0xFFFFFF00, 0xFFFFFFFF),)},
+    ),
     ("--filter-A", {"filtered_types": (1,)}),
     ("--filter-AAAA", {"filtered_types": (28,)}),
     ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),
@@ -279,6 +286,12 @@ OURS = ("--metrics-listen", "--use-stale-cache=off")
 ONE_WORD = [word for word, _ in GOOD]
 
 BAD = [
+    *(
+        f"--alias={value}"
+        for value in ("", "192.0.2.1", "192.0.2.1,", "::1,::2", "192.0.2.1,192.0.2.2,8", "a,192.0.2.1")
+    ),
+    *(f"--alias={value}" for value in ("192.0.2.1-192.0.2.9,192.0.3.1", "192.0.2.9-192.0.2.1,192.0.3.0,255.255.255.0")),
+    *(f"--alias={value}" for value in ("192.0.2.1,192.0.2.2,255.0.0.0,1", "192.0.2.1-,192.0.3.1")),
     *(f"--port={value}" for value in ("", "0", "65536", "-1", "x", "1.5", "\u0661", "1" * 5000)),
     *(f"--listen-address={value}" for value in ("", "192.0.2.1,", "192.0.2.256", "010.0.0.1", "host", "fe80::1%lo")),
     *(f"--interface={value}" for value in ("", "eth0,", "a/b", "eth0:1", "a b", "a*b", "x" * 16, "..", "a\nb")),

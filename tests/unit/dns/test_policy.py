@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import dns_messages as m
 import pytest
 
+from udpwatch.dns.alias import rewritten
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.message import Rcode, parse_response
-from udpwatch.dns.names import is_single_label, is_subdomain, label_count, name_from_text
+from udpwatch.dns.names import is_single_label, is_subdomain, label_count, name_from_text, unpack_address
 from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, never_forwarded, rebinds
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
-from udpwatch.dns.settings import DomainServers, HostRecord, Server, Settings
+from udpwatch.dns.settings import Alias, DomainServers, HostRecord, Server, Settings
 from udpwatch.dns.zone import build
 
 DEFAULT, CORP, DEEP = Server("192.0.2.53"), Server("10.0.0.2"), Server("10.0.0.3")
@@ -286,3 +288,55 @@ def test_is_subdomain() -> None:
     assert not is_subdomain(wire("ab"), wire("b"))
     assert not is_subdomain(b"\x04xx\x01b\x00", wire("b"))
     assert [label_count(name) for name in (b"\0", wire("a"), wire("a.b"))] == [0, 1, 2]
+
+
+# ---- --alias ----
+
+
+def aliased(*options: Alias, records: tuple[bytes, ...], additional: tuple[bytes, ...] = ()) -> list[str]:
+    """The addresses of a response after --alias."""
+    answer = parse_response(m.response("a.example", m.A, records, additional=additional))
+    changed = rewritten(options, answer)
+    return [unpack_address(changed.message[each.data : each.end]) for each in changed.records if each.type == m.A]
+
+
+def number(text: str) -> int:
+    return int(ip_address(text))
+
+
+NETWORK = Alias(number("192.0.2.0"), number("192.0.2.0"), number("10.0.0.9"), number("255.255.255.0"), 0xFFFFFF00)
+RANGE = Alias(number("192.0.2.4"), number("192.0.2.6"), number("10.1.0.0"), number("255.255.255.0"), 0xFFFFFFFF)
+TWO = tuple(m.record(m.A, ip_address(text).packed) for text in ("192.0.2.5", "198.51.100.5"))
+
+
+def test_alias_rewrites_the_bits_of_its_mask() -> None:
+    assert aliased(NETWORK, records=TWO) == ["10.0.0.5", "198.51.100.5"]
+    assert aliased(RANGE, records=TWO) == ["10.1.0.5", "198.51.100.5"]
+    assert aliased(RANGE, records=(m.record(m.A, b"\xc0\0\2\7"), m.record(m.A, b"\xc0\0\2\3"))) == [
+        "192.0.2.7",
+        "192.0.2.3",
+    ]
+
+
+def test_last_alias_that_applies_counts() -> None:
+    assert aliased(NETWORK, RANGE, records=TWO)[0] == "10.1.0.5"
+    assert aliased(RANGE, NETWORK, records=TWO)[0] == "10.0.0.5"
+
+
+def test_alias_rewrites_additional_records_but_nothing_else() -> None:
+    assert aliased(NETWORK, records=TWO[1:], additional=TWO[:1]) == ["198.51.100.5", "10.0.0.5"]
+    odd = (m.record(m.TXT, b"\xc0\0\2\5"), m.record(m.A, b"\xc0\0\2\5", klass=3), m.record(m.A, b"\xc0\0\2\5\0"))
+    answer = parse_response(m.response("a.example", m.A, odd))
+    assert rewritten((NETWORK,), answer) is answer
+    assert rewritten((), answer) is answer
+
+
+def test_rewritten_address_is_the_one_that_is_checked() -> None:
+    answer = parse_response(m.response("a.example", m.A, TWO[:1]))
+    settings = Settings(stop_dns_rebind=True, bogus_addresses=(ip_network("10.0.0.5"),))
+    public = Alias(number("192.0.2.5"), number("192.0.2.5"), number("8.8.8.8"), 0xFFFFFFFF, 0xFFFFFFFF)
+    assert rebinds(settings, answer)
+    assert not rebinds(replace(settings, aliases=(public,)), answer)
+    for aliases, rcode in (((), Rcode.NOERROR), ((NETWORK,), Rcode.NXDOMAIN)):
+        changed = replace(settings, aliases=aliases)
+        assert Responder(changed, build(changed, pytest.fail), Cache(0, 0)).entry_of(answer, 0.0).rcode == rcode
