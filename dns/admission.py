@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from udpwatch.dns.addresses import Local
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.names import Network, pack_address, unpack_address
 from udpwatch.dns.policy import contains
 from udpwatch.dns.settings import Settings
 
 LOOPBACK = "lo"
+_LOOPBACK_INDEX = 1  # LOOPBACK_IFINDEX, in every network namespace
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +30,17 @@ class Admission:
         self._settings = settings
         self.by_interface = bool(settings.interfaces or settings.except_interfaces)
         self.addresses = {pack_address(text) for text in settings.listen_addresses}
+        #: lengths of the addresses of families with --listen-address=0.0.0.0 or ::
+        self._every = {len(packed) for packed in self.addresses if not any(packed)}
+        self._served: frozenset[bytes] = frozenset()  # this host's addresses on interfaces that are served
         self._networks: list[Network] = []
         self._interfaces: dict[int, bool] = {}  # by index: whether queries that arrive there are served
 
-    def update(self, networks: Iterable[Network]) -> None:
-        """Take the directly connected networks after addresses or interfaces have changed."""
+    def update(self, locals_: Sequence[Local]) -> None:
+        """Take this host's addresses after they or interfaces have changed."""
         self._interfaces = {}
-        self._networks = sorted(set(networks), key=str)
+        self._networks = sorted({local.network for local in locals_}, key=str)
+        self._served = frozenset(local.packed for local in locals_ if self.serves_interface(local.interface))
 
     def admits_client(self, address: bytes) -> bool:
         """Return whether a client (4 or 16 octets) is served: any, or with --local-service those of connected
@@ -53,9 +59,12 @@ class Admission:
     def admits_ingress(self, index: int, destination: bytes) -> bool:
         """Return whether a query is served that arrived on interface ``index`` for this address (4 or 16 octets).
 
-        dnsmasq's rule: queries to a --listen-address, on a configured interface, or from this host.
+        dnsmasq's rule: queries to a --listen-address, on a configured interface, or from this host to an address of
+        one.
         """
-        if not self.by_interface or destination in self.addresses:
+        if not self.by_interface or destination in self.addresses or len(destination) in self._every:
+            return True
+        if index == _LOOPBACK_INDEX and destination in self._served:  # this host asks an address of a served interface
             return True
         interfaces = self._interfaces
         if (served := interfaces.get(index)) is not None:
@@ -64,7 +73,7 @@ class Admission:
             name = socket.if_indextoname(index)
         except OSError:  # the interface has disappeared; or no descriptor is free, so that this cannot be remembered
             return False
-        served = interfaces[index] = name == LOOPBACK or self.serves_interface(name)
+        served = interfaces[index] = self.serves_interface(name)
         if not served:  # once per interface: the result is remembered
             LIMITED.write(
                 log,
@@ -76,17 +85,15 @@ class Admission:
         return served
 
     def serves_interface(self, name: str) -> bool:
-        """Return whether an interface is configured."""
+        """Return whether an interface is configured. As in dnsmasq, --interface always includes loopback."""
         settings = self._settings
-        if self.excepts_interface(name):
+        if matches(name, settings.except_interfaces):
             return False
-        everything = not settings.listen_addresses and not settings.interfaces
-        return everything or _matches(name, settings.interfaces)
-
-    def excepts_interface(self, name: str) -> bool:
-        """Return whether --except-interface names an interface."""
-        return _matches(name, self._settings.except_interfaces)
+        if not settings.interfaces:
+            return not settings.listen_addresses
+        return name == LOOPBACK or matches(name, settings.interfaces)
 
 
-def _matches(interface: str, patterns: tuple[str, ...]) -> bool:
+def matches(interface: str, patterns: Iterable[str]) -> bool:
+    """Return whether an interface has one of these names."""
     return any(fnmatchcase(interface, pattern) for pattern in patterns)

@@ -1,7 +1,12 @@
 """The listening sockets: on every address, or on the configured addresses and interfaces as they come and go.
 
-For every address there is one socket per family on the wildcard address, unless another program uses port 53 on one
-address (systemd-resolved does, on 127.0.0.53): then each other address gets its own socket.
+Rules
+1. For every address there is one socket per family on the wildcard address, unless another program uses port 53 on one
+   address (systemd-resolved does, on 127.0.0.53): then each other address gets its own socket.
+2. As in dnsmasq, --interface and --except-interface listen on every address, too: the interface on which a query
+   arrives decides (admission.py). With --bind-interfaces or --bind-dynamic only the addresses of these interfaces have
+   sockets.
+3. Each --listen-address has its own socket. --listen-address=0.0.0.0 and :: mean every address of the family.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import socket
 
 from udpwatch.dns import tcp, udp_socket
 from udpwatch.dns.addresses import Local
-from udpwatch.dns.admission import LOOPBACK, Admission
+from udpwatch.dns.admission import Admission, matches
 from udpwatch.dns.errors import NetworkError
 from udpwatch.dns.names import pack_address
 from udpwatch.dns.settings import Server, Settings
@@ -23,6 +28,7 @@ from udpwatch.dns.udp_socket import UdpSocket
 
 #: Errors of an address that is just appearing or disappearing; binding is retried.
 _PASSING = {errno.EADDRNOTAVAIL, errno.ENODEV, errno.ENXIO}
+_WILDCARDS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104  the user asked for it
 _NO_FAMILY = {errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL}
 
 log = logging.getLogger(__name__)
@@ -41,7 +47,8 @@ class Listening:
         #: In use by other programs at the start: left to them, also while they restart, until the address disappears.
         self._taken: set[_SocketAddress] = set()
         self._logged: set[tuple[_SocketAddress, int]] = set()
-        self._wildcard = False
+        self._every = _every_address(settings)  # families
+        self._wildcard: set[socket.AddressFamily] = set()  # of these, those with a socket on the wildcard address
 
     @property
     def port(self) -> int:
@@ -58,14 +65,15 @@ class Listening:
 
     def open(self, locals_: list[Local]) -> None:
         """Open the first sockets. Raises NetworkError if another program uses what was configured."""
-        named = self._settings.listen_addresses or self._admission.by_interface
-        if not named and self._open_wildcard():
-            self._wildcard = True
-            return
+        if self._every and not self._open_wildcard():
+            log.info(
+                "dns: another program uses port %d on an address of this host; listening on each other address with "
+                "its own socket",
+                self._settings.port,
+            )
         self._adjust(locals_, starting=True)
-        for text in self._settings.listen_addresses:
-            if all(local.packed != pack_address(text) for local in locals_):
-                log.warning("dns: %s is not an address of this host yet; listening on it when it appears", text)
+        for line in warnings(self._settings, locals_):
+            log.warning("dns: %s", line)
 
     def serve(self, udp_server: UdpServer, tcp_server: TcpServer) -> None:
         """Hand the sockets, now and later, to the servers."""
@@ -83,8 +91,6 @@ class Listening:
 
     def update(self, locals_: list[Local]) -> bool:
         """Follow a change of addresses. Return False if one of them could not be bound yet: try again soon."""
-        if self._wildcard:
-            return True
         gone, complete = self._adjust(locals_, starting=False)
         for address, (link, listener) in gone.items():
             self._handed.discard(address)
@@ -115,14 +121,16 @@ class Listening:
         ours = {local.packed for local in locals_ if not zone or local.interface == zone}
         if address.packed not in ours and not (address.is_loopback and address.version == 4):
             return False
-        return self._wildcard or any(pack_address(each[0]) == address.packed for each in self._open)
+        family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+        return family in self._wildcard or any(pack_address(each[0]) == address.packed for each in self._open)
 
     def _open_wildcard(self) -> bool:
         port = self._settings.port
         try:
-            for family, host in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104  the user asked for it
+            for family in sorted(self._every):
                 try:
-                    self._open[host, port] = _pair((host, port), family, checked=True)
+                    self._open[_WILDCARDS[family], port] = _pair((_WILDCARDS[family], port), family, checked=True)
+                    self._wildcard.add(family)
                 except OSError as error:
                     if error.errno not in _NO_FAMILY or family == socket.AF_INET:
                         raise
@@ -131,29 +139,31 @@ class Listening:
                 link.close()
                 listener.close()
             self._open.clear()
+            self._wildcard.clear()
             if error.errno != errno.EADDRINUSE:
                 raise NetworkError(_refused("every address", port, error)) from None
             return False
         return True
 
     def _wanted(self, locals_: list[Local]) -> dict[_SocketAddress, socket.AddressFamily]:
-        settings, port, addresses = self._settings, self._settings.port, self._admission.addresses
-        wanted: dict[_SocketAddress, socket.AddressFamily] = {}
+        port, addresses = self._settings.port, self._admission.addresses
+        wanted: dict[_SocketAddress, socket.AddressFamily] = {
+            (_WILDCARDS[family], port): family for family in self._wildcard
+        }
         for local in locals_:
-            # As in dnsmasq, --interface always includes loopback.
-            is_loopback = local.interface == LOOPBACK and bool(settings.interfaces)
-            excepted = self._admission.excepts_interface(local.interface)
-            by_interface = self._admission.serves_interface(local.interface) or (is_loopback and not excepted)
-            if not local.usable or not (by_interface or local.packed in addresses):
+            family = socket.AF_INET if len(local.packed) == 4 else socket.AF_INET6
+            if family in self._wildcard or not local.usable:
+                continue
+            configured = local.packed in addresses or self._admission.serves_interface(local.interface)
+            if not configured and family not in self._every:
                 continue
             host = local.text.partition("%")[0]
-            if len(local.packed) == 4:
-                wanted[host, port] = socket.AF_INET
+            if family == socket.AF_INET:
+                wanted[host, port] = family
             else:
-                scope = local.index if local.is_link_local else 0
-                wanted[host, port, 0, scope] = socket.AF_INET6
-        for packed in addresses:  # all of 127.0.0.0/8 can be bound, although only 127.0.0.1 is listed
-            if packed[:1] == b"\x7f" and len(packed) == 4:
+                wanted[host, port, 0, local.index if local.is_link_local else 0] = family
+        for packed in addresses:
+            if _is_loopback(packed) and socket.AF_INET not in self._wildcard:
                 wanted[socket.inet_ntop(socket.AF_INET, packed), port] = socket.AF_INET
         return wanted
 
@@ -190,6 +200,41 @@ class Listening:
         if (address, number) not in self._logged:
             self._logged.add((address, number))
             log.warning("dns: %s; the other addresses are served", problem)
+
+
+def _every_address(settings: Settings) -> set[socket.AddressFamily]:
+    """Return the families for which every address is listened on."""
+    by_interface = settings.interfaces or settings.except_interfaces
+    if by_interface and not (settings.bind_interfaces or settings.bind_dynamic):
+        return set(_WILDCARDS)
+    if not by_interface and not settings.listen_addresses:
+        return set(_WILDCARDS)
+    return {family for family, host in _WILDCARDS.items() if host in settings.listen_addresses}
+
+
+def warnings(settings: Settings, locals_: list[Local]) -> list[str]:
+    """Return what is configured and does not listen (yet)."""
+    lines = list(settings.notices)
+    ours = {local.packed for local in locals_}
+    for text in settings.listen_addresses:
+        packed = pack_address(text)
+        if packed not in ours and any(packed) and not _is_loopback(packed):
+            lines.append(f"{text} is not an address of this host yet; listening on it when it appears")
+    per_address = settings.bind_interfaces or settings.bind_dynamic
+    with_address = {local.interface for local in locals_}
+    names = with_address if per_address else {name for _, name in socket.if_nameindex()}
+    for pattern in settings.interfaces:
+        if not any(matches(name, (pattern,)) for name in names):
+            problem = "has no address yet; listening on it when it has one"
+            lines.append(
+                f"interface {pattern} {problem if per_address else 'does not exist yet; serving it when it appears'}"
+            )
+    return lines
+
+
+def _is_loopback(packed: bytes) -> bool:
+    """Return whether an address is in 127.0.0.0/8: all of these can be bound, although only 127.0.0.1 is listed."""
+    return len(packed) == 4 and packed[0] == 127
 
 
 def _refused(address: str, port: int, error: OSError) -> str:

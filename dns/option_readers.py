@@ -17,7 +17,16 @@ import dnslib
 from udpwatch.dns import message
 from udpwatch.dns.conffile import folder_files, parts, plain
 from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, name_to_text, suffixes
-from udpwatch.dns.settings import Alias, DomainAddress, HostRecord, InterfaceName, Server, StaticRecord, SynthDomain
+from udpwatch.dns.settings import (
+    Alias,
+    DomainAddress,
+    HostRecord,
+    InterfaceName,
+    Server,
+    Settings,
+    StaticRecord,
+    SynthDomain,
+)
 from udpwatch.dns.values import (
     ROOT,
     Rejected,
@@ -48,6 +57,7 @@ class Information:
     """The output of --help, --version or --test: print it and exit with status 0."""
 
     text: str
+    settings: Settings | None = field(default=None, compare=False)  # of --test
 
 
 @dataclass(slots=True)

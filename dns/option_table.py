@@ -83,13 +83,17 @@ OPTIONS = (
     _option(
         "-a --listen-address=ADDRESS[,..]",
         readers.several("listen_addresses", values.listen_address),
-        "listen on these addresses, also when they appear later",
+        "listen on these addresses, also when they appear later; 0.0.0.0 and :: with --bind-interfaces: on every "
+        "address of the family",
+        "without --bind-interfaces and --bind-dynamic, too, only these addresses are bound; 0.0.0.0 and :: are refused "
+        "where they match no query",
     ),
     _option(
         "-i --interface=NAME[,..]",
         readers.several("interfaces", values.listening_device),
-        "listen on these interfaces; a final * matches any ending",
-        "a label (eth0:1) is refused",
+        "serve queries that arrive on these interfaces, and on lo, whatever address they ask; a final * matches any "
+        "ending",
+        "a label (eth0:1) is refused; TCP connections to an address of another interface are served, too",
     ),
     _option(
         "-I --except-interface=NAME[,..]",
@@ -97,12 +101,18 @@ OPTIONS = (
         "do not listen on these interfaces",
         "a label (eth0:1) is refused",
     ),
-    _option("--bind-dynamic", readers.accept_noop, "no effect: each address always has its own socket while it exists"),
+    _option(
+        "--bind-dynamic",
+        readers.on("bind_dynamic"),
+        "with --interface or --except-interface, listen only on the addresses of these interfaces, each with its own "
+        "socket while it exists",
+        "without these options no effect",
+    ),
     _option(
         "-z --bind-interfaces",
-        readers.accept_noop,
-        "the same as --bind-dynamic",
-        "a missing address is not an error; may be combined with --bind-dynamic",
+        readers.on("bind_interfaces"),
+        "the same as --bind-dynamic; also needed for --listen-address=0.0.0.0 and ::",
+        "a missing address is not an error; may be combined with --bind-dynamic; the interface of a query is checked",
     ),
     _option(
         "--local-service[=net|host]",

@@ -11,6 +11,7 @@ Rules
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -42,7 +43,7 @@ def parse(arguments: Sequence[str]) -> Settings | Information:
             return draft.information
     _read_files(draft, depth=1)
     settings = _finish(draft)
-    return Information("syntax check OK.") if draft.test else settings
+    return Information("syntax check OK.", settings) if draft.test else settings
 
 
 def read_conf(path: Path) -> Settings:
@@ -185,8 +186,37 @@ def _finish(draft: Draft) -> Settings:
     if settings.interfaces or settings.except_interfaces or settings.listen_addresses:
         changes["local_service"] = False
     elif draft.local_service == "host":
-        changes |= {"local_service": False, "interfaces": ("lo",)}
-    return replace(settings, **changes)
+        changes |= {"local_service": False, "interfaces": ("lo",), "bind_interfaces": True}
+    return replace(settings, **_finish_listening(settings), **changes)
+
+
+def _finish_listening(settings: Settings) -> dict[str, Any]:
+    """Check 0.0.0.0 and ::, which listen on every address in dnsmasq with --bind-interfaces only. Else no query
+    matches them: dnsmasq compares them with the address that was asked."""
+    every = [text for text in settings.listen_addresses if ipaddress.ip_address(text).is_unspecified]
+    others = tuple(text for text in settings.listen_addresses if text not in every)
+    for text in every:
+        version = ipaddress.ip_address(text).version
+        where = f"--listen-address={text}"
+        if not settings.bind_interfaces and (settings.bind_dynamic or not (others or settings.interfaces)):
+            other = " instead of --bind-dynamic" if settings.bind_dynamic else ""
+            raise ConfigError(
+                f"{where}: no query matches it without --bind-interfaces, as in dnsmasq; add --bind-interfaces{other} "
+                f"to listen on every IPv{version} address"
+            )
+        same = [each for each in others if ipaddress.ip_address(each).version == version]
+        if settings.bind_interfaces and (same or settings.interfaces):
+            other = f"--listen-address={same[0]}" if same else f"--interface={settings.interfaces[0]}"
+            raise ConfigError(
+                f"{where}: includes every IPv{version} address, which dnsmasq cannot bind twice; remove it or {other}"
+            )
+    if settings.bind_interfaces or not every:
+        return {}
+    text = " and ".join(every)
+    return {
+        "listen_addresses": others,
+        "notices": (f"--listen-address={text} has no effect without --bind-interfaces, as in dnsmasq",),
+    }
 
 
 def _finish_mail(draft: Draft) -> dict[str, Any]:

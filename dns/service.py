@@ -12,7 +12,7 @@ import math
 import resource
 from collections.abc import Callable
 
-from udpwatch.dns import addresses
+from udpwatch.dns import addresses, listen
 from udpwatch.dns.address_monitor import AddressMonitor
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.admission import Admission
@@ -106,6 +106,10 @@ class Service:
         """Whether the tables are loaded and queries are answered."""
         return self._serving and self._udp.is_alive()
 
+    def warnings(self) -> list[str]:
+        """Return what is configured and does not listen (yet)."""
+        return listen.warnings(self._settings, self._locals)
+
     def statistics(self) -> list[str]:
         """Return log lines in dnsmasq's words (SIGUSR1)."""
         return self._statistics.lines()
@@ -166,7 +170,7 @@ class Service:
 
     def _use_addresses(self, locals_: list[Local]) -> None:
         self._locals = locals_
-        self._admission.update(local.network for local in locals_)
+        self._admission.update(locals_)
         if self._interfaces.update(locals_):
             self._udp.invalidate()
 

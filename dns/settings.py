@@ -100,6 +100,8 @@ class Settings:
     listen_addresses: tuple[str, ...] = ()
     interfaces: tuple[str, ...] = ()  # names; a final * matches any ending
     except_interfaces: tuple[str, ...] = ()
+    bind_interfaces: bool = False  # a socket for each address, not one on the wildcard address
+    bind_dynamic: bool = False  # the same
     local_service: bool = True  # serve directly connected networks only; off if listening is configured
     hosts: bool = True  # ETC_HOSTS
     addn_hosts: tuple[Path, ...] = ()  # files and folders
@@ -147,4 +149,5 @@ class Settings:
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
     pid_file: Path | None = None
     group: str = ""  # the group to change to; "": that of the user
+    notices: tuple[str, ...] = ()  # accepted options without effect, for the operator
     user: str = ""  # the user to change to when started as root; "": nobody

@@ -20,6 +20,7 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability, User
 from udpwatch.agent.kernel.cpu import Cpus, favour_servers
+from udpwatch.dns import addresses, listen
 from udpwatch.dns.conffile import shown
 from udpwatch.dns.errors import ConfigError, DnsError, FileError, NetworkError
 from udpwatch.dns.host_port import host_port
@@ -45,6 +46,8 @@ def run(parsed: argparse.Namespace) -> int:
         settings = parse(parsed.words)
         if isinstance(settings, Information):
             print(settings.text)
+            if settings.settings:
+                _warn(settings.settings)
         else:
             respond(settings)
     except DnsError as error:
@@ -154,8 +157,16 @@ def _user(name: str, group: str) -> User | None:
 
 
 def ready(service: Service) -> tuple[bool, str]:
-    """For /readyz."""
-    return service.ready, "ready" if service.ready else "the tables are being read, or it is stopping"
+    """For /readyz: one line, and one for each warning."""
+    if not service.ready:
+        return False, "the tables are being read, or it is stopping"
+    return True, "\n".join(["ready", *(f"warning: {line}" for line in service.warnings())])
+
+
+def _warn(settings: Settings) -> None:
+    """Print what would not listen (yet), for --test."""
+    for line in listen.warnings(settings, addresses.snapshot()):
+        print(f"udpwatch: warning: {line}", file=sys.stderr)
 
 
 def _listen(where: str, cpus: Cpus) -> HttpServer | None:

@@ -307,7 +307,8 @@ class App:
         if self._http and self._http.problem:
             return False, self._http.problem
         if self._snapshot.ready:
-            return True, "ready"
+            warnings = self._dns.warnings() if self._dns else []
+            return True, "\n".join(["ready", *(f"warning: dns: {line}" for line in warnings)])
         probes = self._snapshot.probes
         missing = [f"{probe.name}: {probe.reason}" for probe in probes if probe.required and not probe.attached]
         return False, "; ".join(missing) or "the self-test failed: the programs did not see our own datagram"

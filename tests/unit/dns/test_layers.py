@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
     # clients
     "addresses": {"names", "netlink"},
     "address_monitor": {"addresses", "limited_log"},
-    "admission": {"limited_log", "names", "policy", "settings"},
+    "admission": {"addresses", "limited_log", "names", "policy", "settings"},
     "udp_socket": set(),
     "udp": {"admission", "limited_log", "metrics", "responder", "udp_socket"},
     "handover": {"budget", "forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},

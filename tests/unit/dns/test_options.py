@@ -105,11 +105,11 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--interface=eth0,veth*", {"interfaces": ("eth0", "veth*"), "local_service": False}),
     ("--interface=*", {"interfaces": ("*",), "local_service": False}),
     ("--except-interface=docker0", {"except_interfaces": ("docker0",), "local_service": False}),
-    ("--bind-dynamic", {}),
-    ("--bind-interfaces", {}),
+    ("--bind-dynamic", {"bind_dynamic": True}),
+    ("--bind-interfaces", {"bind_interfaces": True}),
     ("--local-service", {}),
     ("--local-service=net", {}),
-    ("--local-service=host", {"local_service": False, "interfaces": ("lo",)}),
+    ("--local-service=host", {"local_service": False, "interfaces": ("lo",), "bind_interfaces": True}),
     ("--no-hosts", {"hosts": False}),
     ("--addn-hosts=/a b/hosts", {"addn_hosts": (Path("/a b/hosts"),)}),
     ("--hostsdir=/hosts.d", {"addn_hosts": (Path("/hosts.d"),)}),
@@ -407,7 +407,8 @@ def test_every_option_has_a_valid_and_an_invalid_value() -> None:
 
 
 def test_every_setting_can_be_set() -> None:
-    assert {name for _, expected in GOOD for name in expected} == {field.name for field in fields(Settings)}
+    computed = {"notices"}
+    assert {name for _, expected in GOOD for name in expected} == {field.name for field in fields(Settings)} - computed
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if not option.value], ids=lambda option: option.name)
@@ -502,6 +503,31 @@ def test_listening_options_override_local_service(word: str, service: str) -> No
     result = settings(service, *word.split())
     assert not result.local_service
     assert "lo" not in result.interfaces
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("-a 0.0.0.0", "no query matches it without --bind-interfaces"),
+        ("-a :: --bind-dynamic", "add --bind-interfaces instead of --bind-dynamic to listen on every IPv6 address"),
+        ("-a 0.0.0.0,:: -I eth0", "no query matches it"),
+        (
+            "-a ::,::1 -z",
+            "includes every IPv6 address, which dnsmasq cannot bind twice; remove it or --listen-address=::1",
+        ),
+        ("-a 0.0.0.0 -z -i eth0", "remove it or --interface=eth0"),
+    ],
+)
+def test_every_address_is_refused_where_dnsmasq_serves_nothing(words: str, problem: str) -> None:
+    assert problem in rejected(*words.split())
+
+
+@pytest.mark.parametrize("words", ["-a 0.0.0.0,::,::1", "-a 0.0.0.0 -i eth0"])
+def test_every_address_without_effect_is_noticed(words: str) -> None:
+    settings = parse(words.split())
+    assert isinstance(settings, Settings)
+    assert settings.listen_addresses in (("::1",), ())
+    assert "has no effect without --bind-interfaces" in settings.notices[0]
 
 
 def test_no_poll_allows_one_resolv_file() -> None:

@@ -7,6 +7,7 @@ import ipaddress
 
 import dns_messages as m
 import pytest
+from local_addresses import local
 from tcp_double import TcpDouble
 from upstream_double import ADDRESS, Script, UpstreamNetwork, honest, silent
 from virtual_time import now, run, turns
@@ -385,7 +386,7 @@ def test_client_with_most_connections_gives_way_when_all_slots_are_taken() -> No
 def test_only_connected_networks_are_served() -> None:
     async def converse() -> None:
         case = Case(local_service=True)
-        case.admission.update([ipaddress.ip_network("10.1.0.0/24")])
+        case.admission.update([local("10.1.0.1/24")])
         served, stranger = await case.connect(A), await case.connect("192.0.2.7")
         for connection in (served, stranger):
             if not connection.closing:

@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import dns_messages as m
 import pytest
+from local_addresses import local
 from udp_double import Datagram, UdpDouble
 
 from udpwatch.dns import udp as module
@@ -238,12 +239,12 @@ def test_client_at_port_0_gets_no_response(case: Case) -> None:
 
 def test_only_connected_networks_are_served() -> None:
     case = Case()
-    case.admission.update([ipaddress.ip_network("10.1.0.0/24")])
+    case.admission.update([local("10.1.0.1/24")])
     assert len(case.serve(Datagram(KNOWN, CLIENT))) == 1
     stranger = Datagram(KNOWN, "192.0.2.7")
     assert not case.serve(stranger, stranger), "a remembered response is not for everybody"
     assert case.dropped() == {"policy": 2}
-    case.admission.update([ipaddress.ip_network("192.0.2.0/24")])
+    case.admission.update([local("192.0.2.1/24")])
     case.server.readmit()
     assert len(case.serve(stranger)) == 1
     assert not case.serve(Datagram(KNOWN, CLIENT)), "its network has gone"
