@@ -266,6 +266,14 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--max-tcp-connections=N",
+        readers.one("max_tcp_connections", values.whole(1, 10_000)),
+        "maximum number of TCP connections of clients (512)",
+        "dnsmasq's default is 20; at the limit the idlest connection of the client with the most is closed; dnsmasq "
+        "lets new ones wait; more than 10000 is refused",
+        once=True,
+    ),
+    _option(
         "-P --edns-packet-max=OCTETS",
         readers.one("edns_packet_max", values.whole(512, 65535)),
         "maximum size of a response over UDP (1232)",
@@ -504,7 +512,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    filterwin2k:f log-async log-debug max-port max-tcp-connections min-port
+    filterwin2k:f log-async log-debug max-port min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

@@ -30,7 +30,7 @@ from udpwatch.dns.reload import RouteReloader, ZoneReloader
 from udpwatch.dns.responder import Responder
 from udpwatch.dns.settings import Settings
 from udpwatch.dns.statistics import Statistics
-from udpwatch.dns.tcp import MAX_CONNECTIONS, TcpServer
+from udpwatch.dns.tcp import TcpServer
 from udpwatch.dns.udp import UdpServer
 from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.watch import Watch
@@ -50,7 +50,7 @@ class Service:
         """Bind the sockets. Raises DnsError, and then leaves nothing behind. ``cpus``: how many CPUs may be used."""
         self._settings = settings
         budget = Budget(cpus)
-        _raise_descriptor_limit(MAX_CONNECTIONS + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)
+        _raise_descriptor_limit(settings.max_tcp_connections + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)
         self.metrics = Metrics()
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
         self._statistics = Statistics(self.metrics, self._cache)
@@ -70,7 +70,7 @@ class Service:
         self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)
         common = self._responder, self.metrics, self._admission
         self._udp = UdpServer(*common, self._handover.put, log_query)
-        self._tcp = TcpServer(*common, self._forwarder, log_query, budget)
+        self._tcp = TcpServer(*common, self._forwarder, log_query, budget, settings.max_tcp_connections)
         self._interfaces = HostInterfaces(settings)
         self._zone = ZoneReloader(settings, self._responder, self.metrics, self._udp.invalidate, self._interfaces)
         self._routes = RouteReloader(

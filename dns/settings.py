@@ -142,6 +142,7 @@ class Settings:
     negcache: bool = True
     stale_seconds: int = 86_400  # how long expired responses are served while all servers are down; 0: never
     forward_max: int = 1_000  # queries in flight to the servers of one domain
+    max_tcp_connections: int = 512  # of clients
     edns_packet_max: int = 1232  # octets over UDP
     log_queries: bool = False
     log_extra: bool = False

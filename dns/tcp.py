@@ -31,8 +31,8 @@ from udpwatch.dns.names import pack_address
 from udpwatch.dns.responder import Drop, Forward, LogQuery, Reply, Responder
 from udpwatch.dns.udp_socket import LAYOUTS
 
-MAX_CONNECTIONS = 512
-MAX_CONNECTIONS_PER_CLIENT = 64  # an IPv6 client is its /64
+MAX_CONNECTIONS = 512  # the default of --max-tcp-connections
+MAX_CONNECTIONS_PER_CLIENT = 64  # an eighth of more; an IPv6 client is its /64
 IDLE_SECONDS = 10.0  # without a complete query, or without taking a response
 MAX_UNANSWERED = 16  # per connection; above that it is not read
 MAX_HELD_BYTES = 16 << 20  # of responses that slow clients have not taken, over all connections
@@ -80,9 +80,12 @@ class TcpServer:
         forwarder: Forwarder,
         log_query: LogQuery | None,
         budget: Budget = UNLIMITED,
+        max_connections: int = MAX_CONNECTIONS,
     ) -> None:
         self._responder, self._metrics, self._admission = responder, metrics, admission
         self._forwarder, self._log_query, self._budget = forwarder, log_query, budget
+        self._max_connections = max_connections
+        self._max_per_client = max(MAX_CONNECTIONS_PER_CLIENT, max_connections // 8)
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
         self._listeners: set[socket.socket] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -198,9 +201,9 @@ class TcpServer:
 
     def _make_room(self, client: bytes) -> None:
         mine = self._by_client.get(client, set())
-        if len(mine) >= MAX_CONNECTIONS_PER_CLIENT:
+        if len(mine) >= self._max_per_client:
             self._close_idlest(mine)
-        elif self._metrics.tcp_connections >= MAX_CONNECTIONS:
+        elif self._metrics.tcp_connections >= self._max_connections:
             self._close_idlest(max(self._by_client.values(), key=len))
 
     def _close_idlest(self, connections: set[_Connection]) -> None:

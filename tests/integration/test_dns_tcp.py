@@ -29,6 +29,7 @@ from dns_server import (
     texts,
     write,
 )
+from dnsmasq import dnsmasq
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
@@ -238,6 +239,29 @@ def test_few_descriptors(tmp_path: Path) -> None:
                     stack.enter_context(connected(node, "127.0.0.1", socket.SOCK_STREAM))
                 assert texts(ask(node, "127.0.0.1", "host.test")) == ["10.0.0.1"]
             wait_for(lambda: _answered(node), "TCP to be answered again")
+
+
+@pytest.mark.parametrize("theirs", [False, True], ids=["udpwatch", "dnsmasq"])
+def test_number_of_connections_beside_dnsmasq(theirs: bool) -> None:
+    """Neither serves more at a time than configured: udpwatch closes an idle one, dnsmasq lets the new one wait."""
+    options = ("--max-tcp-connections=2", "--host-record=ready.example,192.0.2.1")
+    with Lab() as built, contextlib.ExitStack() as stack:
+        node = built.namespace("node")
+        node.ip("link set lo up")
+        stack.enter_context(dnsmasq(node, *options) if theirs else Responder(node, *options))
+        links = [stack.enter_context(connected(node, "127.0.0.1", socket.SOCK_STREAM)) for _ in range(3)]
+        for link in links[:2]:
+            send_message(link, bare_query("ready.example"))
+            assert receive_message(link)
+        links[2].settimeout(1.5)
+        send_message(links[2], bare_query("ready.example"))
+        if theirs:
+            with pytest.raises(TimeoutError):
+                receive_message(links[2])
+        else:
+            assert receive_message(links[2])
+            with contextlib.suppress(ConnectionResetError):
+                assert not links[0].recv(1)
 
 
 def _answered(node: Namespace) -> bool:

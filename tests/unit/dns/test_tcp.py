@@ -56,7 +56,9 @@ class Case:
         self.admission = Admission(made)
         failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
         self.forwarder = Forwarder(made, responder, cache, failover, self.metrics, None)
-        self.server = TcpServer(responder, self.metrics, self.admission, self.forwarder, None, budget)
+        self.server = TcpServer(
+            responder, self.metrics, self.admission, self.forwarder, None, budget, made.max_tcp_connections
+        )
         self.tasks: dict[TcpDouble, asyncio.Task[None]] = {}
 
     async def connect(self, client: str = A, window: int = 1 << 30) -> TcpDouble:
@@ -380,6 +382,23 @@ def test_client_with_most_connections_gives_way_when_all_slots_are_taken() -> No
         assert case.metrics.tcp_connections == MAX_CONNECTIONS
         await case.nothing_is_left()
 
+    run(converse())
+
+
+@pytest.mark.parametrize(("limit", "per_client"), [(1, 1), (20, 20), (512, 64), (4000, 500)])
+def test_number_of_connections_is_configured(limit: int, per_client: int) -> None:
+    async def converse() -> None:
+        case = Case(max_tcp_connections=limit)
+        for _ in range(per_client):
+            await case.connect()
+        assert not case.closed()
+        new = await case.connect()
+        assert case.closed() == {"room": 1}
+        await turns()
+        assert (new.aborted, case.metrics.tcp_connections) == (False, per_client)
+        await case.nothing_is_left()
+
+    assert Settings().max_tcp_connections == MAX_CONNECTIONS
     run(converse())
 
 
