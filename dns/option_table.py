@@ -291,6 +291,11 @@ OPTIONS = (
         "an address",
     ),
     _option(
+        "-f --filterwin2k",
+        readers.on("filter_windows"),
+        "do not forward SOA and SRV queries, nor ANY queries for names with an underscore: they get NODATA",
+    ),
+    _option(
         "--stop-dns-rebind",
         readers.on("stop_dns_rebind"),
         "reject private addresses in upstream responses",
@@ -512,7 +517,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet cache-rr connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    filterwin2k:f log-async log-debug max-port min-port
+    log-async log-debug max-port min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

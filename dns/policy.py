@@ -60,6 +60,12 @@ def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: boo
     return False
 
 
+def is_windows_query(settings: Settings, name: bytes, kind: int) -> bool:
+    """Return whether a query without a local answer gets NODATA (`--filterwin2k`): old versions of Windows ask public
+    servers for their domain controllers."""
+    return settings.filter_windows and (kind in (Type.SOA, Type.SRV) or (kind == Type.ANY and b"_" in name))
+
+
 def rebinds(settings: Settings, answer: Response) -> bool:
     """Return whether a response maps a name to a private address (`--stop-dns-rebind`), after `--alias`."""
     if not settings.stop_dns_rebind or any(is_subdomain(answer.name, domain) for domain in settings.rebind_domains_ok):

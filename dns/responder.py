@@ -20,7 +20,7 @@ from udpwatch.dns.alias import rewritten
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import MAX_TTL, Entry, cut, entry_of, first_counts, without
 from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
-from udpwatch.dns.policy import has_address_in, never_forwarded
+from udpwatch.dns.policy import has_address_in, is_windows_query, never_forwarded
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import Settings
 from udpwatch.dns.zone import CONFIG, HOSTS, Found, Zone
@@ -113,6 +113,8 @@ class Responder:
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Decide about a name that is not in memory."""
+        if is_windows_query(self._settings, query.name, query.type):
+            return self._nothing(query, Rcode.NOERROR)
         domain = self.routes.domain_of(query.name)
         ends_here = never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers))
         servers = () if ends_here else self.routes.for_name(query.name)

@@ -125,6 +125,7 @@ class Settings:
     expand_hosts: bool = False
     domain_needed: bool = False
     bogus_priv: bool = False
+    filter_windows: bool = False  # NODATA for SOA, SRV and for ANY of names with _
     stop_dns_rebind: bool = False
     rebind_localhost_ok: bool = False
     rebind_domains_ok: tuple[bytes, ...] = ()

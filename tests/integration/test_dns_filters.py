@@ -21,7 +21,7 @@ OPTIONS = (
     *("--bogus-nxdomain=64.94.110.0/24", "--ignore-address=203.0.113.0/24", "--filter-rr=TXT", "--proxy-dnssec"),
     *("--min-cache-ttl=30", "--max-cache-ttl=60", "--dhcp-leasefile=/nowhere/leases", "--log-dhcp"),
     *("--alias=198.51.100.0,10.9.0.0,255.255.255.0", "--alias=203.0.114.4-203.0.114.6,10.8.0.0,255.255.255.0"),
-    "--alias=192.0.2.7,64.94.110.9",
+    *("--alias=192.0.2.7,64.94.110.9", "--filterwin2k", "--srv-host=_own._tcp.example,here.example,1"),
 )
 
 
@@ -124,6 +124,11 @@ def _answers(node: Namespace) -> bool:
         ("forged.example", "A", "NOERROR", ["192.0.2.80"]),
         ("doctored.example", "A", "NOERROR", ["10.8.0.5", "10.9.0.7", "203.0.114.3"]),
         ("turned.example", "A", "NXDOMAIN", []),
+        ("plain.example", "SOA", "NOERROR", []),
+        ("_ldap._tcp.example", "SRV", "NOERROR", []),
+        ("_own._tcp.example", "SRV", "NOERROR", ["0 0 1 here.example."]),
+        ("under_score.example", "ANY", "NOERROR", []),
+        ("other.example", "ANY", "NXDOMAIN", []),
         ("1.2.7.10.in-addr.arpa", "PTR", "NOERROR", ["host.example."]),
         ("1.2.8.10.in-addr.arpa", "PTR", "NXDOMAIN", []),
     ],

@@ -237,6 +237,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         "--alias=0.0.1.2-0.0.1.9,0.0.3.4,255.255.255.0",
         {"aliases": (Alias(0x102, 0x109, 0x304, 0xFFFFFF00, 0xFFFFFFFF),)},
     ),
+    ("--filterwin2k", {"filter_windows": True}),
     ("--filter-A", {"filtered_types": (1,)}),
     ("--filter-AAAA", {"filtered_types": (28,)}),
     ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),

@@ -15,7 +15,7 @@ from udpwatch.dns.names import is_single_label, is_subdomain, label_count, name_
 from udpwatch.dns.policy import LOOPBACK, PRIVATE, contains, never_forwarded, rebinds
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
-from udpwatch.dns.settings import Alias, DomainServers, HostRecord, Server, Settings
+from udpwatch.dns.settings import Alias, DomainServers, HostRecord, Server, Settings, StaticRecord
 from udpwatch.dns.zone import build
 
 DEFAULT, CORP, DEEP = Server("192.0.2.53"), Server("10.0.0.2"), Server("10.0.0.3")
@@ -340,3 +340,31 @@ def test_rewritten_address_is_the_one_that_is_checked() -> None:
     for aliases, rcode in (((), Rcode.NOERROR), ((NETWORK,), Rcode.NXDOMAIN)):
         changed = replace(settings, aliases=aliases)
         assert Responder(changed, build(changed, pytest.fail), Cache(0, 0)).entry_of(answer, 0.0).rcode == rcode
+
+
+# ---- --filterwin2k ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("example", m.SOA, Rcode.NOERROR),
+        ("_ldap._tcp.example", m.SRV, Rcode.NOERROR),
+        ("example", m.SRV, Rcode.NOERROR),
+        ("a_b.example", m.ANY, Rcode.NOERROR),
+        ("example", m.ANY, "forward"),
+        ("_x.example", m.TXT, "forward"),
+        ("_x.example", m.A, "forward"),
+    ],
+)
+def test_filterwin2k(name: str, kind: int, expected: int | str) -> None:
+    assert asked(Settings(filter_windows=True), name, kind) == expected
+    assert asked(Settings(), name, kind) == "forward"
+
+
+def test_filterwin2k_leaves_local_services() -> None:
+    local = (StaticRecord(wire("_ldap._tcp.example"), m.SRV, b"\0\1\0\1\0\1\1a\0"),)
+    settings = Settings(filter_windows=True, records=local)
+    responder = Responder(settings, build(settings, pytest.fail), Cache(0, 0))
+    found = responder.respond(m.query("_ldap._tcp.example", m.SRV), 0.0)
+    assert isinstance(found, Reply) and parse_response(found.data).counts == (1, 0, 0)
