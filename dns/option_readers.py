@@ -457,5 +457,15 @@ def several(name: str, parse: Callable[[str], object]) -> Read:
     return read
 
 
+def checked(parse: Callable[[str], object]) -> Read:
+    """Return the reader of an option with several values whose behaviour is always on."""
+
+    def read(_: Draft, value: str) -> None:
+        for part in parts(value):
+            parse(part)
+
+    return read
+
+
 def accept_noop(_: Draft, __: str) -> None:
     """Accept an option whose behaviour is always on."""

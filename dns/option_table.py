@@ -355,6 +355,11 @@ OPTIONS = (
         "dnsmasq's default is 150; responses of every type are cached",
         once=True,
     ),
+    _option(
+        "--cache-rr=TYPE[,..]",
+        readers.checked(values.cached_type),
+        "no effect: responses of every type are cached",
+    ),
     _option("-N --no-negcache", readers.on("negcache", False), "do not cache negative responses"),
     _option(
         "--neg-ttl=SECONDS",
@@ -515,7 +520,7 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet cache-rr connmark-allowlist
+    add-cpe-id add-mac add-subnet connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
     log-async log-debug max-port min-port
     no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella

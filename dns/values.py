@@ -18,6 +18,7 @@ MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
 MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
 MAX_INTERFACE_BYTES = 15  # IFNAMSIZ without its NUL
 ROOT = b"\0"
+ANY = 255
 _NO_RECORD_TYPES = {41, *range(249, 256)}  # OPT, and types of queries (RFC 6895, section 3.1)
 
 
@@ -73,6 +74,11 @@ def record_type(text: str) -> int:
     if not kind or kind in _NO_RECORD_TYPES:
         raise Rejected("names or numbers of record types")
     return int(kind)
+
+
+def cached_type(text: str) -> int:
+    """A record type, or ANY."""
+    return ANY if text.upper() in ("ANY", str(ANY)) else record_type(text)
 
 
 def domain_name(text: str) -> bytes:

@@ -238,6 +238,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         {"aliases": (Alias(0x102, 0x109, 0x304, 0xFFFFFF00, 0xFFFFFFFF),)},
     ),
     ("--filterwin2k", {"filter_windows": True}),
+    ("--cache-rr=TXT,mx, 65", {}),
+    ("--cache-rr=ANY", {}),
     ("--filter-A", {"filtered_types": (1,)}),
     ("--filter-AAAA", {"filtered_types": (28,)}),
     ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),
@@ -288,6 +290,7 @@ OURS = ("--metrics-listen", "--use-stale-cache=off")
 ONE_WORD = [word for word, _ in GOOD]
 
 BAD = [
+    *(f"--cache-rr={value}" for value in ("", "FOO", "TXT,", "0", "65536", "OPT", "AXFR")),
     *(
         f"--alias={value}"
         for value in ("", "192.0.2.1", "192.0.2.1,", "::1,::2", "192.0.2.1,192.0.2.2,8", "a,192.0.2.1")
