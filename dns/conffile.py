@@ -55,16 +55,22 @@ def lines(path: Path) -> Iterator[Line]:
     except OSError as error:
         raise FileError(f"conf-file: cannot read {shown(path)}: {error.strerror}") from None
     for number, raw in enumerate(data.split(b"\n"), 1):
-        where = f"{shown(path)} line {number}"
-        try:
-            text = _unquote(raw.decode()).strip(" ")
-        except UnicodeDecodeError:
-            raise ConfigError(f"{where}: not UTF-8") from None
-        except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        if text:
-            name, equals, value = text.partition("=")
-            yield Line(where, plain(name.rstrip(" ")), value.lstrip(" ") if equals else None)
+        if line := parse_line(f"{shown(path)} line {number}", raw):
+            yield line
+
+
+def parse_line(where: str, raw: bytes) -> Line | None:
+    """Return the setting of a line, or None if it has none. Raises ConfigError."""
+    try:
+        text = _unquote(raw.decode().rstrip("\n")).strip(" ")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{where}: not UTF-8") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if not text:
+        return None
+    name, equals, value = text.partition("=")
+    return Line(where, plain(name.rstrip(" ")), value.lstrip(" ") if equals else None)
 
 
 def folder_files(value: str) -> list[Path]:

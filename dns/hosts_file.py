@@ -51,7 +51,7 @@ def _is_left_out(name: str) -> bool:
     return name.startswith(".") or name.endswith("~") or (name.startswith("#") and name.endswith("#"))
 
 
-def _read_steady(path: Path) -> bytes:
+def read_steady(path: Path) -> bytes:
     """Return a file's contents; read it again if it was written meanwhile. Raises OSError."""
     for _ in range(CHANGING_TRIES):
         # Non-blocking: opening a FIFO must not hang.
@@ -73,7 +73,7 @@ def _read_steady(path: Path) -> bytes:
 def read_hosts(path: Path, domain: bytes, add: Add, complain: Complain) -> None:
     """Pass every address with its names to ``add``. Raises OSError where the file cannot be read."""
     bad = 0
-    for number, line in enumerate(io.BytesIO(_read_steady(path).removeprefix(BYTE_ORDER_MARK)), 1):
+    for number, line in enumerate(io.BytesIO(read_steady(path).removeprefix(BYTE_ORDER_MARK)), 1):
         words = line.partition(b"#")[0].split()
         if not words:
             continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, name_to_text, su
 from udpwatch.dns.settings import (
     Alias,
     DomainAddress,
+    DomainServers,
     HostRecord,
     InterfaceName,
     Server,
@@ -87,8 +88,23 @@ class Draft:
     information: Information | None = None
     test: bool = False
 
+    @classmethod
+    def of_servers(cls, servers: Iterable[Server], domains: Iterable[DomainServers]) -> Draft:
+        """Return a draft with these servers."""
+        draft = cls(many={"servers": dict.fromkeys(servers)})
+        for each in domains:
+            kind = "standard" if each.standard else "servers" if each.servers else "local"
+            draft.domains[each.domain] = _Domain(kind, dict.fromkeys(each.servers))
+        return draft
+
     def add(self, name: str, item: object) -> None:
         self.many.setdefault(name, {})[item] = None
+
+    def domain_servers(self) -> tuple[DomainServers, ...]:
+        """Return the servers of each domain."""
+        return tuple(
+            DomainServers(name, tuple(each.servers), each.kind == "standard") for name, each in self.domains.items()
+        )
 
 
 Read = Callable[[Draft, str], None]

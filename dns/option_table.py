@@ -231,6 +231,13 @@ OPTIONS = (
     ),
     _option("-n --no-poll", readers.on("poll", False), "do not watch the resolv file; SIGHUP reads it again"),
     _option(
+        "--servers-file=FILE",
+        readers.one("servers_file", values.file_path),
+        "also read server and rev-server options from this file, and again when it changes",
+        "changes take effect without SIGHUP",
+        once=True,
+    ),
+    _option(
         "-S --server=[/DOMAIN/[..]][ADDRESS[%IF][#PORT][@INTERFACE][@SOURCE]|#]",
         readers.read_server,
         "an upstream server, for all names or for these domains; #: the default servers; nothing: the domain is local; "
@@ -522,8 +529,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    log-async log-debug max-port min-port
-    no-0x20-encode port-limit query-port:Q servers-file strip-mac strip-subnet umbrella
+    log-async log-debug max-port min-port no-0x20-encode port-limit query-port:Q strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -23,7 +23,7 @@ from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
 from udpwatch.dns.option_readers import Draft, Information, add_mx
 from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REASONS, REFUSED, REFUSED_SHORT, Option
-from udpwatch.dns.settings import DomainServers, Settings, StaticRecord
+from udpwatch.dns.settings import Settings, StaticRecord
 from udpwatch.dns.values import Rejected
 
 MAX_DEPTH = 16  # conf-file within conf-file
@@ -173,9 +173,7 @@ def _finish(draft: Draft) -> Settings:
     mail = _finish_mail(draft)
     many = {name: tuple(items) for name, items in draft.many.items()}
     given: dict[str, Any] = draft.fields | many | mail
-    given["domain_servers"] = tuple(
-        DomainServers(name, tuple(domain.servers), domain.kind == "standard") for name, domain in draft.domains.items()
-    )
+    given["domain_servers"] = draft.domain_servers()
     settings = Settings(**given)
     if settings.resolv and not settings.poll and len(settings.resolv_files) > 1:
         raise ConfigError(

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from udpwatch.dns import zone
@@ -19,6 +20,7 @@ from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolvconf import read_resolv
 from udpwatch.dns.responder import Responder
 from udpwatch.dns.routes import build_routes
+from udpwatch.dns.servers_file import read_servers
 from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,7 @@ class ZoneReloader:
                     log.error("dns: %s; the previous local names stay in use", error)
                 return False
             self._logged_error = ""
+            table.delegated = self._responder.zone.delegated
             self._responder.zone = table
             self._invalidate()
             self._metrics.hosts_entries = table.entries
@@ -91,11 +94,35 @@ class RouteReloader:
         self._is_own, self._invalidate = is_own, invalidate
         self._from_resolv: tuple[Server, ...] = ()
         self._own: set[Server] = set()
-        self._logged_problems: list[str] = []
+        self._given = settings  # without the servers file
+        self._logged: list[str] = []  # problems of resolv files
+        self._logged_servers: list[str] = []  # problems of the servers file
 
     def forget_errors(self) -> None:
         """Log known errors again."""
-        self._logged_problems = []
+        self._logged.clear()
+        self._logged_servers.clear()
+
+    async def read_servers_file(self) -> bool:
+        """Read `--servers-file`. Return whether it could be read; if not, the old servers stay."""
+        path, problems = self._given.servers_file, list[str]()
+        if path is None:
+            return True
+        try:
+            servers, domains = await asyncio.to_thread(read_servers, path, self._given, problems.append)
+        except OSError as error:
+            problems.append(f"cannot read {path}: {error.strerror or error}; its servers stay as they are")
+            self._log_new(self._logged_servers, problems)
+            return False
+        self._log_new(self._logged_servers, problems)
+        if (servers, domains) != (self._settings.servers, self._settings.domain_servers):
+            self._settings = replace(self._settings, servers=servers, domain_servers=domains)
+            self._responder.zone.delegated = frozenset(each.domain for each in domains)
+            self._responder.cache.clear()  # as dnsmasq, which reads the file with SIGHUP only
+            self._invalidate()
+            log.info("dns: read %s: servers of %d domains", path, len(domains))
+            self.apply()
+        return True
 
     async def on_change(self) -> bool:
         """Read the files again; for `Watch`."""
@@ -114,12 +141,16 @@ class RouteReloader:
                 self._from_resolv = servers
             elif self._from_resolv:
                 problems.append("no resolv file can be read; the upstream servers stay as they are")
-        if problems != self._logged_problems:
-            self._logged_problems = problems
-            for text in problems:
-                warn(text)
+        self._log_new(self._logged, problems)
         self.apply()
         return complete
+
+    def _log_new(self, logged: list[str], problems: list[str]) -> None:
+        """Log problems, unless they are those that were logged last time."""
+        if problems != logged:
+            logged[:] = problems
+            for text in problems:
+                warn(text)
 
     def apply(self) -> None:
         """Put new routes in place if the servers or this host's addresses have changed them."""

@@ -47,7 +47,10 @@ def build_routes(
     default = usable(tuple(dict.fromkeys((*settings.servers, *from_resolv))))
     domains = []
     for domain in settings.domain_servers:
+        if not domain.servers:  # the most of a long list; the object stays the same
+            domains.append(domain)
+            continue
         servers = usable(domain.servers)
-        if servers or not domain.servers:  # else ignore the option: () would make the domain local only
+        if servers:  # else ignore the option: () would make the domain local only
             domains.append(replace(domain, servers=servers))
     return Routes(default, tuple(domains))

@@ -121,14 +121,20 @@ class Service:
         self._handover.start()
         self._addresses.open()
         hosts, resolv = Watch(self._zone.files, self._zone.load), None
+        servers: Watch | None = None
         if self._settings.resolv and self._settings.poll:
             resolv = Watch(lambda: list(self._settings.resolv_files), self._routes.on_change)
-        self._watches = [each for each in (hosts, resolv) if each]
+        if (servers_file := self._settings.servers_file) is not None:
+            servers = Watch(lambda: [servers_file], self._routes.read_servers_file)
+        self._watches = [each for each in (hosts, resolv, servers) if each]
         hosts_read, resolv_read = await self._zone.load(missing_ok=True), self._routes.read()
+        servers_read = await self._routes.read_servers_file()
         self._listening.serve(self._udp, self._tcp)
         self._udp.start()
         self._addresses.start()
         hosts.start(hosts_read)
+        if servers:
+            servers.start(servers_read)
         if resolv:
             resolv.start(resolv_read)
         self._flush_log()
@@ -142,6 +148,7 @@ class Service:
         self._zone.forget_errors()  # an operator is looking
         self._routes.forget_errors()
         await self._zone.load()
+        await self._routes.read_servers_file()
         if not self._settings.poll:
             self._routes.read()
         self._udp.invalidate()

@@ -109,6 +109,7 @@ class Settings:
     resolv_files: tuple[Path, ...] = (ETC_RESOLV_CONF,)
     poll: bool = True  # watch the resolv files
     clear_on_reload: bool = False  # clear the cache when a resolv file is read again
+    servers_file: Path | None = None  # more servers, read again when it changes
     servers: tuple[Server, ...] = ()
     domain_servers: tuple[DomainServers, ...] = ()
     strict_order: bool = False  # query servers in their order

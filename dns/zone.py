@@ -67,7 +67,8 @@ class Zone:
         self._own_ttl: dict[bytes, int] = {}  # names of host-record
         self._synth = SynthDomains(settings.synth_domains) if settings.synth_domains else None
         self._wild: dict[bytes, list[str | None]] = {}
-        self._delegated = {each.domain for each in settings.domain_servers}  # domains that `--server` names
+        #: domains that `--server` names; replaced whole when a servers file changes
+        self.delegated = frozenset(each.domain for each in settings.domain_servers)
         self._above: set[bytes] = set()  # names above others, without the root
         self._origins: dict[bytes, str] = {}  # name -> CONFIG; if queries are logged, also a file
         self.entries = 0  # names and aliases
@@ -161,11 +162,11 @@ class Zone:
         if not self._wild:
             return None
         for domain in suffixes(name):
-            if domain == b"\0" != name and b"" in self._delegated and is_single_label(name):
+            if domain == b"\0" != name and b"" in self.delegated and is_single_label(name):
                 return None
             addresses = self._wild.get(domain, [])
             packed = [pack_address(address) for address in addresses if address is not None]
-            if not packed and domain in self._delegated:
+            if not packed and domain in self.delegated:
                 return None
             if not addresses:
                 continue

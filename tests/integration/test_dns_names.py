@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from dns_server import Responder, ask, rcode, texts, write
+from dns_server import FakeServer, Responder, ask, rcode, texts, write
 from dnsmasq import dnsmasq
 from waiting import wait_for
 
@@ -202,3 +203,29 @@ def test_synthetic_names(folder: Path) -> None:
             (pointer("::1"), "PTR", "NOERROR", ["0--1.bare.test."]),
         ):
             assert [found(node, name, kind) for node in nodes] == [(code, data)] * 2, (name, kind)
+
+
+def test_servers_file(folder: Path) -> None:
+    """dnsmasq reads it with SIGHUP; udpwatch does so, too, and also when it changes."""
+    file = write(folder / "servers", "server=/corp.test/127.0.0.99#5300", "cname=a.test,b.test", "server=nowhere")
+    options = (f"--servers-file={file}", "--server=/kept.test/127.0.0.99#5300")
+    with Lab() as built, contextlib.ExitStack() as stack:
+        nodes = [built.namespace("ours"), built.namespace("theirs")]
+        for node in nodes:
+            stack.enter_context(FakeServer(node, "127.0.0.99", port=5300))
+        responder = stack.enter_context(Responder(nodes[0], *options))
+        theirs = stack.enter_context(dnsmasq(nodes[1], *options))
+
+        def answers() -> list[tuple[str, ...]]:
+            names = ("x.corp.test", "x.lab.test", "x.kept.test", "a.test")
+            return [tuple(found(node, name)[0] for name in names) for node in nodes]
+
+        assert answers() == [("NOERROR", "REFUSED", "NOERROR", "REFUSED")] * 2
+        assert responder.has_logged(f"{file} line 2: 'cname': expected server=VALUE or rev-server=VALUE")
+        write(file, "server=/lab.test/127.0.0.99#5300", "server=/corp.test/")
+        theirs.send_signal(signal.SIGHUP)
+        wait_for(lambda: answers() == [("NXDOMAIN", "NOERROR", "NOERROR", "REFUSED")] * 2, "the new servers")
+        file.unlink()
+        responder.reload()
+        theirs.send_signal(signal.SIGHUP)
+        assert answers() == [("NXDOMAIN", "NOERROR", "NOERROR", "REFUSED")] * 2, "they stay"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 from collections.abc import Iterator
 
 from dns_server import ask, needs
@@ -12,7 +13,7 @@ from udpwatch.agent.testing.lab import Namespace
 
 
 @contextlib.contextmanager
-def dnsmasq(node: Namespace, *options: str, ready: str = "ready.example") -> Iterator[None]:
+def dnsmasq(node: Namespace, *options: str, ready: str = "ready.example") -> Iterator[subprocess.Popen[bytes]]:
     """dnsmasq in a namespace, once it responds. It reads files as its own user."""
     needs("dnsmasq", "dnsmasq-base")
     words = ["--keep-in-foreground", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", "--pid-file", *options]
@@ -20,7 +21,7 @@ def dnsmasq(node: Namespace, *options: str, ready: str = "ready.example") -> Ite
     try:
         wait_for(lambda: process.poll() is not None or _answers(node, ready), "dnsmasq")
         assert process.poll() is None, process.communicate()
-        yield
+        yield process
     finally:
         process.kill()
         process.communicate()

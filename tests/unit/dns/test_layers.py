@@ -65,8 +65,20 @@ ALLOWED: dict[str, set[str]] = {
     "option_readers": {"conffile", "message", "names", "settings", "values"},
     "option_table": {"option_readers", "values"},
     "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
+    "servers_file": {"conffile", "errors", "hosts_file", "option_readers", "settings", "values"},
     # the whole
-    "reload": {"errors", "failover", "interfaces", "metrics", "resolvconf", "responder", "routes", "settings", "zone"},
+    "reload": {
+        "errors",
+        "failover",
+        "interfaces",
+        "metrics",
+        "resolvconf",
+        "responder",
+        "routes",
+        "servers_file",
+        "settings",
+        "zone",
+    },
     "service": {
         *(
             "address_monitor",

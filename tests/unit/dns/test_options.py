@@ -240,6 +240,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--filterwin2k", {"filter_windows": True}),
     ("--cache-rr=TXT,mx, 65", {}),
     ("--cache-rr=ANY", {}),
+    ("--servers-file=/servers", {"servers_file": Path("/servers")}),
     ("--filter-A", {"filtered_types": (1,)}),
     ("--filter-AAAA", {"filtered_types": (28,)}),
     ("--filter-rr=TXT,mx, 65", {"filtered_types": (16, 15, 65)}),
@@ -290,6 +291,7 @@ OURS = ("--metrics-listen", "--use-stale-cache=off")
 ONE_WORD = [word for word, _ in GOOD]
 
 BAD = [
+    "--servers-file=",
     *(f"--cache-rr={value}" for value in ("", "FOO", "TXT,", "0", "65536", "OPT", "AXFR")),
     *(
         f"--alias={value}"
