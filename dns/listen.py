@@ -84,6 +84,7 @@ class Listening:
         new = [address for address in self._open if address not in self._handed]
         for address in new:
             link, listener = self._open[address]
+            log.debug("dns: serving %s port %d, descriptors %d and %d", *address[:2], link.fd, listener.fileno())
             self._handed.add(address)
             self._udp.add(link)
             self._tcp.add(listener)

@@ -88,6 +88,7 @@ class Metrics:
         self.tcp_connections = 0
         self.tcp_closed: dict[str, Cell] = {reason: [0] for reason in CLOSE_REASONS}  # by the responder
         self.tcp_held_bytes = 0
+        self.log_lost: Cell = [0]  # lines
 
     def cell(self, proto: str, family: str, kind: int, rcode: int, source: str) -> Cell:
         """Return the counter of one kind of response."""
@@ -231,6 +232,12 @@ class DnsCollector(Collector):
             {(reason,): cell[0] for reason, cell in metrics.tcp_closed.items()},
         )
         yield _gauge("tcp_held_bytes", "Responses held for slow TCP clients.", metrics.tcp_held_bytes)
+        yield _counter(
+            "log_lines_lost",
+            "Log lines of `udpwatch dns` that were not written: too many at once, or the file or syslog failed.",
+            (),
+            {(): metrics.log_lost[0]},
+        )
 
 
 def _gauge(name: str, text: str, value: float) -> Metric:

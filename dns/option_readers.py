@@ -407,11 +407,6 @@ def read_alias(draft: Draft, value: str) -> None:
     draft.add("aliases", Alias(first, last, new, mask, 0xFFFFFFFF))
 
 
-def read_log_facility(_: Draft, value: str) -> None:
-    if plain(value) != "-":
-        raise Rejected("'-', which is stderr; redirect stderr to log to a file or to syslog")
-
-
 def read_log_queries(draft: Draft, value: str) -> None:
     if value not in ("", "extra"):
         raise Rejected("nothing or 'extra'")

@@ -73,7 +73,7 @@ def _option(
     return Option(name, short.strip("- "), value, read, help_, differs, once, command_line_only)
 
 
-_FOREGROUND = "no effect: udpwatch always stays in the foreground"
+_FOREGROUND = "no effect: udpwatch always stays in the foreground; without this option it logs so once"
 
 OPTIONS = (
     # listening
@@ -419,12 +419,19 @@ OPTIONS = (
         "log queries and responses; extra: with serial number and client",
     ),
     _option(
-        "-8 --log-facility=-",
-        readers.read_log_facility,
-        "no effect: udpwatch always logs to stderr",
-        "files and syslog are refused",
+        "-8 --log-facility=-|FILE|FACILITY",
+        readers.one("log_facility", values.log_facility),
+        "log to stderr (-), to a file, whose path has a slash and which SIGUSR2 opens again, or to syslog",
+        "the default is -; the program's name is udpwatch",
         once=True,
     ),
+    _option(
+        "--log-async[=N]",
+        readers.checked(values.log_queue),
+        "no effect: the log is always asynchronous, with a queue of 10,000 lines",
+        once=True,
+    ),
+    _option("--log-debug", readers.on("log_debug"), "also log what helps to debug"),
     _option("--no-ident", readers.on("ident", False), "do not answer CHAOS names below bind."),
     _option(
         "--metrics-listen=HOST:PORT|off",
@@ -437,7 +444,8 @@ OPTIONS = (
     _option(
         "-u --user=NAME",
         readers.one("user", values.user_name),
-        "if started as root, change to this user (nobody) and keep only CAP_NET_BIND_SERVICE",
+        "if started as root, change to this user (nobody) and keep only CAP_NET_BIND_SERVICE; before "
+        "Linux 5.7 with --server=..@INTERFACE also CAP_NET_RAW",
         "root means uid 0 without other capabilities; the user's supplementary groups are kept",
         once=True,
     ),
@@ -466,8 +474,8 @@ OPTIONS = (
         readers.read_conf_dir,
         "read options from a folder's files, except those that end in SUFFIX; with *SUFFIX, only those",
     ),
-    _option("-k --keep-in-foreground", readers.accept_noop, _FOREGROUND),
-    _option("-d --no-daemon", readers.accept_noop, _FOREGROUND, "no debug mode"),
+    _option("-k --keep-in-foreground", readers.on("foreground"), _FOREGROUND),
+    _option("-d --no-daemon", readers.on("foreground"), _FOREGROUND, "no debug mode"),
     _option("--test", readers.test_only, "read and check everything, then exit", command_line_only=True),
     _option("-v --version", _version, "show the version", command_line_only=True),
     _option("-w --help", _help, "show this help", "`--help dhcp` is not supported", command_line_only=True),
@@ -529,7 +537,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    log-async log-debug max-port min-port no-0x20-encode port-limit query-port:Q strip-mac strip-subnet umbrella
+    max-port min-port no-0x20-encode port-limit query-port:Q strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -49,6 +49,8 @@ class Service:
     def __init__(self, settings: Settings, version: str, cpus: Callable[[], float] = lambda: math.inf) -> None:
         """Bind the sockets. Raises DnsError, and then leaves nothing behind. ``cpus``: how many CPUs may be used."""
         self._settings = settings
+        if settings.log_debug:
+            logging.getLogger("udpwatch.dns").setLevel(logging.DEBUG)
         budget = Budget(cpus)
         _raise_descriptor_limit(settings.max_tcp_connections + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)
         self.metrics = Metrics()

@@ -148,9 +148,12 @@ class Settings:
     edns_packet_max: int = 1232  # octets over UDP
     log_queries: bool = False
     log_extra: bool = False
+    log_debug: bool = False
+    log_facility: str = "-"  # "-": stderr; a path with a slash; or the name of a syslog facility
     ident: bool = True  # answer CHAOS *.bind
     metrics_listen: str = "127.0.0.1:9953"  # HOST:PORT or "off"
     pid_file: Path | None = None
+    foreground: bool = False  # asked for; udpwatch always stays there
     group: str = ""  # the group to change to; "": that of the user
     notices: tuple[str, ...] = ()  # accepted options without effect, for the operator
     user: str = ""  # the user to change to when started as root; "": nobody

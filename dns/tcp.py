@@ -213,6 +213,7 @@ class TcpServer:
 
     def _close(self, connection: _Connection, reason: str) -> None:
         self._metrics.tcp_closed[reason][0] += 1
+        log.debug("dns: closing the connection of %s port %d: %s", connection.address, connection.port, reason)
         self._hold(connection, -connection.held)
         connection.writer.transport.abort()
 

@@ -19,6 +19,10 @@ MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
 MAX_INTERFACE_BYTES = 15  # IFNAMSIZ without its NUL
 ROOT = b"\0"
 ANY = 255
+FACILITIES = (
+    *("auth", "authpriv", "cron", "daemon", "ftp", "kern", "lpr", "mail", "news", "security", "syslog", "user", "uucp"),
+    *(f"local{number}" for number in range(8)),
+)
 _NO_RECORD_TYPES = {41, *range(249, 256)}  # OPT, and types of queries (RFC 6895, section 3.1)
 
 
@@ -130,6 +134,19 @@ def interface_or_label(text: str) -> str:
 
 def listening_device(text: str) -> str:
     return _device(text, star=True)
+
+
+def log_facility(text: str) -> str:
+    """ "-", a path with a slash, or a syslog facility in lower case."""
+    if text == "-" or ("/" in text and "\0" not in text):
+        return text
+    if text.lower() not in FACILITIES:
+        raise Rejected(f"'-' for stderr, a path with a slash, or a syslog facility: {', '.join(FACILITIES)}")
+    return text.lower()
+
+
+def log_queue(text: str) -> str:
+    return text and str(whole(0, 2**31 - 1)(text))
 
 
 def user_name(text: str) -> str:

@@ -11,10 +11,12 @@ import os
 import pwd
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from udpwatch.agent import __version__
 from udpwatch.agent.daemon.http import HttpServer
+from udpwatch.agent.daemon.log_output import LogOutput
 from udpwatch.agent.daemon.metrics import exposition
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
@@ -30,8 +32,10 @@ from udpwatch.dns.service import Service
 from udpwatch.dns.settings import Settings
 
 NOBODY = 65_534  # the kernel's overflow id, for a system without a user of the name
-#: For addresses that come later. In the sockets' place dnsmasq keeps CAP_NET_ADMIN, too, for options that are not ours.
+#: For addresses that come later.
 KEPT = frozenset({Capability.NET_BIND_SERVICE})
+
+LOG_HELP = "docs/dns.md#log"
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +61,21 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def respond(settings: Settings) -> None:
-    """Answer until SIGTERM or SIGINT. SIGHUP reads the tables anew, SIGUSR1 logs statistics. Raises DnsError."""
-    asyncio.run(_run(settings))
+    """Answer until SIGTERM or SIGINT. SIGHUP reads the tables anew, SIGUSR1 logs statistics, SIGUSR2 opens the log file
+    again. Raises DnsError."""
+    output = LogOutput(settings.log_facility)
+    with output.installed():
+        asyncio.run(_run(settings, output))
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, output: LogOutput) -> None:
     loop, done, cpus = asyncio.get_running_loop(), asyncio.Event(), Cpus()
     with contextlib.ExitStack() as opened:
         http = _listen(settings.metrics_listen, cpus)
         if http:
             opened.callback(http.stop)
         service = Service(settings, __version__, cpus)
+        service.metrics.log_lost = output.lost
         reloads: set[asyncio.Task[None]] = set()
 
         def reload() -> None:
@@ -83,15 +91,18 @@ async def _run(settings: Settings) -> None:
             loop.add_signal_handler(number, done.set)
         loop.add_signal_handler(signal.SIGHUP, reload)
         loop.add_signal_handler(signal.SIGUSR1, log_statistics)
+        loop.add_signal_handler(signal.SIGUSR2, output.reopen)
         try:
             if settings.pid_file:
                 write_pid(settings.pid_file)
                 opened.callback(remove_pid, settings.pid_file)
-            give_up_root(settings.user, settings.group)
+            _open_log(settings, output)
             if http:
                 http.start(exposition(service.collector, http.collector), lambda: (True, "ok"), lambda: ready(service))
             await service.start()
             favour_servers()
+            if not settings.foreground:
+                log.info("dns: staying in the foreground, as with --keep-in-foreground")
             log.info("ready")
             await done.wait()
         finally:
@@ -117,23 +128,45 @@ def remove_pid(path: Path) -> None:
         path.unlink()
 
 
-def give_up_root(name: str, group: str = "") -> None:
-    """Change from root to this user ("": nobody) and this group ("": the user's), and keep no capability but KEPT.
+def _open_log(settings: Settings, output: LogOutput) -> None:
+    """Open the log, give up root, and start to write the log. Raises DnsError."""
+    user = _user(settings.user, settings.group) if os.geteuid() == 0 else None
+    servers = (*settings.servers, *(server for each in settings.domain_servers for server in each.servers))
+    kept = KEPT
+    if any(server.interface for server in servers) and capabilities.binding_to_interface_needs_net_raw():
+        kept |= {Capability.NET_RAW}
+    with _log_errors(settings.log_facility):
+        output.open(user.uid if user else None)
+    give_up_root(user, kept, bool(settings.user or settings.group))
+    with _log_errors(settings.log_facility):
+        output.start()
+
+
+@contextlib.contextmanager
+def _log_errors(file: str) -> Iterator[None]:
+    """Raise FileError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"log-facility: cannot open {shown(Path(file))}: {error.strerror}; see {LOG_HELP}") from None
+
+
+def give_up_root(user: User | None, kept: frozenset[Capability], must: bool) -> None:
+    """Change from root to this user, and keep only these capabilities. ``must``: the user or the group was given.
 
     Call it before any thread is started: a running thread keeps its capabilities. Raises DnsError if the change to a
     user or group that was given fails.
     """
-    user = _user(name, group) if os.geteuid() == 0 else None
     try:
-        capabilities.drop_all_but(KEPT, user)
+        capabilities.drop_all_but(kept, user)
     except OSError as error:
         if not user:
             raise
         hint = "add CAP_SETUID and CAP_SETGID, or give --user=root"
         problem = f"cannot change to user {user.name}: {error.strerror}"
-        if name or group:
+        if must:
             raise DnsError(f"{problem}; {hint}") from None
-        capabilities.drop_all_but(KEPT)
+        capabilities.drop_all_but(kept)
         log.warning("%s; still root, without its capabilities; %s", problem, hint)
     else:
         if user:

@@ -59,6 +59,8 @@ def open_dns(conf: Path | None, cpus: Cpus) -> Service:
             raise UdpwatchError(f"{conf}: metrics-listen is only for `udpwatch dns`; use --metrics-listen instead")
         if dns.pid_file:
             raise UdpwatchError(f"{conf}: pid-file is only for `udpwatch dns`; remove it")
+        if dns.log_facility != "-":
+            raise UdpwatchError(f"{conf}: log-facility is only for `udpwatch dns`; the agent logs to stderr")
         if dns.user or dns.group:
             option = "user" if dns.user else "group"
             raise UdpwatchError(f"{conf}: {option} is only for `udpwatch dns`; the agent must run as root")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
 import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ _VERSION_3 = 0x20080522
 _PR_SET_KEEPCAPS = 8
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
 _PR_SET_NO_NEW_PRIVS = 38
+_SO_BINDTODEVICE = 25
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -26,6 +28,7 @@ class Capability(IntEnum):
     DAC_OVERRIDE = 1
     NET_BIND_SERVICE = 10
     NET_ADMIN = 12
+    NET_RAW = 13
     SYS_PTRACE = 19
     SYS_ADMIN = 21
     PERFMON = 38
@@ -43,6 +46,7 @@ PURPOSE = {
     Capability.SYS_ADMIN: "without CAP_PERFMON: enter namespaces to ask their conntrack; mount cgroup v2 privately",
     Capability.DAC_OVERRIDE: "reopen an event file that another user owns by then",
     Capability.NET_BIND_SERVICE: "with --dns: listen on port 53 of addresses that are added later",
+    Capability.NET_RAW: "before Linux 5.7, with --server=..@INTERFACE: bind sockets to an interface",
     Capability.SYS_PTRACE: "without CAP_PERFMON: find a process's network namespace",
 }
 
@@ -110,6 +114,23 @@ def drop_all_but(keep: Iterable[Capability], user: User | None = None) -> None:
     if _libc.capset(header, data) != 0:
         raise _error("capset")
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def binding_to_interface_needs_net_raw() -> bool:
+    """Return whether a process without CAP_NET_RAW cannot bind a socket to an interface. A child process tries.
+
+    Since Linux kernel commit c427bfec18f2 ("net: core: enable SO_BINDTODEVICE for non-root users") (in v5.7) it can.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            drop_all_but(())
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as link:
+                link.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, b"lo\0")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] != 0
 
 
 def _reduce_bounding_set(kept: Collection[int]) -> None:

@@ -199,7 +199,7 @@ def test_address_beside_every_address_is_refused(border: Border, more: str) -> N
     """dnsmasq cannot bind both."""
     options = ("--bind-interfaces", "--listen-address=0.0.0.0", more)
     needs("dnsmasq", "dnsmasq-base")
-    process = border.node.popen(["dnsmasq", "-k", "-C/dev/null", "-x", "--log-facility=-", *options])
+    process = border.node.popen(["dnsmasq", "-k", "-C/dev/null", "--pid-file", "--log-facility=-", *options])
     assert b"Address already in use" in process.communicate(timeout=60)[1]
     responder = Responder(border.node, *options, ready=False)
     assert responder.process.wait(60) == 1

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udpwatch.dns import options
+from udpwatch.dns import options, values
 from udpwatch.dns.errors import ConfigError, DnsError, FileError
 from udpwatch.dns.message import Type
 from udpwatch.dns.names import name_from_text, pack_address
@@ -275,6 +275,14 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--metrics-listen=off", {"metrics_listen": "off"}),
     ("--metrics-listen=[::1]:0", {"metrics_listen": "[::1]:0"}),
     ("--log-facility=-", {}),
+    ("--log-facility=/var/log/dns.log", {"log_facility": "/var/log/dns.log"}),
+    ("--log-facility=./dns.log", {"log_facility": "./dns.log"}),
+    ("--log-facility=LOCAL7", {"log_facility": "local7"}),
+    *((f"--log-facility={name}", {"log_facility": name}) for name in values.FACILITIES),
+    ("--log-async", {}),
+    ("--log-async=0", {}),
+    ("--log-async=100", {}),
+    ("--log-debug", {"log_debug": True}),
     ("--pid-file=/run/d.pid", {"pid_file": Path("/run/d.pid")}),
     ("--pid-file", {}),
     ("--pid-file=", {}),
@@ -283,8 +291,8 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--group", {}),
     ("--conf-file=/dev/null", {}),
     ("--conf-dir=/proc/self/task,*.conf", {}),
-    ("--keep-in-foreground", {}),
-    ("--no-daemon", {}),
+    ("--keep-in-foreground", {"foreground": True}),
+    ("--no-daemon", {"foreground": True}),
 ]
 #: Options that dnsmasq does not have.
 OURS = ("--metrics-listen", "--use-stale-cache=off")
@@ -379,7 +387,8 @@ BAD = [
     *(f"--log-queries={value}" for value in ("proto", "Extra")),
     *(f"--group={value}" for value in ("a:b", "a\nb", "\0")),
     *(f"--user={value}" for value in ("", "a:b", "a\nb", "\0")),
-    *(f"--log-facility={value}" for value in ("", "daemon", "/var/log/dns.log")),
+    *(f"--log-facility={value}" for value in ("", "console", "dns.log", "local8", "/a\0b")),
+    *(f"--log-async={value}" for value in ("x", "-1", "2147483648")),
     *(f"--metrics-listen={value}" for value in ("", "9953", ":9953", "a:", "a:65536", "Off")),
     *(f"--conf-file={value}" for value in ("", "-")),
     *(f"--conf-dir={value}" for value in ("", ",*.conf")),
@@ -576,8 +585,8 @@ def test_file_wins_at_any_position(tmp_path: Path) -> None:
         ("--port 54", {"port": 54}),
         ("-p54", {"port": 54}),
         ("-p 54", {"port": 54}),
-        ("-kqp54 -h", {"port": 54, "log_queries": True, "hosts": False}),
-        ("-kqp 54 -h", {"port": 54, "log_queries": True, "hosts": False}),
+        ("-kqp54 -h", {"foreground": True, "port": 54, "log_queries": True, "hosts": False}),
+        ("-kqp 54 -h", {"foreground": True, "port": 54, "log_queries": True, "hosts": False}),
         ("-c 10 -C /dev/null -r /r", {"cache_size": 10, "resolv_files": (Path("/r"),)}),
         ("--cache-size 10 --conf-file /dev/null", {"cache_size": 10}),
         ("-0 5 -7 /proc/self/task,*.x", {"forward_max": 5}),
