@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from udpwatch.dns.cname import follow
 from udpwatch.dns.message import AD, HEADER_BYTES, Malformed, Rcode, Response, Type, owner
 from udpwatch.dns.names import is_subdomain
+from udpwatch.dns.records import Run, put_ttls, ttls_of
 
 ENTRY_BYTES = 600  # of Python objects per entry
 MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
@@ -19,7 +20,10 @@ FAILURE_SECONDS = 5  # RFC 9520, section 3.2: between 1 s and 5 min
 STALE_TTL = 30  # RFC 8767, section 5.2
 SOA_BYTES = 22  # two names, five numbers (RFC 1035, section 3.3.13)
 
+MAX_SOA = 8  # records in the authority section that are looked at; a real response has one
+
 _ttl = struct.Struct("!I")
+_fixed = struct.Struct("!HHIH")  # of a record, after its name
 
 Key = tuple[bytes, int, int, int]
 
@@ -91,7 +95,7 @@ def entry_of(
     ttls = answer.records.ttl_offsets(start)
     entry = Entry(
         rcode=answer.rcode,
-        body=_limited(answer.message[start : answer.body_end], ttls, low, high),
+        body=_limited(answer, start, low, high),
         counts=answer.counts,
         ttls=ttls,
         stored=now,
@@ -103,7 +107,8 @@ def entry_of(
         return entry
     try:
         aliases, last, found = follow(answer)
-        lifetimes = [_seconds(_ttl.unpack_from(answer.message, end + 4)[0]) for end in (*aliases, *found)]
+        lifetimes = [_seconds(_ttl.unpack_from(answer.message, end + 4)[0]) for end in aliases]
+        lifetimes += [_lifetime(answer.message, run) for run in found]
         if answer.rcode == Rcode.NXDOMAIN or not found:
             lifetimes.append(_negative_ttl(answer, last, neg_ttl) if negcache else 0)
     except Malformed:  # its names are invalid or form a loop
@@ -114,16 +119,32 @@ def entry_of(
     return entry
 
 
-def _limited(body: bytes, ttls: array[int], low: int, high: int) -> bytes:
-    """Return the records with no TTL below or above these limits; usually the same object."""
-    unpack = _ttl.unpack_from
-    beyond = [offset for offset in ttls if not low <= unpack(body, offset)[0] <= high]
-    if not beyond:
-        return body
-    changed = bytearray(body)
-    for offset in beyond:
-        _ttl.pack_into(changed, offset, min(max(_seconds(unpack(body, offset)[0]), low), high))
-    return bytes(changed)
+def _lifetime(message: bytes, run: Run) -> int:
+    """Return the smallest TTL of a run, in seconds."""
+    if run[3] == 1:
+        return _seconds(_ttl.unpack_from(message, run[1] + 4)[0])
+    ttls = ttls_of(message, run)
+    return 0 if max(ttls) >> 31 else min(ttls)
+
+
+def _limited(answer: Response, start: int, low: int, high: int) -> bytes:
+    """Return the records from ``start`` on with no TTL below or above these limits."""
+    message, unpack = answer.message, _ttl.unpack_from
+    body = message[start : answer.body_end]
+    changed: bytearray | None = None
+    for run in answer.records.runs():
+        _, owner_end, _, count = run
+        if count == 1:
+            (ttl,) = unpack(message, owner_end + 4)
+            if not low <= ttl <= high:
+                changed = changed or bytearray(body)
+                _ttl.pack_into(changed, owner_end + 4 - start, min(max(_seconds(ttl), low), high))
+            continue
+        ttls = ttls_of(message, run)
+        if not (low <= min(ttls) and max(ttls) <= high):
+            changed = changed or bytearray(body)
+            put_ttls(changed, start, run, [min(max(_seconds(ttl), low), high) for ttl in ttls])
+    return body if changed is None else bytes(changed)
 
 
 def without(entry: Entry, types: Collection[int]) -> None:
@@ -157,14 +178,15 @@ def _seconds(ttl: int) -> int:
 
 
 def _negative_ttl(answer: Response, name: bytes, neg_ttl: int) -> int:
-    for record in answer.records.of(2):
-        if (
-            record.type == Type.SOA
-            and record.end - record.data >= SOA_BYTES
-            and is_subdomain(name, owner(answer, record.start))
-        ):
-            minimum: int = _ttl.unpack_from(answer.message, record.end - 4)[0]
-            return min(_seconds(record.ttl), _seconds(minimum), MAX_NEGATIVE_TTL)
+    message, left = answer.message, MAX_SOA
+    for start, owner_end, _, _ in answer.records.runs(2):
+        kind, _, ttl, length = _fixed.unpack_from(message, owner_end)
+        if kind != Type.SOA or length < SOA_BYTES or not left:
+            continue
+        left -= 1
+        if is_subdomain(name, owner(answer, start)):
+            minimum: int = _ttl.unpack_from(message, owner_end + 6 + length)[0]
+            return min(_seconds(ttl), _seconds(minimum), MAX_NEGATIVE_TTL)
     return neg_ttl
 
 

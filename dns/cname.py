@@ -5,6 +5,9 @@ from __future__ import annotations
 import struct
 
 from udpwatch.dns.message import Malformed, Response, Type, owner, rdata_name
+from udpwatch.dns.records import Run
+
+MAX_OWNERS = 320  # of the answers of a response, as written; a chain of aliases has a few
 
 _type_and_class = struct.Struct("!HH")
 
@@ -16,34 +19,49 @@ class CnameLoop(Malformed):
         super().__init__("record")
 
 
-def follow(answer: Response) -> tuple[list[int], bytes, list[int]]:
-    """Follow the aliases from the question's name.
+#: The aliases (offsets of the ends of their owners), the name at their end, and its records of the question's type.
+Chain = tuple[list[int], bytes, list[Run]]
 
-    Return the aliases, the name at their end, and that name's records of the question's type; aliases and records as
-    offsets of the ends of their owners.
 
-    The number of aliases is limited by the message and by its budget for names. Raises Malformed and CnameLoop.
+def follow(answer: Response) -> Chain:
+    """Follow the aliases from the question's name. Raises Malformed and CnameLoop.
+
+    The result is kept with the response. The number of owners is limited, and so is reading their names (`Steps`).
     """
-    message, named = answer.message, dict[bytes, list[int]]()
-    written: dict[bytes, bytes] = {}  # equal octets, usually a pointer, are the same name: it is read once
-    for start, owner_end in answer.records.spans(1):
+    if not answer.followed:
+        answer.followed.append(_follow(answer))
+    chain: Chain | None = answer.followed[0]
+    if chain is None:
+        raise CnameLoop
+    return chain
+
+
+def _follow(answer: Response) -> Chain | None:
+    """Return the chain, or None for a loop. Raises Malformed."""
+    message, named = answer.message, dict[bytes, list[Run]]()
+    written: dict[bytes, list[Run]] = {}  # equal octets, usually a pointer, are the same name: it is read once
+    for run in answer.records.runs(1):
+        start, owner_end, _, _ = run
         if _type_and_class.unpack_from(message, owner_end)[1] == answer.klass:
             octets = message[start:owner_end]
-            if octets not in written:
-                written[octets] = owner(answer, start)
-            named.setdefault(written[octets], []).append(owner_end)
+            runs = written.get(octets)
+            if runs is None:
+                if len(written) >= MAX_OWNERS:
+                    raise Malformed("record")
+                runs = written[octets] = named.setdefault(owner(answer, start), [])
+            runs.append(run)
     aliases: list[int] = []
     seen: set[bytes] = set()
     name = answer.name
     while name not in seen:
         seen.add(name)
-        ends, alias = named.get(name, []), None
-        types = [_type_and_class.unpack_from(message, end)[0] for end in ends]
-        found = [end for end, kind in zip(ends, types, strict=True) if answer.type in (kind, Type.ANY)]
+        runs, alias = named.get(name, []), None
+        types = [_type_and_class.unpack_from(message, run[1])[0] for run in runs]
+        found = [run for run, kind in zip(runs, types, strict=True) if answer.type in (kind, Type.ANY)]
         if not found and Type.CNAME in types:
-            alias = ends[types.index(Type.CNAME)]
+            alias = runs[types.index(Type.CNAME)][1]
         if alias is None:
             return aliases, name, found
         aliases.append(alias)
         name = rdata_name(answer, alias)
-    raise CnameLoop
+    return None

@@ -12,18 +12,20 @@ Rules
 from __future__ import annotations
 
 import struct
-from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any
 
 from udpwatch.dns.names import MAX_LABEL_BYTES, MAX_NAME_BYTES, lower
+from udpwatch.dns.records import MAX_RUN_OWNER_BYTES, MIN_RUN, Records, count_alike
 
 HEADER_BYTES = 12  # RFC 1035, section 4.1.1
 NAME_STEPS_PER_OCTET = 4  # of a message, for all its names; a real message takes about 1
 MAX_NAME_STEPS = 4096  # less than a millisecond; a name takes at most 128 without pointers
-MAX_RECORDS = 5000  # of a response; 65,535 octets hold 4,094 addresses (a large headless Service), which take 2 ms
+MAX_RECORDS = 5000  # of a response; 65,535 octets hold 4,094 addresses (a large headless Service)
+MAX_SINGLES = 1400  # records of a response that are in no run; a large Service has 700 SRV and A records each
+MAX_SKIP_STEPS = 4000  # to find the ends of the owners of a response's records
+MAX_RUN_TRIES = 4  # to find records alike in a response; it is wasted where there are few of them
 MAX_MESSAGE_BYTES = 65_535  # of a response; over TCP its length has two octets (RFC 1035, section 4.2.2)
 MAX_ADDITIONAL = 64  # records of a query; a real query has OPT and a signature
 OPT_BYTES = 11  # without options (RFC 6891, section 6.1.2)
@@ -119,24 +121,22 @@ def skip_name(data: bytes, at: int, steps: Steps, compressed: bool = True) -> in
     Raises Malformed, also for a pointer if the name must not be ``compressed``, and for one that does not point back or
     that points into the header, whose id differs for the next client.
     """
-    start = at
+    start, taken = at, 1
     try:
-        while True:
-            length = data[at]
-            steps.taken += 1
-            if length == 0:
-                at += 1
-                break
+        while length := data[at]:
             if length >= POINTER:
                 if not compressed or not HEADER_BYTES <= (length & 0x3F) << 8 | data[at + 1] < start:
                     raise Malformed("name")
-                return at + 2
+                at += 1
+                break
             at += 1 + length
+            taken += 1
             if length > MAX_LABEL_BYTES or at - start >= MAX_NAME_BYTES:  # the root label is still to come
                 raise Malformed("name")
     except IndexError:
         raise Malformed("name") from None
-    return at
+    steps.taken += taken
+    return at + 1
 
 
 def read_name(data: bytes, at: int, steps: Steps) -> bytes:
@@ -298,67 +298,6 @@ def _check_options(data: bytes, at: int, length: int, steps: Steps) -> None:
 # ---- responses ----
 
 
-class Record(NamedTuple):  # a dataclass takes three times as long to create
-    """Where a record is in a message."""
-
-    section: int  # 1 answer, 2 authority, 3 additional
-    start: int
-    owner_end: int
-    type: int
-    klass: int
-    ttl: int
-    data: int  # offset of its RDATA
-    end: int
-
-
-class Records:
-    """The records of a message, in four octets each.
-
-    Only offsets are kept: an object per record would take 20 times the memory of the response. A `Record` is created
-    when it is read; drop it before reading the next one.
-    """
-
-    __slots__ = ("_message", "_owner_ends", "_sections", "_starts")
-
-    def __init__(self, message: bytes) -> None:
-        """Create an empty list; ``message`` has at most MAX_MESSAGE_BYTES."""
-        self._message = message
-        self._starts, self._owner_ends = array("H"), array("H")
-        self._sections = [0, 0, 0]  # the index after the last record of each
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[Record]:
-        for section in (1, 2, 3):
-            yield from self.of(section)
-
-    def of(self, section: int) -> Iterator[Record]:
-        """Yield the records of one section (1 answer, 2 authority, 3 additional)."""
-        for start, owner_end in self.spans(section):
-            yield self._make(section, start, owner_end)
-
-    def spans(self, section: int) -> Iterator[tuple[int, int]]:
-        """Yield where each record of a section starts and where its owner ends: enough for loops over thousands."""
-        first = self._sections[section - 2] if section > 1 else 0
-        last = self._sections[section - 1]
-        return zip(self._starts[first:last], self._owner_ends[first:last], strict=True)
-
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """The number of records in each section."""
-        first, second, third = self._sections
-        return first, second - first, third - second
-
-    def ttl_offsets(self, base: int) -> array[int]:
-        """Return the offsets of the TTLs, counted from ``base``."""
-        return array("H", [owner_end + 4 - base for owner_end in self._owner_ends])
-
-    def _make(self, section: int, start: int, owner_end: int) -> Record:
-        kind, klass, ttl, length = _fixed.unpack_from(self._message, owner_end)
-        return Record(section, start, owner_end, kind, klass, ttl, owner_end + 10, owner_end + 10 + length)
-
-
 @dataclass(frozen=True, slots=True)
 class Response:
     """A response, parsed as far as a forwarder needs."""
@@ -375,6 +314,7 @@ class Response:
     body_end: int  # where the forwarded records end
     counts: tuple[int, int, int]  # of those
     steps: Steps = field(compare=False)
+    followed: list[Any] = field(default_factory=list, compare=False)  # what `cname.follow` has found
 
     @property
     def truncated(self) -> bool:
@@ -429,33 +369,53 @@ def _find_records(data: bytes, at: int, counts: list[int], records: Records, ste
 
     Written for speed: the body of the loop runs thousands of times per response.
     """
-    opt_at = extended = pointers = 0
-    starts, owner_ends, size = records._starts, records._owner_ends, len(data)
+    opt_at = extended = singles = 0
+    starts, owner_ends, sizes, numbers = records._starts, records._owner_ends, records._sizes, records._counts
+    tries, end = MAX_RUN_TRIES, len(data)
     unpack, opt_type = _fixed.unpack_from, int(Type.OPT)
     for section, count in enumerate(counts, 1):
-        for _ in range(count):
-            if data.startswith(TO_QUESTION, at):  # nearly all owners in a long response
-                owner_end = at + 2
-                pointers += 1
-            else:
-                owner_end = skip_name(data, at, steps)
-            if owner_end + 10 > size:
+        left = count
+        while left:
+            owner_end = at + 2 if data.startswith(TO_QUESTION, at) else skip_name(data, at, steps)
+            if owner_end + 10 > end:
                 raise Malformed("record")
             rtype, _, ttl, length = unpack(data, owner_end)
-            stop = owner_end + 10 + length
-            if stop > size:
+            stop, alike = owner_end + 10 + length, 1
+            if stop > end:
                 raise Malformed("record")
             if rtype == opt_type:
                 if section != 3 or opt_at:
                     raise Malformed("opt")
                 extended, opt_at = ttl >> 24 << 4, at
             elif not opt_at:
+                if (
+                    tries
+                    and left >= MIN_RUN
+                    and data.startswith(head := data[at : owner_end + 4], stop)
+                    and data.startswith(head, at + (MIN_RUN - 1) * (stop - at))
+                ):
+                    tries -= 1
+                    alike = _run(data, at, owner_end, stop - at, left, steps)
                 starts.append(at)
                 owner_ends.append(owner_end)
-            at = stop
-        records._sections[section - 1] = len(starts)
-    steps.taken += pointers
+                sizes.append(stop - at)
+                numbers.append(alike)
+            at += alike * (stop - at)
+            left -= alike
+            singles += alike == 1
+            if singles > MAX_SINGLES or steps.taken > MAX_SKIP_STEPS:
+                raise Malformed("record")
+        records.add_section(section)
+    steps.taken += singles
     return at, opt_at, extended
+
+
+def _run(data: bytes, at: int, owner_end: int, size: int, left: int, steps: Steps) -> int:
+    """Return the number of records alike from ``at`` on. One step for each column that is compared."""
+    if owner_end - at > MAX_RUN_OWNER_BYTES:
+        return 1
+    steps.taken += owner_end - at + 6
+    return count_alike(data, at, owner_end, size, left)
 
 
 def rdata_name(answer: Response, owner_end: int) -> bytes:

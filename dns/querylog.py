@@ -11,6 +11,7 @@ from udpwatch.dns import message
 from udpwatch.dns.message import Malformed, Query, Rcode, Type
 from udpwatch.dns.metrics import NAMED_TYPES
 from udpwatch.dns.names import address_of, name_to_text, unpack_address
+from udpwatch.dns.records import Record
 from udpwatch.dns.responder import Forward, Reply
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def _type(kind: int) -> str:
     return _TYPES.get(kind, f"type={kind}")
 
 
-def _owner(answer: message.Response, record: message.Record, asked: str) -> str:
+def _owner(answer: message.Response, record: Record, asked: str) -> str:
     """Return an owner; for a reverse name, its address."""
     name = message.owner(answer, record.start)
     packed = address_of(name) if record.type == Type.PTR else None
@@ -111,7 +112,7 @@ def _owner(answer: message.Response, record: message.Record, asked: str) -> str:
     return asked if name == answer.name else name_to_text(name)
 
 
-def _data(answer: message.Response, record: message.Record) -> str:
+def _data(answer: message.Response, record: Record) -> str:
     packed = answer.message[record.data : record.end]
     if (record.type, len(packed)) in ((Type.A, 4), (Type.AAAA, 16)):
         return unpack_address(packed)

@@ -19,9 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
 from agents import COMMAND
+from dns_bombs import BOMBS
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
+from udpwatch.dns.cache_entry import entry_of
+from udpwatch.dns.cname import CnameLoop, follow
+from udpwatch.dns.message import Malformed, parse_response
 
 NAMES = 1_000
 ROUNDS = 5
@@ -151,8 +155,27 @@ def forwarding(place: Namespace, folder: Path, servers: dict[str, Sequence[str]]
             line(server, f"{(cpu_seconds(pid) - before) / 5_000 * 1e6:.0f} us   {5_000 / seconds:,.0f}/s")
 
 
+def malicious() -> None:
+    """Measure what the event loop does with one expensive upstream response: parse it, and make a cache entry of it."""
+    print("dns, malicious responses: ms of CPU to parse one and to create its cache entry (best of 20)")
+    for what, data in BOMBS.items():
+        line(what, f"{min(bomb_seconds(data) for _ in range(20)) * 1e3:.2f} ms", "at most 2")
+
+
+def bomb_seconds(data: bytes) -> float:
+    """Return the CPU time for one response, the part of a rejected one until it is rejected."""
+    begin = time.thread_time()
+    with contextlib.suppress(Malformed):
+        answer = parse_response(data)
+        with contextlib.suppress(CnameLoop):
+            follow(answer)
+        entry_of(answer, 0.0, 60, 0, True)
+    return time.thread_time() - begin
+
+
 def main() -> None:
     """Run the whole benchmark."""
+    malicious()
     with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as scratch, Lab() as lab:
         folder, place = Path(scratch), lab.namespace("alone")
         folder.chmod(0o755)

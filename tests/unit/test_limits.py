@@ -57,6 +57,7 @@ NOT_A_TENANTS = {
             "idn.py:MAX_TEXT",
             "names.py:MAX_LABEL_BYTES",
             "message.py:MAX_MESSAGE_BYTES",
+            "records.py:MAX_RUN_OWNER_BYTES",
             "names.py:MAX_NAME_BYTES",
             "zone.py:MAX_ADDRESSES",
             "option_readers.py:MAX_SYNTH_PREFIX",
