@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from udpwatch.dns.cname import follow
 from udpwatch.dns.message import AD, HEADER_BYTES, Malformed, Rcode, Response, Type, owner
 from udpwatch.dns.names import is_subdomain
-from udpwatch.dns.records import Run, put_ttls, ttls_of
+from udpwatch.dns.records import Run, numbers_of, put_numbers
 
 ENTRY_BYTES = 600  # of Python objects per entry
 MAX_TTL = 86_400  # RFC 8767, section 4, advises a cap of days; one is enough for a node
@@ -121,9 +121,10 @@ def entry_of(
 
 def _lifetime(message: bytes, run: Run) -> int:
     """Return the smallest TTL of a run, in seconds."""
-    if run[3] == 1:
-        return _seconds(_ttl.unpack_from(message, run[1] + 4)[0])
-    ttls = ttls_of(message, run)
+    _, owner_end, size, count = run
+    if count == 1:
+        return _seconds(_ttl.unpack_from(message, owner_end + 4)[0])
+    ttls = numbers_of(message, owner_end + 4, size, count)
     return 0 if max(ttls) >> 31 else min(ttls)
 
 
@@ -132,18 +133,18 @@ def _limited(answer: Response, start: int, low: int, high: int) -> bytes:
     message, unpack = answer.message, _ttl.unpack_from
     body = message[start : answer.body_end]
     changed: bytearray | None = None
-    for run in answer.records.runs():
-        _, owner_end, _, count = run
+    for _, owner_end, size, count in answer.records.runs():
         if count == 1:
             (ttl,) = unpack(message, owner_end + 4)
             if not low <= ttl <= high:
                 changed = changed or bytearray(body)
                 _ttl.pack_into(changed, owner_end + 4 - start, min(max(_seconds(ttl), low), high))
             continue
-        ttls = ttls_of(message, run)
+        ttls = numbers_of(message, owner_end + 4, size, count)
         if not (low <= min(ttls) and max(ttls) <= high):
             changed = changed or bytearray(body)
-            put_ttls(changed, start, run, [min(max(_seconds(ttl), low), high) for ttl in ttls])
+            limited = [min(max(_seconds(ttl), low), high) for ttl in ttls]
+            put_numbers(changed, owner_end + 4 - start, size, count, limited)
     return body if changed is None else bytes(changed)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from udpwatch.dns.alias import rewritten
 from udpwatch.dns.message import Response, Type
 from udpwatch.dns.names import Network, address_of, is_single_label, is_subdomain, suffixes
+from udpwatch.dns.networks import network_set
 from udpwatch.dns.settings import Settings
 
 #: RFC 6303, sections 4.2 to 4.6, and RFC 6890: networks whose reverse names no public server knows
@@ -19,7 +20,7 @@ PRIVATE = tuple(
         *("::/128", "::1/128", "fc00::/7", "fe80::/10", "2001:db8::/32"),
     )
 )
-_ADDRESSES = {(Type.A, 4), (Type.AAAA, 16)}  # type, octets
+_ADDRESSES = {b"\0\1\0\4": 4, b"\0\x1c\0\x10": 16}  # type and length of A and AAAA records: octets
 _REVERSE_LABELS = 6, 34  # of an address in in-addr.arpa and in ip6.arpa
 #: This host, by any name; block lists use 0.0.0.0.
 LOOPBACK = tuple(ipaddress.ip_network(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "::/128", "::1/128"))
@@ -34,13 +35,18 @@ def contains(networks: Iterable[Network], packed: bytes) -> bool:
 
 def has_address_in(networks: Iterable[Network], answer: Response) -> bool:
     """Return whether a response has an address in one of the networks."""
-    return any(contains(networks, packed) for packed in _addresses(answer))
+    wanted = network_set(tuple(networks))
+    return any(packed in wanted for packed in _addresses(answer))
 
 
 def _addresses(answer: Response) -> Iterator[bytes]:
-    for record in answer.records.of(1):
-        if (record.type, record.end - record.data) in _ADDRESSES:
-            yield answer.message[record.data : record.end]
+    """Yield the addresses in the answer section; written for thousands of them."""
+    message = answer.message
+    for _, owner_end, size, count in answer.records.runs(1):
+        length = _ADDRESSES.get(message[owner_end : owner_end + 2] + message[owner_end + 8 : owner_end + 10])
+        if length:
+            first = owner_end + 10
+            yield from [message[at : at + length] for at in range(first, first + count * size, size)]
 
 
 def never_forwarded(settings: Settings, name: bytes, kind: int, has_servers: bool = False) -> bool:
@@ -70,7 +76,7 @@ def rebinds(settings: Settings, answer: Response) -> bool:
     """Return whether a response maps a name to a private address (`--stop-dns-rebind`), after `--alias`."""
     if not settings.stop_dns_rebind or any(is_subdomain(answer.name, domain) for domain in settings.rebind_domains_ok):
         return False
+    private, loopback = network_set(PRIVATE), network_set(LOOPBACK if settings.rebind_localhost_ok else ())
     return any(
-        contains(PRIVATE, packed) and not (settings.rebind_localhost_ok and contains(LOOPBACK, packed))
-        for packed in _addresses(rewritten(settings.aliases, answer))
+        packed in private and packed not in loopback for packed in _addresses(rewritten(settings.aliases, answer))
     )

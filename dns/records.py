@@ -16,7 +16,7 @@ MIN_RUN = 16  # records; fewer are read one by one
 MAX_RUN_OWNER_BYTES = 64  # a longer owner is read each time: few such records fit into a message
 
 _fixed = struct.Struct("!HHIH")  # of a record, after its name
-_ttl = struct.Struct("!I")
+_number = struct.Struct("!I")
 
 
 class Record(NamedTuple):  # a dataclass takes three times as long to create
@@ -108,23 +108,22 @@ def count_alike(data: bytes, start: int, owner_end: int, size: int, most: int) -
     return count if count >= MIN_RUN else 1
 
 
-def ttls_of(data: bytes, run: Run) -> Sequence[int]:
-    """Return the TTLs of a run: one if they are all the same."""
-    _, owner_end, size, count = run
-    columns = [data[at : at + (count - 1) * size + 1 : size] for at in range(owner_end + 4, owner_end + 8)]
+def numbers_of(data: bytes, at: int, size: int, count: int) -> Sequence[int]:
+    """Return the numbers of four octets, such as TTLs, of a run of records of ``size`` octets; the first one is at
+    ``at``. One number if they are all the same."""
+    columns = [data[each : each + (count - 1) * size + 1 : size] for each in range(at, at + 4)]
     if not any(column.lstrip(column[:1]) for column in columns):
-        return _ttl.unpack_from(data, owner_end + 4)
+        return _number.unpack_from(data, at)
     joined = bytearray(4 * count)
     for number, column in enumerate(columns):
         joined[number::4] = column
     return struct.unpack(f"!{count}I", joined)
 
 
-def put_ttls(data: bytearray, base: int, run: Run, ttls: Sequence[int]) -> None:
-    """Write the TTLs of a run (one for all, or one for each); ``data`` starts at ``base`` of the message."""
-    _, owner_end, size, count = run
-    joined = struct.pack(f"!{len(ttls)}I", *ttls)
-    for number in range(4):
-        at = owner_end + 4 + number - base
-        column = joined[number::4]
-        data[at : at + (count - 1) * size + 1 : size] = column if len(ttls) == count else column * count
+def put_numbers(data: bytearray, at: int, size: int, count: int, numbers: Sequence[int]) -> None:
+    """Write numbers of a run as `numbers_of` returns them."""
+    joined = struct.pack(f"!{len(numbers)}I", *numbers)
+    for each in range(4):
+        column = joined[each::4]
+        first = at + each
+        data[first : first + (count - 1) * size + 1 : size] = column if len(numbers) == count else column * count
