@@ -527,7 +527,10 @@ _MISSING = {
         "udpwatch has no authoritative mode; for names of this node use --host-record and --local, for a zone a server "
         "such as NSD"
     ),
-    "enable-dbus:1": "udpwatch has no D-Bus interface; write changing servers to a --resolv-file, which is watched",
+    "enable-dbus:1": (
+        "udpwatch has no D-Bus interface; write changing servers to a --resolv-file, which is watched (NetworkManager "
+        "writes /run/NetworkManager/no-stub-resolv.conf; see docs/dns.md)"
+    ),
     "enable-ubus": "udpwatch has no ubus interface; read its metrics (--metrics-listen)",
     "dhcp-luascript script-arp conf-script": "udpwatch runs no scripts",
     "ipset nftset": (
