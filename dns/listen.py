@@ -47,6 +47,7 @@ class Listening:
         #: In use by other programs at the start: left to them, also while they restart, until the address disappears.
         self._taken: set[_SocketAddress] = set()
         self._logged: set[tuple[_SocketAddress, int]] = set()
+        self._unbound: dict[_SocketAddress, str] = {}  # configured, and why it could not be bound
         self._every = _every_address(settings)  # families
         self._wildcard: set[socket.AddressFamily] = set()  # of these, those with a socket on the wildcard address
 
@@ -74,6 +75,11 @@ class Listening:
         self._adjust(locals_, starting=True)
         for line in warnings(self._settings, locals_):
             log.warning("dns: %s", line)
+
+    @property
+    def unbound(self) -> list[str]:
+        """Why configured addresses of this host are not listened on."""
+        return list(self._unbound.values())
 
     def serve(self, udp_server: UdpServer, tcp_server: TcpServer) -> None:
         """Hand the sockets, now and later, to the servers."""
@@ -172,12 +178,14 @@ class Listening:
         """Open missing sockets. Return those to close, and whether everything wanted is open."""
         wanted, complete = self._wanted(locals_), True
         self._taken &= wanted.keys()
+        self._unbound = {each: why for each, why in self._unbound.items() if each in wanted}
         for address, family in wanted.items():
             if address in self._open or address in self._taken:
                 continue
             try:
                 checked = self._admission.by_interface and pack_address(address[0]) not in self._admission.addresses
                 self._open[address] = _pair(address, family, checked)
+                self._unbound.pop(address, None)
             except OSError as error:
                 complete = False
                 self._on_bind_error(address, error, starting)
@@ -194,6 +202,8 @@ class Listening:
         if number in _PASSING:
             return
         problem = _refused(address[0], self._settings.port, error)
+        if not self._every:
+            self._unbound[address] = problem
         if starting:
             if pack_address(address[0]) in self._admission.addresses or number != errno.EADDRINUSE:
                 raise NetworkError(problem) from None

@@ -110,7 +110,7 @@ class Service:
 
     def warnings(self) -> list[str]:
         """Return what is configured and does not listen (yet)."""
-        return listen.warnings(self._settings, self._locals)
+        return listen.warnings(self._settings, self._locals) + self._listening.unbound
 
     def statistics(self) -> list[str]:
         """Return log lines in dnsmasq's words (SIGUSR1)."""

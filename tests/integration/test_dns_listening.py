@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,21 @@ def test_missing_addresses_are_warnings(border: Border, options: str) -> None:
             "".join(f"{line}\n" for line in ("ready", *(f"warning: {line}" for line in MISSING[options]))),
         )
         assert all(responder.has_logged(line) for line in MISSING[options])
+
+
+def test_address_that_another_program_uses_is_a_warning(border: Border) -> None:
+    """It was missing at the start; in use there, it would be an error."""
+    problem = "cannot listen on 10.98.0.9 port 53: Address already in use; stop the other program"
+    with contextlib.ExitStack() as stack:
+        responder = stack.enter_context(Responder(border.node, "--listen-address=10.98.0.9,127.0.0.1"))
+        with border.node.socket() as other:
+            other.setsockopt(socket.SOL_IP, 15, 1)  # IP_FREEBIND
+            other.bind(("10.98.0.9", PORT))
+            border.node.ip("addr add 10.98.0.9/32 dev lo")
+            stack.callback(border.node.ip, "addr del 10.98.0.9/32 dev lo")
+            wait_for(lambda: f"warning: {problem}" in responder.get("/readyz")[1], "the warning")
+        wait_for(lambda: responder.get("/readyz") == (200, "ready\n"), "it to be bound")
+        assert rcode(ask(border.lan, "10.98.0.9", "www.example")) == "REFUSED"
 
 
 def test_warning_ends_when_the_address_appears(border: Border) -> None:

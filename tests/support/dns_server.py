@@ -28,6 +28,7 @@ from udpwatch.agent.testing.lab import Namespace
 
 PORT = 53
 ANSWER_SECONDS = 6.0  # a client gets a response or SERVFAIL within this time, whatever the upstream servers do
+LOG_SECONDS = 0.3  # from an event to its line
 SO_RCVBUFFORCE = 33
 METRICS = "127.0.0.1:9953"
 
@@ -53,8 +54,11 @@ class Responder(Command):
         super().__init__(*arguments, ready=ready, wrapper=wrapper, preexec_fn=namespace.enter_in_child)
 
     def has_logged(self, text: str) -> bool:
-        """Whether a log line contains this text."""
-        return any(text in line for line in list(self.log))
+        """Whether a log line contains this text. A thread writes the log: what happened just now may be logged soon."""
+        end = time.monotonic() + LOG_SECONDS
+        while not (found := any(text in line for line in list(self.log))) and time.monotonic() < end:
+            time.sleep(0.02)
+        return found
 
     def get(self, path: str) -> tuple[int, str]:
         """Send an HTTP request in its namespace; returns status and body."""
