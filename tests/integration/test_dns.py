@@ -262,7 +262,7 @@ def test_ready_when_the_tables_are_loaded(lab: tuple[Namespace, Namespace], tmp_
     [
         (["--no-such-option"], 1, "--no-such-option"),
         (["--dhcp-range=10.0.0.1,10.0.0.2"], 1, "run dnsmasq with --port=0 for DHCP"),
-        (["--filterwin2k"], 1, "does not support this dnsmasq option"),
+        (["--dnssec"], 1, "does not validate DNSSEC"),
         (["--port=99999"], 1, "port"),
         (["--conf-file=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),
         (["--conf-dir=/nowhere/to/be/found"], 3, "/nowhere/to/be/found"),

@@ -221,7 +221,8 @@ def test_servers_file(folder: Path) -> None:
             return [tuple(found(node, name)[0] for name in names) for node in nodes]
 
         assert answers() == [("NOERROR", "REFUSED", "NOERROR", "REFUSED")] * 2
-        assert responder.has_logged(f"{file} line 2: 'cname': expected server=VALUE or rev-server=VALUE")
+        problem = f"{file} line 2: 'cname': expected server=VALUE or rev-server=VALUE"
+        wait_for(lambda: responder.has_logged(problem), "the problem to be logged")
         write(file, "server=/lab.test/127.0.0.99#5300", "server=/corp.test/")
         theirs.send_signal(signal.SIGHUP)
         wait_for(lambda: answers() == [("NXDOMAIN", "NOERROR", "NOERROR", "REFUSED")] * 2, "the new servers")
