@@ -7,9 +7,10 @@ the new ones.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 
 from udpwatch.dns.addresses import Local
-from udpwatch.dns.names import pack_address
+from udpwatch.dns.names import MAX_ADDRESSES, pack_address
 from udpwatch.dns.settings import InterfaceName, Settings
 
 #: name -> octets of an address -> addresses
@@ -63,14 +64,17 @@ def _mask(local: Local) -> int:
 
 def _named(names: tuple[InterfaceName, ...], known: list[Local]) -> Addresses:
     """Return the addresses of each name, in dnsmasq's order: that of the options, an interface's newest first."""
-    found: Addresses = {}
+    tables: dict[bytes, dict[int, dict[bytes, None]]] = {}
     for each in names:
-        table = found.setdefault(each.name, {4: (), 16: ()})
+        table = tables.setdefault(each.name, {4: {}, 16: {}})
         for local in reversed(known):
             address = _address(each, local)
-            if address and local.is_preferred and address not in table[len(address)]:
-                table[len(address)] += (address,)
-    return found
+            if address and local.is_preferred:
+                table[len(address)].setdefault(address)
+    return {
+        name: {size: tuple(islice(addresses, MAX_ADDRESSES)) for size, addresses in table.items()}
+        for name, table in tables.items()
+    }
 
 
 def _pointers(names: tuple[InterfaceName, ...], known: list[Local]) -> dict[bytes, bytes]:

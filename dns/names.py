@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 MAX_NAME_BYTES = 255  # RFC 1035, section 2.3.4
 MAX_LABEL_BYTES = 63
+MAX_ADDRESSES = 500  # per local name and family: they fit into one message over TCP and into client limits
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 

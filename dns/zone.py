@@ -22,13 +22,12 @@ from udpwatch.dns.errors import HostsError
 from udpwatch.dns.hosts_file import Complain, hosts_files, read_hosts
 from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.message import Type
-from udpwatch.dns.names import REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
+from udpwatch.dns.names import MAX_ADDRESSES, REVERSE_4, REVERSE_6, address_of, is_single_label, pack_address, suffixes
 from udpwatch.dns.settings import ETC_HOSTS, Settings, StaticRecord
 from udpwatch.dns.synth import SynthDomains
 
 CNAME_CHAIN = 10  # dnsmasq's limit; a longer chain is a loop
 HOSTS, CONFIG = "hosts", "config"
-MAX_ADDRESSES = 500  # per name and family: they fit into one message over TCP and into client limits
 
 _ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
 

@@ -59,7 +59,7 @@ NOT_A_TENANTS = {
             "message.py:MAX_MESSAGE_BYTES",
             "records.py:MAX_RUN_OWNER_BYTES",
             "names.py:MAX_NAME_BYTES",
-            "zone.py:MAX_ADDRESSES",
+            "names.py:MAX_ADDRESSES",
             "option_readers.py:MAX_SYNTH_PREFIX",
             "hosts_file.py:MAX_COMPLAINTS",
             "hosts_file.py:MAX_FILE_BYTES",

@@ -6,7 +6,7 @@ from ipaddress import ip_interface
 
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.interfaces import HostInterfaces
-from udpwatch.dns.names import name_from_text, pack_address, unpack_address
+from udpwatch.dns.names import MAX_ADDRESSES, name_from_text, pack_address, unpack_address
 from udpwatch.dns.settings import InterfaceName, Settings
 
 A, B = name_from_text("a.example"), name_from_text("b.example")
@@ -93,3 +93,8 @@ def test_addresses_in_the_network_of_the_address_asked() -> None:
     assert selects == [True, False, False]
     assert not interfaces.selects(b"")
     assert not host(InterfaceName(A, "eth0"), addresses=(local("192.0.2.1/24"),)).selects(pack_address("192.0.2.1"))
+
+
+def test_number_of_addresses_is_bounded() -> None:
+    every = tuple(local(f"10.0.{number // 250}.{number % 250}/16") for number in range(MAX_ADDRESSES + 9))
+    assert len(addresses(host(InterfaceName(A, "eth0"), addresses=every))) == MAX_ADDRESSES

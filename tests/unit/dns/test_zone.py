@@ -20,11 +20,11 @@ from udpwatch.dns.cache import Cache
 from udpwatch.dns.errors import FileError
 from udpwatch.dns.hosts_file import MAX_COMPLAINTS
 from udpwatch.dns.message import Rcode, parse_response
-from udpwatch.dns.names import address_of, name_from_text, name_to_text, unpack_address
+from udpwatch.dns.names import MAX_ADDRESSES, address_of, name_from_text, name_to_text, unpack_address
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainAddress, DomainServers, HostRecord, Server, Settings, StaticRecord
-from udpwatch.dns.zone import MAX_ADDRESSES, Zone, build
+from udpwatch.dns.zone import Zone, build
 
 UPSTREAM = Server("192.0.2.53")
 OTHER_TYPES = [m.AAAA, m.HTTPS, m.TXT, m.MX, m.NS, m.SOA, m.SRV, m.CNAME, m.PTR, 43, 65280]
