@@ -370,8 +370,7 @@ def _find_records(data: bytes, at: int, counts: list[int], records: Records, ste
     Written for speed: the body of the loop runs thousands of times per response.
     """
     opt_at = extended = singles = 0
-    starts, owner_ends, sizes, numbers = records._starts, records._owner_ends, records._sizes, records._counts
-    tries, end = MAX_RUN_TRIES, len(data)
+    add, tries, end = records._runs.extend, MAX_RUN_TRIES, len(data)
     unpack, opt_type = _fixed.unpack_from, int(Type.OPT)
     for section, count in enumerate(counts, 1):
         left = count
@@ -396,10 +395,7 @@ def _find_records(data: bytes, at: int, counts: list[int], records: Records, ste
                 ):
                     tries -= 1
                     alike = _run(data, at, owner_end, stop - at, left, steps)
-                starts.append(at)
-                owner_ends.append(owner_end)
-                sizes.append(stop - at)
-                numbers.append(alike)
+                add((at, owner_end, stop - at, alike))
             at += alike * (stop - at)
             left -= alike
             singles += alike == 1

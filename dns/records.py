@@ -43,16 +43,16 @@ class Records:
     when it is read; drop it before reading the next one.
     """
 
-    __slots__ = ("_counts", "_message", "_owner_ends", "_sections", "_sizes", "_starts")
+    __slots__ = ("_message", "_runs", "_sections")
 
     def __init__(self, message: bytes) -> None:
         """Create an empty list; ``message`` has at most 65,535 octets."""
         self._message = message
-        self._starts, self._owner_ends, self._sizes, self._counts = array("H"), array("H"), array("H"), array("H")
-        self._sections = [0, 0, 0]  # the index after the last run of each
+        self._runs = array("H")  # the four numbers of each run
+        self._sections = [0, 0, 0]  # the index in it after the last run of each
 
     def __len__(self) -> int:
-        return sum(self._counts)
+        return sum(self._runs[3::4])
 
     def __iter__(self) -> Iterator[Record]:
         for section in (1, 2, 3):
@@ -69,20 +69,19 @@ class Records:
     def runs(self, section: int = 0) -> Iterator[Run]:
         """Yield the runs of a section, or of all: enough for loops over thousands of records."""
         first = self._sections[section - 2] if section > 1 else 0
-        last = self._sections[section - 1]  # of 0: the last section
-        columns = (self._starts, self._owner_ends, self._sizes, self._counts)
-        return zip(*(column[first:last] for column in columns), strict=True)
+        numbers = iter(self._runs[first : self._sections[section - 1]])  # of 0: the last section
+        return zip(numbers, numbers, numbers, numbers, strict=True)
 
     def add_section(self, section: int) -> None:
         """End a section."""
-        self._sections[section - 1] = len(self._starts)
+        self._sections[section - 1] = len(self._runs)
 
     @property
     def counts(self) -> tuple[int, int, int]:
         """The number of records in each section."""
         first, second, _ = self._sections
-        counts = self._counts
-        return sum(counts[:first]), sum(counts[first:second]), sum(counts[second:])
+        runs = self._runs
+        return sum(runs[3:first:4]), sum(runs[first + 3 : second : 4]), sum(runs[second + 3 :: 4])
 
     def ttl_offsets(self, base: int) -> array[int]:
         """Return the offsets of the TTLs, counted from ``base``."""
