@@ -1,8 +1,8 @@
 """Limits the CPU time that clients and upstream servers can cause.
 
 When a cgroup's quota is less than one CPU and is used up, the kernel stops the whole process for the rest of the
-period, including the thread that answers from memory. So work for clients and upstream servers is delayed once the
-event loop has used its share of the quota; the agent's HTTP server does the same. Without such a quota nothing waits.
+period, including what answers from memory. So forwarding and TCP are delayed once their thread has used its share of
+the quota; the agent's HTTP server does the same. Without such a quota nothing waits.
 
 A piece of work waits once, for a bounded time. So work that cannot wait, such as accepting connections, delays the rest
 but never stops it, also if it takes more than the share.
@@ -14,7 +14,8 @@ import math
 import time
 from collections.abc import Callable
 
-SHARE = 0.4  # of the quota, for the event loop
+#: Of the quota: for the thread that forwards queries, and for the event loop, which serves TCP.
+FORWARD_SHARE, TCP_SHARE = 0.3, 0.2
 BURST_SECONDS = 0.01  # of CPU time, after an idle period
 MAX_DEBT_SECONDS = 0.05  # of CPU time used beyond the share; the rest is forgotten
 _SMALL_SECONDS = 1e-6  # a smaller debt does not count
@@ -26,7 +27,7 @@ class Budget:
     def __init__(
         self,
         cpus: Callable[[], float],
-        share: float = SHARE,
+        share: float,
         clock: Callable[[], float] = time.monotonic,
         used: Callable[[], float] = time.thread_time,
     ) -> None:
@@ -49,4 +50,4 @@ class Budget:
         return -self._left / rate if rate < self._share and self._left < -_SMALL_SECONDS else 0.0
 
 
-UNLIMITED = Budget(lambda: math.inf)
+UNLIMITED = Budget(lambda: math.inf, 1.0)

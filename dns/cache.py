@@ -86,20 +86,22 @@ class Cache:
 
     def put(self, key: Key, entry: Entry) -> None:
         """Add an entry and evict others if necessary."""
-        if not self._max_entries or entry.size > self._max_bytes // 8:
+        size = entry.size
+        if not self._max_entries or size > self._max_bytes // 8:
             return
         with self._lock:
             self.counts.insertions += 1
             if key in self._second:
-                self._second_bytes += entry.size - self._second[key].size
-                self._bytes += entry.size - self._second[key].size
+                more = size - self._second[key].size
+                self._second_bytes += more
+                self._bytes += more
                 self._second[key] = entry
             else:
                 if (old := self._first.pop(key, None)) is not None:
                     self._bytes -= old.size
                 self._first[key] = entry
-                self._bytes += entry.size
-            while len(self) > self._max_entries or self._bytes > self._max_bytes:
+                self._bytes += size
+            while len(self._first) + len(self._second) > self._max_entries or self._bytes > self._max_bytes:
                 self._evict()
 
     def clear(self) -> None:

@@ -1,118 +1,254 @@
-"""Query a group of servers: the preferred one first, then the others, until one has responded.
+"""Query a group of servers until one has responded. Runs in the packet loop.
 
-The next server is queried when the one before has failed or has been silent for STAGGER_SECONDS; a late response still
-counts. Servers that have timed out repeatedly come last for a while. With `--strict-order` the order is always that of
-the settings; with `--all-servers` all are queried at the same time.
+Rules
+1. The servers of a group are queried in their configured order. The next one is queried when the one before has failed
+   or has been silent for TICK_SECONDS; a late response still counts.
+2. A server that is silent, or whose responses are late or of no use, comes after the others (resolution.py says when)
+   and so costs clients nothing. Once in PROBE_SECONDS it gets a query beside the others, of which only the server is
+   judged: the first good response restores it. One bad response changes nothing: the next server may know other names.
+3. If no server is left that behaves well, all are queried at the same time.
+4. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
+   are queried at the same time.
+5. The second query to a silent server has no EDNS: firewalls drop queries with an OPT record that they do not know.
+6. A response that comes after the clients got SERVFAIL is still cached, so that their next attempt succeeds.
 """
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass
+from typing import Protocol
 
-from udpwatch.dns.cache_entry import Key
+from udpwatch.dns.cache_entry import Entry, Key
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.packet_loop import PacketLoop
+from udpwatch.dns.resolution import PROBE_SECONDS, Attempt, Group, Member, Resolution
 from udpwatch.dns.settings import Server
-from udpwatch.dns.upstream import AttemptFailed, Busy, UpstreamClient
+from udpwatch.dns.upstream import UpstreamClient
+from udpwatch.dns.upstream_tcp import Failure
 
-STAGGER_SECONDS = 0.8
-TOTAL_SECONDS = 4.5  # below the 5 s after which a stub resolver retries
-ROUNDS = 2  # attempts per server at most
+TICK_SECONDS = 0.8
+STALE_TICKS = 2  # 1.6 s, about RFC 8767's client response timer (section 5)
+TICKS = 6  # 4.8 s: below the 5 s after which a stub resolver retries
+ROUNDS = 2  # queries per server at most
 MAX_ATTEMPTS = 8
-DOWN_AFTER = 2  # timeouts in a row
-DOWN_SECONDS = 10.0  # during which such a server is queried last
+MAX_UNANSWERED = 16_000  # queries that are listened for, in all
 
 
-class ResolutionFailed(Exception):
-    """No server gave a response that can be forwarded. ``rcode`` is for the client."""
+class Owner(Protocol):
+    """Takes what becomes of a query."""
 
-    def __init__(self, rcode: int = Rcode.SERVFAIL) -> None:
-        super().__init__(rcode)
-        self.rcode = rcode
+    def on_response(self, resolution: Resolution, response: Response | Entry) -> None:
+        """A server has responded; the query is over."""
 
+    def on_failure(self, resolution: Resolution, rcode: int) -> None:
+        """No server gave a response that can be forwarded. ``rcode`` is for the client."""
 
-@dataclass(slots=True)
-class _Health:
-    timeouts: int = 0  # in a row
-    down_until: float = 0.0  # event loop time
+    def on_slow(self, resolution: Resolution) -> None:
+        """No server has responded for STALE_TICKS. The query continues."""
 
 
 class Failover:
-    """Queries groups of servers and remembers which of them respond. Runs in the event loop's thread."""
+    """Queries groups of servers and remembers how each behaves."""
+
+    owner: Owner
 
     def __init__(
-        self, client: UpstreamClient, metrics: Metrics, strict_order: bool = False, all_servers: bool = False
+        self,
+        loop: PacketLoop,
+        client: UpstreamClient,
+        metrics: Metrics,
+        strict_order: bool = False,
+        all_servers: bool = False,
     ) -> None:
-        self._client, self._metrics = client, metrics
+        self._loop, self._client, self._metrics = loop, client, metrics
         self._strict_order, self._all_servers = strict_order, all_servers
-        self._health: dict[Server, _Health] = {}
-        self._last_good: Server | None = None
+        client.results = self
+        self._groups: dict[tuple[Server, ...], Group] = {}
+        self._last: tuple[tuple[Server, ...], Group] | None = None
+        self._ticks = loop.delay_queue(TICK_SECONDS, self._tick)
+        self._late: dict[Key, Resolution] = {}
+
+    def group(self, servers: tuple[Server, ...]) -> Group:
+        """Return the group of these servers."""
+        if self._last and self._last[0] is servers:  # hashing them takes longer than the rest
+            return self._last[1]
+        group = self._groups.get(servers)
+        if group is None:
+            members = tuple(Member(self._client.upstream(server)) for server in servers)
+            group = self._groups[servers] = Group(members)
+        self._last = servers, group
+        return group
 
     def forget_servers(self) -> None:
         """Drop what is known of servers because they have changed."""
-        self._health.clear()
-        self._last_good = None
+        self._groups.clear()
+        self._last = None
         self._client.forget_servers()
 
-    def order(self, servers: tuple[Server, ...]) -> list[Server]:
-        """Sort servers: the one that responded last first, silent ones last."""
-        if self._strict_order:
-            return list(servers)
-        now = asyncio.get_running_loop().time()
+    def order(self, group: Group) -> tuple[Member, ...]:
+        """Return the servers in the order in which they are queried."""
+        members, now = group.members, self._loop.now
+        if len(members) > 1 and not self._strict_order:
+            for member in members:
+                if member.is_demoted(now):
+                    return tuple(sorted(members, key=lambda member: member.is_demoted(now)))
+        return members
 
-        def rank(server: Server) -> tuple[bool, bool]:
-            health = self._health.get(server)
-            return bool(health and health.down_until > now), server != self._last_good
+    # ---- a query ----
 
-        return sorted(servers, key=rank)
+    def start(self, resolution: Resolution) -> None:
+        """Send the first queries. The owner learns what becomes of it, maybe before this returns."""
+        if (late := self._late.pop(resolution.key, None)) is not None:
+            self.drop(late)  # one query in flight per name: see forwarder.py
+        resolution.plan = ordered = self.order(resolution.group)
+        self._ticks.start(resolution, self._loop.now)
+        self._next(resolution)
+        if len(ordered) > 1:
+            self._start_others(resolution, ordered)
+        if not resolution.attempts:
+            self._fail(resolution)
 
-    async def query(self, key: Key, servers: tuple[Server, ...]) -> Response:
-        """Return the first usable response. Raises ResolutionFailed within TOTAL_SECONDS."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + TOTAL_SECONDS
-        ordered = self.order(servers)
-        plan = (ordered * ROUNDS)[: max(MAX_ATTEMPTS, len(ordered))]
-        running: dict[asyncio.Task[Response], Server] = {}
-        rcode, next_ones = int(Rcode.SERVFAIL), len(ordered) if self._all_servers else 1
+    def drop(self, resolution: Resolution) -> None:
+        """Forget a query that nobody waits for."""
+        self._ticks.stop(resolution)
+        self._late.pop(resolution.key, None)
+        for attempt in resolution.attempts:
+            attempt.resolution = None  # break the cycle: no work for the garbage collector
+            self._client.forget(attempt)
+        resolution.attempts.clear()
+
+    def _start_others(self, resolution: Resolution, ordered: tuple[Member, ...]) -> None:
+        """Query more servers than the first one, if they are to be queried at the same time."""
+        now = self._loop.now
+        if self._all_servers:
+            first_ones = len(ordered)
+        else:
+            well = (number for number, member in enumerate(ordered, 1) if not member.is_demoted(now))
+            first_ones = next(well, len(ordered))  # 1, except with --strict-order and if all are demoted
+        for _ in range(min(first_ones, MAX_ATTEMPTS) - 1):
+            self._next(resolution)
+        if first_ones == 1 and not self._strict_order:
+            self._probe(resolution)
+
+    def _next(self, resolution: Resolution) -> None:
+        """Query the next server of the plan, or the one after it if that is impossible."""
+        plan = resolution.plan
+        servers = len(plan)
+        while (begun := resolution.begun) < servers or (begun < ROUNDS * servers and begun < MAX_ATTEMPTS):
+            member = plan[begun % servers]
+            resolution.begun = begun + 1
+            silent = False
+            for each in resolution.attempts:
+                silent |= each.member is member and each.edns
+            if (attempt := self._send(resolution, member, silent)) is not None:
+                attempt.resolution = resolution
+                resolution.attempts.append(attempt)
+                return
+
+    def _send(self, resolution: Resolution, member: Member, repeated: bool = False) -> Attempt | None:
+        """Query a server, ``repeated``: without EDNS. Return None if that has failed."""
+        now = self._loop.now
+        edns = not repeated and member.upstream.plain_until <= now
+        attempt = Attempt(member, resolution.key, resolution.question, edns, now, repeated)
+        if self._client.waiting >= MAX_UNANSWERED:
+            self._give_up(self._client.forget_oldest())
         try:
-            while True:
-                left = end - loop.time()
-                if left > 0:
-                    for server in plan[:next_ones]:
-                        running[asyncio.create_task(self._client.query(server, key))] = server
-                    del plan[:next_ones]
-                    next_ones = 1
-                if not running or left <= 0:
-                    raise ResolutionFailed(rcode)
-                wait = min(left, STAGGER_SECONDS) if plan else left
-                await asyncio.wait(running, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                for task in [each for each in running if each.done()]:
-                    server = running.pop(task)
-                    # Not raised again in this frame: that would make a cycle of frame, task and response, which lives
-                    # until the garbage collector runs.
-                    error = task.exception()
-                    if error is None:
-                        self._health.pop(server, None)
-                        self._last_good = server
-                        return task.result()
-                    if not isinstance(error, AttemptFailed):
-                        raise error
-                    self._note_failure(server, error)
-                    rcode = Rcode.REFUSED if error.rcode == Rcode.REFUSED else Rcode.SERVFAIL
-                    del error
-        finally:
-            for task in running:
-                task.cancel()
-            if running:
-                await asyncio.gather(*running, return_exceptions=True)
+            self._client.query(attempt)
+        except OSError:
+            self._count(attempt, "network")
+            member.note_unreachable(now)
+            return None
+        return attempt
 
-    def _note_failure(self, server: Server, failed: AttemptFailed) -> None:
-        self._metrics.upstream_failed[str(server), failed.reason][0] += 1
-        health = self._health.setdefault(server, _Health())
-        if failed.reason in ("timeout", "network"):
-            health.timeouts += 1
-            if health.timeouts >= DOWN_AFTER:
-                health.down_until = asyncio.get_running_loop().time() + DOWN_SECONDS
-        if server == self._last_good and not isinstance(failed, Busy):
-            self._last_good = None
+    def _probe(self, resolution: Resolution) -> None:
+        """Send the query to demoted servers as well, if they are due; only they are judged."""
+        now = self._loop.now
+        for member in resolution.group.members:
+            if member.is_demoted(now) and member.probe_at <= now:
+                member.probe_at = now + PROBE_SECONDS
+                self._send(resolution, member)
+
+    def _tick(self, resolution: Resolution) -> None:
+        for attempt in resolution.attempts:
+            self._note_overdue(attempt)
+        resolution.ticks += 1
+        if resolution.ticks >= TICKS:
+            self._fail(resolution)
+            return
+        self._ticks.start(resolution, self._loop.now)
+        self._next(resolution)
+        if resolution.ticks == STALE_TICKS:
+            self.owner.on_slow(resolution)
+
+    def _fail(self, resolution: Resolution) -> None:
+        self._ticks.stop(resolution)
+        for attempt in resolution.attempts:
+            self._count(attempt, "timeout")
+        if resolution.attempts:
+            resolution.is_late = True
+            self._late[resolution.key] = resolution
+        self.owner.on_failure(resolution, resolution.rcode or Rcode.SERVFAIL)
+
+    # ---- results of attempts ----
+
+    def on_response(self, attempt: Attempt, response: Response | Entry) -> None:
+        """End the query with this response."""
+        prompt = self._loop.now - attempt.sent < TICK_SECONDS
+        attempt.member.note_response(good=prompt)
+        resolution = self._take(attempt)
+        if resolution is None:
+            return
+        self._ticks.stop(resolution)
+        self._late.pop(resolution.key, None)
+        for other in resolution.attempts:
+            other.resolution = None
+            if other.cancel:  # it holds a slot
+                self._client.forget(other)
+        resolution.attempts.clear()
+        self.owner.on_response(resolution, response)
+
+    def on_failure(self, attempt: Attempt, failure: Failure) -> None:
+        """Query the next server."""
+        self._count(attempt, failure.reason)
+        member = attempt.member
+        if failure.reason == "network":
+            member.note_unreachable(self._loop.now)
+        elif failure.reason == "timeout":
+            self._note_overdue(attempt)
+        elif failure.reason != "busy":  # that is our limit
+            member.note_response(good=False)
+        resolution = self._take(attempt)
+        if resolution is None or resolution.is_late:
+            return
+        resolution.rcode = Rcode.REFUSED if failure.rcode == Rcode.REFUSED else Rcode.SERVFAIL
+        if all(each.overdue for each in resolution.attempts):  # else another one may still respond in time
+            self._next(resolution)
+        if not resolution.attempts:
+            self._fail(resolution)
+
+    def _take(self, attempt: Attempt) -> Resolution | None:
+        """Take an attempt out of its query. Return the query if this result may end it."""
+        resolution = attempt.resolution
+        if resolution is None:
+            return None
+        attempt.resolution = None
+        resolution.attempts.remove(attempt)
+        if resolution.is_late and not resolution.attempts:
+            self._late.pop(resolution.key, None)
+        return resolution
+
+    def _give_up(self, attempt: Attempt) -> None:
+        """Count an attempt as silent before its time is over. Its query goes on with the next tick."""
+        self._count(attempt, "timeout")
+        self._note_overdue(attempt)
+        self._take(attempt)
+
+    def _note_overdue(self, attempt: Attempt) -> None:
+        if not attempt.overdue:
+            attempt.overdue = True
+            attempt.member.note_overdue(attempt.sent)
+
+    def _count(self, attempt: Attempt, reason: str) -> None:
+        if not attempt.counted:
+            attempt.counted = True
+            self._metrics.upstream_failed[str(attempt.member.upstream.server), reason][0] += 1

@@ -6,6 +6,7 @@ cell of the fast path belongs to one thread, so `cell[0] += n` needs no lock.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -50,10 +51,7 @@ class Histogram:
 
     def observe(self, seconds: float, times: int = 1) -> None:
         """Count ``times`` events of this duration."""
-        at = 0
-        while at < len(BUCKETS) and seconds > BUCKETS[at]:
-            at += 1
-        self.counts[at] += times
+        self.counts[bisect_left(BUCKETS, seconds)] += times
         self.sum += seconds * times
 
     def buckets(self) -> list[tuple[str, float]]:

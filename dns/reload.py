@@ -14,7 +14,6 @@ from pathlib import Path
 
 from udpwatch.dns import zone
 from udpwatch.dns.errors import HostsError
-from udpwatch.dns.failover import Failover
 from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolvconf import read_resolv
@@ -85,12 +84,13 @@ class RouteReloader:
         self,
         settings: Settings,
         responder: Responder,
-        failover: Failover,
+        forget_servers: Callable[[], None],
         is_own: Callable[[Server], bool],
         invalidate: Callable[[], None],
     ) -> None:
-        """``is_own``: whether querying this server would mean querying ourselves; it depends on our addresses."""
-        self._settings, self._responder, self._failover = settings, responder, failover
+        """``forget_servers`` is called after a change. ``is_own``: whether querying this server would mean querying
+        ourselves; it depends on our addresses."""
+        self._settings, self._responder, self._forget_servers = settings, responder, forget_servers
         self._is_own, self._invalidate = is_own, invalidate
         self._from_resolv: tuple[Server, ...] = ()
         self._own: set[Server] = set()
@@ -159,7 +159,7 @@ class RouteReloader:
         if (before.default, before.domains) == (routes.default, routes.domains):
             return
         self._responder.routes = routes
-        self._failover.forget_servers()
+        self._forget_servers()
         self._invalidate()
         if before.default != routes.default:
             log.info("dns: upstream servers: %s", ", ".join(map(str, routes.default)) or "none")

@@ -19,6 +19,7 @@ from udpwatch.dns import message
 from udpwatch.dns.alias import rewritten
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import MAX_TTL, Entry, cut, entry_of, first_counts, without
+from udpwatch.dns.direct import read_direct
 from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
 from udpwatch.dns.policy import has_address_in, is_windows_query, never_forwarded
 from udpwatch.dns.routes import Routes
@@ -32,13 +33,15 @@ FOREVER = float("inf")
 
 _FORMERR_TYPES = {Type.OPT, Type.TKEY, Type.TSIG}  # records that belong to a message, not to a name
 _REFUSED_TYPES = {Type.AXFR, Type.IXFR, Type.MAILA, Type.MAILB}
+_UNUSUAL_TYPES = {int(each) for each in _FORMERR_TYPES | _REFUSED_TYPES} | {0}
+_IN, _CH = int(Class.IN), int(Class.CH)  # comparing members of an enumeration takes longer
 _HINFO = 13
 _RFC8482 = b"\x07RFC8482\x00"
 _BIND = b"\x04bind\x00"
 MAX_STRINGS = 200  # of 255 octets: they fit into one TXT record
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that takes three times as long to create
 class Reply:
     """A response, with what metrics and log record of it."""
 
@@ -50,7 +53,7 @@ class Reply:
     found: Found | None = None  # for the log
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Forward:
     """The query goes to upstream servers."""
 
@@ -69,6 +72,18 @@ class Drop:
 LogQuery = Callable[[Reply | Forward, str, int], None]
 
 
+def _is_usual(query: Query) -> bool:
+    """Return whether a query is a standard one for a name's records, which most are."""
+    edns = query.edns
+    return not (
+        query.flags & message.OPCODE_MASK
+        or query.klass != _IN
+        or query.type in _UNUSUAL_TYPES
+        or query.signed
+        or (edns is not None and edns.version)
+    )
+
+
 class Responder:
     """Answers queries. ``zone`` and ``routes`` are replaced whole, from outside."""
 
@@ -76,6 +91,18 @@ class Responder:
         self._settings = settings
         high = min(settings.max_cache_ttl or MAX_TTL, MAX_TTL)
         self._cache_ttl = min(settings.min_cache_ttl, high), high
+        self._udp_most = min(settings.edns_packet_max, MAX_UDP_BYTES)
+        self._keeps_names = settings.domain_needed or settings.bogus_priv or settings.filter_windows
+        #: Whether no setting changes or rejects responses with answers.
+        self._reads_direct = not (
+            settings.stop_dns_rebind
+            or settings.bogus_addresses
+            or settings.ignored_addresses
+            or settings.filtered_types
+            or settings.aliases
+            or settings.proxy_dnssec
+            or settings.max_ttl
+        )
         self.zone = zone
         self.cache = cache
         self.routes = Routes()
@@ -96,33 +123,37 @@ class Responder:
             if error.reason in ("short", "response"):
                 return Drop(error.reason)
             return Reply(message.build_error(data, Rcode.FORMERR), error.reason, Rcode.FORMERR)
-        most = TCP_BYTES if tcp else query.udp_bytes(min(self._settings.edns_packet_max, MAX_UDP_BYTES))
-        return self._refusal(data, query) or self._known(query, most, now, asked) or self._unknown(query, most)
-
-    def _known(self, query: Query, most: int, now: float, asked: bytes) -> Reply | None:
-        """Answer from memory."""
-        if query.klass == Class.CH:
-            return self._chaos(query, most)
+        most = TCP_BYTES if tcp else query.udp_bytes(self._udp_most)
+        if not _is_usual(query):
+            refusal = self._refusal(data, query) or (self._chaos(query, most) if query.klass == _CH else None)
+            if refusal is not None:
+                return refusal
         found = self.zone.find(query.name, query.type, asked)
         if found:
             return self._local(query, found, most)
         entry = self.cache.get(query.key, now)
         if entry:
             return from_entry(query, entry, most, now, "cache" if now < entry.expires else "stale")
-        return None
+        return self._unknown(query, most)
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Decide about a name that is not in memory."""
-        if is_windows_query(self._settings, query.name, query.type):
-            return self._nothing(query, Rcode.NOERROR)
-        domain = self.routes.domain_of(query.name)
-        ends_here = never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers))
-        servers = () if ends_here else self.routes.for_name(query.name)
+        servers = self.routes.for_name(query.name)
+        if self._keeps_names:
+            if is_windows_query(self._settings, query.name, query.type):
+                return self._nothing(query, Rcode.NOERROR)
+            domain = self.routes.domain_of(query.name)
+            if never_forwarded(self._settings, query.name, query.type, bool(domain and domain.servers)):
+                servers = ()
         if servers == ():  # local only
             return self._nothing(query, Rcode.NOERROR if self.zone.exists(query.name) else Rcode.NXDOMAIN)
         if not servers or not query.recursion_desired:
             return self._nothing(query, Rcode.REFUSED)
         return Forward(query, most)
+
+    def direct_entry(self, data: bytes, question: bytes, now: float) -> Entry | None:
+        """Create the cache entry of a usual response; None: parse it, and use `entry_of`."""
+        return read_direct(data, question, now, self._cache_ttl) if self._reads_direct else None
 
     def entry_of(self, answer: Response, now: float) -> Entry:
         """Create the cache entry of a response, changed as the settings say.

@@ -1,6 +1,6 @@
 """One running responder: its parts, how they are connected, and the order in which they start and stop.
 
-Two threads: the event loop's, and the one that answers over UDP from memory (udp.py).
+Two threads: the packet loop's for UDP, to clients and upstream servers; the event loop's for TCP, files and addresses.
 """
 
 from __future__ import annotations
@@ -16,29 +16,33 @@ from udpwatch.dns import addresses, listen
 from udpwatch.dns.address_monitor import AddressMonitor
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.admission import Admission
-from udpwatch.dns.budget import Budget
+from udpwatch.dns.budget import FORWARD_SHARE, TCP_SHARE, Budget
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.failover import Failover
-from udpwatch.dns.forwarder import ALL_ASKED, Forwarder
-from udpwatch.dns.handover import HandoverQueue
+from udpwatch.dns.forwarder import Forwarder
 from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.listen import Listening
 from udpwatch.dns.metrics import DnsCollector, Metrics
+from udpwatch.dns.pacing import PacedQueue
+from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.querylog import QueryLog
 from udpwatch.dns.reload import RouteReloader, ZoneReloader
 from udpwatch.dns.responder import Responder
 from udpwatch.dns.settings import Settings
 from udpwatch.dns.statistics import Statistics
 from udpwatch.dns.tcp import TcpServer
+from udpwatch.dns.transport import SocketTransport
 from udpwatch.dns.udp import UdpServer
 from udpwatch.dns.upstream import UpstreamClient
+from udpwatch.dns.upstream_socket import POOL_SOCKETS
+from udpwatch.dns.upstream_tcp import MAX_TCP_ANSWERS, TcpClient
 from udpwatch.dns.watch import Watch
 from udpwatch.dns.zone import Zone
 
 DRAIN_SECONDS = 5.0
 LOG_SECONDS = 10.0  # between two checks for log lines that were left out
-SOCKETS_PER_QUERY = 4  # servers that are queried at the same time
+UPSTREAM_SERVERS = 16  # for the limit on open files; sockets that are still waiting count twice
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +55,8 @@ class Service:
         self._settings = settings
         if settings.log_debug:
             logging.getLogger("udpwatch.dns").setLevel(logging.DEBUG)
-        budget = Budget(cpus)
-        _raise_descriptor_limit(settings.max_tcp_connections + SOCKETS_PER_QUERY * ALL_ASKED * settings.forward_max)
+        upstream_sockets = MAX_TCP_ANSWERS + 2 * UPSTREAM_SERVERS * POOL_SOCKETS
+        _raise_descriptor_limit(settings.max_tcp_connections + upstream_sockets)
         self.metrics = Metrics()
         self._cache = Cache(settings.cache_size, settings.stale_seconds)
         self._statistics = Statistics(self.metrics, self._cache)
@@ -64,21 +68,28 @@ class Service:
         log_query = query_log.log_query if query_log else None
         self._admission = Admission(settings)
         self._listening = Listening(settings, self._admission)
-        upstream = UpstreamClient(
-            self.metrics, budget=budget, proxy_dnssec=settings.proxy_dnssec, ignored=settings.ignored_addresses
-        )
-        failover = Failover(upstream, self.metrics, settings.strict_order, settings.all_servers)
-        self._forwarder = Forwarder(settings, self._responder, self._cache, failover, self.metrics, query_log)
-        self._handover = HandoverQueue(self.metrics, self._forwarder.submit, budget)
+        self._packets = PacketLoop()
+        self._make_forwarder(cpus, query_log)
         common = self._responder, self.metrics, self._admission
-        self._udp = UdpServer(*common, self._handover.put, log_query)
-        self._tcp = TcpServer(*common, self._forwarder, log_query, budget, settings.max_tcp_connections)
+        queue = PacedQueue(self._packets, self.metrics, self._forwarder.submit, Budget(cpus, FORWARD_SHARE))
+        self._udp = UdpServer(self._packets, *common, queue.put, log_query)
+        post, forwarder = self._packets.post, self._forwarder
+        self._tcp = TcpServer(
+            *common,
+            lambda query: post(lambda: forwarder.submit(query)),
+            lambda query: post(lambda: forwarder.cancel(query)),
+            log_query,
+            self._tcp_budget,
+            settings.max_tcp_connections,
+        )
+        for at_end in (forwarder.stop, self._udp.close, self._upstream.close):
+            self._packets.at_end(at_end)
         self._interfaces = HostInterfaces(settings)
         self._zone = ZoneReloader(settings, self._responder, self.metrics, self._udp.invalidate, self._interfaces)
         self._routes = RouteReloader(
             settings,
             self._responder,
-            failover,
+            lambda: self._packets.post(self._failover.forget_servers),
             lambda server: self._listening.is_own(server, self._locals),
             self._udp.invalidate,
         )
@@ -93,6 +104,25 @@ class Service:
             self.close()
             raise
 
+    def _make_forwarder(self, cpus: Callable[[], float], query_log: QueryLog | None) -> None:
+        settings, packets = self._settings, self._packets
+        self._tcp_budget = Budget(cpus, TCP_SHARE)
+        transport = SocketTransport(packets)
+        self._upstream_tcp = TcpClient(transport, self._tcp_budget)
+        self._upstream = UpstreamClient(
+            packets,
+            self.metrics,
+            transport,
+            self._upstream_tcp,
+            self._responder.direct_entry,
+            proxy_dnssec=settings.proxy_dnssec,
+            ignored=settings.ignored_addresses,
+        )
+        self._failover = Failover(packets, self._upstream, self.metrics, settings.strict_order, settings.all_servers)
+        self._forwarder = Forwarder(
+            packets, settings, self._responder, self._cache, self._failover, self.metrics, query_log
+        )
+
     @property
     def collector(self) -> DnsCollector:
         """For a registry of prometheus_client."""
@@ -106,7 +136,7 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether the tables are loaded and queries are answered."""
-        return self._serving and self._udp.is_alive()
+        return self._serving and self._packets.is_alive()
 
     def warnings(self) -> list[str]:
         """Return what is configured and does not listen (yet)."""
@@ -120,7 +150,7 @@ class Service:
 
     async def start(self) -> None:
         """Load the tables, then serve. A missing file does not stop it from serving the rest."""
-        self._handover.start()
+        self._upstream_tcp.start()
         self._addresses.open()
         hosts, resolv = Watch(self._zone.files, self._zone.load), None
         servers: Watch | None = None
@@ -132,7 +162,7 @@ class Service:
         hosts_read, resolv_read = await self._zone.load(missing_ok=True), self._routes.read()
         servers_read = await self._routes.read_servers_file()
         self._listening.serve(self._udp, self._tcp)
-        self._udp.start()
+        self._packets.start()
         self._addresses.start()
         hosts.start(hosts_read)
         if servers:
@@ -157,7 +187,7 @@ class Service:
 
     def close(self) -> None:
         """Close the sockets of a responder that was never started."""
-        self._udp.stop()
+        self._packets.stop()
         self._listening.close()
 
     async def stop(self) -> None:
@@ -170,8 +200,8 @@ class Service:
             await watch.stop()
         await self._forwarder.drain(DRAIN_SECONDS)
         await self._tcp.stop(DRAIN_SECONDS)
-        await self._forwarder.stop()
-        await asyncio.to_thread(self._udp.stop)
+        await self._upstream_tcp.stop()
+        await asyncio.to_thread(self._packets.stop)
         self._listening.close()
         LIMITED.flush(everything=True)
 

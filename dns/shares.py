@@ -115,3 +115,43 @@ class Shares(Generic[_Item]):
 
     def _oldest(self, client: Client) -> _Item:
         return next(iter(self._items[client]))
+
+
+class LazyShares(Generic[_Item]):
+    """As `Shares`, but counts clients only from ``threshold`` items on: as long as few wait, nothing is counted."""
+
+    __slots__ = ("_items", "_shares", "_threshold")
+
+    def __init__(self, threshold: int) -> None:
+        self._threshold = threshold
+        self._items: dict[_Item, Client] = {}  # oldest first
+        self._shares: Shares[_Item] | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def add(self, client: Client, item: _Item) -> None:
+        """Add an item of a client."""
+        self._items[item] = client
+        if self._shares is not None:
+            self._shares.add(client, item)
+        elif len(self._items) >= self._threshold:
+            self._count()
+
+    def remove(self, client: Client, item: _Item) -> None:
+        """Remove an item of a client."""
+        del self._items[item]
+        if self._shares is not None:
+            self._shares.remove(client, item)
+            if len(self._items) < self._threshold // 2:  # so that counting again is rare
+                self._shares = None
+
+    def to_give_way(self, client: Client) -> tuple[_Item, bool]:
+        """See `Shares.to_give_way`."""
+        return (self._shares or self._count()).to_give_way(client)
+
+    def _count(self) -> Shares[_Item]:
+        self._shares = shares = Shares[_Item]()
+        for item, client in self._items.items():
+            shares.add(client, item)
+        return shares

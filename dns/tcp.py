@@ -20,11 +20,12 @@ import socket
 import struct
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from udpwatch.dns.admission import Admission
 from udpwatch.dns.budget import UNLIMITED, Budget
-from udpwatch.dns.forwarder import ClientQuery, Forwarder
+from udpwatch.dns.forwarder import ClientQuery
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import pack_address
@@ -69,6 +70,45 @@ class _Connection:
         self.active = asyncio.get_running_loop().time()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TcpQuery:
+    """A query that needs an upstream server. It is a `forwarder.ClientQuery`."""
+
+    connection: _Connection
+    forward: Forward
+    received: float  # monotonic seconds
+    response: asyncio.Future[Reply]
+
+    @property
+    def client(self) -> bytes:
+        """The client's address, 4 or 16 octets."""
+        return self.connection.packed
+
+    @property
+    def origin(self) -> TcpQuery:
+        """Each query is one of its own."""
+        return self
+
+    @property
+    def must_answer(self) -> bool:
+        """The client does not repeat its query."""
+        return True
+
+    def peer(self) -> tuple[str, int]:
+        """Return the client's address and port."""
+        return self.connection.address, self.connection.port
+
+    def deliver(self, reply: Reply) -> None:
+        """Hand the response to the event loop; any thread may call this."""
+
+        def set_response() -> None:
+            if not self.response.done():
+                self.response.set_result(reply)
+
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.response.get_loop().call_soon_threadsafe(set_response)
+
+
 class TcpServer:
     """Answers queries on all TCP sockets. Runs in the event loop's thread."""
 
@@ -77,13 +117,15 @@ class TcpServer:
         responder: Responder,
         metrics: Metrics,
         admission: Admission,
-        forwarder: Forwarder,
+        submit: Callable[[ClientQuery], None],
+        cancel: Callable[[ClientQuery], None],
         log_query: LogQuery | None,
         budget: Budget = UNLIMITED,
         max_connections: int = MAX_CONNECTIONS,
     ) -> None:
+        """``submit`` and ``cancel`` hand queries to the forwarder, in its own thread."""
         self._responder, self._metrics, self._admission = responder, metrics, admission
-        self._forwarder, self._log_query, self._budget = forwarder, log_query, budget
+        self._submit, self._cancel, self._log_query, self._budget = submit, cancel, log_query, budget
         self._max_connections = max_connections
         self._max_per_client = max(MAX_CONNECTIONS_PER_CLIENT, max_connections // 8)
         self._by_client: defaultdict[bytes, set[_Connection]] = defaultdict(set)
@@ -255,23 +297,13 @@ class TcpServer:
 
     async def _resolve(self, connection: _Connection, forward: Forward) -> Reply:
         loop = asyncio.get_running_loop()
-        begun = loop.time()
-        future: asyncio.Future[Reply] = loop.create_future()
-
-        def deliver(reply: Reply) -> None:
-            if not future.done():
-                future.set_result(reply)
-
-        peer = connection.address, connection.port
-        client_query = ClientQuery(forward, connection.packed, future, lambda: peer, deliver, must_answer=True)
-        self._forwarder.submit(client_query)
+        query = TcpQuery(connection, forward, loop.time(), loop.create_future())
+        self._submit(query)
         try:
-            reply = await future
+            return await query.response
         except asyncio.CancelledError:
-            self._forwarder.cancel(client_query)
+            self._cancel(query)
             raise
-        self._metrics.duration["forward"].observe(loop.time() - begun)
-        return reply
 
     async def _write(self, connection: _Connection, reply: Reply) -> None:
         """Send a response. Raises OSError if the connection is closed, TimeoutError if the client is slow."""

@@ -10,9 +10,12 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from udpwatch.dns import libc
+from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.settings import Server
 
 TCP_BUFFER_BYTES = 32 << 10  # kernel receive buffer per connection; the kernel doubles it
+UDP_BUFFER_BYTES = 64 << 10  # per socket: a flood must not fill the kernel's memory
 
 _SO_BINDTODEVICE = 25
 
@@ -33,8 +36,10 @@ class UdpConnection(Protocol):
 class Transport(Protocol):
     """How queries reach upstream servers."""
 
-    def open_udp(self, server: Server, on_readable: Callable[[], None]) -> UdpConnection:
-        """Open a socket; ``on_readable`` runs in the event loop while there is something to receive. Raises OSError."""
+    def open_udp(self, server: Server, port: int, shared: bool, on_readable: Callable[[], None]) -> UdpConnection:
+        """Open a socket on this source port (0: the kernel chooses a random one). ``shared``: sockets to other servers
+        may use the same port. ``on_readable`` runs in the packet loop while there is something to receive. Raises
+        OSError."""
 
     async def exchange_tcp(self, server: Server, message: bytes) -> bytes:
         """Send one query over a new TCP connection and return the response, unparsed. Raises OSError."""
@@ -43,35 +48,43 @@ class Transport(Protocol):
 class SocketUdpConnection:
     """`UdpConnection` over a real socket."""
 
-    __slots__ = ("_loop", "_socket")
+    __slots__ = ("_descriptor", "_loop", "_socket")
 
-    def __init__(self, server: Server, on_readable: Callable[[], None]) -> None:
-        self._socket = _open_socket(server, socket.SOCK_DGRAM)
+    def __init__(
+        self, loop: PacketLoop, server: Server, port: int, shared: bool, on_readable: Callable[[], None]
+    ) -> None:
+        self._loop = loop
+        self._socket = _open_socket(server, socket.SOCK_DGRAM, port, shared)
         with _close_on_error(self._socket):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, UDP_BUFFER_BYTES)
             self._socket.connect(_sockaddr(server))
-            self._loop = asyncio.get_running_loop()
-            self._loop.add_reader(self._socket, on_readable)
+            self._descriptor = self._socket.fileno()
+            loop.register(self._descriptor, on_readable)
 
     def send(self, message: bytes) -> None:
         """Send one query. Raises OSError."""
-        self._socket.send(message)
+        if libc.send(self._descriptor, message, len(message), libc.DONTWAIT) < 0:
+            raise libc.last_error()
 
     def receive(self, max_bytes: int) -> bytes:
         """Return the next datagram. Raises BlockingIOError, or OSError when ICMP reports that no one listens."""
-        return self._socket.recv(max_bytes)
+        return libc.recv(self._descriptor, max_bytes)
 
     def close(self) -> None:
         """Close the socket."""
-        self._loop.remove_reader(self._socket)
+        self._loop.unregister(self._descriptor)
         self._socket.close()
 
 
 class SocketTransport:
     """`Transport` over real sockets, with the source address and interface that the server's settings name."""
 
-    def open_udp(self, server: Server, on_readable: Callable[[], None]) -> UdpConnection:
-        """Open a connected socket; the kernel picks a random source port."""
-        return SocketUdpConnection(server, on_readable)
+    def __init__(self, loop: PacketLoop) -> None:
+        self._loop = loop
+
+    def open_udp(self, server: Server, port: int, shared: bool, on_readable: Callable[[], None]) -> UdpConnection:
+        """Open a connected socket."""
+        return SocketUdpConnection(self._loop, server, port, shared, on_readable)
 
     async def exchange_tcp(self, server: Server, message: bytes) -> bytes:
         """Send a query and receive one response."""
@@ -104,15 +117,17 @@ def _close_on_error(link: socket.socket) -> Iterator[None]:
         raise
 
 
-def _open_socket(server: Server, kind: socket.SocketKind) -> socket.socket:
+def _open_socket(server: Server, kind: socket.SocketKind, port: int = 0, shared: bool = False) -> socket.socket:
     """Return an unconnected socket, bound as the server's settings say. Raises OSError."""
     family = socket.AF_INET6 if ":" in server.address else socket.AF_INET
     link = socket.socket(family, kind | socket.SOCK_NONBLOCK)
     with _close_on_error(link):
         if server.interface:
             link.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, server.interface.encode() + b"\0")
-        if server.source:
-            link.bind((server.source, 0))
+        if shared and port:
+            link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if server.source or port:
+            link.bind((server.source, port))
     return link
 
 

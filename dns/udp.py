@@ -1,8 +1,8 @@
 """The UDP server: a batch of datagrams in, a batch out, each response from the address that was asked.
 
 Rules
-1. One thread reads all UDP sockets and answers queries from memory. Queries that need an upstream server go to the
-   event loop, a batch at a time.
+1. The packet loop's thread reads all UDP sockets and answers queries from memory. Queries that need an upstream server
+   go to the forwarder, in the same thread.
 2. Until something changes, the same bytes get the same response: a memo per family stores responses under the query
    without its id. A hit costs one lookup and one copy. Every change of a table replaces the memos with empty ones.
 3. IP_PKTINFO and IPV6_PKTINFO are sent back as received, so that the source of the response is the address that was
@@ -10,25 +10,23 @@ Rules
    need their interface, keep it.
 4. The thread owns its sockets: other threads ask it to add or close one, because a descriptor that is closed while it
    is being read may be another file's a moment later.
+5. Responses of upstream servers are collected and sent at the end of a turn, a batch at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import select
 import socket
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import partial
 
 from udpwatch.dns.admission import Admission
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.metrics import Cell, Metrics
+from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.responder import Drop, Forward, LogQuery, Reply, Responder
 from udpwatch.dns.udp_socket import (
     BATCH,
@@ -40,6 +38,7 @@ from udpwatch.dns.udp_socket import (
     SLOT,
     Batch,
     Layout,
+    Outgoing,
     UdpSocket,
     is_unicast,
     peer_of,
@@ -53,20 +52,38 @@ SEEN_ADDRESSES = 65_536
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Pending:
-    """A query that needs an upstream server, with all that its response needs to get back to the client."""
+@dataclass(slots=True, eq=False)
+class UdpQuery:
+    """A query that needs an upstream server, with all that its response needs to get back to the client.
 
+    It is a `forwarder.ClientQuery`.
+    """
+
+    server: UdpServer
     socket: UdpSocket
     name: bytes  # the client's sockaddr
     control: bytes  # the query's control message, prepared for the response
+    client: bytes  # the client's address, 4 or 16 octets
     forward: Forward
     received: float  # monotonic seconds
 
     @property
-    def peer(self) -> bytes:
-        """The client's address, 4 or 16 octets."""
-        return self.name[self.socket.layout.address]
+    def origin(self) -> Hashable:
+        """The client's port, and the id: the same again if the client repeats its query."""
+        return self.name, self.forward.query.id
+
+    @property
+    def must_answer(self) -> bool:
+        """The client repeats its query if there is no response."""
+        return False
+
+    def peer(self) -> tuple[str, int]:
+        """Return the client's address and port."""
+        return peer_of(self.name)
+
+    def deliver(self, reply: Reply) -> None:
+        """Send the response at the end of this turn."""
+        self.server.send_later(self, reply)
 
 
 #: until (monotonic seconds), the response without its id, the counter of its kind
@@ -77,48 +94,39 @@ def _no_memos() -> dict[socket.AddressFamily, dict[bytes, _Remembered]]:
     return {family: {} for family in LAYOUTS}
 
 
-class UdpServer(threading.Thread):
+class UdpServer:
     """Answers queries on all UDP sockets."""
 
     def __init__(
         self,
+        loop: PacketLoop,
         responder: Responder,
         metrics: Metrics,
         admission: Admission,
-        forward: Callable[[list[Pending]], None],
+        forward: Callable[[list[UdpQuery]], None],
         log_query: LogQuery | None,
     ) -> None:
-        """``forward`` takes queries that cannot be answered from memory; it is called in this thread. With
-        ``log_query``, which gets every query, no response is remembered.
+        """``forward`` takes queries that cannot be answered from memory. With ``log_query``, which gets every query, no
+        response is remembered.
         """
-        super().__init__(name="dns-udp", daemon=True)
-        self._responder, self._metrics, self._admission = responder, metrics, admission
+        self._loop, self._responder, self._metrics, self._admission = loop, responder, metrics, admission
         self._forward, self._log_query = forward, log_query
         self._memos = _no_memos()
         self._peers: set[bytes] = set()  # clients known to be served
         self._destinations: set[bytes] = set()  # pktinfo (address and interface) known to be served
         self._batches = {family: Batch(layout) for family, layout in LAYOUTS.items()}
-        self._orders: deque[tuple[bool, UdpSocket]] = deque()
-        self._sockets: dict[int, UdpSocket] = {}
-        self._epoll = select.epoll()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._epoll.register(self._wake, select.EPOLLIN)
-        self._stopping = False
+        self._outgoing = {family: Outgoing(layout) for family, layout in LAYOUTS.items()}
+        self._sockets: set[UdpSocket] = set()
 
     # ---- for other threads ----
 
     def add(self, link: UdpSocket) -> None:
         """Serve a socket; the thread owns it from now on."""
-        self._order(True, link)
+        self._loop.post(lambda: self._add(link))
 
     def remove(self, link: UdpSocket) -> None:
         """Close a socket."""
-        self._order(False, link)
-
-    def _order(self, add: bool, link: UdpSocket) -> None:
-        self._orders.append((add, link))
-        with contextlib.suppress(OSError):  # the thread has ended and closed everything
-            os.eventfd_write(self._wake, 1)
+        self._loop.post(lambda: self._remove(link))
 
     def invalidate(self) -> None:
         """Forget remembered responses, after a table that they depend on has been replaced."""
@@ -128,54 +136,23 @@ class UdpServer(threading.Thread):
         """Forget which clients and addresses are served, after `Admission` has changed."""
         self._peers, self._destinations = set(), set()
 
-    def stop(self) -> None:
-        """Stop the thread and close all sockets; return when that is done."""
-        self._stopping = True
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
-        if self.ident is None:  # never started
-            self._close()
-        else:
-            self.join()
-
     # ---- the thread ----
 
-    def run(self) -> None:
-        """Serve until `stop`."""
-        with contextlib.suppress(OSError), open("/proc/thread-self/comm", "w") as comm:  # noqa: PTH123
-            comm.write(self.name)  # `top -H` shows it
-        try:
-            while not self._stopping:
-                for fd, _ in self._epoll.poll():
-                    if fd == self._wake:
-                        self._obey()
-                    elif (link := self._sockets.get(fd)) is not None:
-                        self.serve(link)
-        except BaseException:
-            log.exception("dns: the UDP server has stopped after an internal error")
-            raise
-        finally:
-            self._close()
+    def _add(self, link: UdpSocket) -> None:
+        self._sockets.add(link)
+        self._loop.register(link.fd, partial(self.serve, link))
 
-    def _obey(self) -> None:
-        os.eventfd_read(self._wake)
-        while self._orders:
-            add, link = self._orders.popleft()
-            if add:
-                self._sockets[link.fd] = link
-                self._epoll.register(link.fd, select.EPOLLIN)
-            elif self._sockets.pop(link.fd, None):
-                self._epoll.unregister(link.fd)
-                link.close()
-
-    def _close(self) -> None:
-        for link in (*self._sockets.values(), *(link for add, link in self._orders if add)):
+    def _remove(self, link: UdpSocket) -> None:
+        if link in self._sockets:
+            self._sockets.discard(link)
+            self._loop.unregister(link.fd)
             link.close()
-        self._sockets.clear()
-        self._epoll.close()
-        wake, self._wake = self._wake, -1
-        if wake >= 0:
-            os.close(wake)
+
+    def close(self) -> None:
+        """Send what is left, and close all sockets."""
+        self._flush()
+        for link in list(self._sockets):
+            self._remove(link)
 
     def serve(self, link: UdpSocket) -> None:
         """Answer what has arrived on one socket, up to BATCHES_IN_A_ROW batches."""
@@ -198,7 +175,7 @@ class UdpServer(threading.Thread):
         peer_from, peer_to = layout.address.start, layout.address.stop
         info_from, info_to = layout.pktinfo.start, layout.pktinfo.stop
         index_from, index_to = layout.index.start, layout.index.stop
-        pending: list[Pending] = []
+        pending: list[UdpQuery] = []
         first = answered = 0
         for slot in range(count):
             at, name_at, control_at = slot * SLOT, slot * NAME_BYTES, slot * CONTROL_BYTES
@@ -248,12 +225,15 @@ class UdpServer(threading.Thread):
         key: bytes,
         memo: dict[bytes, _Remembered],
         now: float,
-        pending: list[Pending],
+        pending: list[UdpQuery],
     ) -> bytes | None:
         """Answer a query that is not remembered. Return the response without its id, or None if there is none (yet)."""
-        name = batch.names[slot * NAME_BYTES :][: link.layout.name_bytes]
-        control = batch.control[slot * CONTROL_BYTES :][: link.layout.control_bytes]
-        if not self._is_admitted(link, name, control):
+        layout, name_at, control_at = link.layout, slot * NAME_BYTES, slot * CONTROL_BYTES
+        name = batch.names[name_at : name_at + layout.name_bytes]
+        control = batch.control[control_at : control_at + layout.control_bytes]
+        peer = name[layout.address]
+        is_known = peer in self._peers and control[layout.pktinfo] in self._destinations
+        if not is_known and not self._is_admitted(link, name, control):
             return None
         try:
             found = self._responder.respond(packet, now, False, control[link.layout.destination])
@@ -278,8 +258,32 @@ class UdpServer(threading.Thread):
         if control[16:18] != b"\xfe\x80" or link.family == socket.AF_INET:
             index = link.layout.index
             control = control[: index.start] + b"\0\0\0\0" + control[index.stop :]
-        pending.append(Pending(link, name, control, found, now))
+        pending.append(UdpQuery(self, link, name, control, peer, found, now))
         return None
+
+    # ---- responses of upstream servers ----
+
+    def send_later(self, query: UdpQuery, reply: Reply) -> None:
+        """Send a response at the end of this turn."""
+        link = query.socket
+        if reply.query is not None:
+            self._metrics.cell("udp", link.layout.name, reply.query.type, reply.rcode, reply.source)[0] += 1
+        outgoing = self._outgoing[link.family]
+        if outgoing.link is not link or outgoing.is_full:
+            self._flush()
+        if not outgoing.count:
+            outgoing.link = link
+            self._loop.call_soon(self._flush)
+        outgoing.add(query.name, query.control, reply.data)
+
+    def _flush(self) -> None:
+        for outgoing in self._outgoing.values():
+            if outgoing.count and outgoing.link is not None:
+                count, link = outgoing.take(), outgoing.link
+                is_open = link in self._sockets  # else its address has disappeared
+                failed = link.send_batch(outgoing, 0, count) if is_open else count
+                if failed:
+                    self._metrics.dropped["send"][0] += failed
 
     def _count(self, reply: Reply, layout: Layout) -> Cell:
         if reply.query is None:

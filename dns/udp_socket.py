@@ -1,7 +1,4 @@
-"""UDP sockets that report which address was asked, and the memory that the kernel fills and sends in batches.
-
-`recvmmsg` and `sendmmsg` are called through ctypes: Python has neither.
-"""
+"""UDP sockets that report which address was asked, and the memory that the kernel fills and sends in batches."""
 
 from __future__ import annotations
 
@@ -10,8 +7,9 @@ import ipaddress
 import mmap
 import socket
 import struct
-import threading
 from dataclasses import dataclass
+
+from udpwatch.dns import libc
 
 BATCH = 64  # datagrams per system call
 SLOT = 4096  # bytes read of a datagram; no query is longer
@@ -21,13 +19,6 @@ NAME_BYTES, CONTROL_BYTES = 32, 64  # per datagram: enough for either family
 _IP_PKTINFO, _IPV6_RECVPKTINFO, _IPV6_PKTINFO = 8, 49, 50
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_OMIT = 10, 23, 5
 _SO_RCVBUFFORCE = 33
-_MSG_DONTWAIT = 0x40
-
-#: PyDLL keeps the GIL, since neither call blocks: getting it back from a busy event loop takes milliseconds, twice per
-#: response.
-_libc = ctypes.PyDLL(None, use_errno=True)
-_libc.recvmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int, ctypes.c_void_p)
-_libc.sendmmsg.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_uint, ctypes.c_int)
 
 
 class _Iovec(ctypes.Structure):
@@ -102,18 +93,48 @@ class Batch:
     def receive(self, fd: int) -> int:
         """Receive datagrams. Return how many; 0 for none, or for an error that the next call reports again."""
         ctypes.memmove(self._in_at, self._fresh, len(self._fresh))  # the kernel writes lengths into it
-        count: int = _libc.recvmmsg(fd, self._in_at, BATCH, _MSG_DONTWAIT, None)
+        count: int = libc.recvmmsg(fd, self._in_at, BATCH, libc.DONTWAIT, None)
         return max(count, 0)
 
     def send(self, fd: int, first: int, count: int) -> int:
         """Send the responses of consecutive slots. Return how many could not be sent."""
         failed = 0
         while count > 0:
-            sent = _libc.sendmmsg(fd, self._out_at + first * ctypes.sizeof(_Mmsghdr), count, _MSG_DONTWAIT)
+            sent = libc.sendmmsg(fd, self._out_at + first * ctypes.sizeof(_Mmsghdr), count, libc.DONTWAIT)
             if sent <= 0:  # the first one failed: its address has disappeared, the buffer is full, ...
                 failed, sent = failed + 1, 1
             first, count = first + sent, count - sent
         return failed
+
+
+class Outgoing(Batch):
+    """A batch of responses that is filled one by one, for one socket."""
+
+    def __init__(self, layout: Layout) -> None:
+        super().__init__(layout)
+        self.link: UdpSocket | None = None
+        self.count = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the batch must be sent first."""
+        return self.count >= BATCH
+
+    def add(self, name: bytes, control: bytes, data: bytes) -> None:
+        """Add a response of at most SLOT octets, with the client's sockaddr and the control message."""
+        slot = self.count
+        self.count += 1
+        at, name_at, control_at, size = slot * SLOT, slot * NAME_BYTES, slot * CONTROL_BYTES, len(data) - 2
+        self.data[at : at + 2] = data[:2]
+        self.answers[at : at + size] = data[2:]
+        self.names[name_at : name_at + len(name)] = name
+        self.control[control_at : control_at + len(control)] = control
+        self.answer_lengths[4 * slot + 3] = size
+
+    def take(self) -> int:
+        """Return the number of responses, and start anew."""
+        count, self.count = self.count, 0
+        return count
 
 
 def _address(memory: mmap.mmap) -> int:
@@ -127,12 +148,10 @@ class UdpSocket:
         self.link, self.family, self.checked = link, family, checked
         self.fd = link.fileno()
         self.layout = LAYOUTS[family]
-        self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close, but not while another thread sends: the descriptor may be another file's a moment later."""
-        with self._lock:
-            self.link.close()
+        """Close the socket."""
+        self.link.close()
 
     def receive(self, batch: Batch) -> int:
         """Fill ``batch``. Return the number of datagrams."""
@@ -141,17 +160,6 @@ class UdpSocket:
     def send_batch(self, batch: Batch, first: int, count: int) -> int:
         """Send the responses of consecutive slots. Return how many could not be sent."""
         return batch.send(self.fd, first, count)
-
-    def send(self, data: bytes, name: bytes, control: bytes) -> None:
-        """Send one response to a peer (a raw sockaddr) with the control message of its query. Raises OSError."""
-        level, kind = socket.IPPROTO_IPV6, _IPV6_PKTINFO
-        address: tuple[str, int] | tuple[str, int, int, int] = peer_of(name)
-        if self.family == socket.AF_INET:
-            level, kind = socket.IPPROTO_IP, _IP_PKTINFO
-        else:
-            address = (*address[:2], *struct.unpack("!I", name[4:8]), *struct.unpack("=I", name[24:28]))
-        with self._lock:
-            self.link.sendmsg([data], [(level, kind, control[self.layout.pktinfo])], _MSG_DONTWAIT, address)
 
 
 def open_socket(

@@ -1,224 +1,296 @@
-"""Query one upstream server, and accept a response from no other host.
+"""Query single upstream servers, and accept a response from no other host. Runs in the packet loop.
 
 Rules
-1. Each attempt has its own socket, connected to its server: the kernel then delivers nothing from other addresses and
-   reports at once if no server listens. The kernel picks the source port, and the id is random; a response is accepted
-   only when id, question and format match (RFC 5452, section 9.1).
-2. Too many mismatches suggest an attempt to guess: the query continues over TCP, where guessing does not work.
-3. Memory for responses is bounded: at most MAX_TCP_ANSWERS responses over TCP, of up to 64 KB each, are read at the
-   same time, and one of them is parsed per turn of the event loop; of those over UDP, UDP_ANSWERS_PER_TURN. The rest
-   waits in the kernel's buffers, which are small.
+1. A response is accepted only on the socket of its query, from its server, with its id and question, in a valid format
+   (RFC 5452, section 9.1); upstream_socket.py says how many bits an attacker must guess.
+2. Too many mismatches on a socket suggest an attempt to guess: its queries continue over TCP, where guessing does not
+   work.
+3. A flood of responses gets a limited share of a turn: UDP_ANSWERS_PER_TURN. The rest waits in the kernel's buffers,
+   which are small.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import os
 import struct
-from collections.abc import AsyncIterator, Collection
+from collections.abc import Callable, Collection
+from typing import Protocol
 
 from udpwatch.dns import message
-from udpwatch.dns.budget import UNLIMITED, Budget
-from udpwatch.dns.cache_entry import Key
+from udpwatch.dns.cache_entry import Entry
 from udpwatch.dns.cname import CnameLoop, follow
-from udpwatch.dns.message import AD, CD, DO, RD, Malformed, Rcode, Response
+from udpwatch.dns.message import AD, CD, DO, OPCODE_MASK, RD, TC, Malformed, Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import Network
+from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.policy import has_address_in
+from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
 from udpwatch.dns.settings import Server
-from udpwatch.dns.transport import SocketTransport, Transport
+from udpwatch.dns.transport import Transport
+from udpwatch.dns.upstream_socket import SOCKET_SECONDS, Sockets
+from udpwatch.dns.upstream_tcp import Failure, Result, TcpClient
 
-ATTEMPT_SECONDS = 3.0
-MAX_MISMATCHES = 20  # then the query continues over TCP
-TCP_SECONDS = 3.0
+ATTEMPT_SECONDS = 8.0  # how long a response may take: longer than clients wait, because it is cached
+MAX_MISMATCHES = 20  # on one socket; then its queries continue over TCP
 MAX_UDP_ANSWER_BYTES = 4096  # queries ask for at most 1,232; a longer response is fetched over TCP
-UDP_ANSWERS_PER_TURN = 32  # of the event loop: a few milliseconds
-MAX_TCP_ANSWERS = 128  # read at the same time: 8 MB
-MAX_TCP_ANSWERS_PER_SERVER = 64
-MAX_TCP_WAITING = 512  # queries that wait for one of these slots
+UDP_ANSWERS_PER_TURN = 32  # a few milliseconds
 
-_ACCEPTED = {Rcode.NOERROR, Rcode.NXDOMAIN}
+_ACCEPTED = {int(Rcode.NOERROR), int(Rcode.NXDOMAIN)}
 #: Response codes of a server that does not support EDNS (RFC 6891, section 7).
-_NO_EDNS = {Rcode.FORMERR, Rcode.NOTIMP}
+_NO_EDNS = {int(Rcode.FORMERR), int(Rcode.NOTIMP)}
+_rest_of_header = struct.Struct("!5H")  # after the id
 
 
-class AttemptFailed(Exception):
-    """A server gave no usable response. ``reason`` is a metric label; ``rcode`` is for the client."""
-
-    def __init__(self, reason: str, rcode: int = Rcode.SERVFAIL) -> None:
-        super().__init__(reason)
-        self.reason, self.rcode = reason, rcode
+#: (octets, question, monotonic seconds): the entry of a usual response, or None; see direct.py.
+ReadDirect = Callable[[bytes, bytes, float], Entry | None]
 
 
-class Busy(AttemptFailed):
-    """Too many responses over TCP are being read. The limit is ours: the server still counts as healthy, and the
-    client gets REFUSED, as it does above other limits."""
+class Results(Protocol):
+    """Takes the results of attempts."""
 
-    def __init__(self) -> None:
-        super().__init__("busy", Rcode.REFUSED)
+    def on_response(self, attempt: Attempt, response: Response | Entry) -> None:
+        """A server gave a response that can be forwarded."""
+
+    def on_failure(self, attempt: Attempt, failure: Failure) -> None:
+        """A server gave none."""
 
 
 class UpstreamClient:
-    """Queries single servers. Runs in the event loop's thread."""
+    """Queries single servers."""
+
+    results: Results
 
     def __init__(
         self,
+        loop: PacketLoop,
         metrics: Metrics,
-        transport: Transport | None = None,
-        budget: Budget = UNLIMITED,
+        transport: Transport,
+        tcp: TcpClient,
+        read_direct: ReadDirect,
+        *,
         proxy_dnssec: bool = False,
         ignored: Collection[Network] = (),
+        ports: tuple[int, int] = (0, 0),
+        only_tcp: bool = False,
     ) -> None:
-        """``transport``: None for real sockets. ``proxy_dnssec``: ask for AD. A response with an address in ``ignored``
-        counts as a mismatch."""
-        self._metrics, self._budget, self._ignored = metrics, budget, ignored
-        self._flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
-        self._transport = transport or SocketTransport()
-        self._udp_answers = 0  # received in this turn of the event loop
-        self._tcp_waiting = 0  # queries that wait for a slot
-        self._tcp_slots = asyncio.Semaphore(MAX_TCP_ANSWERS)
-        self._tcp_slots_of: dict[Server, asyncio.Semaphore] = {}
-        self._parsing = asyncio.Lock()
+        """``proxy_dnssec``: ask for AD. A response with an address in ``ignored`` counts as a mismatch. ``ports``: see
+        `Sockets`."""
+        self._loop, self._metrics, self._tcp, self._ignored = loop, metrics, tcp, ignored
+        self._read_direct, self._only_tcp = read_direct, only_tcp
+        flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
+        #: What comes before and after the question, by what the client wants (CD, DO) and whether there is EDNS.
+        self._around = {
+            (wants, edns): (
+                _rest_of_header.pack(flags | wants & CD, 1, 0, 0, int(edns)),
+                message.opt(0, bool(wants & DO)) if edns else b"",
+            )
+            for wants in (0, CD, DO, CD | DO)
+            for edns in (False, True)
+        }
+        self._timeouts = loop.delay_queue(ATTEMPT_SECONDS, self._on_timeout)
+        self._ages = loop.delay_queue(SOCKET_SECONDS, self._on_age)
+        self._sockets = Sockets(transport, self._receive, self._on_open, ports)
+        self._upstreams: dict[Server, Upstream] = {}
+        self._received = 0  # in this turn
+
+    def upstream(self, server: Server) -> Upstream:
+        """Return what is known of a server."""
+        if (found := self._upstreams.get(server)) is None:
+            name, metrics = str(server), self._metrics
+            found = Upstream(server, metrics.upstream_asked[name], metrics.upstream_duration[name])
+            self._upstreams[server] = found
+        return found
 
     def forget_servers(self) -> None:
-        """Drop per-server state because the servers have changed."""
-        self._tcp_slots_of = {}  # queries in progress keep their reference to the old one
+        """Drop what is known of servers because they have changed. Queries in flight continue."""
+        for upstream in self._upstreams.values():
+            for link in list(upstream.pool):
+                self._retire(link)
+        self._upstreams.clear()
+        self._tcp.forget_servers()
 
-    async def query(self, server: Server, key: Key) -> Response:
-        """Return the server's response. Raises AttemptFailed.
+    def close(self) -> None:
+        """Close all sockets."""
+        while len(self._timeouts):
+            self.forget(self._timeouts.oldest())
+        while len(self._ages):
+            self._retire(self._ages.oldest())
 
-        It must not leave reference cycles behind, such as a task and the frames of its exception: the garbage collector
-        walks all objects while it holds the GIL, and a flood of failing queries would start it again and again.
-        """
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        self._metrics.upstream_asked[str(server)][0] += 1
-        try:
-            try:
-                response = await self._exchange(server, key, message.opt(0, bool(key[3] & DO)))
-            except AttemptFailed as failed:
-                if failed.rcode not in _NO_EDNS:
-                    raise
-                response = await self._exchange(server, key, b"")
-            with contextlib.suppress(CnameLoop):  # forwarded as received, but not cached
-                follow(response)
-        except OSError as error:
-            reason = "timeout" if isinstance(error, TimeoutError) else "network"
-        except Malformed:
-            reason = "malformed"
+    @property
+    def waiting(self) -> int:
+        """The number of queries without a result."""
+        return len(self._timeouts)
+
+    def forget_oldest(self) -> Attempt:
+        """Drop the oldest query, to bound their number, and return it."""
+        attempt = self._timeouts.oldest()
+        self.forget(attempt)
+        return attempt
+
+    def query(self, attempt: Attempt) -> None:
+        """Send a query; its result comes later. Raises OSError."""
+        attempt.member.upstream.asked[0] += 1
+        if self._only_tcp:
+            self._over_tcp(attempt)
         else:
-            self._metrics.upstream_duration[str(server)].observe(loop.time() - begun)
-            return response
-        raise AttemptFailed(reason)  # not above: the timeout would become its context, which refers to this task
+            before, after = self._around[attempt.key[3], attempt.edns]
+            self._sockets.send(attempt, before + attempt.question + after)
+        self._timeouts.start(attempt, attempt.sent)
 
-    async def _exchange(self, server: Server, key: Key, edns: bytes) -> Response:
-        """Return a response that can be forwarded. Raises AttemptFailed and OSError, including TimeoutError."""
-        name, kind, klass, wants = key
-        ident = int.from_bytes(os.urandom(2), "big")
-        question = name + struct.pack("!HH", kind, klass)
-        data = message.build_query(ident, question, self._flags | (wants & CD), edns)
-        response = await self._over_udp(server, ident, key, data)
-        if response is None or response.truncated:
-            response = await self._over_tcp(server, ident, key, data)
-        if response.rcode not in _ACCEPTED:
-            raise AttemptFailed("refused", response.rcode)
-        if response.truncated:
-            raise AttemptFailed("truncated")
-        return response
+    def forget(self, attempt: Attempt) -> None:
+        """Drop a query; there is no result."""
+        self._timeouts.stop(attempt)
+        self._sockets.release(attempt)
+        if attempt.cancel:
+            attempt.cancel()
+            attempt.cancel = None
 
-    def _match(self, data: bytes, ident: int, key: Key) -> Response | None:
-        """Return the response if it matches the query, else None. Raises AttemptFailed when the server reports that it
-        could not read the query."""
-        if data[:2] == ident.to_bytes(2, "big"):
-            if (rcode := message.error_without_question(data, ident)) is not None:
-                raise AttemptFailed("refused", rcode)
-            try:
-                response = message.parse_response(data)
-            except Malformed:
-                pass
-            else:
-                matches = (response.name, response.type, response.klass) == key[:3] and not response.opcode
-                if matches and not (self._ignored and has_address_in(self._ignored, response)):
-                    return response
-        self._metrics.mismatched[0] += 1
-        return None
+    # ---- timers ----
 
-    async def _over_udp(self, server: Server, ident: int, key: Key, data: bytes) -> Response | None:
-        """Return the response, or None after too many mismatches. Raises OSError, including TimeoutError."""
-        future: asyncio.Future[Response | None] = asyncio.get_running_loop().create_future()
-        mismatches = 0
+    def _on_timeout(self, attempt: Attempt) -> None:
+        self.forget(attempt)
+        self.results.on_failure(attempt, Failure("timeout"))
 
-        def receive() -> None:
-            nonlocal mismatches
-            try:
-                while not future.done() and self._may_read_udp():  # else the socket is still readable next turn
-                    received = connection.receive(MAX_UDP_ANSWER_BYTES + 1)
-                    too_long = len(received) > MAX_UDP_ANSWER_BYTES
-                    response = None if too_long else self._match(received, ident, key)
-                    if response:
-                        future.set_result(response)
-                        return
-                    mismatches += 1
-                    if mismatches >= MAX_MISMATCHES or too_long:
-                        future.set_result(None)
-            except BlockingIOError:
-                return
-            except (OSError, AttemptFailed) as error:  # OSError: ICMP reports that no server listens
-                if not future.done():
-                    future.set_exception(error)
+    def _on_open(self, link: PooledSocket) -> None:
+        self._ages.start(link, self._loop.now)
 
-        connection = self._transport.open_udp(server, receive)
+    def _on_age(self, link: PooledSocket) -> None:
+        if self._sockets.renews or link.upstream is not self._upstreams.get(link.upstream.server):
+            self._sockets.retire(link)
+        else:
+            self._on_open(link)
+
+    def _retire(self, link: PooledSocket) -> None:
+        self._ages.stop(link)
+        self._sockets.retire(link)
+
+    # ---- responses over UDP ----
+
+    def _receive(self, link: PooledSocket) -> None:
+        """Read one datagram; if there are more, the socket is readable again in the next turn."""
+        if not self._received:
+            self._loop.call_soon(self._next_turn)
+        self._received += 1
+        if self._received > UDP_ANSWERS_PER_TURN:  # a flood must not stall clients
+            return
         try:
-            connection.send(data)
-            async with asyncio.timeout(ATTEMPT_SECONDS):
-                return await future
-        finally:
-            connection.close()
-
-    def _may_read_udp(self) -> bool:
-        """Return whether this turn of the event loop has time for another response: a flood must not stall it."""
-        if not self._udp_answers:
-            asyncio.get_running_loop().call_soon(self._next_turn)  # runs before sockets are polled again
-        self._udp_answers += 1
-        return self._udp_answers <= UDP_ANSWERS_PER_TURN
+            data = link.receive(MAX_UDP_ANSWER_BYTES + 1)
+        except BlockingIOError:
+            return
+        except OSError:  # ICMP reports that no server listens
+            self._retire(link)
+            for attempt in list(link.attempts.values()):
+                self._fail(attempt, Failure("network"))
+            return
+        attempt = link.attempts.get(data[:2])  # type: ignore[assignment]
+        if attempt is None:
+            self._mismatch(link)
+        elif len(data) > MAX_UDP_ANSWER_BYTES:
+            self._over_tcp(attempt)
+        elif (entry := self._read_direct(data, attempt.question, self._loop.now)) is not None:
+            self._accept(attempt, entry)
+        elif (found := self._match(data, attempt)) is None:
+            self._mismatch(link)
+        else:
+            self._judge(attempt, found)
 
     def _next_turn(self) -> None:
-        self._udp_answers = 0
+        self._received = 0
 
-    async def _over_tcp(self, server: Server, ident: int, key: Key, data: bytes) -> Response:
-        async with self._tcp_slot(server):
-            async with asyncio.timeout(TCP_SECONDS):
-                received = await self._transport.exchange_tcp(server, data)
-            async with self._parsing:
-                if delay := self._budget.delay():
-                    await asyncio.sleep(delay)
-                response = self._match(received, ident, key)
-                await asyncio.sleep(0)  # one turn of the event loop for each
-        if not response:
-            raise AttemptFailed("malformed")
+    def _match(self, data: bytes, attempt: Attempt) -> Result | None:
+        """Return the response if it matches the query, else None. It may be a server's report that it could not read
+        the query."""
+        if data[:2] != attempt.ident:
+            return None
+        if data[4:6] == b"\0\0" and (rcode := message.error_without_question(data)) is not None:
+            return Failure("refused", rcode)
+        try:
+            response = message.parse_response(data)
+        except Malformed:
+            return None
+        if (response.name, response.type, response.klass) != attempt.key[:3]:
+            return None
+        if response.flags & OPCODE_MASK or (self._ignored and has_address_in(self._ignored, response)):
+            return None
         return response
 
-    @contextlib.asynccontextmanager
-    async def _tcp_slot(self, server: Server) -> AsyncIterator[None]:
-        """Hold a slot for a response over TCP. Raises Busy when too many queries wait for one.
+    def _mismatch(self, link: PooledSocket) -> None:
+        self._metrics.mismatched[0] += 1
+        link.mismatches += 1
+        self._retire(link)
+        if link.mismatches >= MAX_MISMATCHES:
+            for attempt in list(link.attempts.values()):
+                self._over_tcp(attempt)
 
-        A server that blocks all its own slots leaves the others theirs.
-        """
-        if self._tcp_waiting >= MAX_TCP_WAITING:
-            raise Busy
-        own = self._tcp_slots_of.setdefault(server, asyncio.Semaphore(MAX_TCP_ANSWERS_PER_SERVER))
-        async with contextlib.AsyncExitStack() as slots:
-            self._tcp_waiting += 1
+    def _judge(self, attempt: Attempt, found: Result, over_tcp: bool = False) -> None:
+        """Decide what a response means; it has matched the query."""
+        if found.rcode in _NO_EDNS and attempt.edns:
+            self._repeat_without_edns(attempt)
+        elif isinstance(found, Failure):
+            self._fail(attempt, found)
+        elif found.rcode not in _ACCEPTED:
+            self._fail(attempt, Failure("refused", found.rcode))
+        elif not found.flags & TC:
             try:
-                async with asyncio.timeout(TCP_SECONDS):
-                    await slots.enter_async_context(own)
-                    await slots.enter_async_context(self._tcp_slots)
-            except TimeoutError:
-                raise Busy from None
-            except asyncio.CancelledError:
-                self._metrics.upstream_failed[str(server), "busy"][0] += 1
-                raise
-            finally:
-                self._tcp_waiting -= 1
-            yield
+                with contextlib.suppress(CnameLoop):  # forwarded as received, but not cached
+                    follow(found)
+            except Malformed:
+                self._fail(attempt, Failure("malformed"))
+            else:
+                self._accept(attempt, found)
+        elif over_tcp:
+            self._fail(attempt, Failure("truncated"))
+        else:
+            self._over_tcp(attempt)
+
+    def _accept(self, attempt: Attempt, response: Response | Entry) -> None:
+        self._timeouts.stop(attempt)
+        self._sockets.release(attempt)
+        upstream, now = attempt.member.upstream, self._loop.now
+        upstream.duration.observe(now - attempt.sent)
+        if attempt.edns:
+            upstream.knows_edns, upstream.edns_lost = True, 0
+        elif attempt.repeated:
+            upstream.note_edns_lost(now)
+        self.results.on_response(attempt, response)
+
+    def _repeat_without_edns(self, attempt: Attempt) -> None:
+        self.forget(attempt)
+        attempt.edns, attempt.repeated = False, True
+        try:
+            self.query(attempt)
+        except OSError:
+            self._fail(attempt, Failure("network"))
+
+    def _fail(self, attempt: Attempt, failure: Failure) -> None:
+        self.forget(attempt)
+        self.results.on_failure(attempt, failure)
+
+    # ---- responses over TCP ----
+
+    def _over_tcp(self, attempt: Attempt) -> None:
+        """Repeat a query over TCP."""
+        self._sockets.release(attempt)
+        attempt.ident = attempt.ident or self._sockets.ident()
+        post = self._loop.post
+
+        def done(result: Result) -> None:
+            post(lambda: self._on_tcp(attempt, cancel, result))
+
+        before, after = self._around[attempt.key[3], attempt.edns]
+        cancel = self._tcp.query(
+            attempt.member.upstream.server,
+            attempt.ident + before + attempt.question + after,
+            lambda data: self._match(data, attempt),
+            done,
+        )
+        attempt.cancel = cancel
+
+    def _on_tcp(self, attempt: Attempt, cancel: Callable[[], None], result: Result) -> None:
+        if attempt.cancel is not cancel:  # dropped meanwhile
+            return
+        attempt.cancel = None
+        if isinstance(result, Failure) and result.reason != "refused":
+            self._fail(attempt, result)
+            return
+        self._judge(attempt, result, over_tcp=True)

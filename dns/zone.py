@@ -30,6 +30,7 @@ CNAME_CHAIN = 10  # dnsmasq's limit; a longer chain is a loop
 HOSTS, CONFIG = "hosts", "config"
 
 _ADDRESS_BYTES = {Type.A: 4, Type.AAAA: 16}
+_ARPA = b"\x04arpa\x00"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Zone:
         self._own_ttl: dict[bytes, int] = {}  # names of host-record
         self._synth = SynthDomains(settings.synth_domains) if settings.synth_domains else None
         self._wild: dict[bytes, list[str | None]] = {}
+        #: whether names may be local that are in no table of this zone
+        self._has_patterns = bool(settings.synth_domains or settings.addresses or settings.interface_names)
         #: domains that `--server` names; replaced whole when a servers file changes
         self.delegated = frozenset(each.domain for each in settings.domain_servers)
         self._above: set[bytes] = set()  # names above others, without the root
@@ -78,6 +81,8 @@ class Zone:
 
         ``asked``: the address of this host that was asked, for `--localise-queries`; b"" if it does not matter.
         """
+        if not self._may_know(name):
+            return None
         aliases: list[Rrset] = []
         at = name
         for _ in range(CNAME_CHAIN):
@@ -91,6 +96,17 @@ class Zone:
             aliases += found.rrsets
             at = found.rrsets[0].data[0]
         return Found((), True, CONFIG)
+
+    def _may_know(self, name: bytes) -> bool:
+        """Return False for most names that are not local: each query for a cached or forwarded name comes here."""
+        addresses = self._addresses
+        return (
+            name in addresses[1]
+            or name in addresses[28]
+            or name in self._records
+            or self._has_patterns
+            or name.endswith(_ARPA)
+        )
 
     def _find(self, name: bytes, kind: int, asked: bytes) -> Found | None:
         if name.endswith((REVERSE_4, REVERSE_6)) and (pointer := self._find_pointer(name, kind, True)):

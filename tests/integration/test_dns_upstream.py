@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +40,7 @@ from dns_server import (
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab
+from udpwatch.dns.upstream_socket import POOL_SOCKETS, SOCKET_QUERIES
 
 NODE, CLIENT, FIRST, SECOND, THIRD = "10.1.0.1", "10.1.0.2", "10.2.0.2", "10.2.0.3", "10.2.0.6"
 GOOD = ["192.0.2.80"]
@@ -538,17 +540,21 @@ def test_servers_of_domains(scene: Scene) -> None:
 
 
 def test_ports_and_ids_are_random(scene: Scene) -> None:
+    """A new port for each query until POOL_SOCKETS are open, then a random one of them; none for long."""
     with FakeServer(scene.servers, FIRST) as server, responder(scene, "--cache-size=0"):
         with connected(scene.client, NODE) as client:
-            for number in range(200):
+            for number in range(12_000):
                 client.send(bare_query(f"port{number}.example", number))
                 client.recv(1000)
         ports = [asked.peer[1] for asked in server.asked]
         ids = [asked.id for asked in server.asked]
-        assert len(ports) >= 200
-        assert len(set(ports)) > 190 and len(set(ids)) > 190
+        assert len(ports) >= 12_000
+        assert len(set(ports[:POOL_SOCKETS])) == POOL_SOCKETS
+        assert max(Counter(ports[:5_000]).values()) <= 2 * SOCKET_QUERIES  # the same port may come twice
+        assert len(set(ports)) > 1.4 * POOL_SOCKETS  # renewed
+        assert 10_500 < len(set(ids)) < 11_400  # as many as of 12,000 random ones: 10,969
         steps = [abs(one - other) for one, other in pairwise(ports)]
-        assert sum(step <= 2 for step in steps) < 20  # not one after the other
+        assert sum(step <= 2 for step in steps) < 300  # not one after the other
 
 
 def test_forged_responses(scene: Scene) -> None:

@@ -7,6 +7,7 @@ import socket
 import struct
 from collections import deque
 from dataclasses import dataclass
+from itertools import count
 
 from udpwatch.dns.udp_socket import (
     BATCH,
@@ -19,6 +20,8 @@ from udpwatch.dns.udp_socket import (
     Batch,
     UdpSocket,
 )
+
+_descriptors = count(1_000_000)  # none of this process
 
 
 @dataclass(frozen=True)
@@ -52,16 +55,18 @@ class UdpDouble(UdpSocket):
         self.inbox: deque[Datagram] = deque()
         self.sent: list[Sent] = []
         self.batches: list[int] = []  # datagrams per call of receive
+        self.sends: list[int] = []  # responses per call of send_batch
         self.failing = 0  # so many sends fail
-        self.fd = -1
+        self.fd = next(_descriptors)
+        self.closed = False
 
     def put(self, *datagrams: Datagram) -> None:
         """Let datagrams arrive."""
         self.inbox += datagrams
 
     def receive(self, batch: Batch) -> int:
-        count = min(len(self.inbox), BATCH)
-        for slot in range(count):
+        arrived = min(len(self.inbox), BATCH)
+        for slot in range(arrived):
             datagram = self.inbox.popleft()
             data = datagram.data[:SLOT]
             batch.data[slot * SLOT : slot * SLOT + len(data)] = data
@@ -69,13 +74,14 @@ class UdpDouble(UdpSocket):
             name, control = self._name(datagram), self._control(datagram)
             batch.names[slot * NAME_BYTES : slot * NAME_BYTES + len(name)] = name
             batch.control[slot * CONTROL_BYTES : slot * CONTROL_BYTES + len(control)] = control
-        if count:
-            self.batches.append(count)
-        return count
+        if arrived:
+            self.batches.append(arrived)
+        return arrived
 
     def send_batch(self, batch: Batch, first: int, count: int) -> int:
         failed = min(self.failing, count)
         self.failing -= failed
+        self.sends.append(count)
         for slot in range(first + failed, first + count):
             length = batch.answer_lengths[4 * slot + 3]
             data = batch.data[slot * SLOT :][:2] + batch.answers[slot * SLOT :][:length]
@@ -84,11 +90,8 @@ class UdpDouble(UdpSocket):
             self._record(data, name, control)
         return failed
 
-    def send(self, data: bytes, name: bytes, control: bytes) -> None:
-        self._record(data, name, control)
-
     def close(self) -> None:
-        pass
+        self.closed = True
 
     def _name(self, datagram: Datagram) -> bytes:
         packed = ipaddress.ip_address(datagram.client).packed

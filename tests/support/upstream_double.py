@@ -68,7 +68,7 @@ class UpstreamNetwork:
         self.received_in_turn: list[int] = []  # datagrams read in each turn of the event loop
         self._turn_open = False
 
-    def open_udp(self, server: Server, on_readable: Callable[[], None]) -> _Connection:
+    def open_udp(self, server: Server, port: int, shared: bool, on_readable: Callable[[], None]) -> _Connection:
         connection = _Connection(self, server, on_readable)
         self.open_udp_connections.add(connection)
         return connection

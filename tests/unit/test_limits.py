@@ -55,9 +55,12 @@ NOT_A_TENANTS = {
             "values.py:MAX_SECONDS",
             "watch.py:MAX_PAUSE_SECONDS",
             "idn.py:MAX_TEXT",
+            "libc.py:MAX_DATAGRAM_BYTES",
+            "packet_loop.py:MAX_SLEEP_SECONDS",
             "names.py:MAX_LABEL_BYTES",
             "message.py:MAX_MESSAGE_BYTES",
             "records.py:MAX_RUN_OWNER_BYTES",
+            "direct.py:MAX_ANSWERS",
             "names.py:MAX_NAME_BYTES",
             "names.py:MAX_ADDRESSES",
             "option_readers.py:MAX_SYNTH_PREFIX",
@@ -77,8 +80,9 @@ def constants() -> Iterator[str]:
             continue
         for node in ast.parse(path.read_text()).body:
             for target in node.targets if isinstance(node, ast.Assign) else ():
-                if isinstance(target, ast.Name) and target.id.startswith("MAX_"):
-                    yield f"{name}:{target.id}"
+                for each in target.elts if isinstance(target, ast.Tuple) else (target,):
+                    if isinstance(each, ast.Name) and each.id.startswith("MAX_"):
+                        yield f"{name}:{each.id}"
 
 
 def value_of(path: str, name: str) -> float:

@@ -7,25 +7,42 @@ import asyncio
 import dns_messages as m
 import pytest
 from upstream_double import ADDRESS, Script, Sent, UpstreamNetwork, honest, silent
+from virtual_packet_loop import VirtualPacketLoop
 from virtual_time import now, run
 
 from udpwatch.dns.failover import (
-    DOWN_AFTER,
-    DOWN_SECONDS,
     MAX_ATTEMPTS,
+    MAX_UNANSWERED,
     ROUNDS,
-    STAGGER_SECONDS,
-    TOTAL_SECONDS,
+    STALE_TICKS,
+    TICK_SECONDS,
+    TICKS,
     Failover,
-    ResolutionFailed,
 )
-from udpwatch.dns.message import Rcode
+from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.resolution import (
+    PLAIN_SECONDS,
+    POOR_AFTER,
+    PROBE_SECONDS,
+    SILENT_AFTER,
+    SILENT_SECONDS,
+    Resolution,
+)
 from udpwatch.dns.settings import Server
 from udpwatch.dns.upstream import ATTEMPT_SECONDS, UpstreamClient
+from udpwatch.dns.upstream_tcp import TcpClient
 
 FIRST, SECOND, THIRD = (Server(f"192.0.2.{number}") for number in (1, 2, 3))
-KEY = (m.name("www.example"), m.A, m.IN, 0)
+NAME = m.name("www.example")
+KEY = (NAME, m.A, m.IN, 0)
+QUESTION = NAME + bytes((0, m.A, 0, m.IN))
+TOTAL_SECONDS = TICKS * TICK_SECONDS
+MANY = 20  # queries that leave no doubt
+
+
+def no_direct(*_: object) -> None:
+    """Have each response parsed."""
 
 
 def servfail(sent: Sent) -> list[tuple[float, bytes | OSError]]:
@@ -36,227 +53,479 @@ def refused(sent: Sent) -> list[tuple[float, bytes | OSError]]:
     return [(0.0, sent.respond(rcode=Rcode.REFUSED))]
 
 
+def without_edns(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+    """A firewall drops queries with OPT."""
+    return [] if sent.edns else honest(sent)
+
+
 def after(seconds: float) -> Script:
     """An honest server that takes its time."""
     return lambda sent: [(seconds, sent.respond(ADDRESS))]
 
 
 class Group:
-    """Three servers that follow scripts."""
+    """Some servers that follow scripts. Create it in the event loop."""
 
     def __init__(self, *scripts: Script, servers: tuple[Server, ...] = (FIRST, SECOND, THIRD), **options: bool) -> None:
         self.servers = servers[: len(scripts)]
         self.network = UpstreamNetwork(dict(zip(self.servers, scripts, strict=True)))
         self.metrics = Metrics()
-        self.failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics, **options)
+        self.loop, tcp = VirtualPacketLoop(), TcpClient(self.network)
+        tcp.start()
+        self.client = UpstreamClient(self.loop, self.metrics, self.network, tcp, no_direct)
+        self.failover = Failover(self.loop, self.client, self.metrics, **options)
+        self.failover.owner = self
+        self.futures: dict[Resolution, asyncio.Future[int]] = {}
+        self.slow: list[float] = []
+        self.late: list[tuple[float, Response]] = []
 
-    async def query(self) -> None:
-        """Query the group; every socket is closed afterwards."""
-        try:
-            await self.failover.query(KEY, self.servers)
-        finally:
-            assert not self.network.open_udp_connections
+    def on_response(self, resolution: Resolution, response: Response) -> None:
+        if resolution.is_late:
+            self.late.append((now(), response))
+        else:
+            self.futures.pop(resolution).set_result(Rcode.NOERROR)
+
+    def on_failure(self, resolution: Resolution, rcode: int) -> None:
+        self.futures.pop(resolution).set_result(rcode)
+
+    def on_slow(self, resolution: Resolution) -> None:
+        self.slow.append(now())
+
+    def start(self, servers: tuple[Server, ...] = ()) -> Resolution:
+        resolution = Resolution(KEY, QUESTION, self.failover.group(servers or self.servers))
+        self.futures[resolution] = asyncio.get_running_loop().create_future()
+        self.failover.start(resolution)
+        return resolution
+
+    async def query(self, servers: tuple[Server, ...] = ()) -> tuple[int, float]:
+        """Query the group. Return the code, and how long it took."""
+        begun = now()
+        resolution = Resolution(KEY, QUESTION, self.failover.group(servers or self.servers))
+        future = self.futures[resolution] = asyncio.get_running_loop().create_future()
+        self.failover.start(resolution)
+        return await future, pytest.approx(now() - begun)
 
     def sent(self) -> list[tuple[Server, float]]:
         """Servers and times of the queries so far."""
-        return [(sent.server, sent.at) for sent in self.network.sent]
+        return [(sent.server, pytest.approx(sent.at)) for sent in self.network.sent]
+
+    def sent_to(self) -> list[Server]:
+        """The servers that were queried since the last call."""
+        servers = [sent.server for sent in self.network.sent]
+        self.network.sent.clear()
+        return servers
 
     def failures(self, server: Server) -> dict[str, int]:
         found = self.metrics.upstream_failed.items()
         return {reason: cell[0] for (name, reason), cell in found if name == str(server) and cell[0]}
 
+    def order(self) -> list[Server]:
+        return [each.upstream.server for each in self.failover.order(self.failover.group(self.servers))]
+
+    def end(self) -> None:
+        """Nothing is left."""
+        self.client.close()
+        assert not self.network.open_udp_connections
+        assert not self.futures
+
 
 def test_one_response_is_enough() -> None:
-    group = Group(after(STAGGER_SECONDS / 2), honest)
-    run(group.query())
-    assert group.sent() == [(FIRST, 0.0)]
+    async def query() -> None:
+        group = Group(after(TICK_SECONDS / 2), honest)
+        assert await group.query() == (Rcode.NOERROR, TICK_SECONDS / 2)
+        assert group.sent() == [(FIRST, 0.0)]
+        group.end()
+
+    run(query())
 
 
 def test_next_server_is_queried_at_once_after_a_failure() -> None:
-    group = Group(servfail, honest, honest)
-    run(group.query())
-    assert group.sent() == [(FIRST, 0.0), (SECOND, 0.0)]
-    assert group.failures(FIRST) == {"refused": 1}
+    async def query() -> None:
+        group = Group(servfail, honest, honest)
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.sent() == [(FIRST, 0.0), (SECOND, 0.0)]
+        assert group.failures(FIRST) == {"refused": 1}
+
+    run(query())
 
 
 def test_next_server_is_queried_beside_a_silent_one() -> None:
-    async def query() -> float:
-        await group.query()
-        return now()
+    async def query() -> None:
+        group = Group(silent, after(0.2), honest)
+        assert await group.query() == (Rcode.NOERROR, TICK_SECONDS + 0.2)
+        assert group.sent() == [(FIRST, 0.0), (SECOND, TICK_SECONDS)]
 
-    group = Group(silent, after(0.2), honest)
-    assert run(query()) == STAGGER_SECONDS + 0.2
-    assert group.sent() == [(FIRST, 0.0), (SECOND, STAGGER_SECONDS)]
+    run(query())
 
 
 def test_late_response_counts_while_the_next_server_is_queried() -> None:
-    async def query() -> float:
-        await group.query()
-        return now()
+    async def query() -> None:
+        group = Group(after(TICK_SECONDS + 0.1), silent)
+        assert await group.query() == (Rcode.NOERROR, TICK_SECONDS + 0.1)
+        assert group.sent() == [(FIRST, 0.0), (SECOND, TICK_SECONDS)]
 
-    group = Group(after(STAGGER_SECONDS + 0.1), silent)
-    assert run(query()) == pytest.approx(STAGGER_SECONDS + 0.1)
-    assert group.sent() == [(FIRST, 0.0), (SECOND, STAGGER_SECONDS)]
+    run(query())
+
+
+# ---- servers that are silent, slow or of no use ----
+
+
+def test_silent_server_soon_costs_nothing_and_is_counted() -> None:
+    """Also while another domain has a server of its own that responds: the chart's layout."""
+
+    async def query() -> None:
+        group = Group(silent, honest, honest)
+        times = []
+        for _ in range(MANY):
+            assert await group.query((THIRD,)) == (Rcode.NOERROR, 0.0)
+            times.append((await group.query((FIRST, SECOND)))[1])
+        assert times == [TICK_SECONDS] * SILENT_AFTER + [0.0] * (MANY - SILENT_AFTER)
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        assert group.failures(FIRST)["timeout"] >= SILENT_AFTER
+        group.end()
+
+    run(query())
+
+
+def test_lost_race_counts_against_the_loser_once_its_time_is_over() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        await group.query()
+        assert group.failures(FIRST) == {}
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        assert group.failures(FIRST) == {"timeout": 1}
+
+    run(query())
+
+
+def test_silence_of_a_burst_is_not_enough() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        await asyncio.gather(*(group.query() for _ in range(MANY)))
+        assert now() < SILENT_SECONDS
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+def test_silent_server_is_probed_and_restored() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        for _ in range(SILENT_AFTER):
+            await group.query()
+        group.sent_to()
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.sent_to() == [SECOND, FIRST], "the first probe"
+        for _ in range(3):
+            assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.sent_to() == [SECOND] * 3
+        group.network.scripts[FIRST] = honest
+        await asyncio.sleep(PROBE_SECONDS)
+        await group.query()
+        assert group.sent_to() == [SECOND, FIRST]
+        await asyncio.sleep(0)
+        await group.query()
+        assert group.sent_to() == [FIRST]
+
+    run(query())
+
+
+def test_response_to_a_probe_is_not_used() -> None:
+    """The spare may not know the company's names."""
+
+    async def query() -> None:
+        group = Group(silent, after(0.2))
+        for _ in range(SILENT_AFTER):
+            await group.query()
+        group.network.scripts[FIRST] = honest
+        assert await group.query() == (Rcode.NOERROR, 0.2)
+        assert group.sent()[-2:] == [(SECOND, now() - 0.2), (FIRST, now() - 0.2)]
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+def test_one_slow_response_does_not_move_names_to_the_spare() -> None:
+    async def query() -> None:
+        group = Group(after(TICK_SECONDS + 0.3), honest)
+        await group.query()
+        group.network.scripts[FIRST] = honest
+        await asyncio.sleep(1)
+        group.sent_to()
+        for _ in range(MANY):
+            await group.query()
+        assert group.sent_to() == [FIRST] * MANY
+
+    run(query())
+
+
+@pytest.mark.parametrize("script", [after(TICK_SECONDS + 0.3), servfail], ids=["slow", "servfail"])
+def test_server_of_no_use_comes_last_until_a_good_response(script: Script) -> None:
+    async def query() -> None:
+        group = Group(script, honest)
+        for _ in range(POOR_AFTER):
+            assert group.order() == [FIRST, SECOND]
+            await group.query()
+            await asyncio.sleep(1)
+        assert group.order() == [SECOND, FIRST]
+        group.network.scripts[FIRST] = honest
+        await group.query()
+        await asyncio.sleep(0.1)
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+def test_server_without_listener_comes_last_at_once() -> None:
+    async def query() -> None:
+        group = Group(lambda sent: [(0.0, ConnectionRefusedError())], honest)
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.failures(FIRST) == {"network": 1}
+        assert group.order() == [SECOND, FIRST]
+
+    run(query())
+
+
+def test_all_servers_are_queried_at_once_if_none_behaves_well() -> None:
+    async def query() -> None:
+        group = Group(silent, silent, silent)
+        for _ in range(2):
+            await group.query()
+        group.sent_to()
+        group.network.scripts[THIRD] = honest
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.sent_to() == [FIRST, SECOND, THIRD]
+
+    run(query())
+
+
+def test_health_is_that_of_a_group() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        for _ in range(SILENT_AFTER):
+            await group.query()
+        assert group.order() == [SECOND, FIRST]
+        other = group.failover.group((FIRST, THIRD))
+        assert [each.upstream.server for each in group.failover.order(other)] == [FIRST, THIRD]
+
+    run(query())
+
+
+def test_changed_servers_start_without_a_history() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        for _ in range(SILENT_AFTER):
+            await group.query()
+        assert group.order() == [SECOND, FIRST]
+        group.failover.forget_servers()
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+# ---- strict order, all servers ----
 
 
 def test_strict_order_queries_the_first_server_first_each_time() -> None:
-    for strict, expected in ((True, [FIRST, SECOND] * 3), (False, [FIRST, SECOND, SECOND, SECOND])):
-        group = Group(servfail, honest, strict_order=strict)
-
-        async def query(group: Group = group) -> None:
-            for _ in range(3):
+    async def query() -> None:
+        for strict, expected in ((True, [FIRST, SECOND]), (False, [SECOND])):
+            group = Group(servfail, honest, strict_order=strict)
+            for _ in range(POOR_AFTER + 1):  # with a probe
                 await group.query()
+            group.sent_to()
+            await group.query()
+            assert group.sent_to() == expected
 
-        run(query())
-        assert [server for server, _ in group.sent()] == expected
+    run(query())
 
 
 def test_strict_order_of_silent_servers() -> None:
-    """Also after the first one has counted as down."""
-    group = Group(silent, honest, strict_order=True)
+    """A server that is known to be silent is still queried, but not waited for."""
 
-    async def query() -> float:
-        for _ in range(DOWN_AFTER + 1):
-            await group.query()
-        return now()
+    async def query() -> None:
+        group = Group(silent, honest, honest, strict_order=True)
+        times = [(await group.query())[1] for _ in range(SILENT_AFTER + 2)]
+        assert times == [TICK_SECONDS] * SILENT_AFTER + [0.0] * 2
+        assert group.sent_to()[-4:] == [FIRST, SECOND, FIRST, SECOND]
 
-    assert run(query()) == pytest.approx((DOWN_AFTER + 1) * STAGGER_SECONDS)
+    run(query())
 
 
 def test_all_servers_are_queried_at_the_same_time() -> None:
-    async def query() -> float:
-        await group.query()
-        return now()
+    async def query() -> None:
+        group = Group(silent, servfail, after(0.2), all_servers=True)
+        assert await group.query() == (Rcode.NOERROR, 0.2)
+        assert group.sent()[:3] == [(FIRST, 0.0), (SECOND, 0.0), (THIRD, 0.0)]
 
-    group = Group(silent, servfail, after(0.2), all_servers=True)
-    assert run(query()) == pytest.approx(0.2)
-    assert group.sent()[:3] == [(FIRST, 0.0), (SECOND, 0.0), (THIRD, 0.0)]
+    run(query())
 
 
 def test_failure_of_all_servers_at_the_same_time() -> None:
-    group = Group(servfail, refused, servfail, all_servers=True)
-    assert failed(group)[1] == 0.0
-    assert len(group.sent()) == ROUNDS * 3
+    async def query() -> None:
+        group = Group(servfail, refused, servfail, all_servers=True)
+        assert (await group.query())[1] == 0.0
+        assert len(group.sent()) == ROUNDS * 3
+
+    run(query())
 
 
-def failed(group: Group) -> tuple[int, float]:
-    """The code and the time of a failure."""
-
-    async def query() -> tuple[int, float]:
-        with pytest.raises(ResolutionFailed) as raised:
-            await group.query()
-        return raised.value.rcode, now()
-
-    return run(query())
+# ---- failure ----
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_silence_of_all_servers_ends_with_servfail(number: int) -> None:
-    group = Group(*[silent] * number)
-    attempts = min(ROUNDS * number, 1 + int(TOTAL_SECONDS / STAGGER_SECONDS))
-    end = min(TOTAL_SECONDS, (attempts - 1) * STAGGER_SECONDS + ATTEMPT_SECONDS)
-    assert failed(group) == (Rcode.SERVFAIL, pytest.approx(end))
-    early = [at for _, at in group.sent() if at < ATTEMPT_SECONDS]  # later, a timeout starts the next attempt at once
-    assert early == pytest.approx([each * STAGGER_SECONDS for each in range(min(attempts, len(early)))])
-    assert len(group.sent()) == attempts
+    async def query() -> None:
+        group = Group(*[silent] * number)
+        assert await group.query() == (Rcode.SERVFAIL, TOTAL_SECONDS)
+        attempts = min(ROUNDS * number, TICKS)
+        servers = [group.servers[each % number] for each in range(attempts)]
+        assert group.sent() == [(server, each * TICK_SECONDS) for each, server in enumerate(servers)]
+        assert [group.failures(server) for server in group.servers] == [{"timeout": ROUNDS}] * number
+        assert group.slow == [pytest.approx(STALE_TICKS * TICK_SECONDS)]
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        assert [group.failures(server) for server in group.servers] == [{"timeout": ROUNDS}] * number, "counted once"
+        group.end()
+
+    run(query())
 
 
 def test_attempts_are_limited() -> None:
-    servers = tuple(Server(f"192.0.2.{number}") for number in range(5))
-    group = Group(*[servfail] * 5, servers=servers)
-    assert failed(group) == (Rcode.SERVFAIL, 0.0)
-    assert len(group.sent()) == MAX_ATTEMPTS
+    async def query() -> None:
+        group = Group(*[servfail] * 5, servers=tuple(Server(f"192.0.2.{number}") for number in range(5)))
+        assert await group.query() == (Rcode.SERVFAIL, 0.0)
+        assert len(group.sent()) == MAX_ATTEMPTS
+
+    run(query())
 
 
 def test_every_server_gets_an_attempt() -> None:
-    servers = tuple(Server(f"192.0.2.{number}") for number in range(MAX_ATTEMPTS + 4))
-    group = Group(*[servfail] * len(servers), servers=servers)
-    failed(group)
-    assert [server for server, _ in group.sent()] == list(servers)
+    async def query() -> None:
+        servers = tuple(Server(f"192.0.2.{number}") for number in range(MAX_ATTEMPTS + 4))
+        group = Group(*[servfail] * len(servers), servers=servers)
+        await group.query()
+        assert group.sent_to() == list(servers)
+
+    run(query())
 
 
 def test_refusal_of_the_last_server_reaches_the_client() -> None:
-    assert failed(Group(refused))[0] == Rcode.REFUSED
-    assert failed(Group(refused, servfail))[0] == Rcode.SERVFAIL
+    async def query() -> None:
+        assert (await Group(refused).query())[0] == Rcode.REFUSED
+        assert (await Group(refused, servfail).query())[0] == Rcode.SERVFAIL
+
+    run(query())
 
 
-def test_server_that_responded_last_is_queried_first() -> None:
-    group = Group(servfail, honest)
+def test_server_that_cannot_be_reached_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def query() -> None:
+        group = Group(honest, honest)
 
-    async def queries() -> list[Server]:
+        def fail(*_: object) -> None:
+            raise OSError(101, "Network is unreachable")
+
+        monkeypatch.setattr(group.network, "open_udp", fail)
+        assert await group.query() == (Rcode.SERVFAIL, 0.0)
+        assert group.failures(FIRST) == group.failures(SECOND) == {"network": ROUNDS}
+
+    run(query())
+
+
+# ---- late responses ----
+
+
+def test_last_attempt_runs_on_while_the_client_waits() -> None:
+    async def query() -> None:
+        group = Group(after(4.2))
+        assert await group.query() == (Rcode.NOERROR, 4.2)
+
+    run(query())
+
+
+def test_response_after_the_failure_is_cached() -> None:
+    async def query() -> None:
+        group = Group(after(6.0))
+        assert await group.query() == (Rcode.SERVFAIL, TOTAL_SECONDS)
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        ((at, response),) = group.late
+        assert at == pytest.approx(6.0)
+        assert response.records
+        assert not group.failover._late
+        group.end()
+
+    run(query())
+
+
+def test_late_response_is_not_used_once_the_query_was_sent_again() -> None:
+    """One query in flight per name."""
+
+    async def query() -> None:
+        group = Group(after(6.0))
         await group.query()
-        group.network.sent.clear()
-        await group.query()
-        return [server for server, _ in group.sent()]
+        resolution = group.start()
+        assert group.client.waiting == 1
+        await asyncio.sleep(3)
+        assert not group.late
+        assert resolution in group.futures
+        group.failover.drop(resolution)
+        group.futures.clear()
+        group.end()
 
-    assert run(queries()) == [SECOND]
-
-
-def test_silent_server_is_queried_last_for_a_while() -> None:
-    group = Group(silent, honest, honest)
-
-    async def queries() -> None:
-        with pytest.raises(ResolutionFailed):
-            await group.failover.query(KEY, (FIRST,))
-        assert group.failures(FIRST) == {"timeout": DOWN_AFTER}
-        assert group.failover.order(group.servers) == [SECOND, THIRD, FIRST]
-        await asyncio.sleep(DOWN_SECONDS - 0.01)
-        assert group.failover.order(group.servers) == [SECOND, THIRD, FIRST]
-        await asyncio.sleep(0.02)
-        assert group.failover.order(group.servers) == [FIRST, SECOND, THIRD]
-
-    run(queries())
+    run(query())
 
 
-def test_timeouts_before_a_response_do_not_count() -> None:
-    first = iter([silent, after(1.5), silent, silent])
-    group = Group(lambda sent: next(first)(sent), after(2.5))  # noqa: PLW0108  each query takes the next one
-
-    async def queries() -> None:
-        await group.query()  # the first attempt times out at 3.0 s, the second one to FIRST succeeds at 3.1 s
-        await group.query()  # FIRST times out at 3.0 s, SECOND succeeds at 3.3 s
-        assert group.failures(FIRST) == {"timeout": 2}
-        assert group.failover.order((FIRST, THIRD)) == [FIRST, THIRD], "not two in a row"
-
-    run(queries())
-
-
-def test_one_response_ends_the_silence() -> None:
-    responses = iter([silent, honest, silent])
-    group = Group(lambda sent: next(responses)(sent))  # noqa: PLW0108  each query takes the next one
-
-    async def queries() -> None:
-        await group.query()  # the first attempt is still silent when the second one responds
-        assert group.failover.order((FIRST, SECOND)) == [FIRST, SECOND]
-
-    run(queries())
-    assert not group.failures(FIRST)
-
-
-def test_changed_servers_start_without_a_history() -> None:
-    group = Group(silent, honest)
-
-    async def queries() -> None:
-        with pytest.raises(ResolutionFailed):
-            await group.failover.query(KEY, (FIRST,))
-        await group.failover.query(KEY, (SECOND,))
-        assert group.failover.order(group.servers) == [SECOND, FIRST]
-        group.failover.forget_servers()
-        assert group.failover.order(group.servers) == [FIRST, SECOND]
-
-    run(queries())
-
-
-def test_cancelled_query_leaves_no_socket() -> None:
-    group = Group(silent, silent)
-
-    async def cancel() -> None:
-        task = asyncio.create_task(group.query())
-        await asyncio.sleep(STAGGER_SECONDS + 0.1)
-        assert len(group.network.open_udp_connections) == 2
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+def test_dropped_query_leaves_nothing() -> None:
+    async def drop() -> None:
+        group = Group(silent, silent)
+        resolution = group.start()
+        await asyncio.sleep(TICK_SECONDS + 0.1)
+        assert group.client.waiting == 2
+        group.failover.drop(resolution)
+        assert group.client.waiting == 0
+        await asyncio.sleep(2 * ATTEMPT_SECONDS)
+        group.futures.clear()
         assert not group.network.open_udp_connections
 
-    run(cancel())
+    run(drop())
+
+
+def test_queries_that_are_listened_for_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("udpwatch.dns.failover.MAX_UNANSWERED", 5)
+    assert MAX_UNANSWERED > 1_000
+
+    async def query() -> None:
+        group = Group(silent)
+        for _ in range(8):
+            group.start()
+        assert group.client.waiting == 5
+        assert group.failures(FIRST) == {"timeout": 3}
+
+    run(query())
+
+
+# ---- EDNS ----
+
+
+def test_silent_server_is_asked_without_edns_and_remembered() -> None:
+    async def query() -> None:
+        group = Group(without_edns)
+        times = [(await group.query())[1] for _ in range(3)]
+        assert times == [TICK_SECONDS, 0.0, 0.0]
+        assert [sent.edns for sent in group.network.sent] == [True, False, False, False]
+        await asyncio.sleep(PLAIN_SECONDS)
+        await group.query()
+        assert [sent.edns for sent in group.network.sent[4:]] == [True, False]
+
+    run(query())
+
+
+def test_lost_query_costs_a_server_that_knows_edns_nothing() -> None:
+    async def query() -> None:
+        group = Group(honest)
+        await group.query()
+        group.network.scripts[FIRST] = without_edns
+        assert await group.query() == (Rcode.NOERROR, TICK_SECONDS)
+        group.network.scripts[FIRST] = honest
+        await group.query()
+        assert [sent.edns for sent in group.network.sent] == [True, True, False, True]
+
+    run(query())

@@ -7,16 +7,18 @@ import gc
 import ipaddress
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import dns_messages as m
 import pytest
 from upstream_double import ADDRESS, Script, Sent, UpstreamNetwork, honest, silent
+from virtual_packet_loop import VirtualPacketLoop
 from virtual_time import now, run, turns
 
 from udpwatch.dns import forwarder as module
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import FAILURE_SECONDS
-from udpwatch.dns.failover import TOTAL_SECONDS, Failover
+from udpwatch.dns.failover import STALE_TICKS, TICK_SECONDS, TICKS, Failover
 from udpwatch.dns.forwarder import (
     ALL_ASKED,
     ALL_WAITING,
@@ -24,9 +26,7 @@ from udpwatch.dns.forwarder import (
     FRESH_SECONDS,
     MAX_REPEATS_PER_CLIENT,
     MAX_SHED,
-    STALE_SECONDS,
     WAITING,
-    ClientQuery,
     Forwarder,
 )
 from udpwatch.dns.message import Rcode, parse_query
@@ -35,12 +35,37 @@ from udpwatch.dns.names import name_from_text
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import DomainServers, Server, Settings
-from udpwatch.dns.upstream import UpstreamClient
+from udpwatch.dns.upstream import ATTEMPT_SECONDS, UpstreamClient
+from udpwatch.dns.upstream_tcp import TcpClient
 from udpwatch.dns.zone import build
 
 A, B, C = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2", "192.0.2.3"))
 SERVER = Server("198.51.100.53")
 LIMIT = 10
+STALE_SECONDS, TOTAL_SECONDS = STALE_TICKS * TICK_SECONDS, TICKS * TICK_SECONDS
+
+
+@dataclass(eq=False)
+class Asked:
+    """A client's query; a `ClientQuery`."""
+
+    clients: Clients
+    forward: Forward
+    client: bytes
+    ident: int
+    must_answer: bool
+    received: float
+
+    @property
+    def origin(self) -> tuple[bytes, int]:
+        return self.client, self.ident
+
+    def peer(self) -> tuple[str, int]:
+        return "", 0
+
+    def deliver(self, reply: Reply) -> None:
+        self.clients.got.append((self.client, self.ident, reply.rcode))
+        self.clients.replies.append((now(), reply))
 
 
 class Clients:
@@ -52,21 +77,19 @@ class Clients:
         self.responder = Responder(made, build(made, pytest.fail), self.cache)
         self.responder.routes = Routes((SERVER,), made.domain_servers)
         self.network = UpstreamNetwork({SERVER: script})
-        failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
-        self.forwarder = Forwarder(made, self.responder, self.cache, failover, self.metrics, None)
+        loop, tcp = VirtualPacketLoop(), TcpClient(self.network)
+        tcp.start()
+        self.client = UpstreamClient(loop, self.metrics, self.network, tcp, self.responder.direct_entry)
+        self.failover = Failover(loop, self.client, self.metrics)
+        self.forwarder = Forwarder(loop, made, self.responder, self.cache, self.failover, self.metrics, None)
         self.got: list[tuple[bytes, int, int]] = []  # client, id, code
         self.replies: list[tuple[float, Reply]] = []
 
-    def ask(self, client: bytes, name: str, ident: int = 0, tcp: bool = False) -> ClientQuery:
+    def ask(self, client: bytes, name: str, ident: int = 0, tcp: bool = False) -> Asked:
         query = parse_query(m.query(f"{name}.example", ident=ident))
-
-        def deliver(reply: Reply) -> None:
-            self.got.append((client, ident, reply.rcode))
-            self.replies.append((now(), reply))
-
-        client_query = ClientQuery(Forward(query, 512), client, (client, ident), lambda: ("", 0), deliver, tcp)
-        self.forwarder.submit(client_query)
-        return client_query
+        asked = Asked(self, Forward(query, 512), client, ident, tcp, now())
+        self.forwarder.submit(asked)
+        return asked
 
     def rejects(self) -> dict[str, int]:
         return {reason: cell[0] for reason, cell in self.metrics.forward_rejects.items() if cell[0]}
@@ -74,6 +97,12 @@ class Clients:
     async def all_served(self) -> None:
         await self.forwarder.drain(60)
         await turns()
+        assert len(self.forwarder) == 0
+
+    async def end(self) -> None:
+        """Stop; nothing is left."""
+        self.forwarder.stop()
+        self.client.close()
         assert len(self.forwarder) == 0
         assert not self.network.open_udp_connections
 
@@ -91,6 +120,8 @@ def test_queries_leave_no_work_for_the_garbage_collector(ending: str) -> None:
             clients.ask(A, f"n{number}")
             await asyncio.sleep(FRESH_SECONDS / LIMIT)
         await clients.all_served()
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        await clients.end()
 
     run(ask())  # imports, and fills caches
     gc.collect()
@@ -104,7 +135,7 @@ def test_queries_leave_no_work_for_the_garbage_collector(ending: str) -> None:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert not found.keys() & {"_InFlight", "_Waiter", "AttemptFailed", "Timeout"}, found
+    assert not found.keys() & {"_InFlight", "_Waiter", "Attempt", "Asked", "Response"}, found
 
 
 # ---- responses ----
@@ -133,7 +164,7 @@ def test_response_is_cached() -> None:
         await clients.all_served()
         entry = clients.cache.get(key, now())
         assert entry
-        assert entry.expires == now() + 300
+        assert entry.expires == entry.stored + 300
 
     run(ask())
 
@@ -144,8 +175,8 @@ def test_failure_is_cached_briefly() -> None:
         key = clients.ask(A, "www").forward.query.key
         await clients.all_served()
         assert clients.got == [(A, 0, Rcode.SERVFAIL)]
-        assert clients.cache.get(key, now() + FAILURE_SECONDS - 0.01)
-        assert not clients.cache.get(key, now() + FAILURE_SECONDS)
+        assert clients.cache.get(key, FAILURE_SECONDS - 0.01)
+        assert not clients.cache.get(key, FAILURE_SECONDS)
 
     run(ask())
 
@@ -157,7 +188,7 @@ def test_silent_servers_end_with_servfail() -> None:
         await clients.all_served()
         ((at, reply),) = clients.replies
         assert reply.rcode == Rcode.SERVFAIL
-        assert at < TOTAL_SECONDS
+        assert at == pytest.approx(TOTAL_SECONDS)
 
     run(ask())
 
@@ -238,7 +269,7 @@ def test_responses_to_many_clients_are_spread_over_turns() -> None:
 
 def test_internal_error_ends_with_servfail(monkeypatch: pytest.MonkeyPatch) -> None:
     async def ask() -> None:
-        clients = Clients(honest)
+        clients = Clients(lambda sent: [(0.0, sent.respond(rcode=Rcode.NXDOMAIN))])
         monkeypatch.setattr(clients.responder, "entry_of", lambda *_: 1 / 0)
         clients.ask(A, "www")
         await clients.all_served()
@@ -271,7 +302,7 @@ def test_greediest_client_s_oldest_query_gives_way() -> None:
         assert clients.got[1:] == [(A, 0, Rcode.REFUSED)]
         assert clients.rejects() == {"servers": 1, "shed": 1}
         assert len(clients.forwarder) == LIMIT
-        await clients.forwarder.stop()
+        await clients.end()
         assert len(clients.forwarder) == 0
         assert Counter(code for _, _, code in clients.got) == {Rcode.REFUSED: 2, Rcode.SERVFAIL: LIMIT}
 
@@ -291,7 +322,7 @@ def test_query_gives_way_to_an_equally_greedy_client_once_it_is_old(seconds: flo
         await asyncio.sleep(seconds)
         clients.ask(A, "new", LIMIT)
         assert (clients.got, clients.rejects()) == ([(A, refused, Rcode.REFUSED)], {reason: 1})
-        await clients.forwarder.stop()
+        await clients.end()
 
     run(ask())
 
@@ -305,7 +336,7 @@ def test_query_that_another_client_waits_for_continues() -> None:
         clients.ask(C, "c", 60)
         assert clients.got == [(A, 0, Rcode.REFUSED), (A, 1, Rcode.REFUSED)], "shedding the first freed no slot"
         assert clients.metrics.coalesced[0] == 1
-        await clients.forwarder.stop()
+        await clients.end()
         assert (B, 50, Rcode.SERVFAIL) in clients.got
 
     run(ask())
@@ -317,12 +348,10 @@ def test_shed_query_is_cancelled_upstream() -> None:
         for number in range(LIMIT):
             clients.ask(A, f"a{number}", number)
         await turns()
-        assert len(clients.network.open_udp_connections) == LIMIT
+        assert clients.client.waiting == LIMIT
         clients.ask(B, "b")
-        await turns()
-        assert len(clients.network.open_udp_connections) == LIMIT
-        await clients.forwarder.stop()
-        assert not clients.network.open_udp_connections
+        assert clients.client.waiting == LIMIT
+        await clients.end()
 
     run(ask())
 
@@ -338,7 +367,7 @@ def test_few_clients_give_way_for_one_query() -> None:
         clients.ask(A, "new", 77)
         assert [ident for _, ident, _ in clients.got] == [*range(MAX_SHED), 77]
         assert clients.rejects() == {"shed": MAX_SHED, "servers": 1}
-        await clients.forwarder.stop()
+        await clients.end()
 
     run(ask())
 
@@ -351,7 +380,7 @@ def test_clients_that_wait_for_one_query_are_bounded() -> None:
         assert not clients.got
         clients.ask(A, "same", 77)
         assert (clients.got, clients.rejects()) == ([(A, 77, Rcode.REFUSED)], {"servers": 1})
-        await clients.forwarder.stop()
+        await clients.end()
 
     run(ask())
 
@@ -375,7 +404,7 @@ def test_dead_servers_of_one_domain_leave_room_for_the_others() -> None:
         assert clients.rejects() == {"servers": LIMIT}
         clients.ask(A, f"n.d{ALL_ASKED}", 1)
         assert clients.rejects() == {"servers": LIMIT, "all": 1}
-        await clients.forwarder.stop()
+        await clients.end()
 
     run(ask())
 
@@ -395,7 +424,7 @@ def test_repeats_take_no_slots(tcp: bool) -> None:
         for number in range(LIMIT - 1):
             clients.ask(B, f"b{number}", number)
         assert clients.rejects() == {"repeat": 5}
-        await clients.forwarder.stop()
+        await clients.end()
         assert Counter(client for client, _, code in clients.got if code == Rcode.SERVFAIL) == {
             A: most + 1,
             B: LIMIT - 1,
@@ -415,11 +444,11 @@ def test_repeats_are_bounded_per_client(monkeypatch: pytest.MonkeyPatch) -> None
         clients.ask(B, "same", 1)
         clients.ask(B, "same", 2)
         assert clients.rejects() == {"repeat": 6}, "another client has its own"
-        await clients.forwarder.stop()
+        await clients.end()
         for ident in range(4):  # what was held is free again
             clients.ask(A, "other", ident)
         assert clients.rejects() == {"repeat": 6}
-        await clients.forwarder.stop()
+        await clients.end()
 
     run(ask())
 
@@ -433,7 +462,7 @@ def test_client_that_disconnects_frees_its_slot() -> None:
         clients.forwarder.cancel(second)
         clients.forwarder.cancel(second)
         assert len(clients.forwarder) == 0
-        await clients.forwarder.stop()
+        await clients.end()
         assert not clients.got
 
     run(ask())
@@ -447,16 +476,18 @@ def test_client_that_disconnects_frees_its_slot() -> None:
     ],
     ids=["cancelled", "shed"],
 )
-def test_books_are_empty_when_nothing_is_in_flight(end: Callable[[Clients, list[ClientQuery]], None]) -> None:
+def test_books_are_empty_when_nothing_is_in_flight(end: Callable[[Clients, list[Asked]], None]) -> None:
     async def ask() -> None:
         clients = Clients()
         asked = [clients.ask(A, f"a{number}", number) for number in range(LIMIT)]
         end(clients, asked)
-        await clients.forwarder.stop()
+        await clients.end()
         await turns()
         forwarder = clients.forwarder
-        assert (len(forwarder), forwarder._total.queries, len(forwarder._total.shares)) == (0, 0, 0)
-        assert not forwarder._loads
+        assert (len(forwarder), len(forwarder._all_waiting)) == (0, 0)
+        assert not forwarder._waiting
+        (group,) = clients.failover._groups.values()
+        assert (group.queries, group.waiting) == (0, 0)
         assert not forwarder._repeats
         assert not clients.network.open_udp_connections
 

@@ -39,26 +39,37 @@ ALLOWED: dict[str, set[str]] = {
     "synth": {"names", "settings"},
     "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings", "synth"},
     # from a query to a response
-    "responder": {"alias", "cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
+    "direct": {"cache_entry", "message"},
+    "responder": {"direct", "alias", "cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
     "querylog": {"message", "metrics", "names", "records", "responder"},
     "statistics": {"cache", "metrics"},
+    # threads and system calls
+    "libc": set(),
+    "timers": set(),
+    "packet_loop": {"limited_log", "timers"},
     # upstream servers
-    "transport": {"settings"},
+    "transport": {"libc", "packet_loop", "settings"},
+    "resolution": {"cache_entry", "metrics", "settings", "transport"},
+    "upstream_socket": {"resolution", "transport"},
+    "upstream_tcp": {"budget", "message", "settings", "transport"},
     "upstream": {
-        *("budget", "cache_entry", "cname", "message", "metrics", "names", "policy", "settings", "transport"),
+        *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),
+        *("cache_entry", "upstream_socket", "upstream_tcp"),
     },
-    "failover": {"cache_entry", "message", "metrics", "settings", "upstream"},
+    "failover": {
+        *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "upstream", "upstream_tcp"),
+    },
     "forwarder": {
-        *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "policy", "querylog"),
-        *("responder", "settings", "shares"),
+        *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "packet_loop", "policy"),
+        *("querylog", "resolution", "responder", "settings", "shares"),
     },
     # clients
     "addresses": {"names", "netlink"},
     "address_monitor": {"addresses", "limited_log"},
     "admission": {"addresses", "limited_log", "names", "policy", "settings"},
-    "udp_socket": set(),
-    "udp": {"admission", "limited_log", "metrics", "responder", "udp_socket"},
-    "handover": {"budget", "forwarder", "metrics", "responder", "shares", "udp", "udp_socket"},
+    "udp_socket": {"libc"},
+    "udp": {"admission", "limited_log", "metrics", "packet_loop", "responder", "udp_socket"},
+    "pacing": {"budget", "metrics", "packet_loop", "shares", "udp"},
     "tcp": {"admission", "budget", "forwarder", "limited_log", "metrics", "names", "responder", "udp_socket"},
     "listen": {"addresses", "admission", "errors", "names", "settings", "tcp", "udp", "udp_socket"},
     # configuration
@@ -70,32 +81,12 @@ ALLOWED: dict[str, set[str]] = {
     "servers_file": {"conffile", "errors", "hosts_file", "option_readers", "settings", "values"},
     # the whole
     "reload": {
-        "errors",
-        "failover",
-        "interfaces",
-        "metrics",
-        "resolvconf",
-        "responder",
-        "routes",
-        "servers_file",
-        "settings",
-        "zone",
+        *("errors", "interfaces", "metrics", "resolvconf", "responder", "routes", "servers_file", "settings", "zone"),
     },
     "service": {
-        *(
-            "address_monitor",
-            "addresses",
-            "admission",
-            "budget",
-            "cache",
-            "failover",
-            "forwarder",
-            "handover",
-            "interfaces",
-            "limited_log",
-        ),
-        *("listen", "metrics", "querylog", "reload", "responder", "settings", "statistics", "tcp", "udp", "upstream"),
-        *("watch", "zone"),
+        *("address_monitor", "addresses", "admission", "budget", "cache", "failover", "forwarder", "interfaces"),
+        *("limited_log", "listen", "metrics", "pacing", "packet_loop", "querylog", "reload", "responder", "settings"),
+        *("statistics", "tcp", "transport", "udp", "upstream", "upstream_socket", "upstream_tcp", "watch", "zone"),
     },
     "__init__": set(),
 }
@@ -117,6 +108,8 @@ WITHOUT_IO = {
     "synth",
     "responder",
     "settings",
+    "timers",
+    "resolution",
 }
 IO_CALLS = {"open", "socket.socket", "time.time", "time.monotonic", "asyncio.get_running_loop", "os.open"}
 

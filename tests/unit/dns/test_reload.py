@@ -6,17 +6,13 @@ from array import array
 from pathlib import Path
 
 import pytest
-from upstream_double import UpstreamNetwork
 from virtual_time import run
 
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import Entry
-from udpwatch.dns.failover import Failover
-from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.reload import RouteReloader
 from udpwatch.dns.responder import Responder
 from udpwatch.dns.settings import Server, Settings
-from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.zone import build
 
 
@@ -27,14 +23,16 @@ def test_clear_on_reload(clear: bool, tmp_path: Path) -> None:
     settings = Settings(hosts=False, resolv_files=(file,), clear_on_reload=clear)
     responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
     invalidated: list[int] = []
+    forgotten: list[int] = []
 
     async def scene() -> None:
-        metrics = Metrics()
-        failover = Failover(UpstreamClient(metrics, UpstreamNetwork()), metrics)
-        routes = RouteReloader(settings, responder, failover, lambda _: False, lambda: invalidated.append(1))
+        routes = RouteReloader(
+            settings, responder, lambda: forgotten.append(1), lambda _: False, lambda: invalidated.append(1)
+        )
         file.write_text("nameserver 192.0.2.1\n")
         routes.read()
         assert responder.routes.default == (Server("192.0.2.1"),)
+        assert forgotten == [1], "its servers have changed"
         responder.cache.put((b"\1a\0", 1, 1, 0), Entry(0, b"", (0, 0, 0), array("H"), 0.0, 1e9))
         invalidated.clear()
         assert await routes.on_change()
@@ -42,3 +40,4 @@ def test_clear_on_reload(clear: bool, tmp_path: Path) -> None:
     run(scene())
     assert len(responder.cache) == (0 if clear else 1)
     assert bool(invalidated) is clear
+    assert forgotten == [1], "its servers are the same"

@@ -6,18 +6,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
-from upstream_double import UpstreamNetwork
 
 from udpwatch.dns.cache import Cache
-from udpwatch.dns.failover import Failover
 from udpwatch.dns.hosts_file import MAX_COMPLAINTS
-from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import name_from_text
 from udpwatch.dns.reload import RouteReloader
 from udpwatch.dns.responder import Responder
 from udpwatch.dns.servers_file import read_servers
 from udpwatch.dns.settings import DomainAddress, DomainServers, Server, Settings
-from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.zone import build
 
 A, B = name_from_text("a.example"), name_from_text("b.example")
@@ -76,11 +72,12 @@ def test_reload(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings(hosts=False, resolv=False, servers_file=file, servers=(ONE,), addresses=wild)
     responder = Responder(settings, build(settings, pytest.fail), Cache(10, 0))
     invalidated: list[int] = []
+    forgotten: list[int] = []
 
     async def scene() -> None:
-        metrics = Metrics()
-        failover = Failover(UpstreamClient(metrics, UpstreamNetwork()), metrics)
-        routes = RouteReloader(settings, responder, failover, lambda _: False, lambda: invalidated.append(1))
+        routes = RouteReloader(
+            settings, responder, lambda: forgotten.append(1), lambda _: False, lambda: invalidated.append(1)
+        )
         routes.read()
         assert not await routes.read_servers_file()
         assert not await routes.read_servers_file()
@@ -98,6 +95,7 @@ def test_reload(file: Path, caplog: pytest.LogCaptureFixture) -> None:
         file.write_text("")
         assert await routes.read_servers_file()
         assert invalidated
+        assert forgotten
         assert responder.routes.default == (ONE,)
         assert responder.zone.find(A, 1)
 

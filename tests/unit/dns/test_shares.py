@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from udpwatch.dns.shares import Counts, Shares, network_of
+from udpwatch.dns.shares import Counts, LazyShares, Shares, network_of
 
 
 def packed(text: str) -> bytes:
@@ -106,3 +106,87 @@ def test_cost_does_not_depend_on_the_number_of_clients() -> None:
         return time.perf_counter() - begun
 
     assert seconds(40_000) < 5 * min(seconds(400) for _ in range(3))
+
+
+# ---- LazyShares ----
+
+THRESHOLD = 16
+
+
+def added(lazy: LazyShares[int], clients: bytes, first: int = 0) -> None:
+    """Add one item per client, an octet each."""
+    for number, client in enumerate(clients, first):
+        lazy.add(bytes((192, 0, 2, client)), number)
+
+
+def test_counting_starts_at_the_threshold_and_stops_below_half() -> None:
+    lazy: LazyShares[int] = LazyShares(THRESHOLD)
+    added(lazy, bytes(range(THRESHOLD - 1)))
+    assert lazy._shares is None
+    added(lazy, bytes((100,)), THRESHOLD - 1)
+    assert lazy._shares is not None
+    for number in range(THRESHOLD // 2):
+        lazy.remove(bytes((192, 0, 2, number)), number)
+    assert len(lazy) == len(lazy._shares) == THRESHOLD // 2, "few enough that counting would not start, but not half"
+    lazy.remove(bytes((192, 0, 2, THRESHOLD // 2)), THRESHOLD // 2)
+    assert lazy._shares is None
+    added(lazy, bytes(range(200, 200 + THRESHOLD)), 1000)
+    assert lazy._shares is not None
+    assert len(lazy) == len(lazy._shares) == 2 * THRESHOLD - THRESHOLD // 2 - 1
+
+
+def test_items_below_the_threshold_are_counted_when_one_must_give_way() -> None:
+    lazy: LazyShares[int] = LazyShares(1_000)
+    added(lazy, bytes((1, 2, 2, 2, 1)))
+    lazy.remove(bytes((192, 0, 2, 2)), 1)
+    assert lazy._shares is None
+    assert lazy.to_give_way(C) == (2, True), "2 and 2: the one that has had its count longest"
+    lazy.add(A, 5)
+    assert lazy.to_give_way(C) == (0, True)
+
+
+@pytest.mark.parametrize("size", [1, 5, THRESHOLD - 1, THRESHOLD, 3 * THRESHOLD])
+def test_same_item_gives_way_as_if_all_had_been_counted(size: int) -> None:
+    draw = random.Random(size)  # noqa: S311
+    for _ in range(200):
+        clients = [packed(f"2001:db8:0:{draw.randrange(3)}::{draw.randrange(3)}") for _ in range(size)]
+        plain, lazy = made(*clients), LazyShares[int](THRESHOLD)
+        for number, client in enumerate(clients):
+            lazy.add(client, number)
+        for newcomer in {*clients, A}:
+            assert lazy.to_give_way(newcomer) == plain.to_give_way(newcomer)
+
+
+def test_decisions_agree_with_shares_whatever_came_and_went() -> None:
+    """Counting anew may choose another one of several clients with the most; the claims are the same."""
+    draw = random.Random(7)  # noqa: S311
+    plain, lazy, items = Shares[int](), LazyShares[int](THRESHOLD), dict[int, bytes]()
+    clients = [packed(f"2001:db8:0:{number % 4}::{number}") for number in range(9)]
+    counted = Counter[bool]()
+
+    def rank(item: int) -> tuple[int, int]:
+        """How many items the owner's network has, and the owner; only the owner's oldest item gives way."""
+        owner = items[item]
+        assert item == min(each for each, client in items.items() if client == owner)
+        networks = Counter(map(network_of, items.values()))
+        return networks[network_of(owner)], sum(client == owner for client in items.values())
+
+    for number in range(10_000):
+        wanted = 3 * THRESHOLD if number // 200 % 2 else THRESHOLD // 4
+        if len(items) < 2 or draw.random() < (0.7 if len(items) < wanted else 0.3):
+            client = items[number] = draw.choice(clients)
+            plain.add(client, number)
+            lazy.add(client, number)
+        else:
+            item = draw.choice(list(items))
+            client = items.pop(item)
+            plain.remove(client, item)
+            lazy.remove(client, item)
+        assert len(lazy) == len(plain) == len(items)
+        counted[lazy._shares is not None] += 1
+        if items and number % 10 == 0:
+            newcomer = draw.choice([*clients, A])
+            (mine, greedier), (expected, is_greedier) = lazy.to_give_way(newcomer), plain.to_give_way(newcomer)
+            assert greedier == is_greedier
+            assert rank(mine)[0] == rank(expected)[0]
+    assert min(counted[True], counted[False]) > 500, "the test has seen both"

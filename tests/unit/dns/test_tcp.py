@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from typing import Any
 
 import dns_messages as m
 import pytest
 from local_addresses import local
 from tcp_double import TcpDouble
 from upstream_double import ADDRESS, Script, UpstreamNetwork, honest, silent
+from virtual_packet_loop import VirtualPacketLoop
 from virtual_time import now, run, turns
 
 from udpwatch.dns import tcp as module
 from udpwatch.dns.admission import Admission
-from udpwatch.dns.budget import SHARE, UNLIMITED, Budget
+from udpwatch.dns.budget import TCP_SHARE, UNLIMITED, Budget
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.forwarder import Forwarder
@@ -33,6 +35,8 @@ from udpwatch.dns.tcp import (
     TcpServer,
 )
 from udpwatch.dns.upstream import UpstreamClient
+from udpwatch.dns.upstream_socket import SOCKET_SECONDS
+from udpwatch.dns.upstream_tcp import TcpClient
 from udpwatch.dns.zone import build
 
 A, B = "10.1.0.2", "10.1.0.3"
@@ -54,10 +58,21 @@ class Case:
         responder.routes = Routes((SERVER,))
         self.network = UpstreamNetwork({SERVER: script})
         self.admission = Admission(made)
-        failover = Failover(UpstreamClient(self.metrics, self.network), self.metrics)
-        self.forwarder = Forwarder(made, responder, cache, failover, self.metrics, None)
+        loop: Any = VirtualPacketLoop()
+        upstream_tcp = TcpClient(self.network)
+        upstream_tcp.start()
+        self.upstream = UpstreamClient(loop, self.metrics, self.network, upstream_tcp, responder.direct_entry)
+        failover = Failover(loop, self.upstream, self.metrics)
+        self.forwarder = Forwarder(loop, made, responder, cache, failover, self.metrics, None)
         self.server = TcpServer(
-            responder, self.metrics, self.admission, self.forwarder, None, budget, made.max_tcp_connections
+            responder,
+            self.metrics,
+            self.admission,
+            lambda query: loop.post(lambda: self.forwarder.submit(query)),
+            lambda query: loop.post(lambda: self.forwarder.cancel(query)),
+            None,
+            budget,
+            made.max_tcp_connections,
         )
         self.tasks: dict[TcpDouble, asyncio.Task[None]] = {}
 
@@ -211,8 +226,10 @@ def test_disconnected_client_s_queries_are_cancelled() -> None:
         await asyncio.gather(case.tasks.pop(connection), return_exceptions=True)
         await turns()
         assert len(case.forwarder) == 0
-        assert not case.network.open_udp_connections
+        assert case.upstream.waiting == 0
         await case.nothing_is_left()
+        await asyncio.sleep(SOCKET_SECONDS)
+        assert not case.network.open_udp_connections
 
     run(converse())
 
@@ -443,12 +460,12 @@ def test_queries_wait_while_the_cpu_quota_is_used_up() -> None:
             used += 0.004  # by each query
             return used
 
-        case = Case(budget=Budget(lambda: 0.5, SHARE, asyncio.get_running_loop().time, use))
+        case = Case(budget=Budget(lambda: 0.5, TCP_SHARE, asyncio.get_running_loop().time, use))
         connection = await case.connect()
         connection.send(*[KNOWN] * 100)
         connection.end()
         await case.nothing_is_left()
         assert len(connection.responses()) == 100
-        assert now() > 0.9 * used / (SHARE * 0.5)
+        assert now() > 0.9 * used / (TCP_SHARE * 0.5)
 
     run(converse())

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import pairwise
 
 import dns_messages as m
 import pytest
 from local_addresses import local
+from stepped_packet_loop import SteppedPacketLoop
 from udp_double import Datagram, UdpDouble
+from waiting import wait_for
 
 from udpwatch.dns import udp as module
 from udpwatch.dns.admission import Admission
@@ -18,11 +22,12 @@ from udpwatch.dns.cache import Cache
 from udpwatch.dns.message import Rcode
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import name_from_text
-from udpwatch.dns.responder import Reply, Responder
+from udpwatch.dns.packet_loop import PacketLoop
+from udpwatch.dns.responder import LogQuery, Reply, Responder
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import HostRecord, Server, Settings
-from udpwatch.dns.udp import BATCHES_IN_A_ROW, MEMO_ENTRIES, Pending, UdpServer
-from udpwatch.dns.udp_socket import BATCH, SLOT, open_socket
+from udpwatch.dns.udp import BATCHES_IN_A_ROW, MEMO_ENTRIES, UdpQuery, UdpServer
+from udpwatch.dns.udp_socket import BATCH, SLOT, UdpSocket, open_socket
 from udpwatch.dns.zone import build
 
 CLIENT, CLIENT_6 = "10.1.0.2", "fd01::2"
@@ -45,11 +50,13 @@ class Case:
         self.metrics = Metrics()
         self.responder = Responder(made, build(made, pytest.fail), Cache(100, 0))
         self.admission = Admission(made)
-        self.forwarded: list[list[Pending]] = []
+        self.forwarded: list[list[UdpQuery]] = []
         self.logged: list[object] = []
         tell = (lambda *found: self.logged.append(found)) if log else None
-        self.server = UdpServer(self.responder, self.metrics, self.admission, self.forwarded.append, tell)
+        self.loop = SteppedPacketLoop()
+        self.server = self.server_in(self.loop, tell)  # type: ignore[arg-type]
         self.link = UdpDouble(family, checked)
+        self.server.add(self.link)
         self.looked_up = 0
         respond = self.responder.respond
 
@@ -58,6 +65,10 @@ class Case:
             return respond(*arguments)  # type: ignore[arg-type]
 
         self.responder.respond = counted  # type: ignore[method-assign,assignment]
+
+    def server_in(self, loop: PacketLoop, log_query: LogQuery | None = None) -> UdpServer:
+        """A server with the parts of this case."""
+        return UdpServer(loop, self.responder, self.metrics, self.admission, self.forwarded.append, log_query)
 
     def serve(self, *datagrams: Datagram) -> list[bytes]:
         """Let datagrams arrive; the responses to them."""
@@ -106,9 +117,13 @@ def test_forwarded_query_keeps_the_address_that_was_asked() -> None:
         case.responder.routes = Routes((Server("198.51.100.53"),))
         assert not case.serve(Datagram(m.query("www.example"), client, 4000, asked, index=7))
         ((pending,),) = case.forwarded
-        assert pending.peer == ipaddress.ip_address(client).packed
-        pending.socket.send(b"response", pending.name, pending.control)
+        assert pending.client == ipaddress.ip_address(client).packed
+        assert pending.peer() == (client, 4000)
+        pending.deliver(Reply(b"response", "forward", 0))
+        assert not case.link.sent, "it is sent at the end of the turn"
+        case.loop.turn()
         (sent,) = case.link.sent
+        assert sent.data == b"response"
         assert (sent.client, sent.port, sent.source, sent.index) == (client, 4000, asked, index)
 
 
@@ -307,17 +322,208 @@ def test_responses_of_one_batch_differ(case: Case) -> None:
     assert not any(left == right for left, right in pairwise(responses))
 
 
+# ---- responses of upstream servers ----
+
+
+def forwarded(case: Case, *links: UdpDouble, names: int = 1) -> list[UdpQuery]:
+    """Queries that need an upstream server, from the sockets in turn; client ports from 4000."""
+    case.responder.routes = Routes((Server("198.51.100.53"),))
+    for number in range(names):
+        link = links[number % len(links)]
+        client = CLIENT if link.family == socket.AF_INET else CLIENT_6
+        asked = "10.1.0.1" if link.family == socket.AF_INET else "fd01::1"
+        link.put(Datagram(m.query(f"n{number}.example", ident=number), client, 4000 + number, asked))
+        case.server.serve(link)
+    return [query for batch in case.forwarded for query in batch]
+
+
+def reply_to(query: UdpQuery, size: int = 100) -> Reply:
+    """A response of a size of its own."""
+    number = query.forward.query.id
+    return Reply(
+        number.to_bytes(2, "big") + bytes((number % 256,)) * (size + number), "forward", 0, query.forward.query
+    )
+
+
+def expected(queries: list[UdpQuery]) -> list[tuple[bytes, int]]:
+    return [(reply_to(query).data, query.peer()[1]) for query in queries]
+
+
+def got(link: UdpDouble) -> list[tuple[bytes, int]]:
+    return [(sent.data, sent.port) for sent in link.sent]
+
+
+def test_responses_of_a_turn_are_sent_in_one_batch(case: Case) -> None:
+    queries = forwarded(case, case.link, names=5)
+    for query in reversed(queries):
+        query.deliver(reply_to(query))
+    assert not case.link.sends
+    case.loop.turn()
+    assert case.link.sends == [5]
+    assert got(case.link) == expected(queries[::-1])
+    case.loop.turn()
+    assert case.link.sends == [5], "once"
+    ((labels, cell),) = case.metrics.answered.items()
+    assert (labels[:3], labels[4], cell[0]) == (("udp", "1", "A"), "forward", 5)
+
+
+def test_full_batch_is_sent_at_once(case: Case) -> None:
+    queries = forwarded(case, case.link, names=2 * BATCH + 1)
+    for number, query in enumerate(queries, 1):
+        query.deliver(reply_to(query))
+        assert case.link.sends == [BATCH] * ((number - 1) // BATCH)
+    case.loop.turn()
+    assert case.link.sends == [BATCH, BATCH, 1]
+    assert got(case.link) == expected(queries)
+
+
+def test_short_response_after_a_long_one_is_not_longer(case: Case) -> None:
+    """The batch's memory is used again."""
+    (query,) = forwarded(case, case.link)
+    for data in (b"\0\7" + b"x" * (SLOT - 2), b"\0\7short"):
+        query.deliver(Reply(data, "forward", 0))
+        case.loop.turn()
+        assert case.link.sent.pop().data == data
+
+
+def test_responses_to_several_sockets_leave_through_their_own(case: Case) -> None:
+    other, sixth = UdpDouble(), UdpDouble(socket.AF_INET6)
+    links = (case.link, other, sixth)
+    for link in (other, sixth):
+        case.server.add(link)
+    queries = forwarded(case, *links, names=12)
+    for query in queries:
+        query.deliver(reply_to(query))
+    case.loop.turn()
+    for number, link in enumerate(links):
+        assert got(link) == expected(queries[number::3])
+    assert not case.dropped()
+
+
+def test_responses_that_cannot_be_sent_are_counted(case: Case) -> None:
+    queries = forwarded(case, case.link, names=5)
+    case.link.failing = 2
+    for query in queries:
+        query.deliver(reply_to(query))
+    case.loop.turn()
+    assert got(case.link) == expected(queries[2:])
+    assert case.dropped() == {"send": 2}
+
+
+@pytest.mark.parametrize("delivered_first", [False, True])
+def test_response_for_a_closed_socket_is_counted(case: Case, delivered_first: bool) -> None:
+    other = UdpDouble()
+    case.server.add(other)
+    gone, still = forwarded(case, case.link, other, names=2)
+    if delivered_first:
+        gone.deliver(reply_to(gone))
+    case.server.remove(case.link)
+    assert case.link.closed
+    if not delivered_first:
+        gone.deliver(reply_to(gone))
+    still.deliver(reply_to(still))
+    case.loop.turn()
+    assert (got(case.link), got(other)) == ([], expected([still]))
+    assert case.dropped() == {"send": 1}
+
+
+def test_close_sends_what_is_left(case: Case) -> None:
+    (query,) = forwarded(case, case.link)
+    query.deliver(reply_to(query))
+    case.server.close()
+    assert got(case.link) == expected([query])
+    assert case.link.closed
+    assert not case.loop.handlers
+    case.loop.turn()
+    assert (len(case.link.sent), case.dropped()) == (1, {})
+
+
+def test_repeated_query_has_the_same_origin(case: Case) -> None:
+    case.responder.routes = Routes((Server("198.51.100.53"),))
+    first = Datagram(m.query("www.example", ident=1), CLIENT, 4000)
+    others = (Datagram(m.query("www.example", ident=2), CLIENT, 4000), Datagram(first.data, CLIENT, 4001))
+    case.serve(first, first, *others)
+    ((one, same, other_id, other_port),) = case.forwarded
+    assert one.origin == same.origin
+    assert len({one.origin, other_id.origin, other_port.origin}) == 3
+    assert not one.must_answer
+
+
+# ---- real sockets ----
+
+
+def ask(link: UdpSocket, query: bytes) -> bytes:
+    """A client's query over a real socket; the response must come from the address that was asked."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.settimeout(10)
+        client.connect(link.link.getsockname())
+        client.send(query)
+        return client.recv(512)
+
+
 def test_thread_serves_a_real_socket_and_closes_it(case: Case) -> None:
     link = open_socket(("127.0.0.1", 0), socket.AF_INET, checked=False)
-    case.server.start()
+    loop = PacketLoop()
+    server = case.server_in(loop)
+    loop.at_end(server.close)
+    loop.start()
     try:
-        case.server.add(link)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
-            client.settimeout(10)
-            client.connect(link.link.getsockname())
-            client.send(KNOWN)
-            assert client.recv(512).endswith(bytes((192, 0, 2, 1)))
+        server.add(link)
+        assert ask(link, KNOWN).endswith(bytes((192, 0, 2, 1)))
     finally:
-        case.server.stop()
+        loop.stop()
     assert link.link.fileno() == -1
-    assert not case.server.is_alive()
+    assert not loop.is_alive()
+
+
+def test_socket_that_is_removed_is_closed_and_others_are_served(case: Case) -> None:
+    links = [open_socket(("127.0.0.1", 0), socket.AF_INET, checked=False) for _ in range(2)]
+    loop = PacketLoop()
+    server = case.server_in(loop)
+    loop.at_end(server.close)
+    loop.start()
+    try:
+        for link in links:
+            server.add(link)
+            ask(link, KNOWN)
+        server.remove(links[0])
+        server.remove(links[0])
+        assert ask(links[1], KNOWN).endswith(bytes((192, 0, 2, 1)))
+        wait_for(lambda: links[0].link.fileno() == -1, "the socket to close")
+        assert ask(links[1], KNOWN).endswith(bytes((192, 0, 2, 1)))
+    finally:
+        loop.stop()
+    assert links[1].link.fileno() == -1
+
+
+def test_responses_of_upstream_servers_go_back_to_their_clients_over_real_sockets(case: Case) -> None:
+    """More than a batch, over two sockets in turn; then one of them is closed."""
+    case.responder.routes = Routes((Server("198.51.100.53"),))
+    loop = PacketLoop()
+    server = case.server_in(loop)
+    loop.at_end(server.close)
+    links = [open_socket(("127.0.0.1", 0), socket.AF_INET, checked=False) for _ in range(2)]
+    for link in links:
+        server.add(link)
+    number = BATCH + 6
+    with ExitStack() as stack:
+        clients = [stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(number)]
+        for ident, client in enumerate(clients):
+            client.settimeout(10)
+            client.connect(links[ident % 2].link.getsockname())
+            client.send(m.query(f"n{ident}.example", ident=ident))
+        loop.start()
+        stack.callback(loop.stop)
+        wait_for(lambda: sum(map(len, case.forwarded)) == number, "the queries")
+        queries = sorted(itertools.chain(*case.forwarded), key=lambda each: each.forward.query.id)
+        loop.post(lambda: [each.deliver(reply_to(each)) for each in queries] and None)
+        for client, query in zip(clients, queries, strict=True):
+            assert client.recv(4096) == reply_to(query).data
+        assert not case.dropped()
+        server.remove(links[0])
+        loop.post(lambda: [each.deliver(reply_to(each)) for each in queries] and None)
+        for client, query in zip(clients[1::2], queries[1::2], strict=True):
+            assert client.recv(4096) == reply_to(query).data
+        wait_for(case.dropped, "the count")
+        loop.stop()
+    assert case.dropped() == {"send": number // 2}

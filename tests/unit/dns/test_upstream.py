@@ -9,49 +9,105 @@ from ipaddress import ip_network
 import dns_messages as m
 import pytest
 from upstream_double import ADDRESS, Script, Sent, UpstreamNetwork, honest, silent
+from virtual_packet_loop import VirtualPacketLoop
 from virtual_time import now, run, turns
 
-from udpwatch.dns.message import Rcode
+from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.resolution import EDNS_LOST_AFTER, PLAIN_SECONDS, Attempt, Member
 from udpwatch.dns.settings import Server
 from udpwatch.dns.upstream import (
     ATTEMPT_SECONDS,
     MAX_MISMATCHES,
+    MAX_UDP_ANSWER_BYTES,
+    UDP_ANSWERS_PER_TURN,
+    UpstreamClient,
+)
+from udpwatch.dns.upstream_socket import POOL_SOCKETS, SOCKET_QUERIES, SOCKET_SECONDS
+from udpwatch.dns.upstream_tcp import (
     MAX_TCP_ANSWERS,
     MAX_TCP_ANSWERS_PER_SERVER,
     MAX_TCP_WAITING,
-    MAX_UDP_ANSWER_BYTES,
     TCP_SECONDS,
-    UDP_ANSWERS_PER_TURN,
-    AttemptFailed,
-    UpstreamClient,
+    Failure,
+    TcpClient,
 )
 
 SERVER, OTHER, THIRD, FOURTH = (Server(f"192.0.2.{number}") for number in (53, 54, 55, 56))
-KEY = (m.name("www.example"), m.A, m.IN, 0)
+NAME = m.name("www.example")
+KEY = (NAME, m.A, m.IN, 0)
+QUESTION = NAME + bytes((0, m.A, 0, m.IN))
+
+
+def no_direct(*_: object) -> None:
+    """Have each response parsed."""
+
+
+class AttemptFailed(Exception):
+    """A failure, as an exception."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure)
+        self.reason, self.rcode = failure.reason, failure.rcode
+
+
+class Client:
+    """An `UpstreamClient` whose results are awaited. Create it in the event loop."""
+
+    def __init__(self, network: UpstreamNetwork, **options: object) -> None:
+        self.network, self.metrics = network, Metrics()
+        self.loop, tcp = VirtualPacketLoop(), TcpClient(network)
+        tcp.start()
+        self.client = UpstreamClient(self.loop, self.metrics, network, tcp, no_direct, **options)  # type: ignore[arg-type]
+        self.client.results = self
+        self.futures: dict[Attempt, asyncio.Future[Response]] = {}
+
+    def on_response(self, attempt: Attempt, response: Response) -> None:
+        self.futures.pop(attempt).set_result(response)
+
+    def on_failure(self, attempt: Attempt, failure: Failure) -> None:
+        self.futures.pop(attempt).set_exception(AttemptFailed(failure))
+
+    def send(self, server: Server = SERVER, *, edns: bool = True, question: bytes = QUESTION) -> Attempt:
+        """Send a query."""
+        member = Member(self.client.upstream(server))
+        attempt = Attempt(member, (question[:-4], *KEY[1:]), question, edns, self.loop.now)
+        self.futures[attempt] = asyncio.get_running_loop().create_future()
+        self.client.query(attempt)
+        return attempt
+
+    async def query(self, server: Server = SERVER) -> Response:
+        """Query. Raises AttemptFailed."""
+        return await self.futures[self.send(server)]
+
+    def end(self) -> None:
+        """Every socket is closed afterwards."""
+        self.client.close()
+        assert not self.network.open_udp_connections
+        assert not self.network.open_tcp.total()
 
 
 class Case:
-    """A client and its network."""
+    """A server and one query to it."""
 
     def __init__(self, script: Script = honest) -> None:
         self.network = UpstreamNetwork({SERVER: script})
-        self.metrics = Metrics()
-        self.client = UpstreamClient(self.metrics, self.network)
+        self.mismatched = 0
 
-    async def query(self, server: Server = SERVER) -> bytes:
-        """Query; the response's bytes. Every socket is closed afterwards."""
+    async def query(self) -> bytes:
+        """Query; the response's bytes."""
+        client = Client(self.network)
         try:
-            return (await self.client.query(server, KEY)).message
+            return (await client.query()).message
         finally:
-            assert not self.network.open_udp_connections
-            assert not self.network.open_tcp[server]
+            self.mismatched = client.metrics.mismatched[0]
+            client.end()
 
     def transports(self) -> list[str]:
         return ["tcp" if sent.tcp else "udp" for sent in self.network.sent]
 
 
-def failure(script: Script, key: tuple[bytes, int, int, int] = KEY) -> tuple[str, int, float]:
+def failure(script: Script) -> tuple[str, int, float]:
     """Reason, code and time of the failure that a script leads to."""
 
     async def attempt() -> tuple[str, int, float]:
@@ -73,36 +129,41 @@ def test_query_over_udp() -> None:
 def test_proxy_dnssec_asks_for_ad() -> None:
     """RFC 6840, section 5.7."""
     network = UpstreamNetwork()
-    run(UpstreamClient(Metrics(), network, proxy_dnssec=True).query(SERVER, KEY))
+
+    async def query() -> None:
+        await Client(network, proxy_dnssec=True).query()
+
+    run(query())
     assert m.flags_of(network.sent[0].data) == m.RD | m.AD
 
 
 def test_response_with_an_ignored_address_is_not_the_last() -> None:
     forged = m.record(m.A, bytes((203, 0, 113, 9)), 300)
     network = UpstreamNetwork({SERVER: lambda sent: [(0.0, sent.respond(forged)), (0.1, sent.respond(ADDRESS))]})
-    metrics = Metrics()
-    client = UpstreamClient(metrics, network, ignored=(ip_network("203.0.113.0/24"),))
-    assert run(client.query(SERVER, KEY)).message.endswith(ADDRESS)
-    assert metrics.mismatched[0] == 1
-    network.scripts[SERVER] = lambda sent: [(0.0, sent.respond(forged))]
 
-    async def attempt() -> str:
+    async def attempts() -> str:
+        client = Client(network, ignored=(ip_network("203.0.113.0/24"),))
+        assert (await client.query()).message.endswith(ADDRESS)
+        assert client.metrics.mismatched[0] == 1
+        network.scripts[SERVER] = lambda sent: [(0.0, sent.respond(forged))]
         with pytest.raises(AttemptFailed) as raised:
-            await client.query(SERVER, KEY)
+            await client.query()
         return raised.value.reason
 
-    assert run(attempt()) == "timeout"
+    assert run(attempts()) == "timeout"
 
 
 def test_each_attempt_has_a_random_id() -> None:
-    case = Case()
+    network = UpstreamNetwork()
 
     async def many() -> None:
-        for _ in range(100):
-            await case.query()
+        client = Client(network)
+        for _ in range(200):
+            await client.query()
+        client.end()
 
     run(many())
-    assert len({sent.id for sent in case.network.sent}) > 90
+    assert len({sent.id for sent in network.sent}) > 190
 
 
 MISMATCHES: dict[str, Callable[[Sent], bytes]] = {
@@ -123,7 +184,7 @@ def test_mismatched_response_is_ignored(kind: str) -> None:
     case = Case(lambda sent: [(0.1, MISMATCHES[kind](sent)), (0.2, sent.respond(ADDRESS))])
     data = run(case.query())
     assert data == case.network.sent[0].respond(ADDRESS)
-    assert (case.metrics.mismatched[0], case.transports()) == (1, ["udp"])
+    assert (case.mismatched, case.transports()) == (1, ["udp"])
 
 
 def test_guessing_moves_the_query_to_tcp() -> None:
@@ -137,7 +198,7 @@ def test_guessing_moves_the_query_to_tcp() -> None:
     data = run(case.query())
     assert case.transports() == ["udp", "tcp"]
     assert data == case.network.sent[1].respond(ADDRESS)
-    assert case.metrics.mismatched[0] == MAX_MISMATCHES
+    assert case.mismatched == MAX_MISMATCHES
 
 
 def test_mismatches_of_a_slow_server_do_not_extend_the_timeout() -> None:
@@ -170,7 +231,7 @@ def test_truncated_response_is_fetched_over_tcp() -> None:
     assert case.transports() == ["udp", "tcp"]
     assert data == case.network.sent[1].respond(ADDRESS)
     assert case.network.sent[0].data == case.network.sent[1].data
-    assert case.metrics.mismatched[0] == 0
+    assert case.mismatched == 0
 
 
 def test_response_truncated_over_tcp_is_a_failure() -> None:
@@ -222,8 +283,8 @@ def test_cname_loop_is_forwarded() -> None:
 
 
 def test_flood_gets_a_limited_share_of_each_turn() -> None:
-    """Ten servers send 19 wrong responses each, all in the same turn of the event loop."""
-    servers = [Server(f"192.0.2.{number}") for number in range(10)]
+    """Fifty servers send 19 wrong responses each, all in the same turn."""
+    servers = [Server(f"192.0.2.{number}") for number in range(50)]
 
     def script(sent: Sent) -> list[tuple[float, bytes | OSError]]:
         wrong = [(0.1, sent.respond(ident=sent.id ^ 1))] * (MAX_MISMATCHES - 1)
@@ -231,12 +292,13 @@ def test_flood_gets_a_limited_share_of_each_turn() -> None:
 
     async def flood() -> UpstreamNetwork:
         network = UpstreamNetwork(dict.fromkeys(servers, script))
-        client = UpstreamClient(Metrics(), network)
-        await asyncio.gather(*(client.query(server, KEY) for server in servers))
+        client = Client(network)
+        await asyncio.gather(*(client.query(server) for server in servers))
+        client.end()
         return network
 
     network = run(flood())
-    assert sum(network.received_in_turn) == 10 * MAX_MISMATCHES
+    assert sum(network.received_in_turn) == 50 * MAX_MISMATCHES
     assert max(network.received_in_turn) == UDP_ANSWERS_PER_TURN
 
 
@@ -264,38 +326,180 @@ def test_server_that_blocks_its_tcp_slots_leaves_the_others_theirs() -> None:
     async def block() -> None:
         blocking = over_tcp(silent)
         network = UpstreamNetwork({SERVER: blocking, OTHER: blocking, FOURTH: blocking, THIRD: over_tcp(honest)})
-        client = UpstreamClient(Metrics(), network)
-        tasks = [asyncio.create_task(client.query(SERVER, KEY)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
+        client = Client(network)
+        tasks = [asyncio.create_task(client.query(SERVER)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
         assert network.open_tcp[SERVER] == MAX_TCP_ANSWERS_PER_SERVER
-        assert (await client.query(THIRD, KEY)).records
+        assert (await client.query(THIRD)).records
         assert now() == 0.0
         for server in (OTHER, FOURTH):
-            tasks += [asyncio.create_task(client.query(server, KEY)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
+            tasks += [asyncio.create_task(client.query(server)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
         assert network.open_tcp.total() == MAX_TCP_ANSWERS
         results = await asyncio.gather(*tasks, return_exceptions=True)
         reasons = sorted(result.reason for result in results if isinstance(result, AttemptFailed))
         assert len(reasons) == len(tasks)
         assert set(reasons) <= {"busy", "timeout"}
-        assert network.open_tcp.total() == 0
+        client.end()
 
     run(block())
 
 
 def test_queries_above_the_waiting_limit_are_refused_at_once() -> None:
     async def block() -> None:
-        metrics = Metrics()
-        client = UpstreamClient(metrics, UpstreamNetwork({SERVER: over_tcp(silent)}))
-        most = MAX_TCP_ANSWERS_PER_SERVER + MAX_TCP_WAITING
-        tasks = [asyncio.create_task(client.query(SERVER, KEY)) for _ in range(most)]
-        await turns(40)
+        network = UpstreamNetwork({SERVER: over_tcp(silent)})
+        client = Client(network)
+        attempts = [client.send() for _ in range(MAX_TCP_ANSWERS_PER_SERVER + MAX_TCP_WAITING)]
+        await turns(60)
         with pytest.raises(AttemptFailed) as raised:
-            await client.query(SERVER, KEY)
+            await client.query()
         assert (raised.value.reason, raised.value.rcode, now()) == ("busy", Rcode.REFUSED, 0.0)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert (await asyncio.gather(client.query(OTHER, KEY)))[0].records
+        for attempt in attempts:
+            client.client.forget(attempt)
+        await turns(60)
+        assert network.open_tcp[SERVER] == 0, "what is dropped gives its slot back"
+        assert (await client.query(OTHER)).records
+        client.end()
 
     run(block())
+
+
+def test_queries_over_tcp_only() -> None:
+    network = UpstreamNetwork()
+
+    async def query() -> None:
+        client = Client(network, only_tcp=True)
+        assert (await client.query()).message.endswith(ADDRESS)
+        client.end()
+
+    run(query())
+    assert [sent.tcp for sent in network.sent] == [True]
+
+
+# ---- sockets ----
+
+
+def test_each_query_has_a_new_socket_until_the_pool_is_full() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork({SERVER: silent})
+        client = Client(network)
+        for _ in range(POOL_SOCKETS):
+            client.send()
+        assert len(network.open_udp_connections) == POOL_SOCKETS
+        for _ in range(3 * POOL_SOCKETS):
+            client.send()
+        assert len(network.open_udp_connections) == POOL_SOCKETS
+        client.end()
+
+    run(many())
+
+
+def test_sockets_are_renewed() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork()
+        client = Client(network)
+        links = set()
+        for _ in range(2 * POOL_SOCKETS * SOCKET_QUERIES):
+            attempt = client.send()
+            links.add(attempt.socket)
+            await turns(3)
+        assert len(links) > 1.9 * POOL_SOCKETS
+        assert len(network.open_udp_connections) <= POOL_SOCKETS
+        await asyncio.sleep(SOCKET_SECONDS)
+        assert not network.open_udp_connections
+
+    run(many())
+
+
+def test_socket_takes_no_query_after_a_mismatch() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [(0.1, sent.respond(ident=sent.id ^ 1))]})
+        client = Client(network)
+        for _ in range(POOL_SOCKETS):
+            client.send()
+        await asyncio.sleep(0.2)
+        before = set(network.open_udp_connections)
+        network.scripts[SERVER] = honest
+        for _ in range(POOL_SOCKETS):
+            await client.query()
+        assert len(network.open_udp_connections - before) == POOL_SOCKETS
+        client.end()
+
+    run(many())
+
+
+def test_icmp_error_fails_all_queries_of_its_socket() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork({SERVER: silent})
+        client = Client(network, ports=(5000, 5000))
+        attempts = [client.futures[client.send()] for _ in range(3)]
+        (connection,) = network.open_udp_connections
+        connection._arrive([ConnectionRefusedError()])
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        assert [result.reason for result in results if isinstance(result, AttemptFailed)] == ["network"] * 3
+        client.end()
+
+    run(many())
+
+
+def test_fixed_port_keeps_its_socket() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork()
+        client = Client(network, ports=(5000, 5000))
+        links = set()
+        for _ in range(2 * SOCKET_QUERIES):
+            attempt = client.send()
+            links.add(attempt.socket)
+            await asyncio.sleep(SOCKET_SECONDS / 10)
+        assert len(links) == 1
+        client.client.forget_servers()
+        await asyncio.sleep(SOCKET_SECONDS)
+        assert not network.open_udp_connections
+
+    run(many())
+
+
+def test_other_case_of_the_name_is_the_same_question() -> None:
+    case = Case(lambda sent: [(0.0, sent.respond(ADDRESS).replace(b"www", b"wWw"))])
+    run(case.query())
+    assert case.mismatched == 0
+
+
+# ---- EDNS ----
+
+
+def refuses_edns(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+    return [(0.0, sent.respond(rcode=Rcode.FORMERR))] if sent.edns else honest(sent)
+
+
+def test_server_is_remembered_that_answers_only_without_edns() -> None:
+    async def ask() -> None:
+        client = Client(UpstreamNetwork({SERVER: refuses_edns}))
+        await client.query()
+        assert client.client.upstream(SERVER).plain_until == PLAIN_SECONDS
+        client.end()
+
+    run(ask())
+
+
+def test_server_that_knows_edns_loses_it_after_several_failures_only() -> None:
+    async def ask() -> None:
+        network = UpstreamNetwork()
+        client = Client(network)
+        upstream = client.client.upstream(SERVER)
+        await client.query()
+        network.scripts[SERVER] = refuses_edns
+        for _ in range(EDNS_LOST_AFTER - 1):
+            await client.query()
+        assert not upstream.plain_until
+        network.scripts[SERVER] = honest
+        await client.query()
+        network.scripts[SERVER] = refuses_edns
+        for _ in range(EDNS_LOST_AFTER - 1):
+            await client.query()
+        assert not upstream.plain_until, "not in a row"
+        await client.query()
+        assert upstream.plain_until
+        client.end()
+
+    run(ask())

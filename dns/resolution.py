@@ -1,0 +1,150 @@
+"""A query in flight: what is known of it, of its attempts, and of the servers that it goes to. No system calls, no
+timers.
+
+A server is judged in its group: one that does not answer for one domain may do so for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from udpwatch.dns.cache_entry import Key
+from udpwatch.dns.metrics import Cell, Histogram
+from udpwatch.dns.settings import Server
+from udpwatch.dns.transport import UdpConnection
+
+SILENT_AFTER = 3  # queries in a row without a response
+SILENT_SECONDS = 2.0  # for at least this long
+POOR_AFTER = 5  # responses in a row that were late or of no use
+PROBE_SECONDS = 1.0  # between two queries to a server that is not preferred because of that
+EDNS_LOST_AFTER = 3  # queries in a row that only succeeded without EDNS, if the server has answered one with EDNS
+PLAIN_SECONDS = 600.0  # how long such a server is queried without EDNS
+
+
+@dataclass(slots=True, eq=False)
+class Upstream:
+    """An upstream server, with its sockets."""
+
+    server: Server
+    asked: Cell
+    duration: Histogram
+    pool: list[PooledSocket] = field(default_factory=list)
+    knows_edns: bool = False  # it has answered a query with EDNS
+    edns_lost: int = 0
+    plain_until: float = 0.0  # monotonic seconds
+
+    def note_edns_lost(self, now: float) -> None:
+        """Note that a query with EDNS was not answered, and the same query without EDNS was.
+
+        A firewall may drop queries with OPT, and an old server may refuse them. But a query may also be lost, so one
+        loss is not enough if EDNS has worked before.
+        """
+        self.edns_lost += 1
+        if self.edns_lost >= EDNS_LOST_AFTER or not self.knows_edns:
+            self.plain_until = now + PLAIN_SECONDS
+            self.edns_lost = 0
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """A server in a group, and how it has behaved there."""
+
+    upstream: Upstream
+    unanswered: int = 0  # overdue queries since the last response
+    silent_since: float = 0.0  # monotonic seconds; when the first of these was sent
+    poor: int = 0
+    probe_at: float = 0.0  # monotonic seconds
+
+    def is_demoted(self, now: float) -> bool:
+        """Whether others are queried first."""
+        return self.poor >= POOR_AFTER or (
+            self.unanswered >= SILENT_AFTER and now - self.silent_since >= SILENT_SECONDS
+        )
+
+    def note_overdue(self, sent: float) -> None:
+        """Note that a query is unanswered for longer than a server may take."""
+        if not self.unanswered:
+            self.silent_since = sent
+        self.unanswered += 1
+
+    def note_unreachable(self, now: float) -> None:
+        """Note that the kernel reports that no server listens, or that there is no route."""
+        self.unanswered = max(self.unanswered + 1, SILENT_AFTER)
+        self.silent_since = min(self.silent_since, now - SILENT_SECONDS)
+        self.probe_at = now + PROBE_SECONDS
+
+    def note_response(self, good: bool) -> None:
+        """Note a response. ``good``: useful, and in time."""
+        self.unanswered = 0
+        self.poor = 0 if good else self.poor + 1
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """The servers of a domain, in their configured order."""
+
+    members: tuple[Member, ...]
+    queries: int = 0  # in flight
+    waiting: int = 0  # clients, each once for a query
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """One query to one server."""
+
+    member: Member
+    key: Key
+    question: bytes  # name, type and class as sent
+    edns: bool
+    sent: float  # monotonic seconds
+    repeated: bool = False  # without EDNS, because the same query with EDNS was not answered
+    resolution: Resolution | None = None  # None: only its server is judged
+    overdue: bool = False
+    counted: bool = False  # as a failure
+    ident: bytes = b""
+    socket: PooledSocket | None = None
+    cancel: Callable[[], None] | None = None  # while it continues over TCP
+
+
+@dataclass(slots=True, eq=False)
+class Resolution:
+    """A query in flight."""
+
+    key: Key
+    question: bytes
+    group: Group
+    attempts: list[Attempt] = field(default_factory=list)  # without a result yet
+    plan: tuple[Member, ...] = ()  # to query, in this order, more than once
+    begun: int = 0  # how many queries of the plan
+    rcode: int = 0  # for the client if all fail
+    ticks: int = 0
+    is_late: bool = False  # its clients have got SERVFAIL; a response is only cached
+
+
+class PooledSocket:
+    """A socket, and the queries that wait for a response on it."""
+
+    __slots__ = ("_connection", "attempts", "is_pooled", "left", "mismatches", "receive", "send", "upstream")
+
+    send: Callable[[bytes], None]
+    receive: Callable[[int], bytes]
+
+    def __init__(self, upstream: Upstream, left: int) -> None:
+        """``left``: how many queries it may still send."""
+        self.upstream, self.left = upstream, left
+        self.attempts: dict[bytes, Attempt] = {}  # by id
+        self.mismatches = 0
+        self.is_pooled = False
+        self._connection: UdpConnection | None = None
+
+    def open(self, connection: UdpConnection) -> None:
+        """Take the connection."""
+        self._connection = connection
+        self.send, self.receive = connection.send, connection.receive
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self._connection:
+            self._connection.close()
+            self._connection = None
