@@ -7,7 +7,7 @@ import struct
 from udpwatch.dns.message import Malformed, Response, Type, owner, rdata_name
 from udpwatch.dns.records import Run
 
-MAX_OWNERS = 320  # of the answers of a response, as written; a chain of aliases has a few
+MAX_OWNERS = 128  # of the answers of a response, as written; a chain of aliases has a few
 
 _type_and_class = struct.Struct("!HH")
 

@@ -186,7 +186,7 @@ def test_max_ttl_limits_what_clients_see() -> None:
     assert lifetime(positive(address(0x7FFFFFFF)), max_ttl=0x7FFFFFFF) == MAX_TTL
 
 
-@pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60, 300])
+@pytest.mark.parametrize("length", [1, 10, 15, 16, 17, 60, 120])
 def test_cname_chains_are_followed(length: int) -> None:
     names = [m.name(NAME), *(m.name(f"n{each}.example") for each in range(length))]
     links = [alias(100 + each, names[each + 1], names[each]) for each in range(length)]
