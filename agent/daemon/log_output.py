@@ -148,10 +148,15 @@ class LogOutput(logging.Handler):
                     self._sink.write([(time.time(), logging.WARNING, f"dns: {missing} log lines lost: {self._reason}")])
                     self._in_log += missing
             except _Lost as lost:
-                self.acquire()
-                self.lost[0] += lost.lines
-                self._reason = str(lost)
-                self.release()
+                self._lose(lost.lines, str(lost))
+            except OSError as error:  # of fstat, on a network file system
+                self._lose(len(lines), error.strerror or str(error))
+
+    def _lose(self, lines: int, reason: str) -> None:
+        self.acquire()
+        self.lost[0] += lines
+        self._reason = reason
+        self.release()
 
     def _report(self) -> None:
         """Report lost lines to stderr, where the log itself cannot."""
@@ -239,7 +244,8 @@ class _File:
             fresh = self._open()
         except OSError as error:
             return error.strerror or str(error)
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # of writes that a network file system had postponed
+            os.close(self._fd)
         self._fd = fresh
         return ""
 

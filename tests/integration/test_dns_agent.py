@@ -112,6 +112,17 @@ def test_port_in_use(scene: ContainerHost, folder: Path) -> None:
         assert len(agent.log) == 1
 
 
+@pytest.mark.parametrize(
+    "line", ["log-facility=/var/log/dns.log", "log-facility=daemon", "pid-file=/run/dns.pid", "user=nobody"]
+)
+def test_options_of_a_process_of_its_own(scene: ContainerHost, folder: Path, line: str) -> None:
+    conf = write(folder / "own.conf", line)
+    agent = InNamespace(scene, folder, f"--dns-conf={conf}", ready=False)
+    assert agent.process.wait(60) == 1
+    agent.stop()
+    assert f"{conf}: {line.partition('=')[0]} is only for `udpwatch dns`" in agent.log[-1]
+
+
 def test_stop_while_tables_are_read(scene: ContainerHost, folder: Path, hosts: Path, conf: Path) -> None:
     write(hosts, *(f"10.{each >> 16}.{each >> 8 & 255}.{each & 255} host{each}.test" for each in range(200_000)))
     agent = InNamespace(scene, folder, f"--dns-conf={conf}", ready=False)
