@@ -102,6 +102,7 @@ class Responder:
             or settings.aliases
             or settings.proxy_dnssec
             or settings.max_ttl
+            or not settings.negcache
         )
         self.zone = zone
         self.cache = cache
@@ -153,7 +154,12 @@ class Responder:
 
     def direct_entry(self, data: bytes, question: bytes, now: float) -> Entry | None:
         """Create the cache entry of a usual response; None: parse it, and use `entry_of`."""
-        return read_direct(data, question, now, self._cache_ttl) if self._reads_direct else None
+        if not self._reads_direct:
+            return None
+        entry = read_direct(data, question, now, self._cache_ttl)
+        if entry is not None and entry.rcode and self.zone.exists(question[:-4]):
+            return None
+        return entry
 
     def entry_of(self, answer: Response, now: float) -> Entry:
         """Create the cache entry of a response, changed as the settings say.

@@ -26,18 +26,57 @@ def parsed(data: bytes, limits: tuple[int, int] = LIMITS) -> Entry:
     return entry_of(parse_response(data), NOW, 0, 0, negcache=True, cache_ttl=limits)
 
 
+def soa(owner: bytes = b"\xc0\x10", ttl: int = 600, minimum: int = 900) -> bytes:
+    """By default of example, a pointer into the question."""
+    return m.record(
+        m.SOA, m.name("ns.example") + m.name("a.example") + struct.pack("!5I", 1, 2, 3, 4, minimum), ttl, owner
+    )
+
+
+def denial(record: bytes, rcode: int = 3) -> bytes:
+    head = m.header(1, authorities=1, flags=m.QR | m.RD | m.RA | rcode)
+    return head + QUESTION + record
+
+
+def aliases(*kinds: int) -> bytes:
+    """CNAME records, each for the one before, and others for the last one."""
+    data, owner = m.header(1, len(kinds), flags=m.QR | m.RD | m.RA) + QUESTION, b"\xc0\x0c"
+    for number, kind in enumerate(kinds):
+        rdata = m.name(f"a{number}.example") if kind == m.CNAME else bytes(4)
+        data += m.record(kind, rdata, 300 + number, owner)
+        if kind == m.CNAME:
+            owner = (0xC000 | len(data) - len(rdata)).to_bytes(2, "big")
+    return data
+
+
 USUAL = {
     "one": m.response("www.example", m.A, (address(1),)),
     "several": m.response("www.example", m.A, (address(1, 60), address(2, 30), address(3, 90))),
     "most": m.response("www.example", m.A, tuple(address(number) for number in range(MAX_ANSWERS))),
     "TTL 0": m.response("www.example", m.A, (address(1, 0),)),
+    "alias": aliases(m.CNAME, m.A),
+    "aliases": aliases(m.CNAME, m.CNAME, m.CNAME, m.A, m.A),
+    "NXDOMAIN": denial(soa()),
+    "NXDOMAIN, long": denial(soa(ttl=20_000, minimum=20_000)),
+    "NXDOMAIN, short minimum": denial(soa(minimum=5)),
+    "NODATA": denial(soa(), 0),
+    "denied by the root": denial(soa(b"\0")),
+    "denied by its own domain": denial(soa(b"\xc0\x0c")),
 }
 OTHER = {
     "none": m.response("www.example", m.A),
     "too many": m.response("www.example", m.A, tuple(address(number) for number in range(MAX_ANSWERS + 1))),
     "TTL above the limit": m.response("www.example", m.A, (address(1, MAX_TTL + 1),)),
     "negative TTL": m.response("www.example", m.A, (address(1, 1 << 31),)),
-    "an alias": m.response("www.example", m.A, (m.record(m.CNAME, m.name("a.example"), 300),)),
+    "an alias alone": aliases(m.CNAME),
+    "an alias after an address": aliases(m.A, m.CNAME),
+    "an alias that is no name": m.response("www.example", m.A, (m.record(m.CNAME, b"\x01", 300), address(1))),
+    "denied by another domain": denial(soa(m.name("other.example"))),
+    "denied with a negative TTL": denial(soa(ttl=1 << 31)),
+    "denied with a negative minimum": denial(soa(minimum=1 << 31)),
+    "denied without a SOA": denial(address(1)),
+    "short SOA": denial(m.record(m.SOA, bytes(21), 300)),
+    "SERVFAIL": denial(soa(), 2),
     "another name": m.response("www.example", m.A, (m.record(m.A, bytes(4), 300, owner=m.name("a.example")),)),
     "another question": m.response("xww.example", m.A, (address(1),)),
     "octets at the end": m.response("www.example", m.A, (address(1),)) + b"x",

@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "synth": {"names", "settings"},
     "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings", "synth"},
     # from a query to a response
-    "direct": {"cache_entry", "message"},
+    "direct": {"cache_entry", "message", "names"},
     "responder": {"direct", "alias", "cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
     "querylog": {"message", "metrics", "names", "records", "responder"},
     "statistics": {"cache", "metrics"},
