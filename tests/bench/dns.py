@@ -36,7 +36,9 @@ PORT, UPSTREAM_PORT = 5300, 5353
 OUTSTANDING = 100
 SERVER_CPU, CLIENT_CPU = "0", str(min(1, (os.cpu_count() or 1) - 1))
 CHECKED = Settings(stop_dns_rebind=True)
-TICKS = os.sysconf("SC_CLK_TCK")
+FRESH, FORWARD_ROUNDS = 10_000, 3
+LATENCY_SECONDS = 0.005
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 
 def line(what: str, figure: str, reach: str = "") -> None:
@@ -97,9 +99,9 @@ def address(number: int) -> str:
 
 @contextlib.contextmanager
 def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PORT) -> Iterator[int]:
-    """Run a server; yields its process id once it responds."""
+    """Run a server; yields its process id once it responds. An upstream server shares the client's CPU."""
     process = subprocess.Popen(
-        ["taskset", "-c", SERVER_CPU, *words],
+        ["taskset", "-c", SERVER_CPU if port == PORT else CLIENT_CPU, *words],
         preexec_fn=place.enter_in_child,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -107,9 +109,7 @@ def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PO
     )
     probe = ["dig", "+short", "+tries=1", "+time=1", "@127.0.0.1", "-p", str(port), name(0), "A"]
     try:
-        wait_for(
-            lambda: address(0) in place.run(["sh", "-c", f"{' '.join(probe)} || true"]), f"{words[0]} to answer", 20
-        )
+        wait_for(lambda: "10." in place.run(["sh", "-c", f"{' '.join(probe)} || true"]), f"{words[0]} to answer", 20)
         yield process.pid
     finally:
         process.terminate()
@@ -117,9 +117,8 @@ def running(place: Namespace, words: Sequence[str], folder: Path, port: int = PO
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the CPU seconds of the process and all its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS
+    """Return the CPU seconds of the process and all its threads (clock_getcpuclockid(3))."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def ask(place: Namespace, folder: Path, pid: int) -> tuple[float, float]:
@@ -145,17 +144,39 @@ def compare(what: str, place: Namespace, folder: Path, servers: dict[str, Sequen
         line(server, f"{cpu:.2f} us   {rate:,.0f}/s", "at or below dnsmasq's" if server == "udpwatch" else "")
 
 
-def forwarding(place: Namespace, folder: Path, servers: dict[str, Sequence[str]]) -> None:
-    """Measure names that nobody has asked for before: each query goes to the upstream server."""
-    print("dns, forwarded: us of server CPU a query; queries a second (5,000 names, each once)")
-    (folder / "fresh").write_text("".join(f"host{number}.wild.example A\n" for number in range(5_000)))
-    for server, words in servers.items():
-        with running(place, words, folder) as pid:
-            before, begin = cpu_seconds(pid), time.perf_counter()
-            load = ["-d", str(folder / "fresh"), "-n", "1", "-c", "4", "-q", "50"]
-            place.run(["taskset", "-c", CLIENT_CPU, "dnsperf", "-s", "127.0.0.1", "-p", str(PORT), *load])
-            seconds = time.perf_counter() - begin
-            line(server, f"{(cpu_seconds(pid) - before) / 5_000 * 1e6:.0f} us   {5_000 / seconds:,.0f}/s")
+def forwarding(what: str, place: Namespace, folder: Path, servers: dict[str, Sequence[str]], mix: bool = False) -> None:
+    """Measure names that nobody has asked for before: each query goes to the upstream server. ``mix``: 85 % of the
+    queries are for names in the cache."""
+    print(f"dns, {what}: us of server CPU a query; queries a second; latency in ms (median of {FORWARD_ROUNDS})")
+    fresh = [f"host{number}.wild.example A\n" for number in range(FRESH)]
+    if mix:
+        cached = [f"{name(number % NAMES)} A\n" for number in range(FRESH * 85 // 15)]
+        fresh = [query for n, one in enumerate(fresh) for query in (one, *cached[n * 85 // 15 : (n + 1) * 85 // 15])]
+    (folder / "fresh").write_text("".join(fresh))
+    figures: dict[str, list[Sequence[float]]] = {server: [] for server in servers}
+    for _ in range(FORWARD_ROUNDS):
+        for server, words in servers.items():
+            with running(place, words, folder) as pid:
+                if mix:
+                    place.run(["dnsperf", "-s", "127.0.0.1", "-p", str(PORT), "-d", str(folder / "queries"), "-n", "3"])
+                figures[server].append(ask_once(place, folder, pid, len(fresh)))
+    for server, found in figures.items():
+        cpu, rate, *latencies = (statistics.median(column) for column in zip(*found, strict=True))
+        shown = " / ".join(f"{milliseconds:.1f}" for milliseconds in latencies)
+        reach = "at most 35 us and 1.3 times dnsmasq's" if server == "udpwatch" and not mix else ""
+        line(server, f"{cpu:.1f} us   {rate:,.0f}/s", f"p50/p95/p99 {shown}   {reach}")
+
+
+def ask_once(place: Namespace, folder: Path, pid: int, queries: int) -> Sequence[float]:
+    """Ask each query of the file once. Return microseconds of CPU for each, queries a second, and latencies."""
+    before = cpu_seconds(pid)
+    words = ["dnsperf", "-v", "-s", "127.0.0.1", "-p", str(PORT), "-d", str(folder / "fresh"), "-n", "1"]
+    said = place.run(["taskset", "-c", CLIENT_CPU, *words, "-c", "4", "-q", str(OUTSTANDING)])
+    cpu = cpu_seconds(pid) - before
+    rate = float(re.search(r"Queries per second:\s+([\d.]+)", said).group(1))  # type: ignore[union-attr]
+    latencies = sorted(float(found) * 1e3 for found in re.findall(r"^> NOERROR \S+ A ([\d.]+)", said, re.MULTILINE))
+    assert len(latencies) > 0.99 * queries, said[-2000:]
+    return cpu / queries * 1e6, rate, *(latencies[int(len(latencies) * part)] for part in (0.5, 0.95, 0.99))
 
 
 def malicious() -> None:
@@ -191,7 +212,17 @@ def main() -> None:
         wild = ["--address=/wild.example/10.9.9.9"]
         with running(place, ["dnsmasq", *upstream, *wild], folder, UPSTREAM_PORT):
             compare("cache hits", place, folder, cache_servers(folder))
-            forwarding(place, folder, cache_servers(folder))
+            forwarding("forwarded, each of 10,000 names once", place, folder, cache_servers(folder))
+            forwarding("85 % cached, 15 % forwarded", place, folder, cache_servers(folder), mix=True)
+        slow = [
+            sys.executable,
+            str(SUPPORT / "slow_upstream.py"),
+            "127.0.0.1",
+            str(UPSTREAM_PORT),
+            str(LATENCY_SECONDS),
+        ]
+        with running(place, slow, folder, UPSTREAM_PORT):
+            forwarding("forwarded, to a server 5 ms away", place, folder, cache_servers(folder))
 
 
 if __name__ == "__main__":
