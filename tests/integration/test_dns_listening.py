@@ -201,7 +201,10 @@ def test_address_beside_every_address_is_refused(border: Border, more: str) -> N
     options = ("--bind-interfaces", "--listen-address=0.0.0.0", more)
     needs("dnsmasq", "dnsmasq-base")
     process = border.node.popen(["dnsmasq", "-k", "-C/dev/null", "--pid-file", "--log-facility=-", *options])
-    assert b"Address already in use" in process.communicate(timeout=60)[1]
+    try:
+        assert b"Address already in use" in process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     responder = Responder(border.node, *options, ready=False)
     assert responder.process.wait(60) == 1
     responder.stop()
