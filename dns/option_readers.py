@@ -40,6 +40,7 @@ from udpwatch.dns.values import (
     seconds,
     server_of,
     short,
+    source_port,
     whole,
 )
 from udpwatch.dns.values import network as values_network
@@ -81,6 +82,9 @@ class Draft:
     mail_target: bytes = b""  # --mx-target
     mail_for_local: bool = False  # --localmx
     has_mail_or_service: bool = False  # --mx-host or --srv-host
+    query_port: int | None = None
+    min_port: int = 0
+    max_port: int = 0
     local_service: str = ""  # "net", "host"; "": not given
     once: dict[str, bool] = field(default_factory=dict)  # options that must not be repeated: whether from a file
     files: list[Path] = field(default_factory=list)  # to read next
@@ -418,6 +422,18 @@ def read_local_service(draft: Draft, value: str) -> None:
     if value not in ("", "net", "host"):
         raise Rejected("nothing, 'net' or 'host'")
     draft.local_service = value or "net"
+
+
+def read_query_port(draft: Draft, value: str) -> None:
+    draft.query_port = source_port(plain(value))
+
+
+def read_min_port(draft: Draft, value: str) -> None:
+    draft.min_port = source_port(plain(value))
+
+
+def read_max_port(draft: Draft, value: str) -> None:
+    draft.max_port = source_port(plain(value))
 
 
 def read_conf_file(draft: Draft, value: str) -> None:

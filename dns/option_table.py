@@ -266,6 +266,34 @@ OPTIONS = (
         "--all-servers", readers.on("all_servers"), "query all servers of a domain at the same time; the first wins"
     ),
     _option(
+        "-Q --query-port=PORT",
+        readers.read_query_port,
+        "query upstream servers from this UDP port, not from random ones; 0: from a port that the kernel chooses once",
+        "0: one port per server, not for all; also used with @SOURCE; makes responses easier to forge "
+        "(docs/security.md)",
+        once=True,
+    ),
+    _option(
+        "--min-port=PORT",
+        readers.read_min_port,
+        "query upstream servers from random UDP ports that are not lower (1024 with --max-port; without both, the "
+        "kernel's range)",
+        "several servers share the ports of a range of fewer than 2048",
+        once=True,
+    ),
+    _option(
+        "--max-port=PORT",
+        readers.read_max_port,
+        "query upstream servers from random UDP ports that are not higher (65535 with --min-port)",
+        once=True,
+    ),
+    _option(
+        "--port-limit=N",
+        readers.checked(values.port_limit),
+        "no effect: each query to a server, also a repeated one, has its own random port, or one of 128 open ones",
+        once=True,
+    ),
+    _option(
         "-0 --dns-forward-max=N",
         readers.one("forward_max", values.whole(1, 65535)),
         "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
@@ -540,7 +568,7 @@ _MISSING = {
     """
     add-cpe-id add-mac add-subnet connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    max-port min-port no-0x20-encode port-limit query-port:Q strip-mac strip-subnet umbrella
+    no-0x20-encode strip-mac strip-subnet umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -23,10 +23,14 @@ from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
 from udpwatch.dns.option_readers import Draft, Information, add_mx
 from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REASONS, REFUSED, REFUSED_SHORT, Option
-from udpwatch.dns.settings import Settings, StaticRecord
+from udpwatch.dns.settings import ANY_PORTS, Ports, Settings, StaticRecord
 from udpwatch.dns.values import Rejected
 
 MAX_DEPTH = 16  # conf-file within conf-file
+LOWEST_PORT, HIGHEST_PORT = (
+    1024,
+    65_535,
+)  # of a range of source ports of which only the other end is given, as in dnsmasq
 
 
 def parse(arguments: Sequence[str]) -> Settings | Information:
@@ -173,12 +177,14 @@ def _finish(draft: Draft) -> Settings:
     mail = _finish_mail(draft)
     many = {name: tuple(items) for name, items in draft.many.items()}
     given: dict[str, Any] = draft.fields | many | mail
-    given["domain_servers"] = draft.domain_servers()
+    given |= {"domain_servers": draft.domain_servers(), "ports": _ports(draft)}
     settings = Settings(**given)
     if settings.resolv and not settings.poll and len(settings.resolv_files) > 1:
         raise ConfigError(
             "--no-poll: allowed with one --resolv-file only; finding the newest of several requires polling"
         )
+    if settings.ports.single and settings.ports.low == settings.port:
+        raise ConfigError(f"--query-port={settings.port}: is also --port; choose another one for either")
     _check_cnames(draft.cnames)
     changes: dict[str, Any] = {"records": tuple(_qualified(record, settings.domain) for record in settings.records)}
     if settings.interfaces or settings.except_interfaces or settings.listen_addresses:
@@ -186,6 +192,20 @@ def _finish(draft: Draft) -> Settings:
     elif draft.local_service == "host":
         changes |= {"local_service": False, "interfaces": ("lo",), "bind_interfaces": True}
     return replace(settings, **_finish_listening(settings), **changes)
+
+
+def _ports(draft: Draft) -> Ports:
+    """Combine the options of source ports as dnsmasq does: a fixed port wins, and a range is open at either end."""
+    if draft.query_port is not None:
+        return Ports(draft.query_port, draft.query_port, single=True)
+    if not draft.min_port and not draft.max_port:
+        return ANY_PORTS
+    low, high = draft.min_port or LOWEST_PORT, draft.max_port or HIGHEST_PORT
+    if low > high:
+        raise ConfigError(
+            f"--max-port={high}: less than --min-port={low}" + ("" if draft.min_port else ", the default")
+        )
+    return Ports(low, high)
 
 
 def _finish_listening(settings: Settings) -> dict[str, Any]:

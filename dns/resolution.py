@@ -30,6 +30,7 @@ class Upstream:
     asked: Cell
     duration: Histogram
     pool: list[PooledSocket] = field(default_factory=list)
+    ports: set[int] = field(default_factory=set)  # of its open sockets, without those that the kernel chose
     knows_edns: bool = False  # it has answered a query with EDNS
     edns_lost: int = 0
     plain_until: float = 0.0  # monotonic seconds
@@ -125,7 +126,7 @@ class Resolution:
 class PooledSocket:
     """A socket, and the queries that wait for a response on it."""
 
-    __slots__ = ("_connection", "attempts", "is_pooled", "left", "mismatches", "receive", "send", "upstream")
+    __slots__ = ("_connection", "_port", "attempts", "is_pooled", "left", "mismatches", "receive", "send", "upstream")
 
     send: Callable[[bytes], None]
     receive: Callable[[int], bytes]
@@ -137,10 +138,13 @@ class PooledSocket:
         self.mismatches = 0
         self.is_pooled = False
         self._connection: UdpConnection | None = None
+        self._port = 0
 
-    def open(self, connection: UdpConnection) -> None:
-        """Take the connection."""
-        self._connection = connection
+    def open(self, connection: UdpConnection, port: int = 0) -> None:
+        """Take the connection. ``port``: its source port; 0: the kernel has chosen one."""
+        self._connection, self._port = connection, port
+        if port:
+            self.upstream.ports.add(port)
         self.send, self.receive = connection.send, connection.receive
 
     def close(self) -> None:
@@ -148,3 +152,4 @@ class PooledSocket:
         if self._connection:
             self._connection.close()
             self._connection = None
+            self.upstream.ports.discard(self._port)

@@ -117,6 +117,7 @@ class Service:
             self._responder.direct_entry,
             proxy_dnssec=settings.proxy_dnssec,
             ignored=settings.ignored_addresses,
+            ports=settings.ports,
         )
         self._failover = Failover(packets, self._upstream, self.metrics, settings.strict_order, settings.all_servers)
         self._forwarder = Forwarder(

@@ -25,6 +25,21 @@ class Server:
 
 
 @dataclass(frozen=True, slots=True)
+class Ports:
+    """The source ports of queries to upstream servers over UDP."""
+
+    low: int = 0
+    high: int = 0  # 0: the kernel's choice
+    single: bool = False  # one per server, not random ones
+
+    def __str__(self) -> str:
+        return f"port {self.low}" if self.low == self.high else f"ports {self.low} to {self.high}"
+
+
+ANY_PORTS = Ports()
+
+
+@dataclass(frozen=True, slots=True)
 class DomainServers:
     """The servers of a domain and of all names below it."""
 
@@ -114,6 +129,7 @@ class Settings:
     domain_servers: tuple[DomainServers, ...] = ()
     strict_order: bool = False  # query servers in their order
     all_servers: bool = False  # query all servers at the same time
+    ports: Ports = ANY_PORTS  # source ports of queries to servers
     addresses: tuple[DomainAddress, ...] = ()
     host_records: tuple[HostRecord, ...] = ()
     records: tuple[StaticRecord, ...] = ()

@@ -126,6 +126,8 @@ def _open_socket(server: Server, kind: socket.SocketKind, port: int = 0, shared:
             link.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, server.interface.encode() + b"\0")
         if shared and port:
             link.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if port and family == socket.AF_INET6:  # IPv4 may use the same port
+            link.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         if server.source or port:
             link.bind((server.source, port))
     return link

@@ -25,7 +25,7 @@ from udpwatch.dns.names import Network
 from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.policy import has_address_in
 from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
-from udpwatch.dns.settings import Server
+from udpwatch.dns.settings import ANY_PORTS, Ports, Server
 from udpwatch.dns.transport import Transport
 from udpwatch.dns.upstream_socket import SOCKET_SECONDS, Sockets
 from udpwatch.dns.upstream_tcp import Failure, Result, TcpClient
@@ -70,11 +70,10 @@ class UpstreamClient:
         *,
         proxy_dnssec: bool = False,
         ignored: Collection[Network] = (),
-        ports: tuple[int, int] = (0, 0),
+        ports: Ports = ANY_PORTS,
         only_tcp: bool = False,
     ) -> None:
-        """``proxy_dnssec``: ask for AD. A response with an address in ``ignored`` counts as a mismatch. ``ports``: see
-        `Sockets`."""
+        """``proxy_dnssec``: ask for AD. A response with an address in ``ignored`` counts as a mismatch."""
         self._loop, self._metrics, self._tcp, self._ignored = loop, metrics, tcp, ignored
         self._read_direct, self._only_tcp = read_direct, only_tcp
         flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
@@ -217,7 +216,8 @@ class UpstreamClient:
     def _mismatch(self, link: PooledSocket) -> None:
         self._metrics.mismatched[0] += 1
         link.mismatches += 1
-        self._retire(link)
+        if self._sockets.renews or link.mismatches >= MAX_MISMATCHES:
+            self._retire(link)
         if link.mismatches >= MAX_MISMATCHES:
             for attempt in list(link.attempts.values()):
                 self._over_tcp(attempt)

@@ -6,23 +6,36 @@ a server are open at the same time, each connected, so that the kernel delivers 
 only. A query uses a new port, or, when the pool is full, a random one of it. A port closes after SOCKET_QUERIES queries
 or SOCKET_SECONDS, and takes no further query after the first mismatch. An attacker who knew all open ports would still
 have to guess 23 bits; the kernel's limit on ICMP errors makes finding them take longer than they stay open.
+
+A range of fewer ports (`--min-port`, `--max-port`) leaves fewer bits, and one port (`--query-port`) only those of the
+id. Sockets to several servers share the ports of a small range. No two sockets to one server have the same port at the
+same time: the kernel would deliver the responses of both to one of them.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import secrets
 from collections.abc import Callable
 from functools import partial
 
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
-from udpwatch.dns.transport import Transport, UdpConnection
+from udpwatch.dns.settings import Ports
+from udpwatch.dns.transport import Transport
 
 POOL_SOCKETS = 128  # per server
 SOCKET_QUERIES = 64
 SOCKET_SECONDS = 10.0
-BIND_ATTEMPTS = 16  # random ports of --min-port and --max-port that are tried
+BIND_ATTEMPTS = 100  # random ports of a range that are tried: as many as dnsmasq tries
+SHARED_RANGE = 16 * POOL_SOCKETS  # servers share the ports of a smaller range
+RENEWED_RANGE = 4 * POOL_SOCKETS  # the ports of a smaller range stay open: there are few others
 _RANDOM_BYTES = 4096
+_PORT_IN_USE = {errno.EADDRINUSE, errno.EACCES}
+
+log = logging.getLogger(__name__)
 
 
 class Sockets:
@@ -33,15 +46,15 @@ class Sockets:
         transport: Transport,
         on_readable: Callable[[PooledSocket], None],
         on_open: Callable[[PooledSocket], None],
-        ports: tuple[int, int] = (0, 0),
+        ports: Ports,
     ) -> None:
-        """``ports``: the lowest and the highest source port; (0, 0): the kernel's choice. ``on_open``: starts the
-        socket's timer of SOCKET_SECONDS."""
+        """``on_open``: starts the socket's timer of SOCKET_SECONDS."""
         self._transport, self._on_readable, self._on_open, self._ports = transport, on_readable, on_open, ports
-        low, high = ports
-        self._most = min(POOL_SOCKETS, high - low + 1) if high else POOL_SOCKETS
+        count = 1 if ports.single else ports.high - ports.low + 1 if ports.high else SHARED_RANGE
+        self._most = min(POOL_SOCKETS, count)
+        self._shared = count < SHARED_RANGE
         #: Whether sockets are replaced by new ones; else new ports would be hard to find.
-        self.renews = not high or high - low >= 4 * POOL_SOCKETS
+        self.renews = count >= RENEWED_RANGE
         self._random, self._random_at = b"", _RANDOM_BYTES
 
     def send(self, attempt: Attempt, message: bytes) -> None:
@@ -89,27 +102,42 @@ class Sockets:
     def _open(self, upstream: Upstream) -> PooledSocket:
         link = PooledSocket(upstream, SOCKET_QUERIES)
         try:
-            link.open(self._bind(upstream, link))
-        except OSError:
-            if not upstream.pool:  # no descriptor is free: an open socket will do
-                raise
-            return upstream.pool[0]
+            self._bind(upstream, link)
+        except OSError as error:
+            if upstream.pool:  # no descriptor or port is free: an open socket will do
+                return secrets.choice(upstream.pool)
+            if self._ports.high and error.errno in _PORT_IN_USE:
+                text = "dns: cannot query %s from %s: %s"
+                LIMITED.write(log, logging.WARNING, text, upstream.server, self._ports, error.strerror)
+            raise
         upstream.pool.append(link)
         link.is_pooled = True
         self._on_open(link)
         return link
 
-    def _bind(self, upstream: Upstream, link: PooledSocket) -> UdpConnection:
-        low, high = self._ports
-        on_readable = partial(self._on_readable, link)
-        for left in reversed(range(BIND_ATTEMPTS if high else 1)):
-            port = low + secrets.randbelow(high - low + 1)
+    def _bind(self, upstream: Upstream, link: PooledSocket) -> None:
+        """Open the socket, on a random port of the range. Raises OSError."""
+        ports, on_readable = self._ports, partial(self._on_readable, link)
+        if not ports.high:
+            link.open(self._transport.open_udp(upstream.server, 0, False, on_readable))
+            return
+        size = ports.high - ports.low + 1
+        if size <= BIND_ATTEMPTS:
+            chosen = secrets.SystemRandom().sample(range(ports.low, ports.high + 1), size)
+        else:
+            chosen = [ports.low + secrets.randbelow(size) for _ in range(BIND_ATTEMPTS)]
+        problem = OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+        for port in chosen:
+            if port in upstream.ports:
+                continue
             try:
-                return self._transport.open_udp(upstream.server, port, low == high, on_readable)
-            except OSError:  # most likely the port is in use
-                if not left:
+                link.open(self._transport.open_udp(upstream.server, port, self._shared, on_readable), port)
+                return
+            except OSError as error:
+                problem = error
+                if error.errno not in _PORT_IN_USE:
                     raise
-        raise AssertionError("unreachable")
+        raise problem
 
     def _chance(self) -> bytes:
         """Return four random octets. They are read many at a time: each system call costs as much as a lookup."""

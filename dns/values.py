@@ -42,6 +42,12 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 seconds = whole(0, MAX_SECONDS)
 port_number = whole(1, 65535)
 short = whole(0, 65535)
+port_limit = whole(1, 2**31 - 1)
+
+
+def source_port(text: str) -> int:
+    """A port; 0 or nothing, as in dnsmasq: no particular one."""
+    return short(text) if text else 0
 
 
 def file_path(text: str) -> Path:
@@ -178,7 +184,7 @@ def server_of(text: str) -> Server:
     address = address_of_text(numeric)
     interface, origin = "", ""
     if "#" in source:
-        raise Rejected("no source port: each query has a random one")
+        raise Rejected("no source port; --query-port sets that of every server")
     for number, part in enumerate(parts(source, "@") if "@" in text else []):
         try:
             asker = ipaddress.ip_address(part)

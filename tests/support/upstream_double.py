@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,16 @@ class UpstreamNetwork:
         self.open_udp_connections: set[_Connection] = set()
         self.open_tcp: Counter[Server] = Counter()
         self.received_in_turn: list[int] = []  # datagrams read in each turn of the event loop
+        self.ports_in_use: set[int] = set()  # by other programs
         self._turn_open = False
 
     def open_udp(self, server: Server, port: int, shared: bool, on_readable: Callable[[], None]) -> _Connection:
-        connection = _Connection(self, server, on_readable)
+        others = {each.port for each in self.open_udp_connections if not (shared and each.shared)}
+        same = {each.port for each in self.open_udp_connections if each.server == server}
+        if port and port in self.ports_in_use | others:
+            raise OSError(errno.EADDRINUSE, "in use")
+        assert not port or port not in same, "two sockets with the same addresses and ports"
+        connection = _Connection(self, server, port, shared, on_readable)
         self.open_udp_connections.add(connection)
         return connection
 
@@ -107,8 +114,11 @@ class UpstreamNetwork:
 class _Connection:
     """Readable for as long as there is a datagram, as a socket is: its callback runs once per turn of the loop."""
 
-    def __init__(self, network: UpstreamNetwork, server: Server, on_readable: Callable[[], None]) -> None:
+    def __init__(
+        self, network: UpstreamNetwork, server: Server, port: int, shared: bool, on_readable: Callable[[], None]
+    ) -> None:
         self.network, self.server, self.on_readable = network, server, on_readable
+        self.port, self.shared = port, shared
         self.inbox: deque[bytes | OSError] = deque()
         self.closed = self.notifying = False
 

@@ -50,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
     # upstream servers
     "transport": {"libc", "packet_loop", "settings"},
     "resolution": {"cache_entry", "metrics", "settings", "transport"},
-    "upstream_socket": {"resolution", "transport"},
+    "upstream_socket": {"limited_log", "resolution", "settings", "transport"},
     "upstream_tcp": {"budget", "message", "settings", "transport"},
     "upstream": {
         *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),

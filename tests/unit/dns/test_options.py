@@ -40,6 +40,7 @@ from udpwatch.dns.settings import (
     DomainServers,
     HostRecord,
     InterfaceName,
+    Ports,
     Server,
     Settings,
     StaticRecord,
@@ -249,6 +250,12 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--max-cache-ttl=60", {"max_cache_ttl": 60}),
     ("--strict-order", {"strict_order": True}),
     ("--all-servers", {"all_servers": True}),
+    ("--query-port=4444", {"ports": Ports(4444, 4444, single=True)}),
+    *((word, {"ports": Ports(0, 0, single=True)}) for word in ("--query-port=0", "--query-port=")),
+    ("--min-port=60000", {"ports": Ports(60000, 65535)}),
+    ("--max-port=2000", {"ports": Ports(1024, 2000)}),
+    ("--max-port=0", {}),
+    ("--port-limit=64", {}),
     ("--dns-forward-max=150", {"forward_max": 150}),
     ("--max-tcp-connections=20", {"max_tcp_connections": 20}),
     ("--edns-packet-max=4096", {"edns_packet_max": 4096}),
@@ -376,6 +383,8 @@ BAD = [
     *(f"--filter-rr={value}" for value in ("", "TXT,", "x", "ANY", "OPT", "0", "255", "65536")),
     *(f"--min-cache-ttl={value}" for value in ("", "-1", "3601")),
     *(f"--max-cache-ttl={value}" for value in ("", "x")),
+    *(f"--{name}={value}" for name in ("query-port", "min-port", "max-port") for value in ("65536", "-1", "x")),
+    *(f"--port-limit={value}" for value in ("", "0", "x")),
     *(f"--dns-forward-max={value}" for value in ("", "0", "x")),
     *(f"--max-tcp-connections={value}" for value in ("", "0", "10001", "x")),
     *(f"--edns-packet-max={value}" for value in ("", "511", "65536")),
@@ -485,6 +494,15 @@ def test_host_name_that_is_no_domain_name(monkeypatch: pytest.MonkeyPatch) -> No
     assert settings("--no-hosts").records == ()
 
 
+def test_source_ports() -> None:
+    assert settings("--min-port=5000", "--max-port=5000").ports == Ports(5000, 5000)
+    assert settings("--min-port=5000", "--max-port=6000", "--query-port=0").ports == Ports(0, 0, single=True)
+    assert rejected("--min-port=5000", "--max-port=4999") == "--max-port=4999: less than --min-port=5000"
+    assert rejected("--max-port=1023") == "--max-port=1023: less than --min-port=1024, the default"
+    assert settings("-Q", "4444").ports == Ports(4444, 4444, single=True)
+    assert rejected("--query-port=53").startswith("--query-port=53: is also --port; ")
+
+
 def test_alias_has_one_target() -> None:
     assert "a.example already has a target" in rejected("--cname=a.example,b.example", "--cname=A.example,c.example")
 
@@ -555,7 +573,13 @@ def test_no_poll_allows_one_resolv_file() -> None:
 
 
 ONCE = [option for option in OPTIONS if option.once]
-_VALUES = {"metrics-listen": "off", "local-service": "net", "edns-packet-max": "512", "log-facility": "-"}
+_VALUES = {
+    "metrics-listen": "off",
+    "local-service": "net",
+    "edns-packet-max": "512",
+    "log-facility": "-",
+    "max-port": "2000",
+}
 
 
 @pytest.mark.parametrize("option", ONCE, ids=lambda option: option.name)

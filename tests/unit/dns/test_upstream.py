@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_network
 
@@ -15,7 +16,7 @@ from virtual_time import now, run, turns
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolution import EDNS_LOST_AFTER, PLAIN_SECONDS, Attempt, Member
-from udpwatch.dns.settings import Server
+from udpwatch.dns.settings import Ports, Server
 from udpwatch.dns.upstream import (
     ATTEMPT_SECONDS,
     MAX_MISMATCHES,
@@ -23,7 +24,7 @@ from udpwatch.dns.upstream import (
     UDP_ANSWERS_PER_TURN,
     UpstreamClient,
 )
-from udpwatch.dns.upstream_socket import POOL_SOCKETS, SOCKET_QUERIES, SOCKET_SECONDS
+from udpwatch.dns.upstream_socket import POOL_SOCKETS, RENEWED_RANGE, SOCKET_QUERIES, SOCKET_SECONDS
 from udpwatch.dns.upstream_tcp import (
     MAX_TCP_ANSWERS,
     MAX_TCP_ANSWERS_PER_SERVER,
@@ -431,7 +432,7 @@ def test_socket_takes_no_query_after_a_mismatch() -> None:
 def test_icmp_error_fails_all_queries_of_its_socket() -> None:
     async def many() -> None:
         network = UpstreamNetwork({SERVER: silent})
-        client = Client(network, ports=(5000, 5000))
+        client = Client(network, ports=Ports(5000, 5000, single=True))
         attempts = [client.futures[client.send()] for _ in range(3)]
         (connection,) = network.open_udp_connections
         connection._arrive([ConnectionRefusedError()])
@@ -445,7 +446,7 @@ def test_icmp_error_fails_all_queries_of_its_socket() -> None:
 def test_fixed_port_keeps_its_socket() -> None:
     async def many() -> None:
         network = UpstreamNetwork()
-        client = Client(network, ports=(5000, 5000))
+        client = Client(network, ports=Ports(5000, 5000, single=True))
         links = set()
         for _ in range(2 * SOCKET_QUERIES):
             attempt = client.send()
@@ -455,6 +456,85 @@ def test_fixed_port_keeps_its_socket() -> None:
         client.client.forget_servers()
         await asyncio.sleep(SOCKET_SECONDS)
         assert not network.open_udp_connections
+
+    run(many())
+
+
+def test_small_range_of_ports() -> None:
+    """Each server has its own sockets on the same ports, except on one that another program uses."""
+
+    async def many() -> None:
+        network = UpstreamNetwork({SERVER: silent})
+        network.ports_in_use = {5001}
+        client = Client(network, ports=Ports(5000, 5003))
+        sockets = {server: [client.send(server).socket for _ in range(100)] for server in (SERVER, OTHER)}
+        for server, used in sockets.items():
+            assert sorted(each.port for each in network.open_udp_connections if each.server == server) == [
+                5000,
+                5002,
+                5003,
+            ]
+            assert min(Counter(used).values()) > 10
+        client.end()
+        assert not any(client.client.upstream(server).ports for server in sockets)
+
+    run(many())
+
+
+@pytest.mark.parametrize("ports", [Ports(5000, 5000, single=True), Ports(5000, 5127)])
+def test_no_port_is_free(ports: Ports) -> None:
+    async def send() -> None:
+        network = UpstreamNetwork()
+        network.ports_in_use = set(range(5000, 5128))
+        client = Client(network, ports=ports)
+        with pytest.raises(OSError, match="in use"):
+            client.send()
+        network.ports_in_use.clear()
+        assert (await client.query()).records
+        client.end()
+
+    run(send())
+
+
+def test_large_range_of_ports_is_renewed() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork()
+        client = Client(network, ports=Ports(5000, 5000 + RENEWED_RANGE - 1))
+        seen = set()
+        for _ in range(2 * POOL_SOCKETS * SOCKET_QUERIES):
+            client.send()
+            seen |= {each.port for each in network.open_udp_connections}
+            await turns(3)
+        assert len(seen) > 1.5 * POOL_SOCKETS
+        client.end()
+
+    run(many())
+
+
+def test_fixed_port_keeps_its_socket_until_there_are_many_mismatches() -> None:
+    """A second socket would have the same port, and get the responses to both."""
+
+    def late(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+        wrong = [(0.1, sent.respond(ident=sent.id ^ 1))] * (MAX_MISMATCHES - 1)
+        return [*wrong, (0.2, sent.respond(ADDRESS))]
+
+    async def many() -> None:
+        network = UpstreamNetwork({SERVER: late})
+        client = Client(network, ports=Ports(0, 0, single=True))
+        link = client.send().socket
+        await asyncio.sleep(0.15)
+        network.scripts[SERVER] = honest
+        attempt = client.send()
+        assert attempt.socket is link
+        await client.futures[attempt]
+        await asyncio.sleep(0.1)
+        assert not client.futures
+        network.scripts[SERVER] = lambda sent: [(0.1, sent.respond(ident=sent.id ^ 1))]
+        assert client.send().socket is link
+        await asyncio.sleep(0.1)
+        network.scripts[SERVER] = honest
+        assert client.send().socket is not link
+        client.end()
 
     run(many())
 

@@ -1,0 +1,115 @@
+"""How queries reach upstream servers: options that choose ports, repeat, and find loops; beside dnsmasq."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+from dns_server import FakeServer, Responder, ask, rcode, texts
+from dnsmasq import dnsmasq
+from waiting import wait_for
+
+from udpwatch.agent.testing.lab import Lab, Namespace
+
+FIRST, SECOND, SIXTH = "127.0.0.2", "127.0.0.3", "fd00::53"
+GOOD = ["192.0.2.80"]
+LISTEN = ("--listen-address=127.0.0.1", "--bind-interfaces", "--cache-size=0")
+
+
+@pytest.fixture
+def node() -> Iterator[Namespace]:
+    """A node whose upstream servers are addresses of its own."""
+    with Lab() as lab:
+        place = lab.namespace("node")
+        place.ip("link set lo up", f"addr add {SIXTH}/64 dev lo nodad")
+        yield place
+
+
+@contextlib.contextmanager
+def running(program: str, node: Namespace, *options: str) -> Iterator[Responder | None]:
+    """`udpwatch dns` or dnsmasq."""
+    if program == "dnsmasq":
+        with dnsmasq(node, "--user=root", *LISTEN, *options):
+            yield None
+    else:
+        with Responder(node, *LISTEN, *options) as responder:
+            yield responder
+
+
+def ask_many(node: Namespace, number: int = 200) -> None:
+    for each in range(number):
+        assert texts(ask(node, "127.0.0.1", f"n{each}.example")) == GOOD
+
+
+def ports_of(*servers: FakeServer) -> set[int]:
+    """The source ports of the queries for names of `ask_many`."""
+    return {asked.peer[1] for server in servers for asked in server.asked if asked.name.startswith("n")}
+
+
+BOTH = pytest.mark.parametrize("program", ["udpwatch", "dnsmasq"])
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "low", "high"),
+    [
+        (("--min-port=61000",), 61000, 65535),
+        (("--max-port=1400",), 1024, 1400),
+        (("--min-port=200", "--max-port=900"), 200, 900),
+        (("--min-port=0", "--max-port=0"), 32768, 60999),
+    ],
+)
+def test_random_ports_in_a_range(node: Namespace, program: str, options: tuple[str, ...], low: int, high: int) -> None:
+    with FakeServer(node, FIRST) as server, running(program, node, f"--server={FIRST}", *options):
+        ask_many(node)
+        ports = ports_of(server)
+    assert low <= min(ports) and max(ports) <= high
+    assert len(ports) > 100
+
+
+@BOTH
+@pytest.mark.parametrize("option", ["--query-port=4444", "--query-port=0"])
+def test_fixed_port(node: Namespace, program: str, option: str) -> None:
+    """Two IPv4 servers and one over IPv6, each with responses over this port."""
+    servers = (f"--server={FIRST}", f"--server={SECOND}", f"--server=/six.example/{SIXTH}")
+    with FakeServer(node, FIRST) as first, FakeServer(node, SECOND) as second, FakeServer(node, SIXTH) as sixth:
+        with running(program, node, *servers, "--all-servers", option, "--min-port=60000"):
+            ask_many(node, 20)
+            assert texts(ask(node, "127.0.0.1", "n.six.example")) == GOOD
+        ports = [ports_of(each) for each in (first, second, sixth)]
+    assert [len(each) for each in ports] == [1, 1, 1]
+    if option == "--query-port=4444":
+        assert ports == [{4444}] * 3
+    elif program == "dnsmasq":
+        assert ports[0] == ports[1]
+    else:
+        assert ports[0] != ports[1]
+
+
+def test_fixed_port_with_a_source_address(node: Namespace) -> None:
+    with FakeServer(node, FIRST) as server:
+        with Responder(node, *LISTEN, f"--server={FIRST}@127.0.0.77", "--query-port=4444"):
+            ask_many(node, 10)
+        assert {asked.peer for asked in server.asked} == {("127.0.0.77", 4444)}
+
+
+def test_small_range_is_shared_by_servers(node: Namespace) -> None:
+    """Three ports, one of them another program's; the responses of each server arrive at its own sockets."""
+    with FakeServer(node, FIRST) as first, FakeServer(node, SECOND) as second, node.socket() as other:
+        other.bind(("0.0.0.0", 5001))
+        servers = (f"--server={FIRST}", f"--server={SECOND}")
+        with Responder(node, *LISTEN, *servers, "--all-servers", "--min-port=5000", "--max-port=5002") as responder:
+            ask_many(node)
+            assert responder.metric("upstream_mismatched_responses_total") == 0
+        assert ports_of(first) == ports_of(second) == {5000, 5002}
+
+
+def test_port_in_use(node: Namespace) -> None:
+    """A query fails with a reason in the log, and succeeds once the port is free."""
+    with FakeServer(node, FIRST), Responder(node, *LISTEN, f"--server={FIRST}", "--query-port=4444") as responder:
+        with node.socket() as other:
+            other.bind(("0.0.0.0", 4444))
+            assert rcode(ask(node, "127.0.0.1", "used.example")) == "SERVFAIL"
+            assert responder.has_logged(f"dns: cannot query {FIRST}#53 from port 4444: Address already in use")
+        wait_for(lambda: texts(ask(node, "127.0.0.1", "free.example")) == GOOD, "a response")
