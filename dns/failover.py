@@ -31,6 +31,7 @@ STALE_TICKS = 2  # 1.6 s, about RFC 8767's client response timer (section 5)
 TICKS = 6  # 4.8 s: below the 5 s after which a stub resolver retries
 ROUNDS = 2  # queries per server at most
 MAX_ATTEMPTS = 8
+IGNORED_SECONDS = TICK_SECONDS / 2  # a query that is dropped after this time counts as unanswered: under a flood all are
 MAX_UNANSWERED = 16_000  # queries that are listened for, in all
 
 
@@ -115,6 +116,9 @@ class Failover:
         for attempt in resolution.attempts:
             attempt.resolution = None  # break the cycle: no work for the garbage collector
             self._client.forget(attempt)
+            if self._loop.now - attempt.sent >= IGNORED_SECONDS:
+                self._count(attempt, "timeout")
+                self._note_overdue(attempt)
         resolution.attempts.clear()
 
     def _start_others(self, resolution: Resolution, ordered: tuple[Member, ...]) -> None:

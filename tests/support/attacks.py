@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import cast
 
 from dns_server import bare_query
 from scene import ask, bound
@@ -153,10 +154,9 @@ def let_go_at_once(namespace: Namespace, address: str, seconds: float) -> None:
 
     class Truncating(asyncio.DatagramProtocol):
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
-            self.transport = transport
+            self.transport = cast("asyncio.DatagramTransport", transport)  # no subclass of it before Python 3.12
 
         def datagram_received(self, data: bytes, peer: tuple[str, int]) -> None:
-            assert isinstance(self.transport, asyncio.DatagramTransport)
             self.transport.sendto(long_answer(data, tcp=False), peer)
 
     async def serve() -> None:

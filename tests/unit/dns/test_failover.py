@@ -11,6 +11,7 @@ from virtual_packet_loop import VirtualPacketLoop
 from virtual_time import now, run
 
 from udpwatch.dns.failover import (
+    IGNORED_SECONDS,
     MAX_ATTEMPTS,
     MAX_UNANSWERED,
     ROUNDS,
@@ -484,6 +485,23 @@ def test_dropped_query_leaves_nothing() -> None:
         await asyncio.sleep(2 * ATTEMPT_SECONDS)
         group.futures.clear()
         assert not group.network.open_udp_connections
+
+    run(drop())
+
+
+@pytest.mark.parametrize(("seconds", "counted"), [(IGNORED_SECONDS - 0.01, {}), (IGNORED_SECONDS, {"timeout": 1})])
+def test_silence_is_counted_although_the_query_is_dropped(seconds: float, counted: dict[str, int]) -> None:
+    """A flood makes every query of a dead domain give way before its time is over."""
+
+    async def drop() -> None:
+        group = Group(silent)
+        resolution = group.start()
+        await asyncio.sleep(seconds)
+        group.failover.drop(resolution)
+        assert group.failures(FIRST) == counted
+        assert group.failover.group(group.servers).members[0].unanswered == len(counted)
+        group.futures.clear()
+        group.end()
 
     run(drop())
 
