@@ -31,7 +31,7 @@ STALE_TICKS = 2  # 1.6 s, about RFC 8767's client response timer (section 5)
 TICKS = 6  # 4.8 s: below the 5 s after which a stub resolver retries
 ROUNDS = 2  # queries per server at most
 MAX_ATTEMPTS = 8
-IGNORED_SECONDS = TICK_SECONDS / 2  # a query that is dropped after this time counts as unanswered: under a flood all are
+IGNORED_SECONDS = TICK_SECONDS / 2  # a query dropped after this time counts as unanswered: in a flood all are dropped
 MAX_UNANSWERED = 16_000  # queries that are listened for, in all
 
 
