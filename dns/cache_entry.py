@@ -25,7 +25,9 @@ MAX_SOA = 8  # records in the authority section that are looked at; a real respo
 _ttl = struct.Struct("!I")
 _fixed = struct.Struct("!HHIH")  # of a record, after its name
 
-Key = tuple[bytes, int, int, int]
+#: Name, type, class, and the flags that change a response. If the response depends on the EDNS options of the query,
+#: these, too; then it is not cached.
+Key = tuple[bytes, int, int, int] | tuple[bytes, int, int, int, bytes]
 
 
 @dataclass(slots=True)

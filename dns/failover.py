@@ -10,6 +10,7 @@ Rules
 4. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
    are queried at the same time.
 5. The second query to a silent server has no EDNS: firewalls drop queries with an OPT record that they do not know.
+   With options (edns.py) every query has EDNS.
 6. A response that comes after the clients got SERVFAIL is still cached, so that their next attempt succeeds.
 """
 
@@ -152,8 +153,8 @@ class Failover:
     def _send(self, resolution: Resolution, member: Member, repeated: bool = False) -> Attempt | None:
         """Query a server, ``repeated``: without EDNS. Return None if that has failed."""
         now = self._loop.now
-        edns = not repeated and member.upstream.plain_until <= now
-        attempt = Attempt(member, resolution.key, resolution.question, edns, now, repeated)
+        edns = (not repeated and member.upstream.plain_until <= now) or resolution.options != b""
+        attempt = Attempt(member, resolution.key, resolution.question, edns, now, repeated, resolution.options)
         if self._client.waiting >= MAX_UNANSWERED:
             self._give_up(self._client.forget_oldest())
         try:

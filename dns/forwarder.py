@@ -24,6 +24,7 @@ from typing import Protocol
 
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import Entry, Key, failure
+from udpwatch.dns.edns import ClientOptions
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.message import Query, Rcode, Response
@@ -111,8 +112,10 @@ class Forwarder:
         failover: Failover,
         metrics: Metrics,
         query_log: QueryLog | None,
+        client_options: ClientOptions | None = None,
     ) -> None:
-        self._loop = loop
+        """``client_options``: EDNS options that servers get."""
+        self._loop, self._options = loop, client_options
         self._settings, self._responder, self._cache = settings, responder, cache
         self._failover, self._metrics, self._query_log = failover, metrics, query_log
         failover.owner = self
@@ -148,7 +151,10 @@ class Forwarder:
     def submit(self, client_query: ClientQuery) -> None:
         """Take a client's query. Its response, which may be a refusal, is delivered later."""
         asked, client = client_query.forward.query, client_query.client
-        key = asked.key
+        key: Key = asked.key
+        options = b""
+        if self._options:
+            key, options = self._with_options(key, client)
         query = self._in_flight.get(key)
         if query is None:
             servers = self._responder.routes.for_name(asked.name)
@@ -176,6 +182,8 @@ class Forwarder:
         is_new = query is None
         if query is None:
             query = self._add(key, asked, group)
+            if options:
+                query.options = options
         else:
             self._metrics.coalesced[0] += 1
         waiter = _Waiter(query, client, self._loop.now, {client_query.origin: client_query})
@@ -188,12 +196,20 @@ class Forwarder:
 
     def cancel(self, client_query: ClientQuery) -> None:
         """Drop a query whose client has disconnected."""
-        query = self._in_flight.get(client_query.forward.query.key)
+        key, _ = self._with_options(client_query.forward.query.key, client_query.client)
+        query = self._in_flight.get(key)
         waiter = query.waiters.get(client_query.client) if query else None
         if waiter and waiter.queries.get(client_query.origin) is client_query:
             del waiter.queries[client_query.origin]
             if not waiter.queries:
                 self._remove_waiter(waiter)
+
+    def _with_options(self, key: Key, client: bytes) -> tuple[Key, bytes]:
+        """Return the key of a client's query in flight, and the EDNS options of the query."""
+        if self._options is None:
+            return key, b""
+        options = self._options.of(client)
+        return ((*key[:4], options) if self._options.vary else key), options
 
     def _repeat(self, waiter: _Waiter, client_query: ClientQuery) -> None:
         network = network_of(client_query.client)

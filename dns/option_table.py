@@ -382,6 +382,17 @@ OPTIONS = (
         "them",
         "AD is cached with its response; queries to upstream servers have AD set",
     ),
+    # who asks
+    _option(
+        "--add-subnet[=[[IPv4/]PREFIX][,[IPv6/]PREFIX]]",
+        readers.one("subnets", values.client_subnets),
+        "tell upstream servers the subnet of IPv4 and of IPv6 clients, or a given one (EDNS Client Subnet); 0, the "
+        "default: ask them not to pass any on. If it depends on the client, no response is cached (docs/dns.md)",
+        "a prefix longer than the address is refused; a client's own subnet is always replaced, as by --strip-subnet; "
+        "dnsmasq still caches responses to clients of the family whose subnet is constant",
+        once=True,
+    ),
+    _option("--strip-subnet", readers.accept_noop, "no effect: EDNS options of clients are never passed on"),
     # cache
     _option(
         "-c --cache-size=N",
@@ -566,9 +577,9 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac add-subnet connmark-allowlist
+    add-cpe-id add-mac connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    no-0x20-encode strip-mac strip-subnet umbrella
+    no-0x20-encode strip-mac umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -100,6 +100,7 @@ class Attempt:
     edns: bool
     sent: float  # monotonic seconds
     repeated: bool = False  # without EDNS, because the same query with EDNS was not answered
+    options: bytes = b""  # EDNS options: see edns.py
     resolution: Resolution | None = None  # None: only its server is judged
     overdue: bool = False
     counted: bool = False  # as a failure
@@ -116,6 +117,7 @@ class Resolution:
     question: bytes
     group: Group
     attempts: list[Attempt] = field(default_factory=list)  # without a result yet
+    options: bytes = b""  # EDNS options that servers get
     plan: tuple[Member, ...] = ()  # to query, in this order, more than once
     begun: int = 0  # how many queries of the plan
     rcode: int = 0  # for the client if all fail

@@ -102,6 +102,7 @@ class Responder:
             or settings.aliases
             or settings.proxy_dnssec
             or settings.max_ttl
+            or settings.subnets
             or not settings.negcache
         )
         self.zone = zone

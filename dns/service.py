@@ -12,12 +12,13 @@ import math
 import resource
 from collections.abc import Callable
 
-from udpwatch.dns import addresses, listen
+from udpwatch.dns import addresses, edns, listen
 from udpwatch.dns.address_monitor import AddressMonitor
 from udpwatch.dns.addresses import Local
 from udpwatch.dns.admission import Admission
 from udpwatch.dns.budget import FORWARD_SHARE, TCP_SHARE, Budget
 from udpwatch.dns.cache import Cache
+from udpwatch.dns.edns import ClientOptions
 from udpwatch.dns.failover import Failover
 from udpwatch.dns.forwarder import Forwarder
 from udpwatch.dns.interfaces import HostInterfaces
@@ -58,7 +59,7 @@ class Service:
         upstream_sockets = MAX_TCP_ANSWERS + 2 * UPSTREAM_SERVERS * POOL_SOCKETS
         _raise_descriptor_limit(settings.max_tcp_connections + upstream_sockets)
         self.metrics = Metrics()
-        self._cache = Cache(settings.cache_size, settings.stale_seconds)
+        self._cache = Cache(0 if edns.depend_on_client(settings) else settings.cache_size, settings.stale_seconds)
         self._statistics = Statistics(self.metrics, self._cache)
         self._responder = Responder(settings, Zone(settings), self._cache)
         self._responder.version = f"udpwatch-{version}"
@@ -121,7 +122,14 @@ class Service:
         )
         self._failover = Failover(packets, self._upstream, self.metrics, settings.strict_order, settings.all_servers)
         self._forwarder = Forwarder(
-            packets, settings, self._responder, self._cache, self._failover, self.metrics, query_log
+            packets,
+            settings,
+            self._responder,
+            self._cache,
+            self._failover,
+            self.metrics,
+            query_log,
+            ClientOptions(settings) if edns.are_added(settings) else None,
         )
 
     @property
@@ -172,6 +180,8 @@ class Service:
             resolv.start(resolv_read)
         self._flush_log()
         self._serving = True
+        if edns.depend_on_client(self._settings):
+            log.info("dns: no upstream response is cached, because queries have options that depend on the client")
         where = ", ".join(self._listening.addresses) or "no address yet"
         log.info("dns: listening on %s, port %d; %d local names", where, self.port, self.metrics.hosts_entries)
 

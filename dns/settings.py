@@ -108,6 +108,14 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
+class Subnet:
+    """`--add-subnet` for one family of clients."""
+
+    prefix: int = 0  # bits
+    address: str = ""  # "": the client's
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings; the defaults are those of `udpwatch dns` without options."""
 
@@ -159,6 +167,7 @@ class Settings:
     cache_size: int = 10_000  # responses; 0: no cache
     negcache: bool = True
     stale_seconds: int = 86_400  # how long expired responses are served while all servers are down; 0: never
+    subnets: tuple[Subnet, Subnet] | None = None  # upstream queries name them: for IPv4 clients, for IPv6 clients
     forward_max: int = 1_000  # queries in flight to the servers of one domain
     max_tcp_connections: int = 512  # of clients
     edns_packet_max: int = 1232  # octets over UDP

@@ -19,6 +19,7 @@ from typing import Protocol
 from udpwatch.dns import message
 from udpwatch.dns.cache_entry import Entry
 from udpwatch.dns.cname import CnameLoop, follow
+from udpwatch.dns.edns import has_same_subnet, with_options
 from udpwatch.dns.message import AD, CD, DO, OPCODE_MASK, RD, TC, Malformed, Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import Network
@@ -133,6 +134,8 @@ class UpstreamClient:
             self._over_tcp(attempt)
         else:
             before, after = self._around[attempt.key[3], attempt.edns]
+            if attempt.options:
+                after = with_options(after, attempt.options)
             self._sockets.send(attempt, before + attempt.question + after)
         self._timeouts.start(attempt, attempt.sent)
 
@@ -209,9 +212,12 @@ class UpstreamClient:
             return None
         if (response.name, response.type, response.klass) != attempt.key[:3]:
             return None
-        if response.flags & OPCODE_MASK or (self._ignored and has_address_in(self._ignored, response)):
-            return None
-        return response
+        is_other = (
+            response.flags & OPCODE_MASK
+            or (self._ignored and has_address_in(self._ignored, response))
+            or (attempt.options and not has_same_subnet(attempt.options, data, response.body_end))
+        )
+        return None if is_other else response
 
     def _mismatch(self, link: PooledSocket) -> None:
         self._metrics.mismatched[0] += 1
@@ -224,7 +230,7 @@ class UpstreamClient:
 
     def _judge(self, attempt: Attempt, found: Result, over_tcp: bool = False) -> None:
         """Decide what a response means; it has matched the query."""
-        if found.rcode in _NO_EDNS and attempt.edns:
+        if found.rcode in _NO_EDNS and attempt.edns and not attempt.options:
             self._repeat_without_edns(attempt)
         elif isinstance(found, Failure):
             self._fail(attempt, found)
@@ -278,6 +284,8 @@ class UpstreamClient:
             post(lambda: self._on_tcp(attempt, cancel, result))
 
         before, after = self._around[attempt.key[3], attempt.edns]
+        if attempt.options:
+            after = with_options(after, attempt.options)
         cancel = self._tcp.query(
             attempt.member.upstream.server,
             attempt.ident + before + attempt.question + after,

@@ -12,7 +12,7 @@ from udpwatch.dns.conffile import parts
 from udpwatch.dns.host_port import host_port
 from udpwatch.dns.idn import to_ascii
 from udpwatch.dns.names import lower, name_from_text
-from udpwatch.dns.settings import Server, Settings
+from udpwatch.dns.settings import Server, Settings, Subnet
 
 MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
 MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
@@ -217,6 +217,22 @@ def domains_of(text: str) -> tuple[list[bytes], str]:
             raise Rejected("whole labels; dnsmasq's *DOMAIN is not supported")
         domains.append(ROOT if name == "#" else name_of(name.lstrip(".")) if name else b"")
     return domains, rest
+
+
+def client_subnets(text: str) -> tuple[Subnet, Subnet]:
+    """``[[ADDRESS/]PREFIX][,[ADDRESS/]PREFIX]``, for IPv4 and for IPv6 clients."""
+    texts = parts(text)
+    if len(texts) > 2:
+        raise Rejected("[ADDRESS/]PREFIX[,[ADDRESS/]PREFIX], for IPv4 and for IPv6 clients")
+    return _client_subnet(texts[0], 32), _client_subnet(texts[1] if len(texts) > 1 else "", 128)
+
+
+def _client_subnet(text: str, most: int) -> Subnet:
+    address_text, slash, prefix = text.rpartition("/")
+    if not slash:
+        return Subnet(whole(0, most)(prefix or "0"))
+    address = address_of_text(address_text)
+    return Subnet(whole(0, address.max_prefixlen)(prefix or "0"), str(address))
 
 
 def stale_seconds(text: str) -> int:

@@ -18,6 +18,7 @@ from virtual_time import now, run, turns
 from udpwatch.dns import forwarder as module
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import FAILURE_SECONDS
+from udpwatch.dns.edns import ClientOptions
 from udpwatch.dns.failover import STALE_TICKS, TICK_SECONDS, TICKS, Failover
 from udpwatch.dns.forwarder import (
     ALL_ASKED,
@@ -34,7 +35,7 @@ from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import name_from_text
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
-from udpwatch.dns.settings import DomainServers, Server, Settings
+from udpwatch.dns.settings import DomainServers, Server, Settings, Subnet
 from udpwatch.dns.upstream import ATTEMPT_SECONDS, UpstreamClient
 from udpwatch.dns.upstream_tcp import TcpClient
 from udpwatch.dns.zone import build
@@ -68,6 +69,11 @@ class Asked:
         self.clients.replies.append((now(), reply))
 
 
+def refuses_edns(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+    """A server that does not know EDNS."""
+    return [(0.0, sent.respond(rcode=Rcode.FORMERR if sent.edns else Rcode.NOERROR))]
+
+
 class Clients:
     """A forwarder with one upstream server, and what its clients get."""
 
@@ -81,7 +87,8 @@ class Clients:
         tcp.start()
         self.client = UpstreamClient(loop, self.metrics, self.network, tcp, self.responder.direct_entry)
         self.failover = Failover(loop, self.client, self.metrics)
-        self.forwarder = Forwarder(loop, made, self.responder, self.cache, self.failover, self.metrics, None)
+        options = ClientOptions(made)
+        self.forwarder = Forwarder(loop, made, self.responder, self.cache, self.failover, self.metrics, None, options)
         self.got: list[tuple[bytes, int, int]] = []  # client, id, code
         self.replies: list[tuple[float, Reply]] = []
 
@@ -155,6 +162,50 @@ def test_clients_that_ask_the_same_get_one_query_s_response() -> None:
             assert reply.source == "forward"
 
     run(ask())
+
+
+@pytest.mark.parametrize(("prefix", "asked"), [(0, 1), (24, 1), (32, 3)])
+def test_only_clients_of_one_subnet_share_a_query(prefix: int, asked: int) -> None:
+    async def test() -> None:
+        clients = Clients(honest, cache=0, subnets=(Subnet(prefix), Subnet()))
+        for ident, client in enumerate((A, B, C, A, B, C)):
+            clients.ask(client, "same", ident)
+        assert len(clients.network.sent) == asked
+        await clients.all_served()
+        assert [code for _, _, code in clients.got] == [Rcode.NOERROR] * 6
+        subnets = [sent.data[-4 - (prefix + 7) // 8 :] for sent in clients.network.sent]
+        expected = [bytes((0, 1, prefix, 0)) + client[: prefix // 8] for client in (A, B, C)]
+        assert subnets == expected[:asked]
+        clients.client.close()
+
+    run(test())
+
+
+def test_client_with_a_subnet_of_its_own_can_cancel() -> None:
+    async def test() -> None:
+        clients = Clients(subnets=(Subnet(32), Subnet()))
+        mine, other = clients.ask(A, "same", tcp=True), clients.ask(B, "same", tcp=True)
+        clients.forwarder.cancel(mine)
+        assert len(clients.forwarder) == 1
+        clients.forwarder.cancel(other)
+        assert len(clients.forwarder) == 0
+        clients.client.close()
+
+    run(test())
+
+
+@pytest.mark.parametrize("script", [silent, refuses_edns], ids=["silent", "formerr"])
+def test_query_with_options_is_never_sent_without_them(script: Script) -> None:
+    async def test() -> None:
+        clients = Clients(script, subnets=(Subnet(32), Subnet()))
+        clients.ask(A, "a")
+        await clients.all_served()
+        sent = clients.network.sent
+        assert len(sent) > 1
+        assert all(each.data.endswith(A) for each in sent)
+        clients.client.close()
+
+    run(test())
 
 
 def test_response_is_cached() -> None:

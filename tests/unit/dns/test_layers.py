@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "networks": {"names"},
     "policy": {"alias", "message", "names", "networks", "settings"},
     "routes": {"names", "settings"},
+    "edns": {"settings"},
     "limited_log": set(),
     "metrics": {"cache", "message"},
     # files
@@ -54,14 +55,14 @@ ALLOWED: dict[str, set[str]] = {
     "upstream_tcp": {"budget", "message", "settings", "transport"},
     "upstream": {
         *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),
-        *("cache_entry", "upstream_socket", "upstream_tcp"),
+        *("cache_entry", "edns", "upstream_socket", "upstream_tcp"),
     },
     "failover": {
         *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "upstream", "upstream_tcp"),
     },
     "forwarder": {
-        *("cache", "cache_entry", "failover", "limited_log", "message", "metrics", "names", "packet_loop", "policy"),
-        *("querylog", "resolution", "responder", "settings", "shares"),
+        *("cache", "cache_entry", "edns", "failover", "limited_log", "message", "metrics", "names", "packet_loop"),
+        *("policy", "querylog", "resolution", "responder", "settings", "shares"),
     },
     # clients
     "addresses": {"names", "netlink"},
@@ -84,8 +85,19 @@ ALLOWED: dict[str, set[str]] = {
         *("errors", "interfaces", "metrics", "resolvconf", "responder", "routes", "servers_file", "settings", "zone"),
     },
     "service": {
-        *("address_monitor", "addresses", "admission", "budget", "cache", "failover", "forwarder", "interfaces"),
-        *("limited_log", "listen", "metrics", "pacing", "packet_loop", "querylog", "reload", "responder", "settings"),
+        *("address_monitor", "addresses", "admission", "budget", "cache", "edns", "failover", "forwarder"),
+        *(
+            "interfaces",
+            "limited_log",
+            "listen",
+            "metrics",
+            "pacing",
+            "packet_loop",
+            "querylog",
+            "reload",
+            "responder",
+            "settings",
+        ),
         *("statistics", "tcp", "transport", "udp", "upstream", "upstream_socket", "upstream_tcp", "watch", "zone"),
     },
     "__init__": set(),
@@ -104,6 +116,7 @@ WITHOUT_IO = {
     "networks",
     "policy",
     "routes",
+    "edns",
     "shares",
     "synth",
     "responder",

@@ -44,6 +44,7 @@ from udpwatch.dns.settings import (
     Server,
     Settings,
     StaticRecord,
+    Subnet,
     SynthDomain,
 )
 
@@ -266,6 +267,16 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--rebind-domain-ok=a.example", {"rebind_domains_ok": (A,)}),
     ("--rebind-domain-ok=/a.example/b.example/", {"rebind_domains_ok": (A, B)}),
     ("--proxy-dnssec", {"proxy_dnssec": True}),
+    ("--add-subnet", {"subnets": (Subnet(), Subnet())}),
+    ("--add-subnet=24", {"subnets": (Subnet(24), Subnet())}),
+    ("--add-subnet=,64", {"subnets": (Subnet(), Subnet(64))}),
+    ("--add-subnet=24, 64", {"subnets": (Subnet(24), Subnet(64))}),
+    (
+        "--add-subnet=192.0.2.1/32,192.0.2.1/",
+        {"subnets": (Subnet(32, "192.0.2.1"), Subnet(0, "192.0.2.1"))},
+    ),
+    ("--add-subnet=2001:DB8::1/128", {"subnets": (Subnet(128, "2001:db8::1"), Subnet())}),
+    ("--strip-subnet", {}),
     ("--cache-size=150", {"cache_size": 150}),
     ("--cache-size=0", {"cache_size": 0}),
     ("--no-negcache", {"negcache": False}),
@@ -389,6 +400,8 @@ BAD = [
     *(f"--max-tcp-connections={value}" for value in ("", "0", "10001", "x")),
     *(f"--edns-packet-max={value}" for value in ("", "511", "65536")),
     *(f"--rebind-domain-ok={value}" for value in ("", "/", "//", "/a//b/")),
+    *(f"--add-subnet={value}" for value in ("33", "24,129", "24,64,1", "x", "-1", "192.0.2.1", "/24", "24,/64")),
+    *(f"--add-subnet={value}" for value in ("192.0.2.1/33", "2001:db8::1/129", "fe80::1%lo/64", "dns.example/24")),
     *(f"--cache-size={value}" for value in ("", "-1", "5000001")),
     *(f"--neg-ttl={value}" for value in ("", "x")),
     *(f"--max-ttl={value}" for value in ("", "x")),

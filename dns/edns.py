@@ -1,0 +1,118 @@
+"""EDNS options that tell upstream servers who asks, as dnsmasq adds them. Bytes and values; no sockets.
+
+Rules
+1. A query has the options of the client that has caused it. If they depend on the client, so may the response: it is
+   shared only with clients that get the same options, and no response is cached (`depend_on_client`).
+2. Options of clients are never passed on, and no option is added unless the settings say so.
+3. A query with options is never repeated without them: the server may filter by them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import struct
+from collections.abc import Callable, Iterator
+
+from udpwatch.dns.settings import Settings, Subnet
+
+SUBNET = 8  # RFC 7871
+MAX_OPTIONS = 64  # of a response that are read: its time must be bounded
+
+_FAMILIES = {4: 1, 16: 2}  # octets of an address: its number (RFC 7871, section 6)
+_OPT_START = b"\0\0\x29"  # owner and type
+_option = struct.Struct("!HH")
+_length = struct.Struct("!H")
+
+#: Returns an option for a client's address of 4 or 16 octets; b"": none.
+Build = Callable[[bytes], bytes]
+
+
+class ClientOptions:
+    """The options of each client's queries."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Add what the settings say."""
+        self._builders: list[Build] = []
+        if settings.subnets:
+            self._builders.append(_subnets(*settings.subnets))
+        #: Whether clients with different options must not share a response.
+        self.vary = depend_on_client(settings)
+
+    def of(self, client: bytes) -> bytes:
+        """Return the options of a client's queries in wire format."""
+        return b"".join([build(client) for build in self._builders])
+
+
+def are_added(settings: Settings) -> bool:
+    """Return whether queries have options."""
+    return settings.subnets is not None
+
+
+def depend_on_client(settings: Settings) -> bool:
+    """Return whether options depend on the client, so that no response may be cached for others."""
+    return any(subnet.prefix and not subnet.address for subnet in settings.subnets or ())
+
+
+def option(code: int, data: bytes) -> bytes:
+    """Build one option."""
+    return _option.pack(code, len(data)) + data
+
+
+def with_options(opt: bytes, options: bytes) -> bytes:
+    """Return an OPT record that had no options with these; b"" without a record."""
+    return opt and opt[:-2] + _length.pack(len(options)) + options
+
+
+# ---- client subnet ----
+
+
+def _subnets(ipv4: Subnet, ipv6: Subnet) -> Build:
+    """Return the builder of RFC 7871's option; the settings are for IPv4 and for IPv6 clients."""
+    builders = {4: _subnet(ipv4, 4), 16: _subnet(ipv6, 16)}
+    return lambda client: builders[len(client)](client)
+
+
+def _subnet(subnet: Subnet, octets: int) -> Build:
+    constant = ipaddress.ip_address(subnet.address).packed if subnet.address else b""
+    head = struct.pack("!HBB", _FAMILIES[len(constant) or octets], subnet.prefix, 0)
+    kept, bits = (subnet.prefix + 7) // 8, subnet.prefix % 8
+    mask = 0xFF << (8 - bits) & 0xFF if bits else 0xFF
+
+    def build(address: bytes) -> bytes:
+        network = address[:kept]
+        if bits:
+            network = network[:-1] + bytes((network[-1] & mask,))
+        return option(SUBNET, head + network)
+
+    if constant:
+        built = build(constant)
+        return lambda _: built
+    return build
+
+
+def has_same_subnet(options: bytes, response: bytes, opt_at: int) -> bool:
+    """Return whether a response is for the subnet in these options of its query, or names none: another one belongs to
+    another query, or is forged (RFC 7871, section 11.2). ``opt_at``: where its OPT record is, if it has one."""
+    sent = _find(options, 0, len(options))
+    if sent is None or not response.startswith(_OPT_START, opt_at) or opt_at + 11 > len(response):
+        return True
+    start = opt_at + 11
+    (length,) = _length.unpack_from(response, start - 2)
+    received = _find(response, start, min(start + length, len(response)))
+    return received is None or (received[:3] == sent[:3] and received[4:] == sent[4:])  # the octet between is its scope
+
+
+def _find(data: bytes, at: int, end: int) -> bytes | None:
+    """Return the subnet option's data."""
+    return next((data for code, data in _options(data, at, end) if code == SUBNET), None)
+
+
+def _options(data: bytes, at: int, end: int) -> Iterator[tuple[int, bytes]]:
+    for _ in range(MAX_OPTIONS):
+        if at + 4 > end:
+            return
+        code, length = _option.unpack_from(data, at)
+        at += 4 + length
+        if at > end:
+            return
+        yield code, data[at - length : at]
