@@ -47,8 +47,8 @@ _FLAGS = QR | AA | RD | RA | CD
 def read_direct(data: bytes, question: bytes, now: float, ttls: tuple[int, int]) -> Entry | None:
     """Return the cache entry of a response to this question, or None if it is not a usual one.
 
-    ``question``: with the name in lower case. ``ttls``: the lowest and the highest TTL that are kept; others are
-    unusual. ``now``: monotonic seconds.
+    ``question``: as sent; a response with it in another case is unusual. ``ttls``: the lowest and the highest TTL that
+    are kept; others are unusual. ``now``: monotonic seconds.
     """
     if not data.startswith(question, HEADER_BYTES):
         return None

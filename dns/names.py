@@ -13,6 +13,7 @@ MAX_ADDRESSES = 500  # per local name and family: they fit into one message over
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 _LOWER = bytes.maketrans(bytes(range(65, 91)), bytes(range(97, 123)))
+_CASE_BITS = bytes(0x20 * (65 <= octet & 0xDF <= 90) for octet in range(256))  # the bit that is a letter's case
 _FAMILY = {4: socket.AF_INET, 16: socket.AF_INET6}
 REVERSE_4 = b"\x07in-addr\x04arpa\x00"
 REVERSE_6 = b"\x03ip6\x04arpa\x00"
@@ -22,6 +23,13 @@ _HEX = b"0123456789abcdef"
 def lower(name: bytes) -> bytes:
     """Convert a name in wire format to lower case. Length octets are below 64, so they do not change."""
     return name.translate(_LOWER)
+
+
+def mix_case(name: bytes, random: bytes) -> bytes:
+    """Change the case of letters of a name in wire format by one random octet each (0x20 encoding)."""
+    size = len(name)
+    changes = int.from_bytes(random, "big") & int.from_bytes(name.translate(_CASE_BITS), "big")
+    return (int.from_bytes(name, "big") ^ changes).to_bytes(size, "big")
 
 
 def name_from_text(text: str) -> bytes:

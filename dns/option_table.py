@@ -288,6 +288,13 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--do-0x20-encode",
+        readers.on("mixes_case"),
+        "give the letters of a query a random case; a response must have the same, which makes it harder to forge",
+        "a response in another case is fetched over TCP; queries over TCP keep the case of their query over UDP",
+    ),
+    _option("--no-0x20-encode", readers.on("mixes_case", False), "no random case, the default; the last of both wins"),
+    _option(
         "--port-limit=N",
         readers.checked(values.port_limit),
         "no effect: each query to a server, also a repeated one, has its own random port, or one of 128 open ones",
@@ -578,8 +585,8 @@ _MISSING = {
     ),
     """
     add-cpe-id add-mac connmark-allowlist
-    connmark-allowlist-enable conntrack dns-loop-detect do-0x20-encode dumpfile dumpmask fast-dns-retry
-    no-0x20-encode strip-mac umbrella
+    connmark-allowlist-enable conntrack dns-loop-detect dumpfile dumpmask fast-dns-retry
+    strip-mac umbrella
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -157,10 +157,7 @@ class Responder:
         """Create the cache entry of a usual response; None: parse it, and use `entry_of`."""
         if not self._reads_direct:
             return None
-        entry = read_direct(data, question, now, self._cache_ttl)
-        if entry is not None and entry.rcode and self.zone.exists(question[:-4]):
-            return None
-        return entry
+        return read_direct(data, question, now, self._cache_ttl)
 
     def entry_of(self, answer: Response, now: float) -> Entry:
         """Create the cache entry of a response, changed as the settings say.

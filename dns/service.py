@@ -119,6 +119,7 @@ class Service:
             proxy_dnssec=settings.proxy_dnssec,
             ignored=settings.ignored_addresses,
             ports=settings.ports,
+            mixes_case=settings.mixes_case,
         )
         self._failover = Failover(packets, self._upstream, self.metrics, settings.strict_order, settings.all_servers)
         self._forwarder = Forwarder(

@@ -5,13 +5,16 @@ Rules
    (RFC 5452, section 9.1); upstream_socket.py says how many bits an attacker must guess.
 2. Too many mismatches on a socket suggest an attempt to guess: its queries continue over TCP, where guessing does not
    work.
-3. A flood of responses gets a limited share of a turn: UDP_ANSWERS_PER_TURN. The rest waits in the kernel's buffers,
+3. With 0x20 encoding (`--do-0x20-encode`), the letters of a query over UDP have a random case, which a response must
+   have, too: a bit more to guess for each letter. A server that changes the case is queried over TCP.
+4. A flood of responses gets a limited share of a turn: UDP_ANSWERS_PER_TURN. The rest waits in the kernel's buffers,
    which are small.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import struct
 from collections.abc import Callable, Collection
 from typing import Protocol
@@ -20,9 +23,10 @@ from udpwatch.dns import message
 from udpwatch.dns.cache_entry import Entry
 from udpwatch.dns.cname import CnameLoop, follow
 from udpwatch.dns.edns import has_same_subnet, with_options
+from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.message import AD, CD, DO, OPCODE_MASK, RD, TC, Malformed, Rcode, Response
 from udpwatch.dns.metrics import Metrics
-from udpwatch.dns.names import Network
+from udpwatch.dns.names import Network, mix_case
 from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.policy import has_address_in
 from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
@@ -39,6 +43,7 @@ UDP_ANSWERS_PER_TURN = 32  # a few milliseconds
 _ACCEPTED = {int(Rcode.NOERROR), int(Rcode.NXDOMAIN)}
 #: Response codes of a server that does not support EDNS (RFC 6891, section 7).
 _NO_EDNS = {int(Rcode.FORMERR), int(Rcode.NOTIMP)}
+log = logging.getLogger(__name__)
 _rest_of_header = struct.Struct("!5H")  # after the id
 
 
@@ -72,11 +77,12 @@ class UpstreamClient:
         proxy_dnssec: bool = False,
         ignored: Collection[Network] = (),
         ports: Ports = ANY_PORTS,
+        mixes_case: bool = False,
         only_tcp: bool = False,
     ) -> None:
         """``proxy_dnssec``: ask for AD. A response with an address in ``ignored`` counts as a mismatch."""
         self._loop, self._metrics, self._tcp, self._ignored = loop, metrics, tcp, ignored
-        self._read_direct, self._only_tcp = read_direct, only_tcp
+        self._read_direct, self._mixes_case, self._only_tcp = read_direct, mixes_case, only_tcp
         flags = RD | AD if proxy_dnssec else RD  # RFC 6840, section 5.7
         #: What comes before and after the question, by what the client wants (CD, DO) and whether there is EDNS.
         self._around = {
@@ -133,6 +139,9 @@ class UpstreamClient:
         if self._only_tcp:
             self._over_tcp(attempt)
         else:
+            if self._mixes_case:
+                question, size = attempt.question, len(attempt.question) - 4
+                attempt.question = mix_case(question[:size], self._sockets.random(size)) + question[size:]
             before, after = self._around[attempt.key[3], attempt.edns]
             if attempt.options:
                 after = with_options(after, attempt.options)
@@ -193,8 +202,17 @@ class UpstreamClient:
             self._accept(attempt, entry)
         elif (found := self._match(data, attempt)) is None:
             self._mismatch(link)
+        elif self._mixes_case and isinstance(found, Response) and found.question != attempt.question:
+            self._other_case(link, attempt)
         else:
             self._judge(attempt, found)
+
+    def _other_case(self, link: PooledSocket, attempt: Attempt) -> None:
+        """Repeat a query over TCP whose response may be a forged one, or from a server that changes the case."""
+        text = "dns: a response of %s has the name in another case; repeating the query over TCP"
+        LIMITED.write(log, logging.WARNING, text, attempt.member.upstream.server)
+        self._over_tcp(attempt)
+        self._mismatch(link)
 
     def _next_turn(self) -> None:
         self._received = 0

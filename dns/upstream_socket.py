@@ -81,6 +81,14 @@ class Sockets:
         """Return a random id."""
         return self._chance()[:2]
 
+    def random(self, size: int) -> bytes:
+        """Return random octets, at most _RANDOM_BYTES."""
+        if self._random_at + size > len(self._random):
+            self._random, self._random_at = os.urandom(_RANDOM_BYTES), 0
+        at = self._random_at
+        self._random_at = at + size
+        return self._random[at : at + size]
+
     def release(self, attempt: Attempt) -> None:
         """Free an attempt's id; a response to it is a mismatch from now on."""
         link = attempt.socket
@@ -142,7 +150,7 @@ class Sockets:
     def _chance(self) -> bytes:
         """Return four random octets. They are read many at a time: each system call costs as much as a lookup."""
         at = self._random_at
-        if at >= len(self._random):
+        if at + 4 > len(self._random):
             self._random, at = os.urandom(_RANDOM_BYTES), 0
         self._random_at = at + 4
         return self._random[at : at + 4]

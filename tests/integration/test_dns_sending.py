@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import pytest
-from dns_server import FakeServer, Responder, ask, rcode, texts
+from dns_server import Asked, FakeServer, Responder, ask, rcode, right, texts
 from dnsmasq import dnsmasq
 from waiting import wait_for
 
@@ -113,3 +113,34 @@ def test_port_in_use(node: Namespace) -> None:
             assert rcode(ask(node, "127.0.0.1", "used.example")) == "SERVFAIL"
             assert responder.has_logged(f"dns: cannot query {FIRST}#53 from port 4444: Address already in use")
         wait_for(lambda: texts(ask(node, "127.0.0.1", "free.example")) == GOOD, "a response")
+
+
+# ---- 0x20 encoding ----
+
+
+def lowers(asked: Asked) -> bytes:
+    """A server that does not keep the case of the question."""
+    message = right(asked)
+    return message[:12] + message[12:].replace(asked.data[12:-15], asked.data[12:-15].lower())
+
+
+def test_random_case_and_a_server_that_changes_it(node: Namespace) -> None:
+    """Clients get the question in the case that they have sent, also from the cache."""
+    options = ("--listen-address=127.0.0.1", "--bind-interfaces", "--do-0x20-encode", f"--server={FIRST}")
+    with FakeServer(node, FIRST) as server, Responder(node, *options) as responder:
+        for script, transports in ((right, 20), (lowers, 40)):
+            server.script = script
+            server.asked.clear()
+            for number in range(20):
+                name = f"Www.{number}.{script.__name__}.eXample."
+                for _ in range(2):
+                    response = ask(node, "127.0.0.1", name)
+                    assert (response.question[0].name.to_text(), texts(response)) == (name, GOOD)
+                    assert {rrset.name.to_text() for rrset in response.answer} == {name}
+            assert len(server.asked) == transports
+            assert (
+                len({asked.name for asked in server.asked if not asked.tcp} - {each.lower() for each in server.names()})
+                == 20
+            )
+        assert responder.metric("upstream_mismatched_responses_total") == 20
+        assert responder.has_logged(f"dns: a response of {FIRST}#53 has the name in another case")

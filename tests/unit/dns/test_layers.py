@@ -55,7 +55,7 @@ ALLOWED: dict[str, set[str]] = {
     "upstream_tcp": {"budget", "message", "settings", "transport"},
     "upstream": {
         *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),
-        *("cache_entry", "edns", "upstream_socket", "upstream_tcp"),
+        *("cache_entry", "edns", "limited_log", "upstream_socket", "upstream_tcp"),
     },
     "failover": {
         *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "upstream", "upstream_tcp"),

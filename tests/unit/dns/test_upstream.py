@@ -545,6 +545,74 @@ def test_other_case_of_the_name_is_the_same_question() -> None:
     assert case.mismatched == 0
 
 
+# ---- 0x20 encoding ----
+
+
+def test_letters_have_a_random_case() -> None:
+    network = UpstreamNetwork()
+
+    async def many() -> None:
+        client = Client(network, mixes_case=True)
+        for _ in range(100):
+            response = await client.query()
+            assert (response.name, response.question) == (NAME, network.sent[-1].question)
+        client.end()
+
+    run(many())
+    asked = [sent.question for sent in network.sent]
+    assert {each.lower() for each in asked} == {QUESTION}
+    assert len(set(asked)) > 80
+    upper = [sum(each[at] != QUESTION[at] for each in asked) for at in range(len(QUESTION))]
+    for octet, times in zip(QUESTION, upper, strict=True):
+        assert 20 < times < 80 if bytes((octet,)).isalpha() else not times
+
+
+def test_type_and_class_keep_their_value() -> None:
+    """Type 99 (SPF) and class 97 are letters in ASCII."""
+    network = UpstreamNetwork()
+    question = NAME + b"\0\x63\0\x61"
+
+    async def many() -> None:
+        client = Client(network, mixes_case=True)
+        for _ in range(20):
+            client.send(question=question)
+        client.end()
+
+    run(many())
+    assert {sent.question[-4:] for sent in network.sent} == {question[-4:]}
+
+
+def test_server_that_changes_the_case_is_queried_over_tcp() -> None:
+    def folds(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+        return [(0.0, sent.respond(ADDRESS).replace(sent.question, QUESTION))]
+
+    async def many() -> tuple[int, int]:
+        network = UpstreamNetwork({SERVER: folds})
+        client = Client(network, mixes_case=True)
+        for _ in range(50):
+            assert (await client.query()).name == NAME
+        assert now() == 0.0
+        assert client.metrics.mismatched[0] == sum(sent.tcp for sent in network.sent)
+        client.end()
+        in_other_case = sum(not sent.tcp and sent.question != QUESTION for sent in network.sent)
+        return in_other_case, sum(sent.tcp for sent in network.sent)
+
+    changed, over_tcp = run(many())
+    assert changed == over_tcp > 40
+
+
+def test_query_without_edns_has_a_random_case() -> None:
+    async def query() -> None:
+        network = UpstreamNetwork({SERVER: refuses_edns})
+        client = Client(network, mixes_case=True)
+        for _ in range(10):
+            await client.query()
+        assert len({sent.question for sent in network.sent}) > 11
+        client.end()
+
+    run(query())
+
+
 # ---- EDNS ----
 
 
