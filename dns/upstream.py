@@ -25,7 +25,7 @@ from udpwatch.dns.cname import CnameLoop, follow
 from udpwatch.dns.edns import has_same_subnet, with_options
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.message import AD, CD, DO, OPCODE_MASK, RD, TC, Malformed, Rcode, Response
-from udpwatch.dns.metrics import Metrics
+from udpwatch.dns.metrics import UPSTREAM_FAILURES, Metrics
 from udpwatch.dns.names import Network, mix_case
 from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.policy import has_address_in
@@ -103,6 +103,8 @@ class UpstreamClient:
         """Return what is known of a server."""
         if (found := self._upstreams.get(server)) is None:
             name, metrics = str(server), self._metrics
+            for reason in UPSTREAM_FAILURES:  # a rate needs the 0 before the first one
+                metrics.upstream_failed[name, reason][0] += 0
             found = Upstream(server, metrics.upstream_asked[name], metrics.upstream_duration[name])
             self._upstreams[server] = found
         return found
