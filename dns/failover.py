@@ -2,7 +2,8 @@
 
 Rules
 1. The servers of a group are queried in their configured order. The next one is queried when the one before has failed
-   or has been silent for TICK_SECONDS; a late response still counts.
+   or has been silent for TICK_SECONDS; a late response still counts. With `--fast-dns-retry` this time is another one,
+   and doubles each time.
 2. A server that is silent, or whose responses are late or of no use, comes after the others (resolution.py says when)
    and so costs clients nothing. Once in PROBE_SECONDS it gets a query beside the others, of which only the server is
    judged: the first good response restores it. One bad response changes nothing: the next server may know other names.
@@ -28,12 +29,25 @@ from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.upstream_tcp import Failure
 
 TICK_SECONDS = 0.8
-STALE_TICKS = 2  # 1.6 s, about RFC 8767's client response timer (section 5)
+STALE_SECONDS = 1.6  # about RFC 8767's client response timer (section 5)
 TICKS = 6  # 4.8 s: below the 5 s after which a stub resolver retries
-ROUNDS = 2  # queries per server at most
+ROUNDS = 2  # queries per server at most, except with --fast-dns-retry
 MAX_ATTEMPTS = 8
 IGNORED_SECONDS = TICK_SECONDS / 2  # a query dropped after this time counts as unanswered: in a flood all are dropped
 MAX_UNANSWERED = 16_000  # queries that are listened for, in all
+
+
+DELAYS = (TICK_SECONDS,) * TICKS  # until the next server is queried, and at the end until SERVFAIL
+
+
+def doubling(first: float, total: float) -> tuple[float, ...]:
+    """Return delays that double, in seconds, whose sum is ``total``: those of `--fast-dns-retry`."""
+    delays, left = [], total
+    while left > 0:
+        delays.append(min(first, left))
+        left -= first
+        first *= 2
+    return tuple(delays)
 
 
 class Owner(Protocol):
@@ -46,7 +60,7 @@ class Owner(Protocol):
         """No server gave a response that can be forwarded. ``rcode`` is for the client."""
 
     def on_slow(self, resolution: Resolution) -> None:
-        """No server has responded for STALE_TICKS. The query continues."""
+        """No server has responded for STALE_SECONDS. The query continues."""
 
 
 class Failover:
@@ -61,13 +75,19 @@ class Failover:
         metrics: Metrics,
         strict_order: bool = False,
         all_servers: bool = False,
+        delays: tuple[float, ...] = DELAYS,
     ) -> None:
         self._loop, self._client, self._metrics = loop, client, metrics
         self._strict_order, self._all_servers = strict_order, all_servers
         client.results = self
         self._groups: dict[tuple[Server, ...], Group] = {}
         self._last: tuple[tuple[Server, ...], Group] | None = None
-        self._ticks = loop.delay_queue(TICK_SECONDS, self._tick)
+        queues = {delay: loop.delay_queue(delay, self._tick) for delay in delays}
+        #: The timer of each tick; the last one is never started.
+        self._ticks = (*(queues[delay] for delay in delays), queues[delays[-1]])
+        ends = [sum(delays[:number]) for number in range(1, len(delays))]
+        self._stale_tick = next((number for number, end in enumerate(ends, 1) if end >= STALE_SECONDS), 0)
+        self._rounds = ROUNDS if delays is DELAYS else MAX_ATTEMPTS
         self._late: dict[Key, Resolution] = {}
 
     def group(self, servers: tuple[Server, ...]) -> Group:
@@ -103,7 +123,7 @@ class Failover:
         if (late := self._late.pop(resolution.key, None)) is not None:
             self.drop(late)  # one query in flight per name: see forwarder.py
         resolution.plan = ordered = self.order(resolution.group)
-        self._ticks.start(resolution, self._loop.now)
+        self._ticks[0].start(resolution, self._loop.now)
         self._next(resolution)
         if len(ordered) > 1:
             self._start_others(resolution, ordered)
@@ -112,7 +132,7 @@ class Failover:
 
     def drop(self, resolution: Resolution) -> None:
         """Forget a query that nobody waits for."""
-        self._ticks.stop(resolution)
+        self._ticks[resolution.ticks].stop(resolution)
         self._late.pop(resolution.key, None)
         for attempt in resolution.attempts:
             attempt.resolution = None  # break the cycle: no work for the garbage collector
@@ -135,11 +155,11 @@ class Failover:
         if first_ones == 1 and not self._strict_order:
             self._probe(resolution)
 
-    def _next(self, resolution: Resolution) -> None:
+    def _next(self, resolution: Resolution, rounds: int = ROUNDS) -> None:
         """Query the next server of the plan, or the one after it if that is impossible."""
         plan = resolution.plan
         servers = len(plan)
-        while (begun := resolution.begun) < servers or (begun < ROUNDS * servers and begun < MAX_ATTEMPTS):
+        while (begun := resolution.begun) < servers or (begun < rounds * servers and begun < MAX_ATTEMPTS):
             member = plan[begun % servers]
             resolution.begun = begun + 1
             silent = False
@@ -177,16 +197,16 @@ class Failover:
         for attempt in resolution.attempts:
             self._note_overdue(attempt)
         resolution.ticks += 1
-        if resolution.ticks >= TICKS:
+        if resolution.ticks >= len(self._ticks) - 1:
             self._fail(resolution)
             return
-        self._ticks.start(resolution, self._loop.now)
-        self._next(resolution)
-        if resolution.ticks == STALE_TICKS:
+        self._ticks[resolution.ticks].start(resolution, self._loop.now)
+        self._next(resolution, self._rounds)
+        if resolution.ticks == self._stale_tick:
             self.owner.on_slow(resolution)
 
     def _fail(self, resolution: Resolution) -> None:
-        self._ticks.stop(resolution)
+        self._ticks[resolution.ticks].stop(resolution)
         for attempt in resolution.attempts:
             self._count(attempt, "timeout")
         if resolution.attempts:
@@ -203,7 +223,7 @@ class Failover:
         resolution = self._take(attempt)
         if resolution is None:
             return
-        self._ticks.stop(resolution)
+        self._ticks[resolution.ticks].stop(resolution)
         self._late.pop(resolution.key, None)
         for other in resolution.attempts:
             other.resolution = None

@@ -301,6 +301,15 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--fast-dns-retry[=INITIAL[,TOTAL]]",
+        readers.one("retry_milliseconds", values.retry_milliseconds),
+        "repeat a query without a response after INITIAL milliseconds (1000), then after twice as long each time, for "
+        "TOTAL milliseconds (10000); without this option, after 800 each time, for 4800",
+        "each time to the next server, at most 8 times; after TOTAL the client gets SERVFAIL; more than 60000, and "
+        "TOTAL below INITIAL, are refused",
+        once=True,
+    ),
+    _option(
         "-0 --dns-forward-max=N",
         readers.one("forward_max", values.whole(1, 65535)),
         "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
@@ -585,7 +594,7 @@ _MISSING = {
     ),
     """
     add-cpe-id add-mac connmark-allowlist
-    connmark-allowlist-enable conntrack dns-loop-detect dumpfile dumpmask fast-dns-retry
+    connmark-allowlist-enable conntrack dns-loop-detect dumpfile dumpmask
     strip-mac umbrella
     """: "udpwatch does not support this dnsmasq option",
 }

@@ -19,7 +19,7 @@ from udpwatch.dns.admission import Admission
 from udpwatch.dns.budget import FORWARD_SHARE, TCP_SHARE, Budget
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.edns import ClientOptions
-from udpwatch.dns.failover import Failover
+from udpwatch.dns.failover import DELAYS, Failover, doubling
 from udpwatch.dns.forwarder import Forwarder
 from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.limited_log import LIMITED
@@ -121,7 +121,15 @@ class Service:
             ports=settings.ports,
             mixes_case=settings.mixes_case,
         )
-        self._failover = Failover(packets, self._upstream, self.metrics, settings.strict_order, settings.all_servers)
+        retry = settings.retry_milliseconds
+        self._failover = Failover(
+            packets,
+            self._upstream,
+            self.metrics,
+            settings.strict_order,
+            settings.all_servers,
+            doubling(retry[0] / 1e3, retry[1] / 1e3) if retry else DELAYS,
+        )
         self._forwarder = Forwarder(
             packets,
             settings,

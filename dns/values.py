@@ -17,6 +17,7 @@ from udpwatch.dns.settings import Server, Settings, Subnet
 MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
 MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
 MAX_INTERFACE_BYTES = 15  # IFNAMSIZ without its NUL
+SHORTEST_RETRY, LONGEST_RETRY = 50, 60_000  # milliseconds; the lower one is dnsmasq's limit
 ROOT = b"\0"
 ANY = 255
 FACILITIES = (
@@ -204,6 +205,19 @@ def server_of(text: str) -> Server:
     else:
         numeric = str(address)
     return Server(numeric, port_number(port) if hash_ else 53, origin, interface)
+
+
+def retry_milliseconds(text: str) -> tuple[int, int]:
+    """``[INITIAL[,TOTAL]]`` in milliseconds, with dnsmasq's defaults."""
+    try:
+        first, total = [*map(whole(SHORTEST_RETRY, LONGEST_RETRY), parts(text) if text else ["1000"]), 10_000][:2]
+        if first > total or text.count(",") > 1:
+            raise Rejected
+    except Rejected:
+        raise Rejected(
+            f"INITIAL[,TOTAL] milliseconds from {SHORTEST_RETRY} to {LONGEST_RETRY}, INITIAL not above TOTAL"
+        ) from None
+    return first, total
 
 
 def domains_of(text: str) -> tuple[list[bytes], str]:

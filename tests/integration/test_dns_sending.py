@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 from dns_server import Asked, FakeServer, Responder, ask, rcode, right, texts
@@ -113,6 +115,39 @@ def test_port_in_use(node: Namespace) -> None:
             assert rcode(ask(node, "127.0.0.1", "used.example")) == "SERVFAIL"
             assert responder.has_logged(f"dns: cannot query {FIRST}#53 from port 4444: Address already in use")
         wait_for(lambda: texts(ask(node, "127.0.0.1", "free.example")) == GOOD, "a response")
+
+
+# ---- repeated queries ----
+
+
+@BOTH
+def test_fast_retries(node: Namespace, program: str) -> None:
+    """A server loses the first three queries for a name; the client asks once."""
+    arrived: list[float] = []
+
+    def loses(asked: Asked) -> bytes | None:
+        if not asked.name.startswith("lost"):
+            return right(asked)
+        arrived.append(time.monotonic())
+        return right(asked) if len(arrived) > 3 else None
+
+    options = (f"--server={FIRST}", "--fast-dns-retry=150,4000")
+    with FakeServer(node, FIRST, loses), running(program, node, *options):
+        assert texts(ask(node, "127.0.0.1", "lost.example")) == GOOD
+    gaps = [later - earlier for earlier, later in pairwise(arrived)]
+    assert len(gaps) == 3
+    for gap, expected in zip(gaps, (0.15, 0.3, 0.6), strict=True):
+        assert 0.8 * expected < gap < 2 * expected
+
+
+def test_total_time_of_retries(node: Namespace) -> None:
+    with (
+        FakeServer(node, FIRST, lambda asked: None),
+        Responder(node, *LISTEN, f"--server={FIRST}", "--fast-dns-retry=100,700"),
+    ):
+        begun = time.monotonic()
+        assert rcode(ask(node, "127.0.0.1", "silent.example")) == "SERVFAIL"
+        assert 0.6 < time.monotonic() - begun < 1.2
 
 
 # ---- 0x20 encoding ----

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import dns_messages as m
 import pytest
@@ -15,10 +16,11 @@ from udpwatch.dns.failover import (
     MAX_ATTEMPTS,
     MAX_UNANSWERED,
     ROUNDS,
-    STALE_TICKS,
+    STALE_SECONDS,
     TICK_SECONDS,
     TICKS,
     Failover,
+    doubling,
 )
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
@@ -67,7 +69,7 @@ def after(seconds: float) -> Script:
 class Group:
     """Some servers that follow scripts. Create it in the event loop."""
 
-    def __init__(self, *scripts: Script, servers: tuple[Server, ...] = (FIRST, SECOND, THIRD), **options: bool) -> None:
+    def __init__(self, *scripts: Script, servers: tuple[Server, ...] = (FIRST, SECOND, THIRD), **options: Any) -> None:
         self.servers = servers[: len(scripts)]
         self.network = UpstreamNetwork(dict(zip(self.servers, scripts, strict=True)))
         self.metrics = Metrics()
@@ -370,6 +372,54 @@ def test_failure_of_all_servers_at_the_same_time() -> None:
     run(query())
 
 
+# ---- --fast-dns-retry ----
+
+
+def test_delays_double() -> None:
+    assert doubling(1.0, 10.0) == (1.0, 2.0, 4.0, 3.0)
+    assert doubling(0.5, 0.5) == (0.5,)
+    assert doubling(0.05, 60.0)[:3] == (0.05, 0.1, 0.2)
+    assert sum(doubling(0.05, 60.0)) == pytest.approx(60.0)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_silent_servers_are_queried_at_doubling_times(number: int) -> None:
+    async def query() -> None:
+        group = Group(*[silent] * number, delays=doubling(0.05, 2.0))
+        assert await group.query() == (Rcode.SERVFAIL, pytest.approx(2.0))
+        times = [0.0, 0.05, 0.15, 0.35, 0.75, 1.55]
+        expected = [(group.servers[each % number], pytest.approx(at)) for each, at in enumerate(times)]
+        assert group.sent() == expected
+        group.end()
+
+    run(query())
+
+
+def test_attempts_are_bounded_with_fast_retries() -> None:
+    async def query() -> None:
+        group = Group(silent, delays=doubling(0.05, 60.0))
+        assert await group.query() == (Rcode.SERVFAIL, pytest.approx(ATTEMPT_SECONDS + 0.05 * (2**7 - 1)))
+        assert len(group.sent()) == MAX_ATTEMPTS
+        assert group.slow == [pytest.approx(0.05 * (2**6 - 1))]
+        group.end()
+        failing = Group(servfail, delays=doubling(0.05, 60.0))
+        assert (await failing.query())[0] == Rcode.SERVFAIL
+        assert len(failing.sent()) == ROUNDS, "an error is not repeated more often"
+        failing.end()
+
+    run(query())
+
+
+def test_response_after_a_fast_retry_counts() -> None:
+    async def query() -> None:
+        group = Group(after(0.3), silent, delays=doubling(0.1, 1.0))
+        assert await group.query() == (Rcode.NOERROR, 0.3)
+        assert group.sent() == [(FIRST, 0.0), (SECOND, 0.1), (FIRST, pytest.approx(0.3))]
+        group.end()
+
+    run(query())
+
+
 # ---- failure ----
 
 
@@ -382,7 +432,7 @@ def test_silence_of_all_servers_ends_with_servfail(number: int) -> None:
         servers = [group.servers[each % number] for each in range(attempts)]
         assert group.sent() == [(server, each * TICK_SECONDS) for each, server in enumerate(servers)]
         assert [group.failures(server) for server in group.servers] == [{"timeout": ROUNDS}] * number
-        assert group.slow == [pytest.approx(STALE_TICKS * TICK_SECONDS)]
+        assert group.slow == [pytest.approx(STALE_SECONDS)]
         await asyncio.sleep(ATTEMPT_SECONDS)
         assert [group.failures(server) for server in group.servers] == [{"timeout": ROUNDS}] * number, "counted once"
         group.end()

@@ -19,7 +19,7 @@ from udpwatch.dns import forwarder as module
 from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import FAILURE_SECONDS
 from udpwatch.dns.edns import ClientOptions
-from udpwatch.dns.failover import STALE_TICKS, TICK_SECONDS, TICKS, Failover
+from udpwatch.dns.failover import STALE_SECONDS, TICK_SECONDS, TICKS, Failover
 from udpwatch.dns.forwarder import (
     ALL_ASKED,
     ALL_WAITING,
@@ -43,7 +43,7 @@ from udpwatch.dns.zone import build
 A, B, C = (ipaddress.ip_address(text).packed for text in ("192.0.2.1", "192.0.2.2", "192.0.2.3"))
 SERVER = Server("198.51.100.53")
 LIMIT = 10
-STALE_SECONDS, TOTAL_SECONDS = STALE_TICKS * TICK_SECONDS, TICKS * TICK_SECONDS
+TOTAL_SECONDS = TICKS * TICK_SECONDS
 
 
 @dataclass(eq=False)

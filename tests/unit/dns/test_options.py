@@ -257,6 +257,9 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--max-port=2000", {"ports": Ports(1024, 2000)}),
     ("--max-port=0", {}),
     ("--port-limit=64", {}),
+    ("--fast-dns-retry", {"retry_milliseconds": (1000, 10_000)}),
+    ("--fast-dns-retry=50", {"retry_milliseconds": (50, 10_000)}),
+    ("--fast-dns-retry=500,60000", {"retry_milliseconds": (500, 60_000)}),
     ("--do-0x20-encode", {"mixes_case": True}),
     ("--no-0x20-encode", {}),
     ("--dns-forward-max=150", {"forward_max": 150}),
@@ -397,6 +400,7 @@ BAD = [
     *(f"--min-cache-ttl={value}" for value in ("", "-1", "3601")),
     *(f"--max-cache-ttl={value}" for value in ("", "x")),
     *(f"--{name}={value}" for name in ("query-port", "min-port", "max-port") for value in ("65536", "-1", "x")),
+    *(f"--fast-dns-retry={value}" for value in ("49", "x", "50,x", "500,499", "60001", "50,60001", "50,60,70", ",50")),
     *(f"--port-limit={value}" for value in ("", "0", "x")),
     *(f"--dns-forward-max={value}" for value in ("", "0", "x")),
     *(f"--max-tcp-connections={value}" for value in ("", "0", "10001", "x")),
@@ -594,6 +598,7 @@ _VALUES = {
     "edns-packet-max": "512",
     "log-facility": "-",
     "max-port": "2000",
+    "fast-dns-retry": "100",
 }
 
 
