@@ -13,9 +13,11 @@ import ipaddress
 import struct
 from collections.abc import Callable, Iterator
 
-from udpwatch.dns.settings import Settings, Subnet
+from udpwatch.dns.settings import Settings, Subnet, Umbrella
 
 SUBNET = 8  # RFC 7871
+CPE_ID = 65074  # of no standard, and so are the others; numbers as in dnsmasq
+UMBRELLA = 20292  # Cisco's
 MAX_OPTIONS = 64  # of a response that are read: its time must be bounded
 
 _FAMILIES = {4: 1, 16: 2}  # octets of an address: its number (RFC 7871, section 6)
@@ -33,7 +35,12 @@ class ClientOptions:
     def __init__(self, settings: Settings) -> None:
         """Add what the settings say."""
         self._builders: list[Build] = []
-        if settings.subnets:
+        if settings.cpe_id:
+            cpe_id = option(CPE_ID, settings.cpe_id)
+            self._builders.append(lambda _: cpe_id)
+        if settings.umbrella:
+            self._builders.append(_umbrella(settings.umbrella))
+        if settings.subnets:  # the last one, as in dnsmasq
             self._builders.append(_subnets(*settings.subnets))
         #: Whether clients with different options must not share a response.
         self.vary = depend_on_client(settings)
@@ -45,12 +52,12 @@ class ClientOptions:
 
 def are_added(settings: Settings) -> bool:
     """Return whether queries have options."""
-    return settings.subnets is not None
+    return bool(settings.subnets or settings.cpe_id or settings.umbrella)
 
 
 def depend_on_client(settings: Settings) -> bool:
     """Return whether options depend on the client, so that no response may be cached for others."""
-    return any(subnet.prefix and not subnet.address for subnet in settings.subnets or ())
+    return bool(settings.umbrella or any(subnet.prefix and not subnet.address for subnet in settings.subnets or ()))
 
 
 def option(code: int, data: bytes) -> bytes:
@@ -61,6 +68,24 @@ def option(code: int, data: bytes) -> bytes:
 def with_options(opt: bytes, options: bytes) -> bytes:
     """Return an OPT record that had no options with these; b"" without a record."""
     return opt and opt[:-2] + _length.pack(len(options)) + options
+
+
+# ---- Umbrella ----
+
+_UMBRELLA_HEAD = b"ODNS\x01\0"  # version 1, no flags
+_UMBRELLA_ADDRESS = {4: b"\0\x10", 16: b"\0\x20"}  # octets of an address: the type of its field
+
+
+def _umbrella(umbrella: Umbrella) -> Build:
+    """Return the builder of Cisco's option: fields of a type and a value, in dnsmasq's order."""
+    before, after = _UMBRELLA_HEAD, b""
+    if umbrella.org:
+        before += b"\0\x08" + umbrella.org.to_bytes(4, "big")
+    if umbrella.device:
+        after += b"\0\x40" + umbrella.device
+    if umbrella.asset:
+        after += b"\0\x04" + umbrella.asset.to_bytes(4, "big")
+    return lambda client: option(UMBRELLA, before + _UMBRELLA_ADDRESS[len(client)] + client + after)
 
 
 # ---- client subnet ----

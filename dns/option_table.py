@@ -408,6 +408,19 @@ OPTIONS = (
         "dnsmasq still caches responses to clients of the family whose subnet is constant",
         once=True,
     ),
+    _option(
+        "--add-cpe-id=TEXT",
+        readers.one("cpe_id", values.cpe_id),
+        "tell upstream servers this text, which identifies this network",
+        "an empty text, and more than 255 octets, are refused",
+        once=True,
+    ),
+    _option(
+        "--umbrella[=[deviceid:HEX][,orgid:N][,assetid:N]]",
+        readers.one("umbrella", values.umbrella),
+        "tell upstream servers the address of each client, and these ids, for Cisco Umbrella; no response is cached",
+        once=True,
+    ),
     _option("--strip-subnet", readers.accept_noop, "no effect: EDNS options of clients are never passed on"),
     # cache
     _option(
@@ -593,9 +606,9 @@ _MISSING = {
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
     """
-    add-cpe-id add-mac connmark-allowlist
+    connmark-allowlist
     connmark-allowlist-enable conntrack dns-loop-detect dumpfile dumpmask
-    strip-mac umbrella
+    add-mac strip-mac
     """: "udpwatch does not support this dnsmasq option",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]

@@ -116,6 +116,15 @@ class Subnet:
 
 
 @dataclass(frozen=True, slots=True)
+class Umbrella:
+    """`--umbrella`: what identifies an account of Cisco Umbrella."""
+
+    org: int = 0  # 0: none
+    asset: int = 0  # 0: none
+    device: bytes = b""  # 8 octets; b"": none
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """All settings; the defaults are those of `udpwatch dns` without options."""
 
@@ -170,6 +179,8 @@ class Settings:
     negcache: bool = True
     stale_seconds: int = 86_400  # how long expired responses are served while all servers are down; 0: never
     subnets: tuple[Subnet, Subnet] | None = None  # upstream queries name them: for IPv4 clients, for IPv6 clients
+    cpe_id: bytes = b""  # upstream queries contain it
+    umbrella: Umbrella | None = None  # upstream queries contain it and the client's address
     forward_max: int = 1_000  # queries in flight to the servers of one domain
     max_tcp_connections: int = 512  # of clients
     edns_packet_max: int = 1232  # octets over UDP

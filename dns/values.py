@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from udpwatch.dns.conffile import parts
 from udpwatch.dns.host_port import host_port
 from udpwatch.dns.idn import to_ascii
 from udpwatch.dns.names import lower, name_from_text
-from udpwatch.dns.settings import Server, Settings, Subnet
+from udpwatch.dns.settings import Server, Settings, Subnet, Umbrella
 
 MAX_SECONDS = 2**31 - 1  # of a TTL: RFC 2181, section 8
 MAX_CACHE_SIZE = 5_000_000  # dnsmasq's limit
@@ -25,6 +26,9 @@ FACILITIES = (
     *(f"local{number}" for number in range(8)),
 )
 _NO_RECORD_TYPES = {41, *range(249, 256)}  # OPT, and types of queries (RFC 6895, section 3.1)
+
+
+_UMBRELLA = "deviceid:HEX with 16 digits, orgid:NUMBER and assetid:NUMBER, each at most once"
 
 
 class Rejected(ValueError):
@@ -247,6 +251,28 @@ def _client_subnet(text: str, most: int) -> Subnet:
         return Subnet(whole(0, most)(prefix or "0"))
     address = address_of_text(address_text)
     return Subnet(whole(0, address.max_prefixlen)(prefix or "0"), str(address))
+
+
+def cpe_id(text: str) -> bytes:
+    octets = text.encode()
+    if not 1 <= len(octets) <= 255:
+        raise Rejected("1 to 255 octets")
+    return octets
+
+
+def umbrella(text: str) -> Umbrella:
+    """``[deviceid:HEX][,orgid:N][,assetid:N]``, in any order."""
+    found: dict[str, str] = {}
+    for part in parts(text) if text else []:
+        kind, _, value = part.partition(":")
+        if kind in found or not re.fullmatch("[0-9a-fA-F]{16}" if kind == "deviceid" else "[0-9]{1,10}", value):
+            raise Rejected(_UMBRELLA)
+        found[kind] = value
+    org, asset, device = (found.pop(kind, "") for kind in ("orgid", "assetid", "deviceid"))
+    if found:
+        raise Rejected(_UMBRELLA)
+    number = whole(0, 2**32 - 1)
+    return Umbrella(number(org or "0"), number(asset or "0"), bytes.fromhex(device))
 
 
 def stale_seconds(text: str) -> int:

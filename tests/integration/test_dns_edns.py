@@ -83,6 +83,11 @@ SERVERS = [Responder, dnsmasq]
         "--add-subnet=2001:db8:ffff::1/33,2001:db8:ffff::1/36",
         "--add-subnet=192.0.2.255/0,2001:db8::1/0",
         "--add-subnet=24 --strip-subnet",
+        "--add-cpe-id=home-\u00e9",
+        f"--add-cpe-id={'x' * 255} --add-subnet=24",
+        "--umbrella",
+        "--umbrella=orgid:1,assetid:0",
+        "--umbrella=assetid:4294967295,orgid:65536,deviceid:0123456789ABCDEF --add-subnet=24 --add-cpe-id=x",
         "--strip-subnet",
         "",
     ],
@@ -97,14 +102,20 @@ def test_options_are_those_of_dnsmasq(options: str) -> None:
             found.append([place.received(f"a{colons}{tcp}.example") for colons in (0, 7) for tcp in ("false", "true")])
     assert found[0] == found[1]
     assert all(len(queries) == 1 for queries in found[0]), "each name is asked once"
-    assert bool(found[0][0][0]) == ("add-" in options)
+    assert bool(found[0][0][0]) is ("add-" in options or "umbrella" in options)
 
 
 #: Options, and how many queries of one name reach the upstream server, when two addresses of one IPv4 network ask for
 #: it twice, one after the other.
 @pytest.mark.parametrize(
     ("options", "queries"),
-    [("--add-subnet", 1), ("--add-subnet=192.0.2.0/24,192.0.2.0/24", 1), ("--add-subnet=24", 4)],
+    [
+        ("--add-subnet", 1),
+        ("--add-cpe-id=home", 1),
+        ("--add-subnet=192.0.2.0/24,192.0.2.0/24", 1),
+        ("--add-subnet=24", 4),
+        ("--umbrella", 4),
+    ],
 )
 def test_responses_are_cached_as_by_dnsmasq(options: str, queries: int) -> None:
     for server in SERVERS:

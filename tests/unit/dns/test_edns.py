@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from udpwatch.dns.edns import ClientOptions, are_added, depend_on_client, has_same_subnet, option, with_options
 from udpwatch.dns.message import opt, parse_response
 from udpwatch.dns.names import pack_address
-from udpwatch.dns.settings import Settings, Subnet
+from udpwatch.dns.settings import Settings, Subnet, Umbrella
 
 CLIENT4, CLIENT6 = pack_address("198.51.100.215"), pack_address("2001:db8:1:2:aaaa:bbbb:cccc:dddd")
 NONE = Subnet()
@@ -49,6 +49,29 @@ def test_nothing_is_added_without_an_option() -> None:
 )
 def test_subnet(subnet: Subnet, client: bytes, data: str) -> None:
     assert subnets(subnet, subnet).of(client) == option(8, bytes.fromhex(data))
+
+
+def test_cpe_id_comes_before_the_subnet() -> None:
+    both = Settings(cpe_id=b"home 7", subnets=(NONE, NONE))
+    assert ClientOptions(both).of(CLIENT4) == option(65074, b"home 7") + option(8, b"\0\1\0\0")
+    assert are_added(Settings(cpe_id=b"home 7"))
+    assert not depend_on_client(both)
+
+
+@pytest.mark.parametrize(
+    ("umbrella", "client", "fields"),
+    [
+        (Umbrella(), CLIENT4, "0010 c63364d7"),
+        (Umbrella(), CLIENT6, "0020 20010db800010002aaaabbbbccccdddd"),
+        (Umbrella(1, 2, bytes(range(8))), CLIENT4, "0008 00000001 0010 c63364d7 0040 0001020304050607 0004 00000002"),
+    ],
+)
+def test_umbrella(umbrella: Umbrella, client: bytes, fields: str) -> None:
+    made = Settings(umbrella=umbrella, cpe_id=b"x")
+    expected = option(65074, b"x") + option(20292, b"ODNS\1\0" + bytes.fromhex(fields))
+    assert ClientOptions(made).of(client) == expected
+    assert are_added(Settings(umbrella=umbrella))
+    assert depend_on_client(Settings(umbrella=umbrella))
 
 
 @pytest.mark.parametrize(

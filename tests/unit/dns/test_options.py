@@ -46,6 +46,7 @@ from udpwatch.dns.settings import (
     StaticRecord,
     Subnet,
     SynthDomain,
+    Umbrella,
 )
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -282,6 +283,14 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ),
     ("--add-subnet=2001:DB8::1/128", {"subnets": (Subnet(128, "2001:db8::1"), Subnet())}),
     ("--strip-subnet", {}),
+    ("--umbrella", {"umbrella": Umbrella()}),
+    (
+        "--umbrella=orgid:4294967295,deviceid:0123456789abcdEF,assetid:7",
+        {"umbrella": Umbrella(2**32 - 1, 7, bytes.fromhex("0123456789abcdef"))},
+    ),
+    ("--umbrella=assetid:1, orgid:0", {"umbrella": Umbrella(asset=1)}),
+    ("--add-cpe-id=a, b", {"cpe_id": b"a, b"}),
+    ("--add-cpe-id=" + "\u00e9" * 127, {"cpe_id": b"\xc3\xa9" * 127}),
     ("--cache-size=150", {"cache_size": 150}),
     ("--cache-size=0", {"cache_size": 0}),
     ("--no-negcache", {"negcache": False}),
@@ -408,6 +417,12 @@ BAD = [
     *(f"--rebind-domain-ok={value}" for value in ("", "/", "//", "/a//b/")),
     *(f"--add-subnet={value}" for value in ("33", "24,129", "24,64,1", "x", "-1", "192.0.2.1", "/24", "24,/64")),
     *(f"--add-subnet={value}" for value in ("192.0.2.1/33", "2001:db8::1/129", "fe80::1%lo/64", "dns.example/24")),
+    *(f"--add-cpe-id={value}" for value in ("", "x" * 256, "\u00e9" * 128)),
+    *(
+        f"--umbrella={value}"
+        for value in ("x", "orgid:", "orgid:4294967296", "orgid:-1", "assetid:1,", "orgid:1,orgid:2")
+    ),
+    *(f"--umbrella={value}" for value in ("deviceid:1", f"deviceid:{'g' * 16}", "xorgid:1", "orgid:99999999999")),
     *(f"--cache-size={value}" for value in ("", "-1", "5000001")),
     *(f"--neg-ttl={value}" for value in ("", "x")),
     *(f"--max-ttl={value}" for value in ("", "x")),
@@ -599,6 +614,7 @@ _VALUES = {
     "log-facility": "-",
     "max-port": "2000",
     "fast-dns-retry": "100",
+    "umbrella": "orgid:7",
 }
 
 
