@@ -21,6 +21,7 @@ from udpwatch.dns.cache import Cache
 from udpwatch.dns.cache_entry import MAX_TTL, Entry, cut, entry_of, first_counts, without
 from udpwatch.dns.direct import read_direct
 from udpwatch.dns.message import AA, TC, Class, Malformed, Query, Rcode, Response, Type
+from udpwatch.dns.names import lower
 from udpwatch.dns.policy import has_address_in, is_windows_query, never_forwarded
 from udpwatch.dns.routes import Routes
 from udpwatch.dns.settings import Settings
@@ -157,7 +158,10 @@ class Responder:
         """Create the cache entry of a usual response; None: parse it, and use `entry_of`."""
         if not self._reads_direct:
             return None
-        return read_direct(data, question, now, self._cache_ttl)
+        entry = read_direct(data, question, now, self._cache_ttl)
+        if entry is not None and entry.rcode and self.zone.exists(lower(question[:-4])):
+            return None  # `entry_of` changes it
+        return entry
 
     def entry_of(self, answer: Response, now: float) -> Entry:
         """Create the cache entry of a response, changed as the settings say.

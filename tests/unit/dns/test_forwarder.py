@@ -35,7 +35,7 @@ from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.names import name_from_text
 from udpwatch.dns.responder import Forward, Reply, Responder
 from udpwatch.dns.routes import Routes
-from udpwatch.dns.settings import DomainServers, Server, Settings, Subnet
+from udpwatch.dns.settings import DomainServers, Server, Settings, StaticRecord, Subnet
 from udpwatch.dns.upstream import ATTEMPT_SECONDS, UpstreamClient
 from udpwatch.dns.upstream_tcp import TcpClient
 from udpwatch.dns.zone import build
@@ -216,6 +216,29 @@ def test_response_is_cached() -> None:
         entry = clients.cache.get(key, now())
         assert entry
         assert entry.expires == entry.stored + 300
+
+    run(ask())
+
+
+@pytest.mark.parametrize("name", ["text", "above", "other"])
+def test_denial_of_a_name_with_local_records_becomes_nodata(name: str) -> None:
+    """Also if the response is a usual one, which is not parsed: NXDOMAIN would deny these records, too."""
+    soa = m.record(m.SOA, m.name("ns.example") + m.name("a.example") + bytes(16) + b"\0\0\1\0", 300, m.name("example"))
+
+    def denial(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+        head = m.header(1, authorities=1, flags=m.QR | m.RD | m.RA | Rcode.NXDOMAIN, ident=sent.id)
+        return [(0.0, head + sent.question + soa)]
+
+    async def ask() -> None:
+        records = (
+            StaticRecord(m.name("text.example"), m.TXT, b"\1x"),
+            StaticRecord(m.name("a.above.example"), m.TXT, b"\1x"),
+        )
+        clients = Clients(denial, records=records)
+        for _ in range(2):  # the second one from the cache
+            clients.ask(A, name)
+            await clients.all_served()
+        assert {code for _, _, code in clients.got} == {Rcode.NXDOMAIN if name == "other" else Rcode.NOERROR}
 
     run(ask())
 

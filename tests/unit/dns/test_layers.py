@@ -41,7 +41,18 @@ ALLOWED: dict[str, set[str]] = {
     "zone": {"errors", "hosts_file", "interfaces", "message", "names", "settings", "synth"},
     # from a query to a response
     "direct": {"cache_entry", "message", "names"},
-    "responder": {"direct", "alias", "cache", "cache_entry", "message", "policy", "routes", "settings", "zone"},
+    "responder": {
+        "direct",
+        "names",
+        "alias",
+        "cache",
+        "cache_entry",
+        "message",
+        "policy",
+        "routes",
+        "settings",
+        "zone",
+    },
     "querylog": {"message", "metrics", "names", "records", "responder"},
     "statistics": {"cache", "metrics"},
     # threads and system calls
