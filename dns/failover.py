@@ -7,7 +7,7 @@ Rules
 2. A server that is silent, or whose responses are late or of no use, comes after the others (resolution.py says when)
    and so costs clients nothing. Once in PROBE_SECONDS it gets a query beside the others, of which only the server is
    judged: the first good response restores it. One bad response changes nothing: the next server may know other names.
-3. If no server is left that behaves well, all are queried at the same time.
+3. If no server behaves well, the order stays: no server is known to be better. All but the first are probed.
 4. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
    are queried at the same time.
 5. The second query to a silent server has no EDNS: firewalls drop queries with an OPT record that they do not know.
@@ -17,13 +17,14 @@ Rules
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 from udpwatch.dns.cache_entry import Entry, Key
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.packet_loop import PacketLoop
-from udpwatch.dns.resolution import PROBE_SECONDS, Attempt, Group, Member, Resolution
+from udpwatch.dns.resolution import Attempt, Group, Member, Resolution
 from udpwatch.dns.settings import Server
 from udpwatch.dns.upstream import UpstreamClient
 from udpwatch.dns.upstream_tcp import Failure
@@ -112,8 +113,8 @@ class Failover:
         members, now = group.members, self._loop.now
         if len(members) > 1 and not self._strict_order:
             for member in members:
-                if member.is_demoted(now):
-                    return tuple(sorted(members, key=lambda member: member.is_demoted(now)))
+                if group.is_demoted(member, now):
+                    return tuple(sorted(members, key=lambda member: group.is_demoted(member, now)))
         return members
 
     # ---- a query ----
@@ -148,12 +149,13 @@ class Failover:
         if self._all_servers:
             first_ones = len(ordered)
         else:
-            well = (number for number, member in enumerate(ordered, 1) if not member.is_demoted(now))
-            first_ones = next(well, len(ordered))  # 1, except with --strict-order and if all are demoted
+            group = resolution.group
+            well = (number for number, member in enumerate(ordered, 1) if not group.is_demoted(member, now))
+            first_ones = next(well, len(ordered))  # 1, except with --strict-order
         for _ in range(min(first_ones, MAX_ATTEMPTS) - 1):
             self._next(resolution)
         if first_ones == 1 and not self._strict_order:
-            self._probe(resolution)
+            self._probe(resolution, ordered[0])
 
     def _next(self, resolution: Resolution, rounds: int = ROUNDS) -> None:
         """Query the next server of the plan, or the one after it if that is impossible."""
@@ -185,12 +187,17 @@ class Failover:
             return None
         return attempt
 
-    def _probe(self, resolution: Resolution) -> None:
-        """Send the query to demoted servers as well, if they are due; only they are judged."""
+    def _probe(self, resolution: Resolution, first: Member) -> None:
+        """Send the query to the servers that fail as well, or to all others if the first one fails; only they are
+        judged: a failing first one is demoted once another one has responded."""
         now = self._loop.now
+        all_others = first.fails_since(now) < math.inf
         for member in resolution.group.members:
-            if member.is_demoted(now) and member.probe_at <= now:
-                member.probe_at = now + PROBE_SECONDS
+            if (
+                member is not first
+                and (all_others or member.fails_since(now) < math.inf)
+                and member.is_to_probe(now, resolution.client)
+            ):
                 self._send(resolution, member)
 
     def _tick(self, resolution: Resolution) -> None:
@@ -219,7 +226,7 @@ class Failover:
     def on_response(self, attempt: Attempt, response: Response | Entry) -> None:
         """End the query with this response."""
         prompt = self._loop.now - attempt.sent < TICK_SECONDS
-        attempt.member.note_response(good=prompt)
+        attempt.member.note_response(self._loop.now, good=prompt)
         resolution = self._take(attempt)
         if resolution is None:
             return
@@ -241,7 +248,7 @@ class Failover:
         elif failure.reason == "timeout":
             self._note_overdue(attempt)
         elif failure.reason != "busy":  # that is our limit
-            member.note_response(good=False)
+            member.note_response(self._loop.now, good=False)
         resolution = self._take(attempt)
         if resolution is None or resolution.is_late:
             return

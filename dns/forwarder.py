@@ -182,6 +182,7 @@ class Forwarder:
         is_new = query is None
         if query is None:
             query = self._add(key, asked, group)
+            query.client = client
             if options:
                 query.options = options
         else:

@@ -1,11 +1,13 @@
 """A query in flight: what is known of it, of its attempts, and of the servers that it goes to. No system calls, no
 timers.
 
-A server is judged in its group: one that does not answer for one domain may do so for another.
+A server is judged in its group: one that does not answer for one domain may do so for another. It is judged against the
+others: clients can ask for names for which no server responds, or gives a useful response in time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,9 +17,10 @@ from udpwatch.dns.settings import Server
 from udpwatch.dns.transport import UdpConnection
 
 SILENT_AFTER = 3  # queries in a row without a response
-SILENT_SECONDS = 2.0  # for at least this long
 POOR_AFTER = 5  # responses in a row that were late or of no use
+FAILS_SECONDS = 2.0  # for at least this long, without a good response between
 PROBE_SECONDS = 1.0  # between two queries to a server that is not preferred because of that
+OTHER_CLIENT_SOONER = 0.9  # seconds: if the query is of another client than the last one
 EDNS_LOST_AFTER = 3  # queries in a row that only succeeded without EDNS, if the server has answered one with EDNS
 PLAIN_SECONDS = 600.0  # how long such a server is queried without EDNS
 
@@ -52,19 +55,27 @@ class Member:
     """A server in a group, and how it has behaved there."""
 
     upstream: Upstream
-    unanswered: int = 0  # overdue queries since the last response
+    unanswered: int = 0  # overdue queries that were sent after the last response
     silent_since: float = 0.0  # monotonic seconds; when the first of these was sent
     poor: int = 0
-    probe_at: float = 0.0  # monotonic seconds
+    poor_since: float = 0.0
+    responded: float = -math.inf  # last
+    good: float = -math.inf  # last good response
+    probe_at: float = 0.0
+    probed_for: bytes = b""  # the client whose query was the last probe
 
-    def is_demoted(self, now: float) -> bool:
-        """Whether others are queried first."""
-        return self.poor >= POOR_AFTER or (
-            self.unanswered >= SILENT_AFTER and now - self.silent_since >= SILENT_SECONDS
-        )
+    def fails_since(self, now: float) -> float:
+        """Return since when it has given no good response; infinity: it behaves well enough."""
+        if self.poor >= POOR_AFTER and now - self.poor_since >= FAILS_SECONDS:
+            return self.poor_since
+        if self.unanswered >= SILENT_AFTER and now - self.silent_since >= FAILS_SECONDS:
+            return self.silent_since
+        return math.inf
 
     def note_overdue(self, sent: float) -> None:
         """Note that a query is unanswered for longer than a server may take."""
+        if sent < self.responded:  # the server is there: it does not know this name, or not yet
+            return
         if not self.unanswered:
             self.silent_since = sent
         self.unanswered += 1
@@ -72,13 +83,28 @@ class Member:
     def note_unreachable(self, now: float) -> None:
         """Note that the kernel reports that no server listens, or that there is no route."""
         self.unanswered = max(self.unanswered + 1, SILENT_AFTER)
-        self.silent_since = min(self.silent_since, now - SILENT_SECONDS)
+        self.silent_since = min(self.silent_since, now - 2 * FAILS_SECONDS)
         self.probe_at = now + PROBE_SECONDS
 
-    def note_response(self, good: bool) -> None:
+    def note_response(self, now: float, good: bool) -> None:
         """Note a response. ``good``: useful, and in time."""
-        self.unanswered = 0
-        self.poor = 0 if good else self.poor + 1
+        self.responded, self.unanswered = now, 0
+        if good:
+            self.good, self.poor = now, 0
+            return
+        if not self.poor:
+            self.poor_since = now
+        self.poor += 1
+
+    def is_to_probe(self, now: float, client: bytes) -> bool:
+        """Return whether a query of this client is the next probe, and note it.
+
+        Clients take turns: one that asks for names that the server cannot resolve must not use up all probes.
+        """
+        if now < self.probe_at - (OTHER_CLIENT_SOONER if client != self.probed_for else 0):
+            return False
+        self.probe_at, self.probed_for = now + PROBE_SECONDS, client
+        return True
 
 
 @dataclass(slots=True, eq=False)
@@ -88,6 +114,14 @@ class Group:
     members: tuple[Member, ...]
     queries: int = 0  # in flight
     waiting: int = 0  # clients, each once for a query
+
+    def is_demoted(self, member: Member, now: float) -> bool:
+        """Whether others are queried first: it fails, and one of them has given a good response meanwhile.
+
+        A healthy server is silent, too, for names whose own servers are: a client may own such a domain.
+        """
+        since = member.fails_since(now)
+        return since < math.inf and any(each.good >= since for each in self.members if each is not member)
 
 
 @dataclass(slots=True, eq=False)
@@ -116,6 +150,7 @@ class Resolution:
     key: Key
     question: bytes
     group: Group
+    client: bytes = b""  # the first that asked
     attempts: list[Attempt] = field(default_factory=list)  # without a result yet
     options: bytes = b""  # EDNS options that servers get
     plan: tuple[Member, ...] = ()  # to query, in this order, more than once

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from collections.abc import Iterator
 
 import dns.flags
@@ -14,7 +15,7 @@ from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, ask, connec
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
-from udpwatch.dns.resolution import POOR_AFTER
+from udpwatch.dns.resolution import FAILS_SECONDS, POOR_AFTER
 
 UPSTREAM, PORT, REVERSE_PORT = "127.0.0.99", 5300, 5301
 OPTIONS = (
@@ -168,6 +169,8 @@ def test_servers_are_chosen_as_by_dnsmasq(option: str, most: int) -> None:
                 with dnsmasq(node, *words) if theirs else Responder(node, *words):
                     before = len(first.asked)
                     for number in range(20):
+                        if number == POOR_AFTER and not option:
+                            time.sleep(FAILS_SECONDS)
                         assert texts(ask(node, "127.0.0.1", f"n{number}.example")) == ["192.0.2.80"]
                     asked = len(set(first.names()[before:]))
                     assert (asked == most) if option else (POOR_AFTER <= asked <= most), (theirs, first.names())

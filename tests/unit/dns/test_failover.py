@@ -25,11 +25,12 @@ from udpwatch.dns.failover import (
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolution import (
+    FAILS_SECONDS,
+    OTHER_CLIENT_SOONER,
     PLAIN_SECONDS,
     POOR_AFTER,
     PROBE_SECONDS,
     SILENT_AFTER,
-    SILENT_SECONDS,
     Resolution,
 )
 from udpwatch.dns.settings import Server
@@ -205,7 +206,7 @@ def test_silence_of_a_burst_is_not_enough() -> None:
     async def query() -> None:
         group = Group(silent, honest)
         await asyncio.gather(*(group.query() for _ in range(MANY)))
-        assert now() < SILENT_SECONDS
+        assert now() < FAILS_SECONDS
         assert group.order() == [FIRST, SECOND]
 
     run(query())
@@ -289,15 +290,85 @@ def test_server_without_listener_comes_last_at_once() -> None:
     run(query())
 
 
-def test_all_servers_are_queried_at_once_if_none_behaves_well() -> None:
+def test_order_stays_if_no_server_behaves_well() -> None:
+    """The probes find one that does."""
+
     async def query() -> None:
         group = Group(silent, silent, silent)
         for _ in range(2):
             await group.query()
-        group.sent_to()
+        assert group.order() == [FIRST, SECOND, THIRD]
         group.network.scripts[THIRD] = honest
+        await group.query()
+        group.sent_to()
         assert await group.query() == (Rcode.NOERROR, 0.0)
-        assert group.sent_to() == [FIRST, SECOND, THIRD]
+        assert group.sent_to()[0] == THIRD
+
+    run(query())
+
+
+@pytest.mark.parametrize("script", [silent, servfail, after(TICK_SECONDS + 0.1)], ids=["silent", "servfail", "late"])
+def test_names_that_no_server_can_resolve_demote_none(script: Script) -> None:
+    """A client may own a domain whose servers are silent, wrong or slow: it must not move other clients' names to the
+    next server, which may not know them."""
+
+    async def query() -> None:
+        group = Group(script, script)
+        for _ in range(MANY):
+            await group.query()
+            await asyncio.sleep(0.5)
+        group.network.scripts |= {FIRST: honest, SECOND: honest}
+        group.sent_to()
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.sent_to()[0] == FIRST
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+@pytest.mark.parametrize("script", [silent, servfail], ids=["silent", "servfail"])
+def test_names_that_only_the_next_server_resolves_do_not_demote_one_that_responds(script: Script) -> None:
+    """Such as names with a wrong signature, if only the first server validates."""
+
+    async def query() -> None:
+        group = Group(honest, honest)
+        for _ in range(MANY):
+            await group.query()
+            group.network.scripts[FIRST] = script
+            for _ in range(POOR_AFTER):
+                group.start()
+            group.network.scripts[FIRST] = honest
+            await asyncio.sleep(FAILS_SECONDS - 0.1)
+            assert group.order() == [FIRST, SECOND]
+        group.futures.clear()
+
+    run(query())
+
+
+def test_silence_before_a_response_does_not_count() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        waiting = [group.start() for _ in range(SILENT_AFTER)]
+        await asyncio.sleep(0.1)
+        group.network.scripts[FIRST] = honest
+        await group.query()
+        await asyncio.gather(*(group.futures[each] for each in waiting))
+        assert group.failover.group(group.servers).members[0].unanswered == 0
+
+    run(query())
+
+
+def test_clients_take_turns_with_probes() -> None:
+    async def query() -> None:
+        group = Group(silent, honest)
+        for _ in range(SILENT_AFTER + 1):
+            await group.query()
+        (first, _), at = group.failover.group(group.servers).members, now()
+        assert group.order() == [SECOND, FIRST]
+        assert first.is_to_probe(at + PROBE_SECONDS, b"one")
+        assert not first.is_to_probe(at + PROBE_SECONDS + 0.2 - OTHER_CLIENT_SOONER, b"one")
+        assert first.is_to_probe(at + 2 * PROBE_SECONDS + 0.1 - OTHER_CLIENT_SOONER, b"two")
+        assert not first.is_to_probe(at + 2 * PROBE_SECONDS + 0.1 - OTHER_CLIENT_SOONER, b"one")
 
     run(query())
 
@@ -335,6 +406,8 @@ def test_strict_order_queries_the_first_server_first_each_time() -> None:
             group = Group(servfail, honest, strict_order=strict)
             for _ in range(POOR_AFTER + 1):  # with a probe
                 await group.query()
+                await asyncio.sleep(FAILS_SECONDS / POOR_AFTER)
+            await group.query()
             group.sent_to()
             await group.query()
             assert group.sent_to() == expected
