@@ -26,8 +26,8 @@ from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.resolution import Attempt, Group, Member, Resolution
 from udpwatch.dns.settings import Server
+from udpwatch.dns.tcp_connection import Failure
 from udpwatch.dns.upstream import UpstreamClient
-from udpwatch.dns.upstream_tcp import Failure
 
 TICK_SECONDS = 0.8
 STALE_SECONDS = 1.6  # about RFC 8767's client response timer (section 5)

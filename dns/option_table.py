@@ -310,6 +310,12 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--upstream-tcp",
+        readers.on("upstream_tcp"),
+        "query upstream servers over TCP only; connections stay open for 10 seconds without queries",
+        "only udpwatch has this option",
+    ),
+    _option(
         "-0 --dns-forward-max=N",
         readers.one("forward_max", values.whole(1, 65535)),
         "maximum number of queries in flight to the servers of one domain (1000); to all servers, four times as many",
@@ -623,7 +629,11 @@ REFUSED_SHORT = {short: name for name, short in REFUSED.items() if short}
 
 def usage() -> str:
     """Return the text of --help."""
-    rows = ["Usage: udpwatch dns [options]", "", "The options are those of dnsmasq, except --metrics-listen:"]
+    rows = [
+        "Usage: udpwatch dns [options]",
+        "",
+        "The options are those of dnsmasq, except --metrics-listen and --upstream-tcp:",
+    ]
     for option in OPTIONS:
         rows.append(f"{f'-{option.short}, ' if option.short else '':4}{option.flag}")
         rows.append(f"        {option.help}")

@@ -120,6 +120,7 @@ class Service:
             ignored=settings.ignored_addresses,
             ports=settings.ports,
             mixes_case=settings.mixes_case,
+            only_tcp=settings.upstream_tcp,
         )
         retry = settings.retry_milliseconds
         self._failover = Failover(

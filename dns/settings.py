@@ -147,6 +147,7 @@ class Settings:
     strict_order: bool = False  # query servers in their order
     all_servers: bool = False  # query all servers at the same time
     retry_milliseconds: tuple[int, int] | None = None  # the first delay and the total time; None: failover.py's
+    upstream_tcp: bool = False  # query servers over TCP only
     mixes_case: bool = False  # 0x20 encoding of queries to servers
     ports: Ports = ANY_PORTS  # source ports of queries to servers
     addresses: tuple[DomainAddress, ...] = ()

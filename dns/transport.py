@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import socket
-import struct
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -41,8 +39,8 @@ class Transport(Protocol):
         may use the same port. ``on_readable`` runs in the packet loop while there is something to receive. Raises
         OSError."""
 
-    async def exchange_tcp(self, server: Server, message: bytes) -> bytes:
-        """Send one query over a new TCP connection and return the response, unparsed. Raises OSError."""
+    async def open_tcp(self, server: Server, protocol: asyncio.BufferedProtocol) -> None:
+        """Open a TCP connection for this protocol. Raises OSError."""
 
 
 class SocketUdpConnection:
@@ -86,26 +84,14 @@ class SocketTransport:
         """Open a connected socket."""
         return SocketUdpConnection(self._loop, server, port, shared, on_readable)
 
-    async def exchange_tcp(self, server: Server, message: bytes) -> bytes:
-        """Send a query and receive one response."""
+    async def open_tcp(self, server: Server, protocol: asyncio.BufferedProtocol) -> None:
+        """Connect, with the event loop's own transport."""
         loop = asyncio.get_running_loop()
-        with _open_socket(server, socket.SOCK_STREAM) as link:
+        link = _open_socket(server, socket.SOCK_STREAM)
+        with _close_on_error(link):
             link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, TCP_BUFFER_BYTES)
             await loop.sock_connect(link, _sockaddr(server))
-            await loop.sock_sendall(link, struct.pack("!H", len(message)) + message)
-            size = int.from_bytes(await _receive(link, 2), "big")
-            return bytes(await _receive(link, size))
-
-
-async def _receive(link: socket.socket, size: int) -> bytearray:
-    loop, data = asyncio.get_running_loop(), bytearray(size)
-    view, at = memoryview(data), 0
-    while at < size:
-        more = await loop.sock_recv_into(link, view[at:])
-        if not more:
-            raise ConnectionResetError(errno.ECONNRESET, "connection closed in the middle of a response")
-        at += more
-    return data
+            await loop.create_connection(lambda: protocol, sock=link)
 
 
 @contextlib.contextmanager

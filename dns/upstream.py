@@ -31,9 +31,10 @@ from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.policy import has_address_in
 from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
 from udpwatch.dns.settings import ANY_PORTS, Ports, Server
+from udpwatch.dns.tcp_connection import Failure, Result
 from udpwatch.dns.transport import Transport
 from udpwatch.dns.upstream_socket import SOCKET_SECONDS, Sockets
-from udpwatch.dns.upstream_tcp import Failure, Result, TcpClient
+from udpwatch.dns.upstream_tcp import TcpClient
 
 ATTEMPT_SECONDS = 8.0  # how long a response may take: longer than clients wait, because it is cached
 MAX_MISMATCHES = 20  # on one socket; then its queries continue over TCP

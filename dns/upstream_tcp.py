@@ -1,147 +1,366 @@
 """Queries to upstream servers over TCP, for responses that do not fit into UDP. Runs in the event loop's thread.
 
-Memory for responses is bounded: at most MAX_TCP_ANSWERS, of up to 64 KB each, are read at the same time, and one of
-them is parsed per turn of the event loop.
+Rules
+1. Connections stay open for IDLE_SECONDS. A query uses an idle one, else a new one; with CONNECTIONS_PER_SERVER in use
+   it is sent behind others (RFC 7766, section 6.2.1.1). Responses may come in any order.
+2. A server may close a connection at any time. A query that was not the only one of its connection is then repeated
+   once, on a connection of its own.
+3. Memory for responses is bounded: at most MAX_TCP_ANSWERS queries have a slot, and so many connections are open; each
+   holds one response of up to 64 KB. A turn of the event loop parses TURN_BYTES, or one response that is longer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 from udpwatch.dns.budget import UNLIMITED, Budget
-from udpwatch.dns.message import Rcode, Response
+from udpwatch.dns.message import Rcode
 from udpwatch.dns.settings import Server
+from udpwatch.dns.tcp_connection import Connection, Failure, Match, Result, ServerState, TcpQuery
+from udpwatch.dns.timers import DelayQueue
 from udpwatch.dns.transport import Transport
 
 TCP_SECONDS = 3.0
-MAX_TCP_ANSWERS = 128  # read at the same time: 8 MB
+IDLE_SECONDS = 10.0
+MAX_TCP_ANSWERS = 128  # queries with a slot, and connections: 8 MB
 MAX_TCP_ANSWERS_PER_SERVER = 64
 MAX_TCP_WAITING = 512  # queries that wait for one of these slots
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a server gave no usable response. ``reason`` is a metric label; ``rcode`` is for the client."""
-
-    reason: str
-    rcode: int = Rcode.SERVFAIL
-
+CONNECTIONS_PER_SERVER = 16  # many servers respond in order, so one slow response delays those behind it
+MAX_DROPPED = 8  # cancelled queries without a response; then a connection gets no further query
+TURN_BYTES = 4096  # of responses
+STRIKES = 3  # see ServerState
+SINGLE_SECONDS = 600.0
 
 #: Too many responses over TCP are being read. The limit is ours: the client gets REFUSED, as above other limits.
 BUSY = Failure("busy", Rcode.REFUSED)
 
-Result = Response | Failure
-#: Parses a response: None if it does not match the query.
-Match = Callable[[bytes], Result | None]
+_Item = TypeVar("_Item", bound=Hashable)
 
 
 class TcpClient:
-    """Queries servers over TCP; each query is a task."""
+    """Queries servers over TCP."""
 
     def __init__(self, transport: Transport, budget: Budget = UNLIMITED) -> None:
         self._transport, self._budget = transport, budget
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._waiting = 0  # queries that wait for a slot
-        self._slots = asyncio.Semaphore(MAX_TCP_ANSWERS)
-        self._slots_of: dict[Server, asyncio.Semaphore] = {}
-        self._parsing = asyncio.Lock()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._is_woken = False
+        self._states: dict[Server, ServerState] = {}
+        self._active = self._waiting = 0
+        self._hungry: dict[ServerState, None] = {}  # servers with queries that wait, and perhaps a free slot
+        self._connections: set[Connection] = set()
+        self._ready: deque[tuple[Connection, bytes]] = deque()  # responses for the next turns
+        self._turn_bytes = 0
 
     def start(self) -> None:
         """Start in the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._timeouts = _Timers(self._loop, TCP_SECONDS, self._on_timeout)
+        self._idle = _Timers(self._loop, IDLE_SECONDS, self._close)
 
     def query(self, server: Server, message: bytes, match: Match, done: Callable[[Result], None]) -> Callable[[], None]:
         """Query a server; any thread may call this. Return how to cancel it.
 
         ``match`` and ``done`` are called in the event loop; after a cancellation, ``done`` may still be called.
         """
-        tasks: list[asyncio.Task[None]] = []
+        queries: list[TcpQuery] = []  # empty: not begun yet, or cancelled before
+        is_cancelled: list[bool] = []
 
         def begin() -> None:
-            if not cancelled:
-                task = asyncio.get_running_loop().create_task(self._run(server, message, match, done))
-                tasks.append(task)
-                self._tasks.add(task)
-                task.add_done_callback(forget)
-
-        def forget(task: asyncio.Task[None]) -> None:
-            tasks.clear()  # break the cycle: no work for the garbage collector
-            self._tasks.discard(task)
+            if not is_cancelled:
+                query = TcpQuery(self._state(server), message, match, done)
+                queries.append(query)
+                self._submit(query)
 
         def end() -> None:
-            cancelled.append(True)
-            for task in tasks:
-                task.cancel()
+            is_cancelled.append(True)
+            if queries:
+                self._cancel(queries.pop())
 
-        cancelled: list[bool] = []
         self._call(begin)
         return lambda: self._call(end)
 
     def forget_servers(self) -> None:
         """Drop per-server state because the servers have changed; any thread may call this."""
-        self._call(self._slots_of.clear)  # queries in progress keep their reference to the old one
+        self._call(self._forget_servers)
+
+    def close(self) -> None:
+        """Cancel all queries and close the connections."""
+        while len(self._timeouts):
+            self._cancel(self._timeouts.oldest())
+        for connection in list(self._connections):
+            self._close(connection)
 
     async def stop(self) -> None:
-        """Cancel all queries."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """Cancel all queries and close the connections."""
+        tasks = [connection.opening for connection in self._connections if connection.opening]
+        if self._loop:
+            self.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close their sockets in the next turn
 
     def _call(self, call: Callable[[], None]) -> None:
-        if self._loop:
+        """Run ``call`` in the event loop. Waking it up is a system call, so many calls share one."""
+        self._posted.append(call)
+        if self._loop and not self._is_woken:
+            self._is_woken = True
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                self._loop.call_soon_threadsafe(call)
+                self._loop.call_soon_threadsafe(self._run_posted)
 
-    async def _run(self, server: Server, message: bytes, match: Match, done: Callable[[Result], None]) -> None:
-        """Query, and report the result once. An exception must not leave this frame: a task and the frames of its
-        exception are a cycle, which lives until the garbage collector runs."""
-        result: Result
-        try:
-            result = await self._exchange(server, message, match)
-        except TimeoutError:
-            result = Failure("timeout")
-        except OSError:
-            result = Failure("network")
-        except _BusyError:
-            result = BUSY
-        done(result)
+    def _run_posted(self) -> None:
+        self._is_woken = False
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
 
-    async def _exchange(self, server: Server, message: bytes, match: Match) -> Result:
-        async with self._slot(server):
-            async with asyncio.timeout(TCP_SECONDS):
-                received = await self._transport.exchange_tcp(server, message)
-            async with self._parsing:
-                if delay := self._budget.delay():
-                    await asyncio.sleep(delay)
-                found = match(received)
-                await asyncio.sleep(0)  # one turn of the event loop for each
-        return found or Failure("malformed")
+    # ---- slots ----
 
-    @contextlib.asynccontextmanager
-    async def _slot(self, server: Server) -> AsyncIterator[None]:
-        """Hold a slot for a response. Raises _BusyError when too many queries wait for one.
+    def _state(self, server: Server) -> ServerState:
+        if (state := self._states.get(server)) is None:
+            state = self._states[server] = ServerState(server)
+        return state
 
-        A server that blocks all its own slots leaves the others theirs.
-        """
-        if self._waiting >= MAX_TCP_WAITING:
-            raise _BusyError
-        own = self._slots_of.setdefault(server, asyncio.Semaphore(MAX_TCP_ANSWERS_PER_SERVER))
-        async with contextlib.AsyncExitStack() as slots:
+    def _forget_servers(self) -> None:
+        """Queries in progress keep their state."""
+        for state in self._states.values():
+            for connection in list(state.connections):
+                connection.is_retired = True
+                self._settle(connection)
+        self._states.clear()
+
+    def _submit(self, query: TcpQuery) -> None:
+        state = query.state
+        if self._active < MAX_TCP_ANSWERS and state.active < MAX_TCP_ANSWERS_PER_SERVER and not state.waiting:
+            self._begin(query)
+        elif self._waiting < MAX_TCP_WAITING:
             self._waiting += 1
+            state.waiting[query] = None
+            self._hungry[state] = None
+            self._timeouts.start(query)
+        else:
+            query.end(BUSY)
+
+    def _begin(self, query: TcpQuery) -> None:
+        """Give a query a slot, and send it."""
+        self._active += 1
+        query.state.active += 1
+        self._timeouts.start(query)
+        self._choose(query).send(query)
+
+    def _end(self, query: TcpQuery, result: Result | None) -> None:
+        """Free what a query uses. ``result``: None if nobody waits for it."""
+        self._timeouts.stop(query)
+        if query.connection:
+            self._active -= 1
+            query.state.active -= 1
+            query.connection = None
+        else:
+            self._waiting -= 1
+            del query.state.waiting[query]
+        if query.state.waiting:
+            self._hungry[query.state] = None
+        query.end(result)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Give free slots to queries that wait, one server after the other: one that blocks all its own slots leaves
+        the others theirs."""
+        while self._active < MAX_TCP_ANSWERS and self._hungry:
+            state = next(iter(self._hungry))
+            del self._hungry[state]
+            if not state.waiting or state.active >= MAX_TCP_ANSWERS_PER_SERVER:
+                continue
+            self._hungry[state] = None
+            query = next(iter(state.waiting))
+            del state.waiting[query]
+            self._waiting -= 1
+            self._timeouts.stop(query)
+            self._begin(query)
+
+    def _cancel(self, query: TcpQuery) -> None:
+        if query.has_ended:
+            return
+        connection = query.connection
+        if connection:
+            connection.drop(query)
+            connection.is_retired |= len(connection.dropped) > MAX_DROPPED
+        self._end(query, None)
+        if connection:
+            self._settle(connection)
+
+    def _on_timeout(self, query: TcpQuery) -> None:
+        connection = query.connection
+        if connection:
+            connection.drop(query)
+            connection.is_retired = True
+        self._end(query, Failure("timeout") if connection else BUSY)
+        if connection:
+            self._settle(connection)
+
+    # ---- connections ----
+
+    def _choose(self, query: TcpQuery) -> Connection:
+        """Return the connection for a query."""
+        state = query.state
+        if not query.is_retried:
+            while state.idle:
+                connection, _ = state.idle.popitem()
+                self._idle.stop(connection)
+                if not connection.is_retired:
+                    return connection
+            if len(state.connections) >= CONNECTIONS_PER_SERVER and self._now() >= state.single_until:
+                usable = [each for each in state.connections if not each.is_retired]
+                if len(usable) >= CONNECTIONS_PER_SERVER:
+                    return min(usable, key=lambda each: each.load)
+        return self._open(state)
+
+    def _open(self, state: ServerState) -> Connection:
+        if len(self._connections) >= MAX_TCP_ANSWERS and len(self._idle):
+            self._close(self._idle.oldest())
+        connection = Connection(self, state)
+        self._connections.add(connection)
+        state.connections.add(connection)
+        connection.opening = asyncio.get_running_loop().create_task(self._connect(connection))
+        return connection
+
+    async def _connect(self, connection: Connection) -> None:
+        """Connect. An exception must not leave this frame: a task and the frames of its exception are a cycle, which
+        lives until the garbage collector runs."""
+        with contextlib.suppress(asyncio.CancelledError):
             try:
-                async with asyncio.timeout(TCP_SECONDS):
-                    await slots.enter_async_context(own)
-                    await slots.enter_async_context(self._slots)
-            except TimeoutError:
-                raise _BusyError from None
-            finally:
-                self._waiting -= 1
-            yield
+                await self._transport.open_tcp(connection.state.server, connection)
+            except OSError:
+                self.on_lost(connection)
+        connection.opening = None
+
+    def _close(self, connection: Connection) -> None:
+        self._remove(connection)
+        connection.close()
+
+    def _remove(self, connection: Connection) -> None:
+        connection.is_retired = True
+        self._idle.stop(connection)
+        self._connections.discard(connection)
+        connection.state.connections.discard(connection)
+        connection.state.idle.pop(connection, None)
+
+    def _settle(self, connection: Connection) -> None:
+        """Close a connection without queries, or keep it for a while."""
+        if connection.pending or connection not in self._connections:
+            return
+        state = connection.state
+        if connection.is_retired or not connection.is_open or len(state.connections) > CONNECTIONS_PER_SERVER:
+            self._close(connection)
+        else:
+            state.idle[connection] = None
+            self._idle.stop(connection)
+            self._idle.start(connection)
+
+    def on_lost(self, connection: Connection) -> None:
+        """Repeat the queries of a connection that the server has closed; see the rules."""
+        if connection not in self._connections:
+            return  # closed here
+        state = connection.state
+        if connection.responses > 1:
+            state.strikes = 0
+        elif connection.responses and connection.pending:
+            state.strikes += 1
+            if state.strikes >= STRIKES:
+                state.single_until = self._now() + SINGLE_SECONDS
+        self._break(connection, Failure("network"))
+
+    def _break(self, connection: Connection, failure: Failure) -> None:
+        """End a connection. Its queries are repeated, or end with this failure."""
+        self._close(connection)
+        queries = list(connection.pending.values())
+        connection.pending.clear()
+        for query in queries:
+            if query.is_retried or connection.queries == 1:
+                self._end(query, failure)
+            else:
+                query.is_retried = True
+                self._choose(query).send(query)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    # ---- responses ----
+
+    def on_data(self, connection: Connection) -> None:
+        """Take the responses that have arrived, as many as this turn may parse."""
+        while (message := connection.take()) is not None:
+            delay = self._budget.delay()
+            if delay or self._ready or self._turn_bytes >= TURN_BYTES:
+                connection.pause()
+                self._ready.append((connection, message))
+                if len(self._ready) == 1:
+                    asyncio.get_running_loop().call_later(delay, self._take_ready)
+                return
+            self._on_message(connection, message)
+
+    def _take_ready(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._ready:
+            if self._turn_bytes >= TURN_BYTES:
+                loop.call_soon(self._take_ready)
+                return
+            connection, message = self._ready.popleft()
+            self._on_message(connection, message)
+            if (following := connection.take()) is not None:
+                self._ready.append((connection, following))
+            else:
+                connection.resume()
+            if self._ready and (delay := self._budget.delay()):
+                loop.call_later(delay, self._take_ready)
+                return
+
+    def _on_message(self, connection: Connection, message: bytes) -> None:
+        if not self._turn_bytes:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+        self._turn_bytes += len(message) + 1
+        ident = message[:2]
+        query = connection.pending.pop(ident, None)
+        if query is not None:
+            connection.responses += 1
+            mine = query.message[:2]
+            found = query.match(message if ident == mine else mine + message[2:])
+            connection.is_retired |= found is None
+            self._end(query, found or Failure("malformed"))
+            self._settle(connection)
+        elif ident in connection.dropped:
+            connection.dropped.discard(ident)
+        elif connection in self._connections:
+            self._break(connection, Failure("malformed"))
+
+    def _next_turn(self) -> None:
+        self._turn_bytes = 0
 
 
-class _BusyError(Exception):
-    pass
+class _Timers(Generic[_Item]):
+    """A `DelayQueue` in the event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, delay: float, action: Callable[[_Item], None]) -> None:
+        self._loop, self._queue = loop, DelayQueue(delay, action)
+        self._is_armed = False
+        self.stop, self.oldest = self._queue.stop, self._queue.oldest
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def start(self, item: _Item) -> None:
+        """Start the timer of an item that has none."""
+        self._queue.start(item, self._loop.time())
+        if not self._is_armed:
+            self._arm()
+
+    def _arm(self) -> None:
+        self._is_armed = len(self._queue) > 0
+        if self._is_armed:
+            self._loop.call_at(self._queue.next(), self._run)
+
+    def _run(self) -> None:
+        self._queue.run(self._loop.time())
+        self._arm()

@@ -179,3 +179,26 @@ def test_random_case_and_a_server_that_changes_it(node: Namespace) -> None:
             )
         assert responder.metric("upstream_mismatched_responses_total") == 20
         assert responder.has_logged(f"dns: a response of {FIRST}#53 has the name in another case")
+
+
+# ---- TCP only ----
+
+
+def test_queries_over_tcp_share_connections(node: Namespace) -> None:
+    """Also when the server closes its connections in between, and one that takes a single query."""
+    closes = False
+
+    def once(asked: Asked) -> bytes | None:
+        if closes:
+            message = right(asked)
+            asked.link.sendall(len(message).to_bytes(2, "big") + message)
+            return None  # the connection is closed
+        return right(asked)
+
+    with FakeServer(node, FIRST, once) as server, Responder(node, *LISTEN, f"--server={FIRST}", "--upstream-tcp"):
+        ask_many(node)
+        assert {asked.tcp for asked in server.asked} == {True}
+        assert len({asked.peer for asked in server.asked}) == 1
+        closes = True
+        ask_many(node)
+        assert len({asked.peer for asked in server.asked}) == 200

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -65,7 +65,7 @@ class UpstreamNetwork:
         self.scripts = scripts or {}
         self.sent: list[Sent] = []
         self.open_udp_connections: set[_Connection] = set()
-        self.open_tcp: Counter[Server] = Counter()
+        self.tcp_connections: list[_TcpConnection] = []  # all that have been opened
         self.received_in_turn: list[int] = []  # datagrams read in each turn of the event loop
         self.ports_in_use: set[int] = set()  # by other programs
         self._turn_open = False
@@ -80,19 +80,13 @@ class UpstreamNetwork:
         self.open_udp_connections.add(connection)
         return connection
 
-    async def exchange_tcp(self, server: Server, message: bytes) -> bytes:
-        self.open_tcp[server] += 1
-        try:
-            answers = self._play(server, message, tcp=True)
-            if not answers:
-                await asyncio.get_running_loop().create_future()
-            delay, item = answers[0]
-            await asyncio.sleep(delay)
-            if isinstance(item, OSError):
-                raise item
-            return item
-        finally:
-            self.open_tcp[server] -= 1
+    async def open_tcp(self, server: Server, protocol: asyncio.BufferedProtocol) -> None:
+        await asyncio.sleep(0)
+        _TcpConnection(self, server, protocol)
+
+    @property
+    def open_tcp_connections(self) -> list[_TcpConnection]:
+        return [each for each in self.tcp_connections if not each.closed]
 
     def _play(self, server: Server, data: bytes, tcp: bool) -> Sequence[tuple[float, bytes | OSError]]:
         sent = Sent(server, data, tcp, now())
@@ -155,3 +149,63 @@ class _Connection:
     def close(self) -> None:
         self.closed = True
         self.network.open_udp_connections.remove(self)
+
+
+class _TcpConnection(asyncio.Transport):
+    """The server's end of a TCP connection: plays the script of each query when it arrives."""
+
+    def __init__(self, network: UpstreamNetwork, server: Server, protocol: asyncio.BufferedProtocol) -> None:
+        super().__init__()
+        self.network, self.server, self.protocol = network, server, protocol
+        self.queries: list[Sent] = []
+        self.closed = self.paused = False
+        self.answered = 0
+        self._arrived = bytearray()
+        network.tcp_connections.append(self)
+        protocol.connection_made(self)
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        assert not self.closed
+        assert int.from_bytes(data[:2], "big") == len(data) - 2
+        answers = self.network._play(self.server, data[2:], tcp=True)
+        self.queries.append(self.network.sent[-1])
+        for delay, item in answers[:1]:
+            asyncio.get_running_loop().call_later(delay, self._answer, item)
+
+    def _answer(self, item: bytes | OSError) -> None:
+        if isinstance(item, OSError):
+            self.lose(item)
+        else:
+            self.answered += 1
+            self.feed(len(item).to_bytes(2, "big") + item)
+
+    def feed(self, data: bytes) -> None:
+        """Octets arrive at the client."""
+        self._arrived += data
+        while self._arrived and not (self.closed or self.paused):
+            buffer = self.protocol.get_buffer(-1)
+            size = min(len(buffer), len(self._arrived))
+            assert size, "no room"
+            buffer[:size] = self._arrived[:size]
+            del self._arrived[:size]
+            buffer.release()
+            self.protocol.buffer_updated(size)
+
+    def lose(self, error: OSError | None = None) -> None:
+        """The server closes the connection."""
+        if not self.closed:
+            self.closed = True
+            self.protocol.connection_lost(error)
+
+    def abort(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+        self.feed(b"")

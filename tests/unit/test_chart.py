@@ -380,11 +380,13 @@ def test_dns_forwards_cluster_names_to_the_cluster_and_others_to_the_nodes_serve
     assert pod(manifests)["dnsPolicy"] == "Default", "the node's resolv.conf"
 
     values = {"dns": DNS | {"upstreamServers": ["192.0.2.1", "2001:db8::1#5353"], "options": ["cache-size=7"]}}
+    values["dns"]["forceTCP"] = True
     (tmp_path / "more").mkdir()
     conf = settings(render(values), tmp_path / "more").dns_conf
     assert conf
     dns = read_conf(conf)
     assert (dns.resolv, dns.servers, dns.cache_size) == (False, (Server("192.0.2.1"), Server("2001:db8::1", 5353)), 7)
+    assert dns.upstream_tcp
 
 
 @pytest.mark.parametrize(("name", "address"), [("dns", "169.254.20.10/32"), ("dns-ipv6", "fd00:53::1/128")])

@@ -40,6 +40,7 @@ DNS_BY_THE_CHART = {
     **dict.fromkeys(("addn-hosts", "hostsdir", "resolv-file", "conf-file", "conf-dir"), _FILE),
     "no-hosts": "always: the node's hosts are not the pods'",
     "no-resolv": "with dns.upstreamServers",
+    "upstream-tcp": "dns.forceTCP",
     "metrics-listen": "metrics.port, and the agent's own",
     **dict.fromkeys(("user", "group"), "the agent needs root"),
     "pid-file": "of `udpwatch dns` only",

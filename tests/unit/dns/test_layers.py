@@ -63,13 +63,14 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"libc", "packet_loop", "settings"},
     "resolution": {"cache_entry", "metrics", "settings", "transport"},
     "upstream_socket": {"limited_log", "resolution", "settings", "transport"},
-    "upstream_tcp": {"budget", "message", "settings", "transport"},
+    "tcp_connection": {"message", "settings"},
+    "upstream_tcp": {"budget", "message", "settings", "tcp_connection", "timers", "transport"},
     "upstream": {
         *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),
-        *("cache_entry", "edns", "limited_log", "upstream_socket", "upstream_tcp"),
+        *("cache_entry", "edns", "limited_log", "tcp_connection", "upstream_socket", "upstream_tcp"),
     },
     "failover": {
-        *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "upstream", "upstream_tcp"),
+        *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "tcp_connection", "upstream"),
     },
     "forwarder": {
         *("cache", "cache_entry", "edns", "failover", "limited_log", "message", "metrics", "names", "packet_loop"),

@@ -258,6 +258,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--max-port=2000", {"ports": Ports(1024, 2000)}),
     ("--max-port=0", {}),
     ("--port-limit=64", {}),
+    ("--upstream-tcp", {"upstream_tcp": True}),
     ("--fast-dns-retry", {"retry_milliseconds": (1000, 10_000)}),
     ("--fast-dns-retry=50", {"retry_milliseconds": (50, 10_000)}),
     ("--fast-dns-retry=500,60000", {"retry_milliseconds": (500, 60_000)}),
@@ -327,7 +328,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--no-daemon", {"foreground": True}),
 ]
 #: Options that dnsmasq does not have.
-OURS = ("--metrics-listen", "--use-stale-cache=off")
+OURS = ("--metrics-listen", "--upstream-tcp", "--use-stale-cache=off")
 ONE_WORD = [word for word, _ in GOOD]
 
 BAD = [
@@ -937,7 +938,7 @@ def test_every_dnsmasq_option_is_supported_or_refused() -> None:
     assert len(theirs) > 150
     assert {name: ours.get(name) for name in theirs} == theirs
     hidden = {"dhcp-lease", "domain-suffix", "dnssec-limits"}
-    assert set(ours) - set(theirs) - LATER - hidden == {"metrics-listen"}
+    assert set(ours) - set(theirs) - LATER - hidden == {"metrics-listen", "upstream-tcp"}
 
 
 @needs_dnsmasq
@@ -958,7 +959,8 @@ def test_dnsmasq_accepts_what_udpwatch_accepts(word: str, tmp_path: Path) -> Non
     [
         option
         for option in OPTIONS
-        if not option.command_line_only and option.name not in {"metrics-listen", "conf-file", "conf-dir", *LATER}
+        if not option.command_line_only
+        and option.name not in {"metrics-listen", "upstream-tcp", "conf-file", "conf-dir", *LATER}
     ],
     ids=lambda option: option.name,
 )

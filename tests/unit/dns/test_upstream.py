@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_network
+from itertools import cycle
 
 import dns_messages as m
 import pytest
@@ -17,6 +18,7 @@ from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolution import EDNS_LOST_AFTER, PLAIN_SECONDS, Attempt, Member
 from udpwatch.dns.settings import Ports, Server
+from udpwatch.dns.tcp_connection import READ_BYTES, Failure
 from udpwatch.dns.upstream import (
     ATTEMPT_SECONDS,
     MAX_MISMATCHES,
@@ -26,11 +28,12 @@ from udpwatch.dns.upstream import (
 )
 from udpwatch.dns.upstream_socket import POOL_SOCKETS, RENEWED_RANGE, SOCKET_QUERIES, SOCKET_SECONDS
 from udpwatch.dns.upstream_tcp import (
+    CONNECTIONS_PER_SERVER,
+    IDLE_SECONDS,
     MAX_TCP_ANSWERS,
     MAX_TCP_ANSWERS_PER_SERVER,
     MAX_TCP_WAITING,
     TCP_SECONDS,
-    Failure,
     TcpClient,
 )
 
@@ -57,9 +60,9 @@ class Client:
 
     def __init__(self, network: UpstreamNetwork, **options: object) -> None:
         self.network, self.metrics = network, Metrics()
-        self.loop, tcp = VirtualPacketLoop(), TcpClient(network)
-        tcp.start()
-        self.client = UpstreamClient(self.loop, self.metrics, network, tcp, no_direct, **options)  # type: ignore[arg-type]
+        self.loop, self.tcp = VirtualPacketLoop(), TcpClient(network)
+        self.tcp.start()
+        self.client = UpstreamClient(self.loop, self.metrics, network, self.tcp, no_direct, **options)  # type: ignore[arg-type]
         self.client.results = self
         self.futures: dict[Attempt, asyncio.Future[Response]] = {}
 
@@ -84,8 +87,9 @@ class Client:
     def end(self) -> None:
         """Every socket is closed afterwards."""
         self.client.close()
+        self.tcp.close()
         assert not self.network.open_udp_connections
-        assert not self.network.open_tcp.total()
+        assert not self.network.open_tcp_connections
 
 
 class Case:
@@ -311,6 +315,11 @@ def over_tcp(answer: Script) -> Script:
     return lambda sent: answer(sent) if sent.tcp else [(0.0, sent.respond(flags=m.RD | m.TC))]
 
 
+def over_tcp_to(network: UpstreamNetwork, *servers: Server) -> int:
+    """The number of queries that servers have got over TCP."""
+    return sum(sent.tcp and sent.server in servers for sent in network.sent)
+
+
 def test_tcp_timeout() -> None:
     assert failure(over_tcp(silent)) == ("timeout", Rcode.SERVFAIL, TCP_SECONDS)
 
@@ -330,13 +339,13 @@ def test_server_that_blocks_its_tcp_slots_leaves_the_others_theirs() -> None:
         client = Client(network)
         tasks = [asyncio.create_task(client.query(SERVER)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
-        assert network.open_tcp[SERVER] == MAX_TCP_ANSWERS_PER_SERVER
+        assert over_tcp_to(network, SERVER) == MAX_TCP_ANSWERS_PER_SERVER
         assert (await client.query(THIRD)).records
         assert now() == 0.0
         for server in (OTHER, FOURTH):
             tasks += [asyncio.create_task(client.query(server)) for _ in range(MAX_TCP_ANSWERS_PER_SERVER + 10)]
         await turns()
-        assert network.open_tcp.total() == MAX_TCP_ANSWERS
+        assert over_tcp_to(network, SERVER, OTHER, FOURTH) == MAX_TCP_ANSWERS
         results = await asyncio.gather(*tasks, return_exceptions=True)
         reasons = sorted(result.reason for result in results if isinstance(result, AttemptFailed))
         assert len(reasons) == len(tasks)
@@ -358,7 +367,8 @@ def test_queries_above_the_waiting_limit_are_refused_at_once() -> None:
         for attempt in attempts:
             client.client.forget(attempt)
         await turns(60)
-        assert network.open_tcp[SERVER] == 0, "what is dropped gives its slot back"
+        network.scripts[SERVER] = over_tcp(honest)
+        assert (await client.query()).records, "what is dropped gives its slot back"
         assert (await client.query(OTHER)).records
         client.end()
 
@@ -375,6 +385,179 @@ def test_queries_over_tcp_only() -> None:
 
     run(query())
     assert [sent.tcp for sent in network.sent] == [True]
+
+
+def test_connection_is_used_again_until_it_is_idle_for_long() -> None:
+    async def queries() -> None:
+        network = UpstreamNetwork()
+        client = Client(network, only_tcp=True)
+        for _ in range(50):
+            await client.query()
+            await asyncio.sleep(IDLE_SECONDS / 2)
+        (connection,) = network.tcp_connections
+        assert len(connection.queries) == 50
+        await asyncio.sleep(IDLE_SECONDS)
+        assert connection.closed
+        assert (await client.query()).records
+        assert len(network.tcp_connections) == 2
+        client.end()
+
+    run(queries())
+
+
+def test_responses_in_any_order() -> None:
+    """More queries than connections; the later a query comes, the earlier its response."""
+    delays = iter(range(1000, 0, -1))
+
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [(next(delays) / 1000, sent.respond(ADDRESS))]})
+        client = Client(network, only_tcp=True)
+        attempts = [client.futures[client.send()] for _ in range(MAX_TCP_ANSWERS_PER_SERVER)]
+        assert all([(await each).records for each in attempts])
+        assert len(network.tcp_connections) == CONNECTIONS_PER_SERVER
+        for connection in network.tcp_connections:
+            assert len(connection.queries) == len({sent.id for sent in connection.queries}) > 1
+        client.end()
+
+    run(queries())
+
+
+def test_equal_ids_differ_on_one_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [(0.1, sent.respond(ADDRESS))]})
+        client = Client(network, only_tcp=True)
+        monkeypatch.setattr(client.client._sockets, "ident", lambda: b"\xff\xff")
+        attempts = [client.futures[client.send()] for _ in range(MAX_TCP_ANSWERS_PER_SERVER)]
+        for each in attempts:
+            assert (await each).id == 0xFFFF
+        assert {sent.id for sent in network.sent} > {0xFFFF, 0}
+        client.end()
+
+    run(queries())
+
+
+def test_idle_connection_that_the_server_closes_is_replaced() -> None:
+    """Before the next query, and at the same time as it is sent."""
+
+    async def queries() -> None:
+        network = UpstreamNetwork()
+        client = Client(network, only_tcp=True)
+        await client.query()
+        network.tcp_connections[0].lose()
+        await client.query()
+        network.scripts[SERVER] = lambda sent: [(0.1, ConnectionResetError())] if first else honest(sent)
+        first = True
+        future = client.futures[client.send()]
+        await asyncio.sleep(0.05)
+        first = False
+        assert (await future).records
+        assert len(network.tcp_connections) == 3
+        client.end()
+
+    run(queries())
+
+
+def test_server_that_closes_after_each_response_gets_single_queries() -> None:
+    delays = cycle(number / 50 for number in range(1, MAX_TCP_ANSWERS_PER_SERVER + 1))  # one response after the other
+
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [(next(delays), sent.respond(ADDRESS))]})
+        client = Client(network, only_tcp=True)
+
+        async def close_connections() -> None:
+            while True:
+                await asyncio.sleep(0.01)
+                for each in network.open_tcp_connections:
+                    if each.answered:
+                        each.lose()
+
+        closing = asyncio.create_task(close_connections())
+        for _ in range(3):
+            attempts = [client.futures[client.send()] for _ in range(MAX_TCP_ANSWERS_PER_SERVER)]
+            assert all([(await each).records for each in attempts])
+        single = network.tcp_connections[-MAX_TCP_ANSWERS_PER_SERVER:]
+        assert [len(each.queries) for each in single] == [1] * MAX_TCP_ANSWERS_PER_SERVER
+        closing.cancel()
+        client.end()
+
+    run(queries())
+
+
+def test_server_that_never_responds_loses_its_connections() -> None:
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: silent})
+        client = Client(network, only_tcp=True)
+        attempts = [client.futures[client.send()] for _ in range(MAX_TCP_ANSWERS_PER_SERVER)]
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        assert {result.reason for result in results if isinstance(result, AttemptFailed)} == {"timeout"}
+        assert now() == TCP_SECONDS
+        assert not network.open_tcp_connections
+        client.end()
+
+    run(queries())
+
+
+def test_response_to_a_cancelled_query_is_ignored() -> None:
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [(0.1, sent.respond(ADDRESS))]})
+        client = Client(network, only_tcp=True)
+        attempt = client.send()
+        await turns(5)
+        client.client.forget(attempt)
+        assert (await client.query()).records
+        assert len(network.tcp_connections) == 1
+        client.end()
+
+    run(queries())
+
+
+def test_response_with_another_id_ends_the_connection() -> None:
+    """The other queries on it are repeated once, each on a connection of its own."""
+
+    def script(sent: Sent) -> list[tuple[float, bytes | OSError]]:
+        wrong = sent is network.tcp_connections[0].queries[0] if network.tcp_connections[0].queries else True
+        return [(0.1, sent.respond(ident=sent.id ^ 0x8000))] if wrong else [(0.2, sent.respond(ADDRESS))]
+
+    network = UpstreamNetwork({SERVER: script})
+
+    async def queries() -> None:
+        client = Client(network, only_tcp=True)
+        attempts = [client.futures[client.send()] for _ in range(CONNECTIONS_PER_SERVER + 8)]
+        results = await asyncio.gather(*attempts, return_exceptions=True)
+        failed = [result for result in results if isinstance(result, AttemptFailed)]
+        assert {each.reason for each in failed} <= {"malformed"}
+        assert len(failed) <= 1
+        client.end()
+
+    run(queries())
+
+
+def test_long_and_split_responses() -> None:
+    """Octet by octet, several at once, and of 64 KB."""
+
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: silent})
+        client = Client(network, only_tcp=True)
+        for size in (3, READ_BYTES - 20, READ_BYTES + 5, 60_000):
+            futures = [client.futures[client.send()] for _ in range(CONNECTIONS_PER_SERVER + 3)]
+            await turns(5)
+            for connection in network.open_tcp_connections:
+                data = b""
+                for sent in connection.queries:
+                    message = sent.respond(m.record(m.TXT, bytes(size)))
+                    data += len(message).to_bytes(2, "big") + message
+                connection.queries.clear()
+                if size == 3:
+                    for octet in data:
+                        connection.feed(bytes((octet,)))
+                else:
+                    connection.feed(data)
+            for future in futures:
+                assert len((await future).message) > size
+        assert len(network.tcp_connections) == CONNECTIONS_PER_SERVER
+        client.end()
+
+    run(queries())
 
 
 # ---- sockets ----
