@@ -266,6 +266,12 @@ OPTIONS = (
         "--all-servers", readers.on("all_servers"), "query all servers of a domain at the same time; the first wins"
     ),
     _option(
+        "--dns-loop-detect",
+        readers.on("loop_detect"),
+        "do not use servers that send queries back to this responder, until the servers change",
+        "at most 64 servers are tested",
+    ),
+    _option(
         "-Q --query-port=PORT",
         readers.read_query_port,
         "query upstream servers from this UDP port, not from random ones; 0: from a port that the kernel chooses once",
@@ -613,7 +619,7 @@ _MISSING = {
     ),
     """
     connmark-allowlist
-    connmark-allowlist-enable conntrack dns-loop-detect dumpfile dumpmask
+    connmark-allowlist-enable conntrack dumpfile dumpmask
     add-mac strip-mac
     """: "udpwatch does not support this dnsmasq option",
 }

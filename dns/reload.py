@@ -15,10 +15,11 @@ from pathlib import Path
 from udpwatch.dns import zone
 from udpwatch.dns.errors import HostsError
 from udpwatch.dns.interfaces import HostInterfaces
+from udpwatch.dns.loop_detection import LoopDetector
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolvconf import read_resolv
 from udpwatch.dns.responder import Responder
-from udpwatch.dns.routes import build_routes
+from udpwatch.dns.routes import Routes, build_routes
 from udpwatch.dns.servers_file import read_servers
 from udpwatch.dns.settings import ETC_HOSTS, Server, Settings
 
@@ -87,11 +88,12 @@ class RouteReloader:
         forget_servers: Callable[[], None],
         is_own: Callable[[Server], bool],
         invalidate: Callable[[], None],
+        loops: LoopDetector | None = None,
     ) -> None:
         """``forget_servers`` is called after a change. ``is_own``: whether querying this server would mean querying
-        ourselves; it depends on our addresses."""
+        ourselves; it depends on our addresses. ``loops`` tests the default servers."""
         self._settings, self._responder, self._forget_servers = settings, responder, forget_servers
-        self._is_own, self._invalidate = is_own, invalidate
+        self._is_own, self._invalidate, self._loops = is_own, invalidate, loops
         self._from_resolv: tuple[Server, ...] = ()
         self._own: set[Server] = set()
         self._given = settings  # without the servers file
@@ -155,6 +157,8 @@ class RouteReloader:
     def apply(self) -> None:
         """Put new routes in place if the servers or this host's addresses have changed them."""
         routes = build_routes(self._settings, self._from_resolv, self._without_own)
+        if self._loops:
+            routes = Routes(self._loops.usable(routes.default), routes.domains)
         before = self._responder.routes
         if (before.default, before.domains) == (routes.default, routes.domains):
             return

@@ -109,6 +109,8 @@ class Responder:
         self.zone = zone
         self.cache = cache
         self.routes = Routes()
+        #: Whether a name is that of a query of ours that has come back (`LoopDetector.is_test`).
+        self.is_loop_test: Callable[[bytes], bool] | None = None
         self.version = "udpwatch"
         #: For servers.bind: "ADDRESS#PORT queries failures" of each.
         self.server_statistics: Callable[[], list[str]] = list
@@ -141,6 +143,8 @@ class Responder:
 
     def _unknown(self, query: Query, most: int) -> Reply | Forward:
         """Decide about a name that is not in memory."""
+        if self.is_loop_test is not None and query.type == Type.TXT and self.is_loop_test(query.name):
+            return self._nothing(query, Rcode.REFUSED)
         servers = self.routes.for_name(query.name)
         if self._keeps_names:
             if is_windows_query(self._settings, query.name, query.type):

@@ -24,6 +24,7 @@ from udpwatch.dns.forwarder import Forwarder
 from udpwatch.dns.interfaces import HostInterfaces
 from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.listen import Listening
+from udpwatch.dns.loop_detection import LoopDetector
 from udpwatch.dns.metrics import DnsCollector, Metrics
 from udpwatch.dns.pacing import PacedQueue
 from udpwatch.dns.packet_loop import PacketLoop
@@ -93,11 +94,13 @@ class Service:
             lambda: self._packets.post(self._failover.forget_servers),
             lambda server: self._listening.is_own(server, self._locals),
             self._udp.invalidate,
+            self._loops,
         )
         self._addresses = AddressMonitor(self._on_addresses)
         self._watches: list[Watch] = []
         self._log_timer: asyncio.TimerHandle | None = None
         self._serving = False
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         try:
             self._use_addresses(addresses.snapshot())
             self._listening.open(self._locals)
@@ -122,6 +125,10 @@ class Service:
             mixes_case=settings.mixes_case,
             only_tcp=settings.upstream_tcp,
         )
+        self._loops = LoopDetector(packets, transport, self._on_loop) if settings.loop_detect else None
+        if self._loops:
+            self._responder.is_loop_test = self._loops.is_test
+            packets.at_end(self._loops.close)
         retry = settings.retry_milliseconds
         self._failover = Failover(
             packets,
@@ -169,6 +176,7 @@ class Service:
 
     async def start(self) -> None:
         """Load the tables, then serve. A missing file does not stop it from serving the rest."""
+        self._event_loop = asyncio.get_running_loop()
         self._upstream_tcp.start()
         self._addresses.open()
         hosts, resolv = Watch(self._zone.files, self._zone.load), None
@@ -241,6 +249,12 @@ class Service:
         self._udp.readmit()
         self._routes.apply()
         return complete
+
+    def _on_loop(self) -> None:
+        """Stop using a server; called in the thread that has found a forwarding loop."""
+        if self._event_loop:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                self._event_loop.call_soon_threadsafe(self._routes.apply)
 
     def _flush_log(self) -> None:
         LIMITED.flush()

@@ -145,6 +145,7 @@ class Settings:
     servers: tuple[Server, ...] = ()
     domain_servers: tuple[DomainServers, ...] = ()
     strict_order: bool = False  # query servers in their order
+    loop_detect: bool = False  # do not use default servers that send our queries back
     all_servers: bool = False  # query all servers at the same time
     retry_milliseconds: tuple[int, int] | None = None  # the first delay and the total time; None: failover.py's
     upstream_tcp: bool = False  # query servers over TCP only

@@ -127,3 +127,19 @@ def test_dead_servers_come_back(node: Namespace) -> None:
             second.script = right
             assert timed(node, "first.example") < TICK_SECONDS + PROMPT
             assert timed(node, "next.example") < PROMPT
+
+
+@pytest.mark.parametrize("ours", [True, False], ids=["udpwatch", "dnsmasq"])
+def test_server_that_sends_queries_back_is_not_used(node: Namespace, ours: bool) -> None:
+    """Two responders that forward to each other."""
+    back = ("--server=127.0.0.1", "--port=5301", "--listen-address=127.0.0.2", "--metrics-listen=off")
+    options = ["--dns-loop-detect", "--server=127.0.0.2#5301", "--address=/ready.example/192.0.2.80"]
+    with Responder(node, *back), Responder(node, *options) if ours else dnsmasq(node, *options):
+        wait_for(lambda: rcode(ask(node, "127.0.0.1", f"n{time.monotonic()}.example")) == "REFUSED", "the loop's end")
+
+
+def test_server_without_a_loop_is_used(node: Namespace) -> None:
+    with upstream(node, FIRST) as server, Responder(node, *servers(FIRST), "--dns-loop-detect") as running:
+        assert timed(node, "www.example") < PROMPT
+        assert [name for name in server.names() if name.endswith(".test.")]
+        assert not running.has_logged("sends queries back")

@@ -93,10 +93,13 @@ ALLOWED: dict[str, set[str]] = {
     "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
     "servers_file": {"conffile", "errors", "hosts_file", "option_readers", "settings", "values"},
     # the whole
+    "loop_detection": {"message", "packet_loop", "settings", "timers", "transport"},
     "reload": {
+        "loop_detection",
         *("errors", "interfaces", "metrics", "resolvconf", "responder", "routes", "servers_file", "settings", "zone"),
     },
     "service": {
+        "loop_detection",
         *("address_monitor", "addresses", "admission", "budget", "cache", "edns", "failover", "forwarder"),
         *(
             "interfaces",

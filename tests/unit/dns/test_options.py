@@ -252,6 +252,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("--max-cache-ttl=60", {"max_cache_ttl": 60}),
     ("--strict-order", {"strict_order": True}),
     ("--all-servers", {"all_servers": True}),
+    ("--dns-loop-detect", {"loop_detect": True}),
     ("--query-port=4444", {"ports": Ports(4444, 4444, single=True)}),
     *((word, {"ports": Ports(0, 0, single=True)}) for word in ("--query-port=0", "--query-port=")),
     ("--min-port=60000", {"ports": Ports(60000, 65535)}),
