@@ -9,6 +9,7 @@ Rules
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import struct
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from collections.abc import Callable, Iterator
 from udpwatch.dns.settings import Settings, Subnet, Umbrella
 
 SUBNET = 8  # RFC 7871
+MAC = 65001
+MAC_TEXT = 65073
 CPE_ID = 65074  # of no standard, and so are the others; numbers as in dnsmasq
 UMBRELLA = 20292  # Cisco's
 MAX_OPTIONS = 64  # of a response that are read: its time must be bounded
@@ -32,9 +35,11 @@ Build = Callable[[bytes], bytes]
 class ClientOptions:
     """The options of each client's queries."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Add what the settings say."""
+    def __init__(self, settings: Settings, mac_of: Build = lambda _: b"") -> None:
+        """Add what the settings say. ``mac_of``: returns the link-layer address of a client; b"": unknown."""
         self._builders: list[Build] = []
+        if settings.mac_formats:
+            self._builders.append(_macs(settings.mac_formats, mac_of))
         if settings.cpe_id:
             cpe_id = option(CPE_ID, settings.cpe_id)
             self._builders.append(lambda _: cpe_id)
@@ -52,12 +57,16 @@ class ClientOptions:
 
 def are_added(settings: Settings) -> bool:
     """Return whether queries have options."""
-    return bool(settings.subnets or settings.cpe_id or settings.umbrella)
+    return bool(settings.subnets or settings.cpe_id or settings.umbrella or settings.mac_formats)
 
 
 def depend_on_client(settings: Settings) -> bool:
     """Return whether options depend on the client, so that no response may be cached for others."""
-    return bool(settings.umbrella or any(subnet.prefix and not subnet.address for subnet in settings.subnets or ()))
+    return bool(
+        settings.mac_formats
+        or settings.umbrella
+        or any(subnet.prefix and not subnet.address for subnet in settings.subnets or ())
+    )
 
 
 def option(code: int, data: bytes) -> bytes:
@@ -68,6 +77,26 @@ def option(code: int, data: bytes) -> bytes:
 def with_options(opt: bytes, options: bytes) -> bytes:
     """Return an OPT record that had no options with these; b"" without a record."""
     return opt and opt[:-2] + _length.pack(len(options)) + options
+
+
+# ---- link-layer address ----
+
+
+def _macs(formats: tuple[str, ...], mac_of: Build) -> Build:
+    """Return the builder of the options with a client's link-layer address, in dnsmasq's formats."""
+
+    def build(client: bytes) -> bytes:
+        mac = mac_of(client)
+        if not mac:
+            return b""
+        options = option(MAC, mac) if "binary" in formats else b""
+        if "text" in formats:  # instead of Base64, as in dnsmasq
+            return options + option(MAC_TEXT, mac.hex(":").encode())
+        if "base64" in formats:
+            return options + option(MAC_TEXT, base64.b64encode(mac[:6]))
+        return options
+
+    return build
 
 
 # ---- Umbrella ----

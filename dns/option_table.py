@@ -421,6 +421,15 @@ OPTIONS = (
         once=True,
     ),
     _option(
+        "--add-mac[=base64|text]",
+        readers.each("mac_formats", values.mac_format),
+        "tell upstream servers the MAC address of each client in a network of this host, as octets, in Base64 or as "
+        "text; no response is cached",
+        "the kernel's table is followed, not read for a query: the first query of a new neighbour may be without; "
+        "dnsmasq still caches responses to clients without a MAC address",
+    ),
+    _option("--strip-mac", readers.accept_noop, "no effect: EDNS options of clients are never passed on"),
+    _option(
         "--add-cpe-id=TEXT",
         readers.one("cpe_id", values.cpe_id),
         "tell upstream servers this text, which identifies this network",
@@ -617,11 +626,10 @@ _MISSING = {
         "udpwatch fills no address sets; let a dnsmasq do so, and forward these domains to it with "
         "--server=/DOMAIN/ADDRESS#PORT"
     ),
-    """
-    connmark-allowlist
-    connmark-allowlist-enable conntrack dumpfile dumpmask
-    add-mac strip-mac
-    """: "udpwatch does not support this dnsmasq option",
+    "conntrack connmark-allowlist connmark-allowlist-enable": (
+        "udpwatch neither copies conntrack marks nor filters by them; mark or filter queries in nftables"
+    ),
+    "dumpfile dumpmask": "udpwatch writes no packets; run tcpdump -w FILE port 53",
 }
 _missing = [(word.partition(":"), why) for words, why in _MISSING.items() for word in words.split()]
 REFUSED = {name: short for (name, _, short), _ in _missing}

@@ -26,6 +26,7 @@ from udpwatch.dns.limited_log import LIMITED
 from udpwatch.dns.listen import Listening
 from udpwatch.dns.loop_detection import LoopDetector
 from udpwatch.dns.metrics import DnsCollector, Metrics
+from udpwatch.dns.neighbours import Neighbours
 from udpwatch.dns.pacing import PacedQueue
 from udpwatch.dns.packet_loop import PacketLoop
 from udpwatch.dns.querylog import QueryLog
@@ -71,6 +72,7 @@ class Service:
         self._admission = Admission(settings)
         self._listening = Listening(settings, self._admission)
         self._packets = PacketLoop()
+        self._neighbours = Neighbours()
         self._make_forwarder(cpus, query_log)
         common = self._responder, self.metrics, self._admission
         queue = PacedQueue(self._packets, self.metrics, self._forwarder.submit, Budget(cpus, FORWARD_SHARE))
@@ -146,7 +148,7 @@ class Service:
             self._failover,
             self.metrics,
             query_log,
-            ClientOptions(settings) if edns.are_added(settings) else None,
+            ClientOptions(settings, self._neighbours.address_of) if edns.are_added(settings) else None,
         )
 
     @property
@@ -179,6 +181,8 @@ class Service:
         self._event_loop = asyncio.get_running_loop()
         self._upstream_tcp.start()
         self._addresses.open()
+        if self._settings.mac_formats:
+            self._neighbours.start()
         hosts, resolv = Watch(self._zone.files, self._zone.load), None
         servers: Watch | None = None
         if self._settings.resolv and self._settings.poll:
@@ -225,6 +229,7 @@ class Service:
         if self._log_timer:
             self._log_timer.cancel()
         self._addresses.stop()
+        self._neighbours.stop()
         for watch in self._watches:
             await watch.stop()
         await self._forwarder.drain(DRAIN_SECONDS)

@@ -181,6 +181,7 @@ class Settings:
     negcache: bool = True
     stale_seconds: int = 86_400  # how long expired responses are served while all servers are down; 0: never
     subnets: tuple[Subnet, Subnet] | None = None  # upstream queries name them: for IPv4 clients, for IPv6 clients
+    mac_formats: tuple[str, ...] = ()  # upstream queries contain the client's MAC address in these
     cpe_id: bytes = b""  # upstream queries contain it
     umbrella: Umbrella | None = None  # upstream queries contain it and the client's address
     forward_max: int = 1_000  # queries in flight to the servers of one domain

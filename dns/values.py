@@ -253,6 +253,12 @@ def _client_subnet(text: str, most: int) -> Subnet:
     return Subnet(whole(0, address.max_prefixlen)(prefix or "0"), str(address))
 
 
+def mac_format(text: str) -> str:
+    if text not in ("", "base64", "text"):
+        raise Rejected("nothing, 'base64' or 'text'")
+    return text or "binary"
+
+
 def cpe_id(text: str) -> bytes:
     octets = text.encode()
     if not 1 <= len(octets) <= 255:

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import dns.edns
 import dns.message
 import pytest
-from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, rcode, receive_message, right, send_message
+from dns_server import (
+    ANSWER_SECONDS,
+    Asked,
+    FakeServer,
+    Responder,
+    ask,
+    elapsed,
+    rcode,
+    receive_message,
+    right,
+    send_message,
+)
 from dnsmasq import dnsmasq
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 
@@ -19,6 +33,7 @@ SERVER, PORT = "127.0.0.99", 5300
 NODE4, NODE6 = "198.51.100.1", "2001:db8:1:2::1"
 CLIENT4, CLIENT6 = "198.51.100.215", "2001:db8:1:2:aaaa:bbbb:cccc:dddd"
 OTHER4 = "198.51.100.216"  # of the same client
+MAC = "02:00:00:ab:cd:ef"  # of the client
 SUBNET = dns.edns.OptionType.ECS
 #: (code, data) of each option
 Options = list[tuple[int, bytes]]
@@ -47,6 +62,17 @@ class Net:
                 data = link.recv(65_535)
         return rcode(dns.message.from_wire(data))
 
+    def becomes_known(self, source: str) -> None:
+        """Query until an upstream query has an option: the server follows the kernel's table of neighbours."""
+        numbers = itertools.count()
+
+        def is_known() -> bool:
+            name = f"known{next(numbers)}-{source.count(':')}.example"
+            self.ask(name, source)
+            return bool(self.received(name)[0])
+
+        wait_for(is_known, f"the MAC address of {source}")
+
     def received(self, name: str) -> list[Options]:
         """The options of each query of a name that has reached the upstream server."""
         asked = [each for each in list(self.upstream.asked) if each.name == f"{name}."]
@@ -62,6 +88,7 @@ def net(
     """A net with `Responder` or `dnsmasq` on its node."""
     with Lab() as lab:
         node, client = lab.pair("node", (NODE4, NODE6), "client", (CLIENT4, OTHER4, CLIENT6))
+        client.ip(f"link set eth0 address {MAC}")
         with FakeServer(node, SERVER, script, PORT) as upstream, server(node, f"--server={SERVER}#{PORT}", *options):
             yield Net(node, client, upstream)
 
@@ -85,6 +112,9 @@ SERVERS = [Responder, dnsmasq]
         "--add-subnet=24 --strip-subnet",
         "--add-cpe-id=home-\u00e9",
         f"--add-cpe-id={'x' * 255} --add-subnet=24",
+        "--add-mac",
+        "--add-mac=base64",
+        "--add-mac=text --strip-mac",
         "--umbrella",
         "--umbrella=orgid:1,assetid:0",
         "--umbrella=assetid:4294967295,orgid:65536,deviceid:0123456789ABCDEF --add-subnet=24 --add-cpe-id=x",
@@ -96,6 +126,9 @@ def test_options_are_those_of_dnsmasq(options: str) -> None:
     found = []
     for server in SERVERS:
         with net(server, *options.split()) as place:
+            if "mac" in options:
+                for source in (CLIENT4, CLIENT6):
+                    place.becomes_known(source)
             for source in (CLIENT4, CLIENT6):
                 for tcp in (False, True):
                     assert place.ask(f"a{source.count(':')}{tcp}.example".lower(), source, tcp) == "NOERROR"
@@ -170,3 +203,28 @@ def test_server_that_refuses_edns_gets_the_options_again() -> None:
         received = place.received("a.example")
         assert len(received) > 1
         assert all(received)
+
+
+def test_mac_addresses_of_neighbours_are_followed() -> None:
+    """A neighbour that changes its address has the new one, a client that is none has no option, and a flood of
+    neighbours, which the kernel reports, delays no query."""
+    with net(Responder, "--add-mac=text") as place:
+        place.becomes_known(CLIENT4)
+        place.ask("first.example", CLIENT4)
+        assert place.received("first.example") == [[(65073, MAC.encode())]]
+        lines = [f"neigh replace 10.0.{at >> 8}.{at & 255} lladdr {MAC} dev eth0 nud permanent" for at in range(3000)]
+        other = "02:00:00:00:00:77"
+        place.client.ip(f"link set eth0 address {other}")
+        place.node.ip(*lines, f"neigh replace {CLIENT4} lladdr {other} dev eth0 nud permanent")
+        numbers = itertools.count()
+
+        def has_other() -> bool:
+            name = f"other{next(numbers)}.example"
+            begin = time.monotonic()
+            assert place.ask(name, CLIENT4) == "NOERROR"
+            assert elapsed(begin) < 0.5
+            return place.received(name) == [[(65073, other.encode())]]
+
+        wait_for(has_other, "the new address")
+        assert rcode(ask(place.node, "127.0.0.1", "local.example")) == "NOERROR"
+        assert place.received("local.example") == [[]]

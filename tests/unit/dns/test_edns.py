@@ -58,6 +58,27 @@ def test_cpe_id_comes_before_the_subnet() -> None:
     assert not depend_on_client(both)
 
 
+MAC = bytes.fromhex("020000abcdef")
+
+
+@pytest.mark.parametrize(
+    ("formats", "options"),
+    [
+        (("binary",), option(65001, MAC)),
+        (("base64",), option(65073, b"AgAAq83v")),
+        (("text",), option(65073, b"02:00:00:ab:cd:ef")),
+        (("text", "base64", "binary"), option(65001, MAC) + option(65073, b"02:00:00:ab:cd:ef")),
+    ],
+)
+def test_mac_address(formats: tuple[str, ...], options: bytes) -> None:
+    made = Settings(mac_formats=formats, cpe_id=b"x")
+    known = ClientOptions(made, lambda client: MAC if client == CLIENT4 else b"")
+    assert known.of(CLIENT4) == options + option(65074, b"x")
+    assert known.of(CLIENT6) == option(65074, b"x"), "unknown"
+    assert are_added(Settings(mac_formats=formats))
+    assert depend_on_client(Settings(mac_formats=formats))
+
+
 @pytest.mark.parametrize(
     ("umbrella", "client", "fields"),
     [

@@ -79,6 +79,7 @@ ALLOWED: dict[str, set[str]] = {
     # clients
     "addresses": {"names", "netlink"},
     "address_monitor": {"addresses", "limited_log"},
+    "neighbours": {"limited_log", "netlink"},
     "admission": {"addresses", "limited_log", "names", "policy", "settings"},
     "udp_socket": {"libc"},
     "udp": {"admission", "limited_log", "metrics", "packet_loop", "responder", "udp_socket"},
@@ -113,7 +114,18 @@ ALLOWED: dict[str, set[str]] = {
             "responder",
             "settings",
         ),
-        *("statistics", "tcp", "transport", "udp", "upstream", "upstream_socket", "upstream_tcp", "watch", "zone"),
+        *(
+            "neighbours",
+            "statistics",
+            "tcp",
+            "transport",
+            "udp",
+            "upstream",
+            "upstream_socket",
+            "upstream_tcp",
+            "watch",
+            "zone",
+        ),
     },
     "__init__": set(),
 }

@@ -285,6 +285,10 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ),
     ("--add-subnet=2001:DB8::1/128", {"subnets": (Subnet(128, "2001:db8::1"), Subnet())}),
     ("--strip-subnet", {}),
+    ("--add-mac", {"mac_formats": ("binary",)}),
+    ("--add-mac=base64", {"mac_formats": ("base64",)}),
+    ("--add-mac=text", {"mac_formats": ("text",)}),
+    ("--strip-mac", {}),
     ("--umbrella", {"umbrella": Umbrella()}),
     (
         "--umbrella=orgid:4294967295,deviceid:0123456789abcdEF,assetid:7",
@@ -425,6 +429,7 @@ BAD = [
         for value in ("x", "orgid:", "orgid:4294967296", "orgid:-1", "assetid:1,", "orgid:1,orgid:2")
     ),
     *(f"--umbrella={value}" for value in ("deviceid:1", f"deviceid:{'g' * 16}", "xorgid:1", "orgid:99999999999")),
+    *(f"--add-mac={value}" for value in ("x", "Text", "base64,text")),
     *(f"--cache-size={value}" for value in ("", "-1", "5000001")),
     *(f"--neg-ttl={value}" for value in ("", "x")),
     *(f"--max-ttl={value}" for value in ("", "x")),
