@@ -21,8 +21,10 @@ from typing import Any
 from udpwatch.dns import message, names, values
 from udpwatch.dns.conffile import lines, plain, shown
 from udpwatch.dns.errors import ConfigError, FileError
+from udpwatch.dns.option import Option
 from udpwatch.dns.option_readers import Draft, Information, add_mx
-from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT, REASONS, REFUSED, REFUSED_SHORT, Option
+from udpwatch.dns.option_table import BY_NAME, BY_SHORT, DOCUMENT
+from udpwatch.dns.other_options import REASONS, REFUSED, REFUSED_SHORT
 from udpwatch.dns.settings import ANY_PORTS, Ports, Settings, StaticRecord
 from udpwatch.dns.values import Rejected
 

@@ -24,7 +24,7 @@ from dns_server import Asked, FakeServer, Responder, ask, needs, texts, write
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
-from udpwatch.dns.option_table import REFUSED
+from udpwatch.dns.other_options import REFUSED
 
 UPSTREAM, LOCAL = "192.0.2.80", "192.0.2.99"  # what the upstream server and one on the node respond with
 NODE, LAN, BRIDGE, POD = "10.1.0.1", "10.1.0.2", "172.17.0.1", "172.17.0.2"

@@ -90,8 +90,13 @@ ALLOWED: dict[str, set[str]] = {
     "conffile": {"errors"},
     "values": {"conffile", "host_port", "idn", "names", "settings"},
     "option_readers": {"conffile", "message", "names", "settings", "values"},
-    "option_table": {"option_readers", "values"},
-    "options": {"conffile", "errors", "message", "names", "option_readers", "option_table", "settings", "values"},
+    "option": {"option_readers"},
+    "other_options": {"option", "option_readers"},
+    "option_table": {"option", "option_readers", "other_options", "values"},
+    "options": {
+        *("conffile", "errors", "message", "names", "option", "option_readers", "option_table", "other_options"),
+        *("settings", "values"),
+    },
     "servers_file": {"conffile", "errors", "hosts_file", "option_readers", "settings", "values"},
     # the whole
     "loop_detection": {"message", "packet_loop", "settings", "timers", "transport"},

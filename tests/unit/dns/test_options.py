@@ -17,23 +17,16 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from option_docs import markdown, markdown_idle, markdown_refused
 
 from udpwatch.dns import options, values
 from udpwatch.dns.errors import ConfigError, DnsError, FileError
 from udpwatch.dns.message import Type
 from udpwatch.dns.names import name_from_text, pack_address
-from udpwatch.dns.option_table import (
-    IDLE,
-    OPTIONS,
-    REASONS,
-    REFUSED,
-    Option,
-    markdown,
-    markdown_idle,
-    markdown_refused,
-    usage,
-)
+from udpwatch.dns.option import Option
+from udpwatch.dns.option_table import OPTIONS, usage
 from udpwatch.dns.options import Information, parse, read_conf
+from udpwatch.dns.other_options import IDLE, REASONS, REFUSED
 from udpwatch.dns.settings import (
     Alias,
     DomainAddress,
