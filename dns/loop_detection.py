@@ -34,7 +34,7 @@ class LoopDetector:
     def __init__(self, loop: PacketLoop, transport: Transport, on_loop: Callable[[], None]) -> None:
         """``on_loop`` is called when a loop is found, in the thread that has received the query."""
         self._loop, self._transport, self._on_loop = loop, transport, on_loop
-        self._closing: DelayQueue[Any] = loop.delay_queue(OPEN_SECONDS, UdpConnection.close)
+        self._closing: DelayQueue[Any] = loop.delay_queue(OPEN_SECONDS, lambda link: link.close())
         self._names: dict[bytes, Server] = {}
         self._looping: frozenset[Server] = frozenset()
         self._tested: tuple[Server, ...] = ()
