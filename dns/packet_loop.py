@@ -144,9 +144,12 @@ class PacketLoop(threading.Thread):
         return min(max(due - time.monotonic(), 0.0), MAX_SLEEP_SECONDS)
 
     def _close(self) -> None:
-        for calls in (self._posted, self._closing):  # a socket that was handed over last must be closed, too
-            for _ in range(len(calls)):
-                self._call(calls.popleft())
+        for _ in range(len(self._posted)):  # a socket that was handed over last must be closed, too
+            self._call(self._posted.popleft())
+        while self._soon:  # the rest of what is delivered over several turns
+            self._call(self._soon.popleft())
+        while self._closing:
+            self._call(self._closing.popleft())
         self._epoll.close()
         wake, self._wake = self._wake, -1
         if wake >= 0:

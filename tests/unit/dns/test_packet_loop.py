@@ -398,6 +398,24 @@ def test_work_that_was_posted_last_runs_before_the_end(loop: PacketLoop) -> None
     assert ran == [*map(str, range(2 * POSTED_PER_TURN)), "end"]
 
 
+def test_work_over_several_turns_ends_before_what_closes(loop: PacketLoop) -> None:
+    """The delivery of a response to many clients, in the turn of the stop."""
+    ran: list[str] = []
+
+    def deliver(left: int) -> None:
+        ran.append("part")
+        if left:
+            loop.call_soon(lambda: deliver(left - 1))
+        if left == 2:
+            loop._stopping = True
+
+    loop.at_end(lambda: ran.append("end"))
+    loop.post(lambda: deliver(3))
+    loop.start()
+    loop.join(10)
+    assert ran == ["part"] * 4 + ["end"]
+
+
 def test_stop_before_start_runs_what_closes(loop: PacketLoop) -> None:
     ran: list[object] = []
     loop.post(lambda: ran.append("posted"))
