@@ -28,6 +28,7 @@ from udpwatch.dns.resolution import Attempt, Group, Member, Resolution
 from udpwatch.dns.settings import Server
 from udpwatch.dns.tcp_connection import Failure
 from udpwatch.dns.upstream import UpstreamClient
+from udpwatch.dns.upstream_socket import OUR_ERRORS
 
 TICK_SECONDS = 0.8
 STALE_SECONDS = 1.6  # about RFC 8767's client response timer (section 5)
@@ -181,9 +182,13 @@ class Failover:
             self._give_up(self._client.forget_oldest())
         try:
             self._client.query(attempt)
-        except OSError:
-            self._count(attempt, "network")
-            member.note_unreachable(now)
+        except OSError as error:
+            if error.errno in OUR_ERRORS:  # this host's, not the server's
+                self._count(attempt, "busy")
+                resolution.rcode = Rcode.REFUSED
+            else:
+                self._count(attempt, "network")
+                member.note_unreachable(now)
             return None
         return attempt
 

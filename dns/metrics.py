@@ -170,7 +170,7 @@ class DnsCollector(Collector):
         yield _counter(
             "upstream_failures",
             "Queries without a usable response from an upstream server, by reason. busy: too many responses over TCP "
-            "were being read.",
+            "were being read, or this process had no file or buffer left.",
             ("server", "reason"),
             {key: cell[0] for key, cell in list(metrics.upstream_failed.items())},
         )

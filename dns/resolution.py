@@ -33,6 +33,7 @@ class Upstream:
     asked: Cell
     duration: Histogram
     pool: list[PooledSocket] = field(default_factory=list)
+    opened: int = 0  # sockets: those of the pool, and others that still wait for responses
     ports: set[int] = field(default_factory=set)  # of its open sockets, without those that the kernel chose
     knows_edns: bool = False  # it has answered a query with EDNS
     edns_lost: int = 0
@@ -81,7 +82,13 @@ class Member:
         self.unanswered += 1
 
     def note_unreachable(self, now: float) -> None:
-        """Note that the kernel reports that no server listens, or that there is no route."""
+        """Note that the kernel reports that no server listens, or that there is no route.
+
+        Anyone who finds an open port can forge such a report, so a server that has just responded is not judged by one.
+        """
+        if now - self.responded < PROBE_SECONDS:
+            self.note_overdue(now)
+            return
         self.unanswered = max(self.unanswered + 1, SILENT_AFTER)
         self.silent_since = min(self.silent_since, now - 2 * FAILS_SECONDS)
         self.probe_at = now + PROBE_SECONDS
@@ -184,9 +191,11 @@ class PooledSocket:
             self.upstream.ports.add(port)
         self.send, self.receive = connection.send, connection.receive
 
-    def close(self) -> None:
-        """Close the socket."""
-        if self._connection:
-            self._connection.close()
-            self._connection = None
-            self.upstream.ports.discard(self._port)
+    def close(self) -> bool:
+        """Close the socket. Return whether it was open."""
+        if not self._connection:
+            return False
+        self._connection.close()
+        self._connection = None
+        self.upstream.ports.discard(self._port)
+        return True

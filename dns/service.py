@@ -38,14 +38,14 @@ from udpwatch.dns.tcp import TcpServer
 from udpwatch.dns.transport import SocketTransport
 from udpwatch.dns.udp import UdpServer
 from udpwatch.dns.upstream import UpstreamClient
-from udpwatch.dns.upstream_socket import POOL_SOCKETS
+from udpwatch.dns.upstream_socket import MAX_SOCKETS
 from udpwatch.dns.upstream_tcp import MAX_TCP_ANSWERS, TcpClient
 from udpwatch.dns.watch import Watch
 from udpwatch.dns.zone import Zone
 
 DRAIN_SECONDS = 5.0
 LOG_SECONDS = 10.0  # between two checks for log lines that were left out
-UPSTREAM_SERVERS = 16  # for the limit on open files; sockets that are still waiting count twice
+OTHER_FILES = 64  # open files that are no connections
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,9 @@ class Service:
         self._settings = settings
         if settings.log_debug:
             logging.getLogger("udpwatch.dns").setLevel(logging.DEBUG)
-        upstream_sockets = MAX_TCP_ANSWERS + 2 * UPSTREAM_SERVERS * POOL_SOCKETS
-        _raise_descriptor_limit(settings.max_tcp_connections + upstream_sockets)
+        others = settings.max_tcp_connections + MAX_TCP_ANSWERS + OTHER_FILES
+        files = _raise_descriptor_limit(others + MAX_SOCKETS)
+        self._max_sockets = min(MAX_SOCKETS, max(files - others, files // 4))
         self.metrics = Metrics()
         self._cache = Cache(0 if edns.depend_on_client(settings) else settings.cache_size, settings.stale_seconds)
         self._statistics = Statistics(self.metrics, self._cache)
@@ -126,6 +127,7 @@ class Service:
             ports=settings.ports,
             mixes_case=settings.mixes_case,
             only_tcp=settings.upstream_tcp,
+            max_sockets=self._max_sockets,
         )
         self._loops = LoopDetector(packets, transport, self._on_loop) if settings.loop_detect else None
         if self._loops:
@@ -266,11 +268,12 @@ class Service:
         self._log_timer = asyncio.get_running_loop().call_later(LOG_SECONDS, self._flush_log)
 
 
-def _raise_descriptor_limit(wanted: int) -> None:
-    """Raise the limit on open files by what may be needed, as far as allowed."""
+def _raise_descriptor_limit(wanted: int) -> int:
+    """Raise the limit on open files by what may be needed, as far as allowed. Return it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted += soft
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -33,7 +33,7 @@ from udpwatch.dns.resolution import Attempt, PooledSocket, Upstream
 from udpwatch.dns.settings import ANY_PORTS, Ports, Server
 from udpwatch.dns.tcp_connection import Failure, Result
 from udpwatch.dns.transport import Transport
-from udpwatch.dns.upstream_socket import SOCKET_SECONDS, Sockets
+from udpwatch.dns.upstream_socket import MAX_SOCKETS, SOCKET_SECONDS, Sockets
 from udpwatch.dns.upstream_tcp import TcpClient
 
 ATTEMPT_SECONDS = 8.0  # how long a response may take: longer than clients wait, because it is cached
@@ -80,6 +80,7 @@ class UpstreamClient:
         ports: Ports = ANY_PORTS,
         mixes_case: bool = False,
         only_tcp: bool = False,
+        max_sockets: int = MAX_SOCKETS,
     ) -> None:
         """``proxy_dnssec``: ask for AD. A response with an address in ``ignored`` counts as a mismatch."""
         self._loop, self._metrics, self._tcp, self._ignored = loop, metrics, tcp, ignored
@@ -96,7 +97,7 @@ class UpstreamClient:
         }
         self._timeouts = loop.delay_queue(ATTEMPT_SECONDS, self._on_timeout)
         self._ages = loop.delay_queue(SOCKET_SECONDS, self._on_age)
-        self._sockets = Sockets(transport, self._receive, self._on_open, ports)
+        self._sockets = Sockets(transport, self._receive, self._on_open, ports, max_sockets)
         self._upstreams: dict[Server, Upstream] = {}
         self._received = 0  # in this turn
 
@@ -108,6 +109,7 @@ class UpstreamClient:
                 metrics.upstream_failed[name, reason][0] += 0
             found = Upstream(server, metrics.upstream_asked[name], metrics.upstream_duration[name])
             self._upstreams[server] = found
+            self._sockets.share_among(len(self._upstreams))
         return found
 
     def forget_servers(self) -> None:
@@ -169,7 +171,8 @@ class UpstreamClient:
         self._ages.start(link, self._loop.now)
 
     def _on_age(self, link: PooledSocket) -> None:
-        if self._sockets.renews or link.upstream is not self._upstreams.get(link.upstream.server):
+        renewed = self._sockets.renews and self._sockets.has_room(link.upstream)
+        if renewed or link.upstream is not self._upstreams.get(link.upstream.server):
             self._sockets.retire(link)
         else:
             self._on_open(link)

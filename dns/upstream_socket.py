@@ -27,12 +27,15 @@ from udpwatch.dns.settings import Ports
 from udpwatch.dns.transport import Transport
 
 POOL_SOCKETS = 128  # per server
+MAX_SOCKETS = 32 * POOL_SOCKETS  # in all; fewer with a low limit on open files
 SOCKET_QUERIES = 64
 SOCKET_SECONDS = 10.0
 BIND_ATTEMPTS = 100  # random ports of a range that are tried: as many as dnsmasq tries
 SHARED_RANGE = 16 * POOL_SOCKETS  # servers share the ports of a smaller range
 RENEWED_RANGE = 4 * POOL_SOCKETS  # the ports of a smaller range stay open: there are few others
 _RANDOM_BYTES = 4096
+#: Errors that say nothing about a server or a socket: this process or this host has run out of something.
+OUR_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN}
 _PORT_IN_USE = {errno.EADDRINUSE, errno.EACCES}
 
 log = logging.getLogger(__name__)
@@ -47,29 +50,56 @@ class Sockets:
         on_readable: Callable[[PooledSocket], None],
         on_open: Callable[[PooledSocket], None],
         ports: Ports,
+        limit: int,
     ) -> None:
-        """``on_open``: starts the socket's timer of SOCKET_SECONDS."""
+        """``on_open``: starts the socket's timer of SOCKET_SECONDS. ``limit``: about how many sockets may be open; each
+        server has one also beyond that."""
         self._transport, self._on_readable, self._on_open, self._ports = transport, on_readable, on_open, ports
         count = 1 if ports.single else ports.high - ports.low + 1 if ports.high else SHARED_RANGE
-        self._most = min(POOL_SOCKETS, count)
+        self._count, self._limit = count, limit
+        self.share_among(1)
         self._shared = count < SHARED_RANGE
         #: Whether sockets are replaced by new ones; else new ports would be hard to find.
         self.renews = count >= RENEWED_RANGE
         self._random, self._random_at = b"", _RANDOM_BYTES
 
+    def share_among(self, servers: int) -> None:
+        """Share the sockets among so many servers."""
+        self._share = max(1, self._limit // servers)
+        self._most = min(POOL_SOCKETS, self._count, self._share)
+
+    def has_room(self, upstream: Upstream) -> bool:
+        """Return whether a server's socket may be replaced while it still waits for responses."""
+        return upstream.opened < self._share
+
     def send(self, attempt: Attempt, message: bytes) -> None:
         """Send a query, given without its id, from a random port with a random id. Raises OSError."""
         upstream = attempt.member.upstream
-        pool = upstream.pool
-        chance = self._chance()
-        chosen = int.from_bytes(chance[2:], "big") % self._most
-        link = pool[chosen] if len(pool) == self._most else self._open(upstream)
+        pool, chance = upstream.pool, self._chance()
+        chosen = int.from_bytes(chance[2:], "big")
+        link = pool[chosen % len(pool)] if len(pool) >= self._most else self._open(upstream)
+        try:
+            self._send(link, attempt, chance, message)
+        except OSError as error:
+            if error.errno in OUR_ERRORS:
+                raise
+            # The report of an earlier packet's fate, or the socket's source address is no longer this host's.
+            if self.renews:
+                self.retire(link)
+                link = self._open(upstream)
+            try:
+                self._send(link, attempt, self._chance(), message)
+            except OSError:
+                self.retire(link)
+                raise
+
+    def _send(self, link: PooledSocket, attempt: Attempt, chance: bytes, message: bytes) -> None:
         while (ident := chance[:2]) in link.attempts:
             chance = self._chance()
         link.attempts[ident] = attempt
         attempt.ident, attempt.socket = ident, link
         link.left -= 1
-        if not link.left and self.renews:
+        if link.left <= 0 and self.renews and self.has_room(link.upstream):
             self.retire(link)
         try:
             link.send(ident + message)
@@ -97,7 +127,7 @@ class Sockets:
         attempt.socket = None
         del link.attempts[attempt.ident]
         if not link.attempts and not link.is_pooled:
-            link.close()
+            self._close(link)
 
     def retire(self, link: PooledSocket) -> None:
         """Send nothing over a socket any more; close it once nothing is expected on it."""
@@ -105,9 +135,14 @@ class Sockets:
             link.is_pooled = False
             link.upstream.pool.remove(link)
         if not link.attempts:
-            link.close()
+            self._close(link)
+
+    def _close(self, link: PooledSocket) -> None:
+        link.upstream.opened -= link.close()
 
     def _open(self, upstream: Upstream) -> PooledSocket:
+        if upstream.pool and not self.has_room(upstream):
+            return secrets.choice(upstream.pool)
         link = PooledSocket(upstream, SOCKET_QUERIES)
         try:
             self._bind(upstream, link)
@@ -118,6 +153,7 @@ class Sockets:
                 text = "dns: cannot query %s from %s: %s"
                 LIMITED.write(log, logging.WARNING, text, upstream.server, self._ports, error.strerror)
             raise
+        upstream.opened += 1
         upstream.pool.append(link)
         link.is_pooled = True
         self._on_open(link)

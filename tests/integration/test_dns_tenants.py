@@ -312,3 +312,38 @@ def test_rebind_attack_does_not_fill_the_log(scene: Scene) -> None:
         assert len(lines) == 6, lines
         assert "left out 95 more lines like this, the last: " in lines[-1]
         dnsd.process.poll = lambda: None  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("descriptors", [64, 128])
+@pytest.mark.parametrize("same", [True, False], ids=["the same server", "another server"])
+def test_few_descriptors_beside_a_flood(scene: Scene, descriptors: int, same: bool) -> None:
+    """A client asks for names that the server never answers, so that their sockets stay open. Others are served."""
+    other = "10.2.0.3"
+
+    def script(asked: Asked) -> bytes | None:
+        return right(asked) if asked.name.endswith("good.example.") else None
+
+    def flood() -> None:
+        with scene.client.socket() as link:
+            link.bind((OTHER, 0))
+            number = 0
+            while not done.is_set():
+                link.sendto(bare_query(f"hole{number}.bad.example", number & 0xFFFF), (NODE, PORT))
+                number += 1
+                time.sleep(1 / 300)
+
+    scene.servers.ip(f"addr replace {other}/24 dev eth0")
+    servers = (f"--server={UPSTREAM}", f"--server=/good.example/{UPSTREAM if same else other}")
+    done = threading.Event()
+    with FakeServer(scene.servers, UPSTREAM, script), FakeServer(scene.servers, other, script):
+        with Responder(scene.node, *servers, wrapper=("prlimit", f"--nofile={descriptors}:{descriptors}")) as running:
+            attacker = threading.Thread(target=flood)
+            attacker.start()
+            try:
+                time.sleep(3)  # as long as the sockets' queries pile up
+                for number in range(100):
+                    assert texts(ask(scene.client, NODE, f"n{number}.good.example")) == GOOD
+            finally:
+                done.set()
+                attacker.join()
+            assert running.metric("upstream_failures_total", reason="busy") == 0

@@ -398,6 +398,23 @@ def test_source_address_and_interface(scene: Scene) -> None:
         assert texts(scene.ask("local.example")) == GOOD
 
 
+def test_address_of_this_host_is_replaced(scene: Scene) -> None:
+    """Connected sockets have the old one as their source: DHCP, a moved VIP. The second address goes with the first."""
+    with FakeServer(scene.servers, FIRST), responder(scene, "--cache-size=0"):
+        for number in range(2 * POOL_SOCKETS):
+            assert texts(scene.ask(f"a{number}.example")) == GOOD
+        scene.node.ip("addr del 10.2.0.1/24 dev eth1", "addr add 10.2.0.78/24 dev eth1")
+        try:
+            for number in range(2 * POOL_SOCKETS):
+                begun = time.monotonic()
+                assert texts(scene.ask(f"b{number}.example")) == GOOD
+                assert time.monotonic() - begun < 0.5
+        finally:
+            scene.node.ip(
+                "addr del 10.2.0.78/24 dev eth1", "addr add 10.2.0.1/24 dev eth1", "addr add 10.2.0.77/24 dev eth1"
+            )
+
+
 def test_failover_and_back(scene: Scene) -> None:
     """The first server dies; later both respond again."""
     with FakeServer(scene.servers, SECOND) as second:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import Any
 
 import dns_messages as m
@@ -286,6 +287,41 @@ def test_server_without_listener_comes_last_at_once() -> None:
         assert await group.query() == (Rcode.NOERROR, 0.0)
         assert group.failures(FIRST) == {"network": 1}
         assert group.order() == [SECOND, FIRST]
+
+    run(query())
+
+
+def test_forged_report_does_not_demote_a_server_that_has_just_responded() -> None:
+    """Who finds an open port can forge an ICMP error; the query goes to the next server, the order stays."""
+
+    async def query() -> None:
+        group = Group(honest, honest)
+        await group.query()
+        group.network.scripts[FIRST] = lambda sent: [(0.0, ConnectionRefusedError())]
+        assert await group.query() == (Rcode.NOERROR, 0.0)
+        assert group.failures(FIRST) == {"network": 1}
+        assert group.order() == [FIRST, SECOND]
+        await asyncio.sleep(PROBE_SECONDS)
+        await group.query()
+        assert group.order() == [SECOND, FIRST], "it has not responded for a while"
+
+    run(query())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENOBUFS])
+def test_shortage_of_this_host_is_not_the_server_s(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    async def query() -> None:
+        group = Group(honest, honest)
+
+        def fail(*_: object) -> None:
+            raise OSError(number, "none left")
+
+        with monkeypatch.context() as shortage:
+            shortage.setattr(group.network, "open_udp", fail)
+            assert await group.query() == (Rcode.REFUSED, 0.0)
+        assert group.failures(FIRST) == group.failures(SECOND) == {"busy": ROUNDS}
+        assert group.order() == [FIRST, SECOND]
+        assert await group.query() == (Rcode.NOERROR, 0.0)
 
     run(query())
 

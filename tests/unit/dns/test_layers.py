@@ -70,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         *("cache_entry", "edns", "limited_log", "tcp_connection", "upstream_socket", "upstream_tcp"),
     },
     "failover": {
+        "upstream_socket",
         *("cache_entry", "message", "metrics", "packet_loop", "resolution", "settings", "tcp_connection", "upstream"),
     },
     "forwarder": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -591,6 +592,80 @@ def test_sockets_are_renewed() -> None:
         assert len(network.open_udp_connections) <= POOL_SOCKETS
         await asyncio.sleep(SOCKET_SECONDS)
         assert not network.open_udp_connections
+
+    run(many())
+
+
+@pytest.mark.parametrize("broken", [1, POOL_SOCKETS])
+def test_socket_that_cannot_send_is_replaced(monkeypatch: pytest.MonkeyPatch, broken: int) -> None:
+    """Its source address has disappeared, or it reports the fate of an earlier query."""
+
+    async def many() -> None:
+        network = UpstreamNetwork()
+        client = Client(network)
+        for _ in range(POOL_SOCKETS):
+            await client.query()
+        old = list(client.client.upstream(SERVER).pool)
+
+        def fail(_: bytes) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+        for link in old[:broken]:
+            monkeypatch.setattr(link, "send", fail)
+        for _ in range(16 * POOL_SOCKETS):
+            assert (await client.query()).records
+        assert not {id(link) for link in old[:broken]} & {id(link) for link in client.client.upstream(SERVER).pool}
+        client.end()
+
+    run(many())
+
+
+def test_error_of_this_host_leaves_the_socket() -> None:
+    async def many() -> None:
+        network = UpstreamNetwork()
+        client = Client(network)
+        await client.query()
+        (link,) = client.client.upstream(SERVER).pool
+
+        def fail(_: bytes) -> None:
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+        client.client._sockets.share_among(10_000)  # so that it is this socket's turn
+        send, link.send = link.send, fail
+        with pytest.raises(OSError, match="buffer"):
+            client.send()
+        link.send = send
+        assert (await client.query()).records
+        assert client.client.upstream(SERVER).pool == [link]
+        client.end()
+
+    run(many())
+
+
+def test_sockets_are_bounded_and_shared_among_servers() -> None:
+    """Black holes: each query occupies its socket for seconds."""
+
+    async def many() -> None:
+        network = UpstreamNetwork(dict.fromkeys((SERVER, OTHER), silent))
+        client = Client(network, max_sockets=8)
+        client.client.upstream(OTHER)
+        for _ in range(20 * SOCKET_QUERIES):
+            client.send(SERVER)
+        assert len(network.open_udp_connections) == 4
+        for _ in range(20 * SOCKET_QUERIES):
+            client.send(OTHER)
+        assert len(network.open_udp_connections) == 8
+        client.send(THIRD)
+        assert len(network.open_udp_connections) == 9, "each server has one"
+        await asyncio.sleep(SOCKET_SECONDS / 2)
+        for _ in range(20 * SOCKET_QUERIES):
+            client.send(SERVER)
+        await asyncio.sleep(SOCKET_SECONDS / 2 + 0.1)
+        assert len(network.open_udp_connections) <= 9
+        network.scripts[THIRD] = honest
+        assert (await client.query(THIRD)).records
+        client.end()
+        assert all(client.client.upstream(server).opened == 0 for server in (SERVER, OTHER, THIRD))
 
     run(many())
 
