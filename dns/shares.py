@@ -11,7 +11,7 @@ Rules
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, TypeVar
 
 LINK_LOCAL = b"\xfe\x80"  # the first octets of fe80::/64, the part of fe80::/10 in use (RFC 4291, section 2.5.6)
@@ -115,6 +115,63 @@ class Shares(Generic[_Item]):
 
     def _oldest(self, client: Client) -> _Item:
         return next(iter(self._items[client]))
+
+
+class Turns(Generic[_Item]):
+    """Items that wait. Clients take turns, however many items each of them has."""
+
+    def __init__(self) -> None:
+        self._waiting: OrderedDict[bytes, OrderedDict[_Item, None]] = OrderedDict()  # by network, the next one first
+        self._counts: Counts[bytes] = Counts()
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def of(self, client: Client) -> int:
+        """Return how many items of a client's network wait."""
+        return self._counts[network_of(client)]
+
+    def add(self, client: Client, item: _Item) -> None:
+        """Add an item of a client."""
+        network = network_of(client)
+        self._waiting.setdefault(network, OrderedDict())[item] = None
+        self._counts.add(network, 1)
+        self._size += 1
+
+    def remove(self, client: Client, item: _Item) -> None:
+        """Remove an item."""
+        self._remove(network_of(client), item)
+
+    def networks(self) -> Iterable[bytes]:
+        """Return the clients that wait, as `network_of` names them, in the order of their turns."""
+        return self._waiting.keys()
+
+    def take(self) -> _Item:
+        """Remove and return the oldest item of the client whose turn it is."""
+        return self.take_from(next(iter(self._waiting)))
+
+    def take_from(self, network: bytes) -> _Item:
+        """Remove and return the oldest item of a client, which goes to the end of the line."""
+        self._waiting.move_to_end(network)
+        return self._take(network)
+
+    def take_from_greediest(self) -> _Item:
+        """Remove and return the oldest item of the client with the most."""
+        return self._take(self._counts.greediest())
+
+    def _take(self, network: bytes) -> _Item:
+        item = next(iter(self._waiting[network]))
+        self._remove(network, item)
+        return item
+
+    def _remove(self, network: bytes, item: _Item) -> None:
+        items = self._waiting[network]
+        del items[item]
+        if not items:
+            del self._waiting[network]
+        self._counts.add(network, -1)
+        self._size -= 1
 
 
 class LazyShares(Generic[_Item]):

@@ -14,6 +14,7 @@ from typing import Protocol
 
 from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.settings import Server
+from udpwatch.dns.shares import Client, Counts, Turns, network_of
 
 READ_BYTES = 4096  # one system call reads several usual responses
 
@@ -36,12 +37,13 @@ Match = Callable[[bytes], Result | None]
 class ServerState:
     """A server's connections, and the queries that wait for a slot."""
 
-    __slots__ = ("active", "connections", "idle", "server", "single_until", "strikes", "waiting")
+    __slots__ = ("active", "connections", "idle", "server", "single_until", "slots", "strikes", "waiting")
 
     def __init__(self, server: Server) -> None:
         self.server = server
         self.active = 0  # queries with a slot
-        self.waiting: dict[TcpQuery, None] = {}  # oldest first
+        self.slots: Counts[bytes] = Counts()  # of each client
+        self.waiting: Turns[TcpQuery] = Turns()
         self.connections: set[Connection] = set()
         self.idle: dict[Connection, None] = {}  # the one that was used last is the last
         self.strikes = 0  # connections in a row that were closed after their first response, with queries on them
@@ -51,10 +53,15 @@ class ServerState:
 class TcpQuery:
     """A query over TCP."""
 
-    __slots__ = ("connection", "done", "has_ended", "ident", "is_retried", "match", "message", "state")
+    __slots__ = (
+        *("client", "connection", "done", "has_ended", "ident", "is_retried", "match", "message", "network", "state"),
+    )
 
-    def __init__(self, state: ServerState, message: bytes, match: Match, done: Callable[[Result], None]) -> None:
-        self.state, self.message, self.match, self.done = state, message, match, done
+    def __init__(
+        self, state: ServerState, client: Client, message: bytes, match: Match, done: Callable[[Result], None]
+    ) -> None:
+        self.state, self.client, self.message, self.match, self.done = state, client, message, match, done
+        self.network = network_of(client)
         self.ident = message[:2]  # on its connection
         self.connection: Connection | None = None  # None: it waits for a slot
         self.is_retried = self.has_ended = False
@@ -80,8 +87,9 @@ class Owner(Protocol):
 class Connection(asyncio.BufferedProtocol):
     """Frames queries and responses."""
 
-    def __init__(self, owner: Owner, state: ServerState) -> None:
+    def __init__(self, owner: Owner, state: ServerState, network: bytes) -> None:
         self._owner, self.state = owner, state
+        self.network = network  # of the client that it was opened, or taken while idle, for
         self.pending: dict[bytes, TcpQuery] = {}  # by id
         self.dropped: set[bytes] = set()  # ids of queries that were cancelled; their responses are ignored
         self.queries = self.responses = 0  # in its lifetime

@@ -5,7 +5,9 @@ Rules
    it is sent behind others (RFC 7766, section 6.2.1.1). Responses may come in any order.
 2. A server may close a connection at any time. A query that was not the only one of its connection is then repeated
    once, on a connection of its own.
-3. Memory for responses is bounded: at most MAX_TCP_ANSWERS queries have a slot, and so many connections are open; each
+3. A client may ask for names that never get a response. So it gets a further slot, or connection, only while it has
+   fewer than are free: several such clients leave others some. Queries that wait for a slot take turns by client.
+4. Memory for responses is bounded: at most MAX_TCP_ANSWERS queries have a slot, and so many connections are open; each
    holds one response of up to 64 KB. A turn of the event loop parses TURN_BYTES, or one response that is longer.
 """
 
@@ -20,6 +22,7 @@ from typing import Generic, TypeVar
 from udpwatch.dns.budget import UNLIMITED, Budget
 from udpwatch.dns.message import Rcode
 from udpwatch.dns.settings import Server
+from udpwatch.dns.shares import Client, Counts, Shares
 from udpwatch.dns.tcp_connection import Connection, Failure, Match, Result, ServerState, TcpQuery
 from udpwatch.dns.timers import DelayQueue
 from udpwatch.dns.transport import Transport
@@ -28,7 +31,7 @@ TCP_SECONDS = 3.0
 IDLE_SECONDS = 10.0
 MAX_TCP_ANSWERS = 128  # queries with a slot, and connections: 8 MB
 MAX_TCP_ANSWERS_PER_SERVER = 64
-MAX_TCP_WAITING = 512  # queries that wait for one of these slots
+MAX_TCP_WAITING = 512  # queries that wait for one of these slots; then the client with the most gives way
 CONNECTIONS_PER_SERVER = 16  # many servers respond in order, so one slow response delays those behind it
 MAX_DROPPED = 8  # cancelled queries without a response; then a connection gets no further query
 TURN_BYTES = 4096  # of responses
@@ -50,7 +53,9 @@ class TcpClient:
         self._posted: deque[Callable[[], None]] = deque()
         self._is_woken = False
         self._states: dict[Server, ServerState] = {}
-        self._active = self._waiting = 0
+        self._active = 0  # queries with a slot
+        self._slots: Counts[bytes] = Counts()  # of each client, as `network_of` names it
+        self._waiting: Shares[TcpQuery] = Shares()  # for a slot, of all servers
         self._hungry: dict[ServerState, None] = {}  # servers with queries that wait, and perhaps a free slot
         self._connections: set[Connection] = set()
         self._ready: deque[tuple[Connection, bytes]] = deque()  # responses for the next turns
@@ -62,8 +67,10 @@ class TcpClient:
         self._timeouts = _Timers(self._loop, TCP_SECONDS, self._on_timeout)
         self._idle = _Timers(self._loop, IDLE_SECONDS, self._close)
 
-    def query(self, server: Server, message: bytes, match: Match, done: Callable[[Result], None]) -> Callable[[], None]:
-        """Query a server; any thread may call this. Return how to cancel it.
+    def query(
+        self, server: Server, client: Client, message: bytes, match: Match, done: Callable[[Result], None]
+    ) -> Callable[[], None]:
+        """Query a server for a client; any thread may call this. Return how to cancel it.
 
         ``match`` and ``done`` are called in the event loop; after a cancellation, ``done`` may still be called.
         """
@@ -72,7 +79,7 @@ class TcpClient:
 
         def begin() -> None:
             if not is_cancelled:
-                query = TcpQuery(self._state(server), message, match, done)
+                query = TcpQuery(self._state(server), client, message, match, done)
                 queries.append(query)
                 self._submit(query)
 
@@ -133,20 +140,35 @@ class TcpClient:
 
     def _submit(self, query: TcpQuery) -> None:
         state = query.state
-        if self._active < MAX_TCP_ANSWERS and state.active < MAX_TCP_ANSWERS_PER_SERVER and not state.waiting:
+        if self._may_begin(state, query.network):
             self._begin(query)
-        elif self._waiting < MAX_TCP_WAITING:
-            self._waiting += 1
-            state.waiting[query] = None
+        elif self._make_room(query.client):
+            self._waiting.add(query.client, query)
+            state.waiting.add(query.client, query)
             self._hungry[state] = None
             self._timeouts.start(query)
         else:
             query.end(BUSY)
 
+    def _may_begin(self, state: ServerState, network: bytes) -> bool:
+        """Return whether a client may have one more slot."""
+        return (
+            self._slots[network] < MAX_TCP_ANSWERS - self._active
+            and state.slots[network] < MAX_TCP_ANSWERS_PER_SERVER - state.active
+        )
+
+    def _make_room(self, client: Client) -> bool:
+        """Make room for another query that waits: of the client with the most, the oldest one gives way."""
+        if len(self._waiting) < MAX_TCP_WAITING:
+            return True
+        query, is_greedier = self._waiting.to_give_way(client)
+        if is_greedier:
+            self._end(query, BUSY)
+        return is_greedier
+
     def _begin(self, query: TcpQuery) -> None:
         """Give a query a slot, and send it."""
-        self._active += 1
-        query.state.active += 1
+        self._count_slot(query, 1)
         self._timeouts.start(query)
         self._choose(query).send(query)
 
@@ -154,31 +176,50 @@ class TcpClient:
         """Free what a query uses. ``result``: None if nobody waits for it."""
         self._timeouts.stop(query)
         if query.connection:
-            self._active -= 1
-            query.state.active -= 1
+            self._count_slot(query, -1)
             query.connection = None
         else:
-            self._waiting -= 1
-            del query.state.waiting[query]
+            self._waiting.remove(query.client, query)
+            query.state.waiting.remove(query.client, query)
         if query.state.waiting:
             self._hungry[query.state] = None
         query.end(result)
         self._fill()
 
+    def _count_slot(self, query: TcpQuery, change: int) -> None:
+        self._active += change
+        query.state.active += change
+        self._slots.add(query.network, change)
+        query.state.slots.add(query.network, change)
+
     def _fill(self) -> None:
         """Give free slots to queries that wait, one server after the other: one that blocks all its own slots leaves
         the others theirs."""
-        while self._active < MAX_TCP_ANSWERS and self._hungry:
+        skipped = 0  # servers in a row
+        while skipped < len(self._hungry) and self._active < MAX_TCP_ANSWERS:
             state = next(iter(self._hungry))
             del self._hungry[state]
-            if not state.waiting or state.active >= MAX_TCP_ANSWERS_PER_SERVER:
+            if not state.waiting:
                 continue
             self._hungry[state] = None
-            query = next(iter(state.waiting))
-            del state.waiting[query]
-            self._waiting -= 1
-            self._timeouts.stop(query)
-            self._begin(query)
+            query = self._take_waiting(state)
+            skipped = 0 if query else skipped + 1
+            if query:
+                self._waiting.remove(query.client, query)
+                self._timeouts.stop(query)
+                self._begin(query)
+
+    def _take_waiting(self, state: ServerState) -> TcpQuery | None:
+        """Remove and return the query that gets a server's next slot, if there is one.
+
+        Each client that must wait has as many slots as are free, so there are not many.
+        """
+        if state.active >= MAX_TCP_ANSWERS_PER_SERVER:
+            return None
+        for network in state.waiting.networks():
+            if self._may_begin(state, network):
+                return state.waiting.take_from(network)
+        return None
 
     def _cancel(self, query: TcpQuery) -> None:
         if query.has_ended:
@@ -205,22 +246,26 @@ class TcpClient:
     def _choose(self, query: TcpQuery) -> Connection:
         """Return the connection for a query."""
         state = query.state
-        if not query.is_retried:
-            while state.idle:
-                connection, _ = state.idle.popitem()
-                self._idle.stop(connection)
-                if not connection.is_retired:
-                    return connection
-            if len(state.connections) >= CONNECTIONS_PER_SERVER and self._now() >= state.single_until:
-                usable = [each for each in state.connections if not each.is_retired]
-                if len(usable) >= CONNECTIONS_PER_SERVER:
-                    return min(usable, key=lambda each: each.load)
-        return self._open(state)
+        if query.is_retried:
+            return self._open(state, query.network)
+        if state.connections and self._now() >= state.single_until:
+            busy = [each for each in state.connections if each.pending and not each.is_retired]
+            own = [each for each in busy if each.network == query.network]
+            free = CONNECTIONS_PER_SERVER - len(busy)
+            if len(own) >= free and (own or not free):
+                return min(own or busy, key=lambda each: each.load)
+        while state.idle:
+            connection, _ = state.idle.popitem()
+            self._idle.stop(connection)
+            if not connection.is_retired:
+                connection.network = query.network
+                return connection
+        return self._open(state, query.network)
 
-    def _open(self, state: ServerState) -> Connection:
+    def _open(self, state: ServerState, network: bytes) -> Connection:
         if len(self._connections) >= MAX_TCP_ANSWERS and len(self._idle):
             self._close(self._idle.oldest())
-        connection = Connection(self, state)
+        connection = Connection(self, state, network)
         self._connections.add(connection)
         state.connections.add(connection)
         connection.opening = asyncio.get_running_loop().create_task(self._connect(connection))

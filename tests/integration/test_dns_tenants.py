@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
+import dns.flags
 import dns.message
 import pytest
 from attacks import LONG_RECORD, TXT, long_answer
@@ -188,6 +189,13 @@ def dead_zone(asked: Asked) -> bytes | None:
     return None if b"dead" in asked.data else right(asked)
 
 
+def truncated(asked: Asked) -> bytes:
+    """A response without records, with TC."""
+    response = asked.reply()
+    response.flags |= dns.flags.TC
+    return response.to_wire()
+
+
 @pytest.mark.parametrize(
     ("name", "rate", "addresses", "victim", "share"),
     [
@@ -243,6 +251,35 @@ def test_flood_of_one_client(
         assert codes["NOERROR"] >= share * QUESTIONS
         assert rejects["shed" if "%d" in name else "repeat"] > 0
         assert dnsd.metric("in_flight") <= LIMIT
+
+
+def test_names_that_hang_over_tcp(scene: Scene, capsys: pytest.CaptureFixture[str]) -> None:
+    """All responses of a server are truncated, and it never responds over TCP to the names of one client. The names of
+    others are not refused, and do not wait behind these."""
+
+    def script(asked: Asked) -> bytes | None:
+        if not asked.tcp:
+            return truncated(asked)
+        if b"dead" in asked.data:
+            done.wait(30)
+            return None
+        return right(asked)
+
+    done = threading.Event()
+    with FakeServer(scene.servers, UPSTREAM, script), Responder(scene.node, f"--server={UPSTREAM}") as dnsd:
+        with running(scene.client, FLOOD, NODE, "x%d.dead.example", "200", OTHER):
+            wait_for(lambda: dnsd.samples("udpwatch_dns_upstream_failures_total"), "the first to time out")
+            slowest = 0.0
+            for number in range(QUESTIONS):
+                started = time.monotonic()
+                response = ask(scene.client, NODE, f"n{number}.alive.example")
+                slowest = max(slowest, time.monotonic() - started)
+                assert texts(response) == GOOD, number
+                time.sleep(0.03)  # the thing under test: a client that asks now and then
+        done.set()
+        with capsys.disabled():
+            print(f" [slowest {slowest * 1000:.0f} ms]", end="")
+        assert dnsd.metric("upstream_failures_total", reason="busy") > 0, "the attack has not filled the slots"
 
 
 # ---- clients that do not read ----

@@ -63,8 +63,8 @@ ALLOWED: dict[str, set[str]] = {
     "transport": {"libc", "packet_loop", "settings"},
     "resolution": {"cache_entry", "metrics", "settings", "transport"},
     "upstream_socket": {"limited_log", "resolution", "settings", "transport"},
-    "tcp_connection": {"message", "settings"},
-    "upstream_tcp": {"budget", "message", "settings", "tcp_connection", "timers", "transport"},
+    "tcp_connection": {"message", "settings", "shares"},
+    "upstream_tcp": {"budget", "message", "settings", "shares", "tcp_connection", "timers", "transport"},
     "upstream": {
         *("cname", "message", "metrics", "names", "packet_loop", "policy", "resolution", "settings", "transport"),
         *("cache_entry", "edns", "limited_log", "tcp_connection", "upstream_socket", "upstream_tcp"),

@@ -55,7 +55,7 @@ class Case:
 
     async def all_taken(self) -> None:
         """Wait until nothing waits."""
-        while self.queue._size:
+        while self.queue._waiting:
             await asyncio.sleep(PACE_SECONDS)
 
 
@@ -75,7 +75,7 @@ def play(story: Callable[[Case], Any], cost: float = 0.0) -> None:
 
 
 def is_empty(queue: PacedQueue) -> bool:
-    return (queue._size, len(queue._waiting), len(queue._held), len(queue._pace)) == (0, 0, 0, 0)
+    return (len(queue._waiting), len(queue._pace)) == (0, 0)
 
 
 @pytest.mark.parametrize("cpus", [1.0, 4.0, None])
@@ -191,7 +191,7 @@ def test_queue_is_bounded_for_all_clients_together() -> None:
         for number in range(MAX_QUEUED + 7):
             case.put(number.to_bytes(4, "big"), number)
         assert case.rejects() == {"queue": 7}
-        assert case.queue._size == MAX_QUEUED
+        assert len(case.queue._waiting) == MAX_QUEUED
         await case.all_taken()
         assert case.clients() == [number.to_bytes(4, "big") for number in range(7, MAX_QUEUED + 7)]
         assert is_empty(case.queue)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 
-from udpwatch.dns.shares import Counts, LazyShares, Shares, network_of
+from udpwatch.dns.shares import Counts, LazyShares, Shares, Turns, network_of
 
 
 def packed(text: str) -> bytes:
@@ -190,3 +190,36 @@ def test_decisions_agree_with_shares_whatever_came_and_went() -> None:
             assert greedier == is_greedier
             assert rank(mine)[0] == rank(expected)[0]
     assert min(counted[True], counted[False]) > 500, "the test has seen both"
+
+
+# ---- turns ----
+
+
+def test_clients_take_turns_however_many_items_each_has() -> None:
+    turns: Turns[int] = Turns()
+    for item in range(5):
+        turns.add(A, item)
+    turns.add(B, 10)
+    turns.add(C, 20)
+    turns.add(B, 11)
+    assert [turns.of(each) for each in (A, B, C)] == [5, 2, 1]
+    assert [turns.take() for _ in range(len(turns))] == [0, 10, 20, 1, 11, 2, 3, 4]
+
+
+def test_addresses_of_one_64_take_one_turn() -> None:
+    turns: Turns[int] = Turns()
+    for item, client in enumerate([*(packed(f"2001:db8::{last}") for last in range(1, 4)), A]):
+        turns.add(client, item)
+    assert [turns.take() for _ in range(4)] == [0, 3, 1, 2]
+
+
+def test_item_that_is_removed_or_taken_out_of_turn_does_not_come_again() -> None:
+    turns: Turns[int] = Turns()
+    for item in range(3):
+        turns.add(A, item)
+    turns.add(B, 10)
+    turns.remove(A, 1)
+    assert turns.take_from_greediest() == 0
+    assert list(turns.networks()) == [A, B]
+    assert turns.take_from(B) == 10
+    assert (turns.take(), len(turns), list(turns.networks())) == (2, 0, [])

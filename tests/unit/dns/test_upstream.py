@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import struct
 from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_network
-from itertools import cycle
+from itertools import count, cycle
 
 import dns_messages as m
 import pytest
@@ -66,6 +67,7 @@ class Client:
         self.client = UpstreamClient(self.loop, self.metrics, network, self.tcp, no_direct, **options)  # type: ignore[arg-type]
         self.client.results = self
         self.futures: dict[Attempt, asyncio.Future[Response]] = {}
+        self._addresses = count()
 
     def on_response(self, attempt: Attempt, response: Response) -> None:
         self.futures.pop(attempt).set_result(response)
@@ -73,9 +75,12 @@ class Client:
     def on_failure(self, attempt: Attempt, failure: Failure) -> None:
         self.futures.pop(attempt).set_exception(AttemptFailed(failure))
 
-    def send(self, server: Server = SERVER, *, edns: bool = True, question: bytes = QUESTION) -> Attempt:
-        """Send a query."""
-        member = Member(self.client.upstream(server))
+    def send(
+        self, server: Server = SERVER, *, edns: bool = True, question: bytes = QUESTION, address: bytes = b""
+    ) -> Attempt:
+        """Send a query of the client with this address; without one, of a client that has sent no other."""
+        client = address or struct.pack("!I", next(self._addresses))
+        member = Member(self.client.upstream(server), probed_for=client)
         attempt = Attempt(member, (question[:-4], *KEY[1:]), question, edns, self.loop.now)
         self.futures[attempt] = asyncio.get_running_loop().create_future()
         self.client.query(attempt)
@@ -354,6 +359,54 @@ def test_server_that_blocks_its_tcp_slots_leaves_the_others_theirs() -> None:
         client.end()
 
     run(block())
+
+
+@pytest.mark.parametrize("attackers", (1, 2, 3))
+@pytest.mark.parametrize("sent_first", (20, 400))
+def test_client_with_names_that_never_get_a_response_leaves_others_slots(attackers: int, sent_first: int) -> None:
+    """Nor does another's query follow such a name on a connection: many servers respond in order."""
+    hanging = m.name("hang.example")
+
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: lambda sent: [] if hanging in sent.data else honest(sent)})
+        client = Client(network, only_tcp=True)
+
+        def attack(number: int) -> asyncio.Future[Response]:
+            address = bytes((10, 0, 0, number % attackers))
+            return client.futures[client.send(question=hanging + QUESTION[-4:], address=address)]
+
+        attacks = [attack(number) for number in range(sent_first)]
+        await turns(60)
+        for number in range(100):
+            started = now()
+            assert (await client.futures[client.send(address=b"good")]).records
+            assert now() == started
+            sent = next(each for each in reversed(network.sent) if hanging not in each.data)
+            (queries,) = (each.queries for each in network.tcp_connections if sent in each.queries)
+            assert not any(hanging in each.data for each in queries[: queries.index(sent)])
+            attacks.append(attack(number))
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*attacks, return_exceptions=True)
+        client.end()
+
+    run(queries())
+
+
+def test_client_with_the_most_queries_that_wait_for_a_slot_gives_way() -> None:
+    async def queries() -> None:
+        network = UpstreamNetwork({SERVER: over_tcp(silent)})
+        client = Client(network)
+        attempts = [client.send(address=b"bad!") for _ in range(2 * MAX_TCP_WAITING)]
+        greedy = [client.futures[each] for each in attempts]
+        await turns(60)
+        others = [client.futures[client.send()] for _ in range(MAX_TCP_ANSWERS_PER_SERVER)]
+        await turns(60)
+        assert not any(each.done() for each in others)
+        assert sum(not each.done() for each in greedy) < MAX_TCP_WAITING + MAX_TCP_ANSWERS_PER_SERVER // 2
+        await asyncio.gather(*greedy, *others, return_exceptions=True)
+        client.end()
+
+    run(queries())
 
 
 def test_queries_above_the_waiting_limit_are_refused_at_once() -> None:
