@@ -19,10 +19,9 @@ from dns_server import (
     Responder,
     ask,
     elapsed,
+    exchange,
     rcode,
-    receive_message,
     right,
-    send_message,
 )
 from dnsmasq import dnsmasq
 from waiting import wait_for
@@ -54,13 +53,7 @@ class Net:
             link.settimeout(ANSWER_SECONDS)
             link.bind((source, 0))
             link.connect((server, 53))
-            if tcp:
-                send_message(link, query.to_wire())
-                data = receive_message(link)
-            else:
-                link.send(query.to_wire())
-                data = link.recv(65_535)
-        return rcode(dns.message.from_wire(data))
+            return rcode(exchange(link, query, tcp))
 
     def becomes_known(self, source: str) -> None:
         """Query until an upstream query has an option: the server follows the kernel's table of neighbours."""

@@ -12,7 +12,7 @@ import dns.message
 import dns.rrset
 import pytest
 from dns_server import ANSWER_SECONDS, Asked, FakeServer, Responder, ask, connected, needs, rcode, right, texts
-from waiting import wait_for
+from dnsmasq import dnsmasq
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 from udpwatch.dns.resolution import FAILS_SECONDS, POOR_AFTER
@@ -71,20 +71,6 @@ def silent(_: Asked) -> None:
 
 
 @contextlib.contextmanager
-def dnsmasq(node: Namespace, *options: str) -> Iterator[None]:
-    """dnsmasq in a namespace, once it responds."""
-    words = ["--keep-in-foreground", "--no-hosts", "--no-resolv", "--conf-file=/dev/null", "--pid-file", *options]
-    process = node.popen(["dnsmasq", *words])
-    try:
-        wait_for(lambda: process.poll() is not None or _answers(node), "dnsmasq")
-        assert process.poll() is None, process.communicate()
-        yield
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@contextlib.contextmanager
 def upstream_servers(node: Namespace) -> Iterator[None]:
     with FakeServer(node, UPSTREAM, upstream, PORT), FakeServer(node, UPSTREAM, reverse, REVERSE_PORT):
         yield
@@ -100,17 +86,10 @@ def ours() -> Iterator[Namespace]:
 
 @pytest.fixture(scope="module")
 def theirs() -> Iterator[Namespace]:
-    needs("dnsmasq", "dnsmasq-base")
     with Lab() as built:
         node = built.namespace("theirs")
         with upstream_servers(node), dnsmasq(node, *OPTIONS):
             yield node
-
-
-def _answers(node: Namespace) -> bool:
-    with contextlib.suppress(OSError):
-        return bool(ask(node, "127.0.0.1", "ready.example"))
-    return False
 
 
 @pytest.mark.parametrize(

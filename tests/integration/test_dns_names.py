@@ -205,6 +205,36 @@ def test_synthetic_names(folder: Path) -> None:
             assert [found(node, name, kind) for node in nodes] == [(code, data)] * 2, (name, kind)
 
 
+def test_every_local_name_is_its_own_mail_server(folder: Path) -> None:
+    hosts = write(folder / "hosts", "192.0.2.1 box.example", "2001:db8::1 six.example")
+    options = (f"--addn-hosts={hosts}", "--selfmx", "--local=/example/")
+    with both(*options) as nodes:
+        for name, expected in {
+            "box.example": ("NOERROR", ["1 box.example."]),
+            "six.example": ("NOERROR", ["1 six.example."]),
+            "none.example": ("NXDOMAIN", []),
+        }.items():
+            assert [found(node, name, "MX") for node in nodes] == [expected] * 2, name
+
+
+def test_ipv4_addresses_are_left_out(folder: Path) -> None:
+    hosts = write(folder / "hosts", "192.0.2.1 both.example", "2001:db8::1 both.example")
+    options = ("--filter-A", f"--addn-hosts={hosts}", "--server=127.0.0.99#5300")
+    with Lab() as built, contextlib.ExitStack() as stack:
+        nodes = [built.namespace("ours"), built.namespace("theirs")]
+        for node in nodes:
+            stack.enter_context(FakeServer(node, "127.0.0.99", port=5300))
+        stack.enter_context(Responder(nodes[0], *options))
+        stack.enter_context(dnsmasq(nodes[1], *options))
+        for name, kind, expected in (
+            ("both.example", "A", ["192.0.2.1"]),
+            ("both.example", "AAAA", ["2001:db8::1"]),
+            ("outside.example", "A", []),
+            ("outside.example", "A", []),
+        ):
+            assert [found(node, name, kind) for node in nodes] == [("NOERROR", expected)] * 2, (name, kind)
+
+
 def test_servers_file(folder: Path) -> None:
     """dnsmasq reads it with SIGHUP; udpwatch does so, too, and also when it changes."""
     file = write(folder / "servers", "server=/corp.test/127.0.0.99#5300", "cname=a.test,b.test", "server=nowhere")

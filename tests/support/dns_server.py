@@ -262,15 +262,18 @@ def ask(
     query = dns.message.make_query(name, kind)
     with connected(namespace, address, socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, port) as link:
         link.settimeout(seconds)
-        if tcp:
-            send_message(link, query.to_wire())
-            data = receive_message(link)
-        else:
-            link.send(query.to_wire())
-            data = link.recv(65_535)
-    response = dns.message.from_wire(data)
+        response = exchange(link, query, tcp)
     assert query.is_response(response), response
     return response
+
+
+def exchange(link: socket.socket, query: dns.message.Message, tcp: bool) -> dns.message.Message:
+    """Send a query over a connected socket and return the response. Raises TimeoutError."""
+    if tcp:
+        send_message(link, query.to_wire())
+        return dns.message.from_wire(receive_message(link))
+    link.send(query.to_wire())
+    return dns.message.from_wire(link.recv(65_535))
 
 
 def texts(response: dns.message.Message) -> list[str]:
