@@ -7,12 +7,15 @@ Rules
 2. A server that is silent, or whose responses are late or of no use, comes after the others (resolution.py says when)
    and so costs clients nothing. Once in PROBE_SECONDS it gets a query beside the others, of which only the server is
    judged: the first good response restores it. One bad response changes nothing: the next server may know other names.
-3. If no server behaves well, the order stays: no server is known to be better. All but the first are probed.
-4. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
+3. Before that, it is asked again what it has answered well for up to four clients (resolution.py), at most once in
+   FAILS_SECONDS. One good response within TICK_SECONDS, and it stays where it is: names that only the next server
+   resolves do not demote it. A server that never gave a good response is not asked.
+4. If no server behaves well, the order stays: no server is known to be better. All but the first are probed.
+5. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
    are queried at the same time.
-5. The second query to a silent server has no EDNS: firewalls drop queries with an OPT record that they do not know.
+6. The second query to a silent server has no EDNS: firewalls drop queries with an OPT record that they do not know.
    With options (edns.py) every query has EDNS.
-6. A response that comes after the clients got SERVFAIL is still cached, so that their next attempt succeeds.
+7. A response that comes after the clients got SERVFAIL is still cached, so that their next attempt succeeds.
 """
 
 from __future__ import annotations
@@ -91,6 +94,7 @@ class Failover:
         self._stale_tick = next((number for number, end in enumerate(ends, 1) if end >= STALE_SECONDS), 0)
         self._rounds = ROUNDS if delays is DELAYS else MAX_ATTEMPTS
         self._late: dict[Key, Resolution] = {}
+        self._verifications = loop.delay_queue(TICK_SECONDS, self._judge)
 
     def group(self, servers: tuple[Server, ...]) -> Group:
         """Return the group of these servers."""
@@ -146,11 +150,13 @@ class Failover:
 
     def _start_others(self, resolution: Resolution, ordered: tuple[Member, ...]) -> None:
         """Query more servers than the first one, if they are to be queried at the same time."""
-        now = self._loop.now
+        now, group = self._loop.now, resolution.group
+        for member in group.members:
+            if group.is_suspect(member, now) and member.is_to_verify(now):
+                self._verify(group, member)
         if self._all_servers:
             first_ones = len(ordered)
         else:
-            group = resolution.group
             well = (number for number, member in enumerate(ordered, 1) if not group.is_demoted(member, now))
             first_ones = next(well, len(ordered))  # 1, except with --strict-order
         for _ in range(min(first_ones, MAX_ATTEMPTS) - 1):
@@ -177,7 +183,8 @@ class Failover:
         """Query a server, ``repeated``: without EDNS. Return None if that has failed."""
         now = self._loop.now
         edns = (not repeated and member.upstream.plain_until <= now) or resolution.options != b""
-        attempt = Attempt(member, resolution.key, resolution.question, edns, now, repeated, resolution.options)
+        attempt = Attempt(member, resolution.key, resolution.question, edns, now, repeated)
+        attempt.options, attempt.client = resolution.options, resolution.client
         if self._client.waiting >= MAX_UNANSWERED:
             self._give_up(self._client.forget_oldest())
         try:
@@ -205,6 +212,20 @@ class Failover:
             ):
                 self._send(resolution, member)
 
+    def _verify(self, group: Group, member: Member) -> None:
+        """Ask a server again what it has answered well. Only the server is judged."""
+        is_ours = False
+        for known in list(member.known.values()):
+            question = Resolution(known.key, known.question, group, known.client, options=known.options)
+            self._send(question, member)
+            is_ours |= question.rcode == Rcode.REFUSED  # this host has run out of something
+        if not is_ours:
+            self._verifications.start(member, self._loop.now)
+
+    def _judge(self, member: Member) -> None:
+        """End a verification."""
+        member.convicted = member.good < member.verified_at and member.fails_since(self._loop.now) < math.inf
+
     def _tick(self, resolution: Resolution) -> None:
         for attempt in resolution.attempts:
             self._note_overdue(attempt)
@@ -230,8 +251,11 @@ class Failover:
 
     def on_response(self, attempt: Attempt, response: Response | Entry) -> None:
         """End the query with this response."""
-        prompt = self._loop.now - attempt.sent < TICK_SECONDS
-        attempt.member.note_response(self._loop.now, good=prompt)
+        now = self._loop.now
+        prompt = now - attempt.sent < TICK_SECONDS
+        attempt.member.note_response(now, good=prompt)
+        if prompt:
+            attempt.member.remember(attempt, now)
         resolution = self._take(attempt)
         if resolution is None:
             return

@@ -2,7 +2,8 @@
 timers.
 
 A server is judged in its group: one that does not answer for one domain may do so for another. It is judged against the
-others: clients can ask for names for which no server responds, or gives a useful response in time.
+others: clients can ask for names for which no server responds, or gives a useful response in time. And it is judged by
+names of several clients: one can ask for names that only the next server resolves.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from udpwatch.dns.cache_entry import Key
 from udpwatch.dns.metrics import Cell, Histogram
 from udpwatch.dns.settings import Server
+from udpwatch.dns.shares import network_of
 from udpwatch.dns.transport import UdpConnection
 
 SILENT_AFTER = 3  # queries in a row without a response
@@ -21,6 +23,8 @@ POOR_AFTER = 5  # responses in a row that were late or of no use
 FAILS_SECONDS = 2.0  # for at least this long, without a good response between
 PROBE_SECONDS = 1.0  # between two queries to a server that is not preferred because of that
 OTHER_CLIENT_SOONER = 0.9  # seconds: if the query is of another client than the last one
+KNOWN_QUESTIONS = 4  # per server: of as many clients, so that one client cannot choose all of them
+KNOWN_SECONDS = 600.0  # how long a client's question cannot be replaced by another client's
 EDNS_LOST_AFTER = 3  # queries in a row that only succeeded without EDNS, if the server has answered one with EDNS
 PLAIN_SECONDS = 600.0  # how long such a server is queried without EDNS
 
@@ -52,6 +56,17 @@ class Upstream:
 
 
 @dataclass(slots=True, eq=False)
+class Known:
+    """A question that a server has answered well."""
+
+    key: Key
+    question: bytes
+    options: bytes
+    client: bytes
+    at: float  # monotonic seconds
+
+
+@dataclass(slots=True, eq=False)
 class Member:
     """A server in a group, and how it has behaved there."""
 
@@ -64,6 +79,9 @@ class Member:
     good: float = -math.inf  # last good response
     probe_at: float = 0.0
     probed_for: bytes = b""  # the client whose query was the last probe
+    known: dict[bytes, Known] = field(default_factory=dict)  # by network of the client; the oldest is the first
+    verified_at: float = -math.inf  # when the last verification began
+    convicted: bool = False  # it has failed the verification, and has behaved no better since
 
     def fails_since(self, now: float) -> float:
         """Return since when it has given no good response; infinity: it behaves well enough."""
@@ -97,11 +115,30 @@ class Member:
         """Note a response. ``good``: useful, and in time."""
         self.responded, self.unanswered = now, 0
         if good:
-            self.good, self.poor = now, 0
+            self.good, self.poor, self.convicted = now, 0, False
             return
+        if self.poor < POOR_AFTER:  # it was silent, and is no longer
+            self.convicted = False
         if not self.poor:
             self.poor_since = now
         self.poor += 1
+
+    def remember(self, attempt: Attempt, now: float) -> None:
+        """Remember a question that it has answered well."""
+        known, network = self.known, network_of(attempt.client)
+        if known.pop(network, None) is None and len(known) >= KNOWN_QUESTIONS:
+            oldest = next(iter(known))
+            if now - known[oldest].at < KNOWN_SECONDS:
+                return
+            del known[oldest]
+        known[network] = Known(attempt.key, attempt.question, attempt.options, attempt.client, now)
+
+    def is_to_verify(self, now: float) -> bool:
+        """Return whether a verification is to begin, and note it. None is possible without a known question."""
+        if self.convicted or not self.known or now - self.verified_at < FAILS_SECONDS:
+            return False
+        self.verified_at = now
+        return True
 
     def is_to_probe(self, now: float, client: bytes) -> bool:
         """Return whether a query of this client is the next probe, and note it.
@@ -122,13 +159,20 @@ class Group:
     queries: int = 0  # in flight
     waiting: int = 0  # clients, each once for a query
 
-    def is_demoted(self, member: Member, now: float) -> bool:
-        """Whether others are queried first: it fails, and one of them has given a good response meanwhile.
+    def is_suspect(self, member: Member, now: float) -> bool:
+        """Whether it fails, and another one has given a good response meanwhile.
 
         A healthy server is silent, too, for names whose own servers are: a client may own such a domain.
         """
         since = member.fails_since(now)
         return since < math.inf and any(each.good >= since for each in self.members if each is not member)
+
+    def is_demoted(self, member: Member, now: float) -> bool:
+        """Whether others are queried first: it is suspect, and does not answer what it has answered well before.
+
+        A server that is suspect because of one client's names still answers what others have asked.
+        """
+        return (member.convicted or not member.known) and self.is_suspect(member, now)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,6 +186,7 @@ class Attempt:
     sent: float  # monotonic seconds
     repeated: bool = False  # without EDNS, because the same query with EDNS was not answered
     options: bytes = b""  # EDNS options: see edns.py
+    client: bytes = b""  # the first that asked
     resolution: Resolution | None = None  # None: only its server is judged
     overdue: bool = False
     counted: bool = False  # as a failure

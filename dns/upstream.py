@@ -312,7 +312,7 @@ class UpstreamClient:
             after = with_options(after, attempt.options)
         cancel = self._tcp.query(
             attempt.member.upstream.server,
-            attempt.resolution.client if attempt.resolution else attempt.member.probed_for,
+            attempt.client,
             attempt.ident + before + attempt.question + after,
             lambda data: self._match(data, attempt),
             done,

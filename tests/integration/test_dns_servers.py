@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Iterator
 
 import pytest
-from dns_server import Asked, FakeServer, Responder, ask, rcode, right, texts
+from dns_server import PORT, Asked, FakeServer, Responder, ask, bare_query, rcode, right, texts
 from dnsmasq import dnsmasq
 from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Lab, Namespace
 from udpwatch.dns.failover import TICK_SECONDS, TICKS
-from udpwatch.dns.resolution import SILENT_AFTER
+from udpwatch.dns.resolution import POOR_AFTER, SILENT_AFTER
 from udpwatch.dns.upstream import ATTEMPT_SECONDS
 
 FIRST, SECOND, CLUSTER = "127.0.0.11", "127.0.0.12", "127.0.0.13"
@@ -84,6 +85,31 @@ def test_one_slow_response_does_not_move_all_names_to_the_next_server(node: Name
         time.sleep(0.5)  # the server answers one query after the other
         for number in range(120):
             assert timed(node, f"n{number}.example") < PROMPT
+
+
+@pytest.mark.parametrize("kind", ["servfail", "silent"])
+def test_names_that_only_the_next_server_resolves_do_not_move_other_clients_names(node: Namespace, kind: str) -> None:
+    """A client asks for names at which the company's server fails; the public server denies those of others."""
+
+    def company(asked: Asked) -> bytes | None:
+        if "evil" not in asked.name:
+            return right(asked)
+        return asked.answer(rcode=2) if kind == "servfail" else None
+
+    def public(asked: Asked) -> bytes:
+        return right(asked) if "evil" in asked.name else asked.answer(rcode=3)
+
+    with upstream(node, FIRST, company) as first, upstream(node, SECOND, public):
+        with Responder(node, *servers(FIRST, SECOND)):
+            assert timed(node, "www.example") < PROMPT
+            with node.socket(socket.AF_INET) as hostile:
+                hostile.bind(("127.0.0.99", 0))
+                for number in range(60):
+                    hostile.sendto(bare_query(f"n{number}.evil.example"), ("127.0.0.1", PORT))
+                    time.sleep(0.1)  # the attack goes on for longer than FAILS_SECONDS
+            assert len(first.asked) > 2 * POOR_AFTER
+            for number in range(4):
+                assert timed(node, f"n{number}.example") < PROMPT
 
 
 @pytest.mark.parametrize(("seconds", "code"), [(4.2, "NOERROR"), (6.0, "SERVFAIL")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 from typing import Any
 
 import dns_messages as m
@@ -27,11 +28,14 @@ from udpwatch.dns.message import Rcode, Response
 from udpwatch.dns.metrics import Metrics
 from udpwatch.dns.resolution import (
     FAILS_SECONDS,
+    KNOWN_QUESTIONS,
+    KNOWN_SECONDS,
     OTHER_CLIENT_SOONER,
     PLAIN_SECONDS,
     POOR_AFTER,
     PROBE_SECONDS,
     SILENT_AFTER,
+    Attempt,
     Resolution,
 )
 from udpwatch.dns.settings import Server
@@ -44,6 +48,7 @@ KEY = (NAME, m.A, m.IN, 0)
 QUESTION = NAME + bytes((0, m.A, 0, m.IN))
 TOTAL_SECONDS = TICKS * TICK_SECONDS
 MANY = 20  # queries that leave no doubt
+VICTIM, HOSTILE = b"\x0a\0\0\1", b"\x0a\0\0\2"  # clients
 
 
 def no_direct(*_: object) -> None:
@@ -66,6 +71,11 @@ def without_edns(sent: Sent) -> list[tuple[float, bytes | OSError]]:
 def after(seconds: float) -> Script:
     """An honest server that takes its time."""
     return lambda sent: [(seconds, sent.respond(ADDRESS))]
+
+
+def except_evil(script: Script) -> Script:
+    """An honest server, and what it does for names below evil.example."""
+    return lambda sent: script(sent) if b"\4evil" in sent.question else honest(sent)
 
 
 class Group:
@@ -109,6 +119,15 @@ class Group:
         future = self.futures[resolution] = asyncio.get_running_loop().create_future()
         self.failover.start(resolution)
         return await future, pytest.approx(now() - begun)
+
+    async def query_as(self, client: bytes, text: str) -> int:
+        """Query the group for a name of a client. Return the code."""
+        name = m.name(text)
+        key, question = (name, *KEY[1:]), name + QUESTION[-4:]
+        resolution = Resolution(key, question, self.failover.group(self.servers), client)
+        future = self.futures[resolution] = asyncio.get_running_loop().create_future()
+        self.failover.start(resolution)
+        return await future
 
     def sent(self) -> list[tuple[Server, float]]:
         """Servers and times of the queries so far."""
@@ -303,7 +322,9 @@ def test_forged_report_does_not_demote_a_server_that_has_just_responded() -> Non
         assert group.order() == [FIRST, SECOND]
         await asyncio.sleep(PROBE_SECONDS)
         await group.query()
-        assert group.order() == [SECOND, FIRST], "it has not responded for a while"
+        await group.query()
+        await asyncio.sleep(TICK_SECONDS)
+        assert group.order() == [SECOND, FIRST], "it has not responded for a while, nor to the verification"
 
     run(query())
 
@@ -377,6 +398,137 @@ def test_names_that_only_the_next_server_resolves_do_not_demote_one_that_respond
             await asyncio.sleep(FAILS_SECONDS - 0.1)
             assert group.order() == [FIRST, SECOND]
         group.futures.clear()
+
+    run(query())
+
+
+# ---- verification ----
+
+
+@pytest.mark.parametrize("ready", [False, True], ids=["unknown", "known"])
+@pytest.mark.parametrize("script", [silent, servfail, after(TICK_SECONDS + 0.1)], ids=["silent", "servfail", "late"])
+def test_names_of_one_client_do_not_demote_a_server(script: Script, ready: bool) -> None:
+    """They resolve at the second server only, maybe a public one, which denies the names of other clients. The client
+    may have had good responses before."""
+
+    async def query() -> None:
+        group = Group(except_evil(script), honest)
+        await group.query_as(VICTIM, "www.example")
+        if ready:
+            group.network.scripts[FIRST] = honest
+            await group.query_as(HOSTILE, "n.evil.example")
+            group.network.scripts[FIRST] = except_evil(script)
+        group.sent_to()
+        await asyncio.sleep(KNOWN_SECONDS)
+        begin = now()
+        for _ in range(3 * MANY):
+            assert await group.query_as(HOSTILE, "n.evil.example") == Rcode.NOERROR
+            await asyncio.sleep(0.2)
+            assert group.order() == [FIRST, SECOND]
+        times = [sent.at for sent in group.network.sent if b"\3www" in sent.question]
+        assert {sent.server for sent in group.network.sent if b"\3www" in sent.question} == {FIRST}
+        assert 1 <= len(times) <= (now() - begin) / FAILS_SECONDS + 1
+        assert all(later - sooner >= FAILS_SECONDS for sooner, later in itertools.pairwise(times))
+        group.sent_to()
+        await group.query_as(VICTIM, "intern.example")
+        assert group.sent_to()[0] == FIRST
+
+    run(query())
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["default", "strict-order"])
+def test_server_that_does_not_answer_the_verification_is_demoted(strict: bool) -> None:
+    """Until it gives a good response. The verification counts as queries and failures."""
+
+    async def query() -> None:
+        group = Group(honest, honest, strict_order=strict)
+        for client in (VICTIM, HOSTILE):
+            await group.query_as(client, "www.example")
+        for _ in range(2):
+            group.network.scripts[FIRST] = silent
+            times = []
+            for _ in range(MANY):
+                begin = now()
+                await group.query()
+                times.append(pytest.approx(now() - begin))
+            slow = SILENT_AFTER + 1  # and one during the verification
+            assert times == [TICK_SECONDS] * slow + [0.0] * (MANY - slow)
+            assert group.failover.group(group.servers).members[0].convicted
+            group.network.scripts[FIRST] = honest
+            await asyncio.sleep(PROBE_SECONDS)
+            await group.query()
+            await asyncio.sleep(0.1)
+            assert not group.failover.group(group.servers).members[0].convicted
+            assert group.order() == [FIRST, SECOND]
+        await asyncio.sleep(ATTEMPT_SECONDS)
+        sent = sum(sent.server == FIRST for sent in group.network.sent)
+        assert group.metrics.upstream_asked[str(FIRST)][0] == sent
+        assert group.failures(FIRST)["timeout"] >= 2 * (SILENT_AFTER + 3)
+        group.end()
+
+    run(query())
+
+
+def test_any_response_of_a_silent_server_ends_its_conviction() -> None:
+    """Next time it is verified again."""
+
+    async def query() -> None:
+        group = Group(honest, honest)
+        await group.query()
+        group.network.scripts[FIRST] = silent
+        for _ in range(SILENT_AFTER + 1):
+            await group.query()
+        assert group.order() == [SECOND, FIRST]
+        group.network.scripts[FIRST] = servfail
+        await asyncio.sleep(PROBE_SECONDS)
+        await group.query()
+        await asyncio.sleep(0.1)
+        assert group.order() == [FIRST, SECOND]
+        assert not group.failover.group(group.servers).members[0].convicted
+
+    run(query())
+
+
+def test_shortage_of_this_host_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def query() -> None:
+        group = Group(except_evil(servfail), honest)
+        await group.query_as(VICTIM, "www.example")
+        for _ in range(POOR_AFTER):
+            await group.query_as(HOSTILE, "n.evil.example")
+            await asyncio.sleep(FAILS_SECONDS / 4)
+        group.client.forget_servers()  # closes the sockets
+
+        def fail(*_: object) -> None:
+            raise OSError(errno.EMFILE, "none left")
+
+        with monkeypatch.context() as shortage:
+            shortage.setattr(group.network, "open_udp", fail)
+            await group.query_as(HOSTILE, "n.evil.example")
+        await asyncio.sleep(TICK_SECONDS)
+        assert group.order() == [FIRST, SECOND]
+
+    run(query())
+
+
+def test_known_questions_are_those_of_a_few_clients() -> None:
+    """Further clients, and addresses of one IPv6 network, replace only old ones."""
+
+    async def query() -> None:
+        member = Group(honest, honest).failover.group((FIRST, SECOND)).members[0]
+
+        def remember(client: bytes, at: float) -> None:
+            member.remember(Attempt(member, KEY, QUESTION, True, at, client=client), at)
+
+        for number in range(MANY):
+            remember(b"\x20\1" + bytes(13) + bytes((number,)), number)
+        assert len(member.known) == 1
+        for number in range(MANY):
+            remember(bytes((10, 0, 0, number)), MANY)
+        kept = list(member.known)
+        assert len(kept) == KNOWN_QUESTIONS
+        remember(kept[1], 2 * MANY)
+        remember(HOSTILE[:3] + b"\xff", MANY + KNOWN_SECONDS)
+        assert list(member.known) == [kept[2], kept[3], kept[1], HOSTILE[:3] + b"\xff"]
 
     run(query())
 

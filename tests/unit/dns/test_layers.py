@@ -61,7 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "packet_loop": {"limited_log", "timers"},
     # upstream servers
     "transport": {"libc", "packet_loop", "settings"},
-    "resolution": {"cache_entry", "metrics", "settings", "transport"},
+    "resolution": {"cache_entry", "metrics", "settings", "shares", "transport"},
     "upstream_socket": {"limited_log", "resolution", "settings", "transport"},
     "tcp_connection": {"message", "settings", "shares"},
     "upstream_tcp": {"budget", "message", "settings", "shares", "tcp_connection", "timers", "transport"},

@@ -80,8 +80,8 @@ class Client:
     ) -> Attempt:
         """Send a query of the client with this address; without one, of a client that has sent no other."""
         client = address or struct.pack("!I", next(self._addresses))
-        member = Member(self.client.upstream(server), probed_for=client)
-        attempt = Attempt(member, (question[:-4], *KEY[1:]), question, edns, self.loop.now)
+        member = Member(self.client.upstream(server))
+        attempt = Attempt(member, (question[:-4], *KEY[1:]), question, edns, self.loop.now, client=client)
         self.futures[attempt] = asyncio.get_running_loop().create_future()
         self.client.query(attempt)
         return attempt
