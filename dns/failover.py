@@ -7,9 +7,9 @@ Rules
 2. A server that is silent, or whose responses are late or of no use, comes after the others (resolution.py says when)
    and so costs clients nothing. Once in PROBE_SECONDS it gets a query beside the others, of which only the server is
    judged: the first good response restores it. One bad response changes nothing: the next server may know other names.
-3. Before that, it is asked again what it has answered well for up to four clients (resolution.py), at most once in
-   FAILS_SECONDS. One good response within TICK_SECONDS, and it stays where it is: names that only the next server
-   resolves do not demote it. A server that never gave a good response is not asked.
+3. Before that, it is verified: questions that it has answered well for up to four clients (resolution.py) are sent to
+   it again, at most once in FAILS_SECONDS. If one gets a good response within TICK_SECONDS, the order stays: names that
+   only the next server resolves demote no server. A server that never gave a good response is not verified.
 4. If no server behaves well, the order stays: no server is known to be better. All but the first are probed.
 5. With `--strict-order` the order never changes; a demoted server does not delay the next one. With `--all-servers` all
    are queried at the same time.
@@ -213,18 +213,18 @@ class Failover:
                 self._send(resolution, member)
 
     def _verify(self, group: Group, member: Member) -> None:
-        """Ask a server again what it has answered well. Only the server is judged."""
-        is_ours = False
+        """Send a server questions that it has answered well. Only the server is judged."""
+        is_shortage = False
         for known in list(member.known.values()):
             question = Resolution(known.key, known.question, group, known.client, options=known.options)
             self._send(question, member)
-            is_ours |= question.rcode == Rcode.REFUSED  # this host has run out of something
-        if not is_ours:
+            is_shortage |= question.rcode == Rcode.REFUSED  # this host has run out of something
+        if not is_shortage:
             self._verifications.start(member, self._loop.now)
 
     def _judge(self, member: Member) -> None:
         """End a verification."""
-        member.convicted = member.good < member.verified_at and member.fails_since(self._loop.now) < math.inf
+        member.failed_verification = member.good < member.verified_at and member.fails_since(self._loop.now) < math.inf
 
     def _tick(self, resolution: Resolution) -> None:
         for attempt in resolution.attempts:

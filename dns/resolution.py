@@ -56,7 +56,7 @@ class Upstream:
 
 
 @dataclass(slots=True, eq=False)
-class Known:
+class KnownQuestion:
     """A question that a server has answered well."""
 
     key: Key
@@ -79,9 +79,9 @@ class Member:
     good: float = -math.inf  # last good response
     probe_at: float = 0.0
     probed_for: bytes = b""  # the client whose query was the last probe
-    known: dict[bytes, Known] = field(default_factory=dict)  # by network of the client; the oldest is the first
+    known: dict[bytes, KnownQuestion] = field(default_factory=dict)  # by network of the client; the oldest is the first
     verified_at: float = -math.inf  # when the last verification began
-    convicted: bool = False  # it has failed the verification, and has behaved no better since
+    failed_verification: bool = False  # it has failed the verification, and has behaved no better since
 
     def fails_since(self, now: float) -> float:
         """Return since when it has given no good response; infinity: it behaves well enough."""
@@ -115,10 +115,10 @@ class Member:
         """Note a response. ``good``: useful, and in time."""
         self.responded, self.unanswered = now, 0
         if good:
-            self.good, self.poor, self.convicted = now, 0, False
+            self.good, self.poor, self.failed_verification = now, 0, False
             return
         if self.poor < POOR_AFTER:  # it was silent, and is no longer
-            self.convicted = False
+            self.failed_verification = False
         if not self.poor:
             self.poor_since = now
         self.poor += 1
@@ -131,11 +131,11 @@ class Member:
             if now - known[oldest].at < KNOWN_SECONDS:
                 return
             del known[oldest]
-        known[network] = Known(attempt.key, attempt.question, attempt.options, attempt.client, now)
+        known[network] = KnownQuestion(attempt.key, attempt.question, attempt.options, attempt.client, now)
 
     def is_to_verify(self, now: float) -> bool:
         """Return whether a verification is to begin, and note it. None is possible without a known question."""
-        if self.convicted or not self.known or now - self.verified_at < FAILS_SECONDS:
+        if self.failed_verification or not self.known or now - self.verified_at < FAILS_SECONDS:
             return False
         self.verified_at = now
         return True
@@ -172,7 +172,7 @@ class Group:
 
         A server that is suspect because of one client's names still answers what others have asked.
         """
-        return (member.convicted or not member.known) and self.is_suspect(member, now)
+        return (member.failed_verification or not member.known) and self.is_suspect(member, now)
 
 
 @dataclass(slots=True, eq=False)

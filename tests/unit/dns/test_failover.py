@@ -453,12 +453,12 @@ def test_server_that_does_not_answer_the_verification_is_demoted(strict: bool) -
                 times.append(pytest.approx(now() - begin))
             slow = SILENT_AFTER + 1  # and one during the verification
             assert times == [TICK_SECONDS] * slow + [0.0] * (MANY - slow)
-            assert group.failover.group(group.servers).members[0].convicted
+            assert group.failover.group(group.servers).members[0].failed_verification
             group.network.scripts[FIRST] = honest
             await asyncio.sleep(PROBE_SECONDS)
             await group.query()
             await asyncio.sleep(0.1)
-            assert not group.failover.group(group.servers).members[0].convicted
+            assert not group.failover.group(group.servers).members[0].failed_verification
             assert group.order() == [FIRST, SECOND]
         await asyncio.sleep(ATTEMPT_SECONDS)
         sent = sum(sent.server == FIRST for sent in group.network.sent)
@@ -469,7 +469,7 @@ def test_server_that_does_not_answer_the_verification_is_demoted(strict: bool) -
     run(query())
 
 
-def test_any_response_of_a_silent_server_ends_its_conviction() -> None:
+def test_any_response_of_a_silent_server_clears_its_failed_verification() -> None:
     """Next time it is verified again."""
 
     async def query() -> None:
@@ -484,7 +484,7 @@ def test_any_response_of_a_silent_server_ends_its_conviction() -> None:
         await group.query()
         await asyncio.sleep(0.1)
         assert group.order() == [FIRST, SECOND]
-        assert not group.failover.group(group.servers).members[0].convicted
+        assert not group.failover.group(group.servers).members[0].failed_verification
 
     run(query())
 

@@ -382,8 +382,8 @@ def test_client_with_names_that_never_get_a_response_leaves_others_slots(attacke
             assert (await client.futures[client.send(address=b"good")]).records
             assert now() == started
             sent = next(each for each in reversed(network.sent) if hanging not in each.data)
-            (queries,) = (each.queries for each in network.tcp_connections if sent in each.queries)
-            assert not any(hanging in each.data for each in queries[: queries.index(sent)])
+            (followed,) = (each.queries for each in network.tcp_connections if sent in each.queries)
+            assert not any(hanging in each.data for each in followed[: followed.index(sent)])
             attacks.append(attack(number))
             await asyncio.sleep(0.05)
         await asyncio.gather(*attacks, return_exceptions=True)
