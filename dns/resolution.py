@@ -25,6 +25,7 @@ PROBE_SECONDS = 1.0  # between two queries to a server that is not preferred bec
 OTHER_CLIENT_SOONER = 0.9  # seconds: if the query is of another client than the last one
 KNOWN_QUESTIONS = 4  # per server: of as many clients, so that one client cannot choose all of them
 KNOWN_SECONDS = 600.0  # how long a client's question cannot be replaced by another client's
+RENEW_SECONDS = 1.0  # how long a client's question stays, although a newer one was answered: most packets cost nothing
 EDNS_LOST_AFTER = 3  # queries in a row that only succeeded without EDNS, if the server has answered one with EDNS
 PLAIN_SECONDS = 600.0  # how long such a server is queried without EDNS
 
@@ -126,7 +127,12 @@ class Member:
     def remember(self, attempt: Attempt, now: float) -> None:
         """Remember a question that it has answered well."""
         known, network = self.known, network_of(attempt.client)
-        if known.pop(network, None) is None and len(known) >= KNOWN_QUESTIONS:
+        mine = known.get(network)
+        if mine is not None:
+            if now - mine.at < RENEW_SECONDS:
+                return
+            del known[network]
+        elif len(known) >= KNOWN_QUESTIONS:
             oldest = next(iter(known))
             if now - known[oldest].at < KNOWN_SECONDS:
                 return
