@@ -122,6 +122,67 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
+class UdpSocket:
+    """A bound UDP socket. None: the source of the list does not tell."""
+
+    address: str  # bound address; "0.0.0.0" or "::": every one
+    port: int
+    family: int  # 4 or 6, of the socket; a socket of family 6 may also serve IPv4
+    netns: int = 0  # inode number of its network namespace, 0: unknown
+    inode: int = 0  # of the socket's file
+    cookie: int = 0
+    uid: int | None = None
+    peer: str = ""  # "": not connected
+    peer_port: int = 0
+    device: int = 0  # interface index it is bound to, 0: none
+    only_ipv6: bool = False
+    pktinfo: bool | None = None  # IP_PKTINFO is set
+    pktinfo6: bool | None = None  # IPV6_RECVPKTINFO is set
+    reuseport: bool | None = None
+    transparent: bool | None = None
+    queue: int | None = None  # octets in its receive buffer, with the kernel's overhead
+    queue_limit: int | None = None
+    drops: int | None = None  # datagrams dropped because the receive buffer was full, or by checksum
+    cgroup: int = 0  # id in the v2 hierarchy, 0: unknown
+    pid: int = 0  # a process that holds it, 0: unknown
+    process: str = ""  # its name, as the kernel reports it
+
+
+class Risk(StrEnum):
+    """Whether a server will reply from the wrong address."""
+
+    NONE = "none"
+    UNKNOWN = "unknown"  # e.g. its namespace's addresses cannot be read
+    POSSIBLE = "possible"  # a wildcard socket without PKTINFO, and an address from which routing would not reply
+    VIRTUAL = "virtual"  # the same, and the address is a VIP's or a bridge's
+    WRONG = "wrong"  # it has replied wrongly
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A UDP server of this node and what it did, as the agent publishes it.
+
+    The sockets of one process name, container and port of a network namespace are one server.
+    """
+
+    sender: Sender
+    port: int
+    netns: int  # inode number, 0: unknown
+    addresses: tuple[str, ...]  # bound addresses, sorted
+    requests: int  # datagrams received on the port
+    replies: int  # datagrams sent to peers that had asked
+    unanswered: int  # requests that got no datagram within the window
+    wrong: int  # wrong replies
+    drops: int | None  # datagrams that its receive buffers had no room for; None: unknown
+    queue: int | None  # octets in its receive buffers
+    queue_limit: int | None
+    pktinfo: bool | None  # every wildcard socket has IP_PKTINFO or IPV6_RECVPKTINFO set; None: unknown
+    risk: Risk
+    first: float  # seconds since the epoch
+    last: float  # of its last request
+
+
+@dataclass(frozen=True, slots=True)
 class Counters:
     """The kernel programs' counters, summed over all CPUs (struct stats in bpf/records.h)."""
 
