@@ -40,6 +40,7 @@ class Settings:
     window: float  # seconds
     max_peers: int
     max_series: int
+    max_servers: int
     events_per_second: int
     forget: float  # seconds
     node: str
@@ -184,6 +185,13 @@ SETTINGS = (
         "N",
         "findings with series of their own; the excess is counted under 'other'",
     ),
+    Setting(
+        "max_servers",
+        _integer(1, 2_000),
+        500,
+        "N",
+        "UDP servers with series of their own; the excess is counted under 'other'",
+    ),
     Setting("events_per_second", _integer(1, 100_000), 10, "N", "limit of events of one finding; counts stay exact"),
     Setting("forget", _number(1, 1e7), 3600, "SECONDS", "end a finding's series after this time without a wrong reply"),
     Setting(
@@ -215,7 +223,7 @@ SETTINGS = (
 )
 
 #: Settings that bound memory or work (docs/limits.md).
-LIMITS = ("window", "max_peers", "max_series", "events_per_second", "forget")
+LIMITS = ("window", "max_peers", "max_series", "max_servers", "events_per_second", "forget")
 
 
 def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], file: Path | None) -> Settings:

@@ -148,6 +148,39 @@ class UdpSocket:
     process: str = ""  # its name, as the kernel reports it
 
 
+@dataclass(frozen=True, slots=True)
+class ServerCount:
+    """What one server port of a namespace did, as the kernel counts it."""
+
+    scope: int  # its network namespace's cookie, else another number of it, else of its socket
+    netns: int  # inode number, 0: unknown
+    address: str  # bound address; "0.0.0.0" or "::": every one
+    port: int
+    cgroup: int  # id in the v2 hierarchy, 0: unknown
+    pid: int  # of a process that sent a reply, 0: unknown
+    process: str  # its name, as the kernel reports it
+    requests: int  # datagrams
+    replies: int
+    unanswered: int
+
+
+@dataclass(slots=True)
+class ServerTotals:
+    """What several servers did."""
+
+    requests: int = 0
+    replies: int = 0
+    unanswered: int = 0
+    drops: int = 0
+
+    def add(self, other: ServerTotals) -> None:
+        """Add what other servers did."""
+        self.requests += other.requests
+        self.replies += other.replies
+        self.unanswered += other.unanswered
+        self.drops += other.drops
+
+
 class Risk(StrEnum):
     """Whether a server will reply from the wrong address."""
 
@@ -186,7 +219,7 @@ class Server:
 class Counters:
     """The kernel programs' counters, summed over all CPUs (struct stats in bpf/records.h)."""
 
-    checked: int = 0
+    checked: int = 0  # datagrams to peers that had asked: the replies of all servers, not in struct stats
     wrong: int = 0
     remembered: int = 0
     unremembered: int = 0
@@ -246,6 +279,9 @@ class Sample:
     overruns: int = 0  # times that conntrack's events overran the buffer
     conntrack: ConntrackHealth | None = None
     udp_sent: int | None = None  # datagrams sent in the agent's own namespace, as the kernel counts them
+    servers: tuple[ServerCount, ...] = ()
+    other_servers: ServerCount | None = None  # the sum of those that the kernel had no room for
+    sockets: tuple[UdpSocket, ...] | None = None  # None: they were not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,3 +325,5 @@ class Snapshot:
     conntrack: ConntrackHealth | None = None
     udp_sent: int | None = None  # datagrams that the agent's own namespace sent, by the kernel's count
     self_test_passed: bool = True
+    servers: tuple[Server, ...] = ()
+    other_servers: dict[str, ServerTotals] = field(default_factory=dict)  # of those not listed, by namespace

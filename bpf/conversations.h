@@ -93,65 +93,76 @@ static __always_inline int is_expired(const struct conversation *request, __u64 
 /* ---- without the lock ---- */
 
 /* Results without the lock. Another conversation may take the way meanwhile; DONE means that the
- * way still belonged to this conversation after the write. */
+ * way still belonged to this conversation after the write. With DONE, the result has the bits
+ * SLOT_MASK of the flags, and CONTINUED if the datagram neither began nor ended a wait. */
 enum quick { UNKNOWN_PEER, DONE, LOOK_CLOSER };
 
-static __always_inline enum quick ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
-                                          const struct address *address, int is_client, __u64 now) {
+#define QUICK_MASK 3
+#define CONTINUED  4
+
+static __always_inline __u32 done(__u16 flags, int continued) {
+    return DONE | (continued ? CONTINUED : 0) | (flags & SLOT_MASK);
+}
+
+static __always_inline __u32 ask_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
+                                     const struct address *address, int is_client, __u64 now) {
     __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
     __u16 not_now = SEVERAL | WRONGLY_ANSWERED | (is_client ? 0 : CLIENTS);
+    __u16 flags = READ_ONCE(way->tenant.flags);
+    int is_waiting = asked > answered;
 
-    if (READ_ONCE(way->tenant.flags) & not_now || !same(&way->address, address) ||
-        age(asked, now) > (__s64)WINDOW_NS)
+    if (flags & not_now || !same(&way->address, address) || age(asked, now) > (__s64)WINDOW_NS)
         return LOOK_CLOSER;
-    if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
-        return DONE;
+    if (is_waiting && age(asked, now) < (__s64)REFRESH_NS)
+        return done(flags, 1);
     WRITE_ONCE(way->asked, after(now, answered));
-    return READ_ONCE(*its_tag) == tag && !(READ_ONCE(way->tenant.flags) & SEVERAL) ? DONE
-                                                                                   : LOOK_CLOSER;
+    if (READ_ONCE(*its_tag) != tag || READ_ONCE(way->tenant.flags) & SEVERAL)
+        return LOOK_CLOSER;
+    return done(flags, is_waiting);
 }
 
 /* Note a repeated request for the single address of a conversation. */
-static __always_inline enum quick ask_again(struct conversation_set *set, __u64 tag,
-                                            const struct address *address, int is_client,
-                                            __u64 now) {
-    enum quick quick;
+static __always_inline __u32 ask_again(struct conversation_set *set, __u64 tag,
+                                       const struct address *address, int is_client, __u64 now) {
+    __u32 result;
 #define ASK(i)                                                                                     \
     if (READ_ONCE(set->tag[i]) == tag) {                                                           \
-        quick = ask_way(&set->way[i], &set->tag[i], tag, address, is_client, now);                 \
+        result = ask_way(&set->way[i], &set->tag[i], tag, address, is_client, now);                \
         KEEP_APART(i);                                                                             \
-        return quick;                                                                              \
+        return result;                                                                             \
     }
     WAY_WITH(set->tag, tag, ASK)
     return UNKNOWN_PEER;
 }
 
-static __always_inline enum quick answer_way(struct conversation *way, const __u64 *its_tag,
-                                             __u64 tag, const struct address *source, __u64 now) {
+static __always_inline __u32 answer_way(struct conversation *way, const __u64 *its_tag, __u64 tag,
+                                        const struct address *source, __u64 now) {
     __u64 asked = READ_ONCE(way->asked);
+    __u16 flags = READ_ONCE(way->tenant.flags);
+    int is_waiting = asked > READ_ONCE(way->answered);
 
-    if (READ_ONCE(way->tenant.flags) & SEVERAL || !answers(&way->address, source) ||
-        age(asked, now) > (__s64)WINDOW_NS)
+    if (flags & SEVERAL || !answers(&way->address, source) || age(asked, now) > (__s64)WINDOW_NS)
         return LOOK_CLOSER;
-    if (asked > READ_ONCE(way->answered)) {
+    if (is_waiting) {
         __u64 answered = not_before(now, asked);
         WRITE_ONCE(way->answered, answered);
         if (READ_ONCE(*its_tag) != tag && READ_ONCE(way->answered) == answered)
             WRITE_ONCE(way->answered, 0);
     }
-    return READ_ONCE(*its_tag) == tag && !(READ_ONCE(way->tenant.flags) & SEVERAL) ? DONE
-                                                                                   : LOOK_CLOSER;
+    if (READ_ONCE(*its_tag) != tag || READ_ONCE(way->tenant.flags) & SEVERAL)
+        return LOOK_CLOSER;
+    return done(flags, !is_waiting);
 }
 
 /* Note a right reply from the single address of a conversation. */
-static __always_inline enum quick answer(struct conversation_set *set, __u64 tag,
-                                         const struct address *source, __u64 now) {
-    enum quick quick;
+static __always_inline __u32 answer(struct conversation_set *set, __u64 tag,
+                                    const struct address *source, __u64 now) {
+    __u32 result;
 #define ANSWER_WAY(i)                                                                              \
     if (READ_ONCE(set->tag[i]) == tag) {                                                           \
-        quick = answer_way(&set->way[i], &set->tag[i], tag, source, now);                          \
+        result = answer_way(&set->way[i], &set->tag[i], tag, source, now);                         \
         KEEP_APART(i);                                                                             \
-        return quick;                                                                              \
+        return result;                                                                             \
     }
     WAY_WITH(set->tag, tag, ANSWER_WAY)
     return UNKNOWN_PEER;
@@ -218,6 +229,7 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
 
 enum remembering {
     KNOWN,   /* this address was asked before, and no other */
+    WAITING, /* the same, and the last request is pending */
     FRESH,   /* the conversation is new */
     ANOTHER, /* it asked another address before, copied to `known` */
 };
@@ -230,9 +242,11 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
         return KNOWN;
     }
     if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
+        int is_waiting = is_pending(way);
         way->asked = after(now, way->answered);
-        way->tenant.flags = (way->tenant.flags & HEAVY) | (fresh->tenant.flags & CLIENTS);
-        return KNOWN;
+        way->tenant.flags =
+            (way->tenant.flags & HEAVY) | (fresh->tenant.flags & (CLIENTS | SLOT_MASK));
+        return is_waiting ? WAITING : KNOWN;
     }
     copy(known, way);
     return ANOTHER;
@@ -265,10 +279,10 @@ static __always_inline void change_way(struct conversation *way, const struct co
     if (!same(&way->address, &fresh->address)) {
         way->address = fresh->address;
         way->answered = now;
-        way->tenant.flags = SEVERAL | (way->tenant.flags & HEAVY);
+        way->tenant.flags = SEVERAL | (way->tenant.flags & (HEAVY | SLOT_MASK));
     } else if (!is_remembered(way->answered, now)) {
         way->answered = 0;
-        way->tenant.flags &= HEAVY;
+        way->tenant.flags &= HEAVY | SLOT_MASK;
     }
     way->asked = fresh->asked;
 }
@@ -308,9 +322,10 @@ judge_way(struct conversation *way, const struct address *source, int port_kept,
     return WRONG;
 }
 
-/* Judge a datagram of a conversation with a single address, and copy the conversation to `known`; a
- * conversation with SEVERAL addresses is not judged. If `port_kept` is 0, the datagram leaves from
- * another port than the one asked and is right for no request. Takes and releases the lock. */
+/* Judge a datagram of a conversation with a single address, and copy the conversation as it was
+ * before to `known`; a conversation with SEVERAL addresses is not judged. If `port_kept` is 0, the
+ * datagram leaves from another port than the one asked and is right for no request. Takes and
+ * releases the lock. */
 static __always_inline enum judgement judge_one(struct conversation_set *set, __u64 tag,
                                                 const struct address *source, int port_kept,
                                                 __u64 now, struct conversation *known) {
@@ -319,8 +334,8 @@ static __always_inline enum judgement judge_one(struct conversation_set *set, __
     spin_lock(&set->lock);
 #define JUDGE(i)                                                                                   \
     if (set->tag[i] == tag) {                                                                      \
-        judgement = judge_way(&set->way[i], source, port_kept, now);                               \
         copy(known, &set->way[i]);                                                                 \
+        judgement = judge_way(&set->way[i], source, port_kept, now);                               \
         KEEP_APART(i);                                                                             \
         goto out;                                                                                  \
     }

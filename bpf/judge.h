@@ -63,34 +63,43 @@ static __always_inline void remember_another(struct conversation_set *set, __u64
         note_answer(others, request_hash(keys, tag, &known->address));
 }
 
-static __always_inline void remember(struct conversation_set *set, __u64 tag,
-                                     const struct conversation_key *key,
-                                     const struct address *address, int is_client, __u64 now) {
+/* Note a request. Return how many waits it began: 1 or 0, or -1 if it ended one. The waits of a
+ * conversation with several addresses are not counted. */
+static __always_inline int remember(struct conversation_set *set, __u64 tag,
+                                    const struct conversation_key *key,
+                                    const struct address *address, int is_client, __u32 slot,
+                                    __u64 now) {
     struct conversation fresh = {}, known = {};
     __u64 evicted = 0;
 
     fresh.address = *address;
     fresh.asked = now;
     set_tenant(&fresh.tenant, key);
-    fresh.tenant.flags = (has_lost_many(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0);
+    fresh.tenant.flags =
+        (has_lost_many(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0) | slot << SLOT_SHIFT;
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
+        int was_waiting = !(known.tenant.flags & SEVERAL) && is_pending(&known);
         remember_another(set, tag, &fresh, &known, now);
-    } else if (done == FRESH) {
+        return -was_waiting;
+    }
+    if (done == FRESH) {
         COUNT(remembered, 1);
         const struct hash_keys *keys = keys_of_hash();
         if (!keys || !evicted || is_expired(&known, now))
-            return;
+            return 1;
         int answered = !(known.tenant.flags & SEVERAL) && !is_pending(&known);
         note_eviction(request_hash(keys, evicted, &known.address), &known.tenant, answered, now);
     }
+    return done != WAITING;
 }
 
-/* Judge a packet, and mark a rightly answered request as answered. */
+/* Judge a packet, and mark a rightly answered request as answered; *ended is whether that ended a
+ * wait. */
 static __always_inline enum judgement judge(struct conversation_set *set, __u64 tag,
                                             const struct conversation_key *key,
                                             const struct address *source, int port_kept, __u64 now,
-                                            struct address *expected, __u32 *flags) {
+                                            struct address *expected, __u32 *flags, int *ended) {
     struct conversation known = {};
     const struct address group = {};
 
@@ -99,6 +108,7 @@ static __always_inline enum judgement judge(struct conversation_set *set, __u64 
     *flags = known.asked ? known.tenant.flags : SEVERAL;
     if (!(known.tenant.flags & SEVERAL)) {
         *expected = known.address;
+        *ended = judgement == RIGHT && is_pending(&known);
         return judgement;
     }
     const struct hash_keys *keys = keys_of_hash();

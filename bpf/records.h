@@ -87,6 +87,8 @@ struct tenant {
 #define WRONGLY_ANSWERED 2 /* its pending request was answered wrongly */
 #define HEAVY            4 /* its tenant had lost many requests when it was added */
 #define CLIENTS          8 /* its last request came to a connected socket: usually a reply */
+#define SLOT_SHIFT       4 /* the other bits are the slot of its server in `server_counts` */
+#define SLOT_MASK        0xfff0
 
 /* A request is pending while `asked` is later than `answered`, for one window at most. */
 struct conversation {
@@ -137,6 +139,46 @@ struct eviction {
     __u64 last;    /* time of the last fingerprint */
     __u64 pending; /* time of the last request that was not answered rightly */
     __u64 several; /* time of the last conversation with several addresses */
+};
+
+/* A server: a port of a network namespace, and the address that its socket is bound to. */
+struct server_key {
+    __u64 scope;          /* like conversation_key.scope */
+    struct address bound; /* zero: every address */
+    __u16 port;
+    __u16 pad[3];
+};
+
+#define NO_SERVER     0 /* the slot of sockets that are no server's */
+#define OTHER_SERVERS 1 /* the slot of servers for which there is no other */
+#define FIRST_SLOT    2
+
+struct server {
+    __u64 cgroup; /* of the socket that got its first request */
+    __u32 netns;  /* inode number, 0: unknown */
+    __u32 slot;
+};
+
+/* What count_waiting counts, by slot. The last two members are used in slot NO_SERVER only. */
+struct waiting {
+    __u32 count;    /* peers that wait for a datagram */
+    __u32 peers;    /* peers with a request within the window, of all servers */
+    __u32 next_set; /* the set of conversations that the next run counts */
+    __u32 pad;
+};
+
+/* What a server did, per CPU. A wait begins with a peer's request and ends with a datagram to it;
+ * further requests and datagrams of the same wait are counted as `repeated` and `further`. */
+struct server_counts {
+    __u64 requests;
+    __u64 repeated;
+    __u64 replies;
+    __u64 further;
+    __u64 named;  /* when the members below were noted; 0: never */
+    __u64 cgroup; /* of a process that sent a reply */
+    __u32 tgid;
+    __u32 pad;
+    char comm[COMM_LEN];
 };
 
 /* The self-test: the agent's own reply, by which it checks that the programs see packets. It is
@@ -310,8 +352,7 @@ enum settled {
 
 /* Per-CPU counters; user space adds the CPUs up. */
 struct stats {
-    __u64 checked;      /* datagrams sent to a peer with a pending request */
-    __u64 wrong;        /* of these, wrong replies (verdict unknown: suspected replies) */
+    __u64 wrong;        /* wrong replies (verdict unknown: suspected replies) */
     __u64 remembered;   /* new conversations */
     __u64 unremembered; /* clients whose entry in `requests` another CPU overwrote */
     __u64 overflow; /* wrong replies without room in `findings` or in the share of their tenant */

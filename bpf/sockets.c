@@ -23,16 +23,14 @@
 #include "judge.h"
 #include "packet.h"
 #include "records.h"
+#include "servers.h"
 #include "tracking.h"
 
 /* ---- limits: the compiler gets SETS, ADDRESS_SETS, FINGERPRINT_SETS, MAX_EVICTIONS, MAX_FINDINGS,
  * MAX_TENANTS, RING_PAGES, WINDOW_NS and EVENTS_PER_SECOND from agent/kernel/loader_child.py ----
  */
 
-#define SECOND_NS       1000000000ULL
-#define ROOT_CGROUP     1ULL         /* the id of the root of cgroup v2 (kernfs) */
-#define ROOT_TENANT     (1ULL << 63) /* a namespace of the root cgroup; not a cgroup id */
-#define FIRST_EPHEMERAL 32768 /* the default of ip_local_port_range; clients use higher ports */
+#define SECOND_NS 1000000000ULL
 
 /* ---- maps ---- */
 
@@ -57,12 +55,29 @@ BPF_TABLE("lru_hash", __u64, __u64, findings_beyond, MAX_TENANTS);
 BPF_ARRAY(all_findings, __u64, 1); /* like findings_held, for all tenants together */
 BPF_TABLE("lru_hash", struct reported_key, __u64, reported, MAX_REPORTED);
 BPF_PERCPU_ARRAY(counters, struct stats, 1);
+/* User space fills the queue with the slots that are free: all but NO_SERVER and OTHER_SERVERS.
+ * `servers_held` and `all_servers` are like `findings_held` and `all_findings`. */
+BPF_TABLE("hash", struct server_key, struct server, servers, SERVERS);
+BPF_QUEUE(free_slots, __u32, SERVERS);
+BPF_PERCPU_ARRAY(server_counts, struct server_counts, SERVERS);
+BPF_TABLE("lru_hash", __u64, __u64, servers_held, MAX_TENANTS);
+BPF_ARRAY(all_servers, __u64, 1);
+BPF_ARRAY(waiting, struct waiting, SERVERS); /* by slot: the result of count_waiting */
 /* The programs that run for each packet are short; the rare paths are programs of their own. Each
  * has its own map, because the kernel does not mix programs of the two hooks in one map (TailCall
  * in agent/kernel/programs.py). */
 BPF_PROG_ARRAY(ingress_next, 1);
 BPF_PROG_ARRAY(egress_next, 1);
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+
+/* What the programs know about one UDP packet. */
+struct subject {
+    struct packet packet;
+    struct conversation_key key;
+    struct bpf_sock *sk;
+    struct conversation_set *set;
+    __u64 tag, now;
+};
 
 static __always_inline struct stats *stats_of_this_cpu(void) {
     int zero = 0;
@@ -202,6 +217,71 @@ static __always_inline void note_sender(struct bpf_sock_addr *ctx, int source_na
     WRITE_ONCE(sender->socket, socket);
 }
 
+/* ---- servers ---- */
+
+/* Return the slot of the server that this socket belongs to. A new server gets one if one is free,
+ * and if its tenant holds fewer than are free. */
+static __always_inline __u32 slot_of(struct __sk_buff *skb, const struct subject *it) {
+    struct server_key key = {};
+    struct server fresh = {};
+    __u64 zero = 0;
+    int first = 0;
+
+    set_server(&key, it->sk, &it->key);
+    struct server *known = servers.lookup(&key);
+    if (known)
+        return known->slot;
+    if (!is_servers(skb, it->sk))
+        return NO_SERVER;
+    fresh.cgroup = bpf_skb_cgroup_id(skb);
+#if HAVE_KERNEL_READ
+    fresh.netns = read_netns_inode(skb);
+#endif
+    __u64 tenant = tenant_in(fresh.cgroup, key.scope);
+    __u64 *held = servers_held.lookup_or_try_init(&tenant, &zero),
+          *all = all_servers.lookup(&first);
+    if (!held || !all || *held + *all >= SERVERS - FIRST_SLOT || free_slots.pop(&fresh.slot))
+        return OTHER_SERVERS;
+    if (servers.insert(&key, &fresh)) { /* another CPU has inserted it, or memory is short */
+        free_slots.push(&fresh.slot, 0);
+        known = servers.lookup(&key);
+        return known ? known->slot : OTHER_SERVERS;
+    }
+    __sync_fetch_and_add(held, 1);
+    __sync_fetch_and_add(all, 1);
+    return fresh.slot;
+}
+
+static __always_inline void count_requests(__u32 slot, __u64 datagrams, int began) {
+    struct server_counts *counts = server_counts.lookup(&slot);
+
+    if (!counts)
+        return;
+    __sync_fetch_and_add(&counts->requests, datagrams);
+    if (datagrams != began)
+        __sync_fetch_and_add(&counts->repeated, datagrams - began);
+}
+
+/* Count datagrams to a peer that has asked. Egress runs in the sender's context; see `identify`. */
+static __always_inline void count_replies(struct __sk_buff *skb, __u32 slot, __u64 datagrams,
+                                          int ended, __u64 now) {
+    struct server_counts *counts = server_counts.lookup(&slot);
+
+    if (!counts)
+        return;
+    __sync_fetch_and_add(&counts->replies, datagrams);
+    if (datagrams != ended)
+        __sync_fetch_and_add(&counts->further, datagrams - ended);
+#if KNOW_CURRENT
+    if (now - counts->named >= NAME_NS) {
+        counts->named = now;
+        counts->tgid = current_pid_tgid() >> 32;
+        counts->cgroup = current_cgroup(skb);
+        current_comm(counts->comm);
+    }
+#endif
+}
+
 /* ---- findings ---- */
 
 struct identity {
@@ -258,15 +338,11 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
     return identity;
 }
 
-static __always_inline __u64 tenant_of_finding(const struct finding_key *key) {
-    return key->cgroup > ROOT_CGROUP ? key->cgroup : key->netns | ROOT_TENANT;
-}
-
 /* Return the finding of a key, and create it if it is new; return NULL if there is no room. A
  * tenant may hold as many findings as are free (Choudhury and Hahne, "Dynamic queue length
  * thresholds", 1998). */
 static __always_inline struct finding *finding_of(struct finding_key *key, __u64 segments) {
-    __u64 tenant = tenant_of_finding(key), zero = 0;
+    __u64 tenant = tenant_in(key->cgroup, key->netns), zero = 0;
     struct finding none = {};
     int first = 0;
     struct finding *finding = findings.lookup(key);
@@ -399,12 +475,13 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
     struct address source = packet->source;
     __u32 flags = 0;
     __u64 entry = 0;
+    int ended = 0;
 
     enum tracking tracking = read_entry(skb, packet, &entry, &source);
     if (tracking == IN_REPLY || tracking == BEGUN_HERE)
         port_kept = 1; /* NAT may have changed the port; the peer sees its own */
     enum judgement judgement =
-        judge(set, tag, key, &source, port_kept, now, &finding.expected, &flags);
+        judge(set, tag, key, &source, port_kept, now, &finding.expected, &flags, &ended);
     if (judgement == NOT_A_REPLY) {
         if (flags & SEVERAL)
             count_unremembered(skb, key, now); /* its request may have been evicted */
@@ -414,7 +491,7 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
      * client on this port. */
     if (judgement == WRONG && flags & CLIENTS && sk->state == BPF_TCP_ESTABLISHED)
         return;
-    COUNT(checked, segments_of(skb));
+    count_replies(skb, flags >> SLOT_SHIFT, segments_of(skb), ended, now);
     if (judgement == RIGHT && is_self_test(key))
         COUNT(self_tests, 1);
     /* In reply direction, NAT restores the address that the peer asked. */
@@ -453,15 +530,6 @@ static __always_inline int is_clients_port(struct bpf_sock *sk, __u16 port, __u6
     return asked && !is_remembered(*asked, now - REFRESH_NS);
 }
 
-/* What the programs know about one UDP packet. */
-struct subject {
-    struct packet packet;
-    struct conversation_key key;
-    struct bpf_sock *sk;
-    struct conversation_set *set;
-    __u64 tag, now;
-};
-
 static __always_inline int find_subject(struct __sk_buff *skb, struct subject *to, int outgoing) {
     struct packet *packet = &to->packet;
 
@@ -492,8 +560,10 @@ int ingress(struct __sk_buff *skb) {
     if (!find_subject(skb, &it, 0))
         return 1;
     int is_client = it.sk->state == BPF_TCP_ESTABLISHED;
-    enum quick quick = ask_again(it.set, it.tag, &it.packet.destination, is_client, it.now);
+    __u32 result = ask_again(it.set, it.tag, &it.packet.destination, is_client, it.now);
+    enum quick quick = result & QUICK_MASK;
     if (quick == DONE) {
+        count_requests(result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED));
         note_port(it.key.port, it.now);
         return 1;
     }
@@ -515,7 +585,9 @@ int ingress_slow(struct __sk_buff *skb) {
     note_port(it.key.port, it.now);
     if (!asks_group(skb, &it.packet))
         asked = it.packet.destination;
-    remember(it.set, it.tag, &it.key, &asked, is_client, it.now);
+    __u32 slot = slot_of(skb, &it);
+    int began = remember(it.set, it.tag, &it.key, &asked, is_client, slot, it.now);
+    count_requests(slot, segments_of(skb), began);
     return 1;
 }
 
@@ -525,13 +597,14 @@ int egress(struct __sk_buff *skb) {
     if (!find_subject(skb, &it, 1))
         return 1;
     /* Most replies are right, and the address alone shows it for most of them. */
-    enum quick quick = LOOK_CLOSER;
+    __u32 result = LOOK_CLOSER;
     if (it.packet.source_port == it.key.port)
-        quick = answer(it.set, it.tag, &it.packet.source, it.now);
+        result = answer(it.set, it.tag, &it.packet.source, it.now);
+    enum quick quick = result & QUICK_MASK;
     if (quick == LOOK_CLOSER)
         egress_next.call(skb, 0);
     if (quick == DONE)
-        COUNT(checked, segments_of(skb));
+        count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it.now);
     else
         count_unremembered(skb, &it.key, it.now);
     return 1;
@@ -546,10 +619,34 @@ int egress_slow(struct __sk_buff *skb) {
     return 1;
 }
 
-/* Not attached: user space runs it (BPF_PROG_TEST_RUN) to get the clock of the table of
- * conversations. */
-int clock_ticks(struct __sk_buff *skb) {
-    return bpf_jiffies64();
+static __always_inline void count_way(struct waiting *all, const struct conversation *way,
+                                      __u64 tag, __u64 now) {
+    __u32 flags = way->tenant.flags, slot = flags >> SLOT_SHIFT;
+
+    if (!tag || !is_remembered(way->asked, now))
+        return;
+    all->peers++;
+    struct waiting *of = waiting.lookup(&slot);
+    if (of && !(flags & SEVERAL) && is_pending(way))
+        of->count++;
+}
+
+/* Not attached: user space runs it (BPF_PROG_TEST_RUN) once for each set of conversations, to count
+ * those with a request within the window, and those that wait for a reply. */
+int count_waiting(struct __sk_buff *skb) {
+    int zero = 0;
+    __u64 now = now_ns();
+    struct waiting *all = waiting.lookup(&zero);
+
+    if (!all)
+        return 0;
+    int index = all->next_set++;
+    struct conversation_set *set = conversations.lookup(&index);
+    if (!set)
+        return 0;
+#define COUNT_WAY(i) count_way(all, &set->way[i], set->tag[i], now);
+    EACH_WAY(COUNT_WAY)
+    return 0;
 }
 
 int sendmsg4(struct bpf_sock_addr *ctx) {

@@ -86,18 +86,24 @@ class Senders:
 
         Call it soon after the reply: less is known about a process that has exited.
         """
-        self._pace()
         finding = reply.finding
         if finding.cause is Cause.FORWARDED:
             return Sender("")  # no process of this node sent it
+        return self.sender_of(reply.pid, finding.process, finding.cgroup, finding.netns, now)
+
+    def sender_of(self, pid: int, process: str, cgroup: int, netns: int, now: float | None = None) -> Sender:
+        """Return what is known about a process: its id, the name that the kernel reports, its cgroup's id, and the
+        number of its network namespace; 0 or "": unknown.
+        """
+        self._pace()
         now = time.monotonic() if now is None else now
-        key = reply.pid, finding.process, finding.cgroup
+        key = pid, process, cgroup
         known = self._cache.get(key, now)
         if known and now < known.retry_at:
             return known.sender
-        path = self._cgroups.path(finding.cgroup, now)
+        path = self._cgroups.path(cgroup, now)
         # On hosts with cgroup v1 every process is in the root cgroup; the network namespace distinguishes tenants.
-        if not self._budget.take(tenant((path,)) or f"netns {finding.netns}", now):
+        if not self._budget.take(tenant((path,)) or f"netns {netns}", now):
             self.deferred += 1
             return known.sender if known else self._deferred_sender(*key, path, now)
         return self._resolve_and_cache(key, known, now)

@@ -120,7 +120,7 @@ class App:
                 started=self._started,
                 notes=self._watching.notes,
             )
-            self._state = State(about, settings.max_series, settings.forget, self._senders)
+            self._state = State(about, settings.max_series, settings.forget, self._senders, settings.max_servers)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 

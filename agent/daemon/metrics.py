@@ -8,10 +8,20 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from udpwatch.agent.model import Snapshot
+from udpwatch.agent.model import ServerTotals, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MISMATCH_LABELS = ("process", "port", "expected", "actual", "verdict", "cause", "namespace", "pod", "container")
+SERVER_LABELS = ("process", "port", "namespace", "pod", "container")
+SERVER_COUNTERS = {
+    "requests": "UDP datagrams that this server's port received. Beyond the limit of servers, all labels except "
+    "namespace are 'other'.",
+    "replies": "UDP datagrams that this server sent to peers that had asked.",
+    "unanswered": "Requests that got no datagram within the window, or a wrong reply only. Further requests of a peer "
+    "that waits are not counted.",
+    "receive_drops": "UDP datagrams that the kernel dropped because the server's receive buffer was full, or the "
+    "checksum was wrong; stays 0 where the server's sockets cannot be read.",
+}
 OTHER = "other"
 
 
@@ -34,6 +44,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "UDP replies compared with the address that the client asked, right and wrong ones.",
         value=snapshot.checked,
     )
+    yield from _servers(snapshot)
     yield _lost(snapshot)
     yield from _probes(snapshot)
     yield from _self_checks(snapshot)
@@ -73,6 +84,35 @@ def _wrong_replies(snapshot: Snapshot) -> Metric:
     for namespace, count in others.items():
         wrong.add_metric([namespace if name == "namespace" else OTHER for name in MISMATCH_LABELS], count)
     return wrong
+
+
+def _servers(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield what each server did; servers of the same labels in several network namespaces are added up."""
+    sums: dict[tuple[str, ...], ServerTotals] = {}
+    queues: dict[tuple[str, ...], int] = {}
+    for server in snapshot.servers:
+        sender = server.sender
+        labels: tuple[str, ...] = (sender.process, str(server.port), sender.namespace, sender.pod, sender.container)
+        total = ServerTotals(server.requests, server.replies, server.unanswered, server.drops or 0)
+        sums.setdefault(labels, ServerTotals()).add(total)
+        if server.queue is not None:
+            queues[labels] = queues.get(labels, 0) + server.queue
+    for namespace, total in ({"": ServerTotals()} | snapshot.other_servers).items():
+        labels = tuple((namespace or OTHER) if name == "namespace" else OTHER for name in SERVER_LABELS)
+        sums.setdefault(labels, ServerTotals()).add(total)
+    for name, text in SERVER_COUNTERS.items():
+        family = CounterMetricFamily(f"udpwatch_server_{name}", text, labels=SERVER_LABELS)
+        for labels, total in sums.items():
+            family.add_metric(labels, getattr(total, name.removeprefix("receive_")))
+        yield family
+    queue = GaugeMetricFamily(
+        "udpwatch_server_receive_queue_bytes",
+        "Datagrams that wait in the server's receive buffers, with the kernel's overhead.",
+        labels=SERVER_LABELS,
+    )
+    for labels, value in queues.items():
+        queue.add_metric(labels, value)
+    yield queue
 
 
 def _lost(snapshot: Snapshot) -> Metric:

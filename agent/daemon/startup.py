@@ -90,6 +90,7 @@ def limits(settings: Settings) -> Limits:
         window_ns=int(settings.window * 1e9),
         max_peers=settings.max_peers,
         max_findings=max(8_192, 2 * settings.max_series),
+        max_servers=2 * settings.max_servers,
         events_per_second=settings.events_per_second,
     )
 

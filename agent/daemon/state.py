@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, Sender, Snapshot, Verdict
 
 #: Every stage where events or replies can be lost, and what is lost there. Metrics show each from the start.
@@ -73,7 +74,7 @@ _NOTHING = Sample((), Counters(), (), 0, 0, 0)
 _Key = tuple[str, str, str, str, int, str, str, Verdict, Cause]
 
 
-class SenderLookup(Protocol):
+class SenderLookup(ServerLookup, Protocol):
     """Finds the sender of a reply. No method blocks."""
 
     @property
@@ -82,9 +83,6 @@ class SenderLookup(Protocol):
 
     def lookup(self, seen: Increase | Event) -> Sender:
         """Return the sender of a reply."""
-
-    def has_ended(self, sender: Sender, now: float) -> bool:
-        """Return whether the sender's pod or container has ended. ``now``: monotonic seconds."""
 
     def namespace_of(self, tenant: int) -> str:
         """Return the Kubernetes namespace of a tenant of the kernel's findings (Sample.beyond); "": none or unknown."""
@@ -99,8 +97,10 @@ class State:
         max_series: int,
         forget_seconds: float,
         senders: SenderLookup,
+        max_servers: int = 500,
     ) -> None:
         self._about = about
+        self._servers = Servers(max_servers, senders, lambda sockets: {})
         self._senders = senders
         self._next_check = 0.0
         self._max_series = max_series
@@ -148,6 +148,7 @@ class State:
         if self._about.mode != "netlink":  # there, the kernel only suspects wrong replies
             self._add_beyond(sample.beyond)
         self._sample = sample
+        self._servers.add(sample, now, monotonic)
         self._check_for_ended(monotonic)
         for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
             self._remove(idle)
@@ -226,6 +227,7 @@ class State:
         lost["conntrack_overrun"] += sample.overruns
         lost["probe_missed"] += sum(probe.missed for probe in sample.probes)
         lost["unparsed"] += counters.unparsed
+        rows = tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count))
         return Snapshot(
             version=self._about.version,
             kernel=self._about.kernel,
@@ -237,7 +239,7 @@ class State:
             and self_test_passed
             and all(probe.attached for probe in sample.probes if probe.required),
             notes=self._about.notes,
-            rows=tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count)),
+            rows=rows,
             other=sum(self._other.values()),
             other_of=dict(self._other),
             checked=counters.checked,
@@ -249,6 +251,8 @@ class State:
             conntrack=sample.conntrack,
             udp_sent=sample.udp_sent,
             self_test_passed=self_test_passed,
+            servers=self._servers.listed(rows),
+            other_servers={namespace: replace(totals) for namespace, totals in self._servers.other.items()},
         )
 
 

@@ -193,6 +193,12 @@ def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     return value.raw
 
 
+def map_push(fd: int, value: bytes) -> None:
+    """Add a value to a queue."""
+    buffer = ctypes.create_string_buffer(value, len(value))
+    bpf(Command.MAP_UPDATE_ELEM, _attribute("I4xQQQ", fd, 0, _address(buffer), 0))
+
+
 def map_update(fd: int, key: bytes, value: bytes, only_new: bool = False) -> None:
     """Set the value of ``key``; with ``only_new``, raise FileExistsError if it exists."""
     key_buffer = ctypes.create_string_buffer(key, len(key))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,21 +147,30 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
                 "OFFSET_CGROUP_NODE": btf.offset("cgroup", "kn"),
                 "OFFSET_NODE_ID": btf.offset("kernfs_node", "id"),
             }
-        return cgroup | {
-            "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
-            "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
-            "OFFSET_SKB_DST": btf.offset("sk_buff", "_skb_refdst"),
-            "OFFSET_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
-            "OFFSET_TASK_PID": btf.offset("task_struct", "pid"),
-            "OFFSET_TASK_TGID": btf.offset("task_struct", "tgid"),
-            "OFFSET_TASK_COMM": btf.offset("task_struct", "comm"),
-            "OFFSET_TASK_CRED": btf.offset("task_struct", "cred"),
-            "OFFSET_CRED_UID": btf.offset("cred", "uid.val"),
-            "OFFSET_SOCK_NET": btf.offset("sock", "__sk_common.skc_net.net"),
-            "OFFSET_NET_INUM": btf.offset("net", "ns.inum"),
-            "OFFSET_TUPLE_ORIGINAL": tuples,
-            "OFFSET_TUPLE_REPLY": tuples + btf.element_size("nf_conntrack_tuple_hash"),
-        }
+        locks = {}
+        with contextlib.suppress(LookupError):
+            bits = btf.bit_offset("sock", "sk_userlocks")
+            if sys.byteorder == "little":  # elsewhere, bits are numbered from the other end
+                locks = {"OFFSET_SOCK_USERLOCKS": bits // 8, "USERLOCKS_SHIFT": bits % 8}
+        return (
+            cgroup
+            | locks
+            | {
+                "OFFSET_SKB_NFCT": btf.offset("sk_buff", "_nfct"),
+                "OFFSET_SKB_SK": btf.offset("sk_buff", "sk"),
+                "OFFSET_SKB_DST": btf.offset("sk_buff", "_skb_refdst"),
+                "OFFSET_ROUTE_FLAGS": btf.offset("rtable", "rt_flags"),
+                "OFFSET_TASK_PID": btf.offset("task_struct", "pid"),
+                "OFFSET_TASK_TGID": btf.offset("task_struct", "tgid"),
+                "OFFSET_TASK_COMM": btf.offset("task_struct", "comm"),
+                "OFFSET_TASK_CRED": btf.offset("task_struct", "cred"),
+                "OFFSET_CRED_UID": btf.offset("cred", "uid.val"),
+                "OFFSET_SOCK_NET": btf.offset("sock", "__sk_common.skc_net.net"),
+                "OFFSET_NET_INUM": btf.offset("net", "ns.inum"),
+                "OFFSET_TUPLE_ORIGINAL": tuples,
+                "OFFSET_TUPLE_REPLY": tuples + btf.element_size("nf_conntrack_tuple_hash"),
+            }
+        )
 
 
 def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:

@@ -82,6 +82,10 @@ class Btf:
 
         Members of anonymous structs and unions are found as in C. Raises LookupError if this kernel lacks the member.
         """
+        return self.bit_offset(structure, path) // 8
+
+    def bit_offset(self, structure: str, path: str) -> int:
+        """Return the offset of a member in bits. Raises what `offset` raises."""
         type_id = self._libbpf.btf__find_by_name_kind(self._btf, structure.encode(), _KIND_STRUCT)
         if type_id < 0:
             raise LookupError(f"struct {structure}")
@@ -92,7 +96,7 @@ class Btf:
                 raise LookupError(f"struct {structure}, member {path}")
             at, type_id = member
             bits += at
-        return bits // 8
+        return bits
 
     def element_size(self, structure: str) -> int:
         """Return sizeof(struct structure) in bytes; raises LookupError."""

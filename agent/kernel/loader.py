@@ -37,6 +37,7 @@ class Limits:
     max_findings: int = 8_192
     events_per_second: int = 10  # for one finding
     ring_pages: int = 64  # a power of two
+    max_servers: int = 1_000  # counted by themselves; at most 4,093
     max_candidates: int = 4_096  # candidates that wait for a decision
     max_reported: int = 8_192  # wrong replies of local sockets, to recognise their conntrack flows
 

@@ -74,6 +74,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         # Without conntrack's entry, each suspected conversation has an element of its own until conntrack is asked.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
         "MAX_TENANTS": 4096,
+        "SERVERS": limits.max_servers + records.FIRST_SLOT,
         "MAX_CANDIDATES": limits.max_candidates,
         "MAX_REPORTED": limits.max_reported,
         "EVENTS_PER_SECOND": limits.events_per_second,

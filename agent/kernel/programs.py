@@ -25,6 +25,12 @@ MAPS = {
         "reported",
         "senders",
         "counters",
+        "servers",
+        "free_slots",
+        "server_counts",
+        "servers_held",
+        "all_servers",
+        "waiting",
     },
     "conntrack.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
 }
@@ -88,7 +94,7 @@ FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 PROGRAMS = (
     Program("ingress_slow", "ingress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
     Program("egress_slow", "egress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
-    Program("clock_ticks", "clock_ticks", "sockets.c", OnDemand()),
+    Program("count_waiting", "count_waiting", "sockets.c", OnDemand(ProgramType.CGROUP_SKB)),
     Program("ingress", "ingress", "sockets.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
     Program("egress", "egress", "sockets.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
     Program(

@@ -10,7 +10,6 @@ import ipaddress
 import struct
 import time
 from array import array
-from collections.abc import Iterable, Iterator
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 from typing import NamedTuple
@@ -132,6 +131,40 @@ class ReportedKey(ctypes.Structure):
     ]
 
 
+class ServerKey(ctypes.Structure):
+    """struct server_key."""
+
+    _fields_ = [("scope", c_uint64), ("bound", Address), ("port", c_uint16), ("pad", c_uint16 * 3)]
+
+
+class ServerValue(ctypes.Structure):
+    """struct server."""
+
+    _fields_ = [("cgroup", c_uint64), ("netns", c_uint32), ("slot", c_uint32)]
+
+
+class ServerCounts(ctypes.Structure):
+    """struct server_counts."""
+
+    _fields_ = [
+        ("requests", c_uint64),
+        ("repeated", c_uint64),
+        ("replies", c_uint64),
+        ("further", c_uint64),
+        ("named", c_uint64),
+        ("cgroup", c_uint64),
+        ("tgid", c_uint32),
+        ("pad", c_uint32),
+        ("comm", c_char * COMM_LEN),
+    ]
+
+
+class Waiting(ctypes.Structure):
+    """struct waiting."""
+
+    _fields_ = [("count", c_uint32), ("peers", c_uint32), ("next_set", c_uint32), ("pad", c_uint32)]
+
+
 class SelfTest(ctypes.Structure):
     """struct self_test."""
 
@@ -196,7 +229,7 @@ class CandidateRecord(ctypes.Structure):
 class StatsRecord(ctypes.Structure):
     """struct stats."""
 
-    _fields_ = [(field.name, c_uint64) for field in fields(Counters)]
+    _fields_ = [(field.name, c_uint64) for field in fields(Counters) if field.name != "checked"]
 
 
 CONVERSATION_SET_BYTES = ctypes.sizeof(ConversationSet)
@@ -207,6 +240,11 @@ _ROOT_CGROUP, _ROOT_TENANT = 1, 1 << 63  # as in bpf/sockets.c
 CANDIDATE_KEY_BYTES = 8
 CANDIDATE_BYTES = ctypes.sizeof(CandidateRecord)
 STATS_BYTES = ctypes.sizeof(StatsRecord)
+SERVER_KEY_BYTES = ctypes.sizeof(ServerKey)
+SERVER_BYTES = ctypes.sizeof(ServerValue)
+SERVER_COUNTS_BYTES = ctypes.sizeof(ServerCounts)
+WAITING_BYTES = ctypes.sizeof(Waiting)
+NO_SERVER, OTHER_SERVERS, FIRST_SLOT = 0, 1, 2  # slots
 
 
 def decode_address(raw: bytes) -> str:
@@ -310,16 +348,58 @@ def tick_ns() -> int:
     return round(time.clock_getres(_CLOCK_MONOTONIC_COARSE) * 1e9)
 
 
-def asked_times(batches: Iterable[bytes]) -> Iterator[int]:
-    """Yield the time of the last request of each way, in nanoseconds of ticks, from elements of struct
-    conversation_set.
-    """
-    words = CONVERSATION_SET_BYTES // 8
-    first = (ConversationSet.way.offset + ConversationRecord.asked.offset) // 8
-    for batch in batches:
-        numbers = array("Q", batch)
-        for way in range(WAYS):
-            yield from numbers[first + way * ctypes.sizeof(ConversationRecord) // 8 :: words]
+class CountedServer(NamedTuple):
+    """A struct server_key and its struct server."""
+
+    scope: int
+    address: str  # bound address
+    port: int
+    cgroup: int
+    netns: int  # inode number, 0: unknown
+    slot: int
+
+    @property
+    def tenant(self) -> int:
+        """The owner of its share of the table."""
+        return self.cgroup if self.cgroup > _ROOT_CGROUP else self.scope | _ROOT_TENANT
+
+
+def decode_server(key: bytes, value: bytes) -> CountedServer:
+    """Decode an element of the map of servers."""
+    its, server = ServerKey.from_buffer_copy(key), ServerValue.from_buffer_copy(value)
+    return CountedServer(
+        its.scope, decode_address(bytes(its.bound)), its.port, server.cgroup, server.netns, server.slot
+    )
+
+
+class ServerTotals(NamedTuple):
+    """The struct server_counts of all CPUs."""
+
+    requests: int
+    replies: int
+    ended: int  # waits that ended with a reply
+    begun: int  # waits
+    cgroup: int  # of the process that sent a reply last, 0: unknown
+    pid: int
+    process: str
+
+
+def decode_server_counts(raw: bytes) -> ServerTotals:
+    """Decode the values of all CPUs, and add them up."""
+    words, numbers = SERVER_COUNTS_BYTES // 8, array("Q", raw)
+    requests, repeated, replies, further = (sum(numbers[at::words]) for at in range(4))
+    named = numbers[ServerCounts.named.offset // 8 :: words]
+    at = max(range(len(named)), key=named.__getitem__) * SERVER_COUNTS_BYTES
+    last = ServerCounts.from_buffer_copy(raw, at)
+    # Sums wrap: a wait that is no longer counted is subtracted.
+    begun, ended = (requests - repeated) % (1 << 64), (replies - further) % (1 << 64)
+    return ServerTotals(requests, replies, ended, begun, last.cgroup, last.tgid, printable(last.comm))
+
+
+def decode_waiting(raw: bytes) -> tuple[int, int]:
+    """Decode struct waiting: (peers that wait, peers of all servers)."""
+    value = Waiting.from_buffer_copy(raw)
+    return value.count, value.peers
 
 
 def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:
@@ -384,8 +464,8 @@ def decode_candidate(raw: bytes) -> tuple[Event, int]:
 
 def decode_counters(raw: bytes) -> Counters:
     """Decode the per-CPU array of struct stats, and add up all CPUs."""
-    names = [field.name for field in fields(Counters)]
+    names = [name for name, *_ in StatsRecord._fields_]
     totals = [0] * len(names)
     for values in struct.iter_unpack(f"={len(names)}Q", raw):
         totals = [total + value for total, value in zip(totals, values, strict=True)]
-    return Counters(*totals)
+    return Counters(**dict(zip(names, totals, strict=True)))

@@ -35,3 +35,16 @@ class Shares:
                 bpf.map_update(self._held, _NUMBER.pack(tenant), _NUMBER.pack(count))
         bpf.map_update(self._all, bytes(4), _NUMBER.pack(sum(held.values())))
         self._holding = set(held)
+
+
+def excess(held: dict[int, int], most: int) -> dict[int, int]:
+    """Return how many elements each of the largest tenants must lose so that ``most`` are left."""
+    if sum(held.values()) <= most:
+        return {}
+    share, left, room = most, len(held), most
+    for number in sorted(held.values()):
+        if number * left > room:
+            share = room // left  # what each remaining tenant may keep
+            break
+        room, left = room - number, left - 1
+    return {tenant: number - share for tenant, number in held.items() if number > share}

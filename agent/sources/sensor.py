@@ -9,6 +9,7 @@ import select
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from udpwatch.agent.kernel import bpf, clock, netns, records
@@ -24,6 +25,7 @@ from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Ho
 from udpwatch.agent.sources.flow_events import ListenedFlows
 from udpwatch.agent.sources.flow_probes import ProbedFlows
 from udpwatch.agent.sources.flows import FlowSensor, Reported
+from udpwatch.agent.sources.servers import ServerCounter
 from udpwatch.agent.sources.sockets import ReplySensor
 
 MAX_EVENTS = 10_000
@@ -52,8 +54,10 @@ class Sensor:
         self._attached = Attached(cgroup, loaded)
         self._cpus = possible_cpus()
         self._replies: ReplySensor | None = None
+        self._servers: ServerCounter | None = None
         if "findings" in loaded.maps:
-            self._replies = ReplySensor(loaded.maps, loaded.programs["clock_ticks"], limits, pace)
+            self._replies = ReplySensor(loaded.maps, limits, pace)
+            self._servers = ServerCounter(loaded.maps, loaded.programs["count_waiting"], limits, self._cpus, pace)
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -142,12 +146,13 @@ class Sensor:
         replies, flows = self._replies, self._flows
         parts = (replies.increases(expire_ns) if replies else (), flows.increases() if flows else ())
         increases = tuple(itertools.chain.from_iterable(parts))
+        servers, other = self._servers.read(expire_ns) if self._servers else ((), None)
         counters = self.counters()
         return Sample(
             increases=increases,
             counters=counters,
             probes=self.probes(),
-            tracked_peers=replies.count_peers() if replies else 0,
+            tracked_peers=self._servers.tracked if self._servers else 0,
             evicted_peers=counters.evicted + (flows.evicted if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             beyond=replies.beyond() if replies else {},
@@ -157,12 +162,15 @@ class Sensor:
             flows=counters.flows if flows is None or flows.flows is None else flows.flows,
             conntrack=self._conntrack_health(),
             udp_sent=udp_sent(),
+            servers=servers,
+            other_servers=other,
         )
 
     def counters(self) -> Counters:
         """Return the counters of the programs."""
         raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
-        return records.decode_counters(raw or b"")
+        counters = records.decode_counters(raw or b"")
+        return replace(counters, checked=self._servers.checked()) if self._servers else counters
 
     def self_test(self) -> bool:
         """Send a request to each of two addresses over loopback, reply once, and return whether the programs counted

@@ -19,7 +19,7 @@ from udpwatch.agent.kernel import bpf, clock, records
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.shares import Shares
+from udpwatch.agent.kernel.shares import Shares, excess
 from udpwatch.agent.model import Conversation, Event, Finding, Increase
 from udpwatch.agent.sources.conntrack import Conntrack
 
@@ -27,8 +27,6 @@ MAX_WAITING = 1_000  # events of suspected replies that wait for conntrack
 ASK_SECONDS = 1.0  # for netlink requests in one sample; the rest waits for the next one
 RESTING_NS = 200_000_000  # an element that a program may be counting in is not deleted
 _NUMBER = struct.Struct("=Q")
-_FRAME_BYTES = 64  # a test run needs an Ethernet frame
-COUNT_PEERS_SECONDS = 10.0  # walking the whole map is too slow for each sample
 
 
 @dataclass(slots=True)
@@ -49,19 +47,13 @@ _Suspect = tuple[_Known, int, int, int]  # (element, count, time, process id)
 class ReplySensor:
     """Read the maps of sockets.c; the caller closes them. Not thread-safe: one thread reads."""
 
-    def __init__(
-        self, maps: dict[str, int], clock_program: int, limits: Limits, pace: Callable[[], None] = unpaced
-    ) -> None:
-        """Use the maps; ``clock_program`` is the descriptor of the program clock_ticks."""
+    def __init__(self, maps: dict[str, int], limits: Limits, pace: Callable[[], None] = unpaced) -> None:
         self._limits, self._pace = limits, pace
         self._most = limits.max_findings // 2  # elements that may stay in the map of findings
         self._maps = maps
-        self._clock = clock_program
         self._known: dict[bytes, _Known] = {}
         self._waiting: deque[bytes] = deque()  # MAX_WAITING at most
         self._conntrack = Conntrack()
-        self._tracked = 0
-        self._tracked_at = -COUNT_PEERS_SECONDS
         self._ring = RingBuffer(maps["events"])
         self._shares = Shares(maps["findings_held"], maps["all_findings"])
         self.undecided = 0
@@ -140,8 +132,8 @@ class ReplySensor:
             self._pace()
             known.asked_at = time.monotonic()
             yield from self._settle(known, count, last, pid)
-        for tenant, excess in _excess(held, self._most).items():
-            deleted = [key for _, key in sorted(resting.get(tenant, []))[:excess]]
+        for tenant, number in excess(held, self._most).items():
+            deleted = [key for _, key in sorted(resting.get(tenant, []))[:number]]
             held[tenant] -= len(deleted)
             quiet += deleted
         for key in quiet:
@@ -184,19 +176,6 @@ class ReplySensor:
         if wrong:
             yield Increase(known.finding, fresh, last, pid)
 
-    def count_peers(self) -> int:
-        """Return the number of conversations with a request within the window."""
-        now = time.monotonic()
-        if now - self._tracked_at >= COUNT_PEERS_SECONDS:
-            self._tracked_at = now
-            window, tick = self._limits.window_ns, records.tick_ns()
-            ticks, _ = bpf.program_test_run(self._clock, bytes(_FRAME_BYTES), 1)  # the lower half of 64 bits
-            sets = bpf.array_values(self._maps["conversations"], records.CONVERSATION_SET_BYTES)
-            ages = ((ticks - asked // tick) % (1 << 32) * tick for asked in records.asked_times(sets) if asked)
-            # Two requests within one tick may be ahead of the clock by nanoseconds.
-            self._tracked = sum(age <= window for age in ages)
-        return self._tracked
-
 
 def _in_turn(suspected: list[_Suspect]) -> list[_Suspect]:
     """Take one element of each tenant in turn; within a tenant, first the one asked longest ago."""
@@ -206,16 +185,3 @@ def _in_turn(suspected: list[_Suspect]) -> list[_Suspect]:
         ordered.append((seen[tenant], each))
         seen[tenant] += 1
     return [each for _, each in sorted(ordered, key=lambda pair: pair[0])]
-
-
-def _excess(held: dict[int, int], most: int) -> dict[int, int]:
-    """Return how many elements each of the largest tenants must lose so that ``most`` are left."""
-    if sum(held.values()) <= most:
-        return {}
-    share, left, room = most, len(held), most
-    for number in sorted(held.values()):
-        if number * left > room:
-            share = room // left  # what each remaining tenant may keep
-            break
-        room, left = room - number, left - 1
-    return {tenant: number - share for tenant, number in held.items() if number > share}

@@ -102,7 +102,7 @@ def test_results_of_single_tests_are_not_kept(tree: Path) -> None:
 
 # ---- faults ----
 
-HOOKS = ["ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "clock_ticks"]
+HOOKS = ["ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "count_waiting"]
 PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle", "add_request"]
 
 

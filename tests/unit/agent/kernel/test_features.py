@@ -110,6 +110,9 @@ def test_module_without_the_types_is_an_error(kernel: Path, modules: Path) -> No
 class Sizes(Btf):
     """Gives the size of a member in place of its offset."""
 
+    def bit_offset(self, structure: str, path: str) -> int:
+        return 8 * self.offset(structure, path)
+
     def offset(self, structure: str, path: str) -> int:
         type_id = self._libbpf.btf__find_by_name_kind(self._btf, structure.encode(), _STRUCT)
         for name in path.split("."):
@@ -121,7 +124,8 @@ class Sizes(Btf):
             type_id = self._type(type_id).size_or_type
         if kind == _POINTER:
             return 8
-        return self._type(type_id).size_or_type if kind in (_INT, _ENUM) else 0
+        size = self._type(type_id).size_or_type if kind in (_INT, _ENUM) else 0
+        return size if path != "sk_userlocks" else 1  # a bit-field within one byte
 
 
 def reads(text: str) -> Iterator[tuple[str, int]]:

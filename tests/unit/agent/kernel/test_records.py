@@ -25,8 +25,12 @@ from udpwatch.agent.kernel.records import (
     RequestKey,
     RequestRecord,
     SelfTest,
+    ServerCounts,
+    ServerKey,
+    ServerValue,
     StatsRecord,
     Tenant,
+    Waiting,
 )
 from udpwatch.agent.model import Cause, Conversation, Counters, Tuple, Verdict
 
@@ -44,6 +48,10 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct self_test": SelfTest,
     "struct candidate": CandidateRecord,
     "struct stats": StatsRecord,
+    "struct server_key": ServerKey,
+    "struct server": ServerValue,
+    "struct server_counts": ServerCounts,
+    "struct waiting": Waiting,
 }
 
 
@@ -51,7 +59,7 @@ ENUM_VALUES = [
     *("VERDICT_NEW", "VERDICT_UNTRACKED", "VERDICT_UNKNOWN", "CAUSE_KERNEL_CHOSEN", "CAUSE_EXPLICIT"),
     *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "CAUSE_FORWARDED", "PKTINFO_UNKNOWN", "PKTINFO_NONE", "PKTINFO_PASSED"),
     *("SETTLED_NONE", "SETTLED_WRONG", "SETTLED_ANSWERED", "SETTLED_ASK", "SETTLED_UNDECIDED"),
-    *("TUPLE_LEN", "COMM_LEN", "WAYS"),
+    *("TUPLE_LEN", "COMM_LEN", "WAYS", "NO_SERVER", "OTHER_SERVERS", "FIRST_SLOT"),
 ]
 
 
@@ -151,6 +159,6 @@ def test_conntrack_tuple_is_decoded(raw: str, expected: Tuple | None) -> None:
 
 
 def test_counters_are_summed_over_cpus() -> None:
-    one, other = StatsRecord(checked=3, wrong=1), StatsRecord(checked=4, ring_full=2)
-    assert records.decode_counters(bytes(one) + bytes(other)) == Counters(checked=7, wrong=1, ring_full=2)
+    one, other = StatsRecord(flows=3, wrong=1), StatsRecord(flows=4, ring_full=2)
+    assert records.decode_counters(bytes(one) + bytes(other)) == Counters(flows=7, wrong=1, ring_full=2)
     assert records.decode_counters(b"") == Counters()

@@ -1,0 +1,297 @@
+"""The node's UDP servers: joins what the kernel counts of each, its sockets, and its wrong replies.
+
+Rules
+1. Memory is bounded: at most `max_servers` are listed; beyond that, the counts of a server are added to `other` of its
+   Kubernetes namespace, and none is lost. A server of the tenant with the most is evicted first. A tenant is a
+   container, else a cgroup, else a network namespace.
+2. Counts only grow while a server is listed. They end with the server: ENDED_SECONDS after its socket or its container
+   is gone, or when it has no known socket and the kernel has forgotten it.
+3. Not thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from udpwatch.agent.model import Risk, Row, Sample, Sender, Server, ServerCount, ServerTotals, UdpSocket
+
+READ_SECONDS = 2.0
+SENDER_SECONDS = 10.0  # how often the sender of a server is looked up again
+ENDED_SECONDS = 60.0  # longer than a scrape interval
+MAX_EVICTIONS = 100  # in one sample
+MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces share one
+
+_Place = tuple[int, str, int]  # namespace (inode number, or -scope), bound address, port
+_Labels = tuple[str, str, str, str, int]  # process, namespace, pod, container, port
+_Tenant = tuple[str, str, str]
+
+
+class ServerLookup(Protocol):
+    """Finds the process of a server. No method blocks."""
+
+    def sender_of(self, pid: int, process: str, cgroup: int, netns: int) -> Sender:
+        """Return what is known about a process. ``pid``, ``cgroup``: 0 if unknown; ``process``: "" if unknown."""
+
+    def has_ended(self, sender: Sender, now: float) -> bool:
+        """Return whether the sender's pod or container has ended. ``now``: monotonic seconds."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    """The sockets of one port, bound to one address in one namespace."""
+
+    place: _Place
+    netns: int  # inode number, 0: unknown
+    sender: Sender
+    first: float  # seconds since the epoch
+    last: float  # of its last request
+    looked_up: float  # monotonic seconds
+    who: tuple[int, str, int] = (0, "", 0)  # process id, name and cgroup of the lookup
+    counts: ServerTotals = field(default_factory=ServerTotals)  # since it was listed
+    seen: ServerTotals = field(default_factory=ServerTotals)  # as last read
+    sockets: tuple[UdpSocket, ...] = ()
+    drops_of: dict[int, int] = field(default_factory=dict)  # socket -> its drops, as last read
+    tenant: _Tenant | None = None  # None: it is not listed
+    had_socket: bool = False
+    is_counted: bool = False  # by the kernel, in the last sample
+    gone: float | None = None  # monotonic seconds since when it has neither socket nor container
+
+
+class Servers:
+    """The agent's memory of servers."""
+
+    def __init__(
+        self, max_servers: int, senders: ServerLookup, risks: Callable[[Iterable[UdpSocket]], Mapping[int, Risk]]
+    ) -> None:
+        """``risks`` returns the risk of each socket by the number that `socket_id` gives it."""
+        self._max, self._senders, self._risks = max_servers, senders, risks
+        self._entries: dict[_Place, _Entry] = {}
+        self._held: Counter[_Tenant] = Counter()
+        self.other: dict[str, ServerTotals] = {}  # by namespace; "": none or unknown
+        self._kernel_other = ServerTotals()
+        self._read_at = -READ_SECONDS
+        self._risk_of: Mapping[int, Risk] = {}
+        self._evictions = 0  # in this sample
+
+    def add(self, sample: Sample, now: float, monotonic: float, is_last: bool = False) -> None:
+        """Add a sample. ``now``: seconds since the epoch; ``is_last``: whatever was read before."""
+        if monotonic - self._read_at < READ_SECONDS and not is_last:
+            return
+        self._read_at = monotonic
+        for entry in self._entries.values():
+            entry.is_counted = False
+        self._evictions = 0
+        if sample.sockets is not None:
+            self._add_sockets(sample.sockets, now, monotonic)
+            self._risk_of = self._risks(sample.sockets)
+        for count in sample.servers:
+            entry = self._entry(_place(count.netns, count.scope, count.address, count.port), count.netns, now)
+            self._identify(entry, count.pid, count.process, count.cgroup, monotonic)
+            entry.is_counted = True
+            read = ServerTotals(count.requests, count.replies, count.unanswered, entry.seen.drops)
+            if read.requests != entry.seen.requests:
+                entry.last = now
+            self._count(entry, read)
+        if sample.other_servers:
+            self._add_kernel_other(sample.other_servers)
+        self._end(monotonic, has_sockets=sample.sockets is not None)
+
+    def _entry(self, place: _Place, netns: int, now: float) -> _Entry:
+        entry = self._entries.get(place)
+        if entry is None:
+            entry = self._entries[place] = _Entry(place, netns, Sender(""), now, 0.0, -SENDER_SECONDS)
+        return entry
+
+    def _identify(self, entry: _Entry, pid: int, process: str, cgroup: int, monotonic: float) -> None:
+        """Find the process of a server, and list the server if there is room."""
+        who = (pid, process, cgroup)
+        if not pid and entry.who[0]:  # the other source has told more
+            who = entry.who
+        if who != entry.who or monotonic - entry.looked_up >= SENDER_SECONDS:
+            entry.who, entry.looked_up = who, monotonic
+            entry.sender = self._senders.sender_of(*who, entry.netns)
+        tenant = _tenant(entry)
+        if entry.tenant is None and self._make_room(tenant):
+            entry.tenant = tenant
+            self._held[tenant] += 1
+
+    def _make_room(self, tenant: _Tenant) -> bool:
+        """Return whether there is room for another server of a tenant. If necessary, evict the idlest server of the
+        tenant with the most, unless this tenant would then have as many.
+        """
+        if self._held.total() < self._max:
+            return True
+        most, held = max(self._held.items(), key=lambda each: each[1])
+        if held <= self._held[tenant] + 1 or self._evictions >= MAX_EVICTIONS:
+            return False
+        self._evictions += 1
+        evicted = min((each for each in self._entries.values() if each.tenant == most), key=lambda each: each.last)
+        self._unlist(evicted)
+        self._other(evicted.sender.namespace).add(evicted.counts)
+        evicted.counts = ServerTotals()
+        return True
+
+    def _unlist(self, entry: _Entry) -> None:
+        assert entry.tenant
+        self._held[entry.tenant] -= 1
+        if not self._held[entry.tenant]:
+            del self._held[entry.tenant]
+        entry.tenant = None
+
+    def _other(self, namespace: str) -> ServerTotals:
+        if namespace not in self.other and len(self.other) >= MAX_OTHER_NAMESPACES:
+            namespace = ""
+        return self.other.setdefault(namespace, ServerTotals())
+
+    def _count(self, entry: _Entry, read: ServerTotals) -> None:
+        """Add what was counted since the last sample."""
+        more = _more(read, entry.seen)
+        entry.seen = read
+        (entry.counts if entry.tenant else self._other(entry.sender.namespace)).add(more)
+
+    def _add_kernel_other(self, count: ServerCount) -> None:
+        read = ServerTotals(count.requests, count.replies, count.unanswered)
+        self._other("").add(_more(read, self._kernel_other))
+        self._kernel_other = read
+
+    def _add_sockets(self, sockets: tuple[UdpSocket, ...], now: float, monotonic: float) -> None:
+        places: dict[_Place, list[UdpSocket]] = {}
+        for each in sockets:
+            places.setdefault(_place(each.netns, 0, each.address, each.port), []).append(each)
+        for entry in self._entries.values():
+            if entry.place not in places:
+                entry.sockets = ()
+        for place, group in places.items():
+            entry = self._entry(place, group[0].netns, now)
+            entry.sockets, entry.had_socket = tuple(group), True
+            known = next((each for each in group if each.pid), group[0])
+            self._identify(entry, known.pid, known.process, known.cgroup, monotonic)
+            self._count_drops(entry)
+
+    def _count_drops(self, entry: _Entry) -> None:
+        """Add the drops of each socket since it was last seen."""
+        now = {socket_id(each): each.drops for each in entry.sockets if each.drops is not None}
+        more = sum(_grown(drops, entry.drops_of.get(which, 0)) for which, drops in now.items())
+        entry.drops_of = now
+        seen = entry.seen
+        self._count(entry, ServerTotals(seen.requests, seen.replies, seen.unanswered, seen.drops + more))
+
+    def _end(self, monotonic: float, has_sockets: bool) -> None:
+        """Remove servers that are gone."""
+        gone = []
+        for entry in self._entries.values():
+            has_ended = bool(entry.sender.container_id) and self._senders.has_ended(entry.sender, monotonic)
+            is_there = bool(entry.sockets) or (entry.is_counted and not (has_sockets and entry.had_socket))
+            if is_there and not has_ended:
+                entry.gone = None
+            elif entry.gone is None:
+                entry.gone = monotonic
+            elif monotonic - entry.gone > ENDED_SECONDS:
+                gone.append(entry)
+        for entry in gone:
+            if entry.tenant:
+                self._unlist(entry)
+            del self._entries[entry.place]
+
+    def listed(self, rows: Iterable[Row]) -> tuple[Server, ...]:
+        """Return each listed server; ``rows``: the findings, for its wrong replies."""
+        wrong: Counter[_Labels] = Counter()
+        for row in rows:
+            wrong[_labels(row.sender, row.port)] += row.count
+        groups: dict[tuple[_Labels, int], list[_Entry]] = {}
+        for entry in self._entries.values():
+            if entry.tenant:
+                groups.setdefault((_labels(entry.sender, entry.place[2]), entry.netns), []).append(entry)
+        servers = (self._server(group, wrong[labels]) for (labels, _), group in groups.items())
+        return tuple(sorted(servers, key=lambda server: (-server.requests, server.port, server.addresses)))
+
+    def _server(self, group: list[_Entry], wrong: int) -> Server:
+        counts = ServerTotals()
+        for entry in group:
+            counts.add(entry.counts)
+        sockets = [each for entry in group for each in entry.sockets]
+        newest = max(group, key=lambda entry: entry.last)
+        return Server(
+            sender=newest.sender,
+            port=newest.place[2],
+            netns=newest.netns,
+            addresses=tuple(sorted({entry.place[1] for entry in group})),
+            requests=counts.requests,
+            replies=counts.replies,
+            unanswered=counts.unanswered,
+            wrong=wrong,
+            drops=counts.drops if any(each.drops is not None for each in sockets) else None,
+            queue=_sum(each.queue for each in sockets),
+            queue_limit=_sum(each.queue_limit for each in sockets),
+            pktinfo=_pktinfo(sockets),
+            risk=Risk.WRONG if wrong else _worst(self._risk_of.get(socket_id(each), Risk.UNKNOWN) for each in sockets),
+            first=min(entry.first for entry in group),
+            last=newest.last,
+        )
+
+
+def socket_id(each: UdpSocket) -> int:
+    """Return a number of a socket: its cookie, else its inode number."""
+    return each.cookie or each.inode
+
+
+def _place(netns: int, scope: int, address: str, port: int) -> _Place:
+    return (netns or -scope), address, port
+
+
+def _tenant(entry: _Entry) -> _Tenant:
+    sender = entry.sender
+    return sender.namespace, sender.pod, sender.container or sender.cgroup or f"netns {entry.place[0]}"
+
+
+def _labels(sender: Sender, port: int) -> _Labels:
+    return sender.process, sender.namespace, sender.pod, sender.container, port
+
+
+def _grown(now: int, before: int) -> int:
+    return now - before if now >= before else now  # it began again at 0
+
+
+def _more(now: ServerTotals, before: ServerTotals) -> ServerTotals:
+    began_again = now.requests < before.requests or now.replies < before.replies
+    if began_again:
+        return ServerTotals(now.requests, now.replies, now.unanswered, max(0, now.drops - before.drops))
+    return ServerTotals(
+        now.requests - before.requests,
+        now.replies - before.replies,
+        max(0, now.unanswered - before.unanswered),
+        now.drops - before.drops,
+    )
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def _pktinfo(sockets: Iterable[UdpSocket]) -> bool | None:
+    """Return whether every wildcard socket has PKTINFO set; None: unknown, or there is no such socket."""
+    wildcard = [each for each in sockets if each.address in ("0.0.0.0", "::")]  # noqa: S104 a comparison
+    values = [_has_pktinfo(each) for each in wildcard]
+    if not values or None in values:
+        return None
+    return all(values)
+
+
+def _has_pktinfo(each: UdpSocket) -> bool | None:
+    """Return whether a socket gets PKTINFO for each family that it serves."""
+    if each.family == 4:
+        return each.pktinfo
+    if each.pktinfo6 is None or (not each.only_ipv6 and each.pktinfo is None):
+        return None
+    return each.pktinfo6 and (each.only_ipv6 or bool(each.pktinfo))
+
+
+_ORDER = (Risk.WRONG, Risk.VIRTUAL, Risk.POSSIBLE, Risk.UNKNOWN, Risk.NONE)
+
+
+def _worst(risks: Iterable[Risk]) -> Risk:
+    return min(risks, key=_ORDER.index, default=Risk.UNKNOWN)
