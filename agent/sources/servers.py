@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from udpwatch.agent.kernel import bpf, records
@@ -61,7 +61,7 @@ class ServerCounter:
     def checked(self) -> int:
         """Return the datagrams that were sent to peers that had asked, of all sockets."""
         slots = [records.NO_SERVER, records.OTHER_SERVERS, *self._resting]
-        slots += [known.server.slot for known in self._known.values()]
+        slots += [server.slot for _, server in self._servers()]
         return self._ended + sum(self._totals(slot).replies for slot in slots)
 
     def read(self, expire_ns: int) -> tuple[tuple[ServerCount, ...], ServerCount]:
@@ -72,9 +72,8 @@ class ServerCounter:
             self._counted_at = now
             self._count()
         self._free(now)
-        for key, value in bpf.map_items(self._maps["servers"], records.SERVER_KEY_BYTES, records.SERVER_BYTES):
+        for key, server in self._servers():
             self._pace()
-            server = records.decode_server(key, value)
             totals = self._totals(server.slot)
             known = self._known.get(key)
             if known is None:
@@ -92,6 +91,10 @@ class ServerCounter:
         servers = tuple(_count(known.server, known.totals, known.unanswered) for known in self._known.values())
         nothing = records.CountedServer(0, "::", 0, 0, 0, records.OTHER_SERVERS)
         return servers, _count(nothing, other, self._other_unanswered)
+
+    def _servers(self) -> Iterator[tuple[bytes, records.CountedServer]]:
+        for key, value in bpf.map_items(self._maps["servers"], records.SERVER_KEY_BYTES, records.SERVER_BYTES):
+            yield key, records.decode_server(key, value)
 
     def _totals(self, slot: int) -> records.ServerTotals:
         raw = bpf.map_lookup(self._maps["server_counts"], _SLOT.pack(slot), records.SERVER_COUNTS_BYTES * self._cpus)
