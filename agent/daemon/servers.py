@@ -89,7 +89,7 @@ class Servers:
             self._risk_of = self._risks(sample.sockets)
         for count in sample.servers:
             entry = self._entry(_place(count.netns, count.scope, count.address, count.port), count.netns, now)
-            self._identify(entry, count.pid, count.process, count.cgroup, monotonic)
+            self._identify(entry, count.pid, count.process, count.cgroup, monotonic, by_reply=True)
             entry.is_counted = True
             read = ServerTotals(count.requests, count.replies, count.unanswered, entry.seen.drops)
             if read.requests != entry.seen.requests:
@@ -105,10 +105,14 @@ class Servers:
             entry = self._entries[place] = _Entry(place, netns, Sender(""), now, 0.0, -SENDER_SECONDS)
         return entry
 
-    def _identify(self, entry: _Entry, pid: int, process: str, cgroup: int, monotonic: float) -> None:
-        """Find the process of a server, and list the server if there is room."""
+    def _identify(
+        self, entry: _Entry, pid: int, process: str, cgroup: int, monotonic: float, by_reply: bool = False
+    ) -> None:
+        """Find the process of a server, and list the server if there is room. The process that sent a reply takes
+        precedence over the one that has bound the socket, which may have exited.
+        """
         who = (pid, process, cgroup)
-        if not pid and entry.who[0]:  # the other source has told more
+        if entry.who[0] and (not pid or not by_reply):
             who = entry.who
         if who != entry.who or monotonic - entry.looked_up >= SENDER_SECONDS:
             entry.who, entry.looked_up = who, monotonic

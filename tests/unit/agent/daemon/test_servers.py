@@ -1,0 +1,196 @@
+"""The list of servers: counts, sockets, wrong replies, the limit and its shares, the end of servers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from udpwatch.agent.daemon.servers import ENDED_SECONDS, READ_SECONDS, Servers, socket_id
+from udpwatch.agent.model import Counters, Risk, Row, Sample, Sender, Server, ServerCount, ServerTotals, UdpSocket
+
+
+class Senders:
+    """Processes are named by their id; those of cgroup 2 and above are containers."""
+
+    def __init__(self) -> None:
+        self.ended: set[str] = set()
+
+    def sender_of(self, pid: int, process: str, cgroup: int, _netns: int) -> Sender:
+        inside = f"c{cgroup}" if cgroup > 1 else ""
+        namespace = f"ns{cgroup}" if inside else ""
+        return Sender(process or "unknown", pid, container_id=inside, container=inside, namespace=namespace)
+
+    def has_ended(self, sender: Sender, _now: float) -> bool:
+        return sender.container in self.ended
+
+
+class Case:
+    """Servers, and the time."""
+
+    def __init__(self, most: int = 10, risks: dict[int, Risk] | None = None) -> None:
+        self.senders, self.now = Senders(), 1000.0
+        self.servers = Servers(most, self.senders, lambda sockets: risks or {})
+
+    def add(
+        self, *counts: ServerCount, sockets: Iterable[UdpSocket] | None = None, other: ServerCount | None = None
+    ) -> None:
+        self.now += READ_SECONDS
+        sample = Sample(
+            *((), Counters(), (), 0, 0, 0),
+            servers=counts,
+            other_servers=other,
+            sockets=None if sockets is None else tuple(sockets),
+        )
+        self.servers.add(sample, 1e9 + self.now, self.now)
+
+    def one(self, *rows: Row) -> Server:
+        (server,) = self.servers.listed(rows)
+        return server
+
+    def ports(self) -> set[int]:
+        return {server.port for server in self.servers.listed(())}
+
+
+def count(port: int = 53, requests: int = 10, replies: int = 9, **others: Any) -> ServerCount:
+    values = {"scope": 7, "netns": 4026, "address": "0.0.0.0", "cgroup": 1, "pid": 5, "process": "dns"}
+    values |= {"unanswered": 1} | others
+    return ServerCount(port=port, requests=requests, replies=replies, **values)
+
+
+def opened(port: int = 53, **others: Any) -> UdpSocket:
+    values = {"address": "0.0.0.0", "family": 4, "netns": 4026, "cookie": port, "pid": 5, "process": "dns", "drops": 0}
+    return UdpSocket(port=port, **(values | others))
+
+
+def row(port: int = 53, number: int = 3, process: str = "dns") -> Row:
+    return Row(Sender(process, 5), port, "10.0.0.2", "10.0.0.1", "new", "kernel-chosen", 4, number, 0, 0)
+
+
+def test_count_socket_and_wrong_replies_are_one_server() -> None:
+    case = Case(risks={53: Risk.POSSIBLE})
+    case.add(count(), sockets=[opened(queue=700, queue_limit=1000, pktinfo=False)])
+    server = case.one(row(), row(54, 99))
+    assert (server.requests, server.replies, server.unanswered, server.wrong) == (10, 9, 1, 3)
+    assert (server.queue, server.queue_limit, server.pktinfo, server.risk) == (700, 1000, False, Risk.WRONG)
+    assert case.one().risk is Risk.POSSIBLE
+    assert (server.sender.process, server.addresses, server.netns) == ("dns", ("0.0.0.0",), 4026)
+
+
+def test_socket_without_requests_is_a_server() -> None:
+    case = Case()
+    case.add(sockets=[opened(drops=None)])
+    assert (case.one().requests, case.one().last, case.one().drops) == (0, 0.0, None)
+
+
+def test_counts_go_on_when_the_kernel_begins_again() -> None:
+    case = Case()
+    case.add(count(requests=10))
+    case.add(count(requests=4, replies=2, unanswered=0))
+    assert (case.one().requests, case.one().replies, case.one().unanswered) == (14, 11, 1)
+
+
+def test_drops_of_closed_sockets_stay_counted() -> None:
+    case = Case()
+    case.add(sockets=[opened(drops=5, cookie=1)])
+    case.add(sockets=[opened(drops=7, cookie=1), opened(drops=2, cookie=2)])
+    assert case.one().drops == 9
+    case.add(sockets=[opened(drops=4, cookie=3)])
+    assert case.one().drops == 13
+
+
+def test_sockets_of_one_process_and_port_are_one_server() -> None:
+    case = Case()
+    case.add(count(address="10.0.0.1", requests=3), count(address="10.0.0.2", requests=4))
+    assert (case.one().requests, case.one().addresses) == (7, ("10.0.0.1", "10.0.0.2"))
+
+
+def test_other_process_on_another_address_of_the_port_is_another_server() -> None:
+    case = Case()
+    case.add(count(address="127.0.0.53", process="resolved"), count(address="10.0.0.2"))
+    assert [server.sender.process for server in case.servers.listed(())] == ["dns", "resolved"]
+
+
+def test_process_becomes_known_later() -> None:
+    case = Case()
+    case.add(count(pid=0, process=""))
+    assert case.one().sender.process == "unknown"
+    case.add(count())
+    assert (case.one().sender.process, case.one().requests) == ("dns", 10)
+
+
+def test_excess_counts_under_other_of_its_namespace_and_none_is_lost() -> None:
+    case = Case(most=4)
+    ports = range(1, 8)
+    for more in (1, 2):
+        case.add(*(count(port, requests=port * more, cgroup=2) for port in ports), other=count(0, requests=5 * more))
+    listed = case.servers.listed(())
+    assert len(listed) == 4
+    other = case.servers.other
+    assert sum(each.requests for each in listed) + other["ns2"].requests == 2 * sum(ports)
+    assert other[""].requests == 10
+
+
+def test_tenant_with_the_most_servers_makes_room() -> None:
+    case = Case(most=4)
+    greedy = [count(port, cgroup=2) for port in range(1, 5)]
+    case.add(*greedy)
+    case.add(*greedy, count(100, cgroup=3), count(101, cgroup=3), count(102, cgroup=3))
+    assert {100, 101} < case.ports()
+    assert len(case.ports()) == 4
+    assert case.servers.other["ns2"] == ServerTotals(20, 18, 2, 0)
+
+
+def test_server_ends_a_while_after_its_socket() -> None:
+    case = Case()
+    case.add(count(), sockets=[opened()])
+    case.add(count(), sockets=[])
+    assert case.ports() == {53}
+    case.now += ENDED_SECONDS
+    case.add(count(), sockets=[])
+    assert case.ports() == set()
+
+
+def test_server_whose_socket_cannot_be_seen_ends_with_the_kernels_count() -> None:
+    case = Case()
+    for _ in range(3):
+        case.now += ENDED_SECONDS
+        case.add(count(), sockets=[])
+    assert case.ports() == {53}
+    case.add(sockets=[])
+    case.now += ENDED_SECONDS
+    case.add(sockets=[])
+    assert case.ports() == set()
+
+
+def test_server_ends_with_its_container() -> None:
+    case = Case()
+    case.add(count(cgroup=2))
+    case.senders.ended.add("c2")
+    case.add(count(cgroup=2))
+    case.now += ENDED_SECONDS
+    case.add(count(cgroup=2))
+    assert case.ports() == set()
+
+
+@pytest.mark.parametrize(
+    ("sockets", "expected"),
+    [
+        ([opened(pktinfo=True)], True),
+        ([opened(pktinfo=True), opened(pktinfo=False)], False),
+        ([opened(pktinfo=None), opened(pktinfo=True)], None),
+        ([opened(address="10.0.0.1", pktinfo=False)], None),
+        ([opened(address="::", family=6, pktinfo=False, pktinfo6=True)], False),
+        ([opened(address="::", family=6, pktinfo=False, pktinfo6=True, only_ipv6=True)], True),
+        ([opened(address="::", family=6, pktinfo=True, pktinfo6=True)], True),
+    ],
+)
+def test_pktinfo_is_that_of_every_wildcard_socket(sockets: list[UdpSocket], expected: bool | None) -> None:
+    case = Case()
+    case.add(sockets=sockets)
+    assert case.one().pktinfo is expected
+
+
+def test_socket_without_a_cookie_is_known_by_its_file() -> None:
+    assert socket_id(opened(cookie=0, inode=9)) == 9
