@@ -16,10 +16,14 @@ ALLOWED = {
     "kernel": {"model", "errors"},
     "sources": {"model", "errors", "kernel"},
     "attribution": {"model", "errors", "kernel"},
-    "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "udpwatch"},  # udpwatch: of dns/
+    "servers": {"model", "errors", "kernel", "attribution"},
+    # udpwatch: of dns/
+    "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "servers", "udpwatch"},
     "client": {"model", "errors", "daemon", "testing"},
     "testing": {"errors", "kernel"},
-    "commands": {"model", "errors", "config", "kernel", "sources", "daemon", "client", "testing", "udpwatch"},
+    "commands": {
+        *("model", "errors", "config", "kernel", "sources", "servers", "daemon", "client", "testing", "udpwatch"),
+    },
 }
 WIRING = {"cli", "__init__"}
 #: What the agent uses of the responder beside starting it. None of these modules knows of DNS.

@@ -1,0 +1,1 @@
+"""Which UDP servers exist, and what would go wrong with them."""

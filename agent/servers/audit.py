@@ -1,0 +1,309 @@
+"""Judge which UDP servers will reply from the wrong address, to which peers, and from which source.
+
+Rules
+1. What a server was seen doing counts more than what its sockets have set: a server with wrong replies is `wrong`.
+2. Only a wildcard socket without PKTINFO can be wrong, and only if routing selects another source than the address that
+   a peer asks. For IPv4 and IPv6 of one socket this is judged separately.
+3. Not every peer can ask every address (`_can_ask`): nobody outside reaches the address of a container bridge.
+4. This module does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import ip_address
+
+from udpwatch.agent.model import Cause, Risk, Row, Sender, UdpSocket
+from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers, is_private
+
+AT_RISK = (Risk.WRONG, Risk.VIRTUAL, Risk.POSSIBLE)
+ORDER = (*AT_RISK, Risk.UNKNOWN, Risk.NONE)
+MAX_WRONG = 256  # wrong replies listed of one server
+DEFAULT_PORTS = (32_768, 60_999)  # ip_local_port_range
+_WILDCARDS = {"0.0.0.0": (4,), "::": (6, 4), "::ffff:0.0.0.0": (4,), "::ffff:0:0": (4,)}  # noqa: S104
+#: Programs that receive only, or are clients with a port of their own. They do not reply to requests.
+_NEVER_REPLY = {
+    "dhclient": "a DHCP client",
+    "dhcpcd": "a DHCP client",
+    "udhcpc": "a DHCP client",
+    "systemd-network": "a DHCP client",
+    "NetworkManager": "a DHCP client",
+    "rsyslogd": "a log receiver, which does not reply",
+    "syslog-ng": "a log receiver, which does not reply",
+    "syslogd": "a log receiver, which does not reply",
+    "nfcapd": "a flow collector, which does not reply",
+    "sfcapd": "a flow collector, which does not reply",
+    "nfacctd": "a flow collector, which does not reply",
+    "sfacctd": "a flow collector, which does not reply",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WrongReply:
+    """One address at which a group of peers would get wrong replies."""
+
+    address: str  # that the peers ask
+    peers: Peers | None  # None: clients on this host
+    sources: tuple[str, ...]  # of the replies
+    sometimes: bool  # other peers of the group get right replies
+    risk: Risk  # VIRTUAL or POSSIBLE
+    family: int  # 4 or 6
+
+
+@dataclass(frozen=True, slots=True)
+class SocketRisk:
+    """The judgement on one socket."""
+
+    socket: UdpSocket
+    risk: Risk
+    reason: str  # why it is not at risk, or unknown; "": it is at risk
+    addresses: tuple[str, ...]  # at which it can be asked
+    wrong: tuple[WrongReply, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRisk:
+    """The judgement on one server: the sockets of one program, container and port of a namespace."""
+
+    sender: Sender
+    port: int
+    netns: int  # inode number, 0: unknown
+    risk: Risk
+    reason: str  # of the socket that is closest to a risk; "": it is at risk
+    bound: tuple[str, ...]  # addresses that its sockets are bound to
+    sockets: int
+    at_risk: int  # sockets
+    pktinfo: bool | None  # every wildcard socket has PKTINFO set for each family; None: unknown, or there is none
+    addresses: tuple[str, ...]  # at which it can be asked
+    wrong: tuple[WrongReply, ...]
+    more: int  # wrong replies beyond MAX_WRONG
+    seen: tuple[Row, ...]  # wrong replies that the agent has seen
+
+
+def judge(sockets: Sequence[UdpSocket], networks: Networks | None, busy: Collection[int] = ()) -> list[SocketRisk]:
+    """Judge the server sockets of one namespace; clients are left out.
+
+    ``networks``: None if they cannot be read. ``busy``: ports that are known to be servers', such as those with
+    findings.
+    """
+    ports = networks.ports if networks else DEFAULT_PORTS
+    servers = [each for each in sockets if is_server(each, ports, busy)]
+    by_port: dict[int, list[UdpSocket]] = {}
+    for each in servers:
+        by_port.setdefault(each.port, []).append(each)
+    one = _Judge(networks)
+    return [one.judge(each, by_port[each.port]) for each in servers]
+
+
+def is_server(each: UdpSocket, ports: tuple[int, int] = DEFAULT_PORTS, busy: Collection[int] = ()) -> bool:
+    """Return whether a socket is a server's: not connected, on a port that the kernel does not give to clients."""
+    if each.peer or not each.port:
+        return False
+    return each.port in busy or not ports[0] <= each.port <= ports[1]
+
+
+def families_of(each: UdpSocket) -> tuple[int, ...]:
+    """Return the families that a wildcard socket serves; () for a socket that is bound to an address."""
+    families = _WILDCARDS.get(each.address, ())
+    return (6,) if each.only_ipv6 and families else families
+
+
+def has_pktinfo(each: UdpSocket, family: int) -> bool | None:
+    """Return whether a socket gets the address that a peer of this family asked; None: unknown.
+
+    With IPV6_RECVPKTINFO, a socket of family 6 also gets the address of IPv4 requests.
+    """
+    if each.family == 4:
+        return each.pktinfo
+    if family == 6 or each.pktinfo6:
+        return each.pktinfo6
+    return None if each.pktinfo is None or (each.pktinfo6 is None and not each.pktinfo) else each.pktinfo
+
+
+def servers_of(owned: Iterable[tuple[SocketRisk, Sender]], rows: Sequence[Row] = ()) -> list[ServerRisk]:
+    """Fold sockets into servers, those with the highest risk first. ``rows``: the agent's findings."""
+    groups: dict[tuple[object, ...], list[tuple[SocketRisk, Sender]]] = {}
+    for judged, sender in owned:
+        container = sender.container_id or sender.container or sender.cgroup
+        key = (judged.socket.netns, sender.process, container, sender.namespace, sender.pod, judged.socket.port)
+        groups.setdefault(key, []).append((judged, sender))
+    found = [_server(group, rows) for group in groups.values()]
+    return sorted(found, key=lambda each: (ORDER.index(each.risk), -sum(row.count for row in each.seen), each.port))
+
+
+def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> ServerRisk:
+    judged = [each for each, _ in group]
+    first, sender = min(group, key=lambda each: ORDER.index(each[0].risk))
+    pids = {each.pid for _, each in group if each.pid}
+    seen = tuple(row for row in rows if row.port == first.socket.port and _is_of(row, sender, pids))
+    wrong = list(dict.fromkeys(reply for each in judged for reply in each.wrong))
+    at_risk = sum(each.risk in AT_RISK for each in judged)
+    wildcard = [has_pktinfo(each.socket, family) for each in judged for family in families_of(each.socket)]
+    return ServerRisk(
+        sender=sender,
+        port=first.socket.port,
+        netns=first.socket.netns,
+        risk=Risk.WRONG if seen else first.risk,
+        reason="" if seen else first.reason,
+        bound=tuple(sorted({each.socket.address for each in judged})),
+        sockets=len(judged),
+        at_risk=max(at_risk, 1) if seen else at_risk,
+        pktinfo=None if None in wildcard or not wildcard else all(wildcard),
+        addresses=tuple(dict.fromkeys(address for each in judged for address in each.addresses)),
+        wrong=tuple(wrong[:MAX_WRONG]),
+        more=max(0, len(wrong) - MAX_WRONG),
+        seen=seen,
+    )
+
+
+def _is_of(row: Row, sender: Sender, pids: Collection[int]) -> bool:
+    """Return whether a finding is of a server: of its process, or of its program in its container."""
+    if row.cause == Cause.FORWARDED:
+        return False
+    if row.sender.pid in pids:
+        return True
+    theirs, ours = ((each.process, each.container_id or each.container) for each in (row.sender, sender))
+    return theirs == ours
+
+
+class _Judge:
+    """Judges the sockets of one namespace."""
+
+    def __init__(self, networks: Networks | None) -> None:
+        """``networks``: None if they cannot be read."""
+        self._networks = networks
+        self._wrong_replies: dict[tuple[int, int], tuple[WrongReply, ...]] = {}  # by family and device
+
+    def judge(self, each: UdpSocket, others: Sequence[UdpSocket]) -> SocketRisk:
+        """Judge one socket; ``others``: the sockets on the same port, with this one."""
+        families = families_of(each)
+        if not families:
+            return SocketRisk(each, Risk.NONE, _bound_reason(each.address), (each.address,), ())
+        if each.family == 6 and any(_takes_ipv4(other, each) for other in others):
+            families = tuple(family for family in families if family != 4)
+        # A socket that is bound to an address gets the requests to it.
+        served = {other.address.removeprefix("::ffff:") for other in others if other.device in (0, each.device)}
+        usable = tuple(
+            address.address for address in self._heard(families, each.device) if address.address not in served
+        )
+        if exempt := _exemption(each):
+            return SocketRisk(each, Risk.NONE, exempt, usable, ())
+        found = [reply for reply in self._wrong(families, each.device) if reply.address not in served]
+        of_family = {family: [reply for reply in found if reply.family == family] for family in families}
+        wrong = tuple(reply for family in families for reply in of_family[family] if has_pktinfo(each, family) is False)
+        if wrong:
+            is_virtual = any(reply.risk is Risk.VIRTUAL for reply in wrong)
+            return SocketRisk(each, Risk.VIRTUAL if is_virtual else Risk.POSSIBLE, "", usable, wrong)
+        if unknown := self._unknown(each, [family for family in families if of_family[family]], families):
+            return SocketRisk(each, Risk.UNKNOWN, unknown, usable, ())
+        return SocketRisk(each, Risk.NONE, _PKTINFO if found else _routing_reason(usable), usable, ())
+
+    def _unknown(self, each: UdpSocket, dangerous: Sequence[int], families: Sequence[int]) -> str:
+        """Return why a socket cannot be judged, or "". ``dangerous``: families for which it needs PKTINFO."""
+        if any(has_pktinfo(each, family) is None for family in dangerous):
+            return "whether PKTINFO is set is unknown"
+        if all(has_pktinfo(each, family) for family in families):
+            return ""
+        if self._networks is None:
+            return "the addresses of its network namespace cannot be read"
+        if each.device not in self._networks.devices or not self._networks.complete:
+            return "its network namespace has more interfaces, addresses or routes than were read"
+        return ""
+
+    def _heard(self, families: Sequence[int], device: int) -> Iterable[Address]:
+        """Return the addresses whose requests a wildcard socket gets. ``device``: that it is bound to, 0 for none."""
+        if self._networks is None:
+            return ()
+        return (
+            address
+            for address in self._networks.addresses
+            if address.family in families and _is_heard(address, device, self._networks)
+        )
+
+    def _wrong(self, families: Sequence[int], device: int) -> Iterable[WrongReply]:
+        """Yield every wrong reply of a wildcard socket without PKTINFO, those with the highest risk first."""
+        if self._networks is None:
+            return
+        for family in families:
+            found = self._wrong_replies.get((family, device))
+            if found is None:
+                groups = [each for each in self._networks.peers if each.family == family and each.device == device]
+                replies = [
+                    reply
+                    for address in self._heard((family,), device)
+                    for reply in _of_address(address, groups, device)
+                ]
+                found = tuple(sorted(replies, key=lambda reply: ORDER.index(reply.risk)))
+                self._wrong_replies[family, device] = found
+            yield from found
+
+
+_PKTINFO = "PKTINFO is set, and no wrong reply was seen"
+
+
+def _exemption(each: UdpSocket) -> str:
+    """Return why a wildcard socket is not judged by its options, or ""."""
+    return "a transparent proxy, which chooses its sources" if each.transparent else _NEVER_REPLY.get(each.process, "")
+
+
+def _routing_reason(usable: Sequence[str]) -> str:
+    if len(usable) <= 1:
+        return "there is only one address that can be asked"
+    return "routing selects the address that was asked"
+
+
+def _bound_reason(address: str) -> str:
+    try:
+        is_group = ip_address(address).is_multicast or address == "255.255.255.255"
+    except ValueError:
+        is_group = False
+    return "bound to a multicast or broadcast address" if is_group else "bound to one address"
+
+
+def _takes_ipv4(other: UdpSocket, each: UdpSocket) -> bool:
+    """Return whether another socket gets the IPv4 requests to the port of a socket of family 6."""
+    return other.family == 4 and other.address in _WILDCARDS and other.device in (0, each.device)
+
+
+def _is_heard(address: Address, device: int, networks: Networks) -> bool:
+    """Return whether a socket that is bound to a device, or to none, gets requests to an address."""
+    if not device:
+        return not address.vrf
+    if device in networks.vrfs:
+        return address.vrf == device
+    return address.index == device or not address.vrf
+
+
+def _of_address(address: Address, groups: Iterable[Peers], device: int) -> Iterable[WrongReply]:
+    for peers in groups:
+        if _can_ask(address, peers):
+            sources = tuple(source for source in peers.sources if source != address.address)
+            if sources:
+                is_virtual = address.kind is not AddressKind.LINK and (
+                    peers.kind is PeerKind.CONTAINERS or address.kind in (AddressKind.VIRTUAL, AddressKind.BRIDGE)
+                )
+                risk = Risk.VIRTUAL if is_virtual else Risk.POSSIBLE
+                yield WrongReply(
+                    address.address, peers, sources, len(sources) < len(peers.sources), risk, address.family
+                )
+    # The packets of a client on this host arrive on the loopback interface.
+    if not device and address.host_source not in ("", address.address):
+        risk = Risk.VIRTUAL if address.kind is AddressKind.VIRTUAL else Risk.POSSIBLE
+        yield WrongReply(address.address, None, (address.host_source,), False, risk, address.family)
+
+
+def _can_ask(address: Address, peers: Peers) -> bool:
+    """Return whether peers have a reason and a way to ask an address."""
+    if address.kind is AddressKind.HOST:
+        return False
+    if address.kind is AddressKind.LINK or peers.is_link_local:
+        return address.kind is AddressKind.LINK and peers.is_link_local and address.index == peers.index
+    if address.index == peers.index or peers.kind is PeerKind.CONTAINERS:  # this host is the containers' router
+        return True
+    if address.kind is AddressKind.BRIDGE:
+        return False
+    if address.kind is AddressKind.VIRTUAL:
+        return True
+    # A private address is not routed to peers that get replies from a public one, and the reverse.
+    return any(is_private(source) == address.is_private for source in peers.sources)
