@@ -89,6 +89,13 @@ def judge(sockets: Sequence[UdpSocket], networks: Networks | None, busy: Collect
     """
     ports = networks.ports if networks else DEFAULT_PORTS
     servers = [each for each in sockets if is_server(each, ports, busy)]
+    # A server such as dnsmasq asks others from random ports, and names them itself.
+    own_ports = {each.pid for each in servers if each.pid and not ports[0] <= each.port <= ports[1]}
+    servers = [
+        each
+        for each in servers
+        if each.port in busy or each.pid not in own_ports or not ports[0] <= each.port <= ports[1]
+    ]
     by_port: dict[int, list[UdpSocket]] = {}
     for each in servers:
         by_port.setdefault(each.port, []).append(each)
@@ -97,10 +104,15 @@ def judge(sockets: Sequence[UdpSocket], networks: Networks | None, busy: Collect
 
 
 def is_server(each: UdpSocket, ports: tuple[int, int] = DEFAULT_PORTS, busy: Collection[int] = ()) -> bool:
-    """Return whether a socket is a server's: not connected, on a port that the kernel does not give to clients."""
+    """Return whether a socket is a server's: not connected, and on a port that bind() named.
+
+    If that is unknown, a server's port is outside of ``ports``, from which the kernel gives clients theirs.
+    """
     if each.peer or not each.port:
         return False
-    return each.port in busy or not ports[0] <= each.port <= ports[1]
+    if each.port in busy or each.named is not None:
+        return each.named is not False or each.port in busy
+    return not ports[0] <= each.port <= ports[1]
 
 
 def families_of(each: UdpSocket) -> tuple[int, ...]:

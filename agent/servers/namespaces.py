@@ -208,7 +208,7 @@ class Risks:
 def _options(each: UdpSocket) -> tuple[object, ...]:
     """Return what the judgement on a socket depends on, and its numbers."""
     numbers = (each.cookie, each.inode, each.port, each.device, each.address, each.peer, each.process)
-    return (*numbers, each.pktinfo, each.pktinfo6, each.only_ipv6, each.transparent)
+    return (*numbers, each.pktinfo, each.pktinfo6, each.only_ipv6, each.transparent, each.named)
 
 
 def _risks(group: Sequence[UdpSocket], networks: Networks | None) -> dict[int, Risk]:

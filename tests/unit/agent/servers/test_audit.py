@@ -248,6 +248,18 @@ def test_clients_are_not_servers() -> None:
     assert judge([replace(WILDCARD, port=40_000)], DOCKER) == []
 
 
+def test_port_that_bind_named_is_a_servers() -> None:
+    assert is_server(replace(WILDCARD, port=40_000, named=True))
+    assert not is_server(replace(WILDCARD, named=False))
+    assert is_server(replace(WILDCARD, named=False), busy=[53])
+
+
+def test_random_ports_of_a_server_are_a_clients() -> None:
+    upstream = replace(WILDCARD, port=40_000, named=True, pid=7)
+    assert [each.socket.port for each in judge([replace(WILDCARD, pid=7), upstream], DOCKER)] == [53]
+    assert [each.socket.port for each in judge([replace(WILDCARD, pid=8), upstream], DOCKER)] == [53, 40_000]
+
+
 # ---- servers ----
 
 SENDER = Sender("dns", 7, container_id="abc", container="web")
