@@ -40,6 +40,11 @@ NEXT = """Select a port above. Then run on the node, or with `kubectl exec` in i
 """
 
 
+def traffic(name: str) -> str:
+    """Return the selector of one of the counters of the selected servers."""
+    return f"udpwatch_server_{name}_total{{{chosen(*VARIABLES)}}}"
+
+
 def dashboard() -> Dashboard:
     """Return the server dashboard."""
     labels = f"{WHERE}, {FINDING_LABELS}"
@@ -120,6 +125,23 @@ def dashboard() -> Dashboard:
             "cps",
             (f"sum by (verdict) ({per_second(WRONG)}) > 0", "{{verdict}}"),
             stacked=True,
+        ),
+        Row("Traffic"),
+        lines(
+            "Requests and replies",
+            "Datagrams per second that the selected servers' ports received, and that they sent to peers that had "
+            "asked.",
+            "pps",
+            (f"sum({per_second(traffic('requests'))})", "requests"),
+            (f"sum({per_second(traffic('replies'))})", "replies"),
+        ),
+        lines(
+            "Requests that clients lost",
+            "unanswered: no reply within the window, or only a wrong one; a peer that waits counts once. dropped: the "
+            "receive buffer was full, so the server never saw them.",
+            "pps",
+            (f"sum({per_second(traffic('unanswered'))})", "unanswered"),
+            (f"sum({per_second(traffic('receive_drops'))})", "dropped"),
         ),
         Row("In detail"),
         rows(

@@ -50,6 +50,7 @@ EMPTY = {
     "udpwatch-agent/Dropped/A": "no table is filled",
     "udpwatch-agent/Dropped/B": "no table is filled",
     "udpwatch-agent/Dropped/C": "a race of two packets",
+    "alert/UdpwatchServerDropsRequests": "no receive buffer is full",
     "alert/UdpwatchTooManyServers": "no table of findings is full",
     "alert/UdpwatchProbeDetached": "the agents see",
     "alert/UdpwatchProbeLost": "nobody takes probes away",
