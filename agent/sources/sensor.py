@@ -146,8 +146,8 @@ class Sensor:
         replies, flows = self._replies, self._flows
         parts = (replies.increases(expire_ns) if replies else (), flows.increases() if flows else ())
         increases = tuple(itertools.chain.from_iterable(parts))
-        servers, other = self._servers.read(expire_ns) if self._servers else ((), None)
-        counters = self.counters()
+        servers, other, checked = self._servers.read(expire_ns) if self._servers else ((), None, 0)
+        counters = replace(self._counters(), checked=checked)
         return Sample(
             increases=increases,
             counters=counters,
@@ -168,9 +168,11 @@ class Sensor:
 
     def counters(self) -> Counters:
         """Return the counters of the programs."""
+        return replace(self._counters(), checked=self._servers.checked() if self._servers else 0)
+
+    def _counters(self) -> Counters:
         raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
-        counters = records.decode_counters(raw or b"")
-        return replace(counters, checked=self._servers.checked()) if self._servers else counters
+        return records.decode_counters(raw or b"")
 
     def self_test(self) -> bool:
         """Send a request to each of two addresses over loopback, reply once, and return whether the programs counted

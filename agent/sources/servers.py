@@ -60,13 +60,17 @@ class ServerCounter:
 
     def checked(self) -> int:
         """Return the datagrams that were sent to peers that had asked, of all sockets."""
-        slots = [records.NO_SERVER, records.OTHER_SERVERS, *self._resting]
-        slots += [server.slot for _, server in self._servers()]
+        return self._without_server() + sum(self._totals(server.slot).replies for _, server in self._servers())
+
+    def _without_server(self) -> int:
+        slots = (records.NO_SERVER, records.OTHER_SERVERS, *self._resting)
         return self._ended + sum(self._totals(slot).replies for slot in slots)
 
-    def read(self, expire_ns: int) -> tuple[tuple[ServerCount, ...], ServerCount]:
-        """Return each server, and the sum of those without a slot. Servers that were quiet for ``expire_ns`` expire."""
-        now = time.monotonic()
+    def read(self, expire_ns: int) -> tuple[tuple[ServerCount, ...], ServerCount, int]:
+        """Return each server, the sum of those without a slot, and `checked`. Servers that were quiet for ``expire_ns``
+        expire.
+        """
+        now, checked = time.monotonic(), self._without_server()
         fresh = now - self._counted_at >= WAITING_SECONDS
         if fresh:
             self._counted_at = now
@@ -75,6 +79,7 @@ class ServerCounter:
         for key, server in self._servers():
             self._pace()
             totals = self._totals(server.slot)
+            checked += totals.replies
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = _Known(server, totals, now)
@@ -90,7 +95,7 @@ class ServerCounter:
             self._other_unanswered = max(self._other_unanswered, unanswered)
         servers = tuple(_count(known.server, known.totals, known.unanswered) for known in self._known.values())
         nothing = records.CountedServer(0, "::", 0, 0, 0, records.OTHER_SERVERS)
-        return servers, _count(nothing, other, self._other_unanswered)
+        return servers, _count(nothing, other, self._other_unanswered), checked
 
     def _servers(self) -> Iterator[tuple[bytes, records.CountedServer]]:
         for key, value in bpf.map_items(self._maps["servers"], records.SERVER_KEY_BYTES, records.SERVER_BYTES):
