@@ -49,6 +49,17 @@ class Page:
             break_on_hyphens=False,
         )
 
+    def item(self, text: str, marked: bool) -> None:
+        """Add wrapped text as an item of a list; ``!`` marks what is wrong."""
+        self._lines += textwrap.wrap(
+            text,
+            WIDTH,
+            initial_indent="! " if marked else "- ",
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
     def verbatim(self, text: str) -> None:
         """Add lines for the user to copy, unwrapped, with a blank line before and after."""
         self._lines += ["", *(f"      {line}".rstrip() for line in text.splitlines()), ""]

@@ -19,7 +19,7 @@ ALLOWED = {
     "servers": {"model", "errors", "kernel", "attribution"},
     # udpwatch: of dns/
     "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "servers", "udpwatch"},
-    "client": {"model", "errors", "daemon", "testing"},
+    "client": {"model", "errors", "daemon", "servers", "testing"},
     "testing": {"errors", "kernel"},
     "commands": {
         *("model", "errors", "config", "kernel", "sources", "servers", "daemon", "client", "testing", "udpwatch"),

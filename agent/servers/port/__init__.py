@@ -1,0 +1,1 @@
+"""Why UDP to one port does not work: look (the kernel), case and statements (pure)."""

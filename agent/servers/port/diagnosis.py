@@ -1,0 +1,54 @@
+"""Say what is known about a port, in the order in which one would look. Pure: facts in, statements out.
+
+A statement repeats what the kernel reported. `Statement.wrong` is set only where a datagram was lost, or where one
+would have to be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from udpwatch.agent.servers.port import delivery, listening
+from udpwatch.agent.servers.port.case import Case
+from udpwatch.agent.servers.port.facts import Look, NamespaceFacts
+from udpwatch.agent.servers.port.replies import replies
+from udpwatch.agent.servers.port.statements import Kind, Statement, several
+
+
+def diagnose(look: Look) -> list[Statement]:
+    """Return what is known about the port."""
+    served = [each for each in look.namespaces if each.sockets]
+    found = list(_everywhere(look, served))
+    for facts in look.namespaces:
+        told = _statements(Case(look, facts), served)
+        found += [replace(each, namespace=facts.name, netns=facts.inode) for each in told]
+    return found
+
+
+def _everywhere(look: Look, served: list[NamespaceFacts]) -> Iterator[Statement]:
+    """What concerns no single namespace."""
+    if look.asked and not any(look.asked in each.local for each in look.namespaces):
+        known = several(address for each in look.namespaces if each.sockets or each.here for address in each.addresses)
+        text = f"{look.asked} is not an address of this machine. Ask one of its addresses ({known}), or add this one."
+        yield Statement(Kind.NOT_LOCAL, True, text, f"ip address add {look.asked} dev DEVICE")
+
+
+def _statements(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]:
+    facts = case.facts
+    if facts.sockets:
+        yield from listening.listeners(case)
+    elif facts.here or case.local or (case.look.asked and case.look.asked in facts.local):
+        yield from listening.no_listener(case, served)
+    yield from listening.refusals(case)
+    yield from listening.addresses(case)
+    yield from delivery.receive_buffer(case)
+    yield from delivery.not_read(case)
+    causes = list(delivery.causes(case))
+    yield from causes
+    explained = any(each.wrong for each in causes)
+    if case.lost and not explained:
+        yield delivery.lost(case)
+    yield from delivery.redirected(case)
+    if facts.sockets:
+        yield from replies(case, explained)

@@ -1,0 +1,114 @@
+"""What `udpwatch explain PORT` knows about a port: the kernel's own words, read twice with a few seconds between."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import ip_address
+
+from udpwatch.agent.kernel.packet_tap import Conversation, Traffic
+from udpwatch.agent.model import ConntrackHealth, Server, UdpSocket
+from udpwatch.agent.servers.counters import NetworkCounters
+from udpwatch.agent.servers.port.firewall import Firewall
+
+_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104
+
+
+class Mismatch(StrEnum):
+    """Why the kernel does not deliver a request to a socket with the right port."""
+
+    ADDRESS = "address"
+    FAMILY = "family"
+    ONLY_IPV6 = "only-ipv6"
+    DEVICE = "device"
+    PEER = "peer"
+
+
+@dataclass(frozen=True, slots=True)
+class SocketFacts:
+    """A socket bound to the port."""
+
+    socket: UdpSocket  # at the end of the look
+    device: str = ""  # name of the interface it is bound to
+    drops: int | None = None  # in the look
+    waiting: float = 0.0  # seconds that its receive buffer has held datagrams and has not become shorter
+    state: str = ""  # of its process, as in ps(1): R, S, D, T, Z; "": unknown
+    container: str = ""  # name or short id
+
+    @property
+    def is_kernels(self) -> bool:
+        """Whether the kernel itself receives on it (WireGuard, VXLAN)."""
+        return not self.socket.inode and not self.socket.pid
+
+
+@dataclass(frozen=True, slots=True)
+class NamespaceFacts:
+    """One network namespace."""
+
+    name: str  # for people
+    inode: int
+    here: bool  # udpwatch runs in it
+    sockets: tuple[SocketFacts, ...] = ()
+    local: frozenset[str] = frozenset()  # which of the asked addresses are local here
+    addresses: tuple[str, ...] = ()  # its addresses other than the loopback's
+    counters: NetworkCounters | None = None  # increase in the look; None: could not be read
+    conntrack: ConntrackHealth | None = None  # at the end
+    conntrack_before: ConntrackHealth | None = None
+    traffic: Traffic | None = None  # None: not watched
+    firewall: Firewall | None = None  # at the end
+    firewall_before: Firewall | None = None
+    tcp: bool = False  # a TCP socket listens on the port
+    buffer_default: int | None = None  # net.core.rmem_default
+    buffer_max: int | None = None  # net.core.rmem_max
+    servers: tuple[tuple[Server | None, Server], ...] = ()  # before and after, from a running agent
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Everything that was seen of one port."""
+
+    port: int
+    seconds: float
+    namespaces: tuple[NamespaceFacts, ...]  # those with a socket first, then the one udpwatch runs in
+    asked: str = ""  # the address of --address
+    unseen: tuple[str, ...] = ()  # what could not be looked at, and why
+
+
+def mismatch(facts: SocketFacts, request: Conversation) -> Mismatch | None:
+    """Return why the kernel does not give a request to a socket; None: it does."""
+    sock = facts.socket
+    found = family_mismatch(sock, request.address)
+    if found:
+        return found
+    bound = plain(sock.address)
+    if bound not in _WILDCARDS and bound != plain(request.address):
+        return Mismatch.ADDRESS
+    if facts.device and facts.device != request.device:
+        return Mismatch.DEVICE
+    if sock.peer and (plain(sock.peer), sock.peer_port) != (plain(request.peer), request.peer_port):
+        return Mismatch.PEER
+    return None
+
+
+def family_mismatch(sock: UdpSocket, address: str) -> Mismatch | None:
+    """Return why a socket does not serve the family of an address."""
+    if ":" in address:
+        return None if sock.family == 6 and not sock.address.startswith("::ffff:") else Mismatch.FAMILY
+    if sock.family == 4:
+        return None
+    if sock.only_ipv6:
+        return Mismatch.ONLY_IPV6
+    return None if sock.address == "::" or sock.address.startswith("::ffff:") else Mismatch.FAMILY
+
+
+def is_wildcard(sock: UdpSocket) -> bool:
+    return sock.address in _WILDCARDS
+
+
+def is_loopback(address: str) -> bool:
+    return ip_address(plain(address)).is_loopback
+
+
+def plain(address: str) -> str:
+    """Return an IPv4-mapped address as IPv4, without a zone."""
+    return address.partition("%")[0].removeprefix("::ffff:") if "." in address else address.partition("%")[0]

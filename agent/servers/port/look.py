@@ -1,0 +1,319 @@
+"""Look at one port for a few seconds: everything of `facts.Look`, read twice, and the datagrams at the devices.
+
+Rules
+1. The counters are read before the first datagram is counted and again after the last: what a socket took in while
+   datagrams were counted is part of their increase.
+2. Bounded: MAX_WATCHED namespaces are watched, those with a socket first; of others, only the sockets are known.
+3. What may not be read is a line in `Look.unseen`, never an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from udpwatch.agent.kernel import netns
+from udpwatch.agent.kernel.interfaces import addresses
+from udpwatch.agent.kernel.packet_tap import Tap, Traffic
+from udpwatch.agent.kernel.routes import route_to
+from udpwatch.agent.model import ConntrackHealth, Server, UdpSocket
+from udpwatch.agent.servers.counters import NetworkCounters, conntrack_health, network_counters
+from udpwatch.agent.servers.port import firewall
+from udpwatch.agent.servers.port.facts import Look, NamespaceFacts, SocketFacts
+from udpwatch.agent.servers.port.firewall import Firewall
+from udpwatch.agent.servers.port.places import Place, Places, container_of, places
+
+MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
+MAX_ADDRESSES = 512  # of a namespace
+SETTLE_SECONDS = 0.05  # until a datagram that passed a device has reached its socket
+_STEP_SECONDS = 0.02
+_SAMPLE_SECONDS = 0.2
+_LISTEN = "0A"  # in /proc/net/tcp
+
+#: returns all bound UDP sockets
+ListSockets = Callable[[], Sequence[UdpSocket]]
+#: returns the agent's servers; None: there is no agent
+ListServers = Callable[[], Sequence[Server] | None]
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A namespace while it is watched."""
+
+    place: Place
+    fd: int
+    before: NetworkCounters | None = None
+    conntrack: ConntrackHealth | None = None
+    rules: Firewall | None = None
+    tap: Tap | None = None
+    waiting: dict[int, tuple[int, float]] = field(default_factory=dict)  # inode -> (queue, waiting since)
+
+
+class Looker:
+    """Looks at a port once."""
+
+    def __init__(self, port: int, asked: str, sockets: ListSockets, servers: ListServers) -> None:
+        """``asked``: the address that clients ask, "" if unknown."""
+        self._port, self._asked = port, asked
+        self._list_sockets, self._list_servers = sockets, servers
+        self._unseen: list[str] = []
+
+    def look(self, seconds: float) -> Look:
+        """Watch the port for so long. Raises OSError if not even this namespace can be read."""
+        before = [each for each in self._list_sockets() if each.port == self._port]
+        servers = self._list_servers()
+        found = places()
+        chosen = self._choose(found, {each.netns for each in before})
+        with contextlib.ExitStack() as held:
+            watched = list(self._open(chosen, held))
+            for each in watched:
+                self._begin(each, held)
+            self._wait(watched, seconds)
+            traffic = {each.place.inode: each.tap.finish() for each in watched if each.tap}
+            time.sleep(SETTLE_SECONDS)
+            after = [each for each in self._list_sockets() if each.port == self._port]
+            pairs = _server_pairs(servers, self._list_servers() if servers is not None else None, self._port)
+            facts = [self._finish(each, traffic.get(each.place.inode), before, after, pairs) for each in watched]
+        seen = {each.inode for each in facts}
+        facts += [_unwatched(place, after) for place in found.found if place.inode not in seen]
+        facts = [each for each in facts if each.sockets or each.inode in seen]
+        self._note_places(found, {each.netns for each in after})
+        facts.sort(key=lambda each: (not each.sockets, not each.here, each.name))
+        return Look(self._port, seconds, tuple(facts), self._asked, tuple(dict.fromkeys(self._unseen)))
+
+    def _choose(self, found: Places, serving: set[int]) -> list[Place]:
+        """Return the namespaces to watch: this one, those with a socket, then others."""
+        asked = {each.inode for each in found.found if self._is_asked(each)}
+        order = sorted(found.found, key=lambda each: (not each.here, each.inode not in serving | asked))
+        if any(each.inode in serving for each in order):
+            order = [each for each in order if each.here or each.inode in serving | asked]
+        if len(order) > MAX_WATCHED:
+            self._unseen.append(f"{len(order) - MAX_WATCHED} more network namespaces were not watched")
+        return order[:MAX_WATCHED]
+
+    def _is_asked(self, place: Place) -> bool:
+        if not self._asked:
+            return False
+        with contextlib.suppress(OSError), _opened(place.path) as fd, netns.entered(fd):
+            route = route_to(self._asked)
+            return route is not None and route.is_local
+        return False
+
+    def _open(self, chosen: list[Place], held: contextlib.ExitStack) -> Iterator[_Watched]:
+        for place in chosen:
+            try:
+                fd = held.enter_context(_opened(place.path))
+                with netns.entered(fd):
+                    yield _Watched(place, fd)
+            except OSError as error:
+                self._unseen.append(f"{place.name}: cannot enter it ({_reason(error, 'CAP_SYS_ADMIN')})")
+
+    def _begin(self, each: _Watched, held: contextlib.ExitStack) -> None:
+        with netns.entered(each.fd):
+            each.rules = firewall.read(self._port)
+            self._unseen += each.rules.unread
+            each.before, each.conntrack = self._counters(), conntrack_health()
+            try:
+                each.tap = held.enter_context(Tap(self._port))
+            except OSError as error:
+                reason = _reason(error, "CAP_NET_RAW")
+                self._unseen.append(f"datagrams were not counted at the devices of {each.place.name} ({reason})")
+
+    def _counters(self) -> NetworkCounters | None:
+        try:
+            return network_counters()
+        except (OSError, ValueError) as error:
+            self._unseen.append(f"/proc/net/snmp cannot be read: {error}")
+            return None
+
+    def _wait(self, watched: list[_Watched], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        sample = 0.0
+        while (now := time.monotonic()) < end:
+            for each in watched:
+                if each.tap:
+                    each.tap.read()
+            if now >= sample:
+                for each in watched:
+                    self._sample(each, now)
+                sample = now + _SAMPLE_SECONDS
+            time.sleep(max(min(_STEP_SECONDS, end - time.monotonic()), 0))
+
+    def _sample(self, each: _Watched, now: float) -> None:
+        """Note since when each receive buffer has not become shorter."""
+        with contextlib.suppress(OSError), netns.entered(each.fd):
+            for inode, queue in _queues(self._port):
+                length, since = each.waiting.get(inode, (0, now))
+                each.waiting[inode] = queue, since if queue >= length > 0 else now
+
+    def _finish(
+        self,
+        each: _Watched,
+        traffic: Traffic | None,
+        before: Sequence[UdpSocket],
+        after: Sequence[UdpSocket],
+        pairs: Sequence[tuple[Server | None, Server]],
+    ) -> NamespaceFacts:
+        inode = each.place.inode
+        drops = {_identity(sock): sock.drops for sock in before}
+        now = time.monotonic()
+        with netns.entered(each.fd):
+            increase = self._counters()
+            self._sample(each, now)
+            sockets = tuple(
+                _socket_facts(sock, drops.get(_identity(sock)), _waiting(each.waiting, sock, now))
+                for sock in after
+                if sock.netns == inode
+            )
+            asked = {conversation.address for conversation in traffic.conversations} if traffic else set()
+            return NamespaceFacts(
+                name=each.place.name,
+                inode=inode,
+                here=each.place.here,
+                sockets=sockets,
+                local=frozenset(_local(asked | ({self._asked} if self._asked else set()))),
+                addresses=tuple(_addresses()),
+                counters=increase - each.before if increase and each.before else None,
+                conntrack=conntrack_health(),
+                conntrack_before=each.conntrack,
+                traffic=traffic,
+                firewall=firewall.read(self._port),
+                firewall_before=each.rules,
+                tcp=not sockets and _has_tcp_listener(self._port),
+                buffer_default=_sysctl("net/core/rmem_default"),
+                buffer_max=_sysctl("net/core/rmem_max"),
+                servers=tuple(pair for pair in pairs if pair[1].netns == inode),
+            )
+
+    def _note_places(self, found: Places, serving: set[int]) -> None:
+        known = {each.inode for each in found.found}
+        if found.hidden:
+            self._unseen.append(f"the network namespaces of {found.hidden} processes that this user may not open")
+        if serving - known - {0}:
+            self._unseen.append(f"{len(serving - known - {0})} network namespaces without a process or a name")
+
+
+def _unwatched(place: Place, sockets: Sequence[UdpSocket]) -> NamespaceFacts:
+    own = tuple(_socket_facts(sock, None, 0.0) for sock in sockets if sock.netns == place.inode)
+    return NamespaceFacts(place.name, place.inode, place.here, own)
+
+
+def _socket_facts(sock: UdpSocket, drops: int | None, waiting: float) -> SocketFacts:
+    """Complete a socket of the list in the namespace of the calling thread."""
+    device = ""
+    if sock.device:
+        with contextlib.suppress(OSError):
+            device = socket.if_indextoname(sock.device)
+        device = device or str(sock.device)
+    return SocketFacts(
+        socket=sock,
+        device=device,
+        drops=None if sock.drops is None or drops is None else sock.drops - drops,
+        waiting=waiting,
+        state=_state(sock.pid),
+        container=container_of(sock.pid) if sock.pid else "",
+    )
+
+
+def _identity(sock: UdpSocket) -> tuple[int, ...]:
+    return (sock.inode,) if sock.inode else (0, sock.netns, sock.family, sock.port)
+
+
+def _waiting(samples: dict[int, tuple[int, float]], sock: UdpSocket, now: float) -> float:
+    queue, since = samples.get(sock.inode, (0, now))
+    return now - since if queue else 0.0
+
+
+def _server_pairs(
+    before: Iterable[Server] | None, after: Iterable[Server] | None, port: int
+) -> list[tuple[Server | None, Server]]:
+    """Return the agent's servers of the port, each with its earlier counts."""
+
+    def key(server: Server) -> tuple[object, ...]:
+        return server.netns, server.sender.process, server.sender.container
+
+    old = {key(each): each for each in before or () if each.port == port}
+    return [(old.get(key(each)), each) for each in after or () if each.port == port]
+
+
+def _state(pid: int) -> str:
+    """Return the state of a process as in ps(1), or ""."""
+    if not pid:
+        return ""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _queues(port: int) -> Iterator[tuple[int, int]]:
+    """Yield (inode, octets in the receive buffer) of the port's sockets in the namespace of the calling thread."""
+    wanted = f":{port:04X}"
+    for name in ("udp", "udp6"):
+        with contextlib.suppress(OSError), Path("/proc/thread-self/net", name).open() as lines:
+            for line in lines:
+                words = line.split()
+                if len(words) > 9 and words[1].endswith(wanted):
+                    yield int(words[9]), int(words[4].partition(":")[2], 16)
+
+
+def _has_tcp_listener(port: int) -> bool:
+    """Return whether a TCP socket listens on the port in the namespace of the calling thread."""
+    wanted = f":{port:04X}"
+    for name in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError), Path("/proc/thread-self/net", name).open() as lines:
+            next(lines, "")
+            for line in lines:
+                words = line.split()
+                if words[3] != _LISTEN:  # the kernel lists those that listen first
+                    break
+                if words[1].endswith(wanted):
+                    return True
+    return False
+
+
+def _local(addresses: Iterable[str]) -> Iterator[str]:
+    """Yield those that are local in the namespace of the calling thread."""
+    for address in addresses:
+        route = route_to(address)
+        if route is not None and route.is_local:
+            yield address
+
+
+def _addresses() -> list[str]:
+    """Return the addresses of the namespace of the calling thread; without loopback's and link-local ones."""
+    try:
+        found = [each.address for each in addresses(MAX_ADDRESSES)]
+    except OSError:
+        return []
+    parsed = map(ipaddress.ip_address, found)
+    return [str(each) for each in parsed if not each.is_loopback and not each.is_link_local]
+
+
+def _sysctl(name: str) -> int | None:
+    try:
+        return int(Path("/proc/sys", name).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _reason(error: OSError, capability: str) -> str:
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return f"needs {capability}; run this as root"
+    return error.strerror or str(error)
