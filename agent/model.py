@@ -214,6 +214,7 @@ class Server:
     risk: Risk
     first: float  # seconds since the epoch
     last: float  # of its last request
+    at_risk: int = 0  # sockets that will reply from the wrong address, or have done so
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,3 +329,4 @@ class Snapshot:
     self_test_passed: bool = True
     servers: tuple[Server, ...] = ()
     other_servers: dict[str, ServerTotals] = field(default_factory=dict)  # of those not listed, by namespace
+    other_at_risk: dict[str, int] = field(default_factory=dict)  # sockets at risk of those, by namespace

@@ -38,6 +38,9 @@ WRONG = f"{MISMATCH}{{{chosen('namespace')}}}"
 NAMED = f'{MISMATCH}{{{chosen("namespace")}, port!="other"}}'
 IN_TIME = grown(WRONG, "$__range")
 NAMED_IN_TIME = grown(NAMED, "$__range")
+#: without the series `other`, which names no server
+AT_RISK = f'udpwatch_sockets_at_risk{{{chosen("namespace")}, port!="other"}}'
+AT_RISK_LABELS = "namespace, container, process, port"
 BLIND = (
     f'min by ({WHERE}) (udpwatch_probe_attached{{{SCOPE}, probe=~"ingress|egress"}}) == 0'
     f" or min by ({WHERE}) (udpwatch_self_test_passed{{{SCOPE}}}) == 0"
@@ -195,6 +198,29 @@ def dashboard() -> Dashboard:
             only="wrong replies",
             sort="wrong replies",
             height=12,
+        ),
+        Row("At risk"),
+        lines(
+            "Servers at risk by node",
+            "Servers with sockets that reply from another address than the one that some clients ask, by their options "
+            "and the node's routes. `udpwatch audit` on the node prints the addresses and the clients.",
+            "short",
+            (f"count by ({WHERE}) (sum by ({WHERE}, {SERVER_LABELS}) ({AT_RISK}) > 0)", WHERE_LEGEND),
+        ),
+        rows(
+            "Servers at risk",
+            "Servers that will reply from the wrong address, or have done so, by the number of their nodes. A click "
+            "opens the server.",
+            AT_RISK_LABELS,
+            Column(
+                "nodes", f"count by ({AT_RISK_LABELS}) (sum by ({WHERE}, {AT_RISK_LABELS}) ({AT_RISK}) > 0)", width=90
+            ),
+            Column("sockets", f"sum by ({AT_RISK_LABELS}) ({AT_RISK})", width=90),
+            links=[("This server", link(SERVER, "namespace", "process", "port"))],
+            only="nodes",
+            sort="nodes",
+            width=12,
+            height=8,
         ),
         variables=of_culprits("namespace"),
     )

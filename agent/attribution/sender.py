@@ -58,7 +58,9 @@ class _Cached:
 class Senders:
     """Looks up the senders of findings and events."""
 
-    def __init__(self, roots: Roots = Roots(), pace: Callable[[], None] = unpaced) -> None:
+    def __init__(
+        self, roots: Roots = Roots(), pace: Callable[[], None] = unpaced, budget: Budget | None = None
+    ) -> None:
         """``pace`` is called at each lookup, and may pause (cpu.Pace)."""
         self._pace = pace
         self._command_lines = CommandLines()
@@ -67,7 +69,7 @@ class Senders:
         self._runtimes = Runtimes(roots.proc, self._command_lines)
         self._pods = Pods(roots.log)
         self._docker = DockerNames(roots.docker)
-        self._budget = Budget()
+        self._budget = budget or Budget()
         self._cache: TtlCache[_Key, _Cached] = TtlCache(MAX_SENDERS, KEEP_SECONDS)
         self._containers: TtlCache[int, Sender] = TtlCache(MAX_CONTAINERS, KEEP_SECONDS)  # cgroup id -> a sender in it
         self.deferred = 0  # lookups beyond the budget

@@ -113,6 +113,30 @@ def _servers(snapshot: Snapshot) -> Iterator[Metric]:
     for labels, value in queues.items():
         queue.add_metric(labels, value)
     yield queue
+    yield _at_risk(snapshot)
+
+
+def _at_risk(snapshot: Snapshot) -> Metric:
+    sums: dict[tuple[str, ...], int] = {}
+    for server in snapshot.servers:
+        if server.at_risk:
+            sender = server.sender
+            labels: tuple[str, ...] = (sender.process, str(server.port), sender.namespace, sender.pod, sender.container)
+            sums[labels] = sums.get(labels, 0) + server.at_risk
+    for namespace, count in ({"": 0} | snapshot.other_at_risk).items():
+        if count or not namespace:
+            labels = tuple((namespace or OTHER) if name == "namespace" else OTHER for name in SERVER_LABELS)
+            sums[labels] = sums.get(labels, 0) + count
+    at_risk = GaugeMetricFamily(
+        "udpwatch_sockets_at_risk",
+        "UDP sockets of this server that reply from a different address than the one that some clients ask, by their "
+        "options and the node's routes, or because they have done so. `udpwatch audit` lists the addresses and the "
+        "clients. A server without such sockets has no series.",
+        labels=SERVER_LABELS,
+    )
+    for labels, count in sums.items():
+        at_risk.add_metric(labels, count)
+    return at_risk
 
 
 def _lost(snapshot: Snapshot) -> Metric:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from udpwatch.agent.model import Risk, Row, Sample, Sender, Server, ServerCount, ServerTotals, UdpSocket
+from udpwatch.agent.servers.audit import AT_RISK
+from udpwatch.agent.servers.audit import ORDER as RISK_ORDER
 
 READ_SECONDS = 2.0
 SENDER_SECONDS = 10.0  # how often the sender of a server is looked up again
@@ -218,6 +220,7 @@ class Servers:
             counts.add(entry.counts)
         sockets = [each for entry in group for each in entry.sockets]
         newest = max(group, key=lambda entry: entry.last)
+        risks = [self._risk_of.get(socket_id(each), Risk.UNKNOWN) for each in sockets]
         return Server(
             sender=newest.sender,
             port=newest.place[2],
@@ -231,10 +234,20 @@ class Servers:
             queue=_sum(each.queue for each in sockets),
             queue_limit=_sum(each.queue_limit for each in sockets),
             pktinfo=_pktinfo(sockets),
-            risk=Risk.WRONG if wrong else _worst(self._risk_of.get(socket_id(each), Risk.UNKNOWN) for each in sockets),
+            risk=Risk.WRONG if wrong else min(risks, key=RISK_ORDER.index, default=Risk.UNKNOWN),
             first=min(entry.first for entry in group),
             last=newest.last,
+            at_risk=max(sum(risk in AT_RISK for risk in risks), 1 if wrong else 0),
         )
+
+    def other_at_risk(self) -> dict[str, int]:
+        """Return how many sockets of servers that are not listed are at risk, by namespace; "": none or unknown."""
+        found: Counter[str] = Counter()
+        for entry in self._entries.values():
+            if not entry.tenant:
+                namespace = entry.sender.namespace if entry.sender.namespace in self.other else ""
+                found[namespace] += sum(self._risk_of.get(socket_id(each)) in AT_RISK for each in entry.sockets)
+        return dict(found)
 
 
 def socket_id(each: UdpSocket) -> int:
@@ -292,10 +305,3 @@ def _has_pktinfo(each: UdpSocket) -> bool | None:
     if each.pktinfo6 is None or (not each.only_ipv6 and each.pktinfo is None):
         return None
     return each.pktinfo6 and (each.only_ipv6 or bool(each.pktinfo))
-
-
-_ORDER = (Risk.WRONG, Risk.VIRTUAL, Risk.POSSIBLE, Risk.UNKNOWN, Risk.NONE)
-
-
-def _worst(risks: Iterable[Risk]) -> Risk:
-    return min(risks, key=_ORDER.index, default=Risk.UNKNOWN)

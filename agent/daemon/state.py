@@ -18,6 +18,7 @@ from typing import Protocol
 
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, Sender, Snapshot, Verdict
+from udpwatch.agent.servers.namespaces import Risks
 
 #: Every stage where events or replies can be lost, and what is lost there. Metrics show each from the start.
 LOSS_STAGES = {
@@ -100,7 +101,7 @@ class State:
         max_servers: int = 500,
     ) -> None:
         self._about = about
-        self._servers = Servers(max_servers, senders, lambda sockets: {})
+        self._servers = Servers(max_servers, senders, Risks())
         self._senders = senders
         self._next_check = 0.0
         self._max_series = max_series
@@ -253,6 +254,7 @@ class State:
             self_test_passed=self_test_passed,
             servers=self._servers.listed(rows),
             other_servers={namespace: replace(totals) for namespace, totals in self._servers.other.items()},
+            other_at_risk=self._servers.other_at_risk(),
         )
 
 

@@ -97,8 +97,10 @@ SNAPSHOT = Snapshot(
             risk=Risk.WRONG,
             first=1_800_000_000.0,
             last=1_800_000_050.0,
+            at_risk=1,
         ),
     ),
+    other_at_risk={"shop": 2},
     other_servers={"shop": ServerTotals(5, 4, 1, 0)},
 )
 EVENTS = (

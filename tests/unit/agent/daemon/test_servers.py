@@ -194,3 +194,24 @@ def test_pktinfo_is_that_of_every_wildcard_socket(sockets: list[UdpSocket], expe
 
 def test_socket_without_a_cookie_is_known_by_its_file() -> None:
     assert socket_id(opened(cookie=0, inode=9)) == 9
+
+
+def test_sockets_at_risk_are_counted() -> None:
+    case = Case(risks={1: Risk.VIRTUAL, 2: Risk.POSSIBLE, 3: Risk.NONE, 4: Risk.UNKNOWN})
+    case.add(sockets=[opened(cookie=number) for number in range(1, 5)])
+    assert case.one().at_risk == 2
+    assert case.one(row()).at_risk == 2
+
+
+def test_server_with_wrong_replies_is_at_risk_whatever_its_sockets_have_set() -> None:
+    case = Case(risks={53: Risk.NONE})
+    case.add(sockets=[opened(pktinfo=True)])
+    assert case.one().at_risk == 0
+    assert case.one(row()).at_risk == 1
+
+
+def test_sockets_at_risk_beyond_the_limit_count_under_other() -> None:
+    case = Case(1, dict.fromkeys((1, 2, 3), Risk.VIRTUAL))
+    case.add(sockets=[opened(port, cgroup=2) for port in (1, 2, 3)])
+    assert len(case.ports()) == 1
+    assert case.servers.other_at_risk() == {"ns2": 2}

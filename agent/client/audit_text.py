@@ -1,0 +1,213 @@
+"""Format the output of `udpwatch audit`: text in 80 columns, or one JSON object."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from udpwatch.agent.client.explain import advice, advice_object
+from udpwatch.agent.client.lines import safe
+from udpwatch.agent.model import Cause, Risk, Row, Sender, Verdict
+from udpwatch.agent.servers.audit import AT_RISK, ORDER, ServerRisk, WrongReply
+from udpwatch.agent.servers.networks import PeerKind, Peers
+
+WIDTH = 79
+MAX_SENTENCES = 6  # of one server
+_LABEL = 10
+_SHOWN = 3  # addresses in a sentence
+_COLOURS = {Risk.WRONG: "31", Risk.VIRTUAL: "33", Risk.POSSIBLE: "33", Risk.UNKNOWN: "35", Risk.NONE: "32"}
+
+
+def report_text(servers: Sequence[ServerRisk], everything: bool, colour: bool) -> str:
+    """Describe the servers at risk and the unknown ones; with ``everything``, list the others too."""
+    lines = [summary(servers)]
+    advised: dict[tuple[str, str], str] = {}
+    for server in servers:
+        if server.risk is not Risk.NONE:
+            lines += ["", *_head(server, colour), *_body(server), *_advice(server, advised)]
+    others = [server for server in servers if server.risk is Risk.NONE]
+    if everything and others:
+        lines += ["", "Not at risk:", *(line for server in others for line in _line(server))]
+    return "\n".join(lines)
+
+
+def summary(servers: Sequence[ServerRisk]) -> str:
+    """Return one sentence with the number of servers at risk."""
+    counts = Counter(server.risk for server in servers)
+    at_risk = sum(counts[risk] for risk in AT_RISK)
+    total = f"{len(servers)} UDP server{'s' if len(servers) != 1 else ''}"
+    parts = ", ".join(f"{counts[risk]} {risk}" for risk in AT_RISK if counts[risk])
+    sentence = f"{at_risk} of {total} {'is' if at_risk == 1 else 'are'} at risk{f': {parts}' if parts else ''}."
+    return sentence + (f" Unknown: {counts[Risk.UNKNOWN]}." if counts[Risk.UNKNOWN] else "")
+
+
+def report_object(servers: Sequence[ServerRisk], notes: Sequence[str], everything: bool) -> dict[str, Any]:
+    """Return the report as a JSON object."""
+    counts = Counter(server.risk for server in servers)
+    shown = [server for server in servers if everything or server.risk is not Risk.NONE]
+    return {
+        "counts": {str(risk): counts[risk] for risk in ORDER},
+        "notes": list(notes),
+        "servers": [_object(server) for server in shown],
+    }
+
+
+def _object(server: ServerRisk) -> dict[str, Any]:
+    sender = server.sender
+    return {
+        "risk": str(server.risk),
+        "reason": server.reason or None,
+        "process": sender.process or None,
+        "pid": sender.pid or None,
+        "executable": sender.executable or None,
+        "namespace": sender.namespace or None,
+        "pod": sender.pod or None,
+        "container": sender.container or None,
+        "netns": server.netns or None,
+        "port": server.port,
+        "bound": list(server.bound),
+        "sockets": server.sockets,
+        "sockets_at_risk": server.at_risk,
+        "pktinfo": server.pktinfo,
+        "addresses": list(server.addresses),
+        "wrong": [_wrong_object(reply) for reply in server.wrong],
+        "wrong_not_listed": server.more,
+        "seen": [{"expected": row.expected, "actual": row.actual, "count": row.count} for row in server.seen],
+        "remedy": advice_object(advice(_row(server))) if server.risk in AT_RISK else None,
+    }
+
+
+def _wrong_object(reply: WrongReply) -> dict[str, Any]:
+    peers = reply.peers
+    return {
+        "asked": reply.address,
+        "risk": str(reply.risk),
+        "peers": str(peers.kind) if peers else "host",
+        "network": peers.network if peers else None,
+        "interface": peers.interface if peers else "lo",
+        "replies_from": list(reply.sources),
+        "always": not reply.sometimes,
+    }
+
+
+def _row(server: ServerRisk) -> Row:
+    """Return a finding as it was seen, or as it will be, for `explain.advice`."""
+    if server.seen:
+        return server.seen[0]
+    reply = server.wrong[0]
+    verdict, cause = str(Verdict.UNKNOWN), str(Cause.KERNEL_CHOSEN)
+    return Row(server.sender, server.port, reply.address, reply.sources[0], verdict, cause, reply.family, 0, 0, 0)
+
+
+def name_of(sender: Sender) -> str:
+    """Name the process with its pod or container."""
+    name = safe(sender.process) if sender.process not in ("", "unknown") else "unknown process"
+    if sender.pid:
+        name += f" (pid {sender.pid})"
+    if sender.pod:
+        return f"{name} in pod {safe(f'{sender.namespace}/{sender.pod}' if sender.namespace else sender.pod)}"
+    return f"{name} in container {safe(sender.container)}" if sender.container else name
+
+
+def _title(server: ServerRisk) -> str:
+    return f"{name_of(server.sender)}, port {server.port}/udp"
+
+
+def _head(server: ServerRisk, colour: bool) -> list[str]:
+    label = f"{server.risk:<{_LABEL}}"
+    if colour:
+        label = f"\x1b[1;{_COLOURS[server.risk]}m{label}\x1b[0m"
+    first, *more = textwrap.wrap(_title(server), WIDTH - _LABEL, break_on_hyphens=False) or [""]
+    return [label + first, *(" " * _LABEL + line for line in more)]
+
+
+def _body(server: ServerRisk) -> list[str]:
+    bound = f"Bound to {' and '.join(server.bound)}{f' by {server.sockets} sockets' if server.sockets > 1 else ''}"
+    has_pktinfo = {True: ", with PKTINFO", False: ", without PKTINFO", None: ""}[server.pktinfo]
+    sentences = [f"{bound}{has_pktinfo}{f': {server.reason}' if server.reason else ''}."]
+    seen = sorted(server.seen, key=lambda row: -row.count)
+    sentences += [
+        f"Seen: asked at {row.expected}, it replied from {row.actual} {_times(row.count)}."
+        for row in seen[:MAX_SENTENCES]
+    ]
+    predicted = _predictions(server)
+    sentences += predicted[:MAX_SENTENCES]
+    left_out = max(0, len(seen) - MAX_SENTENCES) + max(0, len(predicted) - MAX_SENTENCES)
+    if left_out or server.more:
+        sentences.append("There is more: see --json.")
+    return [line for sentence in sentences for line in _paragraph(sentence)]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
+
+
+def _predictions(server: ServerRisk) -> list[str]:
+    """Return a sentence for each group of peers with the same wrong source."""
+    groups: dict[tuple[Peers | None, tuple[str, ...], bool], list[str]] = {}
+    for reply in server.wrong:
+        groups.setdefault((reply.peers, reply.sources, reply.sometimes), []).append(reply.address)
+    found = []
+    for (peers, sources, sometimes), addresses in groups.items():
+        some = "some of " if sometimes else ""
+        source = _listed(sources, "or")
+        found.append(f"Asked at {_listed(addresses)} by {some}{_peers(peers)}: it replies from {source}.")
+    return found
+
+
+def _peers(peers: Peers | None) -> str:
+    if peers is None:
+        return "clients on this host"
+    on = f" ({safe(peers.interface)})" if peers.interface else ""
+    if peers.kind is PeerKind.DEFAULT:
+        return f"peers on the default route{on}"
+    if peers.kind is PeerKind.CONTAINERS:
+        where = f" on {safe(peers.interface)}" if peers.interface and not peers.more else ""
+        return f"containers{where} ({peers.network}{_more(peers)})"
+    return f"{peers.network}{_more(peers)}{on}"
+
+
+def _more(peers: Peers) -> str:
+    return f" and {peers.more} more network{'s' if peers.more > 1 else ''}" if peers.more else ""
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    if len(words) > _SHOWN + 1:
+        words = [*words[:_SHOWN], f"{len(words) - _SHOWN} more"]
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _advice(server: ServerRisk, advised: dict[tuple[str, str], str]) -> Iterable[str]:
+    if server.risk not in AT_RISK:
+        return
+    fix = advice(_row(server))
+    title = _title(server)
+    if (first := advised.setdefault((fix.do, fix.config), title)) != title:
+        yield from _paragraph(f"Fix: the same as for {first}.")
+        return
+    yield from _paragraph(f"Fix ({fix.server}): {fix.do}" if fix.server else f"Fix: {fix.do}")
+    if fix.config:
+        yield from ("", *(f"{' ' * _LABEL}    {line}".rstrip() for line in fix.config.splitlines()), "")
+    if fix.source:
+        yield f"{' ' * _LABEL}{fix.source}"
+
+
+def _paragraph(text: str) -> list[str]:
+    indent = " " * _LABEL
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _line(server: ServerRisk) -> list[str]:
+    text = f"{_title(server)}, on {_listed(server.bound)}: {server.reason}"
+    return textwrap.wrap(
+        text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )

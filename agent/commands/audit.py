@@ -1,0 +1,127 @@
+"""`udpwatch audit`: which UDP servers of this node will reply from the wrong address, to whom, and how to fix them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from udpwatch.agent.client import audit_text, follow
+from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
+from udpwatch.agent.errors import CannotRun
+from udpwatch.agent.model import Risk, Row, UdpSocket
+from udpwatch.agent.servers.audit import AT_RISK, ServerRisk, families_of, is_server, judge, servers_of
+from udpwatch.agent.servers.held import held_sockets
+from udpwatch.agent.servers.namespaces import read_all, read_of_process
+from udpwatch.agent.servers.networks import Networks
+from udpwatch.agent.servers.owners import owner_key, owners
+
+NOTHING, RISK, CANNOT_TELL = 0, 1, 77
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what to print."""
+    parser.description = (
+        "List the UDP servers of this node that will reply from the wrong address: the addresses, the peers, and how "
+        "to fix them. A running agent adds the wrong replies that it has seen. Needs root."
+    )
+    parser.epilog = (
+        "exit status: 0 no server is at risk, 1 a server is at risk, 2 wrong usage, 77 it cannot be determined here"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (docs/audit.md)")
+    parser.add_argument("--all", action="store_true", help="list the servers that are not at risk, too")
+    parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print the report. Raises UdpwatchError."""
+    rows, notes = _seen(parsed.connect)
+    servers, more_notes = examine(rows)
+    notes += more_notes
+    if parsed.json:
+        print(json.dumps(audit_text.report_object(servers, notes, parsed.all)))
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(audit_text.report_text(servers, parsed.all, colour))
+        sys.stdout.flush()
+        for note in notes:
+            print(f"udpwatch: {note}", file=sys.stderr)
+    if any(server.risk in AT_RISK for server in servers):
+        return RISK
+    return CANNOT_TELL if any(server.risk is Risk.UNKNOWN for server in servers) else NOTHING
+
+
+def examine(rows: Sequence[Row]) -> tuple[list[ServerRisk], list[str]]:
+    """Return the judgement on each server of this node, and what could not be examined. Raises UdpwatchError.
+
+    ``rows``: the agent's findings.
+    """
+    held = held_sockets()
+    if held.closed and not held.sockets:
+        raise CannotRun(
+            f"cannot examine the sockets of {_processes(held.closed)}: CAP_SYS_PTRACE is missing; run this as root"
+        )
+    groups: dict[int, list[UdpSocket]] = {}
+    for each in held.sockets:
+        groups.setdefault(each.netns, []).append(each)
+    networks = _networks(groups)
+    busy = {row.port for row in rows}
+    judged = [each for inode, group in groups.items() for each in judge(group, networks.get(inode), busy)]
+    senders = owners(each.socket for each in judged)
+    servers = servers_of(((each, senders[owner_key(each.socket)]) for each in judged), rows)
+    notes = _notes([each.socket for each in judged], groups, networks)
+    if held.closed:
+        notes.append(f"cannot examine the sockets of {_processes(held.closed)}: run this as root (CAP_SYS_PTRACE)")
+    return servers, notes
+
+
+def _seen(path: str | None) -> tuple[tuple[Row, ...], list[str]]:
+    """Return the findings of the running agent, and a note if there is none. Raises UdpwatchError."""
+    where = Path(path or DEFAULT_SOCKET)
+    try:
+        with follow.translated_errors(where), Client(where) as client:
+            return client.snapshot().rows, []
+    except follow.NoAgent as error:
+        if path:
+            raise
+        reason = "no agent is running" if not where.exists() else str(error)
+        return (), [f"{reason}: wrong replies that servers have already sent are unknown"]
+
+
+def _networks(groups: dict[int, list[UdpSocket]]) -> dict[int, Networks]:
+    """Read the networks of each namespace that has a server."""
+    wanted = {
+        inode: {each.device for each in group}
+        for inode, group in groups.items()
+        if any(families_of(each) and is_server(each) for each in group)
+    }
+    found = read_all(wanted)
+    for inode in wanted.keys() - found.keys():
+        held = next((each for each in groups[inode] if each.pid), None)
+        networks = read_of_process(held.pid, inode, wanted[inode], held.inode) if held else None
+        if networks:
+            found[inode] = networks
+    return found
+
+
+def _notes(
+    servers: Sequence[UdpSocket], groups: dict[int, list[UdpSocket]], networks: dict[int, Networks]
+) -> list[str]:
+    """Return what could not be examined, and what is needed for it."""
+    notes = []
+    hint = "run this as root, outside of a container" if os.geteuid() else "see the table in docs/audit.md"
+    closed = [inode for inode in {each.netns for each in servers if families_of(each)} if inode not in networks]
+    if closed:
+        notes.append(f"cannot read the addresses of {len(closed)} of {len(groups)} network namespaces; {hint}")
+    if blind := sum(bool(families_of(each)) and each.pktinfo is None for each in servers):
+        notes.append(f"cannot read whether PKTINFO is set on {blind} of {len(servers)} sockets; {hint}")
+    if unknown := sum(not each.pid for each in servers):
+        notes.append(f"cannot find the process of {unknown} of {len(servers)} sockets; {hint}")
+    return notes
+
+
+def _processes(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} processes"
