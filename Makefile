@@ -15,7 +15,7 @@ HELM_SHA256 := 210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9
 # Debian 12 has the client in docker.io.
 DOCKER_CLIENT := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo docker-cli)
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack util-linux kmod bind9-dnsutils dnsmasq-base musl-tools \
-	busybox-static docker.io $(DOCKER_CLIENT) containerd podman mmdebstrap systemd tmux jq prometheus
+	busybox-static socat netcat-openbsd docker.io $(DOCKER_CLIENT) containerd podman mmdebstrap systemd tmux jq prometheus
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 

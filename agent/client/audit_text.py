@@ -15,6 +15,7 @@ from udpwatch.agent.servers.networks import PeerKind, Peers
 
 WIDTH = 79
 MAX_SENTENCES = 6  # of one server
+MAX_SERVERS = 50  # with their details
 _LABEL = 10
 _SHOWN = 3  # addresses in a sentence
 _COLOURS = {Risk.WRONG: "31", Risk.VIRTUAL: "33", Risk.POSSIBLE: "33", Risk.UNKNOWN: "35", Risk.NONE: "32"}
@@ -24,9 +25,11 @@ def report_text(servers: Sequence[ServerRisk], everything: bool, colour: bool) -
     """Describe the servers at risk and the unknown ones; with ``everything``, list the others too."""
     lines = [summary(servers)]
     advised: dict[tuple[str, str], str] = {}
-    for server in servers:
-        if server.risk is not Risk.NONE:
-            lines += ["", *_head(server, colour), *_body(server), *_advice(server, advised)]
+    shown = [server for server in servers if server.risk is not Risk.NONE]
+    for server in shown[:MAX_SERVERS]:
+        lines += ["", *_head(server, colour), *_body(server), *_advice(server, advised)]
+    if len(shown) > MAX_SERVERS:
+        lines += ["", f"{len(shown) - MAX_SERVERS} more servers: see --json."]
     others = [server for server in servers if server.risk is Risk.NONE]
     if everything and others:
         lines += ["", "Not at risk:", *(line for server in others for line in _line(server))]
@@ -34,12 +37,11 @@ def report_text(servers: Sequence[ServerRisk], everything: bool, colour: bool) -
 
 
 def summary(servers: Sequence[ServerRisk]) -> str:
-    """Return one sentence with the number of servers at risk."""
+    """Return the number of servers at risk."""
     counts = Counter(server.risk for server in servers)
     at_risk = sum(counts[risk] for risk in AT_RISK)
-    total = f"{len(servers)} UDP server{'s' if len(servers) != 1 else ''}"
     parts = ", ".join(f"{counts[risk]} {risk}" for risk in AT_RISK if counts[risk])
-    sentence = f"{at_risk} of {total} {'is' if at_risk == 1 else 'are'} at risk{f': {parts}' if parts else ''}."
+    sentence = f"At risk: {at_risk} of {len(servers)} UDP servers{f' ({parts})' if parts else ''}."
     return sentence + (f" Unknown: {counts[Risk.UNKNOWN]}." if counts[Risk.UNKNOWN] else "")
 
 

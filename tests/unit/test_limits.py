@@ -19,6 +19,7 @@ REFERENCE = re.compile(r"`((?:agent|dns)/[\w/]+\.py):([\w.]+)`")
 #: What bounds no tenant's doing: formats, what files and settings of the operator's may hold, and the screen.
 NOT_A_TENANTS = {
     "agent/client/audit_text.py:MAX_SENTENCES",
+    "agent/client/audit_text.py:MAX_SERVERS",
     "agent/daemon/http.py:MAX_CLIENTS",
     "agent/attribution/container.py:MAX_DEPTH",
     "agent/attribution/container.py:MAX_PATHS",

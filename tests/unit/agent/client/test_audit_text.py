@@ -91,6 +91,14 @@ def test_many_addresses_are_shortened() -> None:
     assert "Asked at 10.0.0.0, 10.0.0.1, 10.0.0.2 and 6 more by 172.16.13.0/24" in " ".join(text.split())
 
 
+def test_details_of_many_servers_are_left_to_json() -> None:
+    (server,) = [each for each in servers() if each.risk is Risk.VIRTUAL]
+    text = report_text([server] * 53, False, False)
+    assert text.splitlines()[0] == "At risk: 53 of 53 UDP servers (53 virtual)."
+    assert text.endswith("\n\n3 more servers: see --json.")
+    assert len(report_object([server] * 53, [], False)["servers"]) == 53
+
+
 def test_hostile_process_name_is_harmless() -> None:
     evil = Sender("a\x1b[2Jb\n", 1)
     (judged,) = judge([UdpSocket("0.0.0.0", 1, 4, pktinfo=False)], NETWORKS)

@@ -1,0 +1,206 @@
+"""`udpwatch audit` on a node with real programs: what it says before the first packet, and what they then do."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+from agents import Agent, as_nobody, run_cli
+from audited import REPLY_SECONDS, Tally
+from programs import PROGRAMS, Program
+from scene import V4, ask, bound
+from waiting import wait_for
+
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost, Namespace
+
+PORTS = count(21_000)
+PKTINFO = (socket.IPPROTO_IP, servers.IP_PKTINFO, 1)
+
+
+def audit(*arguments: str, status: int | None = None, **options: Any) -> dict[str, Any]:
+    """Run audit; return its JSON."""
+    done = run_cli("audit", "--json", *arguments, **options)
+    assert done.returncode in (0, 1, 77) if status is None else done.returncode == status, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def server_at(port: int, *arguments: str) -> dict[str, Any] | None:
+    """Return what audit says about the servers on a port; None: nothing."""
+    found = [each for each in audit("--all", *arguments)["servers"] if each["port"] == port]
+    assert len(found) <= 1, found
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def running(node: Namespace, program: Program, folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a program on the node until it is asked to stop."""
+    path = shutil.which(program.executable) or shutil.which(program.executable, path="/usr/sbin:/sbin")
+    if not path:
+        pytest.skip(f"needs {program.executable}: apt-get install {program.package}")
+    process = subprocess.Popen(
+        [path, *program.configure(folder, port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=node.enter_in_child,
+    )
+    try:
+        if program.once:
+            assert process.stdin
+            process.stdin.write(b"reply\n")
+            process.stdin.flush()
+        wait_for(lambda: f":{port} " in node.run(["ss", "-Hlun"]) or process.poll(), f"{program.name} to listen")
+        assert process.poll() is None
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def source_of_reply(client: Namespace, address: str, port: int, request: bytes) -> str:
+    """Ask a server; return the source of its reply, or "" without one."""
+    with client.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as asking:
+        for seconds in REPLY_SECONDS:
+            asking.settimeout(seconds)
+            with contextlib.suppress(OSError):
+                asking.sendto(request, (address, port))
+                source: str = asking.recvfrom(1000)[1][0]
+                return source
+    return ""
+
+
+@pytest.fixture(scope="module")
+def tally(request: pytest.FixtureRequest) -> Iterator[Tally]:
+    """Count all programs, and print precision and recall at the end."""
+    counted = Tally()
+    yield counted
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\naudit, real programs: {counted}")
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_verdict_before_the_first_packet_is_what_the_program_does(
+    host: ContainerHost, tmp_path: Path, program: Program, tally: Tally
+) -> None:
+    port = next(PORTS)
+    addresses = (host.ETH0, "172.16.13.14", "10.99.0.1", host.ETH0_6, "fd00:13::14", "fd00:99::1")
+    cases = [(client, address) for client in (host.container, host.outside) for address in addresses]
+    with running(host.node, program, tmp_path, port):
+        verdict = server_at(port)
+        assert verdict
+        assert verdict["process"] == program.executable
+        if not program.once:
+            sources = [source_of_reply(client, address, port, program.request) for client, address in cases]
+    if program.once:
+        sources = []
+        for client, address in cases:
+            with running(host.node, program, tmp_path, port):
+                sources.append(source_of_reply(client, address, port, program.request))
+    replies = [(address, source) for (_, address), source in zip(cases, sources, strict=True) if source]
+    is_wrong = any(address != source for address, source in replies)
+    assert replies
+    assert is_wrong == program.wrong
+    tally.add(verdict["risk"] in ("virtual", "possible"), is_wrong, program.name)
+    assert tally.mistakes == []
+    predicted = {each["asked"] for each in verdict["wrong"]}
+    assert {address for address, source in replies if address != source} <= predicted
+
+
+def test_pktinfo_that_is_set_but_not_used_is_wrong_once_it_was_seen(
+    host: ContainerHost, folder: Path, port: int
+) -> None:
+    with Agent(folder) as agent, bound(host.node, V4.inet, "0.0.0.0", port, PKTINFO) as server:
+        connect = ("--connect", str(agent.socket))
+        before = server_at(port, *connect)
+        assert before and (before["risk"], before["pktinfo"]) == ("none", True)
+        assert "PKTINFO is set" in before["reason"]
+        with host.container.socket() as client:
+            for _ in range(3):
+                data, peer = ask(client, host.ETH0, port, server)
+                server.sendto(data, peer)
+        agent.counted(port, 3)
+        after = wait_for(lambda: (now := server_at(port, *connect)) and now["risk"] == "wrong" and now, "the finding")
+        assert after["seen"] == [{"expected": host.ETH0, "actual": host.DOCKER0, "count": 3}]
+        assert after["remedy"]["do"]
+
+
+# ---- the command ----
+
+
+def alone(node: Namespace, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a server and then audit in a process namespace of their own, where audit sees no other process."""
+    shell = 'python3 -c "$0" & until ss -Hlun | grep -q :; do :; done; shift 0; exec "$@"'
+    unshare = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c", shell, script)
+    return run_cli("audit", *arguments, wrapper=unshare, preexec_fn=node.enter_in_child)
+
+
+def script(address: str, *options: tuple[int, int, int]) -> str:
+    """Return a Python server that waits."""
+    sets = "".join(f"s.setsockopt(*{option});" for option in options)
+    return f"import socket; s = socket.socket(2, 2); {sets} s.bind(('{address}', 5000)); s.recv(1)"
+
+
+@pytest.mark.parametrize(
+    ("address", "options", "status", "said"),
+    [
+        ("0.0.0.0", (), 1, "At risk: 1 of 1 UDP servers (1 virtual)."),
+        ("0.0.0.0", (PKTINFO,), 0, "At risk: 0 of 1 UDP servers."),
+        ("127.0.0.1", (), 0, "At risk: 0 of 1 UDP servers."),
+    ],
+    ids=["wildcard", "PKTINFO", "bound"],
+)
+def test_exit_status_tells_whether_a_server_is_at_risk(
+    host: ContainerHost, address: str, options: Sequence[tuple[int, int, int]], status: int, said: str
+) -> None:
+    done = alone(host.node, script(address, *options))
+    assert (done.returncode, done.stdout.splitlines()[0]) == (status, said), done.stderr
+    assert "no agent is running" in done.stderr
+    assert "\x1b" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_pod_with_one_address_is_not_at_risk(host: ContainerHost) -> None:
+    done = alone(host.container, script("0.0.0.0"), "--all")
+    assert done.returncode == 0, done.stdout
+    assert "port 5000/udp, on 0.0.0.0: routing selects the address that was asked" in " ".join(done.stdout.split())
+
+
+def test_user_without_privilege_learns_what_is_missing() -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", script("127.0.0.1").replace("s.recv(1)", "print(flush=True); s.recv(1)")],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout and holder.stdout.readline()
+        done = run_cli("audit", wrapper=as_nobody())
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert done.returncode == 77
+    assert "cannot examine the sockets of" in done.stderr
+    assert "run this as root" in done.stderr
+
+
+def test_wrong_usage_and_missing_agent() -> None:
+    assert run_cli("audit", "--nonsense").returncode == 2
+    done = run_cli("audit", "--connect", "/nonexistent.sock")
+    assert done.returncode == 1
+    assert "no agent is listening" in done.stderr
+
+
+def test_servers_of_all_namespaces_are_found(host: ContainerHost, port: int) -> None:
+    with bound(host.node, V4.inet, "0.0.0.0", port), bound(host.container, V4.inet, "0.0.0.0", port):
+        found = [each for each in audit("--all")["servers"] if each["port"] == port]
+    risks = {each["netns"]: each["risk"] for each in found}
+    assert risks == {host.node.inode: "virtual", host.container.inode: "none"}
