@@ -75,7 +75,7 @@ class Case:
         number smaller, never larger.
         """
         counters = self.facts.counters
-        if counters is None or any(each.is_kernels for each in self.facts.sockets):
+        if counters is None or any(each.has_no_process for each in self.facts.sockets):
             return 0
         arrived = sum(each.requests for each in self.matched if not each.group)
         queued = sum((each.socket.queue or 0) // _LEAST_BUFFER_BYTES for each in self.facts.sockets)

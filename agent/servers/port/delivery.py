@@ -65,7 +65,7 @@ def _buffer_advice(case: Case, each: SocketFacts) -> tuple[str, str]:
 def not_read(case: Case) -> Iterator[Statement]:
     """Say which processes leave their requests in the receive buffer."""
     for each in case.facts.sockets:
-        if each.is_kernels or not case.waits(each):
+        if each.has_no_process or not case.waits(each):
             continue
         waiting = f"{each.socket.queue:,} bytes have waited in its receive buffer for {each.waiting:.1f} s"
         counters = case.facts.counters

@@ -12,7 +12,7 @@ from dataclasses import replace
 from udpwatch.agent.servers.port import delivery, listening
 from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import Look, NamespaceFacts
-from udpwatch.agent.servers.port.replies import replies
+from udpwatch.agent.servers.port.replies import of_agent, replies
 from udpwatch.agent.servers.port.statements import Kind, Statement, several
 
 
@@ -32,6 +32,8 @@ def _everywhere(look: Look, served: list[NamespaceFacts]) -> Iterator[Statement]
         known = several(address for each in look.namespaces if each.sockets or each.here for address in each.addresses)
         text = f"{look.asked} is not an address of this machine. Ask one of its addresses ({known}), or add this one."
         yield Statement(Kind.NOT_LOCAL, True, text, f"ip address add {look.asked} dev DEVICE")
+    for before, after in look.servers:
+        yield of_agent(before, after, f"{look.seconds:g} s")
 
 
 def _statements(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]:

@@ -36,9 +36,9 @@ class SocketFacts:
     container: str = ""  # name or short id
 
     @property
-    def is_kernels(self) -> bool:
-        """Whether the kernel itself receives on it (WireGuard, VXLAN)."""
-        return not self.socket.inode and not self.socket.pid
+    def has_no_process(self) -> bool:
+        """Whether no process is known to hold it: it may be the kernel's own (VXLAN, WireGuard)."""
+        return not self.socket.pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,7 @@ class Look:
     seconds: float
     namespaces: tuple[NamespaceFacts, ...]  # those with a socket first, then the one udpwatch runs in
     asked: str = ""  # the address of --address
+    servers: tuple[tuple[Server | None, Server], ...] = ()  # the agent's, of namespaces that were not watched
     unseen: tuple[str, ...] = ()  # what could not be looked at, and why
 
 

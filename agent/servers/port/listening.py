@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from udpwatch.agent.kernel.packet_tap import Conversation
 from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import Mismatch, NamespaceFacts, SocketFacts, is_loopback, is_wildcard
-from udpwatch.agent.servers.port.statements import Kind, Statement, bound, count, end, owner, several
+from udpwatch.agent.servers.port.statements import Kind, Statement, bound, count, end, owner, sender_name, several
 
 
 def listeners(case: Case) -> Iterator[Statement]:
@@ -45,8 +45,9 @@ def no_listener(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]
             f"{text} A TCP socket listens on this port: set the server to serve UDP, too.",
             f"ss -lntp 'sport = :{case.port}'",
         )
-    elif served:
-        places = several(f"{owner(each.sockets[0])} in {each.name}" for each in served)
+    elif served or case.look.servers:
+        names = [f"{owner(each.sockets[0])} in {each.name}" for each in served]
+        places = several([*names, *(sender_name(after.sender) for _, after in case.look.servers)])
         yield Statement(Kind.OTHER_NAMESPACE, bool(asked) and not elsewhere, f"{text} It listens elsewhere: {places}.")
     else:
         advice = "" if elsewhere else " Start the server, or look up the port that it listens on."

@@ -16,7 +16,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from udpwatch.agent.kernel import netns
@@ -28,6 +28,7 @@ from udpwatch.agent.servers.counters import NetworkCounters, conntrack_health, n
 from udpwatch.agent.servers.port import firewall
 from udpwatch.agent.servers.port.facts import Look, NamespaceFacts, SocketFacts
 from udpwatch.agent.servers.port.firewall import Firewall
+from udpwatch.agent.servers.port.own_sockets import missing_from, sockets_here
 from udpwatch.agent.servers.port.places import Place, Places, container_of, places
 
 MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
@@ -86,7 +87,8 @@ class Looker:
         facts = [each for each in facts if each.sockets or each.inode in seen]
         self._note_places(found, {each.netns for each in after})
         facts.sort(key=lambda each: (not each.sockets, not each.here, each.name))
-        return Look(self._port, seconds, tuple(facts), self._asked, tuple(dict.fromkeys(self._unseen)))
+        others = tuple(pair for pair in pairs if pair[1].netns not in seen)
+        return Look(self._port, seconds, tuple(facts), self._asked, others, tuple(dict.fromkeys(self._unseen)))
 
     def _choose(self, found: Places, serving: set[int]) -> list[Place]:
         """Return the namespaces to watch: this one, those with a socket, then others."""
@@ -149,9 +151,10 @@ class Looker:
     def _sample(self, each: _Watched, now: float) -> None:
         """Note since when each receive buffer has not become shorter."""
         with contextlib.suppress(OSError), netns.entered(each.fd):
-            for inode, queue in _queues(self._port):
-                length, since = each.waiting.get(inode, (0, now))
-                each.waiting[inode] = queue, since if queue >= length > 0 else now
+            for sock in sockets_here(self._port):
+                queue = sock.queue or 0
+                length, since = each.waiting.get(sock.inode, (0, now))
+                each.waiting[sock.inode] = queue, since if queue >= length > 0 else now
 
     def _finish(
         self,
@@ -167,10 +170,10 @@ class Looker:
         with netns.entered(each.fd):
             increase = self._counters()
             self._sample(each, now)
+            listed = [sock for sock in after if sock.netns == inode]
+            listed += [replace(sock, netns=inode) for sock in missing_from(listed, sockets_here(self._port))]
             sockets = tuple(
-                _socket_facts(sock, drops.get(_identity(sock)), _waiting(each.waiting, sock, now))
-                for sock in after
-                if sock.netns == inode
+                _socket_facts(sock, drops.get(_identity(sock)), _waiting(each.waiting, sock, now)) for sock in listed
             )
             asked = {conversation.address for conversation in traffic.conversations} if traffic else set()
             return NamespaceFacts(
@@ -251,17 +254,6 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except (OSError, IndexError):
         return ""
-
-
-def _queues(port: int) -> Iterator[tuple[int, int]]:
-    """Yield (inode, octets in the receive buffer) of the port's sockets in the namespace of the calling thread."""
-    wanted = f":{port:04X}"
-    for name in ("udp", "udp6"):
-        with contextlib.suppress(OSError), Path("/proc/thread-self/net", name).open() as lines:
-            for line in lines:
-                words = line.split()
-                if len(words) > 9 and words[1].endswith(wanted):
-                    yield int(words[9]), int(words[4].partition(":")[2], 16)
 
 
 def _has_tcp_listener(port: int) -> bool:

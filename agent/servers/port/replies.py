@@ -4,10 +4,33 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 
-from udpwatch.agent.model import Cause, Row, Sender, Verdict
+from udpwatch.agent.model import Cause, Row, Sender, Server, Verdict
 from udpwatch.agent.servers.port.case import Case
-from udpwatch.agent.servers.port.statements import Kind, Statement, count, several
+from udpwatch.agent.servers.port.statements import Kind, Statement, count, end, sender_name, several
+
+
+def of_agent(before: Server | None, after: Server, time: str) -> Statement:
+    """Say what the agent counted of a server in a namespace that this process could not look into."""
+    old = before or replace(after, requests=0, replies=0, unanswered=0, drops=0)
+    requests, answered = after.requests - old.requests, after.replies - old.replies
+    dropped = (after.drops or 0) - (old.drops or 0)
+    text = (
+        f"By the agent, {sender_name(after.sender)} listens on "
+        f"{several(end(each, after.port) for each in after.addresses)}: "
+        f"{count(requests, 'request')} and {count(answered, 'reply', 'replies')} in {time}, {after.requests:,} and "
+        f"{after.replies:,} in all, {after.unanswered:,} unanswered."
+    )
+    if dropped > 0:
+        limit = f" of {after.queue_limit:,} bytes" if after.queue_limit else ""
+        text += (
+            f" Its receive buffers{limit} were full: {count(dropped, 'datagram')} dropped. Enlarge them (SO_RCVBUF)."
+        )
+        return Statement(Kind.RECEIVE_BUFFER, True, text)
+    if requests > 0 and not answered:
+        return Statement(Kind.NO_REPLY, True, f"{text} Its own log tells why it does not reply.")
+    return Statement(Kind.REPLIES if requests else Kind.LISTENS, False, text)
 
 
 def replies(case: Case, explained: bool) -> Iterator[Statement]:
@@ -86,6 +109,11 @@ def _right(case: Case, agent: str) -> Statement:
 
 def _no_reply(case: Case, agent: str) -> Statement:
     requests = sum(each.requests for each in case.matched)
+    if any(each.has_no_process for each in case.facts.sockets):
+        text = (
+            f"{count(requests, 'request')} arrived in {case.time} and no reply left. A tunnel of the kernel sends none."
+        )
+        return Statement(Kind.NO_REPLY, False, f"{text} {agent}".rstrip())
     counters = case.facts.counters
     read = "; the server reads them" if counters and counters.received >= requests else ""
     text = (

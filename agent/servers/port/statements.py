@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from udpwatch.agent.model import Row
+from udpwatch.agent.model import Row, Sender
 from udpwatch.agent.servers.port.facts import SocketFacts, is_wildcard, plain
 
 _SHOWN = 4  # names in one sentence
@@ -57,18 +57,16 @@ class Statement:
 
 def process(each: SocketFacts) -> str:
     """Name the process of a socket."""
-    if each.is_kernels:
-        return "the kernel"
-    return each.socket.process or "a process that this user may not see"
+    return each.socket.process or "an unknown process"
 
 
 def owner(each: SocketFacts) -> str:
     """Name the process of a socket with its id and its container."""
-    if each.is_kernels:
-        return "The kernel itself (a tunnel such as WireGuard or VXLAN)"
-    pid = f" (pid {each.socket.pid})" if each.socket.pid else ""
+    if each.has_no_process:
+        uid = f" of uid {each.socket.uid}" if each.socket.uid is not None else ""
+        return f"The kernel itself (a tunnel such as VXLAN), or a process{uid} that this user may not examine,"
     where = f" in container {each.container}" if each.container else ""
-    return f"{process(each)}{pid}{where}"
+    return f"{process(each)} (pid {each.socket.pid}){where}"
 
 
 def bound(each: SocketFacts) -> str:
@@ -80,6 +78,15 @@ def bound(each: SocketFacts) -> str:
     if each.device:
         text += f" on device {each.device}"
     return f"{text}, connected to {end(sock.peer, sock.peer_port)}" if sock.peer else text
+
+
+def sender_name(sender: Sender) -> str:
+    """Name a process as the agent knows it, with its pod or container."""
+    pid = f" (pid {sender.pid})" if sender.pid else ""
+    name = f"{sender.process or 'an unknown process'}{pid}"
+    if sender.pod:
+        return f"{name} in pod {sender.namespace}/{sender.pod}" if sender.namespace else f"{name} in pod {sender.pod}"
+    return f"{name} in container {sender.container}" if sender.container else name
 
 
 def end(address: str, port: int) -> str:

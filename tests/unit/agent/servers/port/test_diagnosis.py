@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
+from repository import DOCS
 
 from udpwatch.agent.client.port_text import port_object, port_text
 from udpwatch.agent.kernel.packet_tap import Conversation, Traffic
@@ -118,11 +120,15 @@ def test_lost_requests_are_counted_from_below() -> None:
 
 def test_kernels_own_socket_is_not_said_to_lose() -> None:
     """The kernel takes WireGuard's datagrams without counting them as read."""
-    facts = replace(FACTS, traffic=Traffic((asked(10, 10),)), counters=NetworkCounters())
-    facts = replace(facts, sockets=(SocketFacts(replace(SOCKET, inode=0, pid=0, process="")),))
+    facts = replace(FACTS, traffic=Traffic((asked(10, 0),)), counters=NetworkCounters())
+    facts = replace(facts, sockets=(SocketFacts(replace(SOCKET, pid=0, process="", uid=0)),))
     statements = told(facts)
     assert wrong(statements) == []
-    assert statements[0].text.startswith("The kernel itself (a tunnel such as WireGuard or VXLAN) listens on")
+    assert statements[0].text == (
+        "The kernel itself (a tunnel such as VXLAN), or a process of uid 0 that this user may not examine, listens on "
+        "0.0.0.0:5300."
+    )
+    assert "10 requests arrived in 3 s and no reply left." in statements[1].text
 
 
 def test_counters_of_other_ports_are_not_blamed() -> None:
@@ -234,3 +240,26 @@ def test_text_has_a_heading_for_each_namespace_and_what_was_not_seen() -> None:
     assert text.endswith("  Not looked at: nft: not installed.")
     assert max(map(len, text.splitlines())) <= 80
     assert "\x1b" not in text
+
+
+def test_every_kind_is_documented() -> None:
+    named = re.findall(r"`([a-z-]+)`", "".join(re.findall(r"^\| (`[^|]+)\|", (DOCS / "explain.md").read_text(), re.M)))
+    assert sorted(named) == sorted(Kind)
+
+
+def test_server_that_only_the_agent_sees() -> None:
+    sender = Sender("coredns", 7, pod="dns-1", namespace="kube-system")
+    old = Server(sender, PORT, 9, ("::",), 100, 90, 10, 0, 3, 0, 8192, None, Risk.NONE, 0.0, 0.0)
+
+    def told_of(after: Server) -> list[Statement]:
+        return diagnose(Look(PORT, 3.0, (replace(FACTS, sockets=()),), servers=((old, after),)))
+
+    first, second = told_of(replace(old, requests=105, replies=94))
+    assert first.text == (
+        "By the agent, coredns (pid 7) in pod kube-system/dns-1 listens on [::]:5300: 5 requests and 4 replies in 3 s, "
+        "105 and 94 in all, 10 unanswered."
+    )
+    assert "It listens elsewhere: coredns (pid 7) in pod kube-system/dns-1." in second.text
+    assert wrong([first, second]) == []
+    assert wrong(told_of(replace(old, requests=105))) == [Kind.NO_REPLY]
+    assert wrong(told_of(replace(old, requests=105, replies=95, drops=4))) == [Kind.RECEIVE_BUFFER]
