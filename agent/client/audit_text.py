@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from udpwatch.agent.client.explain import advice, advice_object
+from udpwatch.agent.client.explain import Advice, advice, advice_object, remedy_advice
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.remedies import remedy_of
 from udpwatch.agent.model import Cause, Risk, Row, Sender, Verdict
 from udpwatch.agent.servers.audit import AT_RISK, ORDER, ServerRisk, WrongReply
 from udpwatch.agent.servers.networks import PeerKind, Peers
@@ -77,7 +78,9 @@ def _object(server: ServerRisk) -> dict[str, Any]:
         "wrong": [_wrong_object(reply) for reply in server.wrong],
         "wrong_not_listed": server.more,
         "seen": [{"expected": row.expected, "actual": row.actual, "count": row.count} for row in server.seen],
-        "remedy": advice_object(advice(_row(server))) if server.risk in AT_RISK else None,
+        "requests": server.requests,
+        "replies": server.replies,
+        "remedy": advice_object(fix) if (fix := _fix(server)) else None,
     }
 
 
@@ -94,13 +97,17 @@ def _wrong_object(reply: WrongReply) -> dict[str, Any]:
     }
 
 
-def _row(server: ServerRisk) -> Row:
-    """Return a finding as it was seen, or as it will be, for `explain.advice`."""
+def _fix(server: ServerRisk) -> Advice | None:
+    """Return how to fix a server at risk; None: it is not at risk, or too little is known."""
     if server.seen:
-        return server.seen[0]
-    reply = server.wrong[0]
-    verdict, cause = str(Verdict.UNKNOWN), str(Cause.KERNEL_CHOSEN)
-    return Row(server.sender, server.port, reply.address, reply.sources[0], verdict, cause, reply.family, 0, 0, 0)
+        return advice(server.seen[0])
+    if server.wrong:
+        reply = server.wrong[0]
+        verdict, cause = str(Verdict.UNKNOWN), str(Cause.KERNEL_CHOSEN)
+        addresses = reply.address, reply.sources[0]
+        return advice(Row(server.sender, server.port, *addresses, verdict, cause, reply.family, 0, 0, 0))
+    remedy = remedy_of(server.sender) if server.risk in AT_RISK else None
+    return remedy_advice(remedy) if remedy else None
 
 
 def name_of(sender: Sender) -> str:
@@ -134,6 +141,8 @@ def _body(server: ServerRisk) -> list[str]:
         f"Seen: asked at {row.expected}, it replied from {row.actual} {_times(row.count)}."
         for row in seen[:MAX_SENTENCES]
     ]
+    if server.requests and not server.replies:
+        sentences.append(f"So far it got {server.requests} requests and sent no reply: perhaps it only receives.")
     predicted = _predictions(server)
     sentences += predicted[:MAX_SENTENCES]
     left_out = max(0, len(seen) - MAX_SENTENCES) + max(0, len(predicted) - MAX_SENTENCES)
@@ -182,9 +191,9 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
 
 
 def _advice(server: ServerRisk, advised: dict[tuple[str, str], str]) -> Iterable[str]:
-    if server.risk not in AT_RISK:
+    fix = _fix(server)
+    if fix is None:
         return
-    fix = advice(_row(server))
     title = _title(server)
     if (first := advised.setdefault((fix.do, fix.config), title)) != title:
         yield from _paragraph(f"Fix: the same as for {first}.")

@@ -12,8 +12,16 @@ from pathlib import Path
 from udpwatch.agent.client import audit_text, follow
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
 from udpwatch.agent.errors import CannotRun
-from udpwatch.agent.model import Risk, Row, UdpSocket
-from udpwatch.agent.servers.audit import AT_RISK, ServerRisk, families_of, is_server, judge, servers_of
+from udpwatch.agent.model import Risk, Snapshot, UdpSocket
+from udpwatch.agent.servers.audit import (
+    AT_RISK,
+    ServerRisk,
+    families_of,
+    is_server,
+    judge,
+    servers_of,
+    servers_of_agent,
+)
 from udpwatch.agent.servers.held import held_sockets
 from udpwatch.agent.servers.namespaces import read_all, read_of_process
 from udpwatch.agent.servers.networks import Networks
@@ -38,9 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Print the report. Raises UdpwatchError."""
-    rows, notes = _seen(parsed.connect)
-    servers, more_notes = examine(rows)
-    notes += more_notes
+    snapshot, notes = _seen(parsed.connect)
+    try:
+        servers, more_notes = examine(snapshot)
+        notes += more_notes
+    except CannotRun as error:
+        if snapshot is None or not snapshot.servers:
+            raise
+        servers = servers_of_agent(snapshot.servers, snapshot.rows)
+        notes.append(f"{error}; this is what the agent knows, without addresses and clients")
     if parsed.json:
         print(json.dumps(audit_text.report_object(servers, notes, parsed.all)))
     else:
@@ -54,11 +68,12 @@ def run(parsed: argparse.Namespace) -> int:
     return CANNOT_TELL if any(server.risk is Risk.UNKNOWN for server in servers) else NOTHING
 
 
-def examine(rows: Sequence[Row]) -> tuple[list[ServerRisk], list[str]]:
+def examine(snapshot: Snapshot | None) -> tuple[list[ServerRisk], list[str]]:
     """Return the judgement on each server of this node, and what could not be examined. Raises UdpwatchError.
 
-    ``rows``: the agent's findings.
+    ``snapshot``: the agent's.
     """
+    rows, counted = (snapshot.rows, snapshot.servers) if snapshot else ((), ())
     held = held_sockets()
     if held.closed and not held.sockets:
         raise CannotRun(
@@ -71,24 +86,24 @@ def examine(rows: Sequence[Row]) -> tuple[list[ServerRisk], list[str]]:
     busy = {row.port for row in rows}
     judged = [each for inode, group in groups.items() for each in judge(group, networks.get(inode), busy)]
     senders = owners(each.socket for each in judged)
-    servers = servers_of(((each, senders[owner_key(each.socket)]) for each in judged), rows)
+    servers = servers_of(((each, senders[owner_key(each.socket)]) for each in judged), rows, counted)
     notes = _notes([each.socket for each in judged], groups, networks)
     if held.closed:
         notes.append(f"cannot examine the sockets of {_processes(held.closed)}: run this as root (CAP_SYS_PTRACE)")
     return servers, notes
 
 
-def _seen(path: str | None) -> tuple[tuple[Row, ...], list[str]]:
-    """Return the findings of the running agent, and a note if there is none. Raises UdpwatchError."""
+def _seen(path: str | None) -> tuple[Snapshot | None, list[str]]:
+    """Return the snapshot of the running agent, and a note if there is none. Raises UdpwatchError."""
     where = Path(path or DEFAULT_SOCKET)
     try:
         with follow.translated_errors(where), Client(where) as client:
-            return client.snapshot().rows, []
+            return client.snapshot(), []
     except follow.NoAgent as error:
         if path:
             raise
         reason = "no agent is running" if not where.exists() else str(error)
-        return (), [f"{reason}: wrong replies that servers have already sent are unknown"]
+        return None, [f"{reason}: wrong replies that servers have already sent are unknown"]
 
 
 def _networks(groups: dict[int, list[UdpSocket]]) -> dict[int, Networks]:

@@ -10,11 +10,11 @@ Rules
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 
-from udpwatch.agent.model import Cause, Risk, Row, Sender, UdpSocket
+from udpwatch.agent.model import Cause, Risk, Row, Sender, Server, UdpSocket
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers, is_private
 
 AT_RISK = (Risk.WRONG, Risk.VIRTUAL, Risk.POSSIBLE)
@@ -79,6 +79,8 @@ class ServerRisk:
     wrong: tuple[WrongReply, ...]
     more: int  # wrong replies beyond MAX_WRONG
     seen: tuple[Row, ...]  # wrong replies that the agent has seen
+    requests: int | None = None  # as the agent counted them; None: unknown
+    replies: int | None = None
 
 
 def judge(sockets: Sequence[UdpSocket], networks: Networks | None, busy: Collection[int] = ()) -> list[SocketRisk]:
@@ -133,15 +135,59 @@ def has_pktinfo(each: UdpSocket, family: int) -> bool | None:
     return None if each.pktinfo is None or (each.pktinfo6 is None and not each.pktinfo) else each.pktinfo
 
 
-def servers_of(owned: Iterable[tuple[SocketRisk, Sender]], rows: Sequence[Row] = ()) -> list[ServerRisk]:
-    """Fold sockets into servers, those with the highest risk first. ``rows``: the agent's findings."""
+def servers_of(
+    owned: Iterable[tuple[SocketRisk, Sender]], rows: Sequence[Row] = (), counted: Sequence[Server] = ()
+) -> list[ServerRisk]:
+    """Fold sockets into servers, those with the highest risk first.
+
+    ``rows``: the agent's findings; ``counted``: its list of servers.
+    """
     groups: dict[tuple[object, ...], list[tuple[SocketRisk, Sender]]] = {}
     for judged, sender in owned:
         container = sender.container_id or sender.container or sender.cgroup
         key = (judged.socket.netns, sender.process, container, sender.namespace, sender.pod, judged.socket.port)
         groups.setdefault(key, []).append((judged, sender))
-    found = [_server(group, rows) for group in groups.values()]
-    return sorted(found, key=lambda each: (ORDER.index(each.risk), -sum(row.count for row in each.seen), each.port))
+    known = {_identity(each): each for each in counted}
+    found = [_with_counts(_server(group, rows), known) for group in groups.values()]
+    return sorted(found, key=_urgency)
+
+
+def servers_of_agent(counted: Iterable[Server], rows: Sequence[Row]) -> list[ServerRisk]:
+    """Return what the agent knows of its servers, without addresses and clients, the highest risk first."""
+    found = []
+    for each in counted:
+        seen = tuple(row for row in rows if row.port == each.port and _is_of(row, each.sender, ()))
+        risk = Risk.WRONG if seen else Risk(each.risk)
+        reason = {Risk.NONE: "as the agent judges it", Risk.UNKNOWN: "the agent cannot judge it"}.get(risk, "")
+        found.append(
+            ServerRisk(
+                *(each.sender, each.port, each.netns, risk, reason, each.addresses),
+                sockets=max(1, each.at_risk),
+                at_risk=each.at_risk,
+                pktinfo=each.pktinfo,
+                addresses=(),
+                wrong=(),
+                more=0,
+                seen=seen,
+                requests=each.requests,
+                replies=each.replies,
+            )
+        )
+    return sorted(found, key=_urgency)
+
+
+def _urgency(each: ServerRisk) -> tuple[int, int, int]:
+    return ORDER.index(each.risk), -sum(row.count for row in each.seen), each.port
+
+
+def _identity(each: Server | ServerRisk) -> tuple[object, ...]:
+    sender = each.sender
+    return each.netns, each.port, sender.process, sender.container_id or sender.container
+
+
+def _with_counts(each: ServerRisk, counted: Mapping[tuple[object, ...], Server]) -> ServerRisk:
+    known = counted.get(_identity(each))
+    return replace(each, requests=known.requests, replies=known.replies) if known else each
 
 
 def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> ServerRisk:

@@ -19,6 +19,7 @@ from audited import REPLY_SECONDS, Tally
 from programs import PROGRAMS, Program
 from scene import V4, ask, bound
 from waiting import wait_for
+from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost, Namespace
@@ -190,6 +191,18 @@ def test_user_without_privilege_learns_what_is_missing() -> None:
     assert done.returncode == 77
     assert "cannot examine the sockets of" in done.stderr
     assert "run this as root" in done.stderr
+
+
+def test_user_without_privilege_sees_what_the_agent_knows(host: ContainerHost, folder: Path, port: int) -> None:
+    folder.chmod(0o755)
+    with Agent(folder, "--socket-group=nogroup") as agent:
+        wrong_replies(host, port, 3, "wrong-server")
+        agent.counted(port, 3)
+        wait_for(lambda: any(each["port"] == port for each in agent.snapshot()["servers"]), "the server")
+        report = audit("--connect", str(agent.socket), status=1, wrapper=as_nobody())
+    (server,) = [each for each in report["servers"] if each["port"] == port]
+    assert (server["risk"], server["process"], server["requests"], server["replies"]) == ("wrong", "wrong-server", 3, 3)
+    assert "what the agent knows" in report["notes"][0]
 
 
 def test_wrong_usage_and_missing_agent() -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from udpwatch.agent.model import Risk, Row, Sender, UdpSocket
-from udpwatch.agent.servers.audit import SocketRisk, has_pktinfo, is_server, judge, servers_of
+from udpwatch.agent.model import Risk, Row, Sender, Server, UdpSocket
+from udpwatch.agent.servers.audit import SocketRisk, has_pktinfo, is_server, judge, servers_of, servers_of_agent
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers, is_private
 
 ETH0, DOCKER0, TUN0, RED = 2, 3, 4, 9
@@ -313,6 +313,38 @@ def test_wrong_replies_that_were_seen_count_more_than_pktinfo() -> None:
 def test_findings_of_others_do_not_count(other: Row) -> None:
     (server,) = servers_of([(the(WILDCARD, ONE), SENDER)], [other])
     assert server.risk is Risk.NONE
+
+
+COUNTED = Server(
+    *(SENDER, 53, 7, ("0.0.0.0",)),
+    requests=9,
+    replies=0,
+    unanswered=9,
+    wrong=0,
+    drops=0,
+    queue=0,
+    queue_limit=0,
+    pktinfo=False,
+    risk=Risk.VIRTUAL,
+    first=0.0,
+    last=0.0,
+    at_risk=2,
+)
+
+
+def test_server_has_the_counts_of_the_agent() -> None:
+    judged = the(replace(WILDCARD, netns=7), DOCKER)
+    (server,) = servers_of([(judged, SENDER)], counted=[COUNTED])
+    assert (server.requests, server.replies) == (9, 0)
+    (server,) = servers_of([(judged, SENDER)], counted=[replace(COUNTED, netns=8)])
+    assert server.requests is None
+
+
+def test_without_sockets_the_agents_judgement_remains() -> None:
+    quiet = replace(COUNTED, port=54, risk=Risk.NONE, at_risk=0)
+    found = servers_of_agent([quiet, COUNTED], [row(port=54, sender=replace(SENDER, pid=0))])
+    assert [(each.port, each.risk, each.at_risk) for each in found] == [(54, Risk.WRONG, 0), (53, Risk.VIRTUAL, 2)]
+    assert found[1].addresses == ()
 
 
 def test_servers_are_sorted_by_risk() -> None:
