@@ -9,6 +9,7 @@
 
 #define PROTO_UDP    17
 #define FAMILY_INET  2
+#define FAMILY_INET6 10
 #define ROUTE_GROUP  0x30000000 /* RTCF_BROADCAST | RTCF_MULTICAST */
 #define CT_INFO_MASK 7ULL       /* NFCT_INFOMASK */
 #define DST_NOREF    1ULL       /* SKB_DST_NOREF */

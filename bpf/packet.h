@@ -9,7 +9,6 @@
 #define IP6_FRAGMENT       44     /* RFC 8200, section 4.5 */
 #define IP6_AUTHENTICATION 51     /* RFC 4302 */
 #define IP4_OFFSET_MASK    0x1fff /* RFC 791: fragment offset */
-#define FAMILY_INET6       10
 
 /* The including file defines this: it has the map of counters. */
 static __always_inline void count_unparsed(void);

@@ -274,6 +274,52 @@ struct reported_key {
     __u32 pad;
 };
 
+/* ---- sockets (inventory.c) ---- */
+
+/* Who bound a socket. Zero: a socket that is older than the agent. */
+struct socket_owner {
+    __u64 cgroup;
+    __u32 tgid;
+    __u32 pad;
+    char comm[COMM_LEN];
+};
+
+/* In `options` of a socket, and for all but HAS_IPV6ONLY in `known`: whether it could be read. */
+#define HAS_PKTINFO       1 /* IP_PKTINFO */
+#define HAS_PKTINFO6      2 /* IPV6_RECVPKTINFO */
+#define HAS_REUSEPORT     4
+#define HAS_TRANSPARENT   8
+#define HAS_NAMED         16 /* bind() named the port */
+#define HAS_IPV6ONLY      32
+#define KNOWN_PKTINFO     HAS_PKTINFO
+#define KNOWN_PKTINFO6    HAS_PKTINFO6
+#define KNOWN_REUSEPORT   HAS_REUSEPORT
+#define KNOWN_TRANSPARENT HAS_TRANSPARENT
+#define KNOWN_NAMED       HAS_NAMED
+
+/* One UDP socket, as an iterator writes it. */
+struct socket_record {
+    __u64 cookie; /* 0: it has none yet */
+    __u64 inode;  /* of its file; 0: none */
+    __u64 cgroup; /* 0: unknown */
+    struct address bound;
+    struct address peer; /* zero: not connected */
+    __u32 netns;         /* inode number */
+    __u32 device;        /* interface index it is bound to, else 0 */
+    __u32 uid;
+    __u32 queue; /* bytes in its receive buffer */
+    __u32 queue_limit;
+    __u32 drops;
+    __u32 tgid;
+    __u16 port;
+    __u16 peer_port;
+    __u16 family;
+    __u8 options;
+    __u8 known;
+    __u32 pad;
+    char comm[COMM_LEN];
+};
+
 /* ---- conntrack's flows (conntrack.c) ---- */
 
 /* In `final` of a candidate: the entry is gone, and the other bits are its last status. */

@@ -80,7 +80,7 @@ class Servers:
 
     def add(self, sample: Sample, now: float, monotonic: float, is_last: bool = False) -> None:
         """Add a sample. ``now``: seconds since the epoch; ``is_last``: whatever was read before."""
-        if monotonic - self._read_at < READ_SECONDS and not is_last:
+        if monotonic - self._read_at < READ_SECONDS and not is_last and sample.sockets is None:
             return
         self._read_at = monotonic
         for entry in self._entries.values():

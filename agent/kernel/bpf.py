@@ -24,6 +24,7 @@ _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, 
 _ATTR_BYTES = 128
 _NO_COMMAND = 0x7FFFFFFF
 _BATCH = 1024
+_ITERATOR_BYTES = 1 << 16
 _LOG_ALL, _LOG_STATISTICS = 1, 4  # BPF_LOG_LEVEL1, BPF_LOG_STATS in include/linux/bpf_verifier.h
 _ENOTSUPP = 524  # internal to the kernel, in no header of user space
 
@@ -51,6 +52,7 @@ class Command(IntEnum):
     BTF_GET_NEXT_ID = 23
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
+    ITER_CREATE = 33
     LINK_DETACH = 34
 
 
@@ -60,6 +62,7 @@ class ProgramType(IntEnum):
     SOCKET_FILTER = 1
     KPROBE = 2
     CGROUP_SKB = 8
+    CGROUP_SOCK = 9
     CGROUP_SOCK_ADDR = 18
     TRACING = 26
 
@@ -69,9 +72,12 @@ class AttachType(IntEnum):
 
     CGROUP_INET_INGRESS = 0
     CGROUP_INET_EGRESS = 1
+    CGROUP_INET4_POST_BIND = 12
+    CGROUP_INET6_POST_BIND = 13
     CGROUP_UDP4_SENDMSG = 14
     CGROUP_UDP6_SENDMSG = 15
     TRACE_FENTRY = 24
+    TRACE_ITER = 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -406,6 +412,26 @@ def link_create(program: int, cgroup: int, attach: AttachType) -> int:
     Links always allow other programs on the same hook (BPF_F_ALLOW_MULTI).
     """
     return bpf(Command.LINK_CREATE, _attribute("IIII", program, cgroup, attach, 0))
+
+
+def iterator_attach(program: int, of_map: int | None) -> int:
+    """Attach an iterator to what its program names, or to a map; return a descriptor for `iterator_read`."""
+    info = ctypes.create_string_buffer(struct.pack("=I", of_map or 0), 8)
+    length = 0 if of_map is None else len(info)
+    attribute = _attribute("IIIIQI4x", program, 0, AttachType.TRACE_ITER, 0, _address(info) if length else 0, length)
+    return bpf(Command.LINK_CREATE, attribute)
+
+
+def iterator_read(link: int) -> Iterator[bytes]:
+    """Run an iterator; yield what its program writes, in pieces. It sees the namespace of the calling thread, from the
+    first piece on.
+    """
+    fd = bpf(Command.ITER_CREATE, _attribute("II", link, 0))
+    try:
+        while piece := os.read(fd, _ITERATOR_BYTES):
+            yield piece
+    finally:
+        os.close(fd)
 
 
 def link_detach(link: int) -> None:

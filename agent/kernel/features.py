@@ -64,6 +64,8 @@ class Features:
     functions: dict[str, str]  # function -> a `probes.How`; "": not probed
     functions_reason: dict[str, str]  # function -> why it is not probed
     flow_offsets: dict[str, int]  # for the programs on these functions
+    socket_offsets: dict[str, int]  # for the iterators over sockets; empty: sock_diag lists them
+    sockets_reason: str  # why there are no iterators
 
     @property
     def scope(self) -> str:
@@ -173,6 +175,64 @@ def conntrack_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
         )
 
 
+def socket_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
+    """Return OFFSET_* and BIT_* of what the iterators over sockets read. Raises OSError if BTF cannot be read, and
+    LookupError if a structure lacks a member that every kernel has.
+    """
+    with contextlib.closing(Btf(path)) as btf:
+        common = "__sk_common."
+        found = {
+            "OFFSET_SOCK_NUM": btf.offset("sock", common + "skc_num"),
+            "OFFSET_SOCK_DPORT": btf.offset("sock", common + "skc_dport"),
+            "OFFSET_SOCK_FAMILY": btf.offset("sock", common + "skc_family"),
+            "OFFSET_SOCK_SADDR": btf.offset("sock", common + "skc_rcv_saddr"),
+            "OFFSET_SOCK_DADDR": btf.offset("sock", common + "skc_daddr"),
+            "OFFSET_SOCK_COOKIE": btf.offset("sock", common + "skc_cookie"),
+            "OFFSET_SOCK_DEVICE": btf.offset("sock", common + "skc_bound_dev_if"),
+            "OFFSET_SOCK_PROTOCOL": btf.offset("sock", "sk_protocol"),
+            "OFFSET_SOCK_UID": btf.offset("sock", "sk_uid.val"),
+            "OFFSET_SOCK_RMEM": btf.offset("sock", "sk_backlog.rmem_alloc"),
+            "OFFSET_SOCK_RCVBUF": btf.offset("sock", "sk_rcvbuf"),
+            "OFFSET_SOCK_DROPS": btf.offset("sock", "sk_drops"),
+            "OFFSET_SOCK_SOCKET": btf.offset("sock", "sk_socket"),
+            "OFFSET_SOCKET_INODE": btf.offset("socket_alloc", "vfs_inode") + btf.offset("inode", "i_ino"),
+        }
+        for group in (_IPV6, _DROP_COUNTERS, _SOCK_CGROUP, _INET_FLAGS, _INET_CMSG_FLAGS, _IPV6_RXINFO):
+            with contextlib.suppress(LookupError):
+                found |= {name: btf.offset(*member) for name, member in group.items()}
+        if sys.byteorder == "little":  # elsewhere, bits are numbered from the other end
+            for name, member in _BITS.items():
+                with contextlib.suppress(LookupError):
+                    found[name] = btf.bit_offset(*member)
+        return found
+
+
+#: Members that not every kernel has; a group is used together.
+_IPV6 = {
+    "OFFSET_SOCK_SADDR6": ("sock", "__sk_common.skc_v6_rcv_saddr"),
+    "OFFSET_SOCK_DADDR6": ("sock", "__sk_common.skc_v6_daddr"),
+}
+_DROP_COUNTERS = {
+    "OFFSET_SOCK_DROP_COUNTERS": ("sock", "sk_drop_counters"),
+    "OFFSET_DROPS0": ("numa_drop_counters", "drops0"),
+    "OFFSET_DROPS1": ("numa_drop_counters", "drops1"),
+}
+_SOCK_CGROUP = {
+    "OFFSET_SOCK_CGROUP": ("sock", "sk_cgrp_data.cgroup"),
+    "OFFSET_CGROUP_NODE": ("cgroup", "kn"),
+    "OFFSET_NODE_ID": ("kernfs_node", "id"),
+}
+_INET_FLAGS = {"OFFSET_INET_FLAGS": ("inet_sock", "inet_flags")}
+_INET_CMSG_FLAGS = {"OFFSET_INET_CMSG_FLAGS": ("inet_sock", "cmsg_flags")}
+_IPV6_RXINFO = {"OFFSET_INET_PINET6": ("inet_sock", "pinet6")}
+_BITS = {
+    "BIT_SOCK_REUSEPORT": ("sock", "__sk_common.skc_reuseport"),
+    "BIT_SOCK_IPV6ONLY": ("sock", "__sk_common.skc_ipv6only"),
+    "BIT_INET_TRANSPARENT": ("inet_sock", "transparent"),
+    "BIT_IPV6_RXINFO": ("ipv6_pinfo", "rxopt.bits.rxinfo"),
+}
+
+
 def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
     """Return OFFSET_* of what the function probes read in addition. Raises what `conntrack_offsets` raises."""
     with _types(path) as btf:
@@ -224,6 +284,17 @@ def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
     return {"functions": functions, "functions_reason": reasons, "flow_offsets": offsets}
 
 
+def _try_sockets(btf: Path, reason: str) -> dict[str, Any]:
+    """Return the members of Features for iterators; ``reason`` says why there can be none."""
+    offsets = dict[str, int]()
+    if not reason:
+        try:
+            offsets = socket_offsets(btf)
+        except (OSError, LookupError) as error:
+            reason = _undescribed(btf, error)
+    return {"socket_offsets": offsets, "sockets_reason": reason}
+
+
 def probe(btf: Path = VMLINUX_BTF) -> Features:
     """Try everything. Raises OSError if not even an empty program loads."""
     os.close(program_load(*_SKB, _RETURN_1))
@@ -246,5 +317,6 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         conntrack=not reason,
         offsets=offsets,
         conntrack_reason=reason,
+        **_try_sockets(btf, reason),
         **_try_probes(btf, reason),
     )

@@ -68,17 +68,34 @@ def load(
     Without ``forwarded``, forwarded replies are not watched. Objects in ``cache`` are not compiled again (objects.py).
     Raises CannotRun if this machine or user cannot load the programs, and UdpwatchError on any other failure.
     """
-    capabilities.require()
     request = {
         "cgroup": cgroup.fd,
         "path": cgroup.path,
         "limits": asdict(limits),
-        "btf": str(btf.absolute()),
         "hooks": hooks,
         "forwarded": forwarded,
-        "cache": str(cache.absolute()) if cache else "",
+        "only_inventory": False,
     }
-    answer, descriptors, truncated = _ask_child(request, cgroup.fd)
+    return _load(request, btf, cache)
+
+
+def load_inventory(btf: Path = VMLINUX_BTF, cache: Path | None = None) -> Loaded:
+    """Load the iterators over sockets, and attach nothing to a cgroup. Raises what `load` raises."""
+    request = {
+        "cgroup": -1,
+        "path": "",
+        "limits": asdict(Limits()),
+        "hooks": Hooks.CGROUP,
+        "forwarded": False,
+        "only_inventory": True,
+    }
+    return _load(request, btf, cache)
+
+
+def _load(request: dict[str, Any], btf: Path, cache: Path | None) -> Loaded:
+    capabilities.require()
+    request |= {"btf": str(btf.absolute()), "cache": str(cache.absolute()) if cache else ""}
+    answer, descriptors, truncated = _ask_child(request)
     if "error" in answer:
         raise (CannotRun if answer["cannot_run"] else UdpwatchError)(answer["error"])
     if truncated:
@@ -92,7 +109,7 @@ def load(
     return _unpack(answer, descriptors)
 
 
-def _ask_child(request: dict[str, Any], cgroup: int) -> tuple[dict[str, Any], list[int], bool]:
+def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int], bool]:
     """Run the child; return (its answer, descriptors, whether some are missing, because the limit is too low)."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # The output of the child goes to a file, because compiler and verifier may print more than a pipe holds.
@@ -103,7 +120,7 @@ def _ask_child(request: dict[str, Any], cgroup: int) -> tuple[dict[str, Any], li
         # Ctrl-C away from the child; we end it.
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(), cgroup),
+            pass_fds=[fd for fd in (theirs.fileno(), request["cgroup"]) if fd >= 0],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=output,

@@ -15,31 +15,49 @@ import resource
 import socket
 import struct
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.kernel import capabilities, features, locks, objects, records
+from udpwatch.agent.kernel import capabilities, features, map_types, netns, objects, records
 from udpwatch.agent.kernel.bpf import (
     AttachType,
     MapDefinition,
     ProgramType,
     is_forbidden,
+    iterator_attach,
+    iterator_read,
     link_create,
     map_create,
     map_definition,
     map_update,
     program_load_logged,
 )
+from udpwatch.agent.kernel.libbpf import Btf
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.objects import CompileCache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
-from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, KEYS, LOCKED, MAPS, ON_DEMAND, TAIL_CALLS, Hook, Program
+from udpwatch.agent.kernel.programs import (
+    FUNCTIONS,
+    HOOKS,
+    ITERATORS,
+    KEYS,
+    LOCKED,
+    MAPS,
+    OF_SOCKETS,
+    ON_DEMAND,
+    TAIL_CALLS,
+    Hook,
+    Iterator,
+    Program,
+)
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
+ADOPT_SECONDS = 2.0  # to find the sockets of other namespaces
 
 
 def _import_bcc() -> Any:
@@ -97,6 +115,8 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         },
         **found.offsets,
         **found.flow_offsets,
+        **found.socket_offsets,
+        "INET_FLAGS_TRANSPARENT": 15,  # include/net/inet_sock.h, since Linux 6.6
     }
 
 
@@ -183,8 +203,8 @@ def _obtain(source: str, request: dict[str, Any], constants: Mapping[str, object
 
 
 def _create(definition: MapDefinition) -> int:
-    if definition.name in LOCKED:
-        return locks.create(definition)
+    if definition.name in LOCKED | OF_SOCKETS:
+        return map_types.create(definition, definition.name in LOCKED)
     created = map_create(definition)
     if definition.name in KEYS:
         map_update(created, bytes(definition.key_bytes), os.urandom(definition.value_bytes))
@@ -234,7 +254,13 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
         descriptor = _load(program, call.type, call.attach, code, answer)
         map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
     _load_on_demand("sockets.c", code, answer)
+    _attach_hooks("sockets.c", code, request, answer)
+
+
+def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], answer: _Answer) -> None:
     for program, hook in HOOKS:
+        if program.source != source:
+            continue
         try:
             descriptor = _load(program, hook.type, hook.attach, code, answer)
             link = _attach(program.name, hook, descriptor, request["cgroup"], request["path"])
@@ -243,6 +269,52 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
             if program.required:
                 raise
             answer.refused[program.name] = str(error)
+
+
+def _load_inventory(request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> str:
+    """Load what lists sockets, and note the sockets that exist already. Return the name of the compiler.
+
+    No part of it is required.
+    """
+    maps = dict[str, int]()
+    compiled = _obtain("inventory.c", request, constants)
+    code = _link(compiled, maps)
+    links = dict[str, int]()
+    for program, iterator in ITERATORS:
+        try:
+            descriptor = _load_iterator(program, iterator, code, Path(request["btf"]), answer)
+            links[program.name] = iterator_attach(descriptor, maps.get(iterator.map))
+            answer.add("link", program.name, links[program.name])
+        except (OSError, LookupError, UdpwatchError) as error:
+            answer.refused[program.name] = f"cannot load the iterator {program.name}: {error.args[-1]}"
+    if request["cgroup"] >= 0 and "noted_sockets" in links:
+        _attach_hooks("inventory.c", code, request, answer)
+        if "adopt_sockets" in links:
+            _adopt_sockets(links["adopt_sockets"])
+    return compiled.compiler
+
+
+def _load_iterator(program: Program, place: Iterator, code: dict[str, bytes], btf: Path, answer: _Answer) -> int:
+    with contextlib.closing(Btf(btf)) as types:
+        function = types.function(place.target)
+    name = program.name
+    descriptor, answer.instructions[name] = program_load_logged(
+        ProgramType.TRACING, AttachType.TRACE_ITER, code[program.function], name, (function, 0)
+    )
+    answer.add("program", name, descriptor)
+    return descriptor
+
+
+def _adopt_sockets(link: int) -> None:
+    """Note the sockets of all namespaces that can be entered."""
+    until = time.monotonic() + ADOPT_SECONDS
+    with contextlib.suppress(OSError):  # too many open files
+        for fd in netns.everywhere(thorough=True):
+            with contextlib.suppress(OSError), netns.entered(fd):
+                for _piece in iterator_read(link):
+                    pass
+            if time.monotonic() > until:
+                return
 
 
 def _load_probes(code: dict[str, bytes], request: dict[str, Any], found: features.Features, answer: _Answer) -> None:
@@ -307,6 +379,12 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         raise CannotRun(f"cannot probe functions: {found.probes_reason}; use --hooks all")
     constants = _constants(request, found)
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
+    if found.socket_offsets:
+        compiler = _load_inventory(request, constants, answer)
+    if request["only_inventory"]:
+        if not found.socket_offsets:
+            raise CannotRun(f"cannot list sockets by BPF: {found.sockets_reason}")
+        return _content(answer, found, compiler), answer.descriptors
     if hooks is not Hooks.FUNCTION:
         compiled = _obtain("sockets.c", request, constants)
         _load_hooks(_link(compiled, maps), maps, request, answer)
@@ -317,14 +395,17 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         read |= MAPS["conntrack.c"]
     for name in sorted(read):
         answer.add("map", name, maps[name])
-    content = {
+    return _content(answer, found, compiled.compiler), answer.descriptors
+
+
+def _content(answer: _Answer, found: features.Features, compiler: str) -> dict[str, Any]:
+    return {
         "descriptors": answer.names,
         "features": asdict(found),
         "refused": answer.refused,
         "instructions": answer.instructions,
-        "compiler": compiled.compiler,
+        "compiler": compiler,
     }
-    return content, answer.descriptors
 
 
 def main() -> None:

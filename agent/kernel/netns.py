@@ -101,12 +101,16 @@ def of_process(pid: int) -> Iterator[int]:
     return _distinct(_of_process(pid))
 
 
-def everywhere() -> Iterator[int]:
-    """Yield each namespace that can be found, our own first, as a descriptor that is open until the next one.
+def everywhere(thorough: bool = False) -> Iterator[int]:
+    """Yield each namespace that can be found, our own first, as a descriptor that is open until the next one. With
+    ``thorough``, also those that only a thread, or a descriptor of a process, is in.
 
     Raises OSError (EMFILE, ENFILE) if there are no free descriptors.
     """
-    yield from _distinct(itertools.chain([Path("/proc/thread-self/ns/net")], _of_all_processes()))
+    paths = itertools.chain([Path("/proc/thread-self/ns/net")], _of_all_processes())
+    if thorough:
+        paths = itertools.chain(paths, itertools.chain.from_iterable(map(_of_process, _processes())))
+    yield from _distinct(paths)
 
 
 def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
@@ -151,9 +155,12 @@ def _of_process(pid: int) -> Iterator[Path]:
 def _of_all_processes() -> Iterator[Path]:
     for folder in ("/run/netns", "/run/docker/netns"):
         yield from _entries(Path(folder))
-    for process in _entries(Path("/proc")):
-        if process.name.isdigit():
-            yield process / "ns/net"
+    for process in _processes():
+        yield Path("/proc", str(process), "ns/net")
+
+
+def _processes() -> Iterator[int]:
+    return (int(entry.name) for entry in _entries(Path("/proc")) if entry.name.isdigit())
 
 
 def _entries(folder: Path, most: int | None = None) -> list[Path]:

@@ -33,9 +33,12 @@ MAPS = {
         "waiting",
     },
     "conntrack.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
+    "inventory.c": set(),
 }
-#: maps whose elements begin with a lock (locks.py)
+#: maps whose elements begin with a lock (map_types.py)
 LOCKED = frozenset({"conversations", "addresses"})
+#: maps whose elements belong to sockets
+OF_SOCKETS = frozenset({"udp_sockets"})
 #: maps that get random numbers before a program is attached
 KEYS = frozenset({"hash_keys", "flow_keys"})
 
@@ -75,13 +78,21 @@ class OnDemand:
 
 
 @dataclass(frozen=True, slots=True)
+class Iterator:
+    """Reading a descriptor runs the program once for each socket: of a namespace, or of a map."""
+
+    target: str  # the kernel function that describes its context
+    map: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Program:
     """One program of bpf/."""
 
     name: str  # in metrics, doctor and docs; a function probe has the name of its function
     function: str  # in the source file
     source: str
-    place: Hook | Function | TailCall | OnDemand
+    place: Hook | Function | TailCall | OnDemand | Iterator
     required: bool = False  # without it, the agent does not start
     without: str = ""  # what is lost without it
     is_for_forwarded: bool = False  # finds forwarded wrong replies: all such programs are attached, or none
@@ -89,6 +100,8 @@ class Program:
 
 SEND_WITHOUT = "events do not show whether PKTINFO was passed"
 HOOK_WITHOUT = "the cause is 'unknown' for sockets that are not connected"
+BIND_WITHOUT = "sockets that are opened in other namespaces after the start are not listed"
+LIST_WITHOUT = "the sockets of servers are listed by sock_diag, which does not tell whether they have PKTINFO set"
 FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 
 PROGRAMS = (
@@ -110,6 +123,29 @@ PROGRAMS = (
         "sockets.c",
         Hook(AttachType.CGROUP_UDP6_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
         without=HOOK_WITHOUT,
+    ),
+    Program(
+        "post_bind4",
+        "post_bind4",
+        "inventory.c",
+        Hook(AttachType.CGROUP_INET4_POST_BIND, ProgramType.CGROUP_SOCK),
+        without=BIND_WITHOUT,
+    ),
+    Program(
+        "post_bind6",
+        "post_bind6",
+        "inventory.c",
+        Hook(AttachType.CGROUP_INET6_POST_BIND, ProgramType.CGROUP_SOCK),
+        without=BIND_WITHOUT,
+    ),
+    Program("sockets_here", "sockets_here", "inventory.c", Iterator("bpf_iter_udp"), without=LIST_WITHOUT),
+    Program("adopt_sockets", "adopt_sockets", "inventory.c", Iterator("bpf_iter_udp"), without=BIND_WITHOUT),
+    Program(
+        "noted_sockets",
+        "noted_sockets",
+        "inventory.c",
+        Iterator("bpf_iter_bpf_sk_storage_map", "udp_sockets"),
+        without=BIND_WITHOUT,
     ),
     Program("udp_sendmsg", "send4", "conntrack.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
     Program("udpv6_sendmsg", "send6", "conntrack.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),
@@ -140,5 +176,7 @@ HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(pro
 FUNCTIONS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Function))
 #: (program, tail call) of each program that continues another one
 TAIL_CALLS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, TailCall))
+#: (program, iterator) of each program that lists sockets
+ITERATORS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Iterator))
 #: (program, how) of each program that the agent runs itself
 ON_DEMAND = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, OnDemand))

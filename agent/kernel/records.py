@@ -14,7 +14,7 @@ from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 from typing import NamedTuple
 
-from udpwatch.agent.model import Cause, Conversation, Counters, Event, Finding, Tuple, Verdict
+from udpwatch.agent.model import Cause, Conversation, Counters, Event, Finding, Tuple, UdpSocket, Verdict
 
 COMM_LEN = 16
 TUPLE_LEN = 40
@@ -165,6 +165,38 @@ class Waiting(ctypes.Structure):
     _fields_ = [("count", c_uint32), ("peers", c_uint32), ("next_set", c_uint32), ("pad", c_uint32)]
 
 
+class SocketOwner(ctypes.Structure):
+    """struct socket_owner."""
+
+    _fields_ = [("cgroup", c_uint64), ("tgid", c_uint32), ("pad", c_uint32), ("comm", c_char * COMM_LEN)]
+
+
+class SocketRecord(ctypes.Structure):
+    """struct socket_record."""
+
+    _fields_ = [
+        ("cookie", c_uint64),
+        ("inode", c_uint64),
+        ("cgroup", c_uint64),
+        ("bound", Address),
+        ("peer", Address),
+        ("netns", c_uint32),
+        ("device", c_uint32),
+        ("uid", c_uint32),
+        ("queue", c_uint32),
+        ("queue_limit", c_uint32),
+        ("drops", c_uint32),
+        ("tgid", c_uint32),
+        ("port", c_uint16),
+        ("peer_port", c_uint16),
+        ("family", c_uint16),
+        ("options", c_uint8),
+        ("known", c_uint8),
+        ("pad", c_uint32),
+        ("comm", c_char * COMM_LEN),
+    ]
+
+
 class SelfTest(ctypes.Structure):
     """struct self_test."""
 
@@ -245,6 +277,9 @@ SERVER_BYTES = ctypes.sizeof(ServerValue)
 SERVER_COUNTS_BYTES = ctypes.sizeof(ServerCounts)
 WAITING_BYTES = ctypes.sizeof(Waiting)
 NO_SERVER, OTHER_SERVERS, FIRST_SLOT = 0, 1, 2  # slots
+SOCKET_OWNER_BYTES = ctypes.sizeof(SocketOwner)
+SOCKET_BYTES = ctypes.sizeof(SocketRecord)
+_PKTINFO, _PKTINFO6, _REUSEPORT, _TRANSPARENT, _NAMED, _IPV6ONLY = 1, 2, 4, 8, 16, 32  # HAS_* in bpf/records.h
 
 
 def decode_address(raw: bytes) -> str:
@@ -400,6 +435,43 @@ def decode_waiting(raw: bytes) -> tuple[int, int]:
     """Decode struct waiting: (peers that wait, peers of all servers)."""
     value = Waiting.from_buffer_copy(raw)
     return value.count, value.peers
+
+
+def decode_socket(raw: bytes) -> UdpSocket:
+    """Decode struct socket_record."""
+    record = SocketRecord.from_buffer_copy(raw)
+
+    def option(bit: int) -> bool | None:
+        return bool(record.options & bit) if record.known & bit else None
+
+    family = _FAMILIES[record.family]
+    peer = bytes(record.peer)
+    is_connected = record.peer_port != 0
+    return UdpSocket(
+        # An IPv6 socket that is bound to ::ffff:0.0.0.0 serves IPv4 only.
+        address=decode_address(bytes(record.bound)),
+        port=record.port,
+        family=family,
+        netns=record.netns,
+        inode=record.inode,
+        cookie=record.cookie,
+        uid=record.uid,
+        peer=decode_address(peer) if is_connected else "",
+        peer_port=record.peer_port,
+        device=record.device,
+        only_ipv6=bool(record.options & _IPV6ONLY),
+        pktinfo=option(_PKTINFO),
+        pktinfo6=option(_PKTINFO6) if family == 6 else None,
+        reuseport=option(_REUSEPORT),
+        transparent=option(_TRANSPARENT),
+        named=option(_NAMED),
+        queue=record.queue,
+        queue_limit=record.queue_limit,
+        drops=record.drops,
+        cgroup=record.cgroup,
+        pid=record.tgid,
+        process=printable(record.comm),
+    )
 
 
 def encode_self_test(netns: int, port: int, peer_port: int) -> bytes:

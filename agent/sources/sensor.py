@@ -21,7 +21,8 @@ from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
 from udpwatch.agent.kernel.programs import FUNCTIONS
 from udpwatch.agent.kernel.snmp import udp_sent
-from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Sample
+from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Sample, UdpSocket
+from udpwatch.agent.servers.inventory import Inventory
 from udpwatch.agent.sources.flow_events import ListenedFlows
 from udpwatch.agent.sources.flow_probes import ProbedFlows
 from udpwatch.agent.sources.flows import FlowSensor, Reported
@@ -31,6 +32,7 @@ from udpwatch.agent.sources.sockets import ReplySensor
 MAX_EVENTS = 10_000
 SELF_TEST_SECONDS = 0.5
 HEALTH_SECONDS = 2.0
+SOCKETS_SECONDS = 2.0  # how often the sockets of servers are listed
 
 
 def possible_cpus(path: Path = Path("/sys/devices/system/cpu/possible")) -> int:
@@ -58,6 +60,8 @@ class Sensor:
         if "findings" in loaded.maps:
             self._replies = ReplySensor(loaded.maps, limits, pace)
             self._servers = ServerCounter(loaded.maps, loaded.programs["count_waiting"], limits, self._cpus, pace)
+        self._inventory = Inventory(loaded.links, pace=pace)
+        self._sockets_at = -SOCKETS_SECONDS
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
         if self._replies:
@@ -164,7 +168,18 @@ class Sensor:
             udp_sent=udp_sent(),
             servers=servers,
             other_servers=other,
+            sockets=self._sockets(),
         )
+
+    def _sockets(self) -> tuple[UdpSocket, ...] | None:
+        """Return the sockets of servers; None: it is not yet time to list them, or that failed."""
+        now = time.monotonic()
+        if now - self._sockets_at < SOCKETS_SECONDS:
+            return None
+        self._sockets_at = now
+        with contextlib.suppress(OSError):
+            return self._inventory.read()
+        return None
 
     def counters(self) -> Counters:
         """Return the counters of the programs."""

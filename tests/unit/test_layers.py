@@ -14,7 +14,7 @@ ALLOWED = {
     "errors": set(),
     "config": {"model", "errors"},
     "kernel": {"model", "errors"},
-    "sources": {"model", "errors", "kernel"},
+    "sources": {"model", "errors", "kernel", "servers"},
     "attribution": {"model", "errors", "kernel"},
     "servers": {"model", "errors", "kernel", "attribution"},
     # udpwatch: of dns/

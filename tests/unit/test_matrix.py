@@ -102,7 +102,10 @@ def test_results_of_single_tests_are_not_kept(tree: Path) -> None:
 
 # ---- faults ----
 
-HOOKS = ["ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "count_waiting"]
+HOOKS = [
+    *("ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "count_waiting"),
+    *("post_bind4", "post_bind6", "sockets_here", "adopt_sockets", "noted_sockets"),
+]
 PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle", "add_request"]
 
 

@@ -28,6 +28,8 @@ from udpwatch.agent.kernel.records import (
     ServerCounts,
     ServerKey,
     ServerValue,
+    SocketOwner,
+    SocketRecord,
     StatsRecord,
     Tenant,
     Waiting,
@@ -52,6 +54,8 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct server": ServerValue,
     "struct server_counts": ServerCounts,
     "struct waiting": Waiting,
+    "struct socket_owner": SocketOwner,
+    "struct socket_record": SocketRecord,
 }
 
 

@@ -1,0 +1,192 @@
+"""List the UDP sockets of the node.
+
+Rules
+1. The agent reads the sockets that the programs of bpf/inventory.c have noted, in all namespaces: those that were bound
+   since it started, and, if it could enter their namespace when it started, older ones. Without these programs it
+   lists those of its own namespace by an iterator, else by sock_diag.
+2. A command reads each namespace that it may enter.
+3. Memory and time are bounded: at most MAX_SOCKETS are listed, a namespace may have as many as are left for others,
+   and the rest is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from udpwatch.agent.errors import CannotRun, UdpwatchError
+from udpwatch.agent.kernel import bpf, netns, sock_diag
+from udpwatch.agent.kernel.cpu import unpaced
+from udpwatch.agent.kernel.loader import load_inventory
+from udpwatch.agent.kernel.records import SOCKET_BYTES, decode_socket, printable
+from udpwatch.agent.model import UdpSocket
+
+MAX_SOCKETS = 16_384
+HOLDERS_SECONDS = 30.0  # how often the processes of sockets are looked for
+MAX_DESCRIPTORS = 4_096  # of one process that are read
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """The sockets of the node, and what is missing."""
+
+    sockets: tuple[UdpSocket, ...]
+    left_out: int = 0  # sockets beyond the limit
+    notes: tuple[str, ...] = ()  # what could not be read, one line each
+
+
+class Inventory:
+    """Lists sockets for the agent. Not thread-safe."""
+
+    def __init__(self, links: dict[str, int], proc: Path = Path("/proc"), pace: Callable[[], None] = unpaced) -> None:
+        """Use the descriptors of the iterators, by name; the caller closes them. ``pace`` is called between small
+        pieces of work, and may pause.
+        """
+        self._links, self._proc, self._pace = links, proc, pace
+        self._known: dict[bytes, UdpSocket] = {}  # by record: most are as they were
+        self._holders: dict[int, tuple[int, str]] = {}
+        self._looked_at = -HOLDERS_SECONDS
+        self._home = Path("/proc/thread-self/ns/net").stat().st_ino
+        self.left_out = 0  # sockets beyond the limit, at the last call
+
+    def read(self) -> tuple[UdpSocket, ...]:
+        """Return the sockets of servers: those whose port was named by bind(), as far as that is known.
+
+        Raises OSError.
+        """
+        sockets, self.left_out = _bounded(self._read())
+        sockets = [each for each in sockets if each.named is not False]
+        return tuple(self._with_holders(sockets))
+
+    def _read(self) -> Iterator[UdpSocket]:
+        link = self._links.get("noted_sockets") or self._links.get("sockets_here")
+        if link is None:
+            yield from sock_diag.list_sockets(self._home)
+            return
+        before, self._known = self._known, {}
+        for raw in _records(link):
+            self._pace()
+            each = before.get(raw)
+            if each is None:
+                each = decode_socket(raw)
+            if len(self._known) < MAX_SOCKETS:
+                self._known[raw] = each
+            yield each
+
+    def _with_holders(self, sockets: list[UdpSocket]) -> Iterator[UdpSocket]:
+        """Add the process of each socket that was bound before the agent started."""
+        unknown = {each.inode for each in sockets if not each.pid and each.inode}
+        now = time.monotonic()
+        if unknown - self._holders.keys() and now - self._looked_at >= HOLDERS_SECONDS:
+            self._looked_at = now
+            self._holders = dict.fromkeys(unknown, (0, "")) | find_holders(unknown, self._proc, self._pace)
+        for each in sockets:
+            pid, process = (0, "") if each.pid else self._holders.get(each.inode, (0, ""))
+            yield replace(each, pid=pid, process=process) if pid else each
+
+
+def list_all(cache: Path | None = None) -> Listed:
+    """List the sockets of all namespaces that can be entered, for a command. A process that holds each one is added.
+
+    Raises OSError if not even this namespace's sockets can be listed.
+    """
+    notes = []
+    with contextlib.ExitStack() as opened:
+        link = None
+        try:
+            loaded = load_inventory(cache=cache)
+            for group in (loaded.links, loaded.programs, loaded.maps):
+                for descriptor in group.values():
+                    opened.callback(os.close, descriptor)
+            link = loaded.links.get("sockets_here")
+            reason = loaded.refused.get("sockets_here", "")
+        except (CannotRun, UdpwatchError) as error:
+            reason = str(error)
+        if link is None:
+            notes.append(f"whether sockets have PKTINFO set is unknown: {reason}")
+        sockets, left_out = _bounded(_of_all_namespaces(link, notes))
+    holders = find_holders({each.inode for each in sockets if each.inode})
+    with_holders = (
+        replace(each, pid=holders[each.inode][0], process=holders[each.inode][1]) if each.inode in holders else each
+        for each in sockets
+    )
+    if left_out:
+        notes.append(f"{left_out} sockets are not listed: there are more than {MAX_SOCKETS}")
+    return Listed(tuple(with_holders), left_out, tuple(notes))
+
+
+def _of_all_namespaces(link: int | None, notes: list[str]) -> Iterator[UdpSocket]:
+    refused = 0
+    for fd in netns.everywhere(thorough=True):
+        try:
+            with netns.entered(fd):
+                inode = os.fstat(fd).st_ino
+                # Read all before the caller goes on, which is not to run in this namespace.
+                sockets = list(_decoded(link) if link is not None else sock_diag.list_sockets(inode))
+        except OSError:
+            refused += 1
+            continue
+        yield from sockets
+    if refused:
+        notes.append(f"{refused} network namespaces cannot be entered: run as root, or add CAP_SYS_ADMIN")
+
+
+def _decoded(link: int) -> Iterator[UdpSocket]:
+    return map(decode_socket, _records(link))
+
+
+def _records(link: int) -> Iterator[bytes]:
+    for piece in bpf.iterator_read(link):
+        for at in range(0, len(piece), SOCKET_BYTES):
+            yield piece[at : at + SOCKET_BYTES]
+
+
+def _bounded(sockets: Iterable[UdpSocket]) -> tuple[list[UdpSocket], int]:
+    """Return at most MAX_SOCKETS, and how many were left out. A namespace may have as many as there is room left."""
+    kept: list[UdpSocket] = []
+    held: dict[int, int] = {}
+    left_out = 0
+    for each in sockets:
+        mine = held.get(each.netns, 0)
+        if mine >= MAX_SOCKETS - len(kept):
+            left_out += 1
+            continue
+        held[each.netns] = mine + 1
+        kept.append(each)
+    return kept, left_out
+
+
+def find_holders(
+    inodes: set[int], proc: Path = Path("/proc"), pace: Callable[[], None] = unpaced
+) -> dict[int, tuple[int, str]]:
+    """Return a process that holds each socket: inode number -> (process id, name). Of several, the oldest one.
+
+    Processes of other users need CAP_SYS_PTRACE; they are left out without it.
+    """
+    found: dict[int, tuple[int, str]] = {}
+    wanted = {f"socket:[{inode}]": inode for inode in inodes}
+    for folder in sorted((each for each in _entries(proc) if each.isdigit()), key=int):
+        if len(found) == len(inodes):
+            break
+        name = ""
+        for held in _entries(proc / folder / "fd", MAX_DESCRIPTORS):
+            pace()
+            with contextlib.suppress(OSError):
+                inode = wanted.get(str((proc / folder / "fd" / held).readlink()))
+                if inode is not None and inode not in found:
+                    name = name or printable((proc / folder / "comm").read_bytes().strip())
+                    found[inode] = int(folder), name
+    return found
+
+
+def _entries(folder: Path, most: int | None = None) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in itertools.islice(entries, most)]
+    except OSError:
+        return []
