@@ -23,7 +23,7 @@ COMMANDS = {
     "top": "show the servers that send wrong replies, live",
     "events": "print each wrong reply as it happens, one line each",
     "audit": "list the UDP servers that will reply from the wrong address",
-    "explain": "explain why a server replies from the wrong address, and how to fix it",
+    "explain": "explain wrong replies, or why UDP to a port does not work, and how to fix it",
     "dns": "run only the DNS responder, with dnsmasq's options",
     "demo": "show udpwatch at work, in network namespaces of its own",
 }

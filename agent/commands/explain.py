@@ -17,7 +17,7 @@ from udpwatch.agent.client.explain import matching
 from udpwatch.agent.client.remedies import Remedy
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Row, Server
-from udpwatch.agent.servers.held import held_sockets
+from udpwatch.agent.servers.inventory import list_all
 from udpwatch.agent.servers.port.diagnosis import diagnose
 from udpwatch.agent.servers.port.look import Looker
 
@@ -78,7 +78,7 @@ def _print(rows: list[Row], known: Remedy | None, as_json: bool) -> None:
 
 def _explain_port(port: int, parsed: argparse.Namespace, path: Path, missing: str) -> int:
     """Look at a port without a finding and print what is known about it."""
-    looker = Looker(port, parsed.address or "", lambda: held_sockets().sockets, lambda: _servers(path))
+    looker = Looker(port, parsed.address or "", list_all, lambda: _servers(path))
     if not parsed.json:
         print(f"udpwatch: {missing}; looking at port {port}/udp for {parsed.seconds:g} s", file=sys.stderr)
     look = looker.look(parsed.seconds)

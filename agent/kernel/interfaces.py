@@ -15,7 +15,8 @@ from udpwatch.dns.netlink import Netlink, attribute, attributes
 _GET_LINK, _GET_ADDRESS = 18, 22  # RTM_*
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
-_NAME, _MASTER, _LINK_INFO, _EXT_MASK = 3, 10, 18, 29  # IFLA_*
+_NAME, _MASTER, _LINK_INFO, _EXT_MASK, _XDP = 3, 10, 18, 29, 43  # IFLA_*
+_XDP_ATTACHED = 2  # IFLA_XDP_ATTACHED
 _INFO_KIND = 1  # IFLA_INFO_KIND
 _SKIP_STATS = struct.pack("=I", 1 << 3)  # RTEXT_FILTER_SKIP_STATS
 _UP, _LOOPBACK = 0x1, 0x8  # IFF_*
@@ -34,6 +35,7 @@ class Link:
     master: int  # index of the bridge, bond or VRF that it belongs to, 0: none
     is_up: bool
     is_loopback: bool
+    has_xdp: bool = False  # an XDP program runs on its packets before anything else sees them
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,7 @@ def _link(content: memoryview) -> Link:
         int.from_bytes(found.get(_MASTER, b""), sys.byteorder),
         bool(flags & _UP),
         bool(flags & _LOOPBACK),
+        any(dict(attributes(found[_XDP])).get(_XDP_ATTACHED, b"\0")) if _XDP in found else False,
     )
 
 

@@ -76,6 +76,16 @@ def conntrack_health() -> ConntrackHealth | None:
         return None
 
 
+def received_drops(folder: Path = _HERE) -> dict[str, int]:
+    """Return how many packets each device of the namespace of the calling thread received with an error or dropped."""
+    found = {}
+    for line in (folder / "dev").read_text().splitlines()[2:]:
+        name, _, values = line.rpartition(":")
+        errors, dropped, overrun = map(int, values.split()[2:5])
+        found[name.strip()] = errors + dropped + overrun
+    return found
+
+
 def _pairs(text: str) -> dict[str, str]:
     """Parse pairs of lines, "Udp: NAME NAME" and "Udp: VALUE VALUE"."""
     found: dict[str, str] = {}

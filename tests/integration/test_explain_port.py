@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -25,6 +26,7 @@ from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import bpf
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace, Process
 
 SERVER, SECOND, SERVER_6 = "10.0.0.1", "10.0.0.3", "fd00::1"
@@ -124,6 +126,24 @@ def asking(
         yield
     finally:
         client.stop()
+
+
+@contextmanager
+def dropping_everything(where: Namespace, device: str) -> Iterator[None]:
+    """Attach an XDP program to a device. It ends with its link's descriptor."""
+    drop = bytes.fromhex("b700000001000000" + "9500000000000000")  # r0 = XDP_DROP; exit
+    type_xdp, attach_xdp, generic = 6, 37, 2  # BPF_PROG_TYPE_XDP, BPF_XDP, XDP_FLAGS_SKB_MODE
+    program = bpf.program_load(type_xdp, attach_xdp, drop)  # type: ignore[arg-type]
+    try:
+        with where.entered():
+            target = struct.pack("=IIII", program, socket.if_nametoindex(device), attach_xdp, generic)
+            link = bpf.bpf(bpf.Command.LINK_CREATE, ctypes.create_string_buffer(target, 128))
+    finally:
+        os.close(program)
+    try:
+        yield
+    finally:
+        os.close(link)
 
 
 # 1: nothing listens --------------------------------------------------------------------------------------------------
@@ -463,6 +483,18 @@ def test_nothing_arrives(pair: tuple[Namespace, Namespace], port: int) -> None:
     assert f"({SERVER}, {SECOND} and {SERVER_6})" in text
 
 
+def test_program_at_the_device_is_named(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """An XDP program drops everything, before the device's packets can be counted."""
+    server, client = pair
+    serve(server, port)
+    with asking(client, SERVER, port):  # so that the link addresses are known
+        assert explain(server, port).kinds == set()
+    with dropping_everything(server, "eth0"), asking(client, SERVER, port):
+        told = explain(server, port)
+    assert told.kinds == set()
+    assert "An XDP program on eth0 sees each packet first" in told.get("nothing-arrives")["text"]
+
+
 @pytest.mark.parametrize("verdict", ["drop", "reject"])
 def test_rule_of_nftables_with_a_counter(pair: tuple[Namespace, Namespace], port: int, verdict: str) -> None:
     server, client = pair
@@ -605,6 +637,19 @@ def test_port_that_a_rule_sends_to_a_container(port: int, how: str) -> None:
         assert f"at {host.CONTAINER}." in there.get("replies")["text"]
 
 
+def test_published_port_of_docker_with_its_proxy(port: int) -> None:
+    """docker-proxy holds the port on the host, and a rule takes the requests from it: nothing is lost."""
+    with ContainerHost() as host:
+        serve(host.node, port, answer=False)
+        serve(host.container, port + 1000)
+        words = f"-t nat -A PREROUTING -p udp --dport {port} -j DNAT --to-destination {host.CONTAINER}:{port + 1000}"
+        host.node.run(["iptables", *words.split()])
+        with asking(host.outside, host.ETH0, port):
+            told = explain(host.node, port)
+    assert told.kinds == set()
+    assert {"listens", "redirected", "replies"} <= {each["kind"] for each in told.report["statements"]}
+
+
 def test_requests_lost_where_no_counter_shows(pair: tuple[Namespace, Namespace], port: int) -> None:
     """A set of ports in a rule: udpwatch does not read it."""
     server, client = pair
@@ -668,7 +713,7 @@ def test_wrong_source_without_an_agent(pair: tuple[Namespace, Namespace], port: 
     assert told.kinds == {"wrong-source"}
     statement = told.get("wrong-source")
     assert f"(asked at {SECOND}, replied from {SERVER})" in statement["text"]
-    assert "IP_PKTINFO" in statement["remedy"]["do"]
+    assert "sendmsg() with a control message" in statement["remedy"]["do"]  # of a Python program
 
 
 # what it may see -----------------------------------------------------------------------------------------------------

@@ -71,20 +71,24 @@ class Case:
     def lost(self) -> int:
         """How many requests matched a socket and never reached it, at least.
 
-        Those that arrived, less everything that the sockets of the namespace took in. Other ports' traffic makes the
-        number smaller, never larger.
+        Those that arrived without a reply, less everything that the sockets of the namespace took in. Other ports'
+        traffic makes the number smaller, never larger. If a rule sends requests elsewhere, it is unknown.
         """
         counters = self.facts.counters
-        if counters is None or any(each.has_no_process for each in self.facts.sockets):
+        if counters is None or self.redirections or any(each.has_no_process for each in self.facts.sockets):
             return 0
-        arrived = sum(each.requests for each in self.matched if not each.group)
+        arrived = sum(max(each.requests - each.replies, 0) for each in self.matched if not each.group)
         queued = sum((each.socket.queue or 0) // _LEAST_BUFFER_BYTES for each in self.facts.sockets)
         return max(arrived - counters.received - counters.receive_full - counters.no_memory - queued, 0)
 
     @property
     def is_unanswered(self) -> bool:
-        """Whether requests matched a socket and no reply left."""
-        return bool(self.matched) and not any(each.replies or each.wrong for each in self.matched)
+        """Whether requests matched a socket and no reply left, and no rule sent them elsewhere."""
+        return (
+            bool(self.matched)
+            and not self.redirections
+            and not any(each.replies or each.wrong for each in self.matched)
+        )
 
     def waits(self, each: SocketFacts) -> bool:
         """Return whether datagrams wait in a socket, and have for a good part of the look."""

@@ -7,10 +7,11 @@ from enum import StrEnum
 from ipaddress import ip_address
 
 from udpwatch.agent.kernel.packet_tap import Conversation, Traffic
-from udpwatch.agent.model import ConntrackHealth, Server, UdpSocket
+from udpwatch.agent.model import ConntrackHealth, Sender, Server, UdpSocket
 from udpwatch.agent.servers.counters import NetworkCounters
 from udpwatch.agent.servers.port.firewall import Firewall
 
+_NOBODY = Sender("")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104
 
 
@@ -29,16 +30,25 @@ class SocketFacts:
     """A socket bound to the port."""
 
     socket: UdpSocket  # at the end of the look
+    sender: Sender = _NOBODY  # its process, container and pod
     device: str = ""  # name of the interface it is bound to
     drops: int | None = None  # in the look
     waiting: float = 0.0  # seconds that its receive buffer has held datagrams and has not become shorter
     state: str = ""  # of its process, as in ps(1): R, S, D, T, Z; "": unknown
-    container: str = ""  # name or short id
 
     @property
     def has_no_process(self) -> bool:
         """Whether no process is known to hold it: it may be the kernel's own (VXLAN, WireGuard)."""
         return not self.socket.pid
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """A device on which packets may be lost before anything can count a port's."""
+
+    name: str
+    dropped: int  # packets that it received with an error, or dropped, in the look; of all kinds
+    has_xdp: bool  # an XDP program decides on its packets
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +61,7 @@ class NamespaceFacts:
     sockets: tuple[SocketFacts, ...] = ()
     local: frozenset[str] = frozenset()  # which of the asked addresses are local here
     addresses: tuple[str, ...] = ()  # its addresses other than the loopback's
+    devices: tuple[DeviceFacts, ...] = ()  # that dropped something in the look, or run a program that may
     counters: NetworkCounters | None = None  # increase in the look; None: could not be read
     conntrack: ConntrackHealth | None = None  # at the end
     conntrack_before: ConntrackHealth | None = None

@@ -126,7 +126,7 @@ def nft_rules(ruleset: Mapping[str, Any], port: int, iptables_read: bool) -> Ite
             continue
         place = f"{family} {table} {chain}"
         if "chain" in item:
-            if own.get("policy") == "drop" and own.get("hook") in ("input", "prerouting", "output"):
+            if own.get("policy") == "drop" and own.get("hook") in ("ingress", "prerouting", "input", "output"):
                 replies = own["hook"] == "output"
                 yield Rule(place, "policy drop", Effect.DROP, replies, False, None, key=place)
         else:

@@ -128,13 +128,14 @@ def addresses(case: Case) -> Iterator[Statement]:
 def _foreign(case: Case) -> Statement:
     number = sum(each.requests for each in case.foreign)
     addresses = several(each.address for each in case.foreign)
-    text = f"{count(number, 'request')} came for {addresses}, which is no address here"
-    dropped = case.facts.counters.not_local + case.facts.counters.no_route if case.facts.counters else 0
-    if dropped:
-        text += f"; the kernel dropped {count(dropped, 'packet')} for such addresses (InAddrErrors, InNoRoutes)"
-    return Statement(
-        Kind.NOT_LOCAL,
-        bool(dropped),
-        f"{text}. Ask one of {several(case.facts.addresses)}, or add the address.",
-        f"ip address add {case.foreign[0].address} dev DEVICE" if dropped else "",
+    counters = case.facts.counters
+    dropped = counters.not_local + counters.no_route if counters else 0
+    if dropped < number:  # some were forwarded
+        text = f"{count(number, 'request')} for other machines arrived in {case.time}, too ({addresses})."
+        return Statement(Kind.NOT_LOCAL, False, text)
+    text = (
+        f"{count(number, 'request')} came for {addresses}, which is no address here; the kernel dropped "
+        f"{count(dropped, 'packet')} for such addresses (InAddrErrors, InNoRoutes). Ask one of "
+        f"{several(case.facts.addresses)}, or add the address."
     )
+    return Statement(Kind.NOT_LOCAL, True, text, f"ip address add {case.foreign[0].address} dev DEVICE")

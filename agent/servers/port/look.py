@@ -15,21 +15,23 @@ import ipaddress
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from udpwatch.agent.kernel import netns
-from udpwatch.agent.kernel.interfaces import addresses
-from udpwatch.agent.kernel.packet_tap import Tap, Traffic
+from udpwatch.agent.kernel.interfaces import addresses, links
+from udpwatch.agent.kernel.packet_tap import MAX_LINKS, Tap, Traffic
 from udpwatch.agent.kernel.routes import route_to
-from udpwatch.agent.model import ConntrackHealth, Server, UdpSocket
-from udpwatch.agent.servers.counters import NetworkCounters, conntrack_health, network_counters
+from udpwatch.agent.model import ConntrackHealth, Sender, Server, UdpSocket
+from udpwatch.agent.servers.counters import NetworkCounters, conntrack_health, network_counters, received_drops
+from udpwatch.agent.servers.inventory import Listed
+from udpwatch.agent.servers.owners import owner_key, owners
 from udpwatch.agent.servers.port import firewall
-from udpwatch.agent.servers.port.facts import Look, NamespaceFacts, SocketFacts
+from udpwatch.agent.servers.port.facts import DeviceFacts, Look, NamespaceFacts, SocketFacts
 from udpwatch.agent.servers.port.firewall import Firewall
-from udpwatch.agent.servers.port.own_sockets import missing_from, sockets_here
-from udpwatch.agent.servers.port.places import Place, Places, container_of, places
+from udpwatch.agent.servers.port.own_sockets import all_here, missing_from, sockets_here
+from udpwatch.agent.servers.port.places import Place, Places, places
 
 MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
 MAX_ADDRESSES = 512  # of a namespace
@@ -38,8 +40,8 @@ _STEP_SECONDS = 0.02
 _SAMPLE_SECONDS = 0.2
 _LISTEN = "0A"  # in /proc/net/tcp
 
-#: returns all bound UDP sockets
-ListSockets = Callable[[], Sequence[UdpSocket]]
+#: lists the sockets of all namespaces
+ListSockets = Callable[[], Listed]
 #: returns the agent's servers; None: there is no agent
 ListServers = Callable[[], Sequence[Server] | None]
 
@@ -52,6 +54,7 @@ class _Watched:
     fd: int
     before: NetworkCounters | None = None
     conntrack: ConntrackHealth | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)  # packets by device
     rules: Firewall | None = None
     tap: Tap | None = None
     waiting: dict[int, tuple[int, float]] = field(default_factory=dict)  # inode -> (queue, waiting since)
@@ -68,27 +71,37 @@ class Looker:
 
     def look(self, seconds: float) -> Look:
         """Watch the port for so long. Raises OSError if not even this namespace can be read."""
-        before = [each for each in self._list_sockets() if each.port == self._port]
+        before = self._sockets()
         servers = self._list_servers()
         found = places()
         chosen = self._choose(found, {each.netns for each in before})
         with contextlib.ExitStack() as held:
             watched = list(self._open(chosen, held))
             for each in watched:
-                self._begin(each, held)
+                self._read_before(each)
+            for each in watched:
+                self._tap(each, held)
             self._wait(watched, seconds)
             traffic = {each.place.inode: each.tap.finish() for each in watched if each.tap}
             time.sleep(SETTLE_SECONDS)
-            after = [each for each in self._list_sockets() if each.port == self._port]
+            after = self._sockets()
             pairs = _server_pairs(servers, self._list_servers() if servers is not None else None, self._port)
-            facts = [self._finish(each, traffic.get(each.place.inode), before, after, pairs) for each in watched]
+            senders = owners(after)
+            sockets = _Sockets(after, {_identity(sock): sock.drops for sock in before}, senders)
+            facts = [self._finish(each, traffic.get(each.place.inode), sockets, pairs) for each in watched]
         seen = {each.inode for each in facts}
-        facts += [_unwatched(place, after) for place in found.found if place.inode not in seen]
+        facts += [sockets.unwatched(place) for place in found.found if place.inode not in seen]
         facts = [each for each in facts if each.sockets or each.inode in seen]
         self._note_places(found, {each.netns for each in after})
         facts.sort(key=lambda each: (not each.sockets, not each.here, each.name))
         others = tuple(pair for pair in pairs if pair[1].netns not in seen)
         return Look(self._port, seconds, tuple(facts), self._asked, others, tuple(dict.fromkeys(self._unseen)))
+
+    def _sockets(self) -> list[UdpSocket]:
+        listed = self._list_sockets()
+        if listed.left_out:
+            self._unseen.append(f"{listed.left_out} of very many sockets")
+        return [each for each in listed.sockets if each.port == self._port]
 
     def _choose(self, found: Places, serving: set[int]) -> list[Place]:
         """Return the namespaces to watch: this one, those with a socket, then others."""
@@ -113,15 +126,20 @@ class Looker:
             try:
                 fd = held.enter_context(_opened(place.path))
                 with netns.entered(fd):
-                    yield _Watched(place, fd)
+                    pass
             except OSError as error:
                 self._unseen.append(f"{place.name}: cannot enter it ({_reason(error, 'CAP_SYS_ADMIN')})")
+            else:
+                yield _Watched(place, fd)
 
-    def _begin(self, each: _Watched, held: contextlib.ExitStack) -> None:
+    def _read_before(self, each: _Watched) -> None:
         with netns.entered(each.fd):
             each.rules = firewall.read(self._port)
             self._unseen += each.rules.unread
-            each.before, each.conntrack = self._counters(), conntrack_health()
+            each.before, each.conntrack, each.dropped = self._counters(), conntrack_health(), received_drops()
+
+    def _tap(self, each: _Watched, held: contextlib.ExitStack) -> None:
+        with netns.entered(each.fd):
             try:
                 each.tap = held.enter_context(Tap(self._port))
             except OSError as error:
@@ -145,7 +163,8 @@ class Looker:
             if now >= sample:
                 for each in watched:
                     self._sample(each, now)
-                sample = now + _SAMPLE_SECONDS
+                # The list of a namespace may be long: reading takes a tenth of the time at most.
+                sample = now + max(_SAMPLE_SECONDS, 10 * (time.monotonic() - now))
             time.sleep(max(min(_STEP_SECONDS, end - time.monotonic()), 0))
 
     def _sample(self, each: _Watched, now: float) -> None:
@@ -160,29 +179,26 @@ class Looker:
         self,
         each: _Watched,
         traffic: Traffic | None,
-        before: Sequence[UdpSocket],
-        after: Sequence[UdpSocket],
+        known: _Sockets,
         pairs: Sequence[tuple[Server | None, Server]],
     ) -> NamespaceFacts:
         inode = each.place.inode
-        drops = {_identity(sock): sock.drops for sock in before}
         now = time.monotonic()
         with netns.entered(each.fd):
             increase = self._counters()
             self._sample(each, now)
-            listed = [sock for sock in after if sock.netns == inode]
-            listed += [replace(sock, netns=inode) for sock in missing_from(listed, sockets_here(self._port))]
-            sockets = tuple(
-                _socket_facts(sock, drops.get(_identity(sock)), _waiting(each.waiting, sock, now)) for sock in listed
-            )
+            listed = known.of(inode)
+            listed += missing_from(listed, all_here(self._port, inode))
+            sockets = tuple(known.facts(sock, _waiting(each.waiting, sock, now)) for sock in listed)
             asked = {conversation.address for conversation in traffic.conversations} if traffic else set()
             return NamespaceFacts(
-                name=each.place.name,
+                name=known.name(each.place),
                 inode=inode,
                 here=each.place.here,
                 sockets=sockets,
                 local=frozenset(_local(asked | ({self._asked} if self._asked else set()))),
                 addresses=tuple(_addresses()),
+                devices=tuple(_devices(each.dropped)),
                 counters=increase - each.before if increase and each.before else None,
                 conntrack=conntrack_health(),
                 conntrack_before=each.conntrack,
@@ -203,26 +219,49 @@ class Looker:
             self._unseen.append(f"{len(serving - known - {0})} network namespaces without a process or a name")
 
 
-def _unwatched(place: Place, sockets: Sequence[UdpSocket]) -> NamespaceFacts:
-    own = tuple(_socket_facts(sock, None, 0.0) for sock in sockets if sock.netns == place.inode)
-    return NamespaceFacts(place.name, place.inode, place.here, own)
+@dataclass(frozen=True, slots=True)
+class _Sockets:
+    """The sockets of the port in all namespaces."""
 
+    after: Sequence[UdpSocket]
+    drops: Mapping[tuple[int, ...], int | None]  # of each, before the look
+    senders: Mapping[tuple[int, str, int], Sender]
 
-def _socket_facts(sock: UdpSocket, drops: int | None, waiting: float) -> SocketFacts:
-    """Complete a socket of the list in the namespace of the calling thread."""
-    device = ""
-    if sock.device:
-        with contextlib.suppress(OSError):
-            device = socket.if_indextoname(sock.device)
-        device = device or str(sock.device)
-    return SocketFacts(
-        socket=sock,
-        device=device,
-        drops=None if sock.drops is None or drops is None else sock.drops - drops,
-        waiting=waiting,
-        state=_state(sock.pid),
-        container=container_of(sock.pid) if sock.pid else "",
-    )
+    def of(self, inode: int) -> list[UdpSocket]:
+        """Return those of a namespace."""
+        return [each for each in self.after if each.netns == inode]
+
+    def name(self, place: Place) -> str:
+        """Name a namespace after the pod or container of its server if it has no name of its own."""
+        for each in self.of(place.inode):
+            sender = self.senders[owner_key(each)]
+            if sender.pod and not place.here:
+                return f"pod {sender.namespace}/{sender.pod}"
+            if sender.container and not place.here:
+                return f"container {sender.container}"
+        return place.name
+
+    def unwatched(self, place: Place) -> NamespaceFacts:
+        """Return what is known of a namespace that was not watched."""
+        own = tuple(self.facts(each, 0.0) for each in self.of(place.inode))
+        return NamespaceFacts(self.name(place), place.inode, place.here, own)
+
+    def facts(self, sock: UdpSocket, waiting: float) -> SocketFacts:
+        """Complete a socket in the namespace of the calling thread."""
+        device = ""
+        if sock.device:
+            with contextlib.suppress(OSError):
+                device = socket.if_indextoname(sock.device)
+            device = device or str(sock.device)
+        drops = self.drops.get(_identity(sock))
+        return SocketFacts(
+            socket=sock,
+            sender=self.senders.get(owner_key(sock), Sender(sock.process, sock.pid)),
+            device=device,
+            drops=None if sock.drops is None or drops is None else sock.drops - drops,
+            waiting=waiting,
+            state=_state(sock.pid),
+        )
 
 
 def _identity(sock: UdpSocket) -> tuple[int, ...]:
@@ -287,6 +326,16 @@ def _addresses() -> list[str]:
         return []
     parsed = map(ipaddress.ip_address, found)
     return [str(each) for each in parsed if not each.is_loopback and not each.is_link_local]
+
+
+def _devices(before: Mapping[str, int]) -> Iterator[DeviceFacts]:
+    """Yield the devices of the namespace of the calling thread on which packets may be lost."""
+    now = received_drops()
+    with contextlib.suppress(OSError):
+        for link in links(MAX_LINKS):
+            dropped = now.get(link.name, 0) - before.get(link.name, 0)
+            if dropped > 0 or link.has_xdp:
+                yield DeviceFacts(link.name, dropped, link.has_xdp)
 
 
 def _sysctl(name: str) -> int | None:

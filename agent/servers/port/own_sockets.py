@@ -1,7 +1,4 @@
-"""List the sockets of a port in one namespace from /proc/net/udp and udp6, which every user may read.
-
-The list has the kernel's own sockets and those of processes that may not be examined. It lacks most of their options.
-"""
+"""List the sockets of a port in one namespace, as every user may: without their processes, with the kernel's own."""
 
 from __future__ import annotations
 
@@ -9,15 +6,25 @@ import contextlib
 import socket
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
+from udpwatch.agent.kernel import sock_diag
 from udpwatch.agent.model import UdpSocket
 
 _HERE = Path("/proc/thread-self/net")
 
 
+def all_here(port: int, netns: int) -> list[UdpSocket]:
+    """Return the sockets of the port in the namespace of the calling thread, whose inode number is ``netns``."""
+    try:
+        return [each for each in sock_diag.list_sockets(netns) if each.port == port]
+    except OSError:
+        return [replace(each, netns=netns) for each in sockets_here(port)]
+
+
 def sockets_here(port: int, folder: Path = _HERE) -> Iterator[UdpSocket]:
-    """Yield the sockets of the port in the namespace of the calling thread."""
+    """Yield the same from /proc/net/udp and udp6, which is fast, and lacks most of their options."""
     wanted = f":{port:04X}"
     for name, family in (("udp", 4), ("udp6", 6)):
         with contextlib.suppress(OSError), (folder / name).open() as lines:

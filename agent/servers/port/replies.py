@@ -55,6 +55,11 @@ def _nothing_arrives(case: Case, agent: str) -> Statement:
     text = f"No request for this port arrived at a device of this {there} in {case.time}."
     addresses = f" ({several(case.facts.addresses)})" if case.facts.addresses else ""
     text += f" If a client asked, its request was lost on the way, or went to an address that is not here{addresses}."
+    for device in case.facts.devices:
+        if device.has_xdp:
+            text += f" An XDP program on {device.name} sees each packet first, and may drop it."
+        if device.dropped:
+            text += f" {device.name} dropped {count(device.dropped, 'packet')} of any kind on receipt."
     fix = f"tcpdump -ni any udp port {case.port}  # on the client"
     return Statement(Kind.NOTHING_ARRIVES, False, f"{text} {agent}".rstrip(), fix)
 
@@ -75,9 +80,9 @@ def _wrong_source(case: Case) -> Statement:
 
 
 def _row(case: Case, asked: str, source: str, number: int) -> Row:
-    sock = next((each.socket for each in case.facts.sockets if each.socket.pid), case.facts.sockets[0].socket)
+    served = next((each for each in case.facts.sockets if each.socket.pid), case.facts.sockets[0])
     return Row(
-        sender=Sender(sock.process, sock.pid),
+        sender=served.sender if served.sender.process else Sender(served.socket.process, served.socket.pid),
         port=case.port,
         expected=asked,
         actual=source,

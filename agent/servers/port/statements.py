@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from udpwatch.agent.model import Row, Sender
@@ -57,7 +57,7 @@ class Statement:
 
 def process(each: SocketFacts) -> str:
     """Name the process of a socket."""
-    return each.socket.process or "an unknown process"
+    return each.sender.process or each.socket.process or "an unknown process"
 
 
 def owner(each: SocketFacts) -> str:
@@ -65,8 +65,7 @@ def owner(each: SocketFacts) -> str:
     if each.has_no_process:
         uid = f" of uid {each.socket.uid}" if each.socket.uid is not None else ""
         return f"The kernel itself (a tunnel such as VXLAN), or a process{uid} that this user may not examine,"
-    where = f" in container {each.container}" if each.container else ""
-    return f"{process(each)} (pid {each.socket.pid}){where}"
+    return sender_name(replace(each.sender, process=each.sender.process or each.socket.process, pid=each.socket.pid))
 
 
 def bound(each: SocketFacts) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from udpwatch.agent.servers.counters import NetworkCounters, network_counters
+from udpwatch.agent.servers.counters import NetworkCounters, network_counters, received_drops
 
 SNMP = """\
 Ip: Forwarding DefaultTTL InAddrErrors ReasmFails
@@ -46,6 +46,14 @@ def test_both_families_are_added(tmp_path: Path) -> None:
     (tmp_path / "snmp6").write_text(SNMP6)
     both = network_counters(tmp_path)
     assert both - ipv4 == NetworkCounters(received=11, no_port=22, unreachable=33, not_local=44)
+
+
+def test_drops_of_devices(tmp_path: Path) -> None:
+    head = "Inter-|   Receive\n face |bytes    packets errs drop fifo frame compressed multicast|bytes\n"
+    (tmp_path / "dev").write_text(
+        head + "    lo: 1 2 0 0 0 0 0 0 1 1 0 0 0 0 0 0\neth0:1: 9 9 1 20 300 0 0 0 1 1 5 5 5 0 0 0\n"
+    )
+    assert received_drops(tmp_path) == {"lo": 0, "eth0:1": 321}
 
 
 def test_this_kernel_has_every_counter() -> None:
