@@ -32,7 +32,7 @@ def port_text(look: Look, statements: Sequence[Statement], colour: bool) -> str:
         page.head(f"Port {look.port}/udp")
         page.paragraph("nothing could be looked at")
     page.gap()
-    names = [safe(each.name) for each in look.namespaces]
+    names = [safe(each.name) for each in look.namespaces if each.is_watched]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     page.paragraph(f"{', '.join(names[:_SHOWN])}{more}.", f"Looked for {look.seconds:g} s in ")
     for reason in look.unseen:
@@ -60,7 +60,7 @@ def port_object(look: Look, statements: Sequence[Statement]) -> dict[str, Any]:
             }
             for each in statements
         ],
-        "namespaces": [{"name": each.name, "netns": each.inode} for each in look.namespaces],
+        "namespaces": [{"name": each.name, "netns": each.inode} for each in look.namespaces if each.is_watched],
         "unseen": list(look.unseen),
     }
 

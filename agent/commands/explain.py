@@ -78,7 +78,7 @@ def _print(rows: list[Row], known: Remedy | None, as_json: bool) -> None:
 
 def _explain_port(port: int, parsed: argparse.Namespace, path: Path, missing: str) -> int:
     """Look at a port without a finding and print what is known about it."""
-    looker = Looker(port, parsed.address or "", list_all, lambda: _servers(path))
+    looker = Looker(port, parsed.address or "", lambda: list_all(port=port), lambda: _servers(path))
     if not parsed.json:
         print(f"udpwatch: {missing}; looking at port {port}/udp for {parsed.seconds:g} s", file=sys.stderr)
     look = looker.look(parsed.seconds)

@@ -90,8 +90,9 @@ class Inventory:
             yield replace(each, pid=pid, process=process) if pid else each
 
 
-def list_all(cache: Path | None = None) -> Listed:
+def list_all(cache: Path | None = None, port: int | None = None) -> Listed:
     """List the sockets of all namespaces that can be entered, for a command. A process that holds each one is added.
+    With ``port``, only the sockets of that port are listed.
 
     Raises OSError if not even this namespace's sockets can be listed.
     """
@@ -109,7 +110,8 @@ def list_all(cache: Path | None = None) -> Listed:
             reason = str(error)
         if link is None:
             notes.append(f"whether sockets have PKTINFO set is unknown: {reason}")
-        sockets, left_out = _bounded(_of_all_namespaces(link, notes))
+        found = _of_all_namespaces(link, notes)
+        sockets, left_out = _bounded(each for each in found if port in (None, each.port))
     holders = find_holders({each.inode for each in sockets if each.inode})
     with_holders = (
         replace(each, pid=holders[each.inode][0], process=holders[each.inode][1]) if each.inode in holders else each

@@ -72,7 +72,7 @@ def not_read(case: Case) -> Iterator[Statement]:
         if each.state in ("T", "t", "Z") or (counters and not counters.received):
             text = f"{process(each)} does not read its requests: {waiting}."
         else:
-            text = f"{process(each)} reads more slowly than requests arrive: {waiting}, and did not become fewer."
+            text = f"{process(each)} does not keep up with its requests: {waiting}, and did not become fewer."
         state, fix = _STATES.get(each.state, ("", ""))
         pid = each.socket.pid
         yield Statement(Kind.NOT_READ, True, f"{text} {state}".rstrip(), fix.format(pid=pid) if pid else "")

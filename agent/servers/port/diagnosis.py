@@ -13,16 +13,22 @@ from udpwatch.agent.servers.port import delivery, listening
 from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import Look, NamespaceFacts
 from udpwatch.agent.servers.port.replies import of_agent, replies
-from udpwatch.agent.servers.port.statements import Kind, Statement, several
+from udpwatch.agent.servers.port.statements import Kind, Statement, owner, several
 
 
 def diagnose(look: Look) -> list[Statement]:
     """Return what is known about the port."""
     served = [each for each in look.namespaces if each.sockets]
     found = list(_everywhere(look, served))
+    unwatched = [each for each in served if not each.is_watched]
     for facts in look.namespaces:
+        if not facts.is_watched:
+            continue
         told = _statements(Case(look, facts), served)
         found += [replace(each, namespace=facts.name, netns=facts.inode) for each in told]
+    if unwatched:
+        places = several(f"{owner(each.sockets[0])} in {each.name}" for each in unwatched)
+        found.append(Statement(Kind.LISTENS, False, f"In namespaces that were not watched: {places}."))
     return found
 
 

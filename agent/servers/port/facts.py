@@ -59,6 +59,7 @@ class NamespaceFacts:
     inode: int
     here: bool  # udpwatch runs in it
     sockets: tuple[SocketFacts, ...] = ()
+    is_watched: bool = True  # else only its sockets are known
     local: frozenset[str] = frozenset()  # which of the asked addresses are local here
     addresses: tuple[str, ...] = ()  # its addresses other than the loopback's
     devices: tuple[DeviceFacts, ...] = ()  # that dropped something in the look, or run a program that may

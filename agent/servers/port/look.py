@@ -40,7 +40,7 @@ _STEP_SECONDS = 0.02
 _SAMPLE_SECONDS = 0.2
 _LISTEN = "0A"  # in /proc/net/tcp
 
-#: lists the sockets of all namespaces
+#: lists the sockets of the port in all namespaces
 ListSockets = Callable[[], Listed]
 #: returns the agent's servers; None: there is no agent
 ListServers = Callable[[], Sequence[Server] | None]
@@ -101,7 +101,7 @@ class Looker:
         listed = self._list_sockets()
         if listed.left_out:
             self._unseen.append(f"{listed.left_out} of very many sockets")
-        return [each for each in listed.sockets if each.port == self._port]
+        return list(listed.sockets)
 
     def _choose(self, found: Places, serving: set[int]) -> list[Place]:
         """Return the namespaces to watch: this one, those with a socket, then others."""
@@ -244,7 +244,7 @@ class _Sockets:
     def unwatched(self, place: Place) -> NamespaceFacts:
         """Return what is known of a namespace that was not watched."""
         own = tuple(self.facts(each, 0.0) for each in self.of(place.inode))
-        return NamespaceFacts(self.name(place), place.inode, place.here, own)
+        return NamespaceFacts(self.name(place), place.inode, place.here, own, is_watched=False)
 
     def facts(self, sock: UdpSocket, waiting: float) -> SocketFacts:
         """Complete a socket in the namespace of the calling thread."""

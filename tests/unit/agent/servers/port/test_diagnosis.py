@@ -185,7 +185,7 @@ def test_advice_on_the_receive_buffer(limit: int, advice: str, fix: str) -> None
     [
         ("T", 100, "does not read its requests"),
         ("S", 0, "does not read its requests"),
-        ("R", 100, "reads more slowly than requests arrive"),
+        ("R", 100, "does not keep up with its requests"),
         ("D", 0, "cat /proc/42/stack"),
         ("", 0, "does not read its requests"),
     ],
@@ -228,6 +228,15 @@ def test_without_privilege_it_says_what_is_known() -> None:
     (one,) = told(replace(facts, sockets=()))
     assert "In 3 s, the kernel counted 2 datagrams without a socket (NoPorts)" in one.text
     assert "for all ports" in one.text
+
+
+def test_namespaces_that_were_not_watched_share_a_statement() -> None:
+    others = [replace(FACTS, name=f"namespace {number}", inode=number, is_watched=False) for number in range(2, 302)]
+    look = Look(PORT, 3.0, (FACTS, *others))
+    statements = diagnose(look)
+    assert len(statements) == 3
+    assert "server (pid 42) in namespace 5 and 296 more." in statements[-1].text
+    assert "Looked for 3 s in this network namespace." in port_text(look, statements, False)
 
 
 def test_text_has_a_heading_for_each_namespace_and_what_was_not_seen() -> None:
