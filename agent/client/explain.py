@@ -9,7 +9,7 @@ from typing import Any
 
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.remedies import Remedy, codes, remedy_of
-from udpwatch.agent.model import Cause, Row, Verdict
+from udpwatch.agent.model import Cause, Row, Server, Verdict
 
 #: causes that a setting of the program fixes; the others depend on the case
 _FIXED_BY_SETTING = (Cause.KERNEL_CHOSEN, Cause.CONNECTED, Cause.UNKNOWN)
@@ -99,9 +99,18 @@ def remedy_advice(remedy: Remedy, row: Row | None = None) -> Advice:
     return Advice(remedy.name, remedy.do, config, remedy.source, (remedy.code,) if remedy.code else ())
 
 
-def short_advice(row: Row) -> str:
-    """Return the advice in at most three lines, for the detail pane of `udpwatch top`."""
-    fix = advice(row)
+def short_advice(row: Row | Server) -> str:
+    """Return the advice in at most three lines, for the detail pane of `udpwatch top`.
+
+    For a server without a finding, return "" if the program is unknown.
+    """
+    if isinstance(row, Server):
+        remedy = remedy_of(row.sender)
+        if remedy is None:
+            return ""
+        fix = remedy_advice(remedy)
+    else:
+        fix = advice(row)
     if not fix.server:
         return fix.do
     return "\n".join(filter(None, (f"{fix.server}: {fix.do}", fix.config, fix.source)))

@@ -12,7 +12,7 @@ from pathlib import Path
 from udpwatch.agent.client import explain
 from udpwatch.agent.client.top.screen import TopApp
 from udpwatch.agent.client.top.sources import open_replay
-from udpwatch.agent.client.top.widgets import Findings
+from udpwatch.agent.client.top.widgets import RowTable
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = (100, 30)
@@ -27,7 +27,7 @@ async def photograph(recording: Path) -> str:
         app = TopApp(source, fix=explain.short_advice)
         async with app.run_test(size=SIZE) as pilot:
             end = time.monotonic() + PLAYED_SECONDS
-            while time.monotonic() < end or not app.query_one(Findings).selected:
+            while time.monotonic() < end or not app.query_one(RowTable).selected:
                 await pilot.pause(0.2)
             await pilot.press("enter")
             await pilot.pause(2)

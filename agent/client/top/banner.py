@@ -12,6 +12,8 @@ from rich.cells import cell_len
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.layout import StyledLine, age_text, clock_text, count_text, fitted, rate_text
 from udpwatch.agent.client.top.rows import HISTORY_SECONDS, Baseline, View, other_of, total_of
+from udpwatch.agent.client.top.servers import at_risk_of
+from udpwatch.agent.model import Risk
 
 STALE_SECONDS = 5.0
 _KERNEL_WIDTH = 24
@@ -52,11 +54,29 @@ def banner(view: View | None, source: SourceState, baseline: Baseline | None, wi
     ]
 
 
+def nothing_wrong(view: View, tab: str = "") -> str:
+    """Return one line for a view without wrong replies: what was checked, and what is at risk.
+
+    ``tab``: how to see the servers.
+    """
+    checked = f"{count_text(sum(each.checked for each in view.snapshots))} replies checked"
+    servers = [server for each in view.snapshots for server in each.servers]
+    at_risk, unknown = at_risk_of(view), sum(server.risk == Risk.UNKNOWN for server in servers)
+    if at_risk:
+        sockets = f"{count_text(at_risk)} socket" + "s" * (at_risk != 1)
+        return f"No wrong reply so far: {checked}, {sockets} at risk{tab}."
+    if unknown:
+        return f"No wrong reply so far: {checked}; the risk of {unknown} servers is unknown{tab}."
+    if servers or view.at_risk is not None:
+        return f"Nothing is wrong: {checked}, no socket at risk."
+    return f"No wrong reply so far: {checked}."
+
+
 def _title(view: View | None, source: SourceState, width: int) -> StyledLine:
     state, style = _state(view, source)
     styled: StyledLine = [(" udpwatch", "name")]
     if view and view.cluster:
-        nodes = len(view.snapshots)
+        nodes = len(view.snapshots) if view.node_count is None else view.node_count
         facts = [("", f"{nodes} node" + "s" * (nodes != 1)), ("", source.name)]
     elif view and view.snapshots:
         each = view.snapshots[0]
@@ -78,7 +98,8 @@ def _title(view: View | None, source: SourceState, width: int) -> StyledLine:
 def _counts(view: View | None, source: SourceState, baseline: Baseline | None, width: int) -> StyledLine:
     if view is None:
         return _justified([(f" {safe(source.error)}", "error")] if source.error else [], [], width)
-    found = sum(len(each.rows) for each in view.snapshots)
+    found = sum(len(each.rows) for each in view.snapshots) if view.found is None else view.found
+    at_risk = at_risk_of(view)
     other = other_of(view, baseline)
     lost = sum(sum(each.lost.values()) for each in view.snapshots)
     styled: StyledLine = [(" wrong ", "label"), (f"{rate_text(view.wrong)}/s", "wrong" if view.wrong else "fact")]
@@ -88,6 +109,8 @@ def _counts(view: View | None, source: SourceState, baseline: Baseline | None, w
         ("findings", str(found), "fact"),
         ("lost", count_text(lost), "error" if lost else "fact"),
     ]
+    if at_risk:
+        facts.insert(-1, ("at risk", count_text(at_risk), "paused"))
     if other:
         facts.insert(-1, ("other", count_text(other), "fact"))
     for label, fact, style in facts:

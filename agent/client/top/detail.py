@@ -13,7 +13,7 @@ from typing import Any
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.layout import StyledLine, clock_text, count_text, rate_text
 from udpwatch.agent.client.top.rows import Key, Line
-from udpwatch.agent.model import Row
+from udpwatch.agent.model import Sender
 
 MAX_EVENTS = 20
 
@@ -53,7 +53,7 @@ def detail(
 ) -> list[StyledLine]:
     """Return the lines of the pane. ``events``: from `events_of`; None: not received yet."""
     key, row = line.key, line.row
-    lines = _about(key, row, cluster)
+    lines = process_lines(row.sender, key.node if cluster else "", row.interface)
     verdict, cause = safe(key.verdict), safe(key.cause)
     lines.append(("asked at", f"{safe(key.expected)}, replied from {safe(key.actual)}: {_CAUSES.get(cause, cause)}"))
     lines.append(("verdict", f"{verdict}: {_VERDICTS[verdict]}" if verdict in _VERDICTS else verdict))
@@ -62,7 +62,7 @@ def detail(
         counts += f", the last at {clock_text(row.last)}"
     lines.append(("count", counts))
     lines.append(("fix", safe_lines(fix or GENERAL_FIX)))
-    styled = [each for label, text in lines for each in _labelled(label, text, width)]
+    styled = [each for label, text in lines for each in labelled(label, text, width)]
     return styled + _latest(events, width, cluster)
 
 
@@ -71,12 +71,11 @@ def safe_lines(text: str) -> str:
     return "\n".join(map(safe, text.splitlines()))
 
 
-def _about(key: Key, row: Row, cluster: bool) -> list[tuple[str, str]]:
-    """Describe the sender: (label, text) of each line."""
-    sender = row.sender
+def process_lines(sender: Sender, node: str = "", interface: str = "") -> list[tuple[str, str]]:
+    """Describe a process: (label, text) of each line. ``interface``: the one that leads to another machine."""
     lines = []
-    if cluster:
-        lines.append(("node", safe(key.node)))
+    if node:
+        lines.append(("node", safe(node)))
     if sender.pid:
         executable = sender.command or sender.executable
         lines.append(("process", f"pid {sender.pid}" + (f"  {safe(executable)}" if executable else "")))
@@ -87,8 +86,8 @@ def _about(key: Key, row: Row, cluster: bool) -> list[tuple[str, str]]:
         location.append(f"container {sender.container}")
     if sender.runtime or sender.container_id:
         location.append(" ".join(filter(None, (sender.runtime, sender.container_id[:12]))))
-    if row.interface:
-        location.append(f"received on {row.interface}")
+    if interface:
+        location.append(f"received on {interface}")
     if location:
         lines.append(("location", safe(", ".join(location))))
     elif sender.cgroup not in {"", "/"}:
@@ -96,13 +95,24 @@ def _about(key: Key, row: Row, cluster: bool) -> list[tuple[str, str]]:
     return lines
 
 
+def folded_detail(line: Line, width: int) -> list[StyledLine]:
+    """Return the lines of the pane for a row that is the sum of many nodes."""
+    counts = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
+    lines = [
+        ("nodes", f"{line.nodes}; g shows the rows of each node, with addresses and cause"),
+        ("namespace", safe(line.key.namespace) or "-"),
+        ("count", counts),
+    ]
+    return [each for label, text in lines for each in labelled(label, text, width)]
+
+
 def _latest(events: Sequence[dict[str, Any]] | None, width: int, cluster: bool) -> list[StyledLine]:
     if cluster:
         text = "Prometheus stores no events; run `udpwatch top` or `udpwatch events` on that node"
-        return _labelled("events", text, width)
+        return labelled("events", text, width)
     if not events:
-        return _labelled("events", "..." if events is None else "none of the latest events belongs to this row", width)
-    return _labelled("events", "\n".join(map(_event, events)), width)
+        return labelled("events", "..." if events is None else "none of the latest events belongs to this row", width)
+    return labelled("events", "\n".join(map(_event, events)), width)
 
 
 def _event(event: dict[str, Any]) -> str:
@@ -137,8 +147,8 @@ def _clock(time: object) -> str:
 _LABEL_WIDTH = 11
 
 
-def _labelled(label: str, text: str, width: int) -> list[StyledLine]:
-    """Wrap a text beside its label."""
+def labelled(label: str, text: str, width: int) -> list[StyledLine]:
+    """Wrap a text beside its label of at most ten characters."""
     room = max(10, width - _LABEL_WIDTH - 1)
     wrapped = [
         line

@@ -9,7 +9,7 @@ from typing import Any
 
 from udpwatch.agent.client.top.detail import events_of
 from udpwatch.agent.client.top.rows import Key, Meter, View
-from udpwatch.agent.client.top.sources import ViewSource
+from udpwatch.agent.client.top.sources import ViewSource, Wanted
 from udpwatch.agent.errors import UdpwatchError
 
 STOP_SECONDS = 2.0
@@ -36,6 +36,7 @@ class Feed(threading.Thread):
         self._source, self._interval, self._publish = source, interval, publish
         self._meter = Meter()
         self._key: Key | None = None
+        self._wanted = Wanted()
         self._wake = threading.Event()
         self._stopping = False
 
@@ -44,6 +45,11 @@ class Feed(threading.Thread):
         self._key = key
         if key:
             self._wake.set()
+
+    def want(self, wanted: Wanted) -> None:
+        """Read this from now on, and read it now."""
+        self._wanted = wanted
+        self._wake.set()
 
     def run(self) -> None:
         while not self._stopping:
@@ -59,6 +65,7 @@ class Feed(threading.Thread):
     def _read(self) -> Update:
         key = self._key
         try:
+            self._source.select(self._wanted)
             view = self._meter.add(self._source.read())
             events = events_of(key, self._source.events(EVENTS_REQUESTED)) if key else []
             return Update(view, key=key, events=tuple(events))

@@ -7,14 +7,17 @@ import textwrap
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.layout import StyledLine, count_text
 from udpwatch.agent.client.top.rows import View
+from udpwatch.agent.client.top.server_table import RISKS
 
 _KEYS = (
+    ("Tab", "switch between findings and servers"),
     ("s, r", "sort by the next column; reverse the order"),
     ("/", "filter: show the rows that contain all words; Enter keeps the filter, Esc clears it"),
     ("p", "pause: freeze the screen; counting continues"),
     ("c, C", "clear: count totals from now on; restore the full totals"),
     ("Enter", "show the details of the selected row and how to fix its server; [ and ] scroll"),
     ("j k, arrows", "select a row; g or Home: stay on the first row; G or End: the last row"),
+    ("g", "in a cluster: show the selected row of each node; again: all nodes in one row"),
     ("q", "quit"),
 )
 _COLUMNS = (
@@ -30,9 +33,22 @@ _COLUMNS = (
 )
 
 
-def help_lines(view: View | None, width: int) -> list[StyledLine]:
-    """Return the lines of the help, ``width`` cells wide."""
-    lines = [*_block("Keys", _KEYS, width), [], *_block("Columns", _COLUMNS, width)]
+_SERVER_COLUMNS = (
+    ("bound to", "the address that its sockets are bound to; 0.0.0.0 or ::, every address; +N, N more"),
+    ("requests/s", "datagrams that the server's port receives, and those that it sends to peers that had asked"),
+    ("unanswered", "share of the requests of the last minute that got no reply within the window"),
+    ("wrong/s", "wrong replies per second"),
+    ("drops/s", "requests that its receive buffer had no room for"),
+    ("queue", "bytes that wait in its receive buffer, with the kernel's overhead"),
+    ("PKTINFO", "whether its wildcard sockets learn the address that was asked: yes, no, unknown (?)"),
+    *((risk, text) for risk, text in RISKS.items()),
+)
+
+
+def help_lines(view: View | None, servers: bool, width: int) -> list[StyledLine]:
+    """Return the lines of the help, ``width`` cells wide. ``servers``: for the table of servers."""
+    columns = _SERVER_COLUMNS if servers else _COLUMNS
+    lines = [*_block("Keys", _KEYS, width), [], *_block("Columns", columns, width)]
     snapshots = view.snapshots if view else ()
     lost = {stage: 0 for each in snapshots for stage in each.lost}
     for each in snapshots:

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any, Protocol
 
 from rich.cells import cell_len, set_cell_size
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.rows import Line, Order
+from udpwatch.agent.client.top.rows import Line, Order, View
+from udpwatch.agent.client.top.servers import ServerOrder
 
 StyledLine = list[tuple[str, str]]
 
@@ -73,17 +75,43 @@ def clock_text(time: float) -> str:
     return datetime.fromtimestamp(time).strftime("%H:%M:%S")
 
 
+SortKey = Order | ServerOrder
+
+
+class TableLine(Protocol):
+    """A row of a table."""
+
+    @property
+    def is_quiet(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One column: its content, and how it may shrink."""
 
     name: str
     headings: tuple[str, ...]  # (long, short)
-    cell: Callable[[Line, float], str]  # (line, time now) -> text
+    cell: Callable[[Any, float], str]  # (line, time now) -> text
     right: bool = False
-    order: Order | None = None
-    brief: Callable[[Line, float], str] | None = None  # the same as `cell` in fewer cells
+    order: SortKey | None = None
+    brief: Callable[[Any, float], str] | None = None  # the same as `cell` in fewer cells
+    style: Callable[[Any], str] | None = None  # of a line's cell; None: the column's name
     width: int = 0
+
+
+#: (names of columns, minimum width): the columns to shrink, in this order
+_Shrinks = tuple[tuple[frozenset[str], int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The columns of a table, and how they fit a narrow terminal."""
+
+    columns: tuple[Column, ...]
+    minimum: dict[str, int]  # widths of numbers, so that changing numbers do not move the columns
+    shrinks: _Shrinks
+    shortened: tuple[frozenset[str], ...]  # the columns to shorten, step by step; the first step: only headings
+    optional: tuple[str, ...] = ()  # left out where they do not fit, in this order
 
 
 def _last(line: Line, now: float) -> str:
@@ -99,54 +127,96 @@ _BRIEF = {
     "untracked": "untr",
     "unknown": "?",
 }
-_ADDRESSES = {"asked", "replied"}
-_NAMES = {"node", "process", "location"}
-#: the columns to shrink, in this order, and their minimum widths
-_SHRINK_ORDER = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
+_ADDRESSES = frozenset({"asked", "replied", "bound"})
+_NAMES = frozenset({"node", "process", "location"})
+SHRINKS: _Shrinks = ((_NAMES, 12), (_ADDRESSES, 13), (_NAMES, 7), (_ADDRESSES, 9))
+_NEVER_QUIET = {"replied", "wrong", "paused"}  # styles that a quiet row keeps
+_COMFORTABLE = {**dict.fromkeys(_NAMES, 9), **dict.fromkeys(_ADDRESSES, 11)}  # else optional columns are left out
 
 
 def _brief(word: str) -> str:
     return _BRIEF.get(word) or safe(word)
 
 
-COLUMNS = (
-    Column("node", ("node",), lambda line, _: safe(line.key.node)),
-    Column("process", ("process",), lambda line, _: safe(line.key.process) or "-", order=Order.PROCESS),
-    Column(
-        "location",
-        ("pod or container", "pod"),
-        lambda line, _: safe(line.location) or "-",
-        order=Order.LOCATION,
-        brief=lambda line, _: safe(line.key.pod or line.location) or "-",
-    ),
-    Column("port", ("port",), lambda line, _: str(line.key.port), right=True, order=Order.PORT),
-    Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
-    Column("replied", ("replied from", "replied"), lambda line, _: safe(line.key.actual)),
-    Column(
-        "verdict",
-        ("verdict", "ct"),
-        lambda line, _: safe(line.key.verdict),
-        brief=lambda line, _: _brief(line.key.verdict),
-    ),
-    Column("cause", ("cause",), lambda line, _: safe(line.key.cause), brief=lambda line, _: _brief(line.key.cause)),
+NODE = Column("node", ("node",), lambda line, _: safe(line.key.node))
+NODES = Column("nodes", ("nodes",), lambda line, _: count_text(line.nodes), right=True, style=lambda _: "total")
+
+
+def name_columns(process: SortKey, location: SortKey, port: SortKey, folded: bool) -> tuple[Column, ...]:
+    """Return the columns that name a server, with the orders that they sort by."""
+    if folded:
+        where = Column("location", ("namespace",), lambda line, _: safe(line.location) or "-", order=location)
+    else:
+        where = Column(
+            "location",
+            ("pod or container", "pod"),
+            lambda line, _: safe(line.location) or "-",
+            order=location,
+            brief=lambda line, _: safe(line.key.pod or line.location) or "-",
+        )
+    return (
+        Column("process", ("process",), lambda line, _: safe(line.key.process) or "-", order=process),
+        where,
+        Column("port", ("port",), lambda line, _: str(line.key.port), right=True, order=port),
+    )
+
+
+_COUNTS = (
     Column("rate", ("rate/s", "/s"), lambda line, _: rate_text(line.rate), right=True, order=Order.RATE),
     Column("total", ("total",), lambda line, _: count_text(line.total), right=True, order=Order.TOTAL),
     Column("last", ("last seen", "last"), _last, right=True, order=Order.LAST),
 )
+FINDINGS = Table(
+    (
+        NODE,
+        *name_columns(Order.PROCESS, Order.LOCATION, Order.PORT, folded=False),
+        Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
+        Column("replied", ("replied from", "replied"), lambda line, _: safe(line.key.actual)),
+        Column(
+            "verdict",
+            ("verdict", "ct"),
+            lambda line, _: safe(line.key.verdict),
+            brief=lambda line, _: _brief(line.key.verdict),
+        ),
+        Column("cause", ("cause",), lambda line, _: safe(line.key.cause), brief=lambda line, _: _brief(line.key.cause)),
+        *_COUNTS,
+    ),
+    minimum={"rate": 5, "total": 5, "last": 4, "port": 5},
+    shrinks=SHRINKS,
+    shortened=(frozenset(), frozenset({"verdict", "cause"}), frozenset({"verdict", "cause", "location"})),
+)
+FOLDED_FINDINGS = Table(
+    (*name_columns(Order.PROCESS, Order.LOCATION, Order.PORT, folded=True), NODES, *_COUNTS),
+    minimum={"rate": 5, "total": 5, "last": 4, "port": 5, "nodes": 5},
+    shrinks=SHRINKS,
+    shortened=(frozenset(),),
+)
 
 
-def columns_for(lines: Sequence[Line], width: int, cluster: bool, order: Order) -> tuple[Column, ...]:
+def findings_table(view: View) -> Table:
+    """Return the table that shows the findings of a view."""
+    return FOLDED_FINDINGS if view.folded else FINDINGS
+
+
+def columns_for(
+    lines: Sequence[Any], width: int, cluster: bool, order: SortKey, table: Table = FINDINGS
+) -> tuple[Column, ...]:
     """Lay out the columns for ``lines`` in ``width`` cells.
 
-    If they do not fit, headings are shortened first, then words with a short form, then names, and addresses last.
+    If they do not fit, headings are shortened first, then words with a short form; then optional columns are left out,
+    and names and at last addresses shrink.
     """
-    columns = [column for column in COLUMNS if cluster or column.name != "node"]
-    laid = [_natural(column, lines, order) for column in columns]
-    for brief in ((), ("verdict", "cause"), ("verdict", "cause", "location")):
+    columns = [column for column in table.columns if cluster or column.name != "node"]
+    laid = [_natural(column, lines, order, table) for column in columns]
+    for brief in table.shortened:
         if _total(laid) <= width:
             break
-        laid = [_natural(_shortened(column, column.name in brief), lines, order) for column in columns]
-    return tuple(_spread(_shrunk(laid, width), width))
+        laid = [_natural(_shortened(column, column.name in brief), lines, order, table) for column in columns]
+    for name in table.optional:
+        if _total([replace(each, width=min(each.width, _COMFORTABLE.get(each.name, width))) for each in laid]) <= width:
+            break
+        laid = [each for each in laid if each.name != name]
+    return tuple(_spread(_shrunk(laid, width, table.shrinks), width))
 
 
 def _shortened(column: Column, words: bool) -> Column:
@@ -155,13 +225,9 @@ def _shortened(column: Column, words: bool) -> Column:
     return replace(column, headings=column.headings[-1:], cell=cell)
 
 
-#: minimum widths, so that changing numbers do not move the columns
-_MINIMUM = {"rate": 5, "total": 5, "last": 4, "port": 5}
-
-
-def _natural(column: Column, lines: Sequence[Line], order: Order) -> Column:
+def _natural(column: Column, lines: Sequence[Any], order: SortKey, table: Table) -> Column:
     """Set the width to that of the content or of the heading with its arrow."""
-    content = _MINIMUM.get(column.name, 0)
+    content = table.minimum.get(column.name, 0)
     if column.name == "total":
         content = max([content, *(len(count_text(line.total)) for line in lines)])
     elif not content:
@@ -174,11 +240,11 @@ def _total(columns: Sequence[Column]) -> int:
     return sum(column.width for column in columns) + len(columns) - 1
 
 
-def _shrunk(columns: Sequence[Column], width: int) -> list[Column]:
-    """Shrink the widest column of _SHRINK_ORDER, one cell at a time; if all are at their minimum, shrink any column."""
+def _shrunk(columns: Sequence[Column], width: int, shrinks: _Shrinks) -> list[Column]:
+    """Shrink the widest column of ``shrinks``, one cell at a time; if all are at their minimum, shrink any column."""
     widths = [column.width for column in columns]
     for _ in range(_total(columns) - width):
-        for names, minimum in _SHRINK_ORDER:
+        for names, minimum in shrinks:
             candidates = [at for at, each in enumerate(columns) if each.name in names and widths[at] > minimum]
             if candidates:
                 break
@@ -197,7 +263,7 @@ def _spread(columns: Sequence[Column], width: int) -> list[Column]:
     return [replace(column, width=column.width + (gap if at else 0)) for at, column in enumerate(columns)]
 
 
-def heading(columns: Sequence[Column], order: Order, backwards: bool) -> StyledLine:
+def heading(columns: Sequence[Column], order: SortKey, backwards: bool) -> StyledLine:
     """Return the line of headings; an arrow marks the sorted column and its direction."""
     styled: StyledLine = []
     for column in columns:
@@ -207,12 +273,14 @@ def heading(columns: Sequence[Column], order: Order, backwards: bool) -> StyledL
     return styled[:-1]
 
 
-def cells(line: Line, columns: Sequence[Column], now: float) -> StyledLine:
-    """Return one line of the table."""
-    quiet = line.rate == 0
+def cells(line: TableLine, columns: Sequence[Column], now: float) -> StyledLine:
+    """Return one line of a table."""
+    quiet = line.is_quiet
     styled: StyledLine = []
     for column in columns:
-        style = "quiet" if quiet and column.name != "replied" else column.name
+        style = column.style(line) if column.style else column.name
+        if quiet and style not in _NEVER_QUIET:
+            style = "quiet"
         cell = column.cell(line, now)
         text = (
             address_text(cell, column.width) if column.name in _ADDRESSES else fitted(cell, column.width, column.right)

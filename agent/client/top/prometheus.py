@@ -1,4 +1,6 @@
-"""Read the findings of a whole cluster from Prometheus' HTTP API: one row per node and finding.
+"""Read the findings and servers of a whole cluster from Prometheus' HTTP API.
+
+They are summed over nodes by Prometheus (fold.py), or read as one row per node and finding.
 
 Prometheus has totals at its scrapes only. Rates therefore come from Prometheus (irate), and "last seen" is the time
 when a total was first seen to have increased.
@@ -18,26 +20,36 @@ from http.client import HTTPException
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.fold import (
+    AT_RISK,
+    BUILD_INFO,
+    CHECKED,
+    LOST,
+    MISMATCH,
+    OTHER,
+    WINDOW,
+    Labels,
+    Sample,
+    folded_of,
+    folded_query,
+    node_of,
+    row_of,
+    unfolded_query,
+    view_of_folded,
+)
 from udpwatch.agent.client.top.rows import Key, View, key_of
+from udpwatch.agent.client.top.sources import Wanted
+from udpwatch.agent.client.top.traffic import ServerKey
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.model import Row, Sender, Snapshot
+from udpwatch.agent.model import Row, Snapshot
 
 TIMEOUT_SECONDS = 10.0
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
 MAX_REASON = 200  # characters
-MAX_PORT_DIGITS = 5
 MAX_VALUE = 2.0**64  # of a count or a rate; larger values are +Inf or would overflow to it in a sum
 _CHUNK_BYTES = 64 * 1024
 
-_MISMATCH = "udpwatch_reply_source_mismatch_total"
-_CHECKED = "udpwatch_replies_checked_total"
-_TOTALS = f'{{__name__=~"{_MISMATCH}|{_CHECKED}|udpwatch_events_lost_total|udpwatch_build_info"}}'
-# irate uses the last two scrapes within this window, so five minutes fit every usual scrape interval.
-_WINDOW = "5m"
-_OTHER = "other"  # the label value of wrong replies beyond an agent's limit of rows
-
-_Labels = Mapping[str, str]
-_Sample = tuple[_Labels, float]
+_TOTALS = f'{{__name__=~"{MISMATCH}|{CHECKED}|{LOST}|{BUILD_INFO}"}}'
 
 
 class PrometheusSource:
@@ -57,17 +69,45 @@ class PrometheusSource:
         self.name = f"{parts.scheme}://{host}{parts.path.rstrip('/')}"
         self._seen: dict[Key, tuple[int, float]] = {}  # count, and the time when it was first seen
 
+        self._wanted = Wanted()
+        self._groups: dict[Key | ServerKey, list[Labels]] = {}  # the labels behind each folded row
+
+    def select(self, wanted: Wanted) -> None:
+        self._wanted = wanted
+
     def read(self) -> View:
         """Query Prometheus. Raises OSError if the response is missing or invalid."""
-        now = time.time()
-        totals = self._query(_TOTALS)
-        rates = self._query(f"irate({_MISMATCH}[{_WINDOW}])")
-        checked = self._query(f"sum(irate({_CHECKED}[{_WINDOW}]))")
+        wanted = self._wanted
         try:
-            view, self._seen = view_of(now, totals, rates, checked, self._seen)
+            if wanted.only is not None and (groups := self._groups.get(wanted.only)):
+                return self._read_sums(unfolded_query(groups, wanted.servers), False, wanted.servers)
+            if wanted.folded:
+                return self._read_sums(folded_query(wanted.servers), True, wanted.servers)
+            view = self._read_nodes()
+            if wanted.servers:
+                view = replace(view, folded_servers=self._read_sums(folded_query(True), True, True))
         except (ValueError, OverflowError) as error:
             raise self._invalid_response(error) from None
         return view
+
+    def _read_sums(self, query: str, folded: bool, servers: bool) -> View:
+        """Run a query of fold.py."""
+        now = time.time()
+        found = folded_of(self._query(query))
+        if folded:
+            self._groups = found.groups
+        found.rows, self._seen = _with_times(now, found.rows, self._seen)
+        return view_of_folded(now, found, folded, servers)
+
+    def _read_nodes(self) -> View:
+        """Read each finding of each node."""
+        now = time.time()
+        totals = self._query(_TOTALS)
+        rates = self._query(f"irate({MISMATCH}[{WINDOW}])")
+        checked = self._query(f"sum(irate({CHECKED}[{WINDOW}]))")
+        at_risk = self._query(f"sum({AT_RISK})")
+        view, self._seen = view_of(now, totals, rates, checked, self._seen)
+        return replace(view, at_risk=int(sum(value for _, value in at_risk)))
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """Return nothing, because Prometheus stores no events."""
@@ -77,8 +117,8 @@ class PrometheusSource:
     def close(self) -> None:
         """Do nothing: no connection is kept open."""
 
-    def _query(self, query: str) -> list[_Sample]:
-        body = urllib.parse.urlencode({"query": query, "timeout": f"{TIMEOUT_SECONDS:g}s"}).encode()
+    def _query(self, query: str) -> list[Sample]:
+        body = urllib.parse.urlencode({"query": query, "timeout": f"{TIMEOUT_SECONDS:g}s"}, errors="replace").encode()
         request = urllib.request.Request(self._url, body, self._headers)  # noqa: S310  the scheme was checked
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:  # noqa: S310
@@ -120,7 +160,7 @@ def _reason(error: urllib.error.HTTPError) -> str:
         return str(error.reason)
 
 
-def samples_of(body: bytes) -> list[_Sample]:
+def samples_of(body: bytes) -> list[Sample]:
     """Parse an instant vector into (labels, value). Values that are neither count nor rate are left out.
 
     These are NaN, +Inf and negative values. Raises ValueError, LookupError, TypeError, AttributeError or RecursionError
@@ -133,7 +173,7 @@ def samples_of(body: bytes) -> list[_Sample]:
     return [(labels, value) for labels, value in samples if 0 <= value <= MAX_VALUE]
 
 
-def _labels(metric: dict[str, object]) -> _Labels:
+def _labels(metric: dict[str, object]) -> Labels:
     return {name: str(value) for name, value in metric.items()}
 
 
@@ -147,22 +187,22 @@ class _Node:
     lost: dict[str, int] = field(default_factory=dict)
     rows: dict[Key, Row] = field(default_factory=dict)
 
-    def add(self, labels: _Labels, value: int) -> None:
+    def add(self, labels: Labels, value: int) -> None:
         """Add one sample of _TOTALS."""
         metric = labels.get("__name__")
-        if metric == "udpwatch_build_info":
+        if metric == BUILD_INFO:
             self.kernel, self.version = labels.get("kernel", ""), labels.get("version", "")
             self.mode = labels.get("mode", "")
-        elif metric == "udpwatch_events_lost_total":
+        elif metric == LOST:
             stage = labels.get("stage", "")
             self.lost[stage] = self.lost.get(stage, 0) + value
-        elif metric == _CHECKED:
+        elif metric == CHECKED:
             self.checked += value
-        elif labels.get("port") == _OTHER:
+        elif labels.get("port") == OTHER:
             self.other += value
         else:
-            row = _row(labels, value)
-            key = key_of(_node(labels), row)
+            row = row_of(labels, value)
+            key = key_of(node_of(labels), row)
             # For a scrape or two, the series of an agent that this one has replaced is still there.
             known = self.rows.get(key)
             self.rows[key] = replace(row, count=row.count + known.count) if known else row
@@ -170,9 +210,9 @@ class _Node:
 
 def view_of(
     now: float,
-    totals: list[_Sample],
-    rates: list[_Sample],
-    checked: list[_Sample],
+    totals: list[Sample],
+    rates: list[Sample],
+    checked: list[Sample],
     seen: Mapping[Key, tuple[int, float]],
 ) -> tuple[View, dict[Key, tuple[int, float]]]:
     """Build the view of all nodes.
@@ -181,17 +221,15 @@ def view_of(
     """
     nodes: dict[str, _Node] = {}
     for labels, value in totals:
-        nodes.setdefault(_node(labels), _Node()).add(labels, int(value))
+        nodes.setdefault(node_of(labels), _Node()).add(labels, int(value))
     increased: dict[Key, tuple[int, float]] = {}
     for node in nodes.values():
-        for key, row in node.rows.items():
-            count, since = seen.get(key, (row.count, 0.0))
-            increased[key] = (row.count, since if count == row.count else now)
-            node.rows[key] = replace(row, last=increased[key][1])
+        node.rows, times = _with_times(now, node.rows, seen)
+        increased |= times
     by_key: dict[Key, float] = {}
     for labels, value in rates:
-        if labels.get("port") != _OTHER:
-            key = key_of(_node(labels), _row(labels, 0))
+        if labels.get("port") != OTHER:
+            key = key_of(node_of(labels), row_of(labels, 0))
             by_key[key] = by_key.get(key, 0.0) + value
     view = View(
         time=now,
@@ -200,34 +238,22 @@ def view_of(
         rates=by_key,
         wrong=sum(value for _, value in rates),
         checked=sum(value for _, value in checked),
+        server_rates={},
+        has_servers=False,
     )
     return view, increased
 
 
-def _node(labels: _Labels) -> str:
-    """Return the node's name if the scrape adds it, as the chart's monitors do; else the scraped address."""
-    return labels.get("node") or labels.get("instance", "")
-
-
-def _row(labels: _Labels, count: int) -> Row:
-    def label(name: str) -> str:
-        # If the scrape target has a label of the same name, Prometheus renames the agent's label to exported_NAME.
-        return labels.get(f"exported_{name}", labels.get(name, ""))
-
-    expected = label("expected")
-    port = label("port")
-    return Row(
-        sender=Sender(label("process"), container=label("container"), namespace=label("namespace"), pod=label("pod")),
-        port=int(port) if port.isdecimal() and len(port) <= MAX_PORT_DIGITS else 0,
-        expected=expected,
-        actual=label("actual"),
-        verdict=label("verdict"),
-        cause=label("cause"),
-        family=6 if ":" in expected else 4,
-        count=count,
-        first=0.0,
-        last=0.0,
-    )
+def _with_times(
+    now: float, rows: Mapping[Key, Row], seen: Mapping[Key, tuple[int, float]]
+) -> tuple[dict[Key, Row], dict[Key, tuple[int, float]]]:
+    """Set when each row was seen to increase; also return it for the next call, with the counts."""
+    timed, increased = {}, {}
+    for key, row in rows.items():
+        count, since = seen.get(key, (row.count, 0.0))
+        increased[key] = (row.count, since if count == row.count else now)
+        timed[key] = replace(row, last=increased[key][1])
+    return timed, increased
 
 
 def _snapshot(name: str, node: _Node, now: float) -> Snapshot:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
+from udpwatch.agent.client.top.traffic import Rates, ServerKey, ServerMeter
 from udpwatch.agent.model import Row, Snapshot
 
 RATE_SECONDS = 5.0
@@ -53,6 +54,14 @@ class View:
     wrong: float | None = None
     checked: float | None = None
     history: tuple[tuple[float, float], ...] = ()  # (time, wrong replies per second before it)
+    server_rates: Mapping[ServerKey, Rates] | None = None
+    folded: bool = False  # whether a row is the sum of a process and port on many nodes
+    nodes: Mapping[Key | ServerKey, int] = field(default_factory=dict)  # of a folded row
+    node_count: int | None = None  # None: as many as there are snapshots
+    found: int | None = None  # number of findings; None: as many as there are rows
+    at_risk: int | None = None  # sockets; None: the snapshots tell
+    has_servers: bool = True  # whether the source was asked for servers
+    folded_servers: View | None = None  # the servers, if only they are folded
 
 
 class Meter:
@@ -63,10 +72,13 @@ class Meter:
         self._counts: dict[Key, int] = {}
         self._steps: deque[tuple[float, float, dict[Key, int], int, int]] = deque()
         self._history: deque[tuple[float, float]] = deque()
+        self._servers = ServerMeter()
 
     def add(self, view: View) -> View:
         """Return the view with its rates. Rates from the source itself (Prometheus) are kept."""
         before, self._before = self._before, view
+        if view.server_rates is None:
+            view = replace(view, server_rates=self._servers.add(view.time, view.snapshots))
         counts = {key_of(each.node, row): row.count for each in view.snapshots for row in each.rows}
         elapsed = view.time - before.time if before else 0.0
         if before and elapsed > 0 and view.rates is None:
@@ -137,6 +149,19 @@ class Line:
     location: str  # namespace/pod, else container, else the interface that received another machine's reply
     rate: float | None
     total: int  # since the baseline
+    nodes: int = 1  # on which it was found
+
+    @property
+    def is_quiet(self) -> bool:
+        """Return whether nothing is added."""
+        return self.rate == 0
+
+    @property
+    def words(self) -> str:
+        """Return the text that the filter searches."""
+        key, sender = self.key, self.row.sender
+        texts = (key.node, key.process, self.location, sender.container, str(key.port), key.expected, key.actual)
+        return "\n".join((*texts, key.verdict, key.cause, sender.command, sender.executable)).casefold()
 
 
 class Order(StrEnum):
@@ -187,7 +212,9 @@ def rows(
             total = _increase(row.count, baseline.counts.get(key, 0)) if baseline else row.count
             if not total:
                 continue
-            lines.append(Line(key, row, location_of(row), None if rates is None else rates.get(key, 0.0), total))
+            where = key.namespace if view.folded else location_of(row)
+            rate = None if rates is None else rates.get(key, 0.0)
+            lines.append(Line(key, row, where, rate, total, view.nodes.get(key, 1)))
     lines = matching(lines, words)
     lines.sort(key=lambda line: line.key)
     if order is not Order.TOTAL:
@@ -196,10 +223,18 @@ def rows(
     return lines
 
 
-def matching(lines: list[Line], words: str) -> list[Line]:
+class _Searchable(Protocol):
+    @property
+    def words(self) -> str: ...
+
+
+_Row = TypeVar("_Row", bound=_Searchable)
+
+
+def matching(lines: list[_Row], words: str) -> list[_Row]:
     """Return the lines whose row or sender contains all ``words``."""
     parts = words.casefold().split()
-    return [line for line in lines if _contains(line, parts)] if parts else lines
+    return [line for line in lines if _contains(line.words, parts)] if parts else lines
 
 
 _SORTED_BY = {
@@ -234,9 +269,5 @@ def total_of(view: View, baseline: Baseline | None) -> int:
     return sum(_increase(count, counts.get(key, 0)) for key, count in found) + other_of(view, baseline)
 
 
-def _contains(line: Line, words: Sequence[str]) -> bool:
-    key, row = line.key, line.row
-    sender = row.sender
-    texts = (key.node, key.process, line.location, sender.container, str(key.port), key.expected, key.actual)
-    text = "\n".join((*texts, key.verdict, key.cause, sender.command, sender.executable)).casefold()
+def _contains(text: str, words: Sequence[str]) -> bool:
     return all(word in text for word in words)

@@ -15,21 +15,25 @@ from textual.filter import LineFilter, NoColor
 from textual.message import Message
 from textual.widgets import Input
 
-from udpwatch.agent.client.top.banner import SourceState, banner
-from udpwatch.agent.client.top.detail import detail, title
+from udpwatch.agent.client.top.banner import SourceState, banner, nothing_wrong
+from udpwatch.agent.client.top.detail import detail, folded_detail, title
 from udpwatch.agent.client.top.feed import Feed, Update
-from udpwatch.agent.client.top.layout import StyledLine, clock_text, columns_for, heading
+from udpwatch.agent.client.top.layout import StyledLine, clock_text, columns_for, findings_table, heading
 from udpwatch.agent.client.top.rows import Baseline, Key, Line, Order, View, baseline_of, matching, rows
-from udpwatch.agent.client.top.sources import ViewSource
+from udpwatch.agent.client.top.server_table import no_servers, server_detail, server_title, servers_table
+from udpwatch.agent.client.top.servers import ServerLine, ServerOrder, server_rows
+from udpwatch.agent.client.top.sources import ViewSource, Wanted
 from udpwatch.agent.client.top.style import CSS
-from udpwatch.agent.client.top.widgets import Findings, Help, TextPane
+from udpwatch.agent.client.top.traffic import ServerKey
+from udpwatch.agent.client.top.widgets import Help, RowTable, TextPane
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Row
+from udpwatch.agent.model import Row, Server
 
 #: returns how to fix the server of a row, or ""
-Fix = Callable[[Row], str]
+Fix = Callable[[Row | Server], str]
 
 _KEYS = (("s", "sort"), ("/", "filter"), ("p", "pause"), ("c", "clear"), ("⏎", "detail"), ("?", "help"), ("q", "quit"))
+_LESS_IMPORTANT = ("clear", "pause", "sort")  # keys that a narrow screen does not show
 _TABLE_LINES = 5  # that the detail pane leaves for the table
 _DETAIL_LINES = 14  # that the detail pane may use on any screen
 
@@ -49,6 +53,8 @@ class TopApp(App[UdpwatchError | None]):
         Binding("slash", "filter", priority=True),
         Binding("escape", "close"),
         Binding("p", "pause"),
+        Binding("tab", "switch", priority=True),
+        Binding("g", "group"),
         Binding("c", "clear"),
         Binding("C", "clear(False)"),
         Binding("enter", "detail"),
@@ -72,8 +78,9 @@ class TopApp(App[UdpwatchError | None]):
         fix: Fix | None = None,
         clock: Callable[[], float] = time.time,
         name: str = "",
+        servers: bool = False,
     ) -> None:
-        """Without a source, nothing is read; a test then calls `take`."""
+        """Without a source, nothing is read; a test then calls `take`. ``servers``: begin with the table of servers."""
         super().__init__()
         self._fix, self._clock = fix, clock
         self._source_name = source.name if source else name
@@ -83,7 +90,9 @@ class TopApp(App[UdpwatchError | None]):
         self._error = ""
         self._paused: float | None = None
         self._baseline: Baseline | None = None
-        self._order, self._backwards = Order.RATE, False
+        self._servers = servers
+        self._orders: list[tuple[Order | ServerOrder, bool]] = [(Order.RATE, False), (ServerOrder.RISK, False)]
+        self._only: Key | ServerKey | None = None  # the folded row of which single rows are shown
         self._words = ""
         self._detail = False
         self._events: tuple[Key | None, tuple[dict[str, Any], ...]] = (None, ())
@@ -94,7 +103,7 @@ class TopApp(App[UdpwatchError | None]):
         """Create the widgets from top to bottom."""
         yield TextPane("banner")
         yield TextPane("heading")
-        yield Findings()
+        yield RowTable()
         yield TextPane("detail")
         yield Input(placeholder="words that a row must contain; Esc clears", id="filter", compact=True)
         yield TextPane("keys")
@@ -102,11 +111,12 @@ class TopApp(App[UdpwatchError | None]):
     def on_mount(self) -> None:
         """Start reading; make SIGTERM and a closed terminal (SIGHUP) end the screen as `q` does."""
         self.query_one(Input).cursor_blink = False
-        self.screen.set_focus(self.query_one(Findings))
+        self.screen.set_focus(self.query_one(RowTable))
         if not self.is_headless:
             for number in (signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, self.exit)
         if self._feed:
+            self._feed.want(Wanted(self._servers))
             self._feed.start()
         self.set_interval(1.0, self._draw_banner)
         self._draw()
@@ -146,28 +156,36 @@ class TopApp(App[UdpwatchError | None]):
 
     def _draw(self) -> None:
         try:
-            table = self.query_one(Findings)
+            table = self.query_one(RowTable)
         except NoMatches:  # the screen is closing
             return
-        view = self._shown
-        lines: list[Line] = []
+        view, (order, backwards) = self._shown, self._orders[self._servers]
         if view:
-            lines = rows(view, self._order, self._backwards, baseline=self._baseline)
+            layout = servers_table(view) if self._servers else findings_table(view)
+            lines = self._lines(view)
             # The columns are laid out for all lines, so that they do not move while a filter is typed.
-            columns = columns_for(lines, self.size.width, view.cluster, self._order)
-            table.show(matching(lines, self._words), columns, view.time, self._empty_text())
-            self.query_one("#heading", TextPane).show([heading(columns, self._order, self._backwards)])
+            columns = columns_for(lines, self.size.width, view.cluster, order, layout)
+            table.show(matching(lines, self._words), columns, view.time, self._empty_text(view))
+            self.query_one("#heading", TextPane).show([heading(columns, order, backwards)])
         self._draw_detail()
         self._draw_banner()
         self._draw_keys()
 
-    def _empty_text(self) -> str:
+    def _lines(self, view: View) -> list[Any]:
+        order, backwards = self._orders[self._servers]
+        if isinstance(order, ServerOrder):
+            return server_rows(view, order, backwards)
+        return rows(view, order, backwards, baseline=self._baseline)
+
+    def _empty_text(self, view: View) -> str:
         """Return the text that an empty table shows."""
         if self._words:
             return "No row contains these words. Esc clears the filter."
+        if self._servers:
+            return no_servers(view)
         if self._baseline:
             return f"No wrong reply since {clock_text(self._baseline.time)}. C restores the full totals."
-        return "No wrong reply so far: every reply left from the address that the client asked."
+        return nothing_wrong(view, " (Tab)")
 
     def _draw_banner(self) -> None:
         source = SourceState(self._source_name, self._clock(), self._paused, self._error)
@@ -175,24 +193,41 @@ class TopApp(App[UdpwatchError | None]):
         self.screen_stack[0].query_one("#banner", TextPane).show(styled)
 
     def _draw_detail(self) -> None:
-        pane, line = self.query_one("#detail", TextPane), self.query_one(Findings).selected
+        pane, line = self.query_one("#detail", TextPane), self.query_one(RowTable).selected
         pane.display = self._detail and line is not None
         if not self._detail or line is None or self._shown is None:
             return
-        key, events = self._events
-        fix = self._fix(line.row) if self._fix else ""
-        styled = detail(line, events if key == line.key else None, fix, self.size.width, self._shown.cluster)
+        styled = self._detail_lines(line, self._shown)
         room = min(self.size.height - 5 - _TABLE_LINES, max(_DETAIL_LINES, self.size.height // 2))
         pane.styles.height = max(3, min(len(styled) + 1, room))
-        pane.border_title = title(line).replace("[", "\\[")
+        name = server_title(line) if isinstance(line, ServerLine) else title(line)
+        pane.border_title = name.replace("[", "\\[")
         pane.show(styled)
 
+    def _detail_lines(self, line: Line | ServerLine, view: View) -> list[StyledLine]:
+        if isinstance(line, ServerLine):
+            return server_detail(line, self._fix(line.server) if self._fix else "", self.size.width, view)
+        if view.folded:
+            return folded_detail(line, self.size.width)
+        key, events = self._events
+        fix = self._fix(line.row) if self._fix else ""
+        return detail(line, events if key == line.key else None, fix, self.size.width, view.cluster)
+
     def _draw_keys(self) -> None:
+        cluster = self._shown is not None and self._shown.cluster
+        keys = [("⇥", "findings" if self._servers else "servers"), *_KEYS]
+        if cluster:
+            keys.insert(1, ("g", "all nodes" if self._only else "each node"))
+        if self._servers:
+            keys.remove(("c", "clear"))
+        room = self.size.width - len(self.query_one(RowTable).position)
+        for each in _LESS_IMPORTANT:
+            if sum(len(key) + len(action) + 3 for key, action in keys) > room:
+                keys = [(key, action) for key, action in keys if action != each]
         styled: StyledLine = []
-        for key, action in _KEYS:
+        for key, action in keys:
             styled += [(f" {key}", "key"), (f" {action} ", "label")]
-        first, last, count = self.query_one(Findings).range
-        position = f"{first}-{last} of {count} " if count else ""
+        position = self.query_one(RowTable).position
         room = max(0, self.size.width - sum(len(text) for text, _ in styled))
         styled.append((position.rjust(room)[:room], "label"))
         self.query_one("#keys", TextPane).show([styled])
@@ -204,15 +239,18 @@ class TopApp(App[UdpwatchError | None]):
     # Keys
 
     def action_sort(self) -> None:
-        self._order, self._backwards = self._order.next, False
+        self._orders[self._servers] = self._orders[self._servers][0].next, False
         self._draw()
 
     def action_reverse(self) -> None:
-        self._backwards = not self._backwards
+        order, backwards = self._orders[self._servers]
+        self._orders[self._servers] = order, not backwards
         self._draw()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """Disable the filter key while the filter is typed, where "/" is a character, and on the help screen."""
+        """Disable the filter key while the filter is typed, where "/" is a character, and both on the help screen."""
+        if action == "switch":
+            return len(self.screen_stack) == 1
         return action != "filter" or (len(self.screen_stack) == 1 and not isinstance(self.focused, Input))
 
     def action_filter(self) -> None:
@@ -229,7 +267,7 @@ class TopApp(App[UdpwatchError | None]):
         """Keep the filter and return to the table."""
         field = self.query_one(Input)
         field.display = bool(field.value)
-        self.screen.set_focus(self.query_one(Findings))
+        self.screen.set_focus(self.query_one(RowTable))
 
     def action_close(self) -> None:
         """Close the filter, else the detail pane."""
@@ -237,9 +275,11 @@ class TopApp(App[UdpwatchError | None]):
         if field.display:
             field.value = ""
             field.display = False
-            self.screen.set_focus(self.query_one(Findings))
+            self.screen.set_focus(self.query_one(RowTable))
         elif self._detail:
             self.action_detail()
+        elif self._only:
+            self.action_group()
 
     def action_pause(self) -> None:
         """Freeze or resume the screen; reading continues."""
@@ -249,13 +289,41 @@ class TopApp(App[UdpwatchError | None]):
         self._draw()
 
     def action_clear(self, clear: bool = True) -> None:
-        """Count totals from now on, or restore the full totals."""
+        """Count totals of findings from now on, or restore the full totals."""
+        if self._servers:
+            return
         self._baseline = baseline_of(self._shown) if clear and self._shown else None
         self._draw()
 
+    def action_switch(self) -> None:
+        """Switch between findings and servers."""
+        self._servers = not self._servers
+        self._want(None)
+
+    def action_group(self) -> None:
+        """In a cluster, show the rows of each node of the selected row, or fold them; on a node, select the first."""
+        table = self.query_one(RowTable)
+        if self._shown is None or not self._shown.cluster:
+            table.action_first()
+        elif self._only or table.selected:
+            self._want(None if self._only or table.selected is None else table.selected.key)
+
+    def _want(self, only: Key | ServerKey | None) -> None:
+        """Show the chosen table; of a cluster, the folded rows or, with ``only``, the single rows of one of them."""
+        before, self._only = self._only, only
+        self._detail = False
+        self.query_one(RowTable).select_key(before)
+        self._follow()
+        if self._feed:
+            self._feed.want(Wanted(self._servers, only=only))
+        if self._paused is not None and self._shown and self._shown.cluster:
+            self.action_pause()  # the frozen view does not contain what is wanted
+        self._draw()
+        self.call_after_refresh(self._draw)
+
     def action_detail(self) -> None:
         """Open or close the detail pane of the selected row."""
-        table = self.query_one(Findings)
+        table = self.query_one(RowTable)
         self._detail = not self._detail and table.selected is not None
         if self._detail:
             table.pin()
@@ -263,7 +331,7 @@ class TopApp(App[UdpwatchError | None]):
         self._draw()
         self.call_after_refresh(self._draw)
 
-    def on_findings_selected(self, message: Findings.Selected) -> None:
+    def on_row_table_selected(self, message: RowTable.Selected) -> None:
         """Show the details of the newly selected row."""
         if message.opened and not self._detail:
             self.action_detail()
@@ -274,12 +342,12 @@ class TopApp(App[UdpwatchError | None]):
 
     def _follow(self) -> None:
         """Read the events of the selected row while the detail pane is open."""
-        line = self.query_one(Findings).selected
+        line = self.query_one(RowTable).selected
         if self._feed:
-            self._feed.follow(line.key if self._detail and line else None)
+            self._feed.follow(line.key if self._detail and isinstance(line, Line) else None)
 
     def action_scroll_detail(self, by: int) -> None:
         self.query_one("#detail", TextPane).scroll_lines(by)
 
     def action_help(self) -> None:
-        self.push_screen(Help(self._shown))
+        self.push_screen(Help(self._shown, self._servers))

@@ -10,11 +10,13 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
-from udpwatch.agent.client.top.rows import View
+from udpwatch.agent.client.top.rows import Key, View
+from udpwatch.agent.client.top.traffic import ServerKey
 from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.testing.child import Child
 
@@ -22,8 +24,21 @@ STOP_SECONDS = 10.0
 MAX_LOG_LINES = 20  # the last ones of a private agent
 
 #: The settings that a private agent takes from the environment. It serves no DNS, heals nothing and writes no events.
-_INHERITED = ("CGROUP", "BTF", "HOOKS", "FORWARDED", "WINDOW", "NODE", "MAX_PEERS", "MAX_SERIES", "EVENTS_PER_SECOND")
+_INHERITED = (
+    *("CGROUP", "BTF", "HOOKS", "FORWARDED", "WINDOW", "NODE"),
+    *("MAX_PEERS", "MAX_SERIES", "MAX_SERVERS", "EVENTS_PER_SECOND"),
+)
 MAX_ROWS = 10_000  # of a private agent; the limit may be high because Prometheus does not store these rows
+MAX_SERVERS = 2_000  # likewise
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a source of a whole cluster reads; a source of one node reads everything."""
+
+    servers: bool = False  # the servers, too
+    folded: bool = True  # sum each process and port over all nodes
+    only: Key | ServerKey | None = None  # single rows of this folded row
 
 
 class ViewSource(Protocol):
@@ -35,6 +50,9 @@ class ViewSource(Protocol):
 
     def read(self) -> View:
         """Return the current view; its rates are None unless the source computes rates itself."""
+
+    def select(self, wanted: Wanted) -> None:
+        """Choose what `read` reads, in the thread that reads."""
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """Return the newest events, the newest at the end; empty if the source has no events."""
@@ -55,6 +73,9 @@ class AgentSource:
         """Read the agent's snapshot. Raises OSError."""
         snapshot = self._query(Client.snapshot)
         return View(snapshot.time, (snapshot,))
+
+    def select(self, wanted: Wanted) -> None:
+        """Do nothing: a snapshot contains everything."""
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         """Return the newest events that the agent keeps. Raises OSError."""
@@ -121,6 +142,9 @@ class PrivateAgent:
                 self._child.process.wait(STOP_SECONDS)
             raise UdpwatchError(f"{self.name} has ended: {self._child.last_message or error}") from None
 
+    def select(self, wanted: Wanted) -> None:
+        """Do nothing: a snapshot contains everything."""
+
     def events(self, limit: int) -> list[dict[str, Any]]:
         return self._agent.events(limit)
 
@@ -141,7 +165,7 @@ def _environment() -> dict[str, str]:
     """Return the environment without the settings that a private agent must not inherit."""
     inherited = {f"UDPWATCH_{name}" for name in _INHERITED}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("UDPWATCH_") or name in inherited}
-    return {"UDPWATCH_MAX_SERIES": str(MAX_ROWS), **kept}
+    return {"UDPWATCH_MAX_SERIES": str(MAX_ROWS), "UDPWATCH_MAX_SERVERS": str(MAX_SERVERS), **kept}
 
 
 def open_agent(connect: str | None) -> ViewSource:

@@ -8,7 +8,7 @@ Screen { background: #10151b; color: #c6ced6; layout: vertical; }
 
 #banner { height: 3; background: #18202a; }
 #heading { height: 1; background: #202b37; }
-#findings { height: 1fr; background: #10151b; }
+#rows { height: 1fr; background: #10151b; }
 #keys { height: 1; background: #18202a; }
 #detail { display: none; background: #141b23; border-top: solid #39506a; border-title-color: #e6edf3; }
 #filter { display: none; height: 1; background: #202b37; color: #e6edf3; border: none; padding: 0 1; }
@@ -17,7 +17,7 @@ Help { align: center middle; background: #10151b 60%; }
 #help { width: 100%; max-width: 100; height: 100%; max-height: 26; background: #18202a; border: round #39506a;
         padding: 0 1; }
 
-TextPane, Findings {
+TextPane, RowTable {
     & > .name { color: #e6edf3; text-style: bold; }
     & > .fact { color: #c6ced6; }
     & > .label { color: #7d8b99; }

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.banner import SourceState, banner
+from udpwatch.agent.client.top.banner import SourceState, banner, nothing_wrong
 from udpwatch.agent.client.top.layout import (
     cells,
     clock_text,
     columns_for,
     count_text,
+    findings_table,
     heading,
     plain,
     rate_text,
 )
 from udpwatch.agent.client.top.rows import Key, Line, Meter, Order, View, rows
+from udpwatch.agent.client.top.server_table import no_servers, servers_table, share_text
+from udpwatch.agent.client.top.servers import ServerLine, ServerOrder, at_risk_of, server_rows
 from udpwatch.agent.client.top.sources import ViewSource
+from udpwatch.agent.client.top.traffic import ServerKey
 from udpwatch.agent.errors import UdpwatchError
 
 UNCUT = 10_000
@@ -57,19 +61,21 @@ def views(source: ViewSource, interval: float, report: Callable[[str], None]) ->
         time.sleep(max(0.01, min(MAX_WAIT_SECONDS, due - time.monotonic())))
 
 
-def table(view: View, width: int | None, source: str) -> str:
-    """Format a view as a table; without a ``width``, nothing is cut."""
-    lines = rows(view, Order.RATE)
-    columns = columns_for(lines, width or UNCUT, view.cluster, Order.RATE)
+def table(view: View, width: int | None, source: str, servers: bool = False) -> str:
+    """Format the findings or the servers of a view as a table; without a ``width``, nothing is cut."""
+    order: Order | ServerOrder = ServerOrder.RISK if servers else Order.RATE
+    lines: Sequence[Any] = server_rows(view, ServerOrder.RISK) if servers else rows(view, Order.RATE)
+    layout = servers_table(view) if servers else findings_table(view)
+    columns = columns_for(lines, width or UNCUT, view.cluster, order, layout)
     state = SourceState(source, view.time)
     text = [plain(line) for line in banner(view, state, None, width or BANNER_WIDTH)[:2]]
     if lines:
         text += [
-            plain(heading(columns, Order.RATE, False)),
+            plain(heading(columns, order, False)),
             *(plain(cells(line, columns, view.time)) for line in lines),
         ]
     else:
-        text.append(" no wrong reply so far")
+        text.append(f" {no_servers(view) if servers else nothing_wrong(view)}")
     return "\n".join(text)
 
 
@@ -91,13 +97,37 @@ def _change(view: View, line: Line) -> str:
     )
 
 
-def as_json(view: View) -> dict[str, Any]:
-    """Return a view as a JSON object (docs/top.md)."""
+def server_changes(view: View, before: dict[ServerKey, int]) -> list[str]:
+    """Format a line for each server that has received requests; update ``before``."""
+    lines = server_rows(view, ServerOrder.RISK)
+    changed = [line for line in lines if before.get(line.key) != line.server.requests]
+    before.clear()
+    before |= {line.key: line.server.requests for line in lines}
+    return [_server_change(view, line) for line in changed]
+
+
+def _server_change(view: View, line: ServerLine) -> str:
+    key, server, rates = line.key, line.server, line.rates
+    node = "" if not view.cluster else f"{line.nodes} nodes" if view.folded else safe(key.node)
+    names = " ".join(filter(None, (node, safe(key.process) or "-", safe(line.location))))
+    return (
+        f"{clock_text(view.time)} {names} port {key.port} requests {rate_text(rates and rates.requests)}/s "
+        f"replies {rate_text(rates and rates.replies)}/s unanswered {share_text(rates and rates.unanswered)} "
+        f"wrong {count_text(server.wrong)} drops {'-' if server.drops is None else count_text(server.drops)} "
+        f"risk {safe(server.risk)}"
+    )
+
+
+def as_json(view: View, servers: bool = False) -> dict[str, Any]:
+    """Return a view as a JSON object (docs/top.md), with ``servers`` if wanted."""
+    source = view.folded_servers or view
+    listed = {"servers": [_server(line, source) for line in server_rows(source, ServerOrder.RISK)]} if servers else {}
     return {
         "v": 1,
         "time": _utc(view.time),
         "wrong_per_second": _rounded(view.wrong),
         "checked_per_second": _rounded(view.checked),
+        "sockets_at_risk": at_risk_of(view),
         "nodes": [
             {
                 "node": each.node,
@@ -114,6 +144,7 @@ def as_json(view: View) -> dict[str, Any]:
             for each in view.snapshots
         ],
         "findings": [_finding(line) for line in rows(view, Order.RATE)],
+        **listed,
     }
 
 
@@ -140,6 +171,39 @@ def _finding(line: Line) -> dict[str, Any]:
     }
 
 
+def _server(line: ServerLine, view: View) -> dict[str, Any]:
+    key, server, rates = line.key, line.server, line.rates
+    return {
+        "node": None if view.folded else key.node,
+        "nodes": line.nodes,
+        "process": key.process or None,
+        "pid": server.sender.pid or None,
+        "command": server.sender.command or None,
+        "namespace": key.namespace or None,
+        "pod": key.pod or None,
+        "container": key.container or None,
+        "port": key.port,
+        "netns": key.netns or None,
+        "addresses": list(server.addresses),
+        "requests": server.requests,
+        "replies": server.replies,
+        "unanswered": server.unanswered,
+        "wrong": server.wrong,
+        "drops": server.drops,
+        "requests_per_second": _rounded(rates and rates.requests),
+        "replies_per_second": _rounded(rates and rates.replies),
+        "wrong_per_second": _rounded(rates and rates.wrong),
+        "drops_per_second": _rounded(rates and rates.drops),
+        "unanswered_share": _rounded(rates and rates.unanswered),
+        "queue": server.queue,
+        "queue_limit": server.queue_limit,
+        "pktinfo": server.pktinfo,
+        "risk": str(server.risk),
+        "sockets_at_risk": server.at_risk,
+        "last": _utc(server.last) if server.last else None,
+    }
+
+
 def _rounded(rate: float | None) -> float | None:
     return None if rate is None else round(rate, 3)
 
@@ -148,12 +212,12 @@ def _utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def interactive(source: ViewSource, interval: float, fix: Callable[[Any], str] | None) -> int:
+def interactive(source: ViewSource, interval: float, fix: Callable[[Any], str] | None, servers: bool = False) -> int:
     """Run the screen and return the exit status. Raises the UdpwatchError that ended it."""
     # Importing Textual takes 0.3 seconds and 30 MB, so only the screen imports it.
     from udpwatch.agent.client.top.screen import TopApp  # noqa: PLC0415
 
-    app = TopApp(source, interval, fix)
+    app = TopApp(source, interval, fix, servers=servers)
     failure = app.run()
     if isinstance(failure, UdpwatchError):
         raise failure

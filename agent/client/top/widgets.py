@@ -22,6 +22,8 @@ from textual.widget import Widget
 from udpwatch.agent.client.top.help import help_lines
 from udpwatch.agent.client.top.layout import Column, StyledLine, cells, plain
 from udpwatch.agent.client.top.rows import Key, Line, View
+from udpwatch.agent.client.top.servers import ServerLine
+from udpwatch.agent.client.top.traffic import ServerKey
 
 #: every style that is used in a styled line
 STYLES = (
@@ -81,7 +83,7 @@ def first_visible(index: int, top: int, height: int, count: int) -> int:
     return max(0, min(top, count - height))
 
 
-class Findings(Widget, can_focus=True):
+class RowTable(Widget, can_focus=True):
     """The table. One row is selected; after the user has moved, that row stays selected wherever it is sorted."""
 
     COMPONENT_CLASSES: ClassVar[set[str]] = {*STYLES.split(), "selected"}
@@ -90,7 +92,7 @@ class Findings(Widget, can_focus=True):
         Binding("down,j", "move(1)"),
         Binding("pageup", "page(-1)"),
         Binding("pagedown,space", "page(1)"),
-        Binding("home,g", "first"),
+        Binding("home", "first"),
         Binding("end,G", "last"),
     ]
 
@@ -102,17 +104,17 @@ class Findings(Widget, can_focus=True):
             self.opened = opened
 
     def __init__(self) -> None:
-        super().__init__(id="findings")
-        self._lines: Sequence[Line] = ()
+        super().__init__(id="rows")
+        self._lines: Sequence[Line | ServerLine] = ()
         self._columns: Sequence[Column] = ()
         self._now = 0.0
         self._index = 0
         self._top = 0
-        self._pinned: Key | None = None  # None: the first row stays selected
+        self._pinned: Key | ServerKey | None = None  # None: the first row stays selected
         self._empty = ""
 
     @property
-    def selected(self) -> Line | None:
+    def selected(self) -> Line | ServerLine | None:
         return self._lines[self._index] if self._lines else None
 
     @property
@@ -122,12 +124,18 @@ class Findings(Widget, can_focus=True):
         return min(self._top + 1, count), min(self._top + max(1, self.size.height), count), count
 
     @property
+    def position(self) -> str:
+        """The range as text; "" without rows."""
+        first, last, count = self.range
+        return f"{first}-{last} of {count} " if count else ""
+
+    @property
     def text(self) -> list[str]:
         """The text of the visible rows."""
         visible = self._lines[self._top : self._top + self.size.height]
         return [plain(cells(line, self._columns, self._now)) for line in visible]
 
-    def show(self, lines: Sequence[Line], columns: Sequence[Column], now: float, empty: str) -> None:
+    def show(self, lines: Sequence[Line | ServerLine], columns: Sequence[Column], now: float, empty: str) -> None:
         """Show these lines, or the text ``empty`` if there are none. The selected row keeps its place if possible."""
         self._empty = empty
         before = self._index
@@ -153,6 +161,10 @@ class Findings(Widget, can_focus=True):
         self._pinned = self._lines[self._index].key if pin else None
         self._redraw()
         self.post_message(self.Selected(opened))
+
+    def select_key(self, key: Key | ServerKey | None) -> None:
+        """Select the row of this key in the next lines; None: stay on the first row."""
+        self._pinned, self._index, self._top = key, 0, 0
 
     def pin(self) -> None:
         """Keep the current row selected wherever it is sorted."""
@@ -200,9 +212,10 @@ class Findings(Widget, can_focus=True):
 class Help(ModalScreen[None]):
     """The help: keys, columns and the agents' notes. Any key but those that scroll closes it."""
 
-    def __init__(self, view: View | None) -> None:
+    def __init__(self, view: View | None, servers: bool) -> None:
+        """``servers``: describe the columns of the table of servers."""
         super().__init__()
-        self._look = view
+        self._look, self._servers = view, servers
 
     def compose(self) -> ComposeResult:
         yield TextPane("help")
@@ -214,7 +227,7 @@ class Help(ModalScreen[None]):
         self._fill()
 
     def _fill(self) -> None:
-        self.query_one(TextPane).show(help_lines(self._look, min(self.app.size.width, 100) - 6))
+        self.query_one(TextPane).show(help_lines(self._look, self._servers, min(self.app.size.width, 100) - 6))
 
     def on_key(self, event: events.Key) -> None:
         """Scroll, or close the help."""

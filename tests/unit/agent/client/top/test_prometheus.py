@@ -121,7 +121,8 @@ def test_path_and_password_reach_the_server_and_no_findings_are_valid(serve: Cal
     url = serve(answer).replace("http://", "http://me:p%40ss@") + "/prom/"
     source = PrometheusSource(url)
     view = source.read()
-    assert (view.snapshots, view.wrong, view.cluster) == ((), 0.0, True)
+    assert (view.node_count, view.wrong, view.cluster) == (0, 0.0, True)
+    assert rows(view, Order.RATE) == []
     assert set(asked) == {("/prom/api/v1/query", "Basic bWU6cEBzcw==")}
     assert "p%40ss" not in source.name
 
@@ -162,7 +163,7 @@ def test_response_that_is_not_http_is_an_error(serve: Callable[[Answer], str]) -
 def test_invalid_numbers_are_an_error(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prometheus, "MAX_VALUE", float("inf"))
     with pytest.raises(OSError, match="infinity"):
-        PrometheusSource(serve(say(200, vector((mismatch("a"), "+Inf"))))).read()
+        PrometheusSource(serve(say(200, vector(({**mismatch("a"), "what": "wrong"}, "+Inf"))))).read()
 
 
 def test_slow_response_is_an_error(serve: Callable[[Answer], str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,58 +14,20 @@ import pytest
 from repository import GOLDEN
 from textual import events
 from textual.widgets import Input
-from top_snapshots import NOW, row, view
+from top_screens import SERVERS, THREE, Slow, drive, processes, screen, selected
+from top_snapshots import NOW, row, server, view
 
 from udpwatch.agent.client import explain
 from udpwatch.agent.client.top.feed import Update
 from udpwatch.agent.client.top.rows import Meter, View, key_of
 from udpwatch.agent.client.top.screen import TopApp
 from udpwatch.agent.client.top.sources import ViewSource
-from udpwatch.agent.client.top.widgets import Findings, TextPane
+from udpwatch.agent.client.top.widgets import RowTable, TextPane
 from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Row, Sender
+from udpwatch.agent.model import Risk, Sender
 from udpwatch.agent.sources import replay
 from udpwatch.agent.sources.replay import Replay
-
-THREE = (row("aaa", 3, 5), row("bbb", 1, 7, pod="web-0", namespace="shop"), row("ccc", 2, 6))
-
-
-def screen(app: TopApp) -> list[str]:
-    """Return the text on the screen, line by line."""
-    strips = app.screen._compositor.render_strips()
-    return ["".join(segment.text for segment in strip).rstrip() for strip in strips]
-
-
-def drive(
-    play: Callable[[TopApp, Any], Awaitable[None]],
-    *found: Row,
-    size: tuple[int, int] = (80, 24),
-    app: TopApp | None = None,
-) -> TopApp:
-    """Run a screen with two views, one second apart, and play on it."""
-    app = app or TopApp(None, clock=lambda: NOW + 1, name="test")
-    found = found or THREE
-
-    async def run() -> None:
-        async with app.run_test(size=size) as pilot:
-            meter = Meter()
-            app.take(Update(meter.add(view(0, *(replace(each, count=1) for each in found)))))
-            app.take(Update(meter.add(view(1, *found))))
-            await pilot.pause()
-            await play(app, pilot)
-
-    asyncio.run(run())
-    return app
-
-
-def processes(app: TopApp) -> str:
-    return " ".join(line.split()[0] for line in app.query_one(Findings).text)
-
-
-def selected(app: TopApp) -> str:
-    line = app.query_one(Findings).selected
-    return line.key.process if line else ""
 
 
 def test_s_sorts_by_the_next_column_and_r_reverses() -> None:
@@ -190,8 +151,8 @@ def test_enter_opens_the_details_of_a_row() -> None:
         text = "\n".join(screen(app))
         for fact in ("ccc, port 2/udp", "pid 4242", "asked at  172.16.13.13", "fix  ", "events    ..."):
             assert fact in text, text
-        assert len(app.query_one(Findings).text) == 3
-        line = app.query_one(Findings).selected
+        assert len(app.query_one(RowTable).text) == 3
+        line = app.query_one(RowTable).selected
         assert line
         event = json.loads((GOLDEN / "events.jsonl").read_text().splitlines()[0]) | {"peer": "\x1b[2J[b]"}
         app.take(Update(view(2, *THREE), key=line.key, events=(event,)))
@@ -274,7 +235,7 @@ def test_screen_uses_every_size() -> None:
             assert all(len(line) <= width for line in lines)
             await pilot.press("enter")
             await pilot.pause()
-        assert len(app.query_one(Findings).text) == 19
+        assert len(app.query_one(RowTable).text) == 19
 
     drive(play, *(row(f"srv-{number:03}", number, number) for number in range(1, 200)))
 
@@ -339,29 +300,6 @@ def test_no_color_disables_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     drive(play)
 
 
-class Slow:
-    """A source that answers when the test lets it."""
-
-    name = "slow"
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.subjects = 0
-
-    def read(self) -> View:
-        self.asked += 1
-        if self.asked == 2:
-            raise ConnectionRefusedError(111, "Connection refused")
-        return view(self.asked, row(count=self.asked))
-
-    def events(self, limit: int) -> list[dict[str, Any]]:
-        self.subjects += 1
-        return []
-
-    def close(self) -> None:
-        pass
-
-
 def test_feed_polls_its_source() -> None:
     source = Slow()
 
@@ -399,10 +337,10 @@ def recording() -> list[str]:
     ]  # fmt: skip
     lines = []
     for second in (0, 1, 2):
-        for server in servers:
-            count = server.get("count", 23) * (second + 1)
+        for each in servers:
+            count = each.get("count", 23) * (second + 1)
             at = {"time": f"2027-01-15T08:00:{second:02}.000Z", "count": count}
-            lines.append(json.dumps(told | server | at))
+            lines.append(json.dumps(told | each | at))
     return lines
 
 
@@ -424,6 +362,23 @@ def replayed(path: Path, monkeypatch: pytest.MonkeyPatch) -> list[View]:
     return seen
 
 
+async def served(app: TopApp, pilot: Any, shown: list[str]) -> None:
+    """Show servers: the table, the second one's details, and the findings' text on a healthy node."""
+    many = (*SERVERS, server("snmpd [bold]\x1b[31m", 161, 12, risk=Risk.WRONG, wrong=4, at_risk=2, pktinfo=None))
+    before = (replace(each, requests=0, replies=0, wrong=0, drops=each.drops and 1) for each in many)
+    meter = Meter()
+    meter.add(view(1, servers=tuple(before)))
+    busy = meter.add(view(2, servers=many, checked=939))
+    await pilot.press("escape", "tab")
+    app.take(Update(busy))
+    await pilot.pause()
+    for keys in (("j",), ("enter",), ("tab",)):
+        shown.append("-" * 80)
+        await pilot.press(*keys)
+        await pilot.pause()
+        shown.extend(screen(app))
+
+
 def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(recording()) + "\n")
@@ -442,12 +397,13 @@ def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             await pilot.press("j", "enter")
             await pilot.pause()
             mine = [json.loads(line) for line in reversed(recording()) if "openvpn" in line]
-            line = app.query_one(Findings).selected
+            line = app.query_one(RowTable).selected
             assert line
             app.take(Update(views[-1], key=line.key, events=tuple(mine)))
             await pilot.pause()
             shown.append("-" * 80)
             shown.extend(screen(app))
+            await served(app, pilot, shown)
 
     asyncio.run(run())
     monkeypatch.undo()

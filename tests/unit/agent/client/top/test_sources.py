@@ -107,7 +107,7 @@ def test_private_agent_writes_no_events_and_serves_no_dns(monkeypatch: pytest.Mo
     for name in ("EVENTS", "DNS", "CGROUP", "HEAL"):
         monkeypatch.setenv(f"UDPWATCH_{name}", "x")
     told = {name: value for name, value in sources._environment().items() if name.startswith("UDPWATCH_")}
-    assert told == {"UDPWATCH_CGROUP": "x", "UDPWATCH_MAX_SERIES": "10000"}
+    assert told == {"UDPWATCH_CGROUP": "x", "UDPWATCH_MAX_SERIES": "10000", "UDPWATCH_MAX_SERVERS": "2000"}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from udpwatch.agent.client.top import text
 from udpwatch.agent.client.top.detail import detail, title
 from udpwatch.agent.client.top.layout import plain
 from udpwatch.agent.client.top.rows import Order, View, rows
+from udpwatch.agent.client.top.sources import Wanted
 
 
 class Script:
@@ -29,6 +30,9 @@ class Script:
         if isinstance(said, OSError):
             raise said
         return said
+
+    def select(self, wanted: Wanted) -> None:
+        pass
 
     def events(self, limit: int) -> list[dict[str, Any]]:
         return []
@@ -53,7 +57,7 @@ def test_table_fits_the_width() -> None:
         lines = text.table(seen, width, "script").splitlines()
         assert lines[-1].split()[:5] == ["openvpn", "-", "1194", "172.16.13.13", "172.17.0.1"]
         assert all(len(line) <= (width or 200) for line in lines)
-    assert "no wrong reply so far" in text.table(view(0), 80, "script")
+    assert "No wrong reply so far: 100 replies checked." in text.table(view(0), 80, "script")
 
 
 def test_json_object_has_only_documented_keys() -> None:
