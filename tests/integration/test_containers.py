@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from agents import Agent
+from looks import asking, explain
 from machine import first_pid, ip_in, listening, name_pod, untouched
 from restricted import in_mount_namespace
 from runtimes import (
@@ -158,6 +159,27 @@ def test_container_of_docker_with_the_host_network_is_named(
     container = docker.run(f"host-{port}", f"/{SERVER}", str(port), flags=["--network=host"])
     ask_from_outside(outside, first_pid(container), port)
     assert_names(agent, port, "docker", container, container=f"host-{port}")
+
+
+def test_explain_finds_the_server_behind_a_published_port(
+    docker: Docker, node: Namespace, outside: Namespace, port: int
+) -> None:
+    """docker-proxy holds the port on the host, and Docker's rule sends the requests to the container."""
+    inside = port + 5000
+    container = docker.run(f"published-{port}", f"/{SERVER}", str(inside), flags=[f"--publish={port}:{inside}/udp"])
+    listening(first_pid(container), inside)
+    with asking(outside, RuntimeHost.NODE, port):
+        published, behind = (explain(node, number) for number in (port, inside))
+    assert published.get("redirected")["fix"] == f"udpwatch explain {inside}"
+    assert (
+        f"sends requests for this port to {docker.address(container)}:{inside}" in published.get("redirected")["text"]
+    )
+    assert published.kinds == behind.kinds == set()
+    assert (
+        f"{SERVER} (pid {first_pid(container)}) in container {container[:12]} listens on 0.0.0.0:{inside}."
+        in (behind.get("listens")["text"])
+    )
+    assert behind.get("replies")["namespace"] == f"container {container[:12]}"
 
 
 def test_process_started_by_docker_exec_is_named(agent: Agent, docker: Docker, outside: Namespace, port: int) -> None:

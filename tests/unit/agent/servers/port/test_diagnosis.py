@@ -1,4 +1,5 @@
-"""What `udpwatch explain PORT` concludes from facts. tests/integration/test_explain_port.py provokes each statement."""
+"""What `udpwatch explain PORT` concludes from facts. tests/integration/test_explain_port.py and
+test_explain_losses.py provoke each statement."""
 
 from __future__ import annotations
 
