@@ -207,7 +207,7 @@ def test_stopped_server_does_not_read(pair: tuple[Namespace, Namespace], port: i
     server, client = pair
     process = serve(server, port)
     os.kill(process.pid, signal.SIGSTOP)
-    with asking(client, SERVER, port):
+    with asking(client, SERVER, port, pause=0.2):
         told = explain(server, port)
     assert told.kinds == {"not-read"}
     statement = told.get("not-read")
@@ -220,7 +220,7 @@ def test_server_that_sleeps_does_not_read(pair: tuple[Namespace, Namespace], por
     server, client = pair
     with server.socket() as made:
         made.bind((SERVER, port))
-        with asking(client, SERVER, port):
+        with asking(client, SERVER, port, pause=0.2):
             told = explain(server, port)
     assert told.kinds == {"not-read"}
     assert "(state S)" in told.get("not-read")["text"]
@@ -343,3 +343,22 @@ def test_finding_of_the_agent_comes_first(agent: Agent, host: ContainerHost, por
     done = run_cli("explain", str(port), f"--connect={agent.socket}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "was asked at" in done.stdout
+
+
+def test_in_the_agents_pod_the_agents_counts_are_what_is_known(agent: Agent, host: ContainerHost, port: int) -> None:
+    """With the chart's capabilities, no other namespace can be entered."""
+    serve(host.node, port)
+
+    def counted() -> bool:
+        return any(each["port"] == port and each["requests"] for each in agent.snapshot()["servers"])
+
+    chart = ("setpriv", "--bounding-set=-all,+bpf,+net_admin,+perfmon")
+    with asking(host.outside, host.ETH0, port):
+        wait_for(counted, "the agent's count")
+        done = run_cli("explain", str(port), "--json", "--seconds=4", f"--connect={agent.socket}", wrapper=chart)
+    report = json.loads(done.stdout)
+    texts = " ".join(each["text"] for each in report["statements"])
+    assert "By the agent, test-server (pid " in texts
+    assert re.search(r"listens on 0\.0\.0\.0:\d+: [1-9]\d* requests and [1-9]\d* replies in 4 s", texts)
+    assert not report["wrong"]
+    assert "needs CAP_NET_RAW" in " ".join(report["unseen"])
