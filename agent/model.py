@@ -146,6 +146,7 @@ class UdpSocket:
     cgroup: int = 0  # id in the v2 hierarchy, 0: unknown
     pid: int = 0  # a process that holds it, 0: unknown
     process: str = ""  # its name, as the kernel reports it
+    kernel: bool = False  # the kernel's own, such as a tunnel's; False if the source of the list does not tell
     named: bool | None = None  # bind() named its port, as servers do; False: the kernel chose it
 
 

@@ -125,7 +125,7 @@ static __always_inline int write_record(void *seq, __u64 sk, const struct socket
     to.queue_limit = read_kernel32(sk + OFFSET_SOCK_RCVBUF);
     to.drops = read_drops(sk);
     __u64 socket = read_kernel(sk + OFFSET_SOCK_SOCKET);
-    if (socket)
+    if (socket && read_kernel(socket + OFFSET_SOCKET_FILE)) /* else it is the kernel's own */
         to.inode = read_kernel(socket + OFFSET_SOCKET_INODE);
 #ifdef OFFSET_SOCK_CGROUP
     __u64 cgroup = read_kernel(sk + OFFSET_SOCK_CGROUP);

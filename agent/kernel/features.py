@@ -195,6 +195,7 @@ def socket_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
             "OFFSET_SOCK_RCVBUF": btf.offset("sock", "sk_rcvbuf"),
             "OFFSET_SOCK_DROPS": btf.offset("sock", "sk_drops"),
             "OFFSET_SOCK_SOCKET": btf.offset("sock", "sk_socket"),
+            "OFFSET_SOCKET_FILE": btf.offset("socket", "file"),
             "OFFSET_SOCKET_INODE": btf.offset("socket_alloc", "vfs_inode") + btf.offset("inode", "i_ino"),
         }
         for group in (_IPV6, _DROP_COUNTERS, _SOCK_CGROUP, _INET_FLAGS, _INET_CMSG_FLAGS, _IPV6_RXINFO):

@@ -471,6 +471,7 @@ def decode_socket(raw: bytes) -> UdpSocket:
         cgroup=record.cgroup,
         pid=record.tgid,
         process=printable(record.comm),
+        kernel=not record.inode,
     )
 
 

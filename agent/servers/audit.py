@@ -302,6 +302,8 @@ _PKTINFO = "PKTINFO is set, and no wrong reply was seen"
 
 def _exemption(each: UdpSocket) -> str:
     """Return why a wildcard socket is not judged by its options, or ""."""
+    if each.kernel:
+        return "a socket of the kernel, such as a tunnel's"
     return "a transparent proxy, which chooses its sources" if each.transparent else _NEVER_REPLY.get(each.process, "")
 
 

@@ -16,8 +16,11 @@ from waiting import wait_for
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel.capabilities import Capability, drop_all_but
 from udpwatch.agent.model import UdpSocket
+from udpwatch.agent.servers.audit import judge
 from udpwatch.agent.servers.held import held_sockets
+from udpwatch.agent.servers.inventory import list_all
 from udpwatch.agent.servers.namespaces import Risks
+from udpwatch.agent.servers.networks import read_networks
 from udpwatch.agent.testing.lab import ContainerHost, Namespace, die_with_parent
 
 
@@ -49,6 +52,21 @@ def test_verdict_agrees_with_the_replies(name: str, tallies: tuple[Tally, Tally]
     assert verdicts.true + verdicts.right + verdicts.false + verdicts.missed == len(layout.kinds)
     assert pairs.true or name == "pod", "a layout in which no reply is wrong shows nothing"
     assert pairs.mistakes == [] and verdicts.mistakes == []
+
+
+def test_tunnel_of_the_kernel_is_not_at_risk() -> None:
+    with ContainerHost() as host:
+        try:
+            host.node.ip("link add vx type vxlan id 5 dstport 4789 local 172.16.13.13", "link set vx up")
+        except UdpwatchError as error:
+            pytest.skip(f"this kernel has no VXLAN: {error}")
+        with host.node.socket() as made:
+            made.bind(("0.0.0.0", 4900))
+            sockets = [each for each in list_all().sockets if each.netns == host.node.inode]
+        with host.node.entered():
+            judged = judge(sockets, read_networks())
+        found = {each.socket.port: (str(each.risk), each.socket.kernel) for each in judged}
+        assert found == {4789: ("none", True), 4900: ("virtual", False)}
 
 
 # ---- the agent ----

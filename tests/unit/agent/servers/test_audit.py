@@ -189,6 +189,10 @@ def test_transparent_proxy_is_not_judged_by_its_options() -> None:
     assert "transparent" in judged.reason
 
 
+def test_socket_of_the_kernel_is_not_at_risk() -> None:
+    assert the(replace(WILDCARD, kernel=True, port=4789, process="flanneld"), DOCKER).risk is Risk.NONE
+
+
 @pytest.mark.parametrize("process", ["dhclient", "rsyslogd"])
 def test_program_that_never_replies_is_not_at_risk(process: str) -> None:
     assert the(replace(WILDCARD, process=process), DOCKER).risk is Risk.NONE
