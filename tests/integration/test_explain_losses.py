@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -370,7 +371,10 @@ def test_memory_of_all_udp_sockets_is_used_up(pair: tuple[Namespace, Namespace],
     if not IN_MATRIX:
         pytest.skip("needs a machine whose net.ipv4.udp_mem may be tiny for all: `make test-kernels` has such guests")
     server, client = pair
-    serve(server, port)
+    # A socket may always hold net.ipv4.udp_rmem_min bytes, and a CPU 1 MB before the kernel looks at the limit.
+    large = 33, 8 << 20  # SO_RCVBUFFORCE
+    process = serve(server, port, prepare=lambda made: made.setsockopt(socket.SOL_SOCKET, *large))
+    os.kill(process.pid, signal.SIGSTOP)
     setting = Path("/proc/sys/net/ipv4/udp_mem")
     before = setting.read_text()
     try:

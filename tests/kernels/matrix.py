@@ -74,13 +74,17 @@ UNFIT = {
     "tests/integration/test_install.py": "pip needs the network, and what it installs does not depend on the kernel",
     **{
         f"tests/integration/test_{name}.py": ANYWHERE
-        for name in ("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "prometheus", "top")
+        for name in (
+            *("cures", "dns", "dns_reload", "dns_tcp", "dns_upstream", "events_command", "explain_port"),
+            *("prometheus", "top"),
+        )
     },
     "tests/integration/test_containers.py": "Docker and containerd take minutes to start under emulation",
     "tests/integration/test_image.py": "Docker and podman take minutes to start under emulation",
     "tests/integration/test_unit_file.py": "what it runs is taken from the image",
     "tests/integration/test_lookalikes.py::test_newest_of_requests_seen_by_two_cpus_is_expected": ONE_CPU,
     "tests/integration/test_lookalikes.py::test_first_requests_on_two_cpus_at_once_are_both_kept": ONE_CPU,
+    "tests/integration/test_explain_losses.py::test_insertions_into_conntrack_fail": ONE_CPU,
     **{
         f"tests/integration/test_under_load.py::{name}": NO_FLOOD
         for name in (
