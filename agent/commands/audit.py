@@ -12,6 +12,8 @@ from pathlib import Path
 from udpwatch.agent.client import audit_text, follow
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
 from udpwatch.agent.errors import CannotRun
+from udpwatch.agent.kernel import capabilities
+from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.model import Risk, Snapshot, UdpSocket
 from udpwatch.agent.servers.audit import (
     AT_RISK,
@@ -23,6 +25,7 @@ from udpwatch.agent.servers.audit import (
     servers_of_agent,
 )
 from udpwatch.agent.servers.held import held_sockets
+from udpwatch.agent.servers.inventory import list_all
 from udpwatch.agent.servers.namespaces import read_all, read_of_process
 from udpwatch.agent.servers.networks import Networks
 from udpwatch.agent.servers.owners import owner_key, owners
@@ -74,23 +77,34 @@ def examine(snapshot: Snapshot | None) -> tuple[list[ServerRisk], list[str]]:
     ``snapshot``: the agent's.
     """
     rows, counted = (snapshot.rows, snapshot.servers) if snapshot else ((), ())
-    held = held_sockets()
-    if held.closed and not held.sockets:
-        raise CannotRun(
-            f"cannot examine the sockets of {_processes(held.closed)}: CAP_SYS_PTRACE is missing; run this as root"
-        )
+    sockets, listing_notes = _sockets()
     groups: dict[int, list[UdpSocket]] = {}
-    for each in held.sockets:
+    for each in sockets:
         groups.setdefault(each.netns, []).append(each)
     networks = _networks(groups)
     busy = {row.port for row in rows}
     judged = [each for inode, group in groups.items() for each in judge(group, networks.get(inode), busy)]
     senders = owners(each.socket for each in judged)
     servers = servers_of(((each, senders[owner_key(each.socket)]) for each in judged), rows, counted)
-    notes = _notes([each.socket for each in judged], groups, networks)
-    if held.closed:
-        notes.append(f"cannot examine the sockets of {_processes(held.closed)}: run this as root (CAP_SYS_PTRACE)")
+    notes = listing_notes + _notes([each.socket for each in judged], groups, networks)
     return servers, notes
+
+
+def _sockets() -> tuple[list[UdpSocket], list[str]]:
+    """Return the sockets of all namespaces, and what is missing. Raises CannotRun."""
+    missing = {Capability.SYS_ADMIN, Capability.SYS_PTRACE} - capabilities.effective()
+    if missing:
+        names = " and ".join(sorted(map(str, missing)))
+        raise CannotRun(f"cannot examine the sockets of other processes: {names} missing; run this as root")
+    try:
+        listed = list_all()
+    except OSError as error:
+        raise CannotRun(f"cannot list sockets: {error.strerror or error}") from None
+    if all(each.pktinfo is not None for each in listed.sockets):
+        return list(listed.sockets), list(listed.notes)
+    # Without BPF iterators, each socket is asked itself.
+    held = {each.inode: each for each in held_sockets().sockets}
+    return [held.get(each.inode, each) for each in listed.sockets], []
 
 
 def _seen(path: str | None) -> tuple[Snapshot | None, list[str]]:
@@ -133,10 +147,6 @@ def _notes(
         notes.append(f"cannot read the addresses of {len(closed)} of {len(groups)} network namespaces; {hint}")
     if blind := sum(bool(families_of(each)) and each.pktinfo is None for each in servers):
         notes.append(f"cannot read whether PKTINFO is set on {blind} of {len(servers)} sockets; {hint}")
-    if unknown := sum(not each.pid for each in servers):
+    if unknown := sum(not each.pid and not each.kernel for each in servers):
         notes.append(f"cannot find the process of {unknown} of {len(servers)} sockets; {hint}")
     return notes
-
-
-def _processes(count: int) -> str:
-    return "1 process" if count == 1 else f"{count} processes"
