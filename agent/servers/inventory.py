@@ -53,6 +53,8 @@ class Inventory:
         self._looked_at = -HOLDERS_SECONDS
         self._home = Path("/proc/thread-self/ns/net").stat().st_ino
         self.left_out = 0  # sockets beyond the limit, at the last call
+        with contextlib.suppress(OSError):
+            self.read()  # the agent will drop the capability to look for the processes of older sockets
 
     def read(self) -> tuple[UdpSocket, ...]:
         """Return the sockets of servers: those whose port was named by bind(), as far as that is known.
@@ -84,7 +86,9 @@ class Inventory:
         now = time.monotonic()
         if unknown - self._holders.keys() and now - self._looked_at >= HOLDERS_SECONDS:
             self._looked_at = now
-            self._holders = dict.fromkeys(unknown, (0, "")) | find_holders(unknown, self._proc, self._pace)
+            known = {inode: holder for inode, holder in self._holders.items() if inode in unknown and holder[0]}
+            missing = unknown - known.keys()
+            self._holders = dict.fromkeys(missing, (0, "")) | known | find_holders(missing, self._proc, self._pace)
         for each in sockets:
             pid, process = (0, "") if each.pid else self._holders.get(each.inode, (0, ""))
             yield replace(each, pid=pid, process=process) if pid else each
