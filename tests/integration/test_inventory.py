@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import resource
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +21,9 @@ from udpwatch.agent.kernel import sock_diag
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import UdpSocket
 from udpwatch.agent.servers.inventory import Inventory, list_all
-from udpwatch.agent.testing.lab import Lab, Namespace
+from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
+
+SUPPORT = Path(__file__).resolve().parents[1] / "support"
 
 FOREVER_NS = 1 << 62
 IP_TRANSPARENT, IPV6_RECVPKTINFO, IP_PKTINFO = 19, 49, 8
@@ -169,6 +174,59 @@ def test_sample_has_the_sockets_every_two_seconds(watch: Watch, node: Namespace)
             return sockets is not None and any(each.port == 4908 for each in sockets)
 
         wait_for(has_it, "the socket in a sample")
+
+
+CHART = "-all,+bpf,+net_admin,+perfmon"
+#: a port here, one elsewhere: both bound before the agent began; one here, one elsewhere: bound since
+HERE, ELSEWHERE, NEW_HERE, NEW_ELSEWHERE = PORTS = range(4910, 4914)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "listed", "with_process", "pktinfo"),
+    [
+        (CHART, {HERE, NEW_HERE, NEW_ELSEWHERE}, {NEW_HERE, NEW_ELSEWHERE}, False),
+        (f"{CHART},+sys_ptrace", {HERE, NEW_HERE, NEW_ELSEWHERE}, {HERE, NEW_HERE, NEW_ELSEWHERE}, False),
+        (f"{CHART},+sys_ptrace,+sys_admin", set(PORTS), set(PORTS), False),
+        ("-all,+bpf,+net_admin", {HERE, NEW_HERE}, set(), None),
+    ],
+    ids=["chart", "chart and SYS_PTRACE", "chart, SYS_PTRACE and SYS_ADMIN", "without PERFMON"],
+)
+def test_what_each_privilege_level_sees(
+    lab: Lab, tmp_path: Path, capabilities: str, listed: set[int], with_process: set[int], pktinfo: bool | None
+) -> None:
+    """The table in docs/audit.md. The tests' process stands for the host."""
+    other = lab.namespace(f"other{capabilities.count(',')}")
+
+    def bound(where: int, link: socket.socket) -> None:
+        link.bind(("127.0.0.1", where))
+
+    tmp_path.chmod(0o700)
+    words = [sys.executable, str(SUPPORT / "inventory_child.py"), str(tmp_path), str(PORTS[0]), str(PORTS[-1] + 1)]
+    with contextlib.ExitStack() as opened:
+        sockets = {
+            port: opened.enter_context(other.socket() if port in (ELSEWHERE, NEW_ELSEWHERE) else socket.socket(type=2))
+            for port in PORTS
+        }
+        for port in (HERE, ELSEWHERE):
+            bound(port, sockets[port])
+        child = subprocess.Popen(
+            ["setpriv", f"--bounding-set={capabilities}", f"--inh-caps={capabilities}", *words],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(SUPPORT)},
+            preexec_fn=die_with_parent,
+        )
+        opened.enter_context(child)
+        assert child.stdin and child.stdout
+        if child.stdout.readline() != "ready\n":
+            pytest.skip("this kernel does not load the programs with these capabilities (before 6.8: CAP_PERFMON)")
+        for port in (NEW_HERE, NEW_ELSEWHERE):
+            bound(port, sockets[port])
+        found = {int(port): value for port, value in json.loads(child.communicate("\n")[0]).items()}
+    assert found.keys() == listed
+    assert {port for port, (_, is_known) in found.items() if is_known} == with_process
+    assert {value for value, _ in found.values()} == {pktinfo}
 
 
 def test_many_sockets_in_many_namespaces(capsys: pytest.CaptureFixture[str]) -> None:

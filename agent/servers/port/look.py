@@ -214,7 +214,8 @@ class Looker:
     def _note_places(self, found: Places, serving: set[int]) -> None:
         known = {each.inode for each in found.found}
         if found.hidden:
-            self._unseen.append(f"the network namespaces of {found.hidden} processes that this user may not open")
+            processes = "1 process" if found.hidden == 1 else f"{found.hidden} processes"
+            self._unseen.append(f"the network namespaces of {processes} that this user may not open")
         if serving - known - {0}:
             self._unseen.append(f"{len(serving - known - {0})} network namespaces without a process or a name")
 
