@@ -66,19 +66,25 @@ class Inventory:
         return tuple(self._with_holders(sockets))
 
     def _read(self) -> Iterator[UdpSocket]:
-        link = self._links.get("noted_sockets") or self._links.get("sockets_here")
-        if link is None:
+        names = ["noted_sockets", *([] if "adopt_sockets" in self._links else ["sockets_here"])]
+        links = [self._links[name] for name in names if name in self._links]
+        if not links:
             yield from sock_diag.list_sockets(self._home)
             return
         before, self._known = self._known, {}
-        for raw in _records(link):
+        seen = set[int]()  # inode numbers: a socket may be in both lists
+        for raw in itertools.chain.from_iterable(map(_records, links)):
             self._pace()
             each = before.get(raw)
             if each is None:
                 each = decode_socket(raw)
             if len(self._known) < MAX_SOCKETS:
                 self._known[raw] = each
-            yield each
+            if len(links) == 1:
+                yield each
+            elif each.inode not in seen:
+                seen.add(each.inode)
+                yield each
 
     def _with_holders(self, sockets: list[UdpSocket]) -> Iterator[UdpSocket]:
         """Add the process of each socket that was bound before the agent started."""

@@ -18,6 +18,7 @@ from sensors import Watch
 from waiting import wait_for
 
 from udpwatch.agent.kernel import bpf, cgroup
+from udpwatch.agent.kernel.programs import HOOKS
 from udpwatch.agent.model import Cause, Event, Forwarded, Hooks, Verdict
 from udpwatch.agent.sources import flows
 from udpwatch.agent.testing.lab import ContainerHost
@@ -65,7 +66,7 @@ def the_event(watch: Watch, port: int) -> Event:
 
 def test_cgroup_hooks_alone_find_a_wrong_reply(port: int) -> None:
     with ContainerHost() as host, closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.OFF)) as watch:
-        assert [probe.name for probe in watch.sensor.probes()] == ["ingress", "egress", "sendmsg4", "sendmsg6"]
+        assert [probe.name for probe in watch.sensor.probes()] == [program.name for program, _ in HOOKS]
         with bound(host.node, socket.AF_INET, "0.0.0.0", port) as server, host.container.socket() as client:
             server.sendto(*ask(client, V4.eth0, port, server))
             event = the_event(watch, port)

@@ -136,6 +136,8 @@ def test_drops_and_queue_are_those_of_the_kernels_own_list(watch: Watch, node: N
 
 
 def test_socket_older_than_the_agent_is_listed_with_its_process(watch: Watch, older: socket.socket) -> None:
+    if "adopt_sockets" in watch.sensor._attached._refused:
+        pytest.skip("by design: before Linux 5.11, sockets older than the agent are listed in its own namespace only")
     found = listed(watch, 4900)
     assert (found.pid, found.inode) == (os.getpid(), os.fstat(older.fileno()).st_ino)
 
@@ -231,6 +233,8 @@ def test_what_each_privilege_level_sees(
 
 def test_many_sockets_in_many_namespaces(capsys: pytest.CaptureFixture[str]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 8_192:
+        pytest.skip("needs 8,192 descriptors: raise the hard limit with ulimit -Hn")
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8_192), hard))
     try:
         with Lab() as many, contextlib.ExitStack() as opened:
