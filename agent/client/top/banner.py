@@ -113,8 +113,10 @@ def _counts(view: View | None, source: SourceState, baseline: Baseline | None, w
         facts.insert(-1, ("at risk", count_text(at_risk), "paused"))
     if other:
         facts.insert(-1, ("other", count_text(other), "fact"))
+    long = sum(len(label) + len(fact) + 4 for label, fact, _ in facts) + sum(len(text) for text, _ in styled)
+    gap = "   " if long < width else "  "
     for label, fact, style in facts:
-        styled += [(f"   {label} ", "label"), (fact, style)]
+        styled += [(f"{gap}{label} ", "label"), (fact, style)]
     note = [(f"totals since {clock_text(baseline.time)} ", "paused")] if baseline else []
     if source.error:
         note = [(f"{safe(source.error)} ", "error")]
