@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from agents import Agent
 
@@ -12,9 +13,9 @@ from udpwatch.agent.testing.lab import ContainerHost
 class InNamespace(Agent):
     """An agent in the node's network namespace; its HTTP endpoints are requested there, too."""
 
-    def __init__(self, scene: ContainerHost, folder: Path, *flags: str, ready: bool = True) -> None:
+    def __init__(self, scene: ContainerHost, folder: Path, *flags: str, ready: bool = True, **options: Any) -> None:
         self.scene = scene
-        super().__init__(folder, "--dns", *flags, ready=ready, preexec_fn=scene.node.enter_in_child)
+        super().__init__(folder, "--dns", *flags, ready=ready, preexec_fn=scene.node.enter_in_child, **options)
 
     def get(self, path: str) -> tuple[int, str]:
         with self.scene.node.entered():
