@@ -195,7 +195,7 @@ def test_server_on_two_nodes_is_one_row(agent: Agent, folder: Path, host: Contai
                 terminal.press("g")
                 terminal.shows("g all nodes", *nodes)
                 terminal.press("Enter")
-                terminal.shows("11 requests, 11 replies, 1 wrong", "1 sockets at risk")
+                terminal.shows("11 requests, 11 replies, 1 wrong", "1 socket at risk")
                 terminal.press("q")
                 assert terminal.ended() == 0
 

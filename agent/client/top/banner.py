@@ -10,7 +10,15 @@ from math import ceil
 from rich.cells import cell_len
 
 from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.layout import StyledLine, age_text, clock_text, count_text, fitted, rate_text
+from udpwatch.agent.client.top.layout import (
+    StyledLine,
+    age_text,
+    clock_text,
+    count_text,
+    fitted,
+    rate_text,
+    sockets_text,
+)
 from udpwatch.agent.client.top.rows import HISTORY_SECONDS, Baseline, View, other_of, total_of
 from udpwatch.agent.client.top.servers import at_risk_of
 from udpwatch.agent.model import Risk
@@ -63,10 +71,9 @@ def nothing_wrong(view: View, tab: str = "") -> str:
     servers = [server for each in view.snapshots for server in each.servers]
     at_risk, unknown = at_risk_of(view), sum(server.risk == Risk.UNKNOWN for server in servers)
     if at_risk:
-        sockets = f"{count_text(at_risk)} socket" + "s" * (at_risk != 1)
-        return f"No wrong reply so far: {checked}, {sockets} at risk{tab}."
+        return f"No wrong reply so far: {checked}, {sockets_text(at_risk)} at risk{tab}."
     if unknown:
-        return f"No wrong reply so far: {checked}; the risk of {unknown} servers is unknown{tab}."
+        return f"No wrong reply so far: {checked}; the risk of {unknown} server{'s' * (unknown != 1)} is unknown{tab}."
     if servers or view.at_risk is not None:
         return f"Nothing is wrong: {checked}, no socket at risk."
     return f"No wrong reply so far: {checked}."

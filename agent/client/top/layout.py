@@ -61,6 +61,11 @@ def _short(number: float) -> str:
     return f"{number:.0f}T"
 
 
+def sockets_text(count: int) -> str:
+    """Format a number of sockets, with the word."""
+    return f"{count_text(count)} socket" + "s" * (count != 1)
+
+
 def age_text(seconds: float) -> str:
     """Format an age in at most four characters."""
     seconds = max(0.0, seconds)

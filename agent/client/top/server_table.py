@@ -17,6 +17,7 @@ from udpwatch.agent.client.top.layout import (
     count_text,
     name_columns,
     rate_text,
+    sockets_text,
 )
 from udpwatch.agent.client.top.rows import View
 from udpwatch.agent.client.top.servers import ServerLine, ServerOrder
@@ -180,7 +181,7 @@ def server_detail(line: ServerLine, fix: str, width: int, view: View) -> list[St
     lines.append(("buffer", f"{drops} drops{queue}{limit if queue else ''}"))
     if server.last:
         lines.append(("last", f"request at {clock_text(server.last)}"))
-    lines.append(("risk", f"{server.at_risk} sockets at risk" if view.cluster else _risk_text(server)))
+    lines.append(("risk", f"{sockets_text(server.at_risk)} at risk" if view.cluster else _risk_text(server)))
     if server.risk in {Risk.WRONG, *_SOME}:
         lines.append(("fix", safe_lines(fix or GENERAL_FIX)))
         command = "Tab shows its wrong replies" if server.risk == Risk.WRONG else "`udpwatch audit` lists the addresses"

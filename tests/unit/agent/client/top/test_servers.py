@@ -184,7 +184,7 @@ def test_known_server_at_risk_has_its_remedy() -> None:
         ((), "No wrong reply so far: 100 replies checked."),
         ((server(),), "Nothing is wrong: 100 replies checked, no socket at risk."),
         ((RISKS[3],), "No wrong reply so far: 100 replies checked, 1 socket at risk (Tab)."),
-        ((RISKS[5],), "No wrong reply so far: 100 replies checked; the risk of 1 servers is unknown (Tab)."),
+        ((RISKS[5],), "No wrong reply so far: 100 replies checked; the risk of 1 server is unknown (Tab)."),
         (RISKS, "No wrong reply so far: 100 replies checked, 4 sockets at risk (Tab)."),
     ],
 )
