@@ -25,6 +25,7 @@ class Advice:
     config: str  # the exact line; "": none
     source: str  # link; "": none
     languages: tuple[str, ...]  # of the `Code` that shows the fix
+    run: tuple[str, ...] = ()  # Debian packages with version that were run with this fix
 
 
 def matching(rows: Sequence[Row], pattern: str | None) -> list[Row]:
@@ -96,7 +97,7 @@ def remedy_advice(remedy: Remedy, row: Row | None = None) -> Advice:
         "{6}": "6" if family == "6" else "",
     }.items():
         config = config.replace(name, value)
-    return Advice(remedy.name, remedy.do, config, remedy.source, (remedy.code,) if remedy.code else ())
+    return Advice(remedy.name, remedy.do, config, remedy.source, (remedy.code,) if remedy.code else (), remedy.run)
 
 
 def short_advice(row: Row | Server) -> str:
@@ -143,6 +144,7 @@ def advice_object(fix: Advice) -> dict[str, Any]:
         "config": fix.config or None,
         "source": fix.source or None,
         "languages": list(fix.languages),
+        "run": list(fix.run),
     }
 
 

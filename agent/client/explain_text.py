@@ -71,6 +71,10 @@ class Page:
             self.verbatim(fix.config)
         if fix.source:
             self._lines.append(f"  {fix.source}")
+        if fix.run:
+            self.paragraph(f"This was run with {', '.join(fix.run)}: it then replied from the right address.")
+        elif fix.server:
+            self.paragraph("This was not run with udpwatch: it is what the linked page says.")
 
     def code(self, languages: Iterable[str]) -> None:
         """Add the servers in these languages."""

@@ -24,6 +24,7 @@ class Remedy:
     config: str  # the exact line with placeholders such as {address}; "": none
     source: str  # link
     code: str  # language of the `Code` that shows the fix; "": a setting is enough
+    run: tuple[str, ...]  # Debian packages with version that were run with this fix (docs/census.md); (): none
 
     def matches(self, process: str) -> bool:
         return any(
@@ -83,6 +84,7 @@ def _read() -> tuple[tuple[Remedy, ...], tuple[Code, ...]]:
             entry.get("config", ""),
             entry["source"],
             entry.get("code", ""),
+            tuple(entry.get("run", ())),
         )
         for entry in content["server"]
     )
