@@ -20,7 +20,7 @@ BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 
 PACKAGE_TARGETS := packages-python packages-run packages-test packages-bench packages-kernels packages-bare packages-npm packages-release
-.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
+.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel census fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
 # Two apt-get or two pip at once wait for each other, or fail.
 .NOTPARALLEL:
 
@@ -32,6 +32,7 @@ help:
 	@echo "make test-bare     run make demo and make test in a minimal Debian root (root; RELEASE=trixie, TARGETS=\"lint unit\")"
 	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
+	@echo "make census  run real servers of Debian on a host with several addresses, and write docs/census.md (root; NAMES=unbound,nsd; RESUME=1, KEEP=1)"
 	@echo "make fuzz    attack the DNS parser for longer than the tests do"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
 	@echo "make dashboards  write dashboards/grafana from the code beside it"
@@ -75,6 +76,9 @@ bench: packages-bench $(VENV)/.dev
 
 bench-kernel: packages-kernels $(VENV)/.kernels
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(or $(KERNELS),6.12)" --bench "function_probes"
+
+census: packages-test $(VENV)/.dev
+	@$(BIN)/python -P tests/census/run.py --names "$(NAMES)" $(if $(RESUME),--resume) $(if $(KEEP),--keep)
 
 fuzz: $(VENV)/.dev
 	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/dns/test_fuzz.py
