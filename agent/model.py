@@ -206,7 +206,7 @@ class Server:
     addresses: tuple[str, ...]  # bound addresses, sorted
     requests: int  # datagrams received on the port
     replies: int  # datagrams sent to peers that had asked
-    unanswered: int  # requests that got no datagram within the window
+    unanswered: int  # requests that got no datagram within the window, or before they were repeated
     wrong: int  # wrong replies
     drops: int | None  # datagrams that its receive buffers had no room for; None: unknown
     queue: int | None  # octets in its receive buffers

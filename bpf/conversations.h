@@ -32,8 +32,26 @@ static __always_inline __u64 not_before(__u64 now, __u64 other) {
     return now > other ? now : other;
 }
 
+/* Return the nanoseconds since `then`, which are negative within one tick. */
+static __always_inline __s64 age(__u64 then, __u64 now) {
+    return now - then;
+}
+
 static __always_inline int is_pending(const struct conversation *request) {
     return request->asked > request->answered;
+}
+
+/* Note a request; return whether it continues a wait. A peer that waited for long and asks again
+ * begins another wait: its first request stays unanswered. */
+static __always_inline int note_time(struct conversation *way, __u64 asked, __u64 answered,
+                                     __u64 now) {
+    int continues = asked > answered && age(answered, now) < (__s64)REPEAT_NS;
+    __u64 time = after(now, answered);
+
+    if (!continues)
+        WRITE_ONCE(way->answered, time - 1);
+    WRITE_ONCE(way->asked, time);
+    return continues;
 }
 
 /* A group is stored as the address zero. */
@@ -44,11 +62,6 @@ static __always_inline int is_any(const struct address *asked) {
 /* A request to a group may be answered from any address. */
 static __always_inline int answers(const struct address *asked, const struct address *source) {
     return same(asked, source) || is_any(asked);
-}
-
-/* Return the nanoseconds since `then`, which are negative within one tick. */
-static __always_inline __s64 age(__u64 then, __u64 now) {
-    return now - then;
 }
 
 /* ---- conversations ---- */
@@ -109,16 +122,15 @@ static __always_inline __u32 ask_way(struct conversation *way, const __u64 *its_
     __u64 asked = READ_ONCE(way->asked), answered = READ_ONCE(way->answered);
     __u16 not_now = SEVERAL | WRONGLY_ANSWERED | (is_client ? 0 : CLIENTS);
     __u16 flags = READ_ONCE(way->tenant.flags);
-    int is_waiting = asked > answered;
 
     if (flags & not_now || !same(&way->address, address) || age(asked, now) > (__s64)WINDOW_NS)
         return LOOK_CLOSER;
-    if (is_waiting && age(asked, now) < (__s64)REFRESH_NS)
+    if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
         return done(flags, 1);
-    WRITE_ONCE(way->asked, after(now, answered));
+    int continues = note_time(way, asked, answered, now);
     if (READ_ONCE(*its_tag) != tag || READ_ONCE(way->tenant.flags) & SEVERAL)
         return LOOK_CLOSER;
-    return done(flags, is_waiting);
+    return done(flags, continues);
 }
 
 /* Note a repeated request for the single address of a conversation. */
@@ -229,7 +241,7 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
 
 enum remembering {
     KNOWN,   /* this address was asked before, and no other */
-    WAITING, /* the same, and the last request is pending */
+    WAITING, /* the same, and the request continues a wait */
     FRESH,   /* the conversation is new */
     ANOTHER, /* it asked another address before, copied to `known` */
 };
@@ -242,11 +254,10 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
         return KNOWN;
     }
     if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
-        int is_waiting = is_pending(way);
-        way->asked = after(now, way->answered);
+        int continues = note_time(way, way->asked, way->answered, now);
         way->tenant.flags =
             (way->tenant.flags & HEAVY) | (fresh->tenant.flags & (CLIENTS | SLOT_MASK));
-        return is_waiting ? WAITING : KNOWN;
+        return continues ? WAITING : KNOWN;
     }
     copy(known, way);
     return ANOTHER;
@@ -281,7 +292,7 @@ static __always_inline void change_way(struct conversation *way, const struct co
         way->answered = now;
         way->tenant.flags = SEVERAL | (way->tenant.flags & (HEAVY | SLOT_MASK));
     } else if (!is_remembered(way->answered, now)) {
-        way->answered = 0;
+        way->answered = fresh->asked - 1;
         way->tenant.flags &= HEAVY | SLOT_MASK;
     }
     way->asked = fresh->asked;

@@ -47,7 +47,6 @@ static __always_inline void remember_another(struct conversation_set *set, __u64
                                              __u64 now) {
     struct address_set *others = addresses_of(tag, fresh->tenant.scope);
     const struct hash_keys *keys = keys_of_hash();
-    __u64 answered = known->answered;
     int was_one = !(known->tenant.flags & SEVERAL);
 
     if (!others || !keys)
@@ -59,7 +58,7 @@ static __always_inline void remember_another(struct conversation_set *set, __u64
     /* This request cannot be answered before it is noted completely, but the previous one may have
      * been answered meanwhile. */
     set_newest(set, tag, fresh, now, known);
-    if (was_one && !(known->tenant.flags & SEVERAL) && known->answered != answered)
+    if (was_one && !(known->tenant.flags & SEVERAL) && !is_pending(known))
         note_answer(others, request_hash(keys, tag, &known->address));
 }
 
@@ -74,14 +73,19 @@ static __always_inline int remember(struct conversation_set *set, __u64 tag,
 
     fresh.address = *address;
     fresh.asked = now;
+    fresh.answered = now - 1;
     set_tenant(&fresh.tenant, key);
     fresh.tenant.flags =
         (has_lost_many(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0) | slot << SLOT_SHIFT;
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
-        int was_waiting = !(known.tenant.flags & SEVERAL) && is_pending(&known);
+        int had_several = known.tenant.flags & SEVERAL;
+        int was_waiting = !had_several && is_pending(&known);
         remember_another(set, tag, &fresh, &known, now);
-        return -was_waiting;
+        /* See change_way(). */
+        int has_one =
+            had_several && same(&known.address, address) && !is_remembered(known.answered, now);
+        return has_one - was_waiting;
     }
     if (done == FRESH) {
         COUNT(remembered, 1);

@@ -90,11 +90,12 @@ struct tenant {
 #define SLOT_SHIFT       4 /* the other bits are the slot of its server in `server_counts` */
 #define SLOT_MASK        0xfff0
 
-/* A request is pending while `asked` is later than `answered`, for one window at most. */
+/* A request is pending while `asked` is later than `answered`, for one window at most. The peer
+ * then waits, and `answered` is the time just before its wait began. */
 struct conversation {
     struct address address; /* the last one asked; zero: a group, which any source may answer */
     __u64 asked;            /* 0: this way is free */
-    __u64 answered;         /* 0: not yet. If SEVERAL: the time when the address last changed */
+    __u64 answered;         /* If SEVERAL: the time when the address last changed */
     struct tenant tenant;
 };
 

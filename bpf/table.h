@@ -15,7 +15,8 @@
 #include "records.h"
 
 #define REFRESH_NS     (WINDOW_NS / 256) /* precision of the time of a pending request */
-#define NEVER          (1ULL << 62)      /* later than any time */
+#define REPEAT_NS      1000000000ULL /* a peer that waited longer and asks begins another wait */
+#define NEVER          (1ULL << 62)  /* later than any time */
 #define HEAVY_SHARE    16 /* a heavy tenant counts as holding 8 more ways, with 2 points each */
 #define AGE_BITS       46
 #define AGE_SHIFT      10 /* ages are compared in microseconds */

@@ -137,8 +137,8 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Requests that clients lost",
-            "unanswered: no reply within the window, or only a wrong one; a peer that waits counts once. dropped: the "
-            "receive buffer was full, so the server never saw them.",
+            "unanswered: no reply within the window, or only a wrong one; a peer counts once a second at most. "
+            "dropped: the receive buffer was full, so the server never saw them.",
             "pps",
             (f"sum({per_second(traffic('unanswered'))})", "unanswered"),
             (f"sum({per_second(traffic('receive_drops'))})", "dropped"),

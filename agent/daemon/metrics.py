@@ -17,8 +17,8 @@ SERVER_COUNTERS = {
     "requests": "UDP datagrams that this server's port received. Beyond the limit of servers, all labels except "
     "namespace are 'other'.",
     "replies": "UDP datagrams that this server sent to peers that had asked.",
-    "unanswered": "Requests that got no datagram within the window, or a wrong reply only. Further requests of a peer "
-    "that waits are not counted.",
+    "unanswered": "Requests that got no datagram within the window, or before the peer asked again a second or more "
+    "later, or a wrong reply only. Quicker repetitions are not counted.",
     "receive_drops": "UDP datagrams that the kernel dropped because the server's receive buffer was full, or the "
     "checksum was wrong; stays 0 where the server's sockets cannot be read.",
 }

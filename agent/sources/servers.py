@@ -3,8 +3,10 @@
 Rules
 1. The kernel gives each server a slot, from a queue that this module fills. A slot of a server that is gone rests until
    no conversation refers to it.
-2. A wait begins with a peer's request, and ends with a datagram to that peer. Of the waits that began and did not end,
-   those that are younger than the window are not yet unanswered: a program counts them in the table of conversations.
+2. A wait begins with a peer's request, and ends with a datagram to that peer. If the peer asks again a second or more
+   after it began, the wait is over without one, and another begins. Of the waits that got no datagram, the last one of
+   a peer is not yet unanswered while it is younger than the window: a program counts those in the table of
+   conversations.
 """
 
 from __future__ import annotations

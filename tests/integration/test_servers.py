@@ -74,6 +74,24 @@ def test_unanswered_requests_are_counted_when_the_window_is_over(watch: Watch, n
         assert (found.requests, found.replies) == (20, 3)
 
 
+def test_peer_that_repeats_its_request_for_long_is_unanswered(watch: Watch, node: Namespace) -> None:
+    """Each request that comes a second or more after the one that began the wait begins another wait."""
+    with node.socket() as server, node.socket() as client:
+        server.bind(("0.0.0.0", 4711))
+        client.connect(("127.0.0.1", 4711))
+        for _ in range(25):
+            client.send(b"x")
+            time.sleep(0.2)  # shorter than the window, so that the conversation never expires
+        before = count_of(watch, 4711)
+        _, peer = server.recvfrom(10)
+        server.sendto(b"y", peer)
+    assert before.requests == 25
+    assert 3 <= before.unanswered <= 4  # 5 seconds, of which the last is not over
+    wait_for(lambda: watch.sensor.sample(FOREVER_NS).tracked_peers == 0, "the window to be over")
+    found = count_of(watch, 4711)
+    assert (found.replies, found.unanswered) == (1, before.unanswered)
+
+
 def test_client_is_no_server(watch: Watch, node: Namespace) -> None:
     with node.socket() as server, node.socket() as client:
         server.bind(("127.0.0.1", 4703))
@@ -133,6 +151,20 @@ def test_peer_that_asks_several_addresses_is_never_unanswered(watch: Watch, node
     wait_for(lambda: watch.sensor.sample(FOREVER_NS).tracked_peers == 0, "the window to be over")
     found = count_of(watch, 4705)
     assert (found.requests, found.replies, found.unanswered) == (5, 1, 0)
+
+
+def test_peer_that_asks_one_address_again_may_be_unanswered(watch: Watch, node: Namespace) -> None:
+    with node.socket() as server, node.socket() as client:
+        server.bind(("0.0.0.0", 4712))
+        client.sendto(b"x", ("127.0.0.2", 4712))
+        for _ in range(8):
+            client.sendto(b"x", ("127.0.0.1", 4712))
+            time.sleep(0.2)
+            _, peer = server.recvfrom(10)
+        server.sendto(b"y", peer)
+        assert client.recv(10) == b"y"
+        client.sendto(b"x", ("127.0.0.1", 4712))
+    wait_for(lambda: count_of(watch, 4712).unanswered == 1, "the last request to be unanswered")
 
 
 def test_wrong_reply_leaves_its_request_unanswered(watch: Watch, node: Namespace) -> None:
