@@ -5,7 +5,7 @@ Rules
    Kubernetes namespace, and none is lost. A server of the tenant with the most is evicted first. A tenant is a
    container, else a cgroup, else a network namespace.
 2. Counts only grow while a server is listed. They end with the server: ENDED_SECONDS after its socket or its container
-   is gone, or when it has no known socket and the kernel has forgotten it.
+   is gone, or when it has no known socket and the kernel has forgotten it. Wrong replies are forgotten like findings.
 3. Not thread-safe.
 """
 
@@ -16,7 +16,17 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from udpwatch.agent.model import Risk, Row, Sample, Sender, Server, ServerCount, ServerTotals, UdpSocket
+from udpwatch.agent.model import (
+    Cause,
+    Finding,
+    Risk,
+    Sample,
+    Sender,
+    Server,
+    ServerCount,
+    ServerTotals,
+    UdpSocket,
+)
 from udpwatch.agent.servers.audit import AT_RISK
 from udpwatch.agent.servers.audit import ORDER as RISK_ORDER
 
@@ -29,6 +39,7 @@ MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces s
 _Place = tuple[int, str, int]  # namespace (inode number, or -scope), bound address, port
 _Labels = tuple[str, str, str, str, int]  # process, namespace, pod, container, port
 _Tenant = tuple[str, str, str]
+_Replied = tuple[_Labels, int]  # who sent wrong replies: labels, and the finding's namespace
 
 
 class ServerLookup(Protocol):
@@ -60,16 +71,26 @@ class _Entry:
     had_socket: bool = False
     is_counted: bool = False  # by the kernel, in the last sample
     gone: float | None = None  # monotonic seconds since when it has neither socket nor container
+    wrong: int = 0  # wrong replies since it was listed
+    replied_wrongly: float = 0.0  # monotonic seconds, of the last one
 
 
 class Servers:
     """The agent's memory of servers."""
 
     def __init__(
-        self, max_servers: int, senders: ServerLookup, risks: Callable[[Iterable[UdpSocket]], Mapping[int, Risk]]
+        self,
+        max_servers: int,
+        senders: ServerLookup,
+        risks: Callable[[Iterable[UdpSocket]], Mapping[int, Risk]],
+        forget: float = 3600.0,
     ) -> None:
-        """``risks`` returns the risk of each socket by the number that `socket_id` gives it."""
-        self._max, self._senders, self._risks = max_servers, senders, risks
+        """``risks`` returns the risk of each socket by the number that `socket_id` gives it; ``forget``: seconds after
+        which wrong replies are forgotten.
+        """
+        self._max, self._senders, self._risks, self._forget = max_servers, senders, risks, forget
+        self._wrong: Counter[_Replied] = Counter()  # since the last read
+        self._unmatched: Counter[_Replied] = Counter()  # their server was not known at the last read
         self._entries: dict[_Place, _Entry] = {}
         self._held: Counter[_Tenant] = Counter()
         self.other: dict[str, ServerTotals] = {}  # by namespace; "": none or unknown
@@ -77,6 +98,11 @@ class Servers:
         self._read_at = -READ_SECONDS
         self._risk_of: Mapping[int, Risk] = {}
         self._evictions = 0  # in this sample
+
+    def add_wrong(self, sender: Sender, finding: Finding, count: int) -> None:
+        """Add wrong replies; the next sample that is read adds them to their server."""
+        if finding.cause is not Cause.FORWARDED:  # those are of another machine's server
+            self._wrong[_labels(sender, finding.port), finding.netns] += count
 
     def add(self, sample: Sample, now: float, monotonic: float, is_last: bool = False) -> None:
         """Add a sample. ``now``: seconds since the epoch; ``is_last``: whatever was read before."""
@@ -99,6 +125,7 @@ class Servers:
             self._count(entry, read)
         if sample.other_servers:
             self._add_kernel_other(sample.other_servers)
+        self._match_wrong({each.scope: each.netns or -each.scope for each in sample.servers}, monotonic)
         self._end(monotonic, has_sockets=sample.sockets is not None)
 
     def _entry(self, place: _Place, netns: int, now: float) -> _Entry:
@@ -137,7 +164,7 @@ class Servers:
         evicted = min((each for each in self._entries.values() if each.tenant == most), key=lambda each: each.last)
         self._unlist(evicted)
         self._other(evicted.sender.namespace).add(evicted.counts)
-        evicted.counts = ServerTotals()
+        evicted.counts, evicted.wrong = ServerTotals(), 0
         return True
 
     def _unlist(self, entry: _Entry) -> None:
@@ -162,6 +189,33 @@ class Servers:
         read = ServerTotals(count.requests, count.replies, count.unanswered)
         self._other("").add(_more(read, self._kernel_other))
         self._kernel_other = read
+
+    def _match_wrong(self, namespaces: Mapping[int, int], monotonic: float) -> None:
+        """Add wrong replies to their servers. ``namespaces``: of each scope."""
+        for entry in self._entries.values():
+            if monotonic - entry.replied_wrongly > self._forget:
+                entry.wrong = 0
+        if not self._wrong and not self._unmatched:
+            return
+        entries: dict[tuple[_Labels | int, int], _Entry] = {}
+        rivals: set[tuple[int, int]] = set()  # ports of a namespace with more than one server
+        for entry in self._entries.values():
+            netns, _, port = entry.place
+            labels = _labels(entry.sender, port)
+            entries.setdefault((labels, netns), entry)
+            if _labels(entries.setdefault((port, netns), entry).sender, port) != labels:
+                rivals.add((port, netns))
+        unmatched: Counter[_Replied] = Counter()
+        for replied, is_new in ((self._unmatched, False), (self._wrong, True)):
+            for (labels, scope), count in replied.items():
+                at = labels[-1], namespaces.get(scope, scope)
+                server = entries.get((labels, at[1])) or (None if at in rivals else entries.get(at))
+                if server:
+                    server.wrong += count
+                    server.replied_wrongly = monotonic
+                elif is_new:
+                    unmatched[labels, scope] = count
+        self._wrong, self._unmatched = Counter(), unmatched
 
     def _add_sockets(self, sockets: tuple[UdpSocket, ...], now: float, monotonic: float) -> None:
         places: dict[_Place, list[UdpSocket]] = {}
@@ -202,20 +256,17 @@ class Servers:
                 self._unlist(entry)
             del self._entries[entry.place]
 
-    def listed(self, rows: Iterable[Row]) -> tuple[Server, ...]:
-        """Return each listed server; ``rows``: the findings, for its wrong replies."""
-        wrong: Counter[_Labels] = Counter()
-        for row in rows:
-            wrong[_labels(row.sender, row.port)] += row.count
+    def listed(self) -> tuple[Server, ...]:
+        """Return each listed server."""
         groups: dict[tuple[_Labels, int], list[_Entry]] = {}
         for entry in self._entries.values():
             if entry.tenant:
                 groups.setdefault((_labels(entry.sender, entry.place[2]), entry.netns), []).append(entry)
-        servers = (self._server(group, wrong[labels]) for (labels, _), group in groups.items())
+        servers = map(self._server, groups.values())
         return tuple(sorted(servers, key=lambda server: (-server.requests, server.port, server.addresses)))
 
-    def _server(self, group: list[_Entry], wrong: int) -> Server:
-        counts = ServerTotals()
+    def _server(self, group: list[_Entry]) -> Server:
+        counts, wrong = ServerTotals(), sum(entry.wrong for entry in group)
         for entry in group:
             counts.add(entry.counts)
         sockets = [each for entry in group for each in entry.sockets]

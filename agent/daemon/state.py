@@ -101,7 +101,7 @@ class State:
         max_servers: int = 500,
     ) -> None:
         self._about = about
-        self._servers = Servers(max_servers, senders, Risks())
+        self._servers = Servers(max_servers, senders, Risks(), forget_seconds)
         self._senders = senders
         self._next_check = 0.0
         self._max_series = max_series
@@ -120,6 +120,7 @@ class State:
         evictions = MAX_EVICTIONS
         for increase in sample.increases:
             sender, finding = self._senders.lookup(increase), increase.finding
+            self._servers.add_wrong(sender, finding, increase.count)
             key = (
                 sender.process,
                 sender.namespace,
@@ -252,7 +253,7 @@ class State:
             conntrack=sample.conntrack,
             udp_sent=sample.udp_sent,
             self_test_passed=self_test_passed,
-            servers=self._servers.listed(rows),
+            servers=self._servers.listed(),
             other_servers={namespace: replace(totals) for namespace, totals in self._servers.other.items()},
             other_at_risk=self._servers.other_at_risk(),
         )

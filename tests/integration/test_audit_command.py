@@ -17,7 +17,7 @@ import pytest
 from agents import Agent, as_nobody, run_cli
 from audited import REPLY_SECONDS, Tally
 from programs import PROGRAMS, Program
-from scene import V4, ask, bound
+from scene import PATIENCE_SECONDS, V4, ask, bound, host_with_more_addresses
 from waiting import wait_for
 from wrong_replies import wrong_replies
 
@@ -139,6 +139,13 @@ def test_pktinfo_that_is_set_but_not_used_is_wrong_once_it_was_seen(
 # ---- the command ----
 
 
+@pytest.fixture(scope="module")
+def empty() -> Iterator[ContainerHost]:
+    """A host where no other test leaves a socket: a process that was killed closes its own some time later."""
+    with host_with_more_addresses() as lab:
+        yield lab
+
+
 def alone(node: Namespace, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a server and then audit in a process namespace of their own, where audit sees no other process."""
     shell = 'python3 -c "$0" & until ss -Hlun | grep -q :; do :; done; shift 0; exec "$@"'
@@ -162,17 +169,17 @@ def script(address: str, *options: tuple[int, int, int]) -> str:
     ids=["wildcard", "PKTINFO", "bound"],
 )
 def test_exit_status_tells_whether_a_server_is_at_risk(
-    host: ContainerHost, address: str, options: Sequence[tuple[int, int, int]], status: int, said: str
+    empty: ContainerHost, address: str, options: Sequence[tuple[int, int, int]], status: int, said: str
 ) -> None:
-    done = alone(host.node, script(address, *options))
+    done = alone(empty.node, script(address, *options))
     assert (done.returncode, done.stdout.splitlines()[0]) == (status, said), done.stderr
     assert "no agent is running" in done.stderr
     assert "\x1b" not in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
 
 
-def test_pod_with_one_address_is_not_at_risk(host: ContainerHost) -> None:
-    done = alone(host.container, script("0.0.0.0"), "--all")
+def test_pod_with_one_address_is_not_at_risk(empty: ContainerHost) -> None:
+    done = alone(empty.container, script("0.0.0.0"), "--all")
     assert done.returncode == 0, done.stdout
     assert "port 5000/udp, on 0.0.0.0: routing selects the address that was asked" in " ".join(done.stdout.split())
 
@@ -217,3 +224,21 @@ def test_servers_of_all_namespaces_are_found(host: ContainerHost, port: int) -> 
         found = [each for each in audit("--all")["servers"] if each["port"] == port]
     risks = {each["netns"]: each["risk"] for each in found}
     assert risks == {host.node.inode: "virtual", host.container.inode: "none"}
+
+
+def test_wrong_replies_in_one_namespace_say_nothing_of_another(host: ContainerHost, folder: Path, port: int) -> None:
+    with Agent(folder) as agent, bound(host.container, V4.inet, "0.0.0.0", port) as other:
+        process = host.container.spawn("wrong-server", lambda: other.sendto(*other.recvfrom(100)))
+        with host.node.socket() as client:
+            client.settimeout(PATIENCE_SECONDS)
+            client.sendto(b"request", (host.CONTAINER, port))
+            assert client.recvfrom(100)[1][0] == host.CONTAINER
+        assert process.wait() == 0
+        wrong_replies(host, port, 3, "wrong-server")
+
+        def servers() -> list[dict[str, Any]]:
+            return [each for each in agent.snapshot()["servers"] if each["port"] == port]
+
+        wait_for(lambda: sum(each["wrong"] for each in servers()) == 3, "the wrong replies")
+        assert {each["netns"]: each["wrong"] for each in servers()} == {host.node.inode: 3, host.container.inode: 0}
+        assert {each["netns"] for each in servers() if each["risk"] == "wrong"} == {host.node.inode}

@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 
 from udpwatch.agent.daemon.servers import ENDED_SECONDS, READ_SECONDS, Servers, socket_id
-from udpwatch.agent.model import Counters, Risk, Row, Sample, Sender, Server, ServerCount, ServerTotals, UdpSocket
+from udpwatch.agent.model import (
+    Cause,
+    Counters,
+    Finding,
+    Risk,
+    Sample,
+    Sender,
+    Server,
+    ServerCount,
+    ServerTotals,
+    UdpSocket,
+    Verdict,
+)
+
+FORGET_SECONDS = 600.0
 
 
 class Senders:
@@ -31,7 +45,7 @@ class Case:
 
     def __init__(self, most: int = 10, risks: dict[int, Risk] | None = None) -> None:
         self.senders, self.now = Senders(), 1000.0
-        self.servers = Servers(most, self.senders, lambda sockets: risks or {})
+        self.servers = Servers(most, self.senders, lambda sockets: risks or {}, FORGET_SECONDS)
 
     def add(
         self, *counts: ServerCount, sockets: Iterable[UdpSocket] | None = None, other: ServerCount | None = None
@@ -45,12 +59,17 @@ class Case:
         )
         self.servers.add(sample, 1e9 + self.now, self.now)
 
-    def one(self, *rows: Row) -> Server:
-        (server,) = self.servers.listed(rows)
+    def add_wrong(self, number: int = 3, port: int = 53, process: str = "dns", scope: int = 7, **others: Any) -> None:
+        values = {"verdict": Verdict.NEW, "cause": Cause.KERNEL_CHOSEN, "cgroup": 1} | others
+        finding = Finding("10.0.0.2", "10.0.0.1", port, 4, process=process, netns=scope, **values)
+        self.servers.add_wrong(Sender(process, 5), finding, number)
+
+    def one(self) -> Server:
+        (server,) = self.servers.listed()
         return server
 
     def ports(self) -> set[int]:
-        return {server.port for server in self.servers.listed(())}
+        return {server.port for server in self.servers.listed()}
 
 
 def count(port: int = 53, requests: int = 10, replies: int = 9, **others: Any) -> ServerCount:
@@ -64,18 +83,61 @@ def opened(port: int = 53, **others: Any) -> UdpSocket:
     return UdpSocket(port=port, **(values | others))
 
 
-def row(port: int = 53, number: int = 3, process: str = "dns") -> Row:
-    return Row(Sender(process, 5), port, "10.0.0.2", "10.0.0.1", "new", "kernel-chosen", 4, number, 0, 0)
-
-
 def test_count_socket_and_wrong_replies_are_one_server() -> None:
     case = Case(risks={53: Risk.POSSIBLE})
+    case.add_wrong(3)
+    case.add_wrong(99, port=54)
     case.add(count(), sockets=[opened(queue=700, queue_limit=1000, pktinfo=False)])
-    server = case.one(row(), row(54, 99))
+    server = case.one()
     assert (server.requests, server.replies, server.unanswered, server.wrong) == (10, 9, 1, 3)
     assert (server.queue, server.queue_limit, server.pktinfo, server.risk) == (700, 1000, False, Risk.WRONG)
-    assert case.one().risk is Risk.POSSIBLE
     assert (server.sender.process, server.addresses, server.netns) == ("dns", ("0.0.0.0",), 4026)
+
+
+def test_wrong_replies_are_those_of_the_servers_namespace() -> None:
+    case = Case()
+    case.add_wrong(scope=8)
+    case.add(count(scope=7, netns=4026), count(scope=8, netns=4027))
+    assert {server.netns: server.wrong for server in case.servers.listed()} == {4026: 0, 4027: 3}
+
+
+def test_wrong_replies_of_another_process_name_are_those_of_the_only_server_of_the_port() -> None:
+    case = Case()
+    case.add_wrong(process="worker")
+    case.add(count())
+    assert case.one().wrong == 3
+    case.add_wrong(process="worker")
+    case.add(count(), count(address="127.0.0.53", process="resolved"))
+    assert sum(server.wrong for server in case.servers.listed()) == 3
+
+
+def test_wrong_replies_of_a_server_that_is_not_yet_known_wait_for_it() -> None:
+    case = Case()
+    case.add_wrong()
+    case.add()
+    case.add(count())
+    assert case.one().wrong == 3
+    case.add_wrong(port=54)
+    case.add(count())
+    case.add(count())
+    case.add(count(), count(54))
+    assert sum(server.wrong for server in case.servers.listed()) == 3
+
+
+def test_wrong_replies_that_are_forwarded_are_of_no_server_of_this_node() -> None:
+    case = Case()
+    case.add_wrong(cause=Cause.FORWARDED)
+    case.add(count())
+    assert case.one().wrong == 0
+
+
+def test_wrong_replies_are_forgotten() -> None:
+    case = Case(risks={53: Risk.POSSIBLE})
+    case.add_wrong()
+    case.add(count(), sockets=[opened()])
+    case.now += FORGET_SECONDS
+    case.add(count(requests=11), sockets=[opened()])
+    assert (case.one().wrong, case.one().risk) == (0, Risk.POSSIBLE)
 
 
 def test_socket_without_requests_is_a_server() -> None:
@@ -109,7 +171,7 @@ def test_sockets_of_one_process_and_port_are_one_server() -> None:
 def test_other_process_on_another_address_of_the_port_is_another_server() -> None:
     case = Case()
     case.add(count(address="127.0.0.53", process="resolved"), count(address="10.0.0.2"))
-    assert [server.sender.process for server in case.servers.listed(())] == ["dns", "resolved"]
+    assert [server.sender.process for server in case.servers.listed()] == ["dns", "resolved"]
 
 
 def test_process_becomes_known_later() -> None:
@@ -125,7 +187,7 @@ def test_excess_counts_under_other_of_its_namespace_and_none_is_lost() -> None:
     ports = range(1, 8)
     for more in (1, 2):
         case.add(*(count(port, requests=port * more, cgroup=2) for port in ports), other=count(0, requests=5 * more))
-    listed = case.servers.listed(())
+    listed = case.servers.listed()
     assert len(listed) == 4
     other = case.servers.other
     assert sum(each.requests for each in listed) + other["ns2"].requests == 2 * sum(ports)
@@ -200,14 +262,18 @@ def test_sockets_at_risk_are_counted() -> None:
     case = Case(risks={1: Risk.VIRTUAL, 2: Risk.POSSIBLE, 3: Risk.NONE, 4: Risk.UNKNOWN})
     case.add(sockets=[opened(cookie=number) for number in range(1, 5)])
     assert case.one().at_risk == 2
-    assert case.one(row()).at_risk == 2
+    case.add_wrong()
+    case.add(count(), sockets=[opened(cookie=number) for number in range(1, 5)])
+    assert case.one().at_risk == 2
 
 
 def test_server_with_wrong_replies_is_at_risk_whatever_its_sockets_have_set() -> None:
     case = Case(risks={53: Risk.NONE})
     case.add(sockets=[opened(pktinfo=True)])
     assert case.one().at_risk == 0
-    assert case.one(row()).at_risk == 1
+    case.add_wrong()
+    case.add(count(), sockets=[opened(pktinfo=True)])
+    assert case.one().at_risk == 1
 
 
 def test_sockets_at_risk_beyond_the_limit_count_under_other() -> None:
