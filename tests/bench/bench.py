@@ -10,6 +10,8 @@ import contextlib
 import ctypes
 import ipaddress
 import os
+import re
+import shutil
 import socket
 import statistics
 import struct
@@ -22,11 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 
-from agents import Agent
+from agents import Agent, before_all
 from load import RIGHT_PORT, SINK_PORT, TRACKING, answer_wrongly, compile_load, make_place
 from router import Router
 from scene import V4, V6, bound
 from sensors import Watch
+from waiting import wait_for
 
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.kernel.bpf import AttachType, ProgramType
@@ -38,6 +41,8 @@ from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 ROUNDS = 9
 REPEAT = 300_000
+TREE = Path(__file__).resolve().parents[2]
+SERVERS, SERVER_NAMESPACES = 500, 10
 RETURN_0 = bytes.fromhex("b7000000000000009500000000000000")
 RETURN_1 = bytes.fromhex("b7000000010000009500000000000000")
 
@@ -86,6 +91,26 @@ def detached(held: loader.Loaded, root: int) -> Iterator[None]:
             held.links[program.name] = bpf.link_create(held.programs[program.name], root, hook.attach)
 
 
+@contextlib.contextmanager
+def without_server_counts() -> Iterator[None]:
+    """Have the loader compile programs that do not count the requests and replies of servers, during the body."""
+    with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder:
+        for room in ("agent", "bpf"):
+            shutil.copytree(TREE / room, Path(folder, "udpwatch", room))
+        source = Path(folder, "udpwatch", "bpf", "sockets.c")
+        counting = re.compile(r"(static __always_inline void count_(?:requests|replies)\([^)]*\) \{\n)")
+        changed, number = counting.subn(r"\1    return;\n", source.read_text())
+        assert number == 2
+        source.write_text(changed)
+        before = os.environ.copy()
+        os.environ |= before_all(Path(folder))
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
 def programs() -> None:
     """Measure nanoseconds for each packet, minus those of an empty program (BPF_PROG_TEST_RUN)."""
     print("programs: ns a packet, net of an empty program (median of alternating runs)")
@@ -96,6 +121,8 @@ def programs() -> None:
     try:
         with contextlib.closing(cgroup.find(str(folder))) as watched:
             held = loader.load(watched, loader.Limits(events_per_second=1))
+            with without_server_counts():
+                other = loader.load(watched, loader.Limits(events_per_second=1))
             ingress, egress = held.programs["ingress"], held.programs["egress"]
             # In a test run the socket is a dummy whose port is 0: so is the server's here.
             cases = [
@@ -109,14 +136,18 @@ def programs() -> None:
                 ("egress, wrong reply (counted, event held back)", egress, packet("10.0.0.2", "10.0.0.9", 0, 4444), ""),
             ]
             question = packet("10.0.0.9", "10.0.0.1", 4444, 0)
+            uncounted = {ingress: other.programs["ingress"], egress: other.programs["egress"]}
             for what, program, frame, reach in cases:
-                net = []
+                net, more = [], []
                 for _ in range(ROUNDS):
                     if "wrong" in what:
                         bpf.program_test_run(ingress, question, 1)  # else nothing is pending
                     base = bpf.program_test_run(empty, frame, REPEAT)[1]
                     net.append(bpf.program_test_run(program, frame, REPEAT)[1] - base)
+                    more.append(net[-1] + base - bpf.program_test_run(uncounted[program], frame, REPEAT)[1])
                 line(what, f"{statistics.median(net):.0f} ns", reach)
+                if "known" in what:
+                    line("  of which counting for its server", f"{statistics.median(more):.1f} ns", "<= 5")
             fresh = []
             for start in range(0, 20_000, 4_000):
                 frames = [
@@ -134,6 +165,7 @@ def programs() -> None:
                 fresh.append(((time.perf_counter_ns() - between) - (between - begin)) / 4_000)
             line("first packet and its right reply, together", f"{statistics.median(fresh):.0f} ns", "<= 600, cold")
             let_go(held)
+            let_go(other)
     finally:
         os.close(empty)
         folder.rmdir()
@@ -344,6 +376,53 @@ def start() -> None:
     line("resident memory after a scrape", f"{statistics.median(rss):.1f} MB", "<= 45 MB")
 
 
+def servers() -> None:
+    """Measure what many servers cost the agent, beside none."""
+    print(f"{SERVERS} servers in {SERVER_NAMESPACES} namespaces, each of which has replied once")
+    with tempfile.TemporaryDirectory(prefix="udpwatch-bench-") as folder, contextlib.ExitStack() as held:
+        running = held.enter_context(Agent(Path(folder)))
+        nothing = cpu_share(running)
+        lab = held.enter_context(Lab())
+        for each in range(SERVER_NAMESPACES):
+            namespace = lab.namespace(f"n{each}")
+            for port in range(5_000 + each, 5_000 + SERVERS, SERVER_NAMESPACES):
+                server = held.enter_context(namespace.socket())
+                server.bind(("0.0.0.0", port))
+                with namespace.socket() as client:
+                    client.sendto(b"x", ("127.0.0.1", port))
+                    server.sendto(*server.recvfrom(10))
+        ours = os.getpid()
+        listed = wait_for(
+            lambda: (
+                len(found := [each for each in running.snapshot()["servers"] if each["requests"]]) >= SERVERS and found
+            ),
+            "the servers",
+        )
+        assert {each["sender"]["pid"] for each in listed} == {ours}
+        with_them = cpu_share(running)
+        scrapes, size = [], 0
+        for _ in range(21):
+            begin = time.perf_counter()
+            _, page = running.get("/metrics")
+            scrapes.append(time.perf_counter() - begin)
+            size = len(page)
+        line("a scrape", f"{statistics.median(scrapes) * 1e3:.1f} ms", f"{size / 1e3:.0f} kB")
+        line("CPU time of the agent", f"{with_them:.2%}", f"of one CPU; with none {nothing:.2%}")
+        line("resident memory after the scrapes", f"{running.resident_kib() / 1024:.1f} MB", "<= 45 MB")
+
+
+def cpu_share(running: Agent, seconds: float = 10.0) -> float:
+    """Return the share of one CPU that the agent uses."""
+
+    def used() -> float:
+        fields = Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = used()
+    time.sleep(seconds)
+    return (used() - before) / seconds
+
+
 def flood() -> None:
     """Send wrong replies as fast as two processes can."""
     each = 300_000
@@ -451,7 +530,7 @@ def busy() -> None:
                         )
 
 
-ALL = (programs, sendmsg, function_probes, conntrack_events, request_reply, start, kernel_memory, flood, busy)
+ALL = (programs, sendmsg, function_probes, conntrack_events, request_reply, start, servers, kernel_memory, flood, busy)
 PARTS = {part.__name__: part for part in ALL}
 
 
