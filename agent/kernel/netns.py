@@ -11,7 +11,6 @@ import socket
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
 MAX_ENTRIES = 1_024  # of the threads and of the descriptors of a process: it may have a million
@@ -107,7 +106,7 @@ def everywhere(thorough: bool = False) -> Iterator[int]:
 
     Raises OSError (EMFILE, ENFILE) if there are no free descriptors.
     """
-    paths = itertools.chain([Path("/proc/thread-self/ns/net")], _of_all_processes())
+    paths = itertools.chain(_links("/proc/thread-self/ns/net"), _of_all_processes())
     if thorough:
         paths = itertools.chain(paths, itertools.chain.from_iterable(map(_of_process, _processes())))
     yield from _distinct(paths)
@@ -121,10 +120,12 @@ def _open_by_cookie(cookie: int, pid: int, everywhere: bool) -> int | None:
     return None
 
 
-def _distinct(paths: Iterable[Path]) -> Iterator[int]:
-    """Yield each namespace once, as a descriptor that is open until the next one."""
+def _distinct(links: Iterable[tuple[str, int]]) -> Iterator[int]:
+    """Yield each namespace once, as a descriptor that is open until the next one. ``links``: path, inode number."""
     seen: set[int] = set()
-    for path in paths:
+    for path, number in links:
+        if number in seen:
+            continue
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -140,33 +141,42 @@ def _distinct(paths: Iterable[Path]) -> Iterator[int]:
             os.close(fd)
 
 
-def _of_process(pid: int) -> Iterator[Path]:
-    process = Path("/proc", str(pid))
-    yield process / "ns/net"
+def _links(*paths: str) -> Iterator[tuple[str, int]]:
+    """Yield the links of /proc that lead to a network namespace, each with the inode number of the namespace.
+
+    Reading a link costs a tenth of opening it, and there may be a hundred thousand of them.
+    """
+    for path in paths:
+        with contextlib.suppress(OSError):  # it has ended, was closed, or may not be read
+            target = os.readlink(path)  # noqa: PTH115 pathlib takes three times as long
+            if target.startswith("net:["):
+                yield path, int(target[5:-1])
+
+
+def _of_process(pid: int) -> Iterator[tuple[str, int]]:
+    process = f"/proc/{pid}"
+    yield from _links(f"{process}/ns/net")
     # VPN and CNI daemons serve several namespaces: a thread has entered another one, or a descriptor refers to it.
-    for thread in _entries(process / "task", MAX_ENTRIES):
-        yield thread / "ns/net"
-    for held in _entries(process / "fd", MAX_ENTRIES):
-        with contextlib.suppress(OSError):
-            if str(held.readlink()).startswith("net:["):
-                yield held
+    threads = _entries(f"{process}/task", MAX_ENTRIES)
+    if len(threads) > 1:
+        yield from _links(*(f"{thread}/ns/net" for thread in threads))
+    yield from _links(*_entries(f"{process}/fd", MAX_ENTRIES))
 
 
-def _of_all_processes() -> Iterator[Path]:
+def _of_all_processes() -> Iterator[tuple[str, int]]:
     for folder in ("/run/netns", "/run/docker/netns"):
-        yield from _entries(Path(folder))
-    for process in _processes():
-        yield Path("/proc", str(process), "ns/net")
+        yield from ((path, 0) for path in _entries(folder))
+    yield from _links(*(f"/proc/{process}/ns/net" for process in _processes()))
 
 
 def _processes() -> Iterator[int]:
-    return (int(entry.name) for entry in _entries(Path("/proc")) if entry.name.isdigit())
+    return (int(path.rpartition("/")[2]) for path in _entries("/proc") if path[6:].isdigit())
 
 
-def _entries(folder: Path, most: int | None = None) -> list[Path]:
+def _entries(folder: str, most: int | None = None) -> list[str]:
     try:
         with os.scandir(folder) as entries:
-            return [folder / entry.name for entry in itertools.islice(entries, most)]
+            return [f"{folder}/{entry.name}" for entry in itertools.islice(entries, most)]
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise

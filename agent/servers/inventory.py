@@ -182,21 +182,23 @@ def find_holders(
     """
     found: dict[int, tuple[int, str]] = {}
     wanted = {f"socket:[{inode}]": inode for inode in inodes}
-    for folder in sorted((each for each in _entries(proc) if each.isdigit()), key=int):
+    for pid in sorted(int(each) for each in _entries(str(proc)) if each.isdigit()):
         if len(found) == len(inodes):
             break
-        name = ""
-        for held in _entries(proc / folder / "fd", MAX_DESCRIPTORS):
+        name, folder = "", f"{proc}/{pid}/fd"
+        for held in _entries(folder, MAX_DESCRIPTORS):
             pace()
-            with contextlib.suppress(OSError):
-                inode = wanted.get(str((proc / folder / "fd" / held).readlink()))
+            try:
+                inode = wanted.get(os.readlink(f"{folder}/{held}"))  # noqa: PTH115 pathlib takes three times as long
                 if inode is not None and inode not in found:
-                    name = name or printable((proc / folder / "comm").read_bytes().strip())
-                    found[inode] = int(folder), name
+                    name = name or printable((proc / str(pid) / "comm").read_bytes().strip())
+                    found[inode] = pid, name
+            except OSError:
+                continue  # it was closed
     return found
 
 
-def _entries(folder: Path, most: int | None = None) -> list[str]:
+def _entries(folder: str, most: int | None = None) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             return [entry.name for entry in itertools.islice(entries, most)]
