@@ -17,6 +17,8 @@ from udpwatch.agent.servers.networks import PeerKind, Peers
 WIDTH = 79
 MAX_SENTENCES = 6  # of one server
 MAX_SERVERS = 50  # with their details
+MAX_LISTED = 65_536  # wrong replies in a JSON object; each server may list an equal share, but LEAST_LISTED
+LEAST_LISTED = 8
 _LABEL = 10
 _SHOWN = 3  # addresses in a sentence
 _COLOURS = {Risk.WRONG: "31", Risk.VIRTUAL: "33", Risk.POSSIBLE: "33", Risk.UNKNOWN: "35", Risk.NONE: "32"}
@@ -50,14 +52,16 @@ def report_object(servers: Sequence[ServerRisk], notes: Sequence[str], everythin
     """Return the report as a JSON object."""
     counts = Counter(server.risk for server in servers)
     shown = [server for server in servers if everything or server.risk is not Risk.NONE]
+    share = max(MAX_LISTED // max(len(shown), 1), LEAST_LISTED)
     return {
         "counts": {str(risk): counts[risk] for risk in ORDER},
         "notes": list(notes),
-        "servers": [_object(server) for server in shown],
+        "servers": [_object(server, share) for server in shown],
     }
 
 
-def _object(server: ServerRisk) -> dict[str, Any]:
+def _object(server: ServerRisk, share: int) -> dict[str, Any]:
+    """Describe one server with at most ``share`` wrong replies."""
     sender = server.sender
     return {
         "risk": str(server.risk),
@@ -75,8 +79,8 @@ def _object(server: ServerRisk) -> dict[str, Any]:
         "sockets_at_risk": server.at_risk,
         "pktinfo": server.pktinfo,
         "addresses": list(server.addresses),
-        "wrong": [_wrong_object(reply) for reply in server.wrong],
-        "wrong_not_listed": server.more,
+        "wrong": [_wrong_object(reply) for reply in server.wrong[:share]],
+        "wrong_not_listed": server.more + max(0, len(server.wrong) - share),
         "seen": [{"expected": row.expected, "actual": row.actual, "count": row.count} for row in server.seen],
         "requests": server.requests,
         "replies": server.replies,
@@ -133,7 +137,7 @@ def _head(server: ServerRisk, colour: bool) -> list[str]:
 
 
 def _body(server: ServerRisk) -> list[str]:
-    bound = f"Bound to {' and '.join(server.bound)}{f' by {server.sockets} sockets' if server.sockets > 1 else ''}"
+    bound = f"Bound to {_listed(server.bound)}{f' by {server.sockets} sockets' if server.sockets > 1 else ''}"
     has_pktinfo = {True: ", with PKTINFO", False: ", without PKTINFO", None: ""}[server.pktinfo]
     sentences = [f"{bound}{has_pktinfo}{f': {server.reason}' if server.reason else ''}."]
     seen = sorted(server.seen, key=lambda row: -row.count)

@@ -6,6 +6,8 @@ Rules
    a peer asks. For IPv4 and IPv6 of one socket this is judged separately.
 3. Not every peer can ask every address (`_can_ask`): nobody outside reaches the address of a container bridge.
 4. This module does no I/O.
+5. A tenant has as many sockets, addresses and routes as it likes: sockets that are alike are judged once, and share the
+   result. At most MAX_KINDS of them and MAX_REPLIES are looked at; a socket beyond them is `unknown`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from itertools import islice
 
 from udpwatch.agent.model import Cause, Risk, Row, Sender, Server, UdpSocket
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers, is_private
@@ -20,8 +23,11 @@ from udpwatch.agent.servers.networks import Address, AddressKind, Networks, Peer
 AT_RISK = (Risk.WRONG, Risk.VIRTUAL, Risk.POSSIBLE)
 ORDER = (*AT_RISK, Risk.UNKNOWN, Risk.NONE)
 MAX_WRONG = 256  # wrong replies listed of one server
+MAX_KINDS = 256  # of wildcard sockets in one namespace
+MAX_REPLIES = 1_024  # wrong replies of one family and device in one namespace
 DEFAULT_PORTS = (32_768, 60_999)  # ip_local_port_range
 _WILDCARDS = {"0.0.0.0": (4,), "::": (6, 4), "::ffff:0.0.0.0": (4,), "::ffff:0:0": (4,)}  # noqa: S104
+_EXTRA = (AddressKind.VIRTUAL, AddressKind.BRIDGE)
 #: Programs that receive only, or are clients with a port of their own. They do not reply to requests.
 _NEVER_REPLY = {
     "dhclient": "a DHCP client",
@@ -77,7 +83,7 @@ class ServerRisk:
     pktinfo: bool | None  # every wildcard socket has PKTINFO set for each family; None: unknown, or there is none
     addresses: tuple[str, ...]  # at which it can be asked
     wrong: tuple[WrongReply, ...]
-    more: int  # wrong replies beyond MAX_WRONG
+    more: int  # wrong replies beyond MAX_WRONG, at least
     seen: tuple[Row, ...]  # wrong replies that the agent has seen
     requests: int | None = None  # as the agent counted them; None: unknown
     replies: int | None = None
@@ -98,11 +104,8 @@ def judge(sockets: Sequence[UdpSocket], networks: Networks | None, busy: Collect
         for each in servers
         if each.port in busy or each.pid not in own_ports or not ports[0] <= each.port <= ports[1]
     ]
-    by_port: dict[int, list[UdpSocket]] = {}
-    for each in servers:
-        by_port.setdefault(each.port, []).append(each)
-    one = _Judge(networks)
-    return [one.judge(each, by_port[each.port]) for each in servers]
+    one = _Judge(networks, servers)
+    return [one.judge(each) for each in servers]
 
 
 def is_server(each: UdpSocket, ports: tuple[int, int] = DEFAULT_PORTS, busy: Collection[int] = ()) -> bool:
@@ -142,13 +145,16 @@ def servers_of(
 
     ``rows``: the agent's findings; ``counted``: its list of servers.
     """
-    groups: dict[tuple[object, ...], list[tuple[SocketRisk, Sender]]] = {}
+    groups: dict[tuple[int, str, object, str, str, int], list[tuple[SocketRisk, Sender]]] = {}
     for judged, sender in owned:
         container = sender.container_id or sender.container or sender.cgroup
         key = (judged.socket.netns, sender.process, container, sender.namespace, sender.pod, judged.socket.port)
         groups.setdefault(key, []).append((judged, sender))
     known = {_identity(each): each for each in counted}
-    found = [_with_counts(_server(group, rows), known) for group in groups.values()]
+    by_port: dict[int, list[Row]] = {}
+    for row in rows:
+        by_port.setdefault(row.port, []).append(row)
+    found = [_with_counts(_server(group, by_port.get(key[-1], ())), known) for key, group in groups.items()]
     return sorted(found, key=_urgency)
 
 
@@ -191,11 +197,15 @@ def _with_counts(each: ServerRisk, counted: Mapping[tuple[object, ...], Server])
 
 
 def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> ServerRisk:
+    """Fold the sockets of one server. ``rows``: the findings on its port."""
     judged = [each for each, _ in group]
     first, sender = min(group, key=lambda each: ORDER.index(each[0].risk))
     pids = {each.pid for _, each in group if each.pid}
-    seen = tuple(row for row in rows if row.port == first.socket.port and _is_of(row, sender, pids))
-    wrong = list(dict.fromkeys(reply for each in judged for reply in each.wrong))
+    seen = tuple(row for row in rows if _is_of(row, sender, pids))
+    # Sockets that are alike share their tuples, and all of them their replies: comparing numbers is enough, and fast.
+    shared = {id(each.wrong): each.wrong for each in judged}
+    wrong = list({id(reply): reply for replies in shared.values() for reply in replies}.values())
+    heard = {id(each.addresses): each.addresses for each in judged}
     at_risk = sum(each.risk in AT_RISK for each in judged)
     wildcard = [has_pktinfo(each.socket, family) for each in judged for family in families_of(each.socket)]
     return ServerRisk(
@@ -208,7 +218,7 @@ def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> Serv
         sockets=len(judged),
         at_risk=max(at_risk, 1) if seen else at_risk,
         pktinfo=None if None in wildcard or not wildcard else all(wildcard),
-        addresses=tuple(dict.fromkeys(address for each in judged for address in each.addresses)),
+        addresses=tuple(dict.fromkeys(address for addresses in heard.values() for address in addresses)),
         wrong=tuple(wrong[:MAX_WRONG]),
         more=max(0, len(wrong) - MAX_WRONG),
         seen=seen,
@@ -225,37 +235,87 @@ def _is_of(row: Row, sender: Sender, pids: Collection[int]) -> bool:
     return theirs == ours
 
 
+class _Port:
+    """What the sockets on one port take from each other."""
+
+    def __init__(self) -> None:
+        self._bound: dict[int, set[str]] = {}  # device -> addresses that sockets are bound to
+        self._ipv4: set[int] = set()  # devices of wildcard sockets of family 4
+        self._served: dict[int, frozenset[str]] = {}
+
+    def add(self, each: UdpSocket) -> None:
+        if each.address not in _WILDCARDS:
+            self._bound.setdefault(each.device, set()).add(each.address.removeprefix("::ffff:"))
+        elif each.family == 4:
+            self._ipv4.add(each.device)
+
+    def served(self, device: int) -> frozenset[str]:
+        """Return the addresses for which another socket gets the requests to a wildcard socket."""
+        found = self._served.get(device)
+        if found is None:
+            found = frozenset(self._bound.get(0, ())) | frozenset(self._bound.get(device, ()))
+            self._served[device] = found
+        return found
+
+    def takes_ipv4(self, device: int) -> bool:
+        """Return whether another socket gets the IPv4 requests to a socket of family 6."""
+        return not self._ipv4.isdisjoint((0, device))
+
+
 class _Judge:
     """Judges the sockets of one namespace."""
 
-    def __init__(self, networks: Networks | None) -> None:
+    def __init__(self, networks: Networks | None, servers: Iterable[UdpSocket]) -> None:
         """``networks``: None if they cannot be read."""
         self._networks = networks
         self._wrong_replies: dict[tuple[int, int], tuple[WrongReply, ...]] = {}  # by family and device
+        self._known: dict[tuple[object, ...], SocketRisk] = {}  # by kind of socket
+        self._ports: dict[int, _Port] = {}
+        for each in servers:
+            self._ports.setdefault(each.port, _Port()).add(each)
+        self._addresses = {each.address for each in networks.addresses} if networks else set()
 
-    def judge(self, each: UdpSocket, others: Sequence[UdpSocket]) -> SocketRisk:
-        """Judge one socket; ``others``: the sockets on the same port, with this one."""
+    def judge(self, each: UdpSocket) -> SocketRisk:
+        """Judge one of the server sockets."""
         families = families_of(each)
         if not families:
             return SocketRisk(each, Risk.NONE, _bound_reason(each.address), (each.address,), ())
-        if each.family == 6 and any(_takes_ipv4(other, each) for other in others):
+        port = self._ports[each.port]
+        if each.family == 6 and port.takes_ipv4(each.device):
             families = tuple(family for family in families if family != 4)
         # A socket that is bound to an address gets the requests to it.
-        served = {other.address.removeprefix("::ffff:") for other in others if other.device in (0, each.device)}
+        served = port.served(each.device) & self._addresses
+        exempt = _exemption(each)
+        kind = (families, each.family, each.device, served, each.pktinfo, each.pktinfo6, exempt)
+        known = self._known.get(kind)
+        if known is None:
+            if len(self._known) >= MAX_KINDS:
+                return SocketRisk(each, Risk.UNKNOWN, "there are too many different sockets in its namespace", (), ())
+            known = self._known[kind] = self._judge(each, families, served, exempt)
+        return replace(known, socket=each)
+
+    def _judge(self, each: UdpSocket, families: Sequence[int], served: Collection[str], exempt: str) -> SocketRisk:
+        """Judge a wildcard socket. ``families``: that it gets; ``served``: addresses that others serve."""
         usable = tuple(
             address.address for address in self._heard(families, each.device) if address.address not in served
         )
-        if exempt := _exemption(each):
+        if exempt:
             return SocketRisk(each, Risk.NONE, exempt, usable, ())
-        found = [reply for reply in self._wrong(families, each.device) if reply.address not in served]
-        of_family = {family: [reply for reply in found if reply.family == family] for family in families}
+        replies = {family: self._wrong(family, each.device) for family in families}
+        of_family = {
+            family: [reply for reply in found if reply.address not in served] for family, found in replies.items()
+        }
         wrong = tuple(reply for family in families for reply in of_family[family] if has_pktinfo(each, family) is False)
         if wrong:
             is_virtual = any(reply.risk is Risk.VIRTUAL for reply in wrong)
             return SocketRisk(each, Risk.VIRTUAL if is_virtual else Risk.POSSIBLE, "", usable, wrong)
         if unknown := self._unknown(each, [family for family in families if of_family[family]], families):
             return SocketRisk(each, Risk.UNKNOWN, unknown, usable, ())
-        return SocketRisk(each, Risk.NONE, _PKTINFO if found else _routing_reason(usable), usable, ())
+        unlisted = [family for family in families if len(replies[family]) == MAX_REPLIES]
+        if any(not of_family[family] and not has_pktinfo(each, family) for family in unlisted):
+            return SocketRisk(each, Risk.UNKNOWN, "its network namespace has too many addresses", usable, ())
+        reason = _PKTINFO if any(of_family.values()) else _routing_reason(usable)
+        return SocketRisk(each, Risk.NONE, reason, usable, ())
 
     def _unknown(self, each: UdpSocket, dangerous: Sequence[int], families: Sequence[int]) -> str:
         """Return why a socket cannot be judged, or "". ``dangerous``: families for which it needs PKTINFO."""
@@ -279,22 +339,21 @@ class _Judge:
             if address.family in families and _is_heard(address, device, self._networks)
         )
 
-    def _wrong(self, families: Sequence[int], device: int) -> Iterable[WrongReply]:
-        """Yield every wrong reply of a wildcard socket without PKTINFO, those with the highest risk first."""
+    def _wrong(self, family: int, device: int) -> tuple[WrongReply, ...]:
+        """Return the wrong replies of a wildcard socket without PKTINFO, those with the highest risk first."""
         if self._networks is None:
-            return
-        for family in families:
-            found = self._wrong_replies.get((family, device))
-            if found is None:
-                groups = [each for each in self._networks.peers if each.family == family and each.device == device]
-                replies = [
-                    reply
-                    for address in self._heard((family,), device)
-                    for reply in _of_address(address, groups, device)
-                ]
-                found = tuple(sorted(replies, key=lambda reply: ORDER.index(reply.risk)))
-                self._wrong_replies[family, device] = found
-            yield from found
+            return ()
+        found = self._wrong_replies.get((family, device))
+        if found is None:
+            groups = [each for each in self._networks.peers if each.family == family and each.device == device]
+            heard = list(self._heard((family,), device))
+            if len(heard) * (len(groups) + 1) > MAX_REPLIES:  # the riskiest ones first
+                groups.sort(key=lambda each: each.kind is not PeerKind.CONTAINERS)
+                heard.sort(key=lambda each: each.kind not in _EXTRA)
+            replies = (reply for address in heard for reply in _of_address(address, groups, device))
+            found = tuple(sorted(islice(replies, MAX_REPLIES), key=lambda reply: ORDER.index(reply.risk)))
+            self._wrong_replies[family, device] = found
+        return found
 
 
 _PKTINFO = "PKTINFO is set, and no wrong reply was seen"
@@ -321,11 +380,6 @@ def _bound_reason(address: str) -> str:
     return "bound to a multicast or broadcast address" if is_group else "bound to one address"
 
 
-def _takes_ipv4(other: UdpSocket, each: UdpSocket) -> bool:
-    """Return whether another socket gets the IPv4 requests to the port of a socket of family 6."""
-    return other.family == 4 and other.address in _WILDCARDS and other.device in (0, each.device)
-
-
 def _is_heard(address: Address, device: int, networks: Networks) -> bool:
     """Return whether a socket that is bound to a device, or to none, gets requests to an address."""
     if not device:
@@ -341,7 +395,7 @@ def _of_address(address: Address, groups: Iterable[Peers], device: int) -> Itera
             sources = tuple(source for source in peers.sources if source != address.address)
             if sources:
                 is_virtual = address.kind is not AddressKind.LINK and (
-                    peers.kind is PeerKind.CONTAINERS or address.kind in (AddressKind.VIRTUAL, AddressKind.BRIDGE)
+                    peers.kind is PeerKind.CONTAINERS or address.kind in _EXTRA
                 )
                 risk = Risk.VIRTUAL if is_virtual else Risk.POSSIBLE
                 yield WrongReply(

@@ -5,7 +5,8 @@ Rules
    Elsewhere, /proc/PID/net tells whether it has only one address of each family: then no reply can be wrong. With
    more, its networks are unknown.
 2. A tenant may create any number of namespaces. Reading takes at most a twentieth of the time: the namespaces that were
-   not read for the longest time come first. A namespace is kept while it needs at most half of the free room.
+   not read for the longest time come first. A namespace is kept while it needs at most half of the free room. Judging
+   is bounded alike; meanwhile, the last judgement on a namespace counts.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from udpwatch.agent.servers.networks import Address, AddressKind, Networks, is_p
 KEEP_SECONDS = 30.0  # how long changes of addresses and routes may go unnoticed
 MAX_KEPT = 20_000  # addresses and groups of peers, beside those of the agent's own namespace
 READ_SECONDS = 0.02  # of reading; then other namespaces wait
+JUDGE_SECONDS = 0.05  # of judging the sockets of other namespaces; then others wait for the next call
 _REST = 20  # pause after reading, in multiples of its duration
 _MAX_LINES = 4_096  # of a file in /proc/PID/net
 
@@ -135,6 +137,7 @@ class _Kept:
     networks: Networks | None
     until: float  # monotonic seconds
     judged: tuple[object, ...] = ()  # the sockets for which `risks` is true
+    judged_at: float = 0.0  # monotonic seconds
     risks: dict[int, Risk] = field(default_factory=dict)
 
     @property
@@ -162,15 +165,17 @@ class Risks:
             groups.setdefault(each.netns, []).append(each)
         self._read(groups, now)
         risks: dict[int, Risk] = {}
-        for inode, group in groups.items():
-            known = self._kept.get(inode)
-            if known is None:
-                risks |= _risks(group, None)
-                continue
-            sockets_now = tuple(map(_options, group))
-            if sockets_now != known.judged:
-                known.judged, known.risks = sockets_now, _risks(group, known.networks)
-            risks |= known.risks
+        for inode in groups.keys() - self._kept.keys():
+            risks |= _risks(groups[inode], None)
+        started = time.monotonic()
+        for inode in sorted(groups.keys() & self._kept.keys(), key=lambda each: self._kept[each].judged_at):
+            known = self._kept[inode]
+            if inode == self._home or time.monotonic() - started < JUDGE_SECONDS:
+                sockets_now = tuple(map(_options, groups[inode]))
+                if sockets_now != known.judged:
+                    known.judged, known.risks = sockets_now, _risks(groups[inode], known.networks)
+                    known.judged_at = now
+            risks |= known.risks if known.judged_at else _risks(groups[inode], None)
         return risks
 
     def _read(self, groups: Mapping[int, Collection[UdpSocket]], now: float) -> None:
@@ -186,7 +191,8 @@ class Risks:
             old = self._kept.pop(inode, None)
             networks = self._networks(inode, groups[inode])
             new = _Kept(networks, now + KEEP_SECONDS)
-            room += old.size if old else 0
+            if old:
+                new.risks, new.judged_at, room = old.risks, old.judged_at, room + old.size
             if inode != self._home:
                 if new.size > room / 2:
                     new.networks = None

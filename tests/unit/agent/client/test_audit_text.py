@@ -7,7 +7,7 @@ import json
 from golden import compare
 from repository import DOCS
 
-from udpwatch.agent.client.audit_text import report_object, report_text
+from udpwatch.agent.client.audit_text import LEAST_LISTED, report_object, report_text
 from udpwatch.agent.model import Risk, Row, Sender, UdpSocket
 from udpwatch.agent.servers.audit import ServerRisk, WrongReply, judge, servers_of
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers
@@ -107,3 +107,12 @@ def test_hostile_process_name_is_harmless() -> None:
 
 def _fields(server: ServerRisk) -> dict[str, object]:
     return {name: getattr(server, name) for name in ServerRisk.__slots__}
+
+
+def test_object_lists_fewer_replies_of_each_of_many_servers() -> None:
+    reply = WrongReply("10.0.0.1", LAN, ("172.16.13.13",), False, Risk.VIRTUAL, 4)
+    (server,) = [each for each in servers() if each.risk is Risk.VIRTUAL]
+    busy = ServerRisk(**{**_fields(server), "wrong": (reply,) * 256, "more": 7})
+    for number, share in ((1, 256), (1_024, 64), (16_384, LEAST_LISTED)):
+        first = report_object([busy] * number, [], False)["servers"][0]
+        assert (len(first["wrong"]), first["wrong_not_listed"]) == (share, 256 - share + 7)

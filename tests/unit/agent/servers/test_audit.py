@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
 
 from udpwatch.agent.model import Risk, Row, Sender, Server, UdpSocket
-from udpwatch.agent.servers.audit import SocketRisk, has_pktinfo, is_server, judge, servers_of, servers_of_agent
+from udpwatch.agent.servers.audit import (
+    MAX_KINDS,
+    MAX_REPLIES,
+    MAX_WRONG,
+    SocketRisk,
+    has_pktinfo,
+    is_server,
+    judge,
+    servers_of,
+    servers_of_agent,
+)
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers, is_private
 
 ETH0, DOCKER0, TUN0, RED = 2, 3, 4, 9
@@ -366,3 +377,47 @@ def test_servers_are_sorted_by_risk() -> None:
         (4, "unknown"),
         (1, "none"),
     ]
+
+
+# ---- a hostile tenant ----
+
+CROWDED = networks(
+    [address(f"10.0.{number // 250}.{number % 250 + 1}", kind=AddressKind.VIRTUAL) for number in range(512)],
+    [peers(f"10.1.{number}.0/24", "10.9.9.9") for number in range(64)],
+)
+
+
+def test_sockets_that_are_alike_are_judged_once() -> None:
+    """8,000 sockets of one port, or of a port each: comparing each with each, or with each address, took minutes."""
+    for ports in ([5] * 8_000, range(1, 8_001)):
+        group = [replace(WILDCARD, port=port, inode=number, named=True) for number, port in enumerate(ports, start=1)]
+        begin = time.process_time()
+        judged = judge(group, CROWDED)
+        servers = servers_of((each, SENDER) for each in judged)
+        assert time.process_time() - begin < 5
+        assert {each.risk for each in judged} == {Risk.VIRTUAL}
+        assert len({id(each.wrong) for each in judged}) == 1, "they share their replies"
+        assert len(judged[0].wrong) == MAX_REPLIES
+        assert sum(each.sockets for each in servers) == 8_000
+        assert {(len(each.wrong), each.more) for each in servers} == {(MAX_WRONG, MAX_REPLIES - MAX_WRONG)}
+
+
+def test_sockets_of_too_many_kinds_are_unknown() -> None:
+    group = [
+        each
+        for port in range(1, 400)
+        for each in (
+            replace(WILDCARD, port=port, named=True),
+            replace(WILDCARD, port=port, named=True, address=CROWDED.addresses[port].address),
+        )
+    ]
+    risks = [each.risk for each in judge(group, CROWDED) if each.socket.address == "0.0.0.0"]
+    assert risks == [Risk.VIRTUAL] * MAX_KINDS + [Risk.UNKNOWN] * (399 - MAX_KINDS)
+
+
+def test_replies_beyond_the_limit_are_not_taken_for_none() -> None:
+    """The addresses of all replies that were looked at are served by other sockets."""
+    listed = {each.address for each in the(WILDCARD, CROWDED).wrong}
+    others = [replace(WILDCARD, address=each) for each in listed]
+    assert the(WILDCARD, CROWDED, *others).risk is Risk.UNKNOWN
+    assert the(replace(WILDCARD, pktinfo=True), CROWDED, *others).risk is Risk.NONE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,23 @@ def test_changed_options_are_judged_again(monkeypatch: pytest.MonkeyPatch) -> No
     before = UdpSocket("0.0.0.0", 53, 4, 1, 9, named=True, pid=os.getpid())
     assert list(risks([before], 100.0)) == [9]
     assert list(risks([UdpSocket("0.0.0.0", 53, 4, 1, 9, named=False, pid=os.getpid())], 101.0)) == []
+
+
+def test_time_bounds_what_one_call_judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    Read(monkeypatch)
+    risks = Risks()
+    risks(in_namespaces(1, 2), 100.0)
+    monkeypatch.setattr(namespaces, "JUDGE_SECONDS", -1.0)
+    changed = [replace(each, cookie=each.inode + 10) for each in in_namespaces(1, 2)]
+    assert risks(changed, 101.0) == {1: Risk.NONE, 2: Risk.NONE}, "the last judgement counts"
+    assert risks([*changed, *in_namespaces(3)], 102.0)[3] is Risk.UNKNOWN
+    monkeypatch.setattr(namespaces, "JUDGE_SECONDS", 1e9)
+    assert risks([*changed, *in_namespaces(3)], 103.0) == {11: Risk.NONE, 12: Risk.NONE, 3: Risk.NONE}
+
+
+def test_judgement_outlives_the_networks_it_was_made_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    Read(monkeypatch)
+    risks = Risks()
+    risks(in_namespaces(1), 100.0)
+    monkeypatch.setattr(namespaces, "JUDGE_SECONDS", -1.0)
+    assert risks(in_namespaces(1), 100.0 + 2 * KEEP_SECONDS) == {1: Risk.NONE}
