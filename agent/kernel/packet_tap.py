@@ -16,6 +16,7 @@ import ipaddress
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -45,6 +46,14 @@ class Conversation:
     requests: int = 0
     replies: int = 0  # from the address that was asked
     wrong: dict[str, int] = field(default_factory=dict)  # replies from other addresses, by address
+
+
+@dataclass(slots=True)
+class _Peer:
+    """The conversations of one peer."""
+
+    by_address: dict[str, Conversation] = field(default_factory=dict)  # the newest is the last
+    group: Conversation | None = None  # the newest with a broadcast or multicast address
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +112,7 @@ class Tap:
     def __init__(self, port: int) -> None:
         """Begin to count. Raises OSError (EPERM without CAP_NET_RAW)."""
         self._parts = _parts()
-        self._by_peer: dict[tuple[str, int], list[Conversation]] = {}
+        self._by_peer: dict[tuple[str, int], _Peer] = {}
         self._read = self._conversations = self._missed = 0
         # Protocol 0: the socket receives nothing until it is bound, when its filter is in place.
         self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, 0)
@@ -122,7 +131,7 @@ class Tap:
     @property
     def requests(self) -> int:
         """How many requests it has counted."""
-        return sum(each.requests for conversations in self._by_peer.values() for each in conversations)
+        return sum(each.requests for each in self._found())
 
     def read(self) -> None:
         """Count what has arrived since the last call."""
@@ -140,7 +149,7 @@ class Tap:
     def finish(self) -> Traffic:
         """Count the rest, close the socket and return everything."""
         self.read()
-        found = [each for conversations in self._by_peer.values() for each in conversations]
+        found = list(self._found())
         packets, dropped = struct.unpack("=II", self._socket.getsockopt(_SOL_PACKET, _STATISTICS, 8))
         self.close()
         # The kernel counts those that it dropped among the packets, too.
@@ -160,19 +169,19 @@ class Tap:
         if kind == _OUTGOING:
             self._count_reply(source, destination, port)
             return
-        asked = self._by_peer.setdefault((source, source_port), [])
-        found = next((each for each in asked if each.address == destination), None)
+        peer = self._by_peer.get((source, source_port))
+        found = peer.by_address.pop(destination, None) if peer else None
         if found is None:
             if self._conversations >= MAX_CONVERSATIONS:
                 self._missed += 1
-                if not asked:
-                    del self._by_peer[source, source_port]
                 return
             self._conversations += 1
             found = Conversation(source, source_port, destination, device, kind in (_BROADCAST, _MULTICAST))
-        else:
-            asked.remove(found)
-        asked.append(found)  # the newest is the last
+        if peer is None:
+            peer = self._by_peer[source, source_port] = _Peer()
+        peer.by_address[destination] = found
+        if found.group:
+            peer.group = found
         found.device = device
         found.requests += 1
 
@@ -180,11 +189,15 @@ class Tap:
         asked = self._by_peer.get((peer, peer_port))
         if not asked:
             return  # to a peer that did not ask while this looked
-        right = [each for each in asked if each.address == source] or [each for each in asked if each.group]
+        right = asked.by_address.get(source, asked.group)
         if right:
-            right[0].replies += 1
+            right.replies += 1
         else:
-            asked[-1].wrong[source] = asked[-1].wrong.get(source, 0) + 1
+            newest = next(reversed(asked.by_address.values()))
+            newest.wrong[source] = newest.wrong.get(source, 0) + 1
+
+    def _found(self) -> Iterator[Conversation]:
+        return (each for peer in self._by_peer.values() for each in peer.by_address.values())
 
 
 def _bind_to_all(fd: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -113,6 +114,32 @@ def test_requests_to_a_group_may_be_answered_from_any_address(pair: tuple[Namesp
         assert ours.recv(100)
         (found,) = tap.finish().conversations
         assert (found.group, found.requests, found.replies, found.wrong) == (True, 1, 1, {})
+
+
+def test_peer_that_asks_thousands_of_addresses(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """One socket asks 2,000 addresses of an AnyIP route, three times each; the first reply has a wrong source."""
+    server, client = pair
+    server.ip("route add local 10.5.0.0/16 dev lo")
+    client.ip(f"route add 10.5.0.0/16 via {SERVER}")
+    asked = [f"10.5.{number // 250}.{number % 250 + 1}" for number in range(2_000)]
+    with tapped(server, port) as tap, client.socket() as ours, server.socket() as theirs:
+        theirs.bind(("", port))
+        ours.bind(("", port + 1))
+        spent = 0.0
+        for _ in range(3):
+            for number, each in enumerate(asked):
+                ours.sendto(b"question", (each, port))
+                if number % 100 == 0:
+                    begin = time.process_time()
+                    tap.read()
+                    spent += time.process_time() - begin
+        theirs.sendto(b"reply", (CLIENT, port + 1))
+        begin = time.process_time()
+        traffic = tap.finish()
+        spent += time.process_time() - begin
+    assert [(each.address, each.requests) for each in traffic.conversations] == [(each, 3) for each in asked]
+    assert [each.wrong for each in traffic.conversations if each.wrong] == [{SERVER: 1}]
+    assert spent < 0.5
 
 
 def test_what_is_beyond_the_limits_counts_as_missed(

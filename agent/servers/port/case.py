@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from udpwatch.agent.kernel.packet_tap import Conversation
-from udpwatch.agent.servers.port.facts import Look, Mismatch, NamespaceFacts, SocketFacts, mismatch
+from udpwatch.agent.servers.port.facts import Look, NamespaceFacts, SocketFacts
 from udpwatch.agent.servers.port.firewall import Effect, Rule
+from udpwatch.agent.servers.port.matching import Mismatch, Sockets
 
 _LEAST_BUFFER_BYTES = 256  # what a datagram takes of a receive buffer at least: struct sk_buff
 _WAIT_SECONDS = 1.0
-_NEAREST_LAST = (Mismatch.FAMILY, Mismatch.ONLY_IPV6, Mismatch.ADDRESS, Mismatch.DEVICE, Mismatch.PEER)
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Case:
 
     def nearest(self, request: Conversation) -> Mismatch | None:
         """Return what the socket lacks that comes closest to a request; None: one matches, or there is no socket."""
-        reasons = [mismatch(each, request) for each in self.facts.sockets]
-        if request.group or None in reasons:
-            return None
-        return max(filter(None, reasons), key=_NEAREST_LAST.index, default=None)
+        return self._sockets.mismatch(request) if self.facts.sockets and not request.group else None
+
+    @cached_property
+    def _sockets(self) -> Sockets:
+        return Sockets(self.facts.sockets)
 
     @cached_property
     def lost(self) -> int:

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from ipaddress import ip_address
 
-from udpwatch.agent.kernel.packet_tap import Conversation, Traffic
+from udpwatch.agent.kernel.packet_tap import Traffic
 from udpwatch.agent.model import ConntrackHealth, Sender, Server, UdpSocket
 from udpwatch.agent.servers.counters import NetworkCounters
 from udpwatch.agent.servers.port.firewall import Firewall
 
 _NOBODY = Sender("")
 _WILDCARDS = ("0.0.0.0", "::")  # noqa: S104
-
-
-class Mismatch(StrEnum):
-    """Why the kernel does not deliver a request to a socket with the right port."""
-
-    ADDRESS = "address"
-    FAMILY = "family"
-    ONLY_IPV6 = "only-ipv6"
-    DEVICE = "device"
-    PEER = "peer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,35 +76,8 @@ class Look:
     unseen: tuple[str, ...] = ()  # what could not be looked at, and why
 
 
-def mismatch(facts: SocketFacts, request: Conversation) -> Mismatch | None:
-    """Return why the kernel does not give a request to a socket; None: it does."""
-    sock = facts.socket
-    found = family_mismatch(sock, request.address)
-    if found:
-        return found
-    bound = plain(sock.address)
-    if bound not in _WILDCARDS and bound != plain(request.address):
-        return Mismatch.ADDRESS
-    if facts.device and facts.device != request.device:
-        return Mismatch.DEVICE
-    if sock.peer and (plain(sock.peer), sock.peer_port) != (plain(request.peer), request.peer_port):
-        return Mismatch.PEER
-    return None
-
-
-def family_mismatch(sock: UdpSocket, address: str) -> Mismatch | None:
-    """Return why a socket does not serve the family of an address."""
-    if ":" in address:
-        return None if sock.family == 6 and not sock.address.startswith("::ffff:") else Mismatch.FAMILY
-    if sock.family == 4:
-        return None
-    if sock.only_ipv6:
-        return Mismatch.ONLY_IPV6
-    return None if sock.address == "::" or sock.address.startswith("::ffff:") else Mismatch.FAMILY
-
-
 def is_wildcard(sock: UdpSocket) -> bool:
-    return sock.address in _WILDCARDS
+    return plain(sock.address) in _WILDCARDS
 
 
 def is_loopback(address: str) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from udpwatch.agent.kernel.packet_tap import Conversation
 from udpwatch.agent.servers.port.case import Case
-from udpwatch.agent.servers.port.facts import Mismatch, NamespaceFacts, SocketFacts, is_loopback, is_wildcard
+from udpwatch.agent.servers.port.facts import NamespaceFacts, SocketFacts, is_loopback, is_wildcard
+from udpwatch.agent.servers.port.matching import Mismatch
 from udpwatch.agent.servers.port.statements import Kind, Statement, bound, count, end, owner, sender_name, several
 
 
