@@ -24,6 +24,7 @@ class NetworkCounters:
     received: int = 0  # datagrams that processes read
     sent: int = 0  # datagrams that sockets sent
     no_port: int = 0  # datagrams for which there was no socket
+    ignored_group: int = 0  # multicast and broadcast datagrams for which there was no socket
     receive_full: int = 0  # dropped: the receive buffer had no room
     send_full: int = 0  # dropped: the send buffer or the device's queue had no room
     bad_checksum: int = 0
@@ -44,6 +45,7 @@ _SOURCES = {
     "received": ("Udp.InDatagrams", "Udp6InDatagrams"),
     "sent": ("Udp.OutDatagrams", "Udp6OutDatagrams"),
     "no_port": ("Udp.NoPorts", "Udp6NoPorts"),
+    "ignored_group": ("Udp.IgnoredMulti", "Udp6IgnoredMulti"),
     "receive_full": ("Udp.RcvbufErrors", "Udp6RcvbufErrors"),
     "send_full": ("Udp.SndbufErrors", "Udp6SndbufErrors"),
     "bad_checksum": ("Udp.InCsumErrors", "Udp6InCsumErrors"),

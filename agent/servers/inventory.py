@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import bpf, netns, sock_diag
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.loader import load_inventory
-from udpwatch.agent.kernel.records import SOCKET_BYTES, decode_socket, printable
+from udpwatch.agent.kernel.records import PORT_OFFSET, SOCKET_BYTES, decode_socket, printable
 from udpwatch.agent.model import UdpSocket
 
 MAX_SOCKETS = 16_384
@@ -120,8 +121,7 @@ def list_all(cache: Path | None = None, port: int | None = None) -> Listed:
             reason = str(error)
         if link is None:
             notes.append(f"whether sockets have PKTINFO set is unknown: {reason}")
-        found = _of_all_namespaces(link, notes)
-        sockets, left_out = _bounded(each for each in found if port in (None, each.port))
+        sockets, left_out = _bounded(_of_all_namespaces(link, port, notes))
     holders = find_holders({each.inode for each in sockets if each.inode})
     with_holders = (
         replace(each, pid=holders[each.inode][0], process=holders[each.inode][1]) if each.inode in holders else each
@@ -132,24 +132,36 @@ def list_all(cache: Path | None = None, port: int | None = None) -> Listed:
     return Listed(tuple(with_holders), left_out, tuple(notes))
 
 
-def _of_all_namespaces(link: int | None, notes: list[str]) -> Iterator[UdpSocket]:
+def _of_all_namespaces(link: int | None, port: int | None, notes: list[str]) -> Iterator[UdpSocket | int]:
+    """Yield the sockets of each namespace, and then how many more it has."""
     refused = 0
     for fd in netns.everywhere(thorough=True):
         try:
             with netns.entered(fd):
                 inode = os.fstat(fd).st_ino
                 # Read all before the caller goes on, which is not to run in this namespace.
-                sockets = list(_decoded(link) if link is not None else sock_diag.list_sockets(inode))
+                sockets, more = _of_port(link, port) if link is not None else _by_netlink(inode, port)
         except OSError:
             refused += 1
             continue
         yield from sockets
+        yield more
     if refused:
         notes.append(f"{refused} network namespaces cannot be entered: run as root, or add CAP_SYS_ADMIN")
 
 
-def _decoded(link: int) -> Iterator[UdpSocket]:
-    return map(decode_socket, _records(link))
+def _of_port(link: int, port: int | None) -> tuple[list[UdpSocket], int]:
+    """Return the sockets that an iterator lists, of a port or all, and how many more there are."""
+    records = _records(link)
+    if port is not None:
+        raw = port.to_bytes(2, sys.byteorder)
+        records = (each for each in records if each[PORT_OFFSET : PORT_OFFSET + 2] == raw)
+    return list(map(decode_socket, itertools.islice(records, MAX_SOCKETS))), sum(1 for _ in records)
+
+
+def _by_netlink(inode: int, port: int | None) -> tuple[list[UdpSocket], int]:
+    found = (each for each in sock_diag.list_sockets(inode) if port in (None, each.port))
+    return list(itertools.islice(found, MAX_SOCKETS)), sum(1 for _ in found)
 
 
 def _records(link: int) -> Iterator[bytes]:
@@ -158,12 +170,18 @@ def _records(link: int) -> Iterator[bytes]:
             yield piece[at : at + SOCKET_BYTES]
 
 
-def _bounded(sockets: Iterable[UdpSocket]) -> tuple[list[UdpSocket], int]:
-    """Return at most MAX_SOCKETS, and how many were left out. A namespace may have as many as there is room left."""
+def _bounded(sockets: Iterable[UdpSocket | int]) -> tuple[list[UdpSocket], int]:
+    """Return at most MAX_SOCKETS, and how many were left out; a number stands for that many which were not decoded.
+
+    A namespace may have as many as there is room left.
+    """
     kept: list[UdpSocket] = []
     held: dict[int, int] = {}
     left_out = 0
     for each in sockets:
+        if isinstance(each, int):
+            left_out += each
+            continue
         mine = held.get(each.netns, 0)
         if mine >= MAX_SOCKETS - len(kept):
             left_out += 1

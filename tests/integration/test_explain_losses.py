@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
+import re
+import resource
 import signal
 import socket
 import struct
@@ -50,6 +53,74 @@ def dropping_everything(where: Namespace, device: str) -> Iterator[None]:
         yield
     finally:
         os.close(link)
+
+
+# 3: the socket drops them ---------------------------------------------------------------------------------------------
+
+
+def test_filter_of_the_socket_drops_requests(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """The kernel counts what a filter drops among the drops of the socket; its receive buffer was not full."""
+
+    def drop_all(made: socket.socket) -> None:
+        code = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0), 8)  # ret #0
+        made.setsockopt(socket.SOL_SOCKET, 26, struct.pack("HL", 1, ctypes.addressof(code)))  # SO_ATTACH_FILTER
+
+    server, client = pair
+    serve(server, port, prepare=drop_all)
+    with asking(client, SERVER, port):
+        told = explain(server, port)
+    assert "socket-filter" in told.kinds and not told.kinds & {"receive-buffer", "lost"}, told.report["statements"]
+    text = told.get("socket-filter")["text"]
+    assert "test-server's socket does not take its requests" in text
+    assert "while no receive buffer was full (RcvbufErrors)" in text
+
+
+def test_drops_are_those_of_the_look(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """A known rate: what was dropped while lists and rules were read is not part of "in 1 s"."""
+    server, client = pair
+    process = serve(server, port, prepare=lambda made: made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304))
+    os.kill(process.pid, signal.SIGSTOP)
+    with asking(client, SERVER, port, pause=0.01):
+        told = explain(server, port)
+    found = re.search(r"was full: (\d+) datagrams? dropped in 1 s", told.get("receive-buffer")["text"])
+    assert found
+    assert 30 <= int(found[1]) <= 115, "at most 100 datagrams a second"
+
+
+def test_thousands_of_sockets_and_clients(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """3,000 connected sockets, asked by 3,000 other clients."""
+    server, client = pair
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8_192), hard))
+    try:
+        with contextlib.ExitStack() as opened:
+            for number in range(3_000):
+                made = opened.enter_context(server.socket())
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                made.bind((SERVER, port))
+                made.connect((SECOND, 10_000 + number))
+
+            def ask_from_all() -> None:
+                with contextlib.ExitStack() as held:
+                    clients = [
+                        held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) for _ in range(3_000)
+                    ]
+                    while True:
+                        for each in clients:
+                            with contextlib.suppress(OSError):
+                                each.sendto(b"question", (SERVER, port))
+                            time.sleep(0.0002)
+
+            process = client.spawn("clients", ask_from_all)
+            begin = resource.getrusage(resource.RUSAGE_CHILDREN)
+            told = explain(server, port)
+            spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+            process.stop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert told.kinds == {"other-peer"}
+    assert len(told.report["statements"]) < 5
+    assert spent.ru_utime + spent.ru_stime - begin.ru_utime - begin.ru_stime < 8, "seconds of CPU time"
 
 
 # 5: conntrack, and the way out ---------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from sensors import Watch
 from waiting import wait_for
 
 from udpwatch.agent.kernel import sock_diag
-from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.loader import Limits, load_inventory
 from udpwatch.agent.model import UdpSocket
+from udpwatch.agent.servers import inventory
 from udpwatch.agent.servers.inventory import Inventory, list_all
 from udpwatch.agent.testing.lab import Lab, Namespace, die_with_parent
 
@@ -229,6 +230,28 @@ def test_what_each_privilege_level_sees(
     assert found.keys() == listed
     assert {port for port, (_, is_known) in found.items() if is_known} == with_process
     assert {value for value, _ in found.values()} == {pktinfo}
+
+
+def test_one_namespace_may_have_any_number_of_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is beyond the limit is counted, and not kept; a port's sockets are found behind any number of others."""
+    monkeypatch.setattr(inventory, "MAX_SOCKETS", 64)
+    with Lab() as lab, contextlib.ExitStack() as opened:
+        node = lab.namespace("crowded")
+        for number in range(200):
+            opened.enter_context(node.socket()).bind(("127.0.0.1", 10_000 + number))
+        link = load_inventory().links["sockets_here"]
+        with node.entered():
+            for sockets, more in (inventory._of_port(link, None), inventory._by_netlink(node.inode, None)):
+                assert (len(sockets), more) == (64, 136)
+            for number in (0, 199):
+                for sockets, more in (
+                    inventory._of_port(link, 10_000 + number),
+                    inventory._by_netlink(node.inode, 10_000 + number),
+                ):
+                    assert ([each.port for each in sockets], more) == ([10_000 + number], 0)
+        monkeypatch.setattr(inventory, "MAX_SOCKETS", 1)
+        assert list_all(port=10_199).left_out == 0
+        assert list_all().left_out >= 199
 
 
 def test_many_sockets_in_many_namespaces(capsys: pytest.CaptureFixture[str]) -> None:

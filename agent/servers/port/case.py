@@ -35,6 +35,11 @@ class Case:
         """The requests that arrived at a device."""
         return self.facts.traffic.conversations if self.facts.traffic else ()
 
+    @property
+    def missed(self) -> int:
+        """How many datagrams of the port passed the devices and were not looked at."""
+        return self.facts.traffic.missed if self.facts.traffic else 0
+
     @cached_property
     def foreign(self) -> list[Conversation]:
         """Those for addresses of other machines, which this one may forward."""
@@ -72,15 +77,16 @@ class Case:
     def lost(self) -> int:
         """How many requests matched a socket and never reached it, at least.
 
-        Those that arrived without a reply, less everything that the sockets of the namespace took in. Other ports'
-        traffic makes the number smaller, never larger. If a rule sends requests elsewhere, it is unknown.
+        Those that arrived without a reply, less everything that the sockets of the namespace took in or dropped. The
+        traffic of other ports makes the number smaller, never larger. If a rule sends requests elsewhere, it is unknown.
         """
         counters = self.facts.counters
         if counters is None or self.redirections or any(each.has_no_process for each in self.facts.sockets):
             return 0
         arrived = sum(max(each.requests - each.replies, 0) for each in self.matched if not each.group)
         queued = sum((each.socket.queue or 0) // _LEAST_BUFFER_BYTES for each in self.facts.sockets)
-        return max(arrived - counters.received - counters.receive_full - counters.no_memory - queued, 0)
+        dropped = max(counters.receive_full + counters.no_memory, sum(each.drops or 0 for each in self.facts.sockets))
+        return max(arrived - counters.received - dropped - queued, 0)
 
     @property
     def is_unanswered(self) -> bool:

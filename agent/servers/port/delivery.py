@@ -5,12 +5,12 @@ Counters of the namespace show a cause only if requests to this port were lost, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import SocketFacts
 from udpwatch.agent.servers.port.firewall import Effect, Rule
-from udpwatch.agent.servers.port.statements import Kind, Statement, count, process
+from udpwatch.agent.servers.port.statements import MAX_NAMED, Kind, Statement, count, process
 
 _STATES = {
     "T": ("The process is stopped (state T).", "kill -CONT {pid}"),
@@ -24,22 +24,52 @@ _STATES = {
 
 def receive_buffer(case: Case) -> Iterator[Statement]:
     """Say which sockets dropped requests because their receive buffer was full."""
+    groups: dict[tuple[object, ...], list[SocketFacts]] = {}
     for each in case.facts.sockets:
-        sock = each.socket
-        if not sock.drops:
-            continue
-        limit = f" of {sock.queue_limit:,} bytes" if sock.queue_limit else ""
-        text = f"The receive buffer{limit} of {process(each)} was full: "
-        if each.drops:
-            text += (
-                f"{count(each.drops, 'datagram')} dropped in {case.time}, {sock.drops:,} since the socket was opened"
-            )
-        else:
-            text += f"{count(sock.drops, 'datagram')} dropped since the socket was opened, none in this look"
-        if case.facts.counters and case.facts.counters.bad_checksum:
-            text += " (those with a wrong checksum included)"
-        advice, fix = _buffer_advice(case, each)
-        yield Statement(Kind.RECEIVE_BUFFER, bool(each.drops), f"{text}. {advice}", fix)
+        if each.socket.drops:
+            groups.setdefault((process(each), each.socket.pid, each.socket.queue_limit), []).append(each)
+    found = sorted(groups.values(), key=lambda sockets: (-_lately(sockets), -_in_all(sockets)))
+    for sockets in found[:MAX_NAMED]:
+        yield _dropped(case, sockets)
+    if rest := [each for sockets in found[MAX_NAMED:] for each in sockets]:
+        text = (
+            f"{count(len(rest), 'more socket')} of other processes: {count(_lately(rest), 'datagram')} dropped in "
+            f"{case.time}, {_in_all(rest):,} since the sockets were opened."
+        )
+        yield Statement(Kind.RECEIVE_BUFFER, _lately(rest) > 0, text)
+
+
+def _lately(sockets: Sequence[SocketFacts]) -> int:
+    return sum(each.drops or 0 for each in sockets)
+
+
+def _in_all(sockets: Sequence[SocketFacts]) -> int:
+    return sum(each.socket.drops or 0 for each in sockets)
+
+
+def _dropped(case: Case, sockets: Sequence[SocketFacts]) -> Statement:
+    """Say what the sockets of one process have dropped. The kernel counts the same for what a filter drops."""
+    first, counters, lately, in_all = sockets[0], case.facts.counters, _lately(sockets), _in_all(sockets)
+    opened = "the socket was opened" if len(sockets) == 1 else f"its {len(sockets):,} sockets were opened"
+    numbers = f"{count(lately, 'datagram')} dropped in {case.time}, {in_all:,} since {opened}"
+    limit = f" of {first.socket.queue_limit:,} bytes" if first.socket.queue_limit else ""
+    advice, fix = _buffer_advice(case, first)
+    if not lately:
+        text = (
+            f"{process(first)} lost {count(in_all, 'datagram')} since {opened}, none in this look: its receive "
+            f"buffer{limit} was full, a filter of the socket dropped them, or their checksum was wrong. {advice}"
+        )
+        return Statement(Kind.RECEIVE_BUFFER, False, text, fix)
+    if counters and not counters.receive_full and lately > counters.bad_checksum + counters.no_memory:
+        text = (
+            f"{process(first)}'s socket does not take its requests: {numbers}, while no receive buffer was full "
+            f"(RcvbufErrors). A filter of the socket (SO_ATTACH_FILTER, SO_ATTACH_BPF) or an IPsec policy drops them."
+        )
+        return Statement(Kind.SOCKET_FILTER, True, text, "ss -lunpem  # f: filtered by")
+    text = f"The receive buffer{limit} of {process(first)} was full: {numbers}"
+    if counters and counters.bad_checksum:
+        text += " (those with a wrong checksum included)"
+    return Statement(Kind.RECEIVE_BUFFER, True, f"{text}. {advice}", fix)
 
 
 def _buffer_advice(case: Case, each: SocketFacts) -> tuple[str, str]:
@@ -64,18 +94,30 @@ def _buffer_advice(case: Case, each: SocketFacts) -> tuple[str, str]:
 
 def not_read(case: Case) -> Iterator[Statement]:
     """Say which processes leave their requests in the receive buffer."""
+    groups: dict[tuple[object, ...], list[SocketFacts]] = {}
     for each in case.facts.sockets:
-        if each.has_no_process or not case.waits(each):
-            continue
-        waiting = f"{each.socket.queue:,} bytes have waited in its receive buffer for {each.waiting:.1f} s"
-        counters = case.facts.counters
-        if each.state in ("T", "t", "Z") or (counters and not counters.received):
-            text = f"{process(each)} does not read its requests: {waiting}."
-        else:
-            text = f"{process(each)} does not keep up with its requests: {waiting}, and did not become fewer."
-        state, fix = _STATES.get(each.state, ("", ""))
-        pid = each.socket.pid
-        yield Statement(Kind.NOT_READ, True, f"{text} {state}".rstrip(), fix.format(pid=pid) if pid else "")
+        if not each.has_no_process and case.waits(each):
+            groups.setdefault((process(each), each.socket.pid, each.state), []).append(each)
+    found = sorted(groups.values(), key=lambda sockets: -sum(each.socket.queue or 0 for each in sockets))
+    for sockets in found[:MAX_NAMED]:
+        yield _waiting(case, sockets)
+    if rest := len(found) - min(len(found), MAX_NAMED):
+        text = f"{count(rest, 'more process leaves', 'more processes leave')} requests in receive buffers."
+        yield Statement(Kind.NOT_READ, True, text)
+
+
+def _waiting(case: Case, sockets: Sequence[SocketFacts]) -> Statement:
+    first, counters = sockets[0], case.facts.counters
+    queue = sum(each.socket.queue or 0 for each in sockets)
+    where = "its receive buffer" if len(sockets) == 1 else f"the receive buffers of {len(sockets):,} sockets"
+    waiting = f"{queue:,} bytes have waited in {where} for {max(each.waiting for each in sockets):.1f} s"
+    if first.state in ("T", "t", "Z") or (counters and not counters.received):
+        text = f"{process(first)} does not read its requests: {waiting}."
+    else:
+        text = f"{process(first)} does not keep up with its requests: {waiting}, and did not become fewer."
+    state, fix = _STATES.get(first.state, ("", ""))
+    pid = first.socket.pid
+    return Statement(Kind.NOT_READ, True, f"{text} {state}".rstrip(), fix.format(pid=pid) if pid else "")
 
 
 def causes(case: Case) -> Iterator[Statement]:
@@ -95,7 +137,9 @@ def _firewall(case: Case) -> Iterator[Statement]:
     for rule in now.rules:
         if rule.effect is Effect.DNAT:
             continue
-        more = (rule.packets or 0) - (old[rule.key].packets or 0) if rule.key in old else rule.packets or 0
+        # A rule that was not there before is new, unless not all of them could be read.
+        first = old[rule.key].packets or 0 if rule.key in old else (rule.packets or 0) if before.unread else 0
+        more = max((rule.packets or 0) - first, 0)
         lossy = bool(case.lost) or case.is_unanswered or case.facts.traffic is None
         if rule.packets is None:
             # Without a counter, it is only a suspect: it has to be of the direction in which datagrams are lost.
@@ -129,7 +173,9 @@ def _rule(case: Case, rule: Rule, more: int, wrong: bool) -> Statement:
 
 
 def _accept(case: Case, rule: Rule) -> str:
-    family, table, chain = rule.place.split(" ", 2)
+    if not rule.chain:
+        return ""
+    family, table, chain = rule.chain
     side = "sport" if rule.replies else "dport"
     if rule.by_iptables:
         command = "iptables" if family == "ip" else "ip6tables"

@@ -6,6 +6,7 @@ would have to be.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +15,9 @@ from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import Look, NamespaceFacts
 from udpwatch.agent.servers.port.replies import of_agent, replies
 from udpwatch.agent.servers.port.statements import Kind, Statement, owner, several
+
+#: commands that act in the network namespace of whoever runs them; other settings are the machine's, or a client's
+_IN_NAMESPACE = "nft", "iptables", "ip6tables", "ip", "ss", "tc", "conntrack", "udpwatch", "sysctl -w net.ipv4."
 
 
 def diagnose(look: Look) -> list[Statement]:
@@ -25,11 +29,20 @@ def diagnose(look: Look) -> list[Statement]:
         if not facts.is_watched:
             continue
         told = _statements(Case(look, facts), served)
-        found += [replace(each, namespace=facts.name, netns=facts.inode) for each in told]
+        found += [replace(each, namespace=facts.name, netns=facts.inode, fix=_inside(each.fix, facts)) for each in told]
     if unwatched:
         places = several(f"{owner(each.sockets[0])} in {each.name}" for each in unwatched)
         found.append(Statement(Kind.LISTENS, False, f"In namespaces that were not watched: {places}."))
     return found
+
+
+def _inside(fix: str, facts: NamespaceFacts) -> str:
+    """Return a fix whose commands act in the namespace that the statement is about."""
+    if facts.here or not facts.path:
+        return fix
+    prefixes = tuple(each if each.endswith(".") else f"{each} " for each in _IN_NAMESPACE)
+    enter = f"nsenter --net={shlex.quote(facts.path)} "
+    return "\n".join(enter + line if line.startswith(prefixes) else line for line in fix.splitlines())
 
 
 def _everywhere(look: Look, served: list[NamespaceFacts]) -> Iterator[Statement]:

@@ -62,6 +62,7 @@ class NamespaceFacts:
     buffer_default: int | None = None  # net.core.rmem_default
     buffer_max: int | None = None  # net.core.rmem_max
     servers: tuple[tuple[Server | None, Server], ...] = ()  # before and after, from a running agent
+    path: str = ""  # for nsenter --net=
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,18 @@ Rules
 2. What a rule tests beside that (addresses, devices, sets) is not evaluated; whether it matched is for its counter to
    tell.
 3. A tenant may have loaded any number of rules: reading ends after READ_SECONDS or MAX_BYTES.
+4. Names of tables and chains are a tenant's. A command to copy contains none but plain words.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,7 +28,7 @@ from typing import Any
 MAX_BYTES = 16 << 20
 READ_SECONDS = 5.0
 _MAX_ERROR_BYTES = 4_096
-_IPTABLES_CHAINS = {"INPUT", "OUTPUT", "FORWARD", "PREROUTING", "POSTROUTING"}
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class Effect(StrEnum):
@@ -51,6 +54,12 @@ class Rule:
     by_iptables: bool = False
 
     @property
+    def chain(self) -> tuple[str, ...]:
+        """Family, table and chain; () if they are no plain words, which a shell and nft take as they are."""
+        words = tuple(self.place.split(" "))
+        return words if len(words) == 3 and all(map(_PLAIN.fullmatch, words)) else ()
+
+    @property
     def is_policy(self) -> bool:
         """Whether it is what the chain does with packets that no rule decides on."""
         return self.text.startswith("policy ")
@@ -64,12 +73,16 @@ class Firewall:
     unread: tuple[str, ...] = ()  # what could not be read, and why
 
 
-def read(port: int) -> Firewall:
-    """Return the rules of the namespace of the calling thread that concern the port."""
+def read(port: int, seconds: float = READ_SECONDS) -> Firewall:
+    """Return the rules of the namespace of the calling thread that concern the port.
+
+    ``seconds``: that reading may take.
+    """
     unread = []
+    end = time.monotonic() + seconds
     saved: dict[str, str] = {}
     for command in (("iptables-save", "-c"), ("ip6tables-save", "-c"), ("nft", "-j", "list", "ruleset")):
-        text, reason = _run(command)
+        text, reason = _run(command, max(end - time.monotonic(), 0.0))
         saved[command[0]] = text
         if reason:
             unread.append(reason)
@@ -84,12 +97,12 @@ def read(port: int) -> Firewall:
     return Firewall(tuple(rules), tuple(unread))
 
 
-def _run(command: Sequence[str]) -> tuple[str, str]:
+def _run(command: Sequence[str], seconds: float) -> tuple[str, str]:
     """Return the output, and why there is none."""
     try:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
             assert run.stdout and run.stderr
-            limit = threading.Timer(READ_SECONDS, run.kill)
+            limit = threading.Timer(seconds, run.kill)
             limit.start()
             try:
                 output = run.stdout.read(MAX_BYTES + 1)
@@ -105,7 +118,7 @@ def _run(command: Sequence[str]) -> tuple[str, str]:
     if len(output) > MAX_BYTES:
         return "", f"{command[0]}: its list is longer than {MAX_BYTES >> 20} MB"
     if run.returncode == -signal.SIGKILL:
-        return "", f"{command[0]}: its list takes longer than {READ_SECONDS:.0f} s"
+        return "", f"{command[0]}: its list takes longer than {seconds:.1f} s"
     if run.returncode:
         return "", f"{command[0]}: {errors[0] if errors else f'exit status {run.returncode}'}"
     return output.decode(errors="replace"), ""

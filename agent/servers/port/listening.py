@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 
 from udpwatch.agent.kernel.packet_tap import Conversation
 from udpwatch.agent.servers.port.case import Case
 from udpwatch.agent.servers.port.facts import NamespaceFacts, SocketFacts, is_loopback, is_wildcard
 from udpwatch.agent.servers.port.matching import Mismatch
-from udpwatch.agent.servers.port.statements import Kind, Statement, bound, count, end, owner, sender_name, several
+from udpwatch.agent.servers.port.statements import (
+    MAX_NAMED,
+    Kind,
+    Statement,
+    bound,
+    count,
+    end,
+    owner,
+    sender_name,
+    several,
+)
 
 
 def listeners(case: Case) -> Iterator[Statement]:
@@ -17,10 +28,13 @@ def listeners(case: Case) -> Iterator[Statement]:
     groups: dict[str, list[SocketFacts]] = {}
     for each in case.facts.sockets:
         groups.setdefault(owner(each), []).append(each)
-    for name, sockets in groups.items():
+    for name, sockets in islice(groups.items(), MAX_NAMED):
         places = Counter(bound(each) for each in sockets)
         texts = (f"{place} ({number} sockets)" if number > 1 else place for place, number in places.items())
         yield Statement(Kind.LISTENS, False, f"{name} listens on {several(texts)}.")
+    if len(groups) > MAX_NAMED:
+        more = count(len(groups) - MAX_NAMED, "more process", "more processes")
+        yield Statement(Kind.LISTENS, False, f"{more} listen on the port.")
 
 
 def no_listener(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]:
@@ -38,7 +52,7 @@ def no_listener(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]
             f" {count(asked, 'request')} arrived for {addresses} in {case.time} and found none; {unreachable(case)}."
         )
     elif case.facts.traffic is None and case.facts.counters and case.facts.counters.no_port:
-        text += f" In {case.time}, {unreachable(case)}, for all ports."
+        text += f" In {case.time}, {unreachable(case)}."
     if case.facts.tcp:
         yield Statement(
             Kind.ONLY_TCP,
@@ -60,11 +74,15 @@ def unreachable(case: Case) -> str:
     counters = case.facts.counters
     if counters is None:
         return "the kernel's counters could not be read"
+    if case.local and all(each.group for each in case.local):  # it counts no NoPorts and sends no ICMP for a group
+        return (
+            f"the kernel counted {count(counters.ignored_group, 'datagram')} to groups without a socket (IgnoredMulti)"
+        )
     if not counters.no_port:
         return "the kernel counted none of them (NoPorts), so they were dropped before it looked for a socket"
     return (
-        f"the kernel counted {counters.no_port:,} datagrams without a socket (NoPorts) and sent "
-        f"{counters.unreachable:,} ICMP port unreachable"
+        f"the kernel counted {count(counters.no_port, 'datagram')} without a socket (NoPorts) and sent "
+        f"{counters.unreachable:,} ICMP destination unreachable, for all ports together"
     )
 
 

@@ -2,8 +2,9 @@
 
 Rules
 1. The counters are read before the first datagram is counted and again after the last: what a socket took in while
-   datagrams were counted is part of their increase.
-2. Bounded: MAX_WATCHED namespaces are watched, those with a socket first; of others, only the sockets are known.
+   datagrams were counted is part of their increase. What takes long is read before and after that: lists, rules.
+2. Bounded: MAX_WATCHED namespaces are watched, those with a socket first; of others, only the sockets are known. A
+   tenant may have loaded any number of rules: reading all of them takes FIREWALL_SECONDS, twice.
 3. What may not be read is a line in `Look.unseen`, never an error.
 """
 
@@ -35,8 +36,10 @@ from udpwatch.agent.servers.port.places import Place, Places, places
 
 MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
 MAX_ADDRESSES = 512  # of a namespace
+FIREWALL_SECONDS = 10.0  # for the rules of all namespaces; each takes at most half of what is left
 SETTLE_SECONDS = 0.05  # until a datagram that passed a device has reached its socket
 _STEP_SECONDS = 0.02
+_SLACK_SECONDS = 0.5  # by which a look may take longer without saying so
 _SAMPLE_SECONDS = 0.2
 _LISTEN = "0A"  # in /proc/net/tcp
 
@@ -46,17 +49,27 @@ ListSockets = Callable[[], Listed]
 ListServers = Callable[[], Sequence[Server] | None]
 
 
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """What a namespace had counted at one moment."""
+
+    counters: NetworkCounters | None
+    conntrack: ConntrackHealth | None
+    dropped: Mapping[str, int]  # packets by device
+    drops: Mapping[tuple[int, ...], int]  # datagrams by socket
+
+
 @dataclass(slots=True)
 class _Watched:
     """A namespace while it is watched."""
 
     place: Place
     fd: int
-    before: NetworkCounters | None = None
-    conntrack: ConntrackHealth | None = None
-    dropped: Mapping[str, int] = field(default_factory=dict)  # packets by device
-    rules: Firewall | None = None
+    rules: Firewall = field(default_factory=lambda: Firewall(()))
+    before: _Counted | None = None
+    after: _Counted | None = None
     tap: Tap | None = None
+    traffic: Traffic | None = None
     waiting: dict[int, tuple[int, float]] = field(default_factory=dict)  # inode -> (queue, waiting since)
 
 
@@ -77,25 +90,36 @@ class Looker:
         chosen = self._choose(found, {each.netns for each in before})
         with contextlib.ExitStack() as held:
             watched = list(self._open(chosen, held))
+            for each, rules in self._rules(watched):
+                each.rules = rules
+            begin = time.monotonic()
             for each in watched:
-                self._read_before(each)
-            for each in watched:
-                self._tap(each, held)
+                with netns.entered(each.fd):
+                    each.before = self._counted()
+                    self._tap(each, held)
             self._wait(watched, seconds)
-            traffic = {each.place.inode: each.tap.finish() for each in watched if each.tap}
+            for each in watched:
+                each.traffic = each.tap.finish() if each.tap else None
+                if each.traffic and each.traffic.missed:
+                    self._unseen.append(f"{each.traffic.missed:,} datagrams at the devices of {each.place.name}")
             time.sleep(SETTLE_SECONDS)
+            for each in watched:
+                with netns.entered(each.fd):
+                    self._sample(each, time.monotonic())
+                    each.after = self._counted()
+            took = time.monotonic() - begin
             after = self._sockets()
             pairs = _server_pairs(servers, self._list_servers() if servers is not None else None, self._port)
-            senders = owners(after)
-            sockets = _Sockets(after, {_identity(sock): sock.drops for sock in before}, senders)
-            facts = [self._finish(each, traffic.get(each.place.inode), sockets, pairs) for each in watched]
+            sockets = _Sockets(after, owners(after))
+            facts = [self._finish(each, rules, sockets, pairs) for each, rules in self._rules(watched)]
         seen = {each.inode for each in facts}
         facts += [sockets.unwatched(place) for place in found.found if place.inode not in seen]
         facts = [each for each in facts if each.sockets or each.inode in seen]
         self._note_places(found, {each.netns for each in after})
         facts.sort(key=lambda each: (not each.sockets, not each.here, each.name))
         others = tuple(pair for pair in pairs if pair[1].netns not in seen)
-        return Look(self._port, seconds, tuple(facts), self._asked, others, tuple(dict.fromkeys(self._unseen)))
+        shown = seconds if took < seconds + _SLACK_SECONDS else round(took, 1)  # very many sockets, or a busy machine
+        return Look(self._port, shown, tuple(facts), self._asked, others, tuple(dict.fromkeys(self._unseen)))
 
     def _sockets(self) -> list[UdpSocket]:
         listed = self._list_sockets()
@@ -129,22 +153,32 @@ class Looker:
                     pass
             except OSError as error:
                 self._unseen.append(f"{place.name}: cannot enter it ({_reason(error, 'CAP_SYS_ADMIN')})")
-            else:
+                continue
+            if os.fstat(fd).st_ino == place.inode:
                 yield _Watched(place, fd)
+            else:  # another process has the number now
+                self._unseen.append(f"{place.name}: the process has ended")
 
-    def _read_before(self, each: _Watched) -> None:
-        with netns.entered(each.fd):
-            each.rules = firewall.read(self._port)
-            self._unseen += each.rules.unread
-            each.before, each.conntrack, each.dropped = self._counters(), conntrack_health(), received_drops()
+    def _rules(self, watched: Iterable[_Watched]) -> Iterator[tuple[_Watched, Firewall]]:
+        """Yield each namespace with the rules of its firewall."""
+        end = time.monotonic() + FIREWALL_SECONDS
+        for each in watched:
+            with netns.entered(each.fd):
+                rules = firewall.read(self._port, min(firewall.READ_SECONDS, (end - time.monotonic()) / 2))
+            self._unseen += [f"{reason} ({each.place.name})" for reason in rules.unread]
+            yield each, rules
+
+    def _counted(self) -> _Counted:
+        """Read what the namespace of the calling thread has counted."""
+        drops = {_identity(sock): sock.drops or 0 for sock in sockets_here(self._port)}
+        return _Counted(self._counters(), conntrack_health(), received_drops(), drops)
 
     def _tap(self, each: _Watched, held: contextlib.ExitStack) -> None:
-        with netns.entered(each.fd):
-            try:
-                each.tap = held.enter_context(Tap(self._port))
-            except OSError as error:
-                reason = _reason(error, "CAP_NET_RAW")
-                self._unseen.append(f"datagrams were not counted at the devices of {each.place.name} ({reason})")
+        try:
+            each.tap = held.enter_context(Tap(self._port))
+        except OSError as error:
+            reason = _reason(error, "CAP_NET_RAW")
+            self._unseen.append(f"datagrams were not counted at the devices of {each.place.name} ({reason})")
 
     def _counters(self) -> NetworkCounters | None:
         try:
@@ -176,34 +210,30 @@ class Looker:
                 each.waiting[sock.inode] = queue, since if queue >= length > 0 else now
 
     def _finish(
-        self,
-        each: _Watched,
-        traffic: Traffic | None,
-        known: _Sockets,
-        pairs: Sequence[tuple[Server | None, Server]],
+        self, each: _Watched, rules: Firewall, known: _Sockets, pairs: Sequence[tuple[Server | None, Server]]
     ) -> NamespaceFacts:
-        inode = each.place.inode
+        assert each.before and each.after
+        inode, before, after = each.place.inode, each.before, each.after
         now = time.monotonic()
         with netns.entered(each.fd):
-            increase = self._counters()
-            self._sample(each, now)
             listed = known.of(inode)
             listed += missing_from(listed, all_here(self._port, inode))
-            sockets = tuple(known.facts(sock, _waiting(each.waiting, sock, now)) for sock in listed)
-            asked = {conversation.address for conversation in traffic.conversations} if traffic else set()
+            sockets = tuple(known.facts(sock, _waiting(each.waiting, sock, now), before, after) for sock in listed)
+            asked = {conversation.address for conversation in each.traffic.conversations} if each.traffic else set()
             return NamespaceFacts(
                 name=known.name(each.place),
                 inode=inode,
                 here=each.place.here,
+                path=str(each.place.path),
                 sockets=sockets,
                 local=frozenset(_local(asked | ({self._asked} if self._asked else set()))),
                 addresses=tuple(_addresses()),
-                devices=tuple(_devices(each.dropped)),
-                counters=increase - each.before if increase and each.before else None,
-                conntrack=conntrack_health(),
-                conntrack_before=each.conntrack,
-                traffic=traffic,
-                firewall=firewall.read(self._port),
+                devices=tuple(_devices(before.dropped, after.dropped)),
+                counters=after.counters - before.counters if after.counters and before.counters else None,
+                conntrack=after.conntrack,
+                conntrack_before=before.conntrack,
+                traffic=each.traffic,
+                firewall=rules,
                 firewall_before=each.rules,
                 tcp=not sockets and _has_tcp_listener(self._port),
                 buffer_default=_sysctl("net/core/rmem_default"),
@@ -225,7 +255,6 @@ class _Sockets:
     """The sockets of the port in all namespaces."""
 
     after: Sequence[UdpSocket]
-    drops: Mapping[tuple[int, ...], int | None]  # of each, before the look
     senders: Mapping[tuple[int, str, int], Sender]
 
     def of(self, inode: int) -> list[UdpSocket]:
@@ -247,26 +276,31 @@ class _Sockets:
         own = tuple(self.facts(each, 0.0) for each in self.of(place.inode))
         return NamespaceFacts(self.name(place), place.inode, place.here, own, is_watched=False)
 
-    def facts(self, sock: UdpSocket, waiting: float) -> SocketFacts:
+    def facts(
+        self, sock: UdpSocket, waiting: float, before: _Counted | None = None, after: _Counted | None = None
+    ) -> SocketFacts:
         """Complete a socket in the namespace of the calling thread."""
         device = ""
         if sock.device:
             with contextlib.suppress(OSError):
                 device = socket.if_indextoname(sock.device)
             device = device or str(sock.device)
-        drops = self.drops.get(_identity(sock))
+        known, drops = _identity(sock), None
+        if before and after and known in after.drops:  # a socket that was opened meanwhile begins at 0
+            drops = max(after.drops[known] - before.drops.get(known, 0), 0)
         return SocketFacts(
             socket=sock,
             sender=self.senders.get(owner_key(sock), Sender(sock.process, sock.pid)),
             device=device,
-            drops=None if sock.drops is None or drops is None else sock.drops - drops,
+            drops=drops,
             waiting=waiting,
             state=_state(sock.pid),
         )
 
 
 def _identity(sock: UdpSocket) -> tuple[int, ...]:
-    return (sock.inode,) if sock.inode else (0, sock.netns, sock.family, sock.port)
+    """Return what identifies a socket of the port in its namespace. Those of the kernel have no inode number."""
+    return (sock.inode,) if sock.inode else (0, sock.family)
 
 
 def _waiting(samples: dict[int, tuple[int, float]], sock: UdpSocket, now: float) -> float:
@@ -329,9 +363,8 @@ def _addresses() -> list[str]:
     return [str(each) for each in parsed if not each.is_loopback and not each.is_link_local]
 
 
-def _devices(before: Mapping[str, int]) -> Iterator[DeviceFacts]:
+def _devices(before: Mapping[str, int], now: Mapping[str, int]) -> Iterator[DeviceFacts]:
     """Yield the devices of the namespace of the calling thread on which packets may be lost."""
-    now = received_drops()
     with contextlib.suppress(OSError):
         for link in links(MAX_LINKS):
             dropped = now.get(link.name, 0) - before.get(link.name, 0)

@@ -29,6 +29,8 @@ def sockets_here(port: int, folder: Path = _HERE) -> Iterator[UdpSocket]:
     for name, family in (("udp", 4), ("udp6", 6)):
         with contextlib.suppress(OSError), (folder / name).open() as lines:
             for line in lines:
+                if wanted not in line:  # nearly all, and there may be very many
+                    continue
                 words = line.split()
                 if len(words) > 12 and words[1].endswith(wanted):
                     yield _parsed(words, port, family)

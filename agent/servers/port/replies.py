@@ -107,8 +107,8 @@ def _right(case: Case, agent: str) -> Statement:
     )
     if silent:
         text += f" {count(silent, 'request')} of clients that got no reply in that time."
-    if case.facts.traffic and case.facts.traffic.missed:
-        text += f" {count(case.facts.traffic.missed, 'more datagram')} were not looked at."
+    if case.missed:
+        text += f" {count(case.missed, 'more datagram')} were not looked at."
     return Statement(Kind.REPLIES, False, f"{text} {agent}".rstrip())
 
 
@@ -121,13 +121,15 @@ def _no_reply(case: Case, agent: str) -> Statement:
         return Statement(Kind.NO_REPLY, False, f"{text} {agent}".rstrip())
     counters = case.facts.counters
     read = "; the server reads them" if counters and counters.received >= requests else ""
+    # Of very many datagrams, not all are looked at: a reply may be among the others.
+    seen = f" was seen ({count(case.missed, 'more datagram')} were not looked at)" if case.missed else " left"
     text = (
-        f"{count(requests, 'request')} arrived in {case.time} and no reply left{read}. The server's own log tells why "
+        f"{count(requests, 'request')} arrived in {case.time} and no reply{seen}{read}. The server's own log tells why "
         f"(who may ask, keys, a server that it asks itself). One that only collects, such as syslog, never replies."
     )
     pid = next((each.socket.pid for each in case.facts.sockets if each.socket.pid), 0)
     fix = f"strace -f -e trace=%network -p {pid}" if pid else ""
-    return Statement(Kind.NO_REPLY, True, f"{text} {agent}".rstrip(), fix)
+    return Statement(Kind.NO_REPLY, not case.missed, f"{text} {agent}".rstrip(), fix)
 
 
 def _agent(case: Case) -> str:

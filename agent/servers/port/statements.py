@@ -9,6 +9,7 @@ from enum import StrEnum
 from udpwatch.agent.model import Row, Sender
 from udpwatch.agent.servers.port.facts import SocketFacts, is_wildcard, plain
 
+MAX_NAMED = 8  # processes that have statements of their own; a tenant may have thousands with a socket on the port
 _SHOWN = 4  # names in one sentence
 
 
@@ -25,6 +26,7 @@ class Kind(StrEnum):
     OTHER_PEER = "other-peer"
     NOT_LOCAL = "not-local"
     RECEIVE_BUFFER = "receive-buffer"
+    SOCKET_FILTER = "socket-filter"
     NOT_READ = "not-read"
     FIREWALL = "firewall"
     REVERSE_PATH = "reverse-path"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from repository import DOCS
@@ -129,6 +130,8 @@ def test_lost_requests_are_counted_from_below() -> None:
     assert lost(NetworkCounters()) == 10
     assert lost(NetworkCounters(received=4, receive_full=1, no_memory=1)) == 4
     assert lost(NetworkCounters(received=100)) == 0
+    dropped = replace(facts, counters=NetworkCounters(), sockets=(SocketFacts(SOCKET, drops=7),))
+    assert Case(Look(PORT, 3.0, (dropped,)), dropped).lost == 3, "a filter of the socket drops them"
     assert lost(NetworkCounters(), queue=2 * 768) == 4  # a datagram takes 256 bytes at least: up to six wait
     statements = told(replace(facts, counters=NetworkCounters(received=4)))
     assert wrong(statements) == [Kind.LOST]
@@ -191,10 +194,92 @@ def test_conntrack_counts_a_failed_insertion_once() -> None:
 )
 def test_advice_on_the_receive_buffer(limit: int, advice: str, fix: str) -> None:
     sock = SocketFacts(replace(SOCKET, queue_limit=limit, drops=9), drops=4)
-    (one,) = (each for each in told(replace(FACTS, sockets=(sock,))) if each.kind is Kind.RECEIVE_BUFFER)
+    facts = replace(FACTS, sockets=(sock,), counters=NetworkCounters(received=5, receive_full=4))
+    (one,) = (each for each in told(facts) if each.kind is Kind.RECEIVE_BUFFER)
     assert "4 datagrams dropped in 3 s, 9 since the socket was opened" in one.text
     assert advice in one.text
     assert one.fix == fix
+
+
+def test_drops_of_a_socket_whose_buffer_was_not_full_are_a_filters() -> None:
+    sock = SocketFacts(replace(SOCKET, drops=9), drops=4)
+    for counters, kinds in (
+        (NetworkCounters(), [Kind.SOCKET_FILTER]),
+        (NetworkCounters(receive_full=1), [Kind.RECEIVE_BUFFER]),
+        (NetworkCounters(bad_checksum=4), [Kind.RECEIVE_BUFFER]),
+        (None, [Kind.RECEIVE_BUFFER]),
+    ):
+        assert wrong(told(replace(FACTS, sockets=(sock,), counters=counters))) == kinds
+    past = told(replace(FACTS, sockets=(SocketFacts(replace(SOCKET, drops=9), drops=0),)))
+    assert wrong(past) == []
+    assert (
+        "server lost 9 datagrams since the socket was opened, none in this look: its receive buffer of " in past[1].text
+    )
+
+
+def test_thousands_of_sockets_have_few_statements() -> None:
+    """SO_REUSEPORT: the sockets of a process share statements, and only some processes have their own."""
+    own = [SocketFacts(replace(SOCKET, inode=number, drops=3, queue=768), drops=2, waiting=3) for number in range(100)]
+    others = [replace(each, socket=replace(each.socket, pid=100 + each.socket.inode)) for each in own]
+    counters = NetworkCounters(receive_full=400)
+    few = told(replace(FACTS, sockets=tuple(own), counters=counters))
+    assert [each.kind for each in few] == [Kind.LISTENS, Kind.RECEIVE_BUFFER, Kind.NOT_READ, Kind.NOTHING_ARRIVES]
+    assert "200 datagrams dropped in 3 s, 300 since its 100 sockets were opened" in few[1].text
+    assert "76,800 bytes have waited in the receive buffers of 100 sockets for 3.0 s" in few[2].text
+    many = told(replace(FACTS, sockets=(*own, *others), counters=counters))
+    assert len(many) == 3 * 9 + 1
+    assert "93 more sockets of other processes: 186 datagrams dropped in 3 s, 279 since" in many[17].text
+
+
+def test_requests_to_a_group_are_not_expected_among_noports() -> None:
+    group = Conversation("10.0.0.2", 4444, "10.0.0.255", "eth0", True, 5, 0)
+    facts = replace(FACTS, sockets=(), traffic=Traffic((group,)), counters=NetworkCounters(ignored_group=5))
+    (one,) = told(facts)
+    assert "the kernel counted 5 datagrams to groups without a socket (IgnoredMulti)" in one.text
+
+
+def test_no_reply_among_those_that_were_looked_at_is_no_proof() -> None:
+    facts = replace(FACTS, traffic=Traffic((asked(10, 0),), missed=90), counters=NetworkCounters(received=100))
+    (_, one) = told(facts)
+    assert (one.kind, one.wrong) == (Kind.NO_REPLY, False)
+    assert "no reply was seen (90 more datagrams were not looked at)" in one.text
+
+
+def test_commands_act_in_the_namespace_that_they_are_about() -> None:
+    rule = Rule("inet t input", "udp dport 5300 counter drop", Effect.DROP, False, True, 9, key="1")
+    facts = replace(FACTS, traffic=Traffic((asked(),)), firewall=Firewall((rule,)), firewall_before=Firewall(()))
+    command = "nft insert rule inet t input udp dport 5300 accept"
+    for changed, fix in (
+        (facts, command),
+        (replace(facts, here=False, path="/run/netns/a b"), f"nsenter --net='/run/netns/a b' {command}"),
+    ):
+        assert [each.fix for each in told(changed) if each.kind is Kind.FIREWALL] == [fix]
+    (state,) = (each for each in told(waiting_socket(here=False, path="/run/netns/a")) if each.kind is Kind.NOT_READ)
+    assert state.fix == "kill -CONT 42"
+
+
+def waiting_socket(**changes: Any) -> NamespaceFacts:
+    return replace(FACTS, sockets=(SocketFacts(replace(SOCKET, queue=768), waiting=3, state="T"),), **changes)
+
+
+@pytest.mark.parametrize(
+    "place", ["inet t c; flush ruleset", "inet $(reboot) c", "inet t -c", "inet t c\nd", "inet t é"]
+)
+def test_names_of_a_tenants_chains_are_not_part_of_a_command(place: str) -> None:
+    """A user of the machine, not of the namespace, copies it into a shell; the kernel allows any name."""
+    for by_iptables in (False, True):
+        rule = Rule(place, "counter drop", Effect.DROP, False, True, 9, key="1", by_iptables=by_iptables)
+        facts = replace(FACTS, traffic=Traffic((asked(),)), firewall=Firewall((rule,)), firewall_before=Firewall(()))
+        (one,) = (each for each in told(facts) if each.kind is Kind.FIREWALL)
+        assert one.wrong and not one.fix
+
+
+def test_counter_of_a_rule_that_was_not_read_before_is_not_of_this_look() -> None:
+    rule = Rule("inet t input", "udp dport 5300 counter drop", Effect.DROP, False, True, 100, key="1")
+    for unread, wrong_kinds in ((("nft: its list takes longer than 5.0 s",), []), ((), [Kind.FIREWALL])):
+        before = Firewall((), unread)
+        facts = replace(FACTS, traffic=Traffic((asked(),)), firewall=Firewall((rule,)), firewall_before=before)
+        assert wrong(told(facts)) == wrong_kinds
 
 
 @pytest.mark.parametrize(
