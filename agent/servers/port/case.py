@@ -78,7 +78,7 @@ class Case:
         """How many requests matched a socket and never reached it, at least.
 
         Those that arrived without a reply, less everything that the sockets of the namespace took in or dropped. The
-        traffic of other ports makes the number smaller, never larger. If a rule sends requests elsewhere, it is unknown.
+        traffic of other ports makes the number smaller, never larger. Unknown if a rule sends requests elsewhere.
         """
         counters = self.facts.counters
         if counters is None or self.redirections or any(each.has_no_process for each in self.facts.sockets):
