@@ -17,6 +17,7 @@ _GET_ROUTE = 26  # RTM_GETROUTE
 _ROUTE = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _DESTINATION, _OUTPUT, _GATEWAY, _PREFERRED, _MULTIPATH, _VIA, _PROTOCOL = 1, 4, 5, 7, 9, 18, 27  # RTA_*
 _UNICAST, _LOCAL, _BROADCAST, _MULTICAST = 1, 2, 3, 5  # RTN_*, include/uapi/linux/rtnetlink.h
+_BY_KERNEL = 2  # RTPROT_KERNEL
 _NEXT_HOP = struct.Struct("=HBBi")  # struct rtnexthop
 
 
@@ -36,17 +37,19 @@ class Path:
     index: int  # of the interface by which it leaves
     source: str  # "": the kernel has no address for it
     is_unicast: bool  # not to this host, a group or a broadcast address
+    is_local: bool = False  # to this host
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A unicast route of any routing table."""
+    """A unicast route of any routing table, or one that makes a network local without its being an address (AnyIP)."""
 
     network: ipaddress.IPv4Network | ipaddress.IPv6Network
     index: int  # of its interface, 0: it has several
     gateway: str  # "": the network is attached
     preferred: str  # source address that the route sets, "": none
     paths: int  # next hops
+    is_local: bool = False
 
 
 class Lookup:
@@ -81,14 +84,21 @@ class Lookup:
             int.from_bytes(found.get(_OUTPUT, b""), sys.byteorder),
             str(ipaddress.ip_address(bytes(source))) if source else "",
             content[7] == _UNICAST,
+            content[7] == _LOCAL,
         )
 
 
-def route_to(address: str) -> Route | None:
-    """Return the route in the namespace of the calling thread, or None if there is none; raises OSError."""
+def route_to(address: str, device: int = 0) -> Route | None:
+    """Return the route in the namespace of the calling thread, or None if there is none; raises OSError.
+
+    ``device``: index of a VRF in whose table to look.
+    """
+    body = _request(ipaddress.ip_address(address))
+    if device:
+        body += attribute(_OUTPUT, device.to_bytes(4, sys.byteorder))
     with Netlink(socket.NETLINK_ROUTE) as netlink:
         try:
-            (content,) = netlink.ask(_GET_ROUTE, _request(ipaddress.ip_address(address)))
+            (content,) = netlink.ask(_GET_ROUTE, body)
         except OSError:
             return None
     kind = content[7]
@@ -101,7 +111,7 @@ def route_to(address: str) -> Route | None:
 
 
 def entries(family: int, most: int) -> list[Entry]:
-    """Return at most ``most`` unicast routes of all tables, in the namespace of the calling thread.
+    """Return at most ``most`` routes of all tables, in the namespace of the calling thread.
 
     ``family``: 4 or 6. Raises OSError.
     """
@@ -119,8 +129,9 @@ def _request(destination: ipaddress.IPv4Address | ipaddress.IPv6Address) -> byte
 
 def _entries(contents: Iterator[memoryview]) -> Iterator[Entry]:
     for content in contents:
-        family, prefix, _, _, _, _, _, kind, _ = _ROUTE.unpack_from(content)
-        if kind != _UNICAST:
+        family, prefix, _, _, _, protocol, _, kind, _ = _ROUTE.unpack_from(content)
+        is_local = kind == _LOCAL and protocol != _BY_KERNEL  # the kernel adds one for each address
+        if kind != _UNICAST and not is_local:
             continue
         found = dict(attributes(content[_ROUTE.size :]))
         raw = bytes(found.get(_DESTINATION, bytes(4 if family == socket.AF_INET else 16)))
@@ -132,6 +143,7 @@ def _entries(contents: Iterator[memoryview]) -> Iterator[Entry]:
             str(ipaddress.ip_address(bytes(gateway))) if gateway else "via" if _VIA in found else "",
             str(ipaddress.ip_address(bytes(preferred))) if preferred else "",
             _next_hops(found[_MULTIPATH]) if _MULTIPATH in found else 1,
+            is_local,
         )
 
 

@@ -22,6 +22,7 @@ MAX_ADDRESSES = 512
 MAX_ROUTES = 4_096  # of each family
 MAX_PEERS = 64  # of each family and device
 MAX_DEVICES = 8  # that sockets are bound to
+MAX_LOCAL = 64  # networks that a route makes local (AnyIP)
 _SAMPLES = 8  # of a group of peers whose sources may differ
 _LINK_SCOPE, _HOST_SCOPE = 253, 254  # RT_SCOPE_*
 _KEEPALIVED = 18  # RTPROT_KEEPALIVED, as the protocol of an address
@@ -118,6 +119,7 @@ def read_networks(devices: Collection[int] = ()) -> Networks:
         and len(found) < MAX_ADDRESSES
         and all(len(each) < MAX_ROUTES for each in routes.values())
         and all(len(group) <= MAX_PEERS for group in groups.values())
+        and len(reader.local) <= MAX_LOCAL
         and len(wanted) == len({0, *devices}),
     )
 
@@ -141,14 +143,16 @@ class _Reader:
     """The tables of one namespace."""
 
     def __init__(self, links: dict[int, Link], found: list[LinkAddress], routes: dict[int, list[Entry]]) -> None:
-        self._links, self._found, self._routes = links, found, routes
+        self._links, self._found = links, found
+        self._routes = {family: [entry for entry in table if not entry.is_local] for family, table in routes.items()}
+        self.local = [entry for table in routes.values() for entry in table if entry.is_local]
         self._own = {each.address for each in found}
         self._prefixes: dict[int, dict[int, set[int]]] = {4: {}, 6: {}}
         for family, table in routes.items():
             for entry in table:
                 shifted = int(entry.network.network_address) >> (entry.network.max_prefixlen - entry.network.prefixlen)
                 self._prefixes[family].setdefault(entry.network.prefixlen, set()).add(shifted)
-        uplinks = {entry.index for table in routes.values() for entry in table if not entry.network.prefixlen}
+        uplinks = {entry.index for table in self._routes.values() for entry in table if not entry.network.prefixlen}
         ports = {link.master for link in links.values() if link.kind not in ("veth", "tun")}
         self._bridges = {
             link.index
@@ -173,7 +177,26 @@ class _Reader:
                 self._address_kind(each, link),
                 self._vrf_of(link),
                 is_private(each.address),
-                _host_source(lookup, each),
+                _host_source(lookup, each.address, each.index),
+            )
+        for entry in self.local[:MAX_LOCAL]:
+            yield from self._any_ip(lookup, entry)
+
+    def _any_ip(self, lookup: Lookup, entry: Entry) -> Iterator[Address]:
+        """Yield an address of a network that a route makes local: it stands for all of them."""
+        link = self._links.get(entry.index)
+        sample = next(self._hosts(entry, 1), None)
+        if sample is None or not link or not link.is_up or link.name == _SERVICES or entry.network.is_multicast:
+            return
+        path = lookup.path(sample)
+        if path and path.is_local:  # else only marked packets get there, as those of transparent proxies do
+            source = _host_source(lookup, sample, entry.index)
+            family = entry.network.version
+            yield Address(
+                *(sample, family, link.name, link.index, AddressKind.VIRTUAL),
+                vrf=self._vrf_of(link),
+                is_private=is_private(sample),
+                host_source=source,
             )
 
     def groups(self, family: int, device: int) -> list[_Group]:
@@ -319,10 +342,10 @@ class _Reader:
         return max((length for length, known in table.items() if value >> (bits - length) in known), default=-1)
 
 
-def _host_source(lookup: Lookup, each: LinkAddress) -> str:
+def _host_source(lookup: Lookup, address: str, index: int) -> str:
     """Return the source of a reply to a client on this host: the address that routing gives to that client."""
-    out = each.index if ipaddress.ip_address(each.address).is_link_local else 0
-    client = lookup.path(each.address, out)
+    out = index if ipaddress.ip_address(address).is_link_local else 0
+    client = lookup.path(address, out)
     if not client or not client.source:
         return ""
     reply = lookup.path(client.source, out)

@@ -109,7 +109,9 @@ def serving(node: Namespace, kind: Kind, port: int) -> Iterator[UdpSocket]:
             with node.entered():
                 device = socket.if_nametoindex(kind.device)
         made.bind((kind.address, port))
-        thread = threading.Thread(target=_echo, args=(made, kind), daemon=True)
+        stop = threading.Event()
+        made.settimeout(0.05)
+        thread = threading.Thread(target=_echo, args=(made, kind, stop), daemon=True)
         thread.start()
         try:
             yield UdpSocket(
@@ -124,17 +126,17 @@ def serving(node: Namespace, kind: Kind, port: int) -> Iterator[UdpSocket]:
                 process="server",
             )
         finally:
-            made.shutdown(socket.SHUT_RD) if False else None
-            _stop(node, made, kind, port)
+            stop.set()
             thread.join(5)
             assert not thread.is_alive()
 
 
-def _echo(made: socket.socket, kind: Kind) -> None:
-    while True:
-        data, control, _, peer = made.recvmsg(100, 100)
-        if data == b"stop":
-            return
+def _echo(made: socket.socket, kind: Kind, stop: threading.Event) -> None:
+    while not stop.is_set():
+        try:
+            data, control, _, peer = made.recvmsg(100, 100)
+        except TimeoutError:
+            continue
         sent = [
             each for each in control if each[:2] in ((socket.IPPROTO_IP, servers.IP_PKTINFO), (socket.IPPROTO_IPV6, 50))
         ]
@@ -148,14 +150,6 @@ def _without_interface(control: tuple[int, int, bytes]) -> tuple[int, int, bytes
     if level == socket.IPPROTO_IP:
         return level, kind, bytes(4) + data[8:12] + bytes(4)
     return level, kind, data
-
-
-def _stop(node: Namespace, made: socket.socket, kind: Kind, port: int) -> None:
-    with node.socket(socket.AF_INET if kind.family == 4 else socket.AF_INET6) as client:
-        if kind.device:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, kind.device.encode())
-        address = made.getsockname()[0]
-        client.sendto(b"stop", ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address, address), port))
 
 
 def reply_source(client: Namespace, address: str, port: int) -> tuple[str, str] | None:

@@ -160,6 +160,28 @@ def calico(lab: Lab) -> Layout:
     return Layout(lab, node, (pod, container, _on_lan(lab, router, "1")))
 
 
+def any_ip(lab: Lab) -> Layout:
+    """A load balancer that takes whole networks without having their addresses, and tables for marked packets only."""
+    node = lab.namespace("node")
+    router = _router(lab, node, "1")
+    _addresses(node, 0, "1")
+    node.ip(
+        "route add default via 10.1.0.1",
+        "route add ::/0 via fd00:1::1",
+        "route add local 10.9.0.0/24 dev lo",
+        "route add local fd00:9::/64 dev lo",
+        "route add local 10.9.1.7/32 dev lo",
+        "route add local 0.0.0.0/0 dev lo table 2004",
+        "rule add fwmark 0x200 lookup 2004",
+    )
+    router.ip(
+        "route add 10.9.0.0/24 via 10.1.0.5",
+        "route add 10.9.1.7 via 10.1.0.5",
+        "route add fd00:9::/64 via fd00:1::5",
+    )
+    return Layout(lab, node, (_on_lan(lab, router, "1"), _afar(lab, router, "afar", "192.168.77.7", "fd00:77::7")))
+
+
 def two_prefixes(lab: Lab) -> Layout:
     """Two public IPv6 prefixes on one link: the kernel selects the source that is closest to the peer."""
     node = lab.namespace("node")
@@ -224,5 +246,8 @@ def tunnel(lab: Lab) -> Layout:
 LAYOUTS: dict[str, tuple[type[Lab], Callable[..., Layout]]] = {
     "docker": (ContainerHost, docker),
     "pod": (ContainerHost, pod),
-    **{make.__name__: (Lab, make) for make in (two_uplinks, keepalived, secondary, calico, two_prefixes, vrf, tunnel)},
+    **{
+        make.__name__: (Lab, make)
+        for make in (two_uplinks, keepalived, secondary, calico, any_ip, two_prefixes, vrf, tunnel)
+    },
 }
