@@ -3,9 +3,10 @@
 Rules
 1. A packet socket with a filter of its own reads nothing but the headers of this port's datagrams.
 2. A request counts where it arrives and a reply where it leaves. A packet that passes several devices counts once:
-   devices that belong to another (ports of a bridge, a bond or a VRF) and tagged packets of a VLAN are left out.
+   devices that belong to another (ports of a bridge or a bond) and tagged packets of a VLAN are left out. A VRF is left
+   out, and its devices are not: the kernel shows what arrives for a VRF only to sockets that are bound to it.
 3. Memory is bounded: MAX_CONVERSATIONS, MAX_PACKETS. What is beyond counts as missed.
-4. Not counted: fragments but the first, and IPv6 datagrams with extension headers.
+4. Not counted: fragments but the first, IPv6 datagrams with extension headers, and what a host asks itself in a VRF.
 """
 
 from __future__ import annotations
@@ -220,5 +221,7 @@ def _addresses(data: bytes) -> tuple[str, int, str, int]:
 
 
 def _parts() -> frozenset[str]:
-    """Return the names of the devices that belong to another device; raises OSError."""
-    return frozenset(link.name for link in links(MAX_LINKS) if link.master)
+    """Return the names of the devices whose packets also pass another device; raises OSError."""
+    found = links(MAX_LINKS)
+    vrfs = {link.index for link in found if link.kind == "vrf"}
+    return frozenset(link.name for link in found if link.index in vrfs or (link.master and link.master not in vrfs))

@@ -13,7 +13,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -22,6 +22,7 @@ import pytest
 from looks import PAUSE_SECONDS, SECOND, SERVER, SERVER_6, asking, explain, serve, server_and_client
 from sensors import IN_MATRIX
 
+from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
@@ -202,7 +203,52 @@ def test_insertions_into_conntrack_fail(lab: Lab, port: int) -> None:
     text = told.get("conntrack-insert-failed")["text"]
     assert "because another new flow had taken the same addresses and ports (insert_failed)" in text
     assert "for other machines arrived in 1 s (10.2.0.2)" in told.get("other-namespace")["text"]
-    assert "single-request-reopen" in told.get("conntrack-insert-failed")["fix"]
+    assert "fully-random" in told.get("conntrack-insert-failed")["fix"]
+
+
+def test_two_questions_at_once_from_one_socket_are_not_lost(lab: Lab, port: int) -> None:
+    """Both make a new flow, and destination NAT sends them to different servers. Old kernels dropped one of them; since
+    then, the kernel resolves the clash, and explain must not say that such questions are lost.
+    """
+    router, server, client = lab.namespace("router"), lab.namespace("server"), lab.namespace("client")
+    lab.link(router, "out", server, "eth0")
+    lab.link(router, "in", client, "eth0")
+    router.ip("addr add 10.2.0.1/24 dev out", "addr add 10.1.0.1/24 dev in")
+    server.ip("addr add 10.2.0.2/24 dev eth0", "addr add 10.2.0.3/24 dev eth0", "route add default via 10.2.0.1")
+    client.ip("addr add 10.1.0.2/24 dev eth0", "route add default via 10.1.0.1")
+    router.sysctl("net/ipv4/ip_forward", "1")
+    to = "dnat to numgen inc mod 2 map { 0 : 10.2.0.2, 1 : 10.2.0.3 }"
+    slow = "".join(f"ip saddr 192.0.2.1 udp sport {number} drop; " for number in range(1, 2000))
+    router.nft(
+        f"table ip n {{ chain p {{ type nat hook prerouting priority dstnat; ip daddr 10.9.9.9 {to}; }}; }}\n"
+        f"table ip s {{ chain p {{ type filter hook postrouting priority 200; {slow} }}; }}"
+    )
+    for address in ("10.2.0.2", "10.2.0.3"):
+        serve(server, port, address)
+    turns = mmap.mmap(-1, 16)
+    cpus = sorted(os.sched_getaffinity(0))
+    if len(cpus) < 2:
+        pytest.skip("needs two CPUs: two questions at the same moment")
+    with contextlib.ExitStack() as opened:
+        asking = [opened.enter_context(client.socket()) for _ in range(500)]
+        for number in range(2):
+
+            def ask(number: int = number) -> None:
+                os.sched_setaffinity(0, {cpus[number]})
+                for turn, asker in enumerate(asking, start=1):
+                    struct.pack_into("=Q", turns, 8 * number, turn)
+                    while struct.unpack_from("=Q", turns, 8 * (1 - number))[0] < turn:
+                        pass
+                    asker.sendto(b"question", ("10.9.9.9", port))
+                    time.sleep(0.002)
+
+            client.spawn(f"client{number}", ask)
+        told = explain(router, port, seconds=2)
+    with router.entered():
+        columns = [line.split() for line in Path("/proc/net/stat/nf_conntrack").read_text().splitlines()]
+    clashes = sum(int(line[columns[0].index("clashres")], 16) for line in columns[1:])
+    assert clashes, "no two questions met"
+    assert told.kinds == set(), told.report
 
 
 def test_replies_dropped_on_the_way_out(pair: tuple[Namespace, Namespace], port: int) -> None:
@@ -376,6 +422,38 @@ def test_wrong_checksum(pair: tuple[Namespace, Namespace], port: int) -> None:
     sender.stop()
     assert told.kinds == {"checksum"}
     assert "(InCsumErrors)" in told.get("checksum")["text"]
+
+
+@pytest.mark.parametrize("address", [SERVER, SERVER_6])
+def test_servers_in_a_vrf(lab: Lab, port: int, address: str) -> None:
+    """A socket that is bound to a VRF or to its device gets the requests, another one only if it is told to."""
+    server, client = server_and_client(lab)
+    wildcard = "::" if ":" in address else "0.0.0.0"
+    try:
+        server.ip("link add red type vrf table 10", "link set red up")
+    except UdpwatchError as error:
+        pytest.skip(f"this kernel has no VRF: {error}")
+    server.ip("link set eth0 master red", f"addr replace {SERVER_6}/64 dev eth0 nodad")
+    server.ip(f"addr replace {SERVER}/24 dev eth0")
+
+    def bind_to(device: str) -> Callable[[socket.socket], None]:
+        return lambda made: made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode())
+
+    for number, device in enumerate(("red", "eth0")):
+        serve(server, port + number, wildcard, prepare=bind_to(device))
+        with asking(client, address, port + number):
+            told = explain(server, port + number)
+        assert told.kinds == set(), told.report
+        assert told.get("replies")["text"].endswith(f"at {address}.")
+    serve(server, port + 2, wildcard)
+    with asking(client, address, port + 2):
+        told = explain(server, port + 2)
+        assert told.kinds == {"other-device"}, told.report
+        assert "while they came through eth0 in the VRF red" in told.get("other-device")["text"]
+        setting, _, value = told.get("other-device")["fix"].rpartition(" ")[2].partition("=")
+        server.sysctl(setting.replace(".", "/"), value)
+        told = explain(server, port + 2)
+    assert not told.kinds & {"other-device", "not-local", "lost"}, told.report
 
 
 def test_requests_for_an_address_that_is_not_here(pair: tuple[Namespace, Namespace], port: int) -> None:

@@ -71,7 +71,7 @@ class Case:
 
     @cached_property
     def _sockets(self) -> Sockets:
-        return Sockets(self.facts.sockets)
+        return Sockets(self.facts.sockets, self.facts.vrfs, self.facts.is_vrf_shared)
 
     @cached_property
     def lost(self) -> int:

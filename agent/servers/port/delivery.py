@@ -242,16 +242,14 @@ def _conntrack(case: Case) -> Iterator[Statement]:
         text = f"Conntrack dropped {count(dropped, 'packet')} of this namespace in {case.time} (drop)."
         yield Statement(Kind.CONNTRACK_DROP, True, text, "conntrack -S; dmesg | grep conntrack")
     why = (
-        "because another new flow had taken the same addresses and ports (insert_failed). Two questions at once from "
-        "one socket, or two clients with the same port behind NAT, cause that"
+        "because another new flow had taken the same addresses and ports (insert_failed). Two clients that ask from "
+        "the same port behind source NAT cause that, for example"
     )
     if failed > 0:
         text = f"Conntrack dropped {count(failed, 'packet')} of this namespace in {case.time} {why}."
-        fix = (
-            "options single-request-reopen        # in resolv.conf of DNS clients\n"
-            "... masquerade random,fully-random   # in rules of source NAT"
+        yield Statement(
+            Kind.CONNTRACK_INSERT, True, text, "... masquerade random,fully-random   # in rules of source NAT"
         )
-        yield Statement(Kind.CONNTRACK_INSERT, True, text, fix)
     elif now.insert_failed:
         text = f"Conntrack has dropped {count(now.insert_failed, 'packet')} of this namespace {why}; none in this look."
         yield Statement(Kind.CONNTRACK_INSERT, False, text, "conntrack -S")

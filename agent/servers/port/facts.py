@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 
 from udpwatch.agent.kernel.packet_tap import Traffic
@@ -63,6 +64,8 @@ class NamespaceFacts:
     buffer_max: int | None = None  # net.core.rmem_max
     servers: tuple[tuple[Server | None, Server], ...] = ()  # before and after, from a running agent
     path: str = ""  # for nsenter --net=
+    vrfs: Mapping[str, str] = field(default_factory=dict)  # device -> the VRF that it belongs to
+    is_vrf_shared: bool = False  # net.ipv4.udp_l3mdev_accept: sockets without a device get requests of VRFs
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,12 @@ def _refusal(case: Case, reason: Mismatch, requests: list[Conversation], arrived
             return Statement(Kind.OTHER_FAMILY, True, text, "sysctl net.ipv6.bindv6only")
         case Mismatch.DEVICE:
             devices = several(each.device for each in requests)
+            if vrfs := several(case.facts.vrfs[each.device] for each in requests if each.device in case.facts.vrfs):
+                text = (
+                    f"{start}, while they came through {devices} in the VRF {vrfs}{result}. Let it bind to the VRF, "
+                    f"or let sockets without a device get the requests of all VRFs."
+                )
+                return Statement(Kind.OTHER_DEVICE, True, text, "sysctl -w net.ipv4.udp_l3mdev_accept=1")
             text = f"{start}, while they came through {devices}{result}. Let it bind to that device, or to none."
             return Statement(Kind.OTHER_DEVICE, True, text)
         case Mismatch.PEER:

@@ -36,6 +36,7 @@ from udpwatch.agent.servers.port.places import Place, Places, places
 
 MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
 MAX_ADDRESSES = 512  # of a namespace
+MAX_VRFS = 8  # in whose tables an address that was asked is looked up
 FIREWALL_SECONDS = 10.0  # for the rules of all namespaces; each takes at most half of what is left
 SETTLE_SECONDS = 0.05  # until a datagram that passed a device has reached its socket
 _STEP_SECONDS = 0.02
@@ -220,13 +221,16 @@ class Looker:
             listed += missing_from(listed, all_here(self._port, inode))
             sockets = tuple(known.facts(sock, _waiting(each.waiting, sock, now), before, after) for sock in listed)
             asked = {conversation.address for conversation in each.traffic.conversations} if each.traffic else set()
+            vrfs = _vrfs()
             return NamespaceFacts(
                 name=known.name(each.place),
                 inode=inode,
                 here=each.place.here,
                 path=str(each.place.path),
                 sockets=sockets,
-                local=frozenset(_local(asked | ({self._asked} if self._asked else set()))),
+                local=frozenset(_local(asked | ({self._asked} if self._asked else set()), vrfs.values())),
+                vrfs=vrfs,
+                is_vrf_shared=_sysctl("net/ipv4/udp_l3mdev_accept") == 1,
                 addresses=tuple(_addresses()),
                 devices=tuple(_devices(before.dropped, after.dropped)),
                 counters=after.counters - before.counters if after.counters and before.counters else None,
@@ -345,12 +349,25 @@ def _has_tcp_listener(port: int) -> bool:
     return False
 
 
-def _local(addresses: Iterable[str]) -> Iterator[str]:
-    """Yield those that are local in the namespace of the calling thread."""
+def _local(addresses: Iterable[str], vrfs: Iterable[str]) -> Iterator[str]:
+    """Yield those that are local in the namespace of the calling thread, in the main tables or in those of a VRF."""
+    tables = [0]
+    for vrf in sorted(set(vrfs))[:MAX_VRFS]:
+        with contextlib.suppress(OSError):
+            tables.append(socket.if_nametoindex(vrf))
     for address in addresses:
-        route = route_to(address)
-        if route is not None and route.is_local:
+        if any((route := route_to(address, table)) is not None and route.is_local for table in tables):
             yield address
+
+
+def _vrfs() -> dict[str, str]:
+    """Return the VRF of each device of the namespace of the calling thread that belongs to one."""
+    try:
+        found = links(MAX_LINKS)
+    except OSError:
+        return {}
+    names = {link.index: link.name for link in found if link.kind == "vrf"}
+    return {link.name: names[link.master] for link in found if link.master in names}
 
 
 def _addresses() -> list[str]:

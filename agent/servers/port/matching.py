@@ -6,7 +6,7 @@ what they are bound to, not one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from udpwatch.agent.kernel.packet_tap import Conversation
@@ -29,7 +29,11 @@ class Mismatch(StrEnum):
 class Sockets:
     """The sockets of a port in one namespace."""
 
-    def __init__(self, sockets: Iterable[SocketFacts]) -> None:
+    def __init__(
+        self, sockets: Iterable[SocketFacts], vrfs: Mapping[str, str] | None = None, is_vrf_shared: bool = False
+    ) -> None:
+        """``vrfs``: device -> VRF. ``is_vrf_shared``: sockets without a device get the requests of VRFs, too."""
+        self._vrfs, self._is_vrf_shared = vrfs or {}, is_vrf_shared
         self._free: set[tuple[int, str, str]] = set()  # family, address, device: not connected
         self._peers: set[tuple[int, str, str, str, int]] = set()  # and their peers
         self._connected: set[tuple[int, str, str]] = set()
@@ -58,7 +62,7 @@ class Sockets:
         """Return what the socket lacks that comes closest to a request; None: one gets it."""
         family = 6 if ":" in request.address else 4
         places = [(family, address) for address in (plain(request.address), _ANY)]
-        ends = [(*place, device) for place in places for device in {request.device, _ANY}]
+        ends = [(*place, device) for place in places for device in self._devices(request.device)]
         peer = plain(request.peer), request.peer_port
         if any(end in self._free or (*end, *peer) in self._peers for end in ends):
             return None
@@ -69,6 +73,13 @@ class Sockets:
         if family in self._families:
             return Mismatch.ADDRESS
         return Mismatch.ONLY_IPV6 if family == 4 and self._has_only_ipv6 else Mismatch.FAMILY
+
+    def _devices(self, device: str) -> tuple[str, ...]:
+        """Return what a socket may be bound to that gets the requests of a device."""
+        vrf = self._vrfs.get(device)
+        if vrf is None:
+            return device, _ANY
+        return (device, vrf, _ANY) if self._is_vrf_shared else (device, vrf)
 
 
 def family_mismatch(sock: UdpSocket, family: int) -> Mismatch | None:

@@ -100,6 +100,20 @@ def test_nearest_socket_tells_the_reason() -> None:
     assert wrong(told(facts)) == [Kind.OTHER_DEVICE]
 
 
+@pytest.mark.parametrize(
+    ("bound", "shared", "expected"),
+    [
+        ("", False, Mismatch.DEVICE),
+        ("", True, None),
+        ("red", False, None),
+        ("eth0", False, None),
+        ("eth1", True, Mismatch.DEVICE),
+    ],
+)
+def test_socket_that_a_request_in_a_vrf_reaches(bound: str, shared: bool, expected: Mismatch | None) -> None:
+    assert Sockets([SocketFacts(SOCKET, device=bound)], {"eth0": "red"}, shared).mismatch(asked()) is expected
+
+
 def test_thousands_of_sockets_and_of_requests_are_compared_in_no_time() -> None:
     """Each request was compared with each socket: 4,096 of 5,000 took half a minute."""
     connected = [
