@@ -207,7 +207,9 @@ class _Reader:
             if entry.network.is_multicast or entry.network.is_loopback:
                 continue
             link = self._links.get(entry.index)
-            if device and entry.index not in (0, device) and not (is_vrf and link and link.master == device):
+            # What a VRF's table has no route for is looked up in the main table, unless it ends with "unreachable".
+            in_vrf = is_vrf and (not entry.network.prefixlen or (link is not None and link.master == device))
+            if device and entry.index not in (0, device) and not in_vrf:
                 continue
             if not device and link and self._vrf_of(link):
                 continue  # its peers do not reach a socket that is not bound to the VRF

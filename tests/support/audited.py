@@ -218,5 +218,7 @@ def _ask(
         found = reply_source(client, address.address, each.port)
         if found:
             peer, source = found
-            group = None if client is node else group_of(networks, peer, each.device)
+            # The node reaches an address in a VRF by its router, like any other client.
+            here = client is node and not address.vrf
+            group = None if here else group_of(networks, peer, each.device)
             yield (address.address, group), source
