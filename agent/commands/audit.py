@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from udpwatch.agent.servers.audit import (
 )
 from udpwatch.agent.servers.held import held_sockets
 from udpwatch.agent.servers.inventory import list_all
-from udpwatch.agent.servers.namespaces import read_all, read_of_process
+from udpwatch.agent.servers.namespaces import AUDIT_SECONDS, read_all, read_of_process
 from udpwatch.agent.servers.networks import Networks
 from udpwatch.agent.servers.owners import owner_key, owners
 
@@ -127,8 +128,11 @@ def _networks(groups: dict[int, list[UdpSocket]]) -> dict[int, Networks]:
         for inode, group in groups.items()
         if any(families_of(each) and is_server(each) for each in group)
     }
-    found = read_all(wanted)
+    end = time.monotonic() + AUDIT_SECONDS
+    found = read_all(wanted, end)
     for inode in wanted.keys() - found.keys():
+        if time.monotonic() > end:
+            break
         held = next((each for each in groups[inode] if each.pid), None)
         networks = read_of_process(held.pid, inode, wanted[inode], held.inode) if held else None
         if networks:

@@ -28,6 +28,7 @@ from udpwatch.agent.servers.networks import Address, AddressKind, Networks, is_p
 KEEP_SECONDS = 30.0  # how long changes of addresses and routes may go unnoticed
 MAX_KEPT = 20_000  # addresses and groups of peers, beside those of the agent's own namespace
 READ_SECONDS = 0.02  # of reading; then other namespaces wait
+AUDIT_SECONDS = 20.0  # of reading by a command; the risk in further namespaces is unknown
 JUDGE_SECONDS = 0.05  # of judging the sockets of other namespaces; then others wait for the next call
 _REST = 20  # pause after reading, in multiples of its duration
 _MAX_LINES = 4_096  # of a file in /proc/PID/net
@@ -67,10 +68,15 @@ def _lists(path: Path, socket: int) -> bool:
         return bool(socket) and any(line.split()[9] == str(socket) for line in islice(file, 1, _MAX_LINES))
 
 
-def read_all(wanted: Mapping[int, Collection[int]]) -> dict[int, Networks]:
-    """Return the networks of all namespaces that can be found and entered. ``wanted``: inode number -> devices."""
+def read_all(wanted: Mapping[int, Collection[int]], end: float) -> dict[int, Networks]:
+    """Return the networks of all namespaces that can be found and entered. ``wanted``: inode number -> devices.
+
+    ``end``: monotonic seconds at which to stop.
+    """
     found: dict[int, Networks] = {}
     for fd in netns.everywhere():
+        if time.monotonic() > end:
+            break
         inode = os.fstat(fd).st_ino
         if inode in wanted:
             with contextlib.suppress(OSError), netns.entered(fd):

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import resource
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -22,7 +26,7 @@ from waiting import wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing import servers
-from udpwatch.agent.testing.lab import ContainerHost, Namespace
+from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 PORTS = count(21_000)
 PKTINFO = (socket.IPPROTO_IP, servers.IP_PKTINFO, 1)
@@ -210,6 +214,38 @@ def test_user_without_privilege_sees_what_the_agent_knows(host: ContainerHost, f
     (server,) = [each for each in report["servers"] if each["port"] == port]
     assert (server["risk"], server["process"], server["requests"], server["replies"]) == ("wrong", "wrong-server", 3, 3)
     assert "what the agent knows" in report["notes"][0]
+
+
+def test_five_thousand_sockets_in_300_namespaces(capsys: pytest.CaptureFixture[str]) -> None:
+    """It answers in two seconds on an idle machine; its CPU time does not depend on what else runs."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 8_192), hard))
+    ready, told = os.pipe()
+    try:
+        with Lab() as lab:
+            for number in range(300):
+
+                def serve() -> None:
+                    made = [socket.socket(type=socket.SOCK_DGRAM) for _ in range(17)]
+                    for port, each in enumerate(made, start=10_000):
+                        each.bind(("0.0.0.0", port))
+                    os.write(told, b"1")
+                    signal.pause()
+
+                lab.namespace(f"n{number}").spawn("crowd", serve)
+                os.read(ready, 1)
+            before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+            report = audit("--all")
+            took, after = time.monotonic() - begin, resource.getrusage(resource.RUSAGE_CHILDREN)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        os.close(ready)
+        os.close(told)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    with capsys.disabled():
+        print(f" [{took:.1f} s, {spent:.1f} s of CPU time]", end="")
+    assert sum(each["process"] == "crowd" for each in report["servers"]) == 300 * 17
+    assert spent < 3
 
 
 def test_wrong_usage_and_missing_agent() -> None:

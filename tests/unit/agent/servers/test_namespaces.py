@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from udpwatch.agent.model import Risk, UdpSocket
 from udpwatch.agent.servers import namespaces
-from udpwatch.agent.servers.namespaces import KEEP_SECONDS, MAX_KEPT, Risks, single_addresses
+from udpwatch.agent.servers.namespaces import KEEP_SECONDS, MAX_KEPT, Risks, read_all, single_addresses
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks
 
 POD = """\
@@ -185,3 +186,8 @@ def test_judgement_outlives_the_networks_it_was_made_with(monkeypatch: pytest.Mo
     risks(in_namespaces(1), 100.0)
     monkeypatch.setattr(namespaces, "JUDGE_SECONDS", -1.0)
     assert risks(in_namespaces(1), 100.0 + 2 * KEEP_SECONDS) == {1: Risk.NONE}
+
+
+def test_time_bounds_what_audit_reads() -> None:
+    assert read_all({HERE: ()}, time.monotonic() + 60).keys() == {HERE}
+    assert read_all({HERE: ()}, time.monotonic() - 1) == {}
