@@ -41,17 +41,14 @@ static __always_inline int is_pending(const struct conversation *request) {
     return request->asked > request->answered;
 }
 
-/* Note a request; return whether it continues a wait. A peer that waited for long and asks again
- * begins another wait: its first request stays unanswered. */
-static __always_inline int note_time(struct conversation *way, __u64 asked, __u64 answered,
-                                     __u64 now) {
-    int continues = asked > answered && age(answered, now) < (__s64)REPEAT_NS;
+/* Note the time of a request, which begins a wait unless it continues one. */
+static __always_inline void note_time(struct conversation *way, __u64 answered, int continues,
+                                      __u64 now) {
     __u64 time = after(now, answered);
 
     if (!continues)
         WRITE_ONCE(way->answered, time - 1);
     WRITE_ONCE(way->asked, time);
-    return continues;
 }
 
 /* A group is stored as the address zero. */
@@ -127,7 +124,8 @@ static __always_inline __u32 ask_way(struct conversation *way, const __u64 *its_
         return LOOK_CLOSER;
     if (asked > answered && age(asked, now) < (__s64)REFRESH_NS)
         return done(flags, 1);
-    int continues = note_time(way, asked, answered, now);
+    int continues = asked > answered && age(answered, now) < (__s64)REPEAT_NS;
+    note_time(way, answered, continues, now);
     if (READ_ONCE(*its_tag) != tag || READ_ONCE(way->tenant.flags) & SEVERAL)
         return LOOK_CLOSER;
     return done(flags, continues);
@@ -241,7 +239,7 @@ static __always_inline void insert(struct conversation_set *set, __u64 tag,
 
 enum remembering {
     KNOWN,   /* this address was asked before, and no other */
-    WAITING, /* the same, and the request continues a wait */
+    WAITING, /* KNOWN + 1: the same, and the request continues a wait */
     FRESH,   /* the conversation is new */
     ANOTHER, /* it asked another address before, copied to `known` */
 };
@@ -254,10 +252,14 @@ static __always_inline enum remembering note_in_way(struct conversation *way,
         return KNOWN;
     }
     if (!(way->tenant.flags & SEVERAL) && same(&way->address, &fresh->address)) {
-        int continues = note_time(way, way->asked, way->answered, now);
+        /* A peer that waited for long and asks again begins another wait: its first request stays
+         * unanswered. */
+        int continues =
+            is_less(way->answered, way->asked) & is_less(now, way->answered + REPEAT_NS) & 1;
+        note_time(way, way->answered, continues, now);
         way->tenant.flags =
             (way->tenant.flags & HEAVY) | (fresh->tenant.flags & (CLIENTS | SLOT_MASK));
-        return continues ? WAITING : KNOWN;
+        return KNOWN + continues;
     }
     copy(known, way);
     return ANOTHER;

@@ -62,6 +62,15 @@ static __always_inline void remember_another(struct conversation_set *set, __u64
         note_answer(others, request_hash(keys, tag, &known->address));
 }
 
+/* Return 1 if change_way() finds that a conversation has a single address again, else 0. */
+static __always_inline int has_one_again(const struct conversation *known,
+                                         const struct address *address, __u64 now) {
+    __u64 other =
+        (known->address.half[0] ^ address->half[0]) | (known->address.half[1] ^ address->half[1]);
+    return (known->tenant.flags & SEVERAL) & is_zero(other) &
+           is_less(known->answered + WINDOW_NS, now);
+}
+
 /* Note a request. Return how many waits it began: 1 or 0, or -1 if it ended one. The waits of a
  * conversation with several addresses are not counted. */
 static __always_inline int remember(struct conversation_set *set, __u64 tag,
@@ -79,13 +88,9 @@ static __always_inline int remember(struct conversation_set *set, __u64 tag,
         (has_lost_many(key, now) ? HEAVY : 0) | (is_client ? CLIENTS : 0) | slot << SLOT_SHIFT;
     enum remembering done = note_request(set, tag, &fresh, now, &known, &evicted);
     if (done == ANOTHER) {
-        int had_several = known.tenant.flags & SEVERAL;
-        int was_waiting = !had_several && is_pending(&known);
+        int was_waiting = !(known.tenant.flags & SEVERAL) && is_pending(&known);
         remember_another(set, tag, &fresh, &known, now);
-        /* See change_way(). */
-        int has_one =
-            had_several && same(&known.address, address) && !is_remembered(known.answered, now);
-        return has_one - was_waiting;
+        return has_one_again(&known, address, now) - was_waiting;
     }
     if (done == FRESH) {
         COUNT(remembered, 1);
