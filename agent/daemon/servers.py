@@ -233,7 +233,7 @@ class Servers:
 
     def _count_drops(self, entry: _Entry) -> None:
         """Add the drops of each socket since it was last seen."""
-        now = {socket_id(each): each.drops for each in entry.sockets if each.drops is not None}
+        now = {socket_id(each): each.drops for each in entry.sockets if each.drops}
         more = sum(_grown(drops, entry.drops_of.get(which, 0)) for which, drops in now.items())
         entry.drops_of = now
         seen = entry.seen

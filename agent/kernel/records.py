@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import ipaddress
 import struct
+import sys
 import time
 from array import array
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
@@ -450,7 +451,7 @@ def decode_socket(raw: bytes) -> UdpSocket:
     is_connected = record.peer_port != 0
     return UdpSocket(
         # An IPv6 socket that is bound to ::ffff:0.0.0.0 serves IPv4 only.
-        address=decode_address(bytes(record.bound)),
+        address=sys.intern(decode_address(bytes(record.bound))),  # thousands of sockets have the same
         port=record.port,
         family=family,
         netns=record.netns,
@@ -471,7 +472,7 @@ def decode_socket(raw: bytes) -> UdpSocket:
         drops=record.drops,
         cgroup=record.cgroup,
         pid=record.tgid,
-        process=printable(record.comm),
+        process=sys.intern(printable(record.comm)),
         kernel=not record.inode,
     )
 

@@ -64,13 +64,16 @@ class Inventory:
         """
         sockets, self.left_out = _bounded(self._read())
         sockets = [each for each in sockets if each.named is not False]
-        return tuple(self._with_holders(sockets))
+        if self._look_for_holders(sockets):
+            self._known = {raw: self._with_holder(each) for raw, each in self._known.items()}
+            sockets = [self._with_holder(each) for each in sockets]
+        return tuple(sockets)
 
     def _read(self) -> Iterator[UdpSocket]:
         names = ["noted_sockets", *([] if "adopt_sockets" in self._links else ["sockets_here"])]
         links = [self._links[name] for name in names if name in self._links]
         if not links:
-            yield from sock_diag.list_sockets(self._home)
+            yield from map(self._with_holder, sock_diag.list_sockets(self._home))
             return
         before, self._known = self._known, {}
         seen = set[int]()  # inode numbers: a socket may be in both lists
@@ -78,7 +81,7 @@ class Inventory:
             self._pace()
             each = before.get(raw)
             if each is None:
-                each = decode_socket(raw)
+                each = self._with_holder(decode_socket(raw))
             if len(self._known) < MAX_SOCKETS:
                 self._known[raw] = each
             if len(links) == 1:
@@ -87,18 +90,22 @@ class Inventory:
                 seen.add(each.inode)
                 yield each
 
-    def _with_holders(self, sockets: list[UdpSocket]) -> Iterator[UdpSocket]:
-        """Add the process of each socket that was bound before the agent started."""
+    def _look_for_holders(self, sockets: list[UdpSocket]) -> bool:
+        """Look for the processes of sockets that were bound before the agent started; return whether it was done."""
         unknown = {each.inode for each in sockets if not each.pid and each.inode}
         now = time.monotonic()
-        if unknown - self._holders.keys() and now - self._looked_at >= HOLDERS_SECONDS:
-            self._looked_at = now
-            known = {inode: holder for inode, holder in self._holders.items() if inode in unknown and holder[0]}
-            missing = unknown - known.keys()
-            self._holders = dict.fromkeys(missing, (0, "")) | known | find_holders(missing, self._proc, self._pace)
-        for each in sockets:
-            pid, process = (0, "") if each.pid else self._holders.get(each.inode, (0, ""))
-            yield replace(each, pid=pid, process=process) if pid else each
+        if not unknown - self._holders.keys() or now - self._looked_at < HOLDERS_SECONDS:
+            return False
+        self._looked_at = now
+        listed = {each.inode for each in sockets}
+        known = {inode: holder for inode, holder in self._holders.items() if inode in listed and holder[0]}
+        self._holders = dict.fromkeys(unknown, (0, "")) | known | find_holders(unknown, self._proc, self._pace)
+        return True
+
+    def _with_holder(self, each: UdpSocket) -> UdpSocket:
+        """Add the process of a socket that was bound before the agent started."""
+        pid, process = (0, "") if each.pid else self._holders.get(each.inode, (0, ""))
+        return replace(each, pid=pid, process=process) if pid else each
 
 
 def list_all(cache: Path | None = None, port: int | None = None) -> Listed:
