@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 
@@ -246,6 +247,29 @@ def test_server_that_sleeps_does_not_read(pair: tuple[Namespace, Namespace], por
             told = explain(server, port)
     assert told.kinds == {"not-read"}
     assert "(state S)" in told.get("not-read")["text"]
+
+
+def test_state_of_one_thread_is_not_that_of_the_process(pair: tuple[Namespace, Namespace], port: int) -> None:
+    """The main thread sleeps while another one is busy: neither says why requests are not read."""
+    server, client = pair
+
+    def run() -> None:
+        with socket.socket(type=socket.SOCK_DGRAM) as made:
+            made.bind((SERVER, port))
+
+            def spin() -> None:
+                while True:
+                    pass
+
+            threading.Thread(target=spin, daemon=True).start()
+            signal.pause()
+
+    process = server.spawn("busy-server", run)
+    with asking(client, SERVER, port, pause=0.1):
+        told = explain(server, port)
+    process.stop()
+    assert told.kinds == {"not-read"}
+    assert "(state " not in told.get("not-read")["text"]
 
 
 def test_server_that_reads_and_does_not_reply(pair: tuple[Namespace, Namespace], port: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
+import itertools
 import os
 import socket
 import time
@@ -36,6 +37,7 @@ from udpwatch.agent.servers.port.places import Place, Places, places
 
 MAX_WATCHED = 16  # namespaces: reading the firewall's rules takes 0.1 s in each
 MAX_ADDRESSES = 512  # of a namespace
+MAX_THREADS = 64  # of a process whose states are compared
 MAX_VRFS = 8  # in whose tables an address that was asked is looked up
 FIREWALL_SECONDS = 10.0  # for the rules of all namespaces; each takes at most half of what is left
 SETTLE_SECONDS = 0.05  # until a datagram that passed a device has reached its socket
@@ -325,13 +327,17 @@ def _server_pairs(
 
 
 def _state(pid: int) -> str:
-    """Return the state of a process as in ps(1), or ""."""
+    """Return the state of a process as in ps(1); "" if it is unknown, or if its threads are in different ones."""
     if not pid:
         return ""
+    states = set()
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
+        with os.scandir(f"/proc/{pid}/task") as threads:
+            for thread in itertools.islice(threads, MAX_THREADS):
+                states.add(Path(thread.path, "stat").read_text(errors="replace").rpartition(")")[2].split()[0])
     except (OSError, IndexError):
         return ""
+    return states.pop() if len(states) == 1 else ""
 
 
 def _has_tcp_listener(port: int) -> bool:
