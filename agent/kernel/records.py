@@ -280,7 +280,10 @@ WAITING_BYTES = ctypes.sizeof(Waiting)
 NO_SERVER, OTHER_SERVERS, FIRST_SLOT = 0, 1, 2  # slots
 SOCKET_OWNER_BYTES = ctypes.sizeof(SocketOwner)
 SOCKET_BYTES = ctypes.sizeof(SocketRecord)
-PORT_OFFSET = SocketRecord.port.offset
+#: where numbers of a socket's record begin and end: most records need not be decoded
+INODE, NETNS, PORT = (
+    (each.offset, each.offset + each.size) for each in (SocketRecord.inode, SocketRecord.netns, SocketRecord.port)
+)
 _PKTINFO, _PKTINFO6, _REUSEPORT, _TRANSPARENT, _NAMED, _IPV6ONLY = 1, 2, 4, 8, 16, 32  # HAS_* in bpf/records.h
 
 

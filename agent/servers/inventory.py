@@ -16,7 +16,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import bpf, netns, sock_diag
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.loader import load_inventory
-from udpwatch.agent.kernel.records import PORT_OFFSET, SOCKET_BYTES, decode_socket, printable
+from udpwatch.agent.kernel.records import INODE, NETNS, PORT, SOCKET_BYTES, decode_socket, printable
 from udpwatch.agent.model import UdpSocket
 
 MAX_SOCKETS = 16_384
@@ -62,33 +62,36 @@ class Inventory:
 
         Raises OSError.
         """
-        sockets, self.left_out = _bounded(self._read())
-        sockets = [each for each in sockets if each.named is not False]
+        room = _Room()
+        sockets = [each for each in self._read(room) if each.named is not False]
+        self.left_out = room.left_out
         if self._look_for_holders(sockets):
             self._known = {raw: self._with_holder(each) for raw, each in self._known.items()}
             sockets = [self._with_holder(each) for each in sockets]
         return tuple(sockets)
 
-    def _read(self) -> Iterator[UdpSocket]:
+    def _read(self, room: _Room) -> Iterator[UdpSocket]:
         names = ["noted_sockets", *([] if "adopt_sockets" in self._links else ["sockets_here"])]
         links = [self._links[name] for name in names if name in self._links]
         if not links:
-            yield from map(self._with_holder, sock_diag.list_sockets(self._home))
+            found = sock_diag.list_sockets(self._home)
+            yield from (self._with_holder(each) for each in found if room.has(each.netns))
             return
         before, self._known = self._known, {}
         seen = set[int]()  # inode numbers: a socket may be in both lists
         for raw in itertools.chain.from_iterable(map(_records, links)):
             self._pace()
+            if len(links) > 1 and (inode := _number(raw, INODE)):  # the kernel's own have none
+                if inode in seen:
+                    continue
+                seen.add(inode)
+            if not room.has(_number(raw, NETNS)):  # decoding takes most of the time
+                continue
             each = before.get(raw)
             if each is None:
                 each = self._with_holder(decode_socket(raw))
-            if len(self._known) < MAX_SOCKETS:
-                self._known[raw] = each
-            if len(links) == 1:
-                yield each
-            elif each.inode not in seen:
-                seen.add(each.inode)
-                yield each
+            self._known[raw] = each
+            yield each
 
     def _look_for_holders(self, sockets: list[UdpSocket]) -> bool:
         """Look for the processes of sockets that were bound before the agent started; return whether it was done."""
@@ -128,19 +131,20 @@ def list_all(cache: Path | None = None, port: int | None = None) -> Listed:
             reason = str(error)
         if link is None:
             notes.append(f"whether sockets have PKTINFO set is unknown: {reason}")
-        sockets, left_out = _bounded(_of_all_namespaces(link, port, notes))
+        room = _Room()
+        sockets = list(_of_all_namespaces(link, port, notes, room))
     holders = find_holders({each.inode for each in sockets if each.inode})
     with_holders = (
         replace(each, pid=holders[each.inode][0], process=holders[each.inode][1]) if each.inode in holders else each
         for each in sockets
     )
-    if left_out:
-        notes.append(f"{left_out} sockets are not listed: there are more than {MAX_SOCKETS}")
-    return Listed(tuple(with_holders), left_out, tuple(notes))
+    if room.left_out:
+        notes.append(f"{room.left_out} sockets are not listed: there are more than {MAX_SOCKETS}")
+    return Listed(tuple(with_holders), room.left_out, tuple(notes))
 
 
-def _of_all_namespaces(link: int | None, port: int | None, notes: list[str]) -> Iterator[UdpSocket | int]:
-    """Yield the sockets of each namespace, and then how many more it has."""
+def _of_all_namespaces(link: int | None, port: int | None, notes: list[str], room: _Room) -> Iterator[UdpSocket]:
+    """Yield the sockets of each namespace for which there is room."""
     refused = 0
     for fd in netns.everywhere(thorough=True):
         try:
@@ -151,8 +155,8 @@ def _of_all_namespaces(link: int | None, port: int | None, notes: list[str]) -> 
         except OSError:
             refused += 1
             continue
-        yield from sockets
-        yield more
+        room.left_out += more
+        yield from (each for each in sockets if room.has(each.netns))
     if refused:
         notes.append(f"{refused} network namespaces cannot be entered: run as root, or add CAP_SYS_ADMIN")
 
@@ -161,8 +165,7 @@ def _of_port(link: int, port: int | None) -> tuple[list[UdpSocket], int]:
     """Return the sockets that an iterator lists, of a port or all, and how many more there are."""
     records = _records(link)
     if port is not None:
-        raw = port.to_bytes(2, sys.byteorder)
-        records = (each for each in records if each[PORT_OFFSET : PORT_OFFSET + 2] == raw)
+        records = (each for each in records if _number(each, PORT) == port)
     return list(map(decode_socket, itertools.islice(records, MAX_SOCKETS))), sum(1 for _ in records)
 
 
@@ -177,25 +180,28 @@ def _records(link: int) -> Iterator[bytes]:
             yield piece[at : at + SOCKET_BYTES]
 
 
-def _bounded(sockets: Iterable[UdpSocket | int]) -> tuple[list[UdpSocket], int]:
-    """Return at most MAX_SOCKETS, and how many were left out; a number stands for that many which were not decoded.
+class _Room:
+    """Room for MAX_SOCKETS. A namespace may have as many as are left for others."""
 
-    A namespace may have as many as there is room left.
-    """
-    kept: list[UdpSocket] = []
-    held: dict[int, int] = {}
-    left_out = 0
-    for each in sockets:
-        if isinstance(each, int):
-            left_out += each
-            continue
-        mine = held.get(each.netns, 0)
-        if mine >= MAX_SOCKETS - len(kept):
-            left_out += 1
-            continue
-        held[each.netns] = mine + 1
-        kept.append(each)
-    return kept, left_out
+    def __init__(self) -> None:
+        self._kept = 0
+        self._held: dict[int, int] = {}  # by inode number of the namespace
+        self.left_out = 0
+
+    def has(self, netns: int) -> bool:
+        """Take the place of a socket, if there is one."""
+        mine = self._held.get(netns, 0)
+        if mine >= MAX_SOCKETS - self._kept:
+            self.left_out += 1
+            return False
+        self._held[netns] = mine + 1
+        self._kept += 1
+        return True
+
+
+def _number(raw: bytes, place: tuple[int, int]) -> int:
+    """Return a number of a socket's record; ``place``: its offset, and the offset of what follows."""
+    return int.from_bytes(raw[slice(*place)], sys.byteorder)
 
 
 def find_holders(

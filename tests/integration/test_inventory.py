@@ -19,6 +19,7 @@ from waiting import wait_for
 
 from udpwatch.agent.kernel import sock_diag
 from udpwatch.agent.kernel.loader import Limits, load_inventory
+from udpwatch.agent.kernel.records import decode_socket
 from udpwatch.agent.model import UdpSocket
 from udpwatch.agent.servers import inventory
 from udpwatch.agent.servers.inventory import Inventory, list_all
@@ -252,6 +253,22 @@ def test_one_namespace_may_have_any_number_of_sockets(monkeypatch: pytest.Monkey
         monkeypatch.setattr(inventory, "MAX_SOCKETS", 1)
         assert list_all(port=10_199).left_out == 0
         assert list_all().left_out >= 199
+
+
+def test_sockets_beyond_the_limit_are_not_decoded(
+    watch: Watch, node: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tenant with 50,000 sockets kept the agent busy for 0.4 s every two seconds."""
+    decoded = []
+    monkeypatch.setattr(inventory, "MAX_SOCKETS", 8)
+    monkeypatch.setattr(inventory, "decode_socket", lambda raw: decoded.append(raw) or decode_socket(raw))
+    assert watch.sensor._inventory
+    with contextlib.ExitStack() as opened:
+        for number in range(50):
+            opened.enter_context(node.socket()).bind(("127.0.0.1", 10_000 + number))
+        assert len(watch.sensor._inventory.read()) <= 8
+        assert watch.sensor._inventory.left_out >= 42
+        assert len(decoded) <= 8
 
 
 def test_many_sockets_in_many_namespaces(capsys: pytest.CaptureFixture[str]) -> None:
