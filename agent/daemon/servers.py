@@ -4,6 +4,8 @@ Rules
 1. Memory is bounded: at most `max_servers` are listed; beyond that, the counts of a server are added to `other` of its
    Kubernetes namespace, and none is lost. A server of the tenant with the most is evicted first. A tenant is a
    container, else a cgroup, else a network namespace.
+   A process may change its name, and several may reply in turn: a server's labels change at most once in
+   RENAME_SECONDS after the first FREE_RENAMES times.
 2. Counts only grow while a server is listed. They end with the server: ENDED_SECONDS after its socket or its container
    is gone, or when it has no known socket and the kernel has forgotten it. Wrong replies are forgotten like findings.
 3. Not thread-safe.
@@ -34,6 +36,8 @@ READ_SECONDS = 2.0
 SENDER_SECONDS = 10.0  # how often the sender of a server is looked up again
 ENDED_SECONDS = 60.0  # longer than a scrape interval
 MAX_EVICTIONS = 100  # in one sample
+FREE_RENAMES = 2  # then a server's labels change only every RENAME_SECONDS: each change is a new series
+RENAME_SECONDS = 300.0
 MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces share one
 
 _Place = tuple[int, str, int]  # namespace (inode number, or -scope), bound address, port
@@ -63,6 +67,8 @@ class _Entry:
     last: float  # of its last request
     looked_up: float  # monotonic seconds
     who: tuple[int, str, int] = (0, "", 0)  # process id, name and cgroup of the lookup
+    renames: int = 0
+    renamed: float = 0.0  # monotonic seconds, of the last change of its labels
     counts: ServerTotals = field(default_factory=ServerTotals)  # since it was listed
     seen: ServerTotals = field(default_factory=ServerTotals)  # as last read
     sockets: tuple[UdpSocket, ...] = ()
@@ -145,11 +151,19 @@ class Servers:
             who = entry.who
         if who != entry.who or monotonic - entry.looked_up >= SENDER_SECONDS:
             entry.who, entry.looked_up = who, monotonic
-            entry.sender = self._senders.sender_of(*who, entry.netns)
+            self._rename(entry, self._senders.sender_of(*who, entry.netns), monotonic)
         tenant = _tenant(entry)
         if entry.tenant is None and self._make_room(tenant):
             entry.tenant = tenant
             self._held[tenant] += 1
+
+    def _rename(self, entry: _Entry, sender: Sender, monotonic: float) -> None:
+        """Set the sender of a server, unless its labels have changed too often."""
+        if entry.sender.process and _labels(sender, 0) != _labels(entry.sender, 0):
+            if entry.renames >= FREE_RENAMES and monotonic - entry.renamed < RENAME_SECONDS:
+                return
+            entry.renames, entry.renamed = entry.renames + 1, monotonic
+        entry.sender = sender
 
     def _make_room(self, tenant: _Tenant) -> bool:
         """Return whether there is room for another server of a tenant. If necessary, evict the idlest server of the

@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 
-from udpwatch.agent.daemon.servers import ENDED_SECONDS, READ_SECONDS, Servers, socket_id
+from udpwatch.agent.daemon.servers import (
+    ENDED_SECONDS,
+    FREE_RENAMES,
+    READ_SECONDS,
+    RENAME_SECONDS,
+    Servers,
+    socket_id,
+)
 from udpwatch.agent.model import (
     Cause,
     Counters,
@@ -180,6 +187,18 @@ def test_process_becomes_known_later() -> None:
     assert case.one().sender.process == "unknown"
     case.add(count())
     assert (case.one().sender.process, case.one().requests) == ("dns", 10)
+
+
+def test_process_that_changes_its_name_at_will_makes_few_series() -> None:
+    case = Case()
+    names = set()
+    for number in range(int(RENAME_SECONDS / READ_SECONDS)):
+        case.add(count(process=f"name{number}", requests=number))
+        names.add(case.one().sender.process)
+    assert len(names) == 1 + FREE_RENAMES
+    case.now += RENAME_SECONDS
+    case.add(count(process="later", requests=number))
+    assert (case.one().sender.process, case.one().requests) == ("later", number)
 
 
 def test_excess_counts_under_other_of_its_namespace_and_none_is_lost() -> None:
