@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -18,7 +20,7 @@ import pytest
 from agents import Agent, as_nobody, run_cli
 from repository import GOLDEN
 from terminals import Prometheus, Terminal, row_of, search, top, widened
-from waiting import wait_for
+from waiting import PATIENCE_SECONDS, wait_for
 from wrong_replies import wrong_replies
 
 from udpwatch.agent.testing.lab import ContainerHost
@@ -121,6 +123,32 @@ def test_signal_restores_the_terminal(folder: Path, number: signal.Signals) -> N
         os.kill(terminal.pid, number)
         assert terminal.ended() == 0
         wait_for(lambda: not Path(f"/proc/{child}").exists(), "its agent to end")
+
+
+@pytest.mark.parametrize("signalled", [True, False], ids=["SIGHUP", "no signal"])
+def test_closed_terminal_ends_it(signalled: bool) -> None:
+    """As when the connection of ssh breaks. Nothing must go on in the background."""
+    master, terminal = os.openpty()
+    process = subprocess.Popen(
+        top("--replay", str(EVENTS)),
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm"},
+        start_new_session=True,
+        # Only the owner of a controlling terminal gets a signal.
+        preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if signalled else None,
+    )
+    os.close(terminal)
+    try:
+        shown = b""
+        while b"plain-server" not in shown:
+            shown += os.read(master, 65_536)
+        os.close(master)
+        assert process.wait(PATIENCE_SECONDS) in (0, -signal.SIGHUP)
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("milliseconds", [300, 500, 700, 900, 1100, 1300])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
+import termios
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -36,6 +38,16 @@ _KEYS = (("s", "sort"), ("/", "filter"), ("p", "pause"), ("c", "clear"), ("⏎",
 _LESS_IMPORTANT = ("clear", "pause", "sort")  # keys that a narrow screen does not show
 _TABLE_LINES = 5  # that the detail pane leaves for the table
 _DETAIL_LINES = 14  # that the detail pane may use on any screen
+
+
+def end_without_terminal() -> None:
+    """End the process at once if its terminal is gone. There is nothing to restore, and Textual would wait without end
+    for its last output, and read the end of its input in a loop. An agent that was started here ends with its parent.
+    """
+    try:
+        termios.tcgetattr(0)
+    except termios.error:
+        os._exit(0)
 
 
 class TopApp(App[UdpwatchError | None]):
@@ -109,17 +121,22 @@ class TopApp(App[UdpwatchError | None]):
         yield TextPane("keys")
 
     def on_mount(self) -> None:
-        """Start reading; make SIGTERM and a closed terminal (SIGHUP) end the screen as `q` does."""
+        """Start reading; make SIGTERM and SIGHUP end the screen as `q` does."""
         self.query_one(Input).cursor_blink = False
         self.screen.set_focus(self.query_one(RowTable))
         if not self.is_headless:
             for number in (signal.SIGTERM, signal.SIGHUP):
-                asyncio.get_running_loop().add_signal_handler(number, self.exit)
+                asyncio.get_running_loop().add_signal_handler(number, self._end)
+            self.set_interval(1.0, end_without_terminal)
         if self._feed:
             self._feed.want(Wanted(self._servers))
             self._feed.start()
         self.set_interval(1.0, self._draw_banner)
         self._draw()
+
+    def _end(self) -> None:
+        end_without_terminal()
+        self.exit()
 
     def on_unmount(self) -> None:
         if self._feed:
