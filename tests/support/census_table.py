@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from census import GENERAL, Outcome, Setup
+from census import GENERAL, Outcome, Setup, remedy_called
 from repository import DOCS
 
 PAGE = DOCS / "census.md"
@@ -31,7 +31,8 @@ class Result:
     wrong: str  # families with wrong replies
     silent: tuple[str, ...]  # addresses without a reply
     findings: int
-    elsewhere: bool  # it replies from another port
+    disagreements: tuple[str, ...] = ()  # of audit, the sensor, the client and explain
+    fixed_predicted: str = ""
     fixed_wrong: str = ""
     fixed_silent: tuple[str, ...] = ()
     fixed_findings: int = 0
@@ -46,12 +47,16 @@ class Result:
             found.append(f"no reply from {', '.join(self.silent)}")
         elif self.wrong != self.expected:
             found.append(f"wrong replies over {families(self.wrong)}, expected {families(self.expected)}")
-        if not self.silent and not self.elsewhere and bool(self.findings) != bool(self.wrong):
-            found.append(f"{self.findings} findings of the sensor")
+        if not self.silent:
+            found += self.disagreements
         if self.remedy and self.fixed_silent:
             found.append(f"with the fix no reply from {', '.join(self.fixed_silent)}")
         if self.fixed_wrong or self.fixed_findings:
-            found.append(f"with the fix wrong replies over {families(self.fixed_wrong)}")
+            found.append(
+                f"with the fix wrong replies over {families(self.fixed_wrong)}, {self.fixed_findings} findings"
+            )
+        if self.fixed_predicted:
+            found.append(f"with the fix audit expects wrong replies over {families(self.fixed_predicted)}")
         return found
 
 
@@ -66,19 +71,20 @@ def result_of(setup: Setup, version: str, first: Outcome, fixed: Outcome | None)
     row = Result(
         key_of(setup),
         setup.name,
-        setup.packages[0],
+        setup.packages[0].partition("=")[0],
         version,
         setup.remedy,
         setup.families,
         setup.wrong,
-        first.predicted(setup.families),
+        first.predicted(setup),
         first.wrong(),
         tuple(first.silent()),
-        first.findings,
-        setup.elsewhere,
+        len(first.findings),
+        tuple(disagreements(setup, first)),
+        fixed.predicted(setup) if fixed else "",
         fixed.wrong() if fixed else "",
         tuple(fixed.silent()) if fixed else (),
-        fixed.findings if fixed else 0,
+        len(fixed.findings) if fixed else 0,
         setup.note,
     )
     if not row.failures:
@@ -88,13 +94,34 @@ def result_of(setup: Setup, version: str, first: Outcome, fixed: Outcome | None)
     )
 
 
+def disagreements(setup: Setup, outcome: Outcome) -> list[str]:
+    """Return where audit, the sensor, the client and explain do not agree on a set-up without its fix."""
+    found = []
+    if not outcome.audit:
+        found.append("audit did not list it")
+    if outcome.predicted(setup) != setup.predicted:
+        expected = families(setup.predicted)
+        found.append(f"audit expects wrong replies over {families(outcome.predicted(setup))}, not {expected}")
+    if setup.elsewhere == (setup.port in outcome.ports):
+        found.append(f"replies from port {', '.join(map(str, sorted(outcome.ports)))}")
+    if not setup.elsewhere and set(outcome.findings) != outcome.mismatches():
+        found.append(f"the sensor found {dict(outcome.findings)}, the client {outcome.mismatches()}")
+    known = {setup.remedy if setup.remedy != GENERAL else ""}
+    if not setup.remedy:  # no setting fixes it, and explain says so or knows nothing
+        known = {name for name in outcome.remedies() if not name or not remedy_called(name).config}
+    if setup.wrong and outcome.remedies() != known:
+        found.append(f"explain finds {outcome.remedies()} for the processes {outcome.processes}, not {known}")
+    return found
+
+
 def read(path: Path) -> dict[str, Result]:
-    """Return stored results by name."""
+    """Return stored results by name, without those of an older form."""
     if not path.exists():
         return {}
-    stored = json.loads(path.read_text())
+    form = {each.name for each in fields(Result)}
+    stored = [each for each in json.loads(path.read_text()) if each.keys() == form]
     return {
-        each["name"]: Result(**{**each, "silent": tuple(each["silent"]), "fixed_silent": tuple(each["fixed_silent"])})
+        each["name"]: Result(**{name: tuple(item) if isinstance(item, list) else item for name, item in each.items()})
         for each in stored
     }
 
@@ -126,17 +153,19 @@ def agreement(results: Iterable[Result]) -> Agreement:
     return Agreement(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
 
 
-def table(results: Sequence[Result]) -> str:
-    """Return the table with what it adds up to, in Markdown."""
+def table(results: Sequence[Result], missing: Mapping[str, str] = {}) -> str:
+    """Return the table with what it adds up to, in Markdown. ``missing``: why set-ups were not run, by name."""
     replied = [each for each in results if not each.silent]
     wrong = [each for each in replied if each.wrong]
     fixed = [each for each in wrong if each.remedy and not (each.fixed_wrong or each.fixed_silent)]
     found = agreement(replied)
+    silent = {each.name: f"no reply from {', '.join(each.silent)}" for each in results if each.silent}
+    absent = "".join(f" Not run: {name}: {reason}." for name, reason in {**missing, **silent}.items())
     summary = (
         f"{len(replied)} set-ups replied at each address; {len(wrong)} of them from the wrong one, and {len(fixed)} of "
         f"these replied from the right one with the fix. audit's verdict before the first packet, for each set-up and "
         f"family: {found} ({found.right} predicted, {found.false} predicted but right, {found.missed} missed, "
-        f"{found.neither} right and predicted so)."
+        f"{found.neither} right and predicted so).{absent}"
     )
     lines = [
         *textwrap.wrap(summary, 120, break_long_words=False, break_on_hyphens=False),

@@ -7,6 +7,7 @@ program in an overlay of the tree over this machine's own files, in mount and pr
 from __future__ import annotations
 
 import functools
+import re
 import shlex
 import shutil
 import subprocess
@@ -69,8 +70,8 @@ class Tree:
 
 
 def tree(packages: Sequence[str]) -> Tree:
-    """Return the tree of packages; the first call downloads it. Raises NotAvailable."""
-    path = PLACE / "-".join(packages)
+    """Return the tree of packages ("name" or "name=version"); the first call downloads it. Raises NotAvailable."""
+    path = _path(packages)
     stamp = path.with_name(f"{path.name}.version")
     if not stamp.exists():
         PLACE.mkdir(parents=True, exist_ok=True)
@@ -107,8 +108,13 @@ def command(
 
 def remove(packages: Sequence[str]) -> None:
     """Remove the files of a tree; what was seen stays known."""
-    shutil.rmtree(PLACE / "-".join(packages), ignore_errors=True)
-    (PLACE / f"{'-'.join(packages)}.version").unlink(missing_ok=True)
+    path = _path(packages)
+    shutil.rmtree(path, ignore_errors=True)
+    path.with_name(f"{path.name}.version").unlink(missing_ok=True)
+
+
+def _path(packages: Sequence[str]) -> Path:
+    return PLACE / re.sub(r"[^\w.+-]", "", "-".join(packages))
 
 
 def _fill(path: Path, packages: Sequence[str]) -> str:
@@ -122,6 +128,7 @@ def _fill(path: Path, packages: Sequence[str]) -> str:
         "-y",
         "--no-install-recommends",
         "--download-only",
+        "--allow-downgrades",  # "nodejs=18.*": Debian's, although this machine has another one
         "-o",
         f"Dir::Cache::archives={archives}",
     ]
@@ -136,7 +143,7 @@ def _fill(path: Path, packages: Sequence[str]) -> str:
     path.mkdir()
     for archive in archives.glob("*.deb"):
         subprocess.run(["dpkg-deb", "--extract", archive, path], check=True)
-    version = _version(packages[0], archives)
+    version = _version(packages[0].partition("=")[0], archives)
     shutil.rmtree(archives)
     for name in _MERGED:
         folder = path / name

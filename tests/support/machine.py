@@ -39,19 +39,25 @@ def untouched(*names: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def own_cgroup() -> Iterator[Path]:
-    """Yield a cgroup (v2) for this test alone. Cgroups of killed runs are removed, too."""
+def own_cgroup(*children: str) -> Iterator[Path]:
+    """Yield a cgroup (v2) for this test alone, with cgroups in it. Cgroups of killed runs are removed, too.
+
+    What a container runtime made of the same name in other hierarchies is removed as well.
+    """
     with closing(cgroup.find(None)) as root:
         path = Path(root.path, f"{_OWN}{os.getpid()}")
     for left in path.parent.glob(f"{_OWN}*"):
         if not Path("/proc", left.name.removeprefix(_OWN)).exists():
-            _removed(left)
+            _tree_removed(left)
     path.mkdir()
+    for name in children:
+        (path / name).mkdir()
     try:
         yield path
     finally:
         # cgroup.procs is empty before the last process has ended completely: only rmdir shows that it has.
-        wait_for(lambda: _removed(path), f"{path} to be empty")
+        for each in {path, *CGROUPS.glob(f"*/{path.name}")}:
+            wait_for(lambda each=each: _tree_removed(each), f"{each} to be empty")
 
 
 class Limited:
@@ -132,6 +138,12 @@ def remove_cgroups(since: set[Path]) -> None:
 def _is_of_a_test(folder: Path) -> bool:
     """Whether it is in CGROUP_PARENTS or below, in the only hierarchy (v2) or in one of them (v1, hybrid)."""
     return any(part in CGROUP_PARENTS for part in folder.relative_to(CGROUPS).parts[:2])
+
+
+def _tree_removed(top: Path) -> bool:
+    """Remove a cgroup with those in it, if they are empty."""
+    folders = [Path(at) for at, _folders, _files in os.walk(top, topdown=False)]
+    return False not in [_removed(each) for each in folders]
 
 
 def _removed(folder: Path) -> bool:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from dataclasses import replace
 
 from census import GENERAL, setups
 from census_requests import request_named
-from census_table import PAGE, Agreement, Result, agreement, table
+from census_table import PAGE, Agreement, Result, agreement, short, table
 
 from udpwatch.agent.client.explain import remedy_advice
 from udpwatch.agent.client.explain_text import remedy_text
 from udpwatch.agent.client.remedies import remedies
 
-RIGHT = Result("", "a", "p", "1", "", "46", "", "", "", (), 0, False)
+RIGHT = Result("", "a", "p", "1", "", "46", "", "", "", (), 0)
 WRONG = replace(RIGHT, name="b", remedy="NSD", expected="46", predicted="4", wrong="46", findings=2)
 
 
@@ -30,7 +29,7 @@ def test_set_ups_are_complete() -> None:
 
 def test_fix_is_the_line_that_explain_prints() -> None:
     (nsd,) = (setup for setup in setups() if setup.remedy == "NSD")
-    assert nsd.with_remedy().bind.splitlines()[1] == "ip-address: 172.16.13.13"
+    assert nsd.with_remedy().bind.splitlines()[0] == "ip-address: 172.16.13.13"
     assert nsd.known.config == "ip-address: {address}"
 
 
@@ -45,23 +44,38 @@ def test_result_that_differs_is_a_failure() -> None:
     assert not WRONG.failures
     assert replace(WRONG, wrong="4").failures
     assert replace(WRONG, silent=("172.17.0.1",)).failures
-    assert replace(WRONG, findings=0).failures
-    assert replace(RIGHT, findings=1).failures
+    assert replace(WRONG, disagreements=("audit did not list it",)).failures
+    assert replace(WRONG, fixed_predicted="6").failures
     assert replace(WRONG, fixed_wrong="6", fixed_findings=1).failures
     assert replace(WRONG, fixed_silent=("172.17.0.1",)).failures
+
+
+def rows_of_the_page() -> dict[str, list[str]]:
+    """Return the cells of each row by the name of the set-up."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.read_text().splitlines()]
+    notes = {f"{setup.name} ({setup.note})" if setup.note else setup.name: setup.name for setup in setups()}
+    return {notes.get(cells[0], cells[0]): cells for cells in rows if len(cells) == 7 and cells[2][0] in "46"}
+
+
+def test_page_shows_every_set_up_and_what_it_expects() -> None:
+    rows = rows_of_the_page()
+    assert rows.keys() == {setup.name for setup in setups()}
+    for setup in setups():
+        asked, audit, replies, fixed = rows[setup.name][2:5] + rows[setup.name][6:]
+        assert asked == short(setup.families)
+        assert audit == (f"wrong: {short(setup.predicted)}" if setup.predicted else "right"), setup.name
+        assert replies == (f"wrong: {short(setup.wrong)}" if setup.wrong else "right"), setup.name
+        assert fixed == ("right" if setup.remedy else "no setting is known" if setup.wrong else ""), setup.name
 
 
 def test_versions_that_were_run_are_those_of_the_table() -> None:
     """Each entry's `run` is what the census saw: wrong without the fix, right with it."""
     seen: dict[str, set[str]] = {}
-    of = {setup.name: setup.remedy for setup in setups()}
-    for line in PAGE.read_text().splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 7 and cells[4].startswith("wrong") and cells[6] == "right":
-            seen.setdefault(of[re.sub(r" \([^()]*\)$", "", cells[0]) if cells[0] not in of else cells[0]], set()).add(
-                cells[1]
-            )
-    seen.pop(GENERAL, None)
+    rows = rows_of_the_page()
+    for setup in setups():
+        cells = rows[setup.name]
+        if setup.remedy not in ("", GENERAL) and cells[4].startswith("wrong") and cells[6] == "right":
+            seen.setdefault(setup.remedy, set()).add(cells[1])
     assert {remedy.name: set(remedy.run) for remedy in remedies() if remedy.run} == seen
 
 
