@@ -6,8 +6,9 @@ Rules
    container, else a cgroup, else a network namespace.
    A process may change its name, and several may reply in turn: a server's labels change at most once in
    RENAME_SECONDS after the first FREE_RENAMES times.
-2. Counts only grow while a server is listed. They end with the server: ENDED_SECONDS after its socket or its container
-   is gone, or when it has no known socket and the kernel has forgotten it. Wrong replies are forgotten like findings.
+2. Counts only grow while a server is listed, even if some of its sockets end or are evicted. They end with the server:
+   ENDED_SECONDS after its socket or its container is gone, or when it has no known socket and the kernel has forgotten
+   it. Wrong replies are forgotten like findings.
 3. Not thread-safe.
 """
 
@@ -42,6 +43,7 @@ MAX_OTHER_NAMESPACES = 100  # with an `other` of their own; further namespaces s
 
 _Place = tuple[int, str, int]  # namespace (inode number, or -scope), bound address, port
 _Labels = tuple[str, str, str, str, int]  # process, namespace, pod, container, port
+_Group = tuple[_Labels, int]  # labels, namespace: what is listed as one server
 _Tenant = tuple[str, str, str]
 _Replied = tuple[_Labels, int]  # who sent wrong replies: labels, and the finding's namespace
 
@@ -177,7 +179,9 @@ class Servers:
         self._evictions += 1
         evicted = min((each for each in self._entries.values() if each.tenant == most), key=lambda each: each.last)
         self._unlist(evicted)
-        self._other(evicted.sender.namespace).add(evicted.counts)
+        group = _group(evicted)
+        heir = next((each for each in self._entries.values() if each.tenant == most and _group(each) == group), None)
+        (heir.counts if heir else self._other(evicted.sender.namespace)).add(evicted.counts)
         evicted.counts, evicted.wrong = ServerTotals(), 0
         return True
 
@@ -266,16 +270,20 @@ class Servers:
             elif monotonic - entry.gone > ENDED_SECONDS:
                 gone.append(entry)
         for entry in gone:
+            del self._entries[entry.place]
+        heirs = {_group(entry): entry for entry in self._entries.values() if entry.tenant} if gone else {}
+        for entry in gone:
             if entry.tenant:
                 self._unlist(entry)
-            del self._entries[entry.place]
+                if heir := heirs.get(_group(entry)):  # the sum of a server that goes on must not fall
+                    heir.counts.add(entry.counts)
 
     def listed(self) -> tuple[Server, ...]:
         """Return each listed server."""
-        groups: dict[tuple[_Labels, int], list[_Entry]] = {}
+        groups: dict[_Group, list[_Entry]] = {}
         for entry in self._entries.values():
             if entry.tenant:
-                groups.setdefault((_labels(entry.sender, entry.place[2]), entry.netns), []).append(entry)
+                groups.setdefault(_group(entry), []).append(entry)
         servers = map(self._server, groups.values())
         return tuple(sorted(servers, key=lambda server: (-server.requests, server.port, server.addresses)))
 
@@ -295,7 +303,7 @@ class Servers:
             replies=counts.replies,
             unanswered=counts.unanswered,
             wrong=wrong,
-            drops=counts.drops if any(each.drops is not None for each in sockets) else None,
+            drops=counts.drops if counts.drops or any(each.drops is not None for each in sockets) else None,
             queue=_sum(each.queue for each in sockets),
             queue_limit=_sum(each.queue_limit for each in sockets),
             pktinfo=_pktinfo(sockets),
@@ -331,6 +339,10 @@ def _tenant(entry: _Entry) -> _Tenant:
 
 def _labels(sender: Sender, port: int) -> _Labels:
     return sender.process, sender.namespace, sender.pod, sender.container, port
+
+
+def _group(entry: _Entry) -> _Group:
+    return _labels(entry.sender, entry.place[2]), entry.netns
 
 
 def _grown(now: int, before: int) -> int:

@@ -233,6 +233,38 @@ def test_server_ends_a_while_after_its_socket() -> None:
     assert case.ports() == set()
 
 
+def test_counts_of_a_server_do_not_fall_when_one_of_its_addresses_ends() -> None:
+    case = Case()
+    first, second = count(address="10.0.0.1", requests=1000), count(address="10.0.0.2")
+    sockets = [opened(address="10.0.0.1", cookie=1, drops=4), opened(address="10.0.0.2", cookie=2)]
+    case.add(first, second, sockets=sockets)
+    before = case.one()
+    for _ in range(2):
+        case.add(second, sockets=sockets[1:])
+        case.now += ENDED_SECONDS
+    case.add(second, sockets=sockets[1:])
+    after = case.one()
+    assert (before.addresses, after.addresses) == (("10.0.0.1", "10.0.0.2"), ("10.0.0.2",))
+    assert (after.requests, after.replies, after.drops) == (before.requests, before.replies, before.drops)
+    assert (after.requests, after.drops) == (1010, 4)
+
+
+def test_counts_of_a_server_do_not_fall_when_one_of_its_addresses_is_evicted() -> None:
+    case = Case(most=3)
+    same = [count(address=f"10.0.0.{last}", cgroup=2) for last in (1, 2, 3)]
+    case.add(*same)
+    case.add(*same, count(100, cgroup=3))
+    assert {server.port: server.requests for server in case.servers.listed()} == {53: 30, 100: 10}
+    assert sum(each.requests for each in case.servers.other.values()) == 0
+
+
+def test_drops_do_not_fall_while_a_server_has_no_socket() -> None:
+    case = Case()
+    case.add(count(), sockets=[opened(drops=7)])
+    case.add(count(), sockets=[])
+    assert case.one().drops == 7
+
+
 def test_server_whose_socket_cannot_be_seen_ends_with_the_kernels_count() -> None:
     case = Case()
     for _ in range(3):
