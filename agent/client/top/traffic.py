@@ -4,7 +4,8 @@ Rules
 1. A rate is the increase over the last RATE_SECONDS, or over less if the first snapshot is newer. The share of
    unanswered requests covers the last SHARE_SECONDS, because a request counts as unanswered only after the window.
 2. A count that fell has started again from 0. After a restart of the agent, rates begin anew.
-3. Memory is bounded by the number of listed servers: about a dozen copies of their counts are kept.
+3. A server that is older than the copy, but not in it, had other names then: its rates begin with the next copy.
+4. Memory is bounded by the number of listed servers: about a dozen copies of their counts are kept.
 """
 
 from __future__ import annotations
@@ -63,27 +64,30 @@ class ServerMeter:
 
     def add(self, time: float, snapshots: Iterable[Snapshot]) -> Mapping[ServerKey, Rates] | None:
         """Return the rates of each server; None if they are not known yet. ``time``: seconds since the epoch."""
-        counts = {server_key(each.node, server): _counts(server) for each in snapshots for server in each.servers}
+        servers = {server_key(each.node, server): server for each in snapshots for server in each.servers}
+        counts = {key: _counts(server) for key, server in servers.items()}
         started = {each.node: each.started for each in snapshots}
         if started != self._started or (self._recent and time < self._recent[-1][0]):
             self._recent.clear()
             self._older.clear()
         self._started = started
-        rates = self._rates(time, counts)
+        rates = self._rates(time, counts, {key: server.first for key, server in servers.items()})
         _keep(self._recent, (time, counts), _RATE_SPACING, RATE_SECONDS)
         _keep(self._older, (time, counts), _SHARE_SPACING, SHARE_SECONDS)
         return rates
 
-    def _rates(self, time: float, counts: dict[ServerKey, _Counts]) -> dict[ServerKey, Rates] | None:
+    def _rates(
+        self, time: float, counts: dict[ServerKey, _Counts], first: Mapping[ServerKey, float]
+    ) -> dict[ServerKey, Rates] | None:
         if not self._recent or time <= self._recent[0][0]:
             return None
         since, before = self._recent[0]
         seconds = time - since
-        minute = self._older[0][1]
+        asof, minute = self._older[0]
         rates = {}
         for key, now in counts.items():
-            added = _increases(now, before.get(key, _NONE))
-            longer = _increases(now, minute.get(key, _NONE))
+            added = _increases(now, before.get(key, now if first[key] < since else _NONE))
+            longer = _increases(now, minute.get(key, now if first[key] < asof else _NONE))
             asked, unanswered = longer[0], longer[4]
             share = min(1.0, unanswered / asked) if asked else None
             requests, replies, wrong, drops = (each / seconds for each in added[:4])

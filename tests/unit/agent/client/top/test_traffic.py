@@ -94,3 +94,14 @@ def test_memory_is_bounded() -> None:
 def test_key_tells_servers_apart_and_ignores_the_process_id(change: dict[str, Any]) -> None:
     assert server_key("n", server(**change)) != server_key("n", server())
     assert server_key("n", server(pid=1)) == server_key("n", server())
+
+
+def test_server_that_changes_its_name_has_not_received_its_whole_count_at_once() -> None:
+    """Its counts go with it: they are not those of the last five seconds."""
+    meter = ServerMeter()
+    rates(meter, 10, requests=1_000_000, unanswered=500_000, process="before")
+    seen = rates(meter, 11, requests=1_000_010, unanswered=500_000, process="after")
+    assert seen == Rates()
+    for second in range(12, 20):
+        seen = rates(meter, second, requests=1_000_000 + 10 * (second - 10), unanswered=500_000, process="after")
+    assert seen and seen.requests == 10.0
