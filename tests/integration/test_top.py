@@ -289,7 +289,9 @@ def test_cluster_of_two_nodes_is_shown(agent: Agent, folder: Path, host: Contain
                 terminal.shows("2 nodes", prometheus.url, "nodes", " 56789 ")
                 search(terminal, str(port))
                 wrong_replies(host, port, 20)
-                wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "25", "the total")
+                assert agent.counted(port, 25) == 25
+                wait_for(lambda: totals().get((nodes[0], port)) == 25, "the total in Prometheus")
+                wait_for(lambda: (row_of(terminal.text, port) or ["", ""])[-2] == "25", "the total on the screen")
                 terminal.press("g")
                 terminal.resize(200, 50)
                 assert row_of(terminal.shows(nodes[0], "kernel-chosen"), port)[0] == nodes[0]
