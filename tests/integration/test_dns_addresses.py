@@ -88,26 +88,31 @@ def check_all(client: Namespace, address: str, serial: str) -> None:
         assert texts(ask(client, address, f"new-{serial}-{int(tcp)}.example", tcp=tcp)) == ["192.0.2.80"]
 
 
-def test_container_on_every_address(scene: ContainerHost, responder: Responder, packet_watch: Watch) -> None:
+@pytest.fixture
+def all_right(packet_watch: Watch) -> Iterator[None]:
+    """The sensor finds nothing more during the test. Other tests' servers have replied wrongly from this port."""
+    before = packet_watch.findings(PORT)
+    yield
+    assert packet_watch.findings(PORT) == before
+
+
+def test_container_on_every_address(scene: ContainerHost, responder: Responder, all_right: None) -> None:
     asked = [*ADDRESSES, f"{link_local(scene.node, 'docker0')}%eth0"]
     link_local(scene.container, "eth0")
     for number, address in enumerate(asked):
         check_all(scene.container, address, f"c{number}")
-    assert not packet_watch.findings(PORT)
 
 
-def test_outside_on_every_address(scene: ContainerHost, responder: Responder, packet_watch: Watch) -> None:
+def test_outside_on_every_address(scene: ContainerHost, responder: Responder, all_right: None) -> None:
     asked = [*ADDRESSES, f"{link_local(scene.node, 'eth0')}%eth0"]
     link_local(scene.outside, "eth0")
     for number, address in enumerate(asked):
         check_all(scene.outside, address, f"o{number}")
-    assert not packet_watch.findings(PORT)
 
 
-def test_node_itself(scene: ContainerHost, responder: Responder, packet_watch: Watch) -> None:
+def test_node_itself(scene: ContainerHost, responder: Responder, all_right: None) -> None:
     for number, address in enumerate([*LOOPBACKS, *ADDRESSES]):
         check_all(scene.node, address, f"n{number}")
-    assert not packet_watch.findings(PORT)
     assert responder.metric("dropped_total") == 0
 
 
