@@ -34,7 +34,7 @@ def address_text(address: str, width: int) -> str:
     if len(address) <= width or width < 3:
         return fitted(address, width)
     tail = (width - 1) // 2
-    return f"{address[: width - 1 - tail]}…{address[len(address) - tail :]}"
+    return fitted(f"{address[: width - 1 - tail]}…{address[len(address) - tail :]}", width)
 
 
 def rate_text(rate: float | None) -> str:

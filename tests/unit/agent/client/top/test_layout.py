@@ -45,6 +45,7 @@ def test_age_as_text(seconds: float, text: str) -> None:
 def test_long_address_keeps_both_ends() -> None:
     assert address_text("fd00:1234:5678::13", 11) == "fd00:…8::13"
     assert address_text("10.0.0.1", 10) == "10.0.0.1  "
+    assert cell_len(address_text("00000000000⺀", 10)) == 10  # a character of two cells
 
 
 NAMES = st.text(max_size=40)
