@@ -260,6 +260,7 @@ class Closed:
 def test_client_that_has_cost_less_goes_first_when_cpu_is_short() -> None:
     with serving() as view:
         assert respond(connect(view.url, "127.0.0.3")).endswith(b"well\n")  # it has cost something by now
+        wait_for(lambda: not view._server._open, "that connection to end")  # type: ignore[union-attr]
         budget = view._server._budget = Closed()  # type: ignore[union-attr, assignment]
         greedy = [connect(view.url, "127.0.0.3") for _ in range(MAX_CONNECTIONS_PER_CLIENT + 2)]
         innocent = connect(view.url, "127.0.0.2")
