@@ -40,6 +40,7 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -200,6 +201,8 @@ class Census:
     def __init__(self, cache: Path) -> None:
         """``cache``: folder for compiled programs."""
         os.environ.setdefault("UDPWATCH_CACHE", str(cache))
+        # A port that has asked the other address within the sensor's window gets a right reply from there, too.
+        self._client_ports = count(10_000)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -321,6 +324,7 @@ class Census:
         host = self._host.outside if setup.outside else self._host.container
         with host.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as client:
             client.settimeout(seconds)
+            client.bind(("", next(self._client_ports)))
             with contextlib.suppress(OSError):
                 client.sendto(request_named(setup.request), (address, setup.port))
                 source: tuple[Any, ...] = client.recvfrom(65535)[1]
