@@ -216,6 +216,9 @@ class Server:
     first: float  # seconds since the epoch
     last: float  # of its last request
     at_risk: int = 0  # sockets that will reply from the wrong address, or have done so
+    #: what servers with the same labels in other network namespaces had counted when they ended: metrics add it, so
+    #: that no counter falls
+    inherited: ServerTotals = field(default_factory=ServerTotals)
 
 
 @dataclass(frozen=True, slots=True)

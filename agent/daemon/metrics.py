@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from udpwatch.agent.model import ServerTotals, Snapshot
+from udpwatch.agent.model import Server, ServerTotals, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MISMATCH_LABELS = ("process", "port", "expected", "actual", "verdict", "cause", "namespace", "pod", "container")
@@ -86,20 +86,28 @@ def _wrong_replies(snapshot: Snapshot) -> Metric:
     return wrong
 
 
+def _labels_of(server: Server) -> tuple[str, ...]:
+    sender = server.sender
+    return sender.process, str(server.port), sender.namespace, sender.pod, sender.container
+
+
+def _other_labels(namespace: str) -> tuple[str, ...]:
+    return tuple((namespace or OTHER) if name == "namespace" else OTHER for name in SERVER_LABELS)
+
+
 def _servers(snapshot: Snapshot) -> Iterator[Metric]:
     """Yield what each server did; servers of the same labels in several network namespaces are added up."""
     sums: dict[tuple[str, ...], ServerTotals] = {}
     queues: dict[tuple[str, ...], int] = {}
     for server in snapshot.servers:
-        sender = server.sender
-        labels: tuple[str, ...] = (sender.process, str(server.port), sender.namespace, sender.pod, sender.container)
-        total = ServerTotals(server.requests, server.replies, server.unanswered, server.drops or 0)
-        sums.setdefault(labels, ServerTotals()).add(total)
+        labels = _labels_of(server)
+        total = sums.setdefault(labels, ServerTotals())
+        total.add(ServerTotals(server.requests, server.replies, server.unanswered, server.drops or 0))
+        total.add(server.inherited)
         if server.queue is not None:
             queues[labels] = queues.get(labels, 0) + server.queue
     for namespace, total in ({"": ServerTotals()} | snapshot.other_servers).items():
-        labels = tuple((namespace or OTHER) if name == "namespace" else OTHER for name in SERVER_LABELS)
-        sums.setdefault(labels, ServerTotals()).add(total)
+        sums.setdefault(_other_labels(namespace), ServerTotals()).add(total)
     for name, text in SERVER_COUNTERS.items():
         family = CounterMetricFamily(f"udpwatch_server_{name}", text, labels=SERVER_LABELS)
         for labels, total in sums.items():
@@ -120,12 +128,11 @@ def _at_risk(snapshot: Snapshot) -> Metric:
     sums: dict[tuple[str, ...], int] = {}
     for server in snapshot.servers:
         if server.at_risk:
-            sender = server.sender
-            labels: tuple[str, ...] = (sender.process, str(server.port), sender.namespace, sender.pod, sender.container)
+            labels = _labels_of(server)
             sums[labels] = sums.get(labels, 0) + server.at_risk
     for namespace, count in ({"": 0} | snapshot.other_at_risk).items():
         if count or not namespace:
-            labels = tuple((namespace or OTHER) if name == "namespace" else OTHER for name in SERVER_LABELS)
+            labels = _other_labels(namespace)
             sums[labels] = sums.get(labels, 0) + count
     at_risk = GaugeMetricFamily(
         "udpwatch_sockets_at_risk",

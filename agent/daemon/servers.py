@@ -72,6 +72,7 @@ class _Entry:
     renames: int = 0
     renamed: float = 0.0  # monotonic seconds, of the last change of its labels
     counts: ServerTotals = field(default_factory=ServerTotals)  # since it was listed
+    inherited: ServerTotals = field(default_factory=ServerTotals)  # see Server.inherited
     seen: ServerTotals = field(default_factory=ServerTotals)  # as last read
     sockets: tuple[UdpSocket, ...] = ()
     drops_of: dict[int, int] = field(default_factory=dict)  # socket -> its drops, as last read
@@ -179,11 +180,33 @@ class Servers:
         self._evictions += 1
         evicted = min((each for each in self._entries.values() if each.tenant == most), key=lambda each: each.last)
         self._unlist(evicted)
-        group = _group(evicted)
-        heir = next((each for each in self._entries.values() if each.tenant == most and _group(each) == group), None)
-        (heir.counts if heir else self._other(evicted.sender.namespace)).add(evicted.counts)
-        evicted.counts, evicted.wrong = ServerTotals(), 0
+        for orphan in self._bequeath([evicted]):
+            other = self._other(orphan.sender.namespace)
+            other.add(orphan.counts)
+            other.add(orphan.inherited)
+        evicted.counts, evicted.inherited, evicted.wrong = ServerTotals(), ServerTotals(), 0
         return True
+
+    def _bequeath(self, gone: list[_Entry]) -> list[_Entry]:
+        """Add the counts of entries that are no longer listed to others of the same labels, so that the sum in metrics
+        does not fall. Return those without such an heir.
+        """
+        groups: dict[_Group, _Entry] = {}
+        alike: dict[_Labels, _Entry] = {}
+        for entry in self._entries.values() if gone else ():
+            if entry.tenant:
+                group = _group(entry)
+                groups[group] = alike[group[0]] = entry
+        orphans = []
+        for entry in gone:
+            group = _group(entry)
+            heir = groups.get(group) or alike.get(group[0])
+            if heir is None:
+                orphans.append(entry)
+                continue
+            (heir.counts if _group(heir) == group else heir.inherited).add(entry.counts)
+            heir.inherited.add(entry.inherited)
+        return orphans
 
     def _unlist(self, entry: _Entry) -> None:
         assert entry.tenant
@@ -271,12 +294,10 @@ class Servers:
                 gone.append(entry)
         for entry in gone:
             del self._entries[entry.place]
-        heirs = {_group(entry): entry for entry in self._entries.values() if entry.tenant} if gone else {}
-        for entry in gone:
-            if entry.tenant:
-                self._unlist(entry)
-                if heir := heirs.get(_group(entry)):  # the sum of a server that goes on must not fall
-                    heir.counts.add(entry.counts)
+        listed = [entry for entry in gone if entry.tenant]
+        for entry in listed:
+            self._unlist(entry)
+        self._bequeath(listed)
 
     def listed(self) -> tuple[Server, ...]:
         """Return each listed server."""
@@ -288,9 +309,10 @@ class Servers:
         return tuple(sorted(servers, key=lambda server: (-server.requests, server.port, server.addresses)))
 
     def _server(self, group: list[_Entry]) -> Server:
-        counts, wrong = ServerTotals(), sum(entry.wrong for entry in group)
+        counts, inherited, wrong = ServerTotals(), ServerTotals(), sum(entry.wrong for entry in group)
         for entry in group:
             counts.add(entry.counts)
+            inherited.add(entry.inherited)
         sockets = [each for entry in group for each in entry.sockets]
         newest = max(group, key=lambda entry: entry.last)
         risks = [self._risk_of.get(socket_id(each), Risk.UNKNOWN) for each in sockets]
@@ -311,6 +333,7 @@ class Servers:
             first=min(entry.first for entry in group),
             last=newest.last,
             at_risk=max(sum(risk in AT_RISK for risk in risks), 1 if wrong else 0),
+            inherited=inherited,
         )
 
     def other_at_risk(self) -> dict[str, int]:

@@ -98,6 +98,7 @@ SNAPSHOT = Snapshot(
             first=1_800_000_000.0,
             last=1_800_000_050.0,
             at_risk=1,
+            inherited=ServerTotals(2, 1, 1, 0),
         ),
     ),
     other_at_risk={"shop": 2},

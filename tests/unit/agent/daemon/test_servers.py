@@ -258,6 +258,25 @@ def test_counts_of_a_server_do_not_fall_when_one_of_its_addresses_is_evicted() -
     assert sum(each.requests for each in case.servers.other.values()) == 0
 
 
+@pytest.mark.parametrize("evicted", [False, True], ids=["ended", "evicted"])
+def test_sum_of_servers_of_the_same_labels_does_not_fall(evicted: bool) -> None:
+    """Their counts are one series, although their network namespaces differ."""
+    case = Case(most=2 if evicted else 10)
+    first = count(netns=4026, scope=7, cgroup=2, requests=1000)
+    second = count(netns=4027, scope=8, cgroup=2)
+    case.add(first, second)
+    if evicted:
+        case.add(first, second, count(100, cgroup=3))
+        assert sorted(server.port for server in case.servers.listed()) == [53, 100]
+    for _ in range(2):
+        case.add(second)
+        case.now += ENDED_SECONDS
+    case.add(second)
+    kept = [server for server in case.servers.listed() if server.port == 53]
+    assert sum(server.requests + server.inherited.requests for server in kept) == 1010
+    assert all(other.requests == 0 for other in case.servers.other.values())
+
+
 def test_drops_do_not_fall_while_a_server_has_no_socket() -> None:
     case = Case()
     case.add(count(), sockets=[opened(drops=7)])
