@@ -207,7 +207,8 @@ class TopApp(App[UdpwatchError | None]):
     def _draw_banner(self) -> None:
         source = SourceState(self._source_name, self._clock(), self._paused, self._error)
         styled = banner(self._shown, source, self._baseline, self.size.width)
-        self.screen_stack[0].query_one("#banner", TextPane).show(styled)
+        for pane in self.screen_stack[0].query("#banner").results(TextPane):  # none while the screen is closed
+            pane.show(styled)
 
     def _draw_detail(self) -> None:
         pane, line = self.query_one("#detail", TextPane), self.query_one(RowTable).selected

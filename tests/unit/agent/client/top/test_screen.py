@@ -240,6 +240,14 @@ def test_screen_uses_every_size() -> None:
     drive(play, *(row(f"srv-{number:03}", number, number) for number in range(1, 200)))
 
 
+def test_tick_while_the_screen_is_closed_does_nothing() -> None:
+    async def play(app: TopApp, _pilot: Any) -> None:
+        await app.query_one("#banner").remove()
+        app._draw_banner()
+
+    drive(play, row())
+
+
 def test_control_characters_in_names_are_escaped() -> None:
     async def play(app: TopApp, pilot: Any) -> None:
         await pilot.press("j", "enter")
