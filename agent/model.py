@@ -75,6 +75,9 @@ class Increase:
     pid: int
 
 
+UNKNOWN_PROCESS = "an unknown process"
+
+
 @dataclass(frozen=True, slots=True)
 class Sender:
     """The sender of a reply; "": unknown."""
@@ -89,6 +92,16 @@ class Sender:
     container: str = ""  # name, or the first 12 digits of the id
     namespace: str = ""
     pod: str = ""
+
+    @property
+    def title(self) -> str:
+        """The process with its pod or container, for sentences. Its tenant chose these characters."""
+        name = UNKNOWN_PROCESS if self.process in ("", "unknown") else self.process
+        if self.pid:
+            name += f" (pid {self.pid})"
+        if self.pod:
+            return f"{name} in pod {self.namespace}/{self.pod}" if self.namespace else f"{name} in pod {self.pod}"
+        return f"{name} in container {self.container}" if self.container else name
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 from udpwatch.agent.client.explain import Advice, advice, advice_object, remedy_advice
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.remedies import remedy_of
-from udpwatch.agent.model import Cause, Risk, Row, Sender, Verdict
+from udpwatch.agent.model import Cause, Risk, Row, Verdict
 from udpwatch.agent.servers.audit import AT_RISK, ORDER, ServerRisk, WrongReply
 from udpwatch.agent.servers.networks import PeerKind, Peers
 
@@ -114,18 +114,8 @@ def _fix(server: ServerRisk) -> Advice | None:
     return remedy_advice(remedy) if remedy else None
 
 
-def name_of(sender: Sender) -> str:
-    """Name the process with its pod or container."""
-    name = safe(sender.process) if sender.process not in ("", "unknown") else "unknown process"
-    if sender.pid:
-        name += f" (pid {sender.pid})"
-    if sender.pod:
-        return f"{name} in pod {safe(f'{sender.namespace}/{sender.pod}' if sender.namespace else sender.pod)}"
-    return f"{name} in container {safe(sender.container)}" if sender.container else name
-
-
 def _title(server: ServerRisk) -> str:
-    return f"{name_of(server.sender)}, port {server.port}/udp"
+    return f"{safe(server.sender.title)}, port {server.port}/udp"
 
 
 def _head(server: ServerRisk, colour: bool) -> list[str]:

@@ -9,11 +9,10 @@ from typing import Any
 
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.remedies import Remedy, codes, remedy_of
-from udpwatch.agent.model import Cause, Row, Server, Verdict
+from udpwatch.agent.model import UNKNOWN_PROCESS, Cause, Row, Server, Verdict
 
 #: causes that a setting of the program fixes; the others depend on the case
 _FIXED_BY_SETTING = (Cause.KERNEL_CHOSEN, Cause.CONNECTED, Cause.UNKNOWN)
-_UNKNOWN_PROCESS = "an unknown process"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +152,7 @@ def sender_text(row: Row) -> str:
     sender = row.sender
     if row.cause == Cause.FORWARDED:
         return f"a machine behind {safe(row.interface)}" if row.interface else "another machine"
-    name = _UNKNOWN_PROCESS if sender.process in ("", "unknown") else safe(sender.process)
-    if sender.pid:
-        name += f" (pid {sender.pid})"
-    if sender.pod:
-        return f"{name} in pod {safe(f'{sender.namespace}/{sender.pod}' if sender.namespace else sender.pod)}"
-    return f"{name} in container {safe(sender.container)}" if sender.container else name
+    return safe(sender.title)
 
 
 def _event_sentence(row: Row) -> str:
@@ -170,7 +164,7 @@ def _event_sentence(row: Row) -> str:
     replied = f"replied from {row.actual}"
     if row.actual == row.expected:
         replied = "replied from another port of that address, which source NAT chose"
-    if row.cause == Cause.FORWARDED or subject.startswith(_UNKNOWN_PROCESS):
+    if row.cause == Cause.FORWARDED or subject.startswith(UNKNOWN_PROCESS):
         subject = "A" + subject[1:]  # the name of a process is not capitalized
     return f"{subject} was asked at {row.expected}, port {row.port}/udp, and {replied}, {times} so far."
 

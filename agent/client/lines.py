@@ -29,6 +29,11 @@ def safe(text: str) -> str:
     return text if text.isprintable() else "".join(each if each.isprintable() else "\ufffd" for each in text)
 
 
+def safe_lines(text: str) -> str:
+    """Apply `safe` to each line."""
+    return "\n".join(map(safe, text.splitlines()))
+
+
 class EventLines:
     """Formats each event as a line."""
 

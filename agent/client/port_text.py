@@ -8,7 +8,7 @@ from typing import Any
 
 from udpwatch.agent.client.explain import advice, advice_object
 from udpwatch.agent.client.explain_text import Page
-from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.lines import safe, safe_lines
 from udpwatch.agent.servers.port.facts import Look
 from udpwatch.agent.servers.port.statements import Statement
 
@@ -63,8 +63,3 @@ def port_object(look: Look, statements: Sequence[Statement]) -> dict[str, Any]:
         "namespaces": [{"name": each.name, "netns": each.inode} for each in look.namespaces if each.is_watched],
         "unseen": list(look.unseen),
     }
-
-
-def safe_lines(text: str) -> str:
-    """Escape control characters in lines to copy."""
-    return "\n".join(map(safe, text.splitlines()))

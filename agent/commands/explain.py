@@ -15,6 +15,7 @@ from udpwatch.agent.client import explain_text, follow, port_text, remedies
 from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client
 from udpwatch.agent.client.explain import matching
 from udpwatch.agent.client.remedies import Remedy
+from udpwatch.agent.commands.arguments import seconds
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Row, Server
 from udpwatch.agent.servers.inventory import list_all
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="list the known servers")
     parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
     parser.add_argument(
-        "--seconds", metavar="N", type=_seconds, default=3.0, help="how long to look at a port without a finding [3]"
+        "--seconds",
+        metavar="N",
+        type=seconds(0.5),
+        default=3.0,
+        help="how long to look at a port without a finding [3]",
     )
     parser.add_argument("--address", metavar="ADDRESS", type=_address, help="the address that clients ask")
 
@@ -104,16 +109,6 @@ def _colour() -> bool:
 
 def _is_port(server: str | None) -> bool:
     return server is not None and server.isascii() and server.isdecimal() and 0 < int(server) <= _MAX_PORT
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.5 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number from 0.5 to 3600")
-    return seconds
 
 
 def _address(text: str) -> str:

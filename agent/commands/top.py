@@ -17,6 +17,7 @@ from udpwatch.agent.client.top import sources, text
 from udpwatch.agent.client.top.prometheus import PrometheusSource
 from udpwatch.agent.client.top.rows import Key
 from udpwatch.agent.client.top.traffic import ServerKey
+from udpwatch.agent.commands.arguments import seconds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--prometheus", metavar="URL", help="read all nodes from this Prometheus instead")
     where.add_argument("--replay", metavar="FILE", help="play a recording of `udpwatch run --events FILE` instead")
     parser.add_argument("--servers", action="store_true", help="begin with the servers; with --json, add them")
-    parser.add_argument("--interval", metavar="SECONDS", type=_interval, default=1.0, help="time between updates [1]")
+    parser.add_argument(
+        "--interval", metavar="SECONDS", type=seconds(0.1), default=1.0, help="time between updates [1]"
+    )
     parser.add_argument("--once", action="store_true", help="print one table, with rates over one interval")
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object every interval; with --once, only one"
@@ -84,13 +87,3 @@ def _show(source: sources.ViewSource, parsed: argparse.Namespace) -> int:
         print(*lines, sep="\n", end="\n" if lines else "")
         sys.stdout.flush()
     return 0
-
-
-def _interval(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0.1 <= seconds <= 3600:
-        raise argparse.ArgumentTypeError(f"invalid value {text!r}: expected a number from 0.1 to 3600")
-    return seconds

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.lines import safe, safe_lines
 from udpwatch.agent.client.top.layout import StyledLine, clock_text, count_text, rate_text
 from udpwatch.agent.client.top.rows import Key, Line
 from udpwatch.agent.model import Sender
@@ -64,11 +64,6 @@ def detail(
     lines.append(("fix", safe_lines(fix or GENERAL_FIX)))
     styled = [each for label, text in lines for each in labelled(label, text, width)]
     return styled + _latest(events, width, cluster)
-
-
-def safe_lines(text: str) -> str:
-    """Apply `safe` to each line."""
-    return "\n".join(map(safe, text.splitlines()))
 
 
 def process_lines(sender: Sender, node: str = "", interface: str = "") -> list[tuple[str, str]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from udpwatch.agent.client.lines import safe
-from udpwatch.agent.client.top.detail import GENERAL_FIX, labelled, process_lines, safe_lines
+from udpwatch.agent.client.lines import safe, safe_lines
+from udpwatch.agent.client.top.detail import GENERAL_FIX, labelled, process_lines
 from udpwatch.agent.client.top.layout import (
     NODE,
     NODES,

@@ -18,7 +18,6 @@ from udpwatch.agent.servers.port.statements import (
     count,
     end,
     owner,
-    sender_name,
     several,
 )
 
@@ -62,7 +61,7 @@ def no_listener(case: Case, served: list[NamespaceFacts]) -> Iterator[Statement]
         )
     elif served or case.look.servers:
         names = [f"{owner(each.sockets[0])} in {each.name}" for each in served]
-        places = several([*names, *(sender_name(after.sender) for _, after in case.look.servers)])
+        places = several([*names, *(after.sender.title for _, after in case.look.servers)])
         yield Statement(Kind.OTHER_NAMESPACE, bool(asked) and not elsewhere, f"{text} It listens elsewhere: {places}.")
     else:
         advice = "" if elsewhere else " Start the server, or look up the port that it listens on."

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from udpwatch.agent.model import Cause, Row, Sender, Server, Verdict
 from udpwatch.agent.servers.port.case import Case
-from udpwatch.agent.servers.port.statements import Kind, Statement, count, end, sender_name, several
+from udpwatch.agent.servers.port.statements import Kind, Statement, count, end, several
 
 
 def of_agent(before: Server | None, after: Server, time: str) -> Statement:
@@ -17,7 +17,7 @@ def of_agent(before: Server | None, after: Server, time: str) -> Statement:
     requests, answered = after.requests - old.requests, after.replies - old.replies
     dropped = (after.drops or 0) - (old.drops or 0)
     text = (
-        f"By the agent, {sender_name(after.sender)} listens on "
+        f"By the agent, {after.sender.title} listens on "
         f"{several(end(each, after.port) for each in after.addresses)}: "
         f"{count(requests, 'request')} and {count(answered, 'reply', 'replies')} in {time}, {after.requests:,} and "
         f"{after.replies:,} in all, {after.unanswered:,} unanswered."

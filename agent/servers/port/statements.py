@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from udpwatch.agent.model import Row, Sender
+from udpwatch.agent.model import Row
 from udpwatch.agent.servers.port.facts import SocketFacts, is_wildcard, plain
 
 MAX_NAMED = 8  # processes that have statements of their own; a tenant may have thousands with a socket on the port
@@ -67,7 +67,7 @@ def owner(each: SocketFacts) -> str:
     if each.has_no_process:
         uid = f" of uid {each.socket.uid}" if each.socket.uid is not None else ""
         return f"The kernel itself (a tunnel such as VXLAN), or a process{uid} that this user may not examine,"
-    return sender_name(replace(each.sender, process=each.sender.process or each.socket.process, pid=each.socket.pid))
+    return replace(each.sender, process=each.sender.process or each.socket.process, pid=each.socket.pid).title
 
 
 def bound(each: SocketFacts) -> str:
@@ -79,15 +79,6 @@ def bound(each: SocketFacts) -> str:
     if each.device:
         text += f" on device {each.device}"
     return f"{text}, connected to {end(sock.peer, sock.peer_port)}" if sock.peer else text
-
-
-def sender_name(sender: Sender) -> str:
-    """Name a process as the agent knows it, with its pod or container."""
-    pid = f" (pid {sender.pid})" if sender.pid else ""
-    name = f"{sender.process or 'an unknown process'}{pid}"
-    if sender.pod:
-        return f"{name} in pod {sender.namespace}/{sender.pod}" if sender.namespace else f"{name} in pod {sender.pod}"
-    return f"{name} in container {sender.container}" if sender.container else name
 
 
 def end(address: str, port: int) -> str:
