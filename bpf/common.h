@@ -49,6 +49,11 @@ static __always_inline int is_group(const struct address *address, __u8 family) 
     return first >> 24 == 0xff;
 }
 
+/* A link-local address identifies a peer only together with its link (RFC 4291, section 2.5.6). */
+static __always_inline int is_link_local(const struct address *address) {
+    return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
+}
+
 #if HAVE_KERNEL_READ
 /* Return whether the route of an IPv4 packet leads to a group; only the route knows broadcast
  * addresses. *known is 0 if the packet has no route. */

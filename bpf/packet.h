@@ -129,9 +129,4 @@ static __always_inline int asks_group(struct __sk_buff *skb, const struct packet
     return skb->pkt_type == PACKET_BROADCAST || skb->pkt_type == PACKET_LOOPBACK;
 }
 
-/* A link-local address identifies a peer only together with its link (RFC 4291, section 2.5.6). */
-static __always_inline int is_link_local(const struct address *address) {
-    return (net32(address->word[0]) & 0xffc00000) == 0xfe800000;
-}
-
 #endif

@@ -275,6 +275,30 @@ struct reported_key {
     __u32 pad;
 };
 
+/* ---- healing (heal.c) ---- */
+
+enum healing { HEAL_OFF, HEAL_DRY_RUN, HEAL_ON };
+
+/* Why a reply was not healed although its port is to be. */
+enum refusal {
+    REFUSED_SEVERAL,   /* its peer asked several addresses */
+    REFUSED_GROUP,     /* its peer asked a group */
+    REFUSED_LINK,      /* the address is link-local */
+    REFUSED_NOT_LOCAL, /* the address is not local now, or its device was not found */
+    REFUSALS,
+};
+
+struct heal_counts {
+    __u64 healed; /* sends; with HEAL_DRY_RUN, those that would have been */
+    __u64 refused[REFUSALS];
+};
+
+struct local_key {
+    struct address address;
+    __u32 netns; /* inode number */
+    __u32 pad;
+};
+
 /* ---- sockets (inventory.c) ---- */
 
 /* Who bound a socket. Zero: a socket that is older than the agent. */

@@ -66,6 +66,8 @@ class Features:
     flow_offsets: dict[str, int]  # for the programs on these functions
     socket_offsets: dict[str, int]  # for the iterators over sockets; empty: sock_diag lists them
     sockets_reason: str  # why there are no iterators
+    address_offsets: dict[str, int]  # for healing: the kernel's lists of local addresses; empty: no healing
+    address_reason: str  # why nothing can be healed
 
     @property
     def scope(self) -> str:
@@ -234,6 +236,30 @@ _BITS = {
 }
 
 
+def address_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
+    """Return OFFSET_* of what shows whether an address is local. Raises OSError if BTF cannot be read, and LookupError
+    if a structure lacks a member.
+    """
+    with contextlib.closing(Btf(path)) as btf:
+        return {
+            "OFFSET_NET_DEVICES": btf.offset("net", "dev_index_head"),
+            "OFFSET_SEND_SK": btf.offset("bpf_sock_addr_kern", "sk"),
+            "OFFSET_DEVICE_NODE": btf.offset("net_device", "index_hlist"),
+            "OFFSET_DEVICE_INDEX": btf.offset("net_device", "ifindex"),
+            "OFFSET_DEVICE_FLAGS": btf.offset("net_device", "flags"),
+            "OFFSET_DEVICE_IP": btf.offset("net_device", "ip_ptr"),
+            "OFFSET_DEVICE_IP6": btf.offset("net_device", "ip6_ptr"),
+            "OFFSET_IN_DEVICE_ADDRESSES": btf.offset("in_device", "ifa_list"),
+            "OFFSET_IFA_NEXT": btf.offset("in_ifaddr", "ifa_next"),
+            "OFFSET_IFA_LOCAL": btf.offset("in_ifaddr", "ifa_local"),
+            "OFFSET_IFA_MASK": btf.offset("in_ifaddr", "ifa_mask"),
+            "OFFSET_INET6_DEV_ADDRESSES": btf.offset("inet6_dev", "addr_list"),
+            "OFFSET_IFA6_LIST": btf.offset("inet6_ifaddr", "if_list"),
+            "OFFSET_IFA6_ADDRESS": btf.offset("inet6_ifaddr", "addr"),
+            "OFFSET_IFA6_FLAGS": btf.offset("inet6_ifaddr", "flags"),
+        }
+
+
 def flow_offsets(path: Path = VMLINUX_BTF) -> dict[str, int]:
     """Return OFFSET_* of what the function probes read in addition. Raises what `conntrack_offsets` raises."""
     with _types(path) as btf:
@@ -296,6 +322,17 @@ def _try_sockets(btf: Path, reason: str) -> dict[str, Any]:
     return {"socket_offsets": offsets, "sockets_reason": reason}
 
 
+def _try_addresses(btf: Path, reason: str) -> dict[str, Any]:
+    """Return the members of Features for healing; ``reason`` says why there can be none."""
+    offsets = dict[str, int]()
+    if not reason:
+        try:
+            offsets = address_offsets(btf)
+        except (OSError, LookupError) as error:
+            reason = _undescribed(btf, error)
+    return {"address_offsets": offsets, "address_reason": reason}
+
+
 def probe(btf: Path = VMLINUX_BTF) -> Features:
     """Try everything. Raises OSError if not even an empty program loads."""
     os.close(program_load(*_SKB, _RETURN_1))
@@ -319,5 +356,6 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         offsets=offsets,
         conntrack_reason=reason,
         **_try_sockets(btf, reason),
+        **_try_addresses(btf, reason),
         **_try_probes(btf, reason),
     )

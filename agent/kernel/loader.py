@@ -62,6 +62,7 @@ def load(
     hooks: Hooks = Hooks.ALL,
     forwarded: bool = True,
     cache: Path | None = None,
+    heal: bool = False,
 ) -> Loaded:
     """Compile, load and attach in a child process.
 
@@ -74,6 +75,7 @@ def load(
         "limits": asdict(limits),
         "hooks": hooks,
         "forwarded": forwarded,
+        "heal": heal,
         "only_inventory": False,
     }
     return _load(request, btf, cache)
@@ -87,6 +89,7 @@ def load_inventory(btf: Path = VMLINUX_BTF, cache: Path | None = None) -> Loaded
         "limits": asdict(Limits()),
         "hooks": Hooks.CGROUP,
         "forwarded": False,
+        "heal": False,
         "only_inventory": True,
     }
     return _load(request, btf, cache)

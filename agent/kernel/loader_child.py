@@ -88,6 +88,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "ADDRESS_SHARE": max(1, limits.max_peers // 256 // 8),
         "FINGERPRINT_SETS": max(1, limits.max_peers // 4),
         "MAX_EVICTIONS": 4096,
+        "MAX_LOCAL": 16384,
         "REQUEST_SETS": max(1, limits.max_peers // 4 // records.WAYS),
         # Without conntrack's entry, each suspected conversation has an element of its own until conntrack is asked.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
@@ -116,6 +117,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         **found.offsets,
         **found.flow_offsets,
         **found.socket_offsets,
+        **found.address_offsets,
         "INET_FLAGS_TRANSPARENT": 15,  # include/net/inet_sock.h, since Linux 6.6
     }
 
@@ -271,6 +273,16 @@ def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], 
             answer.refused[program.name] = str(error)
 
 
+def _load_heal(
+    maps: dict[str, int], request: dict[str, Any], constants: Mapping[str, object], found: features.Features, answer: _Answer
+) -> None:
+    """Load what heals replies, behind the sensor's programs on the same hooks. Raises UdpwatchError."""
+    if not found.address_offsets:
+        raise CannotRun(f"cannot heal: {found.address_reason}")
+    code = _link(_obtain("heal.c", request, constants), maps)
+    _attach_hooks("heal.c", code, request, answer)
+
+
 def _load_inventory(request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> str:
     """Load what lists sockets, and note the sockets that exist already. Return the name of the compiler.
 
@@ -389,6 +401,9 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         compiled = _obtain("sockets.c", request, constants)
         _load_hooks(_link(compiled, maps), maps, request, answer)
         read |= MAPS["sockets.c"]
+        if request["heal"]:
+            _load_heal(maps, request, constants, found, answer)
+            read |= MAPS["heal.c"]
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("conntrack.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)

@@ -34,6 +34,7 @@ MAPS = {
     },
     "conntrack.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
     "inventory.c": set(),
+    "heal.c": {"heal_ports", "heal_slots", "heal_counts", "local_devices"},
 }
 #: maps whose elements begin with a lock (map_types.py)
 LOCKED = frozenset({"conversations", "addresses"})
@@ -102,6 +103,7 @@ SEND_WITHOUT = "events do not show whether PKTINFO was passed"
 HOOK_WITHOUT = "the cause is 'unknown' for sockets that are not connected"
 BIND_WITHOUT = "sockets that are opened in other namespaces after the start are not listed"
 LIST_WITHOUT = "the sockets of servers are listed by sock_diag, which does not tell whether they have PKTINFO set"
+HEAL_WITHOUT = "replies are not healed"
 FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 
 PROGRAMS = (
@@ -146,6 +148,20 @@ PROGRAMS = (
         "inventory.c",
         Iterator("bpf_iter_bpf_sk_storage_map", "udp_sockets"),
         without=BIND_WITHOUT,
+    ),
+    Program(
+        "heal4",
+        "heal4",
+        "heal.c",
+        Hook(AttachType.CGROUP_UDP4_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
+        without=HEAL_WITHOUT,
+    ),
+    Program(
+        "heal6",
+        "heal6",
+        "heal.c",
+        Hook(AttachType.CGROUP_UDP6_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
+        without=HEAL_WITHOUT,
     ),
     Program("udp_sendmsg", "send4", "conntrack.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
     Program("udpv6_sendmsg", "send6", "conntrack.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),
