@@ -85,26 +85,30 @@ def _link(content: memoryview) -> Link:
 
 
 def _addresses(contents: Iterator[memoryview]) -> Iterator[LinkAddress]:
-    for content in contents:
-        family, prefix, flags, scope, index = _ADDRESS.unpack_from(content)
-        if family not in (socket.AF_INET, socket.AF_INET6):
-            continue
-        found = dict(attributes(content[_ADDRESS.size :]))
-        # IFA_ADDRESS is the other end of a point-to-point link; IFA_LOCAL is absent in IPv6 without such an end.
-        raw = found.get(_LOCAL_ADDRESS) or found.get(_PEER_ADDRESS)
-        if raw is None:
-            continue
-        flags = int.from_bytes(found.get(_FLAGS, flags.to_bytes(1, sys.byteorder)), sys.byteorder)
-        yield LinkAddress(
-            str(ipaddress.ip_address(bytes(raw))),
-            4 if family == socket.AF_INET else 6,
-            prefix,
-            index,
-            scope,
-            not flags & _DAD_FAILED and (not flags & _TENTATIVE or bool(flags & _OPTIMISTIC)),
-            family == socket.AF_INET and bool(flags & _SECONDARY),
-            family == socket.AF_INET6 and bool(flags & _SECONDARY),
-            bool(flags & _DEPRECATED),
-            bool(flags & _PERMANENT),
-            int.from_bytes(found.get(_PROTOCOL, b""), sys.byteorder),
-        )
+    return (found for found in map(read_address, contents) if found)
+
+
+def read_address(content: memoryview) -> LinkAddress | None:
+    """Decode an RTM_NEWADDR or RTM_DELADDR message; None: it is of another family."""
+    family, prefix, flags, scope, index = _ADDRESS.unpack_from(content)
+    if family not in (socket.AF_INET, socket.AF_INET6):
+        return None
+    found = dict(attributes(content[_ADDRESS.size :]))
+    # IFA_ADDRESS is the other end of a point-to-point link; IFA_LOCAL is absent in IPv6 without such an end.
+    raw = found.get(_LOCAL_ADDRESS) or found.get(_PEER_ADDRESS)
+    if raw is None:
+        return None
+    flags = int.from_bytes(found.get(_FLAGS, flags.to_bytes(1, sys.byteorder)), sys.byteorder)
+    return LinkAddress(
+        str(ipaddress.ip_address(bytes(raw))),
+        4 if family == socket.AF_INET else 6,
+        prefix,
+        index,
+        scope,
+        not flags & _DAD_FAILED and (not flags & _TENTATIVE or bool(flags & _OPTIMISTIC)),
+        family == socket.AF_INET and bool(flags & _SECONDARY),
+        family == socket.AF_INET6 and bool(flags & _SECONDARY),
+        bool(flags & _DEPRECATED),
+        bool(flags & _PERMANENT),
+        int.from_bytes(found.get(_PROTOCOL, b""), sys.byteorder),
+    )

@@ -1,0 +1,1 @@
+"""Healing: replies leave from the address that the peer asked."""
