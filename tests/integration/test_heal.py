@@ -12,16 +12,18 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from scene import MAPPED, V4, V6, Family, bound
+from scene import V4, V6, Family, bound
 
 from udpwatch.agent.heal.addresses import LocalAddresses
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.testing.lab import ContainerHost
 
 OFF, DRY_RUN, ON = range(3)
+MAPPED = replace(V4, name="IPv4-mapped", inet=V6.inet, wildcard=V6.wildcard)
 CHURN_SECONDS = 4.0
 
 
@@ -93,8 +95,8 @@ def test_address_that_comes_and_goes_makes_no_send_fail(
     healing: loader.Loaded, following: None, host: ContainerHost, family: Family, port: int
 ) -> None:
     """At thousands of changes a minute: no error that routing would not make, and no source but the node's own."""
-    address, prefix = ("172.16.13.50", 24) if family.inet == socket.AF_INET else ("fd00:13::50", 64)
-    option = "" if family.inet == socket.AF_INET else " nodad"
+    address, prefix, option = ("fd00:13::50", 64, " nodad") if family is V6 else ("172.16.13.50", 24, "")
+    asking = V6.inet if family is V6 else V4.inet
     set_mode(healing, port, ON)
     host.node.ip(f"addr add {address}/{prefix} dev eth0{option}")
     time.sleep(1.5)  # until it is stable
@@ -108,7 +110,7 @@ def test_address_that_comes_and_goes_makes_no_send_fail(
             host.node.ip(f"addr add {address}/{prefix} dev eth0{option}")
             changes += 2
 
-    with bound(host.node, family.inet, family.wildcard, port) as server, host.container.socket(family.inet) as client:
+    with bound(host.node, family.inet, family.wildcard, port) as server, host.container.socket(asking) as client:
         client.settimeout(0.1)
         client.sendto(b"request", (address, port))
         _, peer = server.recvfrom(100)
