@@ -7,11 +7,12 @@ from enum import StrEnum
 
 
 class Verdict(StrEnum):
-    """How conntrack classified the reply (enum verdict in bpf/records.h)."""
+    """How conntrack classified the reply, or that it was healed (enum verdict in bpf/records.h)."""
 
     NEW = "new"
     UNTRACKED = "untracked"
     UNKNOWN = "unknown"
+    HEALED = "healed"  # no wrong reply: udpwatch set the source that the peer asked
 
 
 class Cause(StrEnum):
@@ -177,6 +178,7 @@ class ServerCount:
     requests: int  # datagrams
     replies: int
     unanswered: int
+    slot: int = 0  # in the kernel's tables by server
 
 
 @dataclass(slots=True)
@@ -251,6 +253,7 @@ class Counters:
     flows: int = 0
     candidates: int = 0
     self_tests: int = 0
+    healed_overflow: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +322,38 @@ class Row:
     last: float  # seconds since the epoch
     interface: str = ""  # on which a forwarded reply arrived
 
+    @property
+    def is_healed(self) -> bool:
+        """Whether these replies were healed: they left from the address that was asked."""
+        return self.verdict == Verdict.HEALED
+
+
+#: Why a reply was not healed although its server is to be (enum refusal in bpf/records.h).
+REFUSALS = {
+    "several-addresses": "its client asked several addresses within the window",
+    "group": "its client asked a multicast or broadcast address; any source is right",
+    "link-local": "its client asked a link-local address",
+    "not-local": "the address that was asked is not, or not for long enough, an address of the network namespace",
+    "transparent": "the socket has IP_TRANSPARENT set",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Healing:
+    """What the agent heals (agent/heal/)."""
+
+    selected: str  # by the settings, in words
+    on: bool  # whether the servers that the settings select are healed
+    dry_run: bool  # nothing is healed, only counted
+    ports_on: tuple[int, ...] = ()  # switched on since the start
+    ports_off: tuple[int, ...] = ()  # switched off since the start
+    reason: str = ""  # why nothing can be healed
+    namespaces: int = 0  # network namespaces that are healed
+    not_healed: tuple[str, ...] = ()  # selected servers' namespaces that are not healed, and why, one line each
+    addresses: int = 0  # local addresses of the healed namespaces
+    dry_run_replies: int = 0  # sends that would have been healed without dry_run
+    refused: dict[str, int] = field(default_factory=dict)  # REFUSALS -> sends
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -347,3 +382,16 @@ class Snapshot:
     servers: tuple[Server, ...] = ()
     other_servers: dict[str, ServerTotals] = field(default_factory=dict)  # of those not listed, by namespace
     other_at_risk: dict[str, int] = field(default_factory=dict)  # sockets at risk of those, by namespace
+    healing: Healing | None = None  # None: not enabled
+    #: healed replies for which there was no row, by namespace; "": none, or unknown
+    other_healed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def wrong_rows(self) -> tuple[Row, ...]:
+        """Return the rows of wrong replies."""
+        return tuple(row for row in self.rows if not row.is_healed)
+
+    @property
+    def healed_rows(self) -> tuple[Row, ...]:
+        """Return the rows of healed replies."""
+        return tuple(row for row in self.rows if row.is_healed)

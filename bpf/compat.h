@@ -44,6 +44,22 @@ READ_KERNEL(read_kernel32, __u32)
 READ_KERNEL(read_kernel16, __u16)
 READ_KERNEL(read_kernel8, __u8)
 
+static __always_inline __u8 read_bit(__u64 address, __u32 bit) {
+    return read_kernel8(address + bit / 8) >> bit % 8 & 1;
+}
+
+/* Return whether a socket has IP_TRANSPARENT set. */
+#ifdef OFFSET_INET_FLAGS
+#define KNOW_TRANSPARENT     1
+#define read_transparent(sk) (read_kernel((sk) + OFFSET_INET_FLAGS) >> INET_FLAGS_TRANSPARENT & 1)
+#elif defined(BIT_INET_TRANSPARENT)
+#define KNOW_TRANSPARENT     1
+#define read_transparent(sk) read_bit(sk, BIT_INET_TRANSPARENT)
+#else
+#define KNOW_TRANSPARENT     0
+#define read_transparent(sk) 0
+#endif
+
 static __always_inline __u64 read_net(struct __sk_buff *skb) {
     return read_kernel(read_kernel((__u64)skb + OFFSET_SKB_SK) + OFFSET_SOCK_NET);
 }

@@ -20,10 +20,11 @@
 /* The maps of the sensor. */
 BPF_ARRAY(conversations, struct conversation_set, SETS);
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
+BPF_ARRAY(heal_ports, __u8, 65536); /* enum healing; [0]: HEAL_MODE and HEAL_BY_SLOT */
+BPF_ARRAY(healed_sends, struct healed_send, SENDER_SLOTS);
 
-BPF_ARRAY(heal_ports, __u8, 65536); /* enum healing; [0]: whether heal_slots is used */
-BPF_ARRAY(heal_slots, __u8, SERVERS);
-BPF_PERCPU_ARRAY(heal_counts, struct heal_counts, SERVERS); /* by slot of the server */
+BPF_ARRAY(heal_slots, __u8, SERVERS); /* enum healing, by slot of the server */
+BPF_PERCPU_ARRAY(heal_counts, struct heal_counts, 1);
 /* User space keeps this: the index of the device that has an address. */
 BPF_TABLE("hash", struct local_key, __u32, local_devices, MAX_LOCAL);
 
@@ -45,39 +46,65 @@ out:
     return found;
 }
 
-static __always_inline int is_local(__u64 net, const struct address *address, int family) {
-    struct local_key key = {.netns = read_kernel32(net + OFFSET_NET_INUM), .address = *address};
-    __u32 *index = local_devices.lookup(&key);
+/* Return whether user space follows the addresses of a namespace. */
+static __always_inline int is_followed(__u32 netns) {
+    struct local_key key = {.netns = netns};
+    return local_devices.lookup(&key) != 0;
+}
 
-    if (!index)
+/* On loopback, each address of 127.0.0.0/8 is local (RFC 1122, section 3.2.1.3). */
+static __always_inline int is_loopback(const struct address *address, int family) {
+    return family == FAMILY_INET && net32(address->word[3]) >> 24 == 127;
+}
+
+static __always_inline int is_local(__u64 net, __u32 netns, const struct address *address,
+                                    int family) {
+    struct local_key key = {.netns = netns, .address = *address};
+    __u32 *known = local_devices.lookup(&key), index = LOOPBACK_INDEX;
+
+    if (known)
+        index = *known;
+    else if (!is_loopback(address, family))
         return 0;
-    __u64 device = device_at(net, *index);
+    __u64 device = device_at(net, index);
     return device && has_address(device, address, family);
 }
 
-static __always_inline enum healing mode_of(__u16 port, __u32 slot) {
-    int at_port = port, at_slot = slot;
-    __u8 *by_port = heal_ports.lookup(&at_port), *by_slot = heal_slots.lookup(&at_slot);
+static __always_inline enum healing mode_of(__u8 mode, __u32 slot) {
+    int at_slot = slot;
 
-    if (by_port && *by_port)
-        return *by_port;
-    return by_slot ? *by_slot : HEAL_OFF;
+    if (mode & HEAL_MODE)
+        return mode & HEAL_MODE;
+    __u8 *by_slot = heal_slots.lookup(&at_slot);
+    return by_slot ? *by_slot : HEAL_UNSET;
 }
 
-static __always_inline int is_asked_for(__u16 port) {
+/* Return the mode of a port: HEAL_MODE, or HEAL_BY_SLOT if it depends on the server. */
+static __always_inline __u8 mode_of_port(__u16 port) {
     int at_port = port, any = 0;
-    __u8 *by_port = heal_ports.lookup(&at_port), *slots = heal_ports.lookup(&any);
+    __u8 *own = heal_ports.lookup(&at_port), *all = heal_ports.lookup(&any);
 
-    return (by_port && *by_port) || (slots && *slots);
+    if (own && *own)
+        return *own == HEAL_NEVER ? HEAL_UNSET : *own;
+    return all ? *all : HEAL_UNSET;
 }
 
-/* Return whether a reply to key->peer must be healed, and the source to set. */
+static __always_inline void refuse(enum refusal why) {
+    int zero = 0;
+    struct heal_counts *counts = heal_counts.lookup(&zero);
+
+    if (counts && why < REFUSALS)
+        counts->refused[why]++;
+}
+
+/* Return whether a reply to key->peer must be healed, and the source to set. `by`: mode_of_port */
 static __always_inline int find_source(struct bpf_sock_addr *ctx, struct conversation_key *key,
-                                       int family, struct address *source) {
+                                       int family, __u8 by, struct address *source) {
     struct conversation asked = {};
     int zero = 0;
     __u64 now = now_ns();
-    __u64 net = read_kernel(read_kernel((__u64)ctx + OFFSET_SEND_SK) + OFFSET_SOCK_NET);
+    __u64 sk = read_kernel((__u64)ctx + OFFSET_SEND_SK), net = read_kernel(sk + OFFSET_SOCK_NET);
+    __u32 netns = read_kernel32(net + OFFSET_NET_INUM);
 
 #if HAVE_NETNS_COOKIE
     key->scope = bpf_get_netns_cookie(ctx);
@@ -92,30 +119,49 @@ static __always_inline int find_source(struct bpf_sock_addr *ctx, struct convers
     struct conversation_set *set = conversations.lookup(&index);
     if (!set || !find_conversation(set, tag, &asked) || is_expired(&asked, now))
         return 0;
-    __u32 slot = asked.tenant.flags >> SLOT_SHIFT;
-    enum healing mode = mode_of(key->port, slot);
-    struct heal_counts *counts = heal_counts.lookup(&slot);
-    if (!mode || !counts)
+    enum healing mode = mode_of(by, asked.tenant.flags >> SLOT_SHIFT);
+    if (mode == HEAL_UNSET || !is_followed(netns))
         return 0;
     if (asked.tenant.flags & SEVERAL) {
-        __sync_fetch_and_add(&counts->refused[REFUSED_SEVERAL], 1);
+        refuse(REFUSED_SEVERAL);
         return 0;
     }
     if (is_any(&asked.address)) {
-        __sync_fetch_and_add(&counts->refused[REFUSED_GROUP], 1);
+        refuse(REFUSED_GROUP);
         return 0;
     }
     if (is_link_local(&asked.address)) {
-        __sync_fetch_and_add(&counts->refused[REFUSED_LINK], 1);
+        refuse(REFUSED_LINK);
         return 0;
     }
-    if (!is_local(net, &asked.address, family)) {
-        __sync_fetch_and_add(&counts->refused[REFUSED_NOT_LOCAL], 1);
+    if (read_transparent(sk)) {
+        refuse(REFUSED_TRANSPARENT);
         return 0;
     }
-    __sync_fetch_and_add(&counts->healed, 1);
+    if (!is_local(net, netns, &asked.address, family)) {
+        refuse(REFUSED_NOT_LOCAL);
+        return 0;
+    }
     *source = asked.address;
-    return mode == HEAL_ON;
+    if (mode == HEAL_ON)
+        return 1;
+    struct heal_counts *counts = heal_counts.lookup(&zero);
+    if (counts)
+        counts->dry_run++;
+    return 0;
+}
+
+/* Note for egress that this send was healed. */
+static __always_inline void note_healed(struct bpf_sock_addr *ctx, const struct address *source) {
+    __u64 socket = socket_of_send(ctx), pid_tgid = bpf_get_current_pid_tgid();
+    __u32 index = sender_slot(socket, pid_tgid);
+    struct healed_send *send = healed_sends.lookup(&index);
+
+    if (!send)
+        return;
+    send->pid_tgid = pid_tgid;
+    send->source = *source;
+    WRITE_ONCE(send->socket, socket);
 }
 
 int heal4(struct bpf_sock_addr *ctx) {
@@ -125,12 +171,15 @@ int heal4(struct bpf_sock_addr *ctx) {
     if (!ctx->sk || ctx->msg_src_ip4)
         return 1;
     key.port = ctx->sk->src_port;
-    if (!is_asked_for(key.port))
+    __u8 by = mode_of_port(key.port);
+    if (!by)
         return 1;
     set_ip4(&key.peer, ctx->user_ip4);
     key.peer_port = net16(ctx->user_port);
-    if (find_source(ctx, &key, FAMILY_INET, &source))
+    if (find_source(ctx, &key, FAMILY_INET, by, &source)) {
+        note_healed(ctx, &source);
         ctx->msg_src_ip4 = source.word[3];
+    }
     return 1;
 }
 
@@ -142,7 +191,8 @@ int heal6(struct bpf_sock_addr *ctx) {
         ctx->msg_src_ip6[3])
         return 1;
     key.port = ctx->sk->src_port;
-    if (!is_asked_for(key.port))
+    __u8 by = mode_of_port(key.port);
+    if (!by)
         return 1;
     key.peer.word[0] = ctx->user_ip6[0];
     key.peer.word[1] = ctx->user_ip6[1];
@@ -151,7 +201,8 @@ int heal6(struct bpf_sock_addr *ctx) {
     key.peer_port = net16(ctx->user_port);
     if (is_link_local(&key.peer))
         return 1;
-    if (find_source(ctx, &key, FAMILY_INET6, &source)) {
+    if (find_source(ctx, &key, FAMILY_INET6, by, &source)) {
+        note_healed(ctx, &source);
         ctx->msg_src_ip6[0] = source.word[0];
         ctx->msg_src_ip6[1] = source.word[1];
         ctx->msg_src_ip6[2] = source.word[2];

@@ -44,10 +44,6 @@ int post_bind6(struct bpf_sock *sk) {
     return note_owner(sk);
 }
 
-static __always_inline __u8 read_bit(__u64 address, __u32 bit) {
-    return read_kernel8(address + bit / 8) >> bit % 8 & 1;
-}
-
 static __always_inline void read_addresses(struct socket_record *to, __u64 sk) {
     if (to->family == FAMILY_INET) {
         set_ip4(&to->bound, read_kernel32(sk + OFFSET_SOCK_SADDR));
@@ -63,16 +59,15 @@ static __always_inline void read_addresses(struct socket_record *to, __u64 sk) {
 static __always_inline void read_options(struct socket_record *to, __u64 sk) {
 #ifdef OFFSET_INET_FLAGS
     __u64 flags = read_kernel(sk + OFFSET_INET_FLAGS);
-    to->known |= KNOWN_PKTINFO | KNOWN_TRANSPARENT;
+    to->known |= KNOWN_PKTINFO;
     to->options |= flags & 1 ? HAS_PKTINFO : 0; /* INET_FLAGS_PKTINFO */
-    to->options |= flags >> INET_FLAGS_TRANSPARENT & 1 ? HAS_TRANSPARENT : 0;
 #elif defined(OFFSET_INET_CMSG_FLAGS)
     to->known |= KNOWN_PKTINFO;
     to->options |= read_kernel8(sk + OFFSET_INET_CMSG_FLAGS) & 1 ? HAS_PKTINFO : 0;
-#ifdef BIT_INET_TRANSPARENT
-    to->known |= KNOWN_TRANSPARENT;
-    to->options |= read_bit(sk, BIT_INET_TRANSPARENT) ? HAS_TRANSPARENT : 0;
 #endif
+#if KNOW_TRANSPARENT
+    to->known |= KNOWN_TRANSPARENT;
+    to->options |= read_transparent(sk) ? HAS_TRANSPARENT : 0;
 #endif
 #ifdef BIT_SOCK_REUSEPORT
     to->known |= KNOWN_REUSEPORT;

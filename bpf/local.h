@@ -12,6 +12,7 @@
 #define MAX_ADDRESSES  64   /* of one device that are searched */
 #define MAX_COLLISIONS 16   /* devices in one bucket of the kernel's table */
 #define DEVICE_BUCKETS 256  /* NETDEV_HASHENTRIES */
+#define LOOPBACK_INDEX 1    /* LOOPBACK_IFINDEX, in each namespace */
 #define IS_UP          1    /* IFF_UP */
 #define IS_LOOPBACK    8    /* IFF_LOOPBACK */
 #define IS_DUPLICATE   8    /* IFA_F_DADFAILED */

@@ -37,6 +37,7 @@ enum verdict {
     VERDICT_NEW = 1,       /* conntrack created a new entry for the reply */
     VERDICT_UNTRACKED = 2, /* no conntrack on this path */
     VERDICT_UNKNOWN = 3,   /* not readable: user space asks conntrack before it reports the reply */
+    VERDICT_HEALED = 4,    /* no wrong reply: heal.c set the source that the peer asked */
 };
 
 enum cause {
@@ -277,26 +278,48 @@ struct reported_key {
 
 /* ---- healing (heal.c) ---- */
 
-enum healing { HEAL_OFF, HEAL_DRY_RUN, HEAL_ON };
+/* What to do with the replies of a port or server. The modes are numbers, not names of booleans:
+ * a port may be excluded from HEAL_ON for all. */
+enum healing {
+    HEAL_UNSET,   /* nothing is set for it */
+    HEAL_DRY_RUN, /* only count what would be healed */
+    HEAL_ON,
+    HEAL_NEVER,
+};
+
+/* In heal_ports[0]: the mode of all ports that have none of their own, and whether a server in
+ * heal_slots has one. */
+#define HEAL_MODE    3
+#define HEAL_BY_SLOT 4
 
 /* Why a reply was not healed although its port is to be. */
 enum refusal {
-    REFUSED_SEVERAL,   /* its peer asked several addresses */
-    REFUSED_GROUP,     /* its peer asked a group */
-    REFUSED_LINK,      /* the address is link-local */
-    REFUSED_NOT_LOCAL, /* the address is not local now, or its device was not found */
+    REFUSED_SEVERAL,     /* its peer asked several addresses */
+    REFUSED_GROUP,       /* its peer asked a group */
+    REFUSED_LINK,        /* the address is link-local */
+    REFUSED_NOT_LOCAL,   /* the address is not local now, or its device was not found */
+    REFUSED_TRANSPARENT, /* the socket has IP_TRANSPARENT set */
     REFUSALS,
 };
 
+/* Per-CPU counters of sends. */
 struct heal_counts {
-    __u64 healed; /* sends; with HEAL_DRY_RUN, those that would have been */
+    __u64 dry_run; /* those that HEAL_ON would have healed */
     __u64 refused[REFUSALS];
 };
 
+/* The address zero: the namespace is healed. */
 struct local_key {
     struct address address;
     __u32 netns; /* inode number */
     __u32 pad;
+};
+
+/* A send whose source heal.c has set: egress counts its datagrams. */
+struct healed_send {
+    __u64 socket; /* 0: none */
+    __u64 pid_tgid;
+    struct address source;
 };
 
 /* ---- sockets (inventory.c) ---- */
@@ -434,8 +457,9 @@ struct stats {
                         of this host while a request of the peer is pending */
     __u64 evicted;   /* requests evicted within the window */
     __u64 flows;     /* new UDP flows of conntrack */
-    __u64 candidates; /* of these, candidates for which there was no room */
-    __u64 self_tests; /* right replies of the self-test */
+    __u64 candidates;      /* of these, candidates for which there was no room */
+    __u64 self_tests;      /* right replies of the self-test */
+    __u64 healed_overflow; /* healed datagrams without room in `findings` */
 };
 
 #endif

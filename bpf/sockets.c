@@ -14,7 +14,8 @@
  * ingress      after DNAT and defragmentation: note which local address the peer asked.
  * sendmsg4/6   in udp_sendmsg() and udpv6_sendmsg(): note whether the sender named a source. They
  *              do not run for plain sends of a connected socket.
- * egress       after POSTROUTING, before segmentation: judge the source that leaves the node.
+ * egress       after POSTROUTING, before segmentation: judge the source that leaves the node, and
+ *              count the replies that heal.c has healed.
  */
 #include "causes.h"
 #include "common.h"
@@ -68,6 +69,11 @@ BPF_ARRAY(waiting, struct waiting, SERVERS); /* by slot: the result of count_wai
  * in agent/kernel/programs.py). */
 BPF_PROG_ARRAY(ingress_next, 1);
 BPF_PROG_ARRAY(egress_next, 1);
+#if HEALING
+BPF_PROG_ARRAY(egress_healed_next, 1);
+BPF_ARRAY(heal_ports, __u8, 65536); /* see heal.c */
+BPF_ARRAY(healed_sends, struct healed_send, SENDER_SLOTS);
+#endif
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 
 /* What the programs know about one UDP packet. */
@@ -357,6 +363,11 @@ static __always_inline struct finding *finding_of(struct finding_key *key, __u64
     finding = findings.lookup(key); /* another CPU may have inserted it */
     if (finding)
         return finding;
+    if (key->verdict == VERDICT_HEALED) {
+        COUNT(healed_overflow, segments);
+        return 0;
+    }
+    COUNT(overflow, segments);
     __u64 *beyond = findings_beyond.lookup_or_try_init(&tenant, &zero);
     if (beyond)
         __sync_fetch_and_add(beyond, segments);
@@ -430,13 +441,27 @@ static __always_inline int is_self_test(const struct conversation_key *key) {
            (!HAVE_NETNS_COOKIE || expected->netns == key->scope);
 }
 
+/* Count the datagrams of a finding and send an event. */
+static __always_inline void report(struct __sk_buff *skb, const struct packet *packet,
+                                   struct finding_key *key, struct identity identity,
+                                   __u64 tracked) {
+    __u64 time = bpf_ktime_get_ns();
+    struct finding *finding = finding_of(key, segments_of(skb));
+
+    if (!finding)
+        return;
+    __sync_fetch_and_add(&finding->count, segments_of(skb));
+    finding->last = time;
+    finding->tgid = identity.tgid;
+    send_event(skb, packet, key, finding, identity, time, tracked);
+}
+
 /* Count a wrong reply and send its event; the caller has set key->expected. */
 static __always_inline void report_wrong_reply(struct __sk_buff *skb, struct bpf_sock *sk,
                                                const struct packet *packet,
                                                const struct conversation_key *peer,
                                                struct finding_key *key, enum tracking tracking,
                                                __u64 tracked) {
-    __u64 time = bpf_ktime_get_ns();
 #if HAVE_KERNEL_READ
     key->verdict = tracking == UNTRACKED ? VERDICT_UNTRACKED : VERDICT_NEW;
 #else
@@ -452,17 +477,40 @@ static __always_inline void report_wrong_reply(struct __sk_buff *skb, struct bpf
     struct identity identity = identify(skb, sk, key);
 
     COUNT(wrong, segments_of(skb));
-    note_reported(packet, time);
-    struct finding *finding = finding_of(key, segments_of(skb));
-    if (!finding) {
-        COUNT(overflow, segments_of(skb));
-        return;
-    }
-    __sync_fetch_and_add(&finding->count, segments_of(skb));
-    finding->last = time;
-    finding->tgid = identity.tgid;
-    send_event(skb, packet, key, finding, identity, time, tracked);
+    note_reported(packet, bpf_ktime_get_ns());
+    report(skb, packet, key, identity, tracked);
 }
+
+#if HEALING
+/* Return whether heal.c heals replies of this port. */
+static __always_inline int may_be_healed(__u16 port) {
+    int at_port = port, any = 0;
+    __u8 *own = heal_ports.lookup(&at_port), *all = heal_ports.lookup(&any);
+
+    return (own && *own == HEAL_ON) || (all && *all);
+}
+
+/* Count a reply if heal.c has set its source. */
+static __always_inline void count_healed(struct __sk_buff *skb, const struct subject *it) {
+    struct finding_key key = {};
+    __u64 socket = socket_of_skb(skb), pid_tgid = current_pid_tgid();
+    __u32 index = sender_slot(socket, pid_tgid);
+    struct healed_send *send = healed_sends.lookup(&index);
+
+    if (!send || READ_ONCE(send->socket) != socket || (KNOW_CURRENT && send->pid_tgid != pid_tgid))
+        return;
+    key.expected = send->source;
+    WRITE_ONCE(send->socket, 0);
+    key.actual = key.expected;
+    key.netns = netns_of(it->key.scope, skb);
+    key.verdict = VERDICT_HEALED;
+    key.port = it->key.port;
+    key.family = it->packet.family;
+    struct identity identity = identify(skb, it->sk, &key);
+    key.cause = CAUSE_KERNEL_CHOSEN;
+    report(skb, &it->packet, &key, identity, 0);
+}
+#endif
 
 /* ---- entry points ---- */
 
@@ -607,6 +655,10 @@ int egress(struct __sk_buff *skb) {
         count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it.now);
     else
         count_unremembered(skb, &it.key, it.now);
+#if HEALING
+    if (quick == DONE && may_be_healed(it.key.port))
+        egress_healed_next.call(skb, 0);
+#endif
     return 1;
 }
 
@@ -616,8 +668,22 @@ int egress_slow(struct __sk_buff *skb) {
     if (find_subject(skb, &it, 1))
         look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
                     it.packet.source_port == it.key.port, it.now);
+#if HEALING
+    if (may_be_healed(it.key.port)) /* e.g. NAT has restored another source */
+        egress_healed_next.call(skb, 0);
+#endif
     return 1;
 }
+
+#if HEALING
+int egress_healed(struct __sk_buff *skb) {
+    struct subject it = {};
+
+    if (find_subject(skb, &it, 1))
+        count_healed(skb, &it);
+    return 1;
+}
+#endif
 
 static __always_inline void count_way(struct waiting *all, const struct conversation *way,
                                       __u64 tag, __u64 now) {

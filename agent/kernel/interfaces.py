@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import socket
 import struct
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -15,6 +15,7 @@ from udpwatch.dns.netlink import Netlink, attribute, attributes
 _GET_LINK, _GET_ADDRESS = 18, 22  # RTM_*
 _LINK = struct.Struct("=BxHiII")  # struct ifinfomsg
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg
+_ANY_FAMILY = _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0)
 _NAME, _MASTER, _LINK_INFO, _EXT_MASK, _XDP = 3, 10, 18, 29, 43  # IFLA_*
 _XDP_ATTACHED = 2  # IFLA_XDP_ATTACHED
 _INFO_KIND = 1  # IFLA_INFO_KIND
@@ -62,11 +63,15 @@ def links(most: int) -> list[Link]:
         return [_link(content) for content in islice(netlink.ask(_GET_LINK, body, dump=True), most)]
 
 
-def addresses(most: int) -> list[LinkAddress]:
-    """Return at most ``most`` addresses of the namespace of the calling thread. Raises OSError."""
-    with Netlink(socket.NETLINK_ROUTE) as netlink:
-        found = netlink.ask(_GET_ADDRESS, _ADDRESS.pack(socket.AF_UNSPEC, 0, 0, 0, 0), dump=True)
-        return list(islice(_addresses(found), most))
+def addresses(most: int, netlink: Netlink | None = None) -> list[LinkAddress]:
+    """Return at most ``most`` addresses of the namespace of ``netlink``, else of the calling thread. Raises OSError."""
+    found = []
+    with contextlib.nullcontext(netlink) if netlink else Netlink(socket.NETLINK_ROUTE) as route:
+        for content in route.ask(_GET_ADDRESS, _ANY_FAMILY, dump=True):  # all of them must be read
+            each = read_address(content)
+            if each and len(found) < most:
+                found.append(each)
+    return found
 
 
 def _link(content: memoryview) -> Link:
@@ -82,10 +87,6 @@ def _link(content: memoryview) -> Link:
         bool(flags & _LOOPBACK),
         any(dict(attributes(found[_XDP])).get(_XDP_ATTACHED, b"\0")) if _XDP in found else False,
     )
-
-
-def _addresses(contents: Iterator[memoryview]) -> Iterator[LinkAddress]:
-    return (found for found in map(read_address, contents) if found)
 
 
 def read_address(content: memoryview) -> LinkAddress | None:

@@ -57,6 +57,7 @@ from udpwatch.agent.kernel.programs import (
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
+MAX_LOCAL = 32_832  # addresses of all healed namespaces (agent/heal/healer.py shares them out)
 ADOPT_SECONDS = 2.0  # to find the sockets of other namespaces
 
 
@@ -88,7 +89,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "ADDRESS_SHARE": max(1, limits.max_peers // 256 // 8),
         "FINGERPRINT_SETS": max(1, limits.max_peers // 4),
         "MAX_EVICTIONS": 4096,
-        "MAX_LOCAL": 16384,
+        "MAX_LOCAL": MAX_LOCAL,
         "REQUEST_SETS": max(1, limits.max_peers // 4 // records.WAYS),
         # Without conntrack's entry, each suspected conversation has an element of its own until conntrack is asked.
         "MAX_FINDINGS": limits.max_findings if found.conntrack else max(limits.max_findings, limits.max_peers // 2),
@@ -102,6 +103,7 @@ def _constants(request: dict[str, Any], found: features.Features) -> dict[str, o
         "PAGE_SIZE": os.sysconf("SC_PAGE_SIZE"),
         "NOTE_REPORTED": int(request["forwarded"]),
         "FORWARDED": int(request["forwarded"]),
+        "HEALING": int(request["heal"]),
         "HAVE_SOCKETS": int(request["hooks"] != Hooks.FUNCTION),
         "HAVE_NETNS_COOKIE": int(found.netns_cookie),
         "HAVE_CURRENT": int(found.current),
@@ -253,6 +255,8 @@ def _load_on_demand(source: str, code: dict[str, bytes], answer: _Answer) -> Non
 def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
     # Load these first: the hooks call them.
     for program, call in TAIL_CALLS:
+        if program.is_for_healing and not request["heal"]:
+            continue
         descriptor = _load(program, call.type, call.attach, code, answer)
         map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
     _load_on_demand("sockets.c", code, answer)
@@ -274,12 +278,23 @@ def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], 
 
 
 def _load_heal(
-    maps: dict[str, int], request: dict[str, Any], constants: Mapping[str, object], found: features.Features, answer: _Answer
+    maps: dict[str, int],
+    request: dict[str, Any],
+    constants: Mapping[str, object],
+    found: features.Features,
+    answer: _Answer,
 ) -> None:
-    """Load what heals replies, behind the sensor's programs on the same hooks. Raises UdpwatchError."""
-    if not found.address_offsets:
-        raise CannotRun(f"cannot heal: {found.address_reason}")
-    code = _link(_obtain("heal.c", request, constants), maps)
+    """Load what heals replies, behind the sensor's programs on the same hooks; note why if that fails."""
+    reason = found.address_reason
+    if not reason and not {"OFFSET_INET_FLAGS", "BIT_INET_TRANSPARENT"} & found.socket_offsets.keys():
+        reason = "this kernel does not tell which sockets are transparent"
+    try:
+        if reason:
+            raise UdpwatchError(reason)
+        code = _link(_obtain("heal.c", request, constants), maps)
+    except UdpwatchError as error:
+        answer.refused |= {program.name: str(error) for program, _ in HOOKS if program.is_for_healing}
+        return
     _attach_hooks("heal.c", code, request, answer)
 
 
@@ -403,7 +418,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         read |= MAPS["sockets.c"]
         if request["heal"]:
             _load_heal(maps, request, constants, found, answer)
-            read |= MAPS["heal.c"]
+            read |= MAPS["heal.c"] & maps.keys()
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("conntrack.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)

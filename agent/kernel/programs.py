@@ -34,7 +34,7 @@ MAPS = {
     },
     "conntrack.c": {"candidates", "candidates_held", "all_candidates", "senders", "counters"},
     "inventory.c": set(),
-    "heal.c": {"heal_ports", "heal_slots", "heal_counts", "local_devices"},
+    "heal.c": {"heal_ports", "heal_slots", "heal_counts", "local_devices", "egress_healed_next"},
 }
 #: maps whose elements begin with a lock (map_types.py)
 LOCKED = frozenset({"conversations", "addresses"})
@@ -97,6 +97,7 @@ class Program:
     required: bool = False  # without it, the agent does not start
     without: str = ""  # what is lost without it
     is_for_forwarded: bool = False  # finds forwarded wrong replies: all such programs are attached, or none
+    is_for_healing: bool = False  # loaded only if replies are to be healed
 
 
 SEND_WITHOUT = "events do not show whether PKTINFO was passed"
@@ -109,6 +110,13 @@ FORWARDED_WITHOUT = "wrong replies of machines behind this node are not found"
 PROGRAMS = (
     Program("ingress_slow", "ingress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
     Program("egress_slow", "egress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
+    Program(
+        "egress_healed",
+        "egress_healed",
+        "sockets.c",
+        TailCall(AttachType.CGROUP_INET_EGRESS, "egress_healed_next"),
+        is_for_healing=True,
+    ),
     Program("count_waiting", "count_waiting", "sockets.c", OnDemand(ProgramType.CGROUP_SKB)),
     Program("ingress", "ingress", "sockets.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
     Program("egress", "egress", "sockets.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
@@ -155,6 +163,7 @@ PROGRAMS = (
         "heal.c",
         Hook(AttachType.CGROUP_UDP4_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
         without=HEAL_WITHOUT,
+        is_for_healing=True,
     ),
     Program(
         "heal6",
@@ -162,6 +171,7 @@ PROGRAMS = (
         "heal.c",
         Hook(AttachType.CGROUP_UDP6_SENDMSG, ProgramType.CGROUP_SOCK_ADDR),
         without=HEAL_WITHOUT,
+        is_for_healing=True,
     ),
     Program("udp_sendmsg", "send4", "conntrack.c", Function("udp_sendmsg"), without=SEND_WITHOUT),
     Program("udpv6_sendmsg", "send6", "conntrack.c", Function("udpv6_sendmsg", "ipv6"), without=SEND_WITHOUT),

@@ -21,7 +21,7 @@ COMM_LEN = 16
 TUPLE_LEN = 40
 WAYS = 8
 
-VERDICTS = {1: Verdict.NEW, 2: Verdict.UNTRACKED, 3: Verdict.UNKNOWN}
+VERDICTS = {1: Verdict.NEW, 2: Verdict.UNTRACKED, 3: Verdict.UNKNOWN, 4: Verdict.HEALED}
 CAUSES = {1: Cause.KERNEL_CHOSEN, 2: Cause.EXPLICIT, 3: Cause.CONNECTED, 4: Cause.UNKNOWN, 5: Cause.FORWARDED}
 PKTINFO = {0: None, 1: False, 2: True}
 _CLOCK_MONOTONIC_COARSE = 6  # include/uapi/linux/time.h

@@ -170,4 +170,5 @@ def _count(server: records.CountedServer, totals: records.ServerTotals, unanswer
         requests=totals.requests,
         replies=totals.replies,
         unanswered=unanswered,
+        slot=server.slot,
     )

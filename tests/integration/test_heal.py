@@ -18,11 +18,12 @@ from pathlib import Path
 import pytest
 from scene import V4, V6, Family, bound
 
-from udpwatch.agent.heal.addresses import LocalAddresses
+from udpwatch.agent.heal.addresses import Bounds, LocalAddresses
 from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.testing.lab import ContainerHost
 
-OFF, DRY_RUN, ON = range(3)
+OFF, DRY_RUN, ON, NEVER = range(4)
+BOUNDS = Bounds(addresses=1_000, changes_per_second=1e6, burst=1_000_000)
 MAPPED = replace(V4, name="IPv4-mapped", inet=V6.inet, wildcard=V6.wildcard)
 CHURN_SECONDS = 4.0
 
@@ -43,7 +44,7 @@ def following(healing: loader.Loaded, host: ContainerHost) -> Iterator[None]:
     """Follow the node's addresses beside the tests."""
     ended = threading.Event()
     with host.node.entered():
-        followed = LocalAddresses(healing.maps["local_devices"], time.monotonic())
+        followed = LocalAddresses(healing.maps["local_devices"], BOUNDS, time.monotonic())
 
     def follow() -> None:
         with host.node.entered():
