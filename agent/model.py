@@ -354,6 +354,11 @@ class Healing:
     dry_run_replies: int = 0  # sends that would have been healed without dry_run
     refused: dict[str, int] = field(default_factory=dict)  # REFUSALS -> sends
 
+    @property
+    def is_active(self) -> bool:
+        """Whether any replies are healed."""
+        return (self.on or bool(self.ports_on)) and not self.dry_run and not self.reason
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from udpwatch.agent.model import Server, ServerTotals, Snapshot
+from udpwatch.agent.model import REFUSALS, Server, ServerTotals, Snapshot
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MISMATCH_LABELS = ("process", "port", "expected", "actual", "verdict", "cause", "namespace", "pod", "container")
+HEALED_LABELS = ("process", "port", "asked", "namespace", "pod", "container")
 SERVER_LABELS = ("process", "port", "namespace", "pod", "container")
 SERVER_COUNTERS = {
     "requests": "UDP datagrams that this server's port received. Beyond the limit of servers, all labels except "
@@ -44,6 +45,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
         "UDP replies compared with the address that the client asked, right and wrong ones.",
         value=snapshot.checked,
     )
+    yield from _healing(snapshot)
     yield from _servers(snapshot)
     yield _lost(snapshot)
     yield from _probes(snapshot)
@@ -74,16 +76,61 @@ def _wrong_replies(snapshot: Snapshot) -> Metric:
         "series, all labels except namespace are 'other'.",
         labels=MISMATCH_LABELS,
     )
-    for row in snapshot.rows:
+    for row in snapshot.wrong_rows:
         sender = row.sender
         labels = (sender.process, str(row.port), row.expected, row.actual, row.verdict, row.cause)
         wrong.add_metric([*labels, sender.namespace, sender.pod, sender.container], row.count)
+    _add_others(wrong, MISMATCH_LABELS, snapshot.other_of)
+    return wrong
+
+
+def _add_others(family: CounterMetricFamily, names: tuple[str, ...], by_namespace: Mapping[str, int]) -> None:
+    """Add what is beyond the limit of series: one series for each namespace, and one that exists at 0."""
     others = {OTHER: 0}
-    for namespace, count in snapshot.other_of.items():
+    for namespace, count in by_namespace.items():
         others[namespace or OTHER] = others.get(namespace or OTHER, 0) + count
     for namespace, count in others.items():
-        wrong.add_metric([namespace if name == "namespace" else OTHER for name in MISMATCH_LABELS], count)
-    return wrong
+        family.add_metric([namespace if name == "namespace" else OTHER for name in names], count)
+
+
+def _healing(snapshot: Snapshot) -> Iterator[Metric]:
+    """Yield what was healed and what was not; if nothing is to be healed, only the counters of both, at 0."""
+    healed = CounterMetricFamily(
+        "udpwatch_healed_replies",
+        "UDP replies whose source udpwatch set to the address that the client asked. The server still needs its fix: "
+        "without udpwatch it replies from an address that routing chooses. Beyond the limit of series, all labels "
+        "except namespace are 'other'.",
+        labels=HEALED_LABELS,
+    )
+    for row in snapshot.healed_rows:
+        sender = row.sender
+        names = (sender.namespace, sender.pod, sender.container)
+        healed.add_metric([sender.process, str(row.port), row.expected, *names], row.count)
+    _add_others(healed, HEALED_LABELS, snapshot.other_healed)
+    yield healed
+    refused = CounterMetricFamily(
+        "udpwatch_heal_refused",
+        "Replies of servers that are to be healed which udpwatch left alone, by reason. They left with the source that "
+        "routing chose.",
+        labels=["reason"],
+    )
+    healing = snapshot.healing
+    for reason in REFUSALS:
+        refused.add_metric([reason], healing.refused.get(reason, 0) if healing else 0)
+    yield refused
+    if healing is None:
+        return
+    yield CounterMetricFamily(
+        "udpwatch_heal_dry_run_replies",
+        "Replies that udpwatch would have healed without --heal-dry-run.",
+        value=healing.dry_run_replies,
+    )
+    yield GaugeMetricFamily(
+        "udpwatch_heal_active",
+        "1 if the replies of the selected servers are healed, 0 if healing is switched off, is a dry run, or does not "
+        "work here (see udpwatch heal status). Absent if healing is not enabled.",
+        value=int(healing.is_active),
+    )
 
 
 def _labels_of(server: Server) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from udpwatch.agent.model import (
     ConntrackHealth,
     Event,
     Finding,
+    Healing,
     Probe,
     Risk,
     Row,
@@ -37,6 +38,18 @@ ROW = Row(
     first=1_800_000_000.0,
     last=1_800_000_000.0,
 )
+HEALED_ROW = Row(
+    sender=Sender("tftpd", 77, container="tftp", namespace="shop", pod="boot-5"),
+    port=69,
+    expected="172.16.13.13",
+    actual="172.16.13.13",
+    verdict="healed",
+    cause="kernel-chosen",
+    family=4,
+    count=41,
+    first=1_800_000_000.0,
+    last=1_800_000_055.0,
+)
 SNAPSHOT = Snapshot(
     version="0.1.0",
     kernel="6.1.0",
@@ -46,7 +59,7 @@ SNAPSHOT = Snapshot(
     time=1_800_000_060.0,
     ready=True,
     notes=(),
-    rows=(ROW,),
+    rows=(ROW, HEALED_ROW),
     other=2,
     other_of={"": 2},
     checked=1000,
@@ -103,6 +116,8 @@ SNAPSHOT = Snapshot(
     ),
     other_at_risk={"shop": 2},
     other_servers={"shop": ServerTotals(5, 4, 1, 0)},
+    healing=Healing("port 69", True, False, namespaces=1, addresses=5, refused={"several-addresses": 3}),
+    other_healed={"shop": 4},
 )
 EVENTS = (
     Event(

@@ -11,6 +11,7 @@ from repository import DOCS, GOLDEN, ROOT
 
 from udpwatch.agent.config import SETTINGS
 from udpwatch.agent.daemon.state import LOSS_STAGES
+from udpwatch.agent.model import REFUSALS
 
 PAGES = (*ROOT.glob("*.md"), *sorted(DOCS.rglob("*.md")), ROOT / "helm/udpwatch/README.md")
 COLUMNS = 120
@@ -26,6 +27,11 @@ def test_every_metric_is_documented_and_the_reverse() -> None:
 def test_every_loss_stage_is_documented() -> None:
     section = (DOCS / "metrics.md").read_text().partition("## Loss stages\n")[2].partition("\n## ")[0]
     assert re.findall(r"^- `(\w+)`: ", section, re.MULTILINE) == list(LOSS_STAGES)
+
+
+def test_each_reason_of_a_refusal_is_documented() -> None:
+    section = (DOCS / "metrics.md").read_text().partition("### Heal refusal reasons\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^- `([\w-]+)`:", section, re.MULTILINE) == list(REFUSALS)
 
 
 def test_every_event_key_is_documented() -> None:
