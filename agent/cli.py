@@ -24,6 +24,7 @@ COMMANDS = {
     "events": "print each wrong reply as it happens, one line each",
     "audit": "list the UDP servers that will reply from the wrong address",
     "explain": "explain wrong replies, or why UDP to a port does not work, and how to fix it",
+    "heal": "show, switch on or switch off the healing of replies",
     "dns": "run only the DNS responder, with dnsmasq's options",
     "demo": "show udpwatch at work, in network namespaces of its own",
 }

@@ -8,13 +8,13 @@ from __future__ import annotations
 import socket
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.model import Forwarded, Hooks
+from udpwatch.agent.model import Forwarded, HealSelection, Hooks
 from udpwatch.dns.host_port import host_port
 
 OFF = "off"
@@ -51,6 +51,7 @@ class Settings:
     dns: bool
     dns_conf: Path | None
     cache: Path | None
+    heal: HealSelection | None  # None: off
 
 
 class _Rejected(ValueError):
@@ -141,6 +142,30 @@ def _switch(value: object) -> bool:
     return words[value]
 
 
+def _words(value: object) -> list[str]:
+    """Return the words of "a,b" or of a TOML list."""
+    listed = value if isinstance(value, list) else str(value).split(",") if isinstance(value, str | int) else []
+    return [str(each).strip() for each in listed if not isinstance(each, bool)]
+
+
+def _heal(value: object) -> HealSelection | None:
+    words = _words(value)
+    if words in ([OFF], ["False"], []):
+        return None
+    if words in (["all"], ["standby"]):
+        return HealSelection(all_ports=words == ["all"])
+    if not all(each.isascii() and each.isdecimal() and 0 < int(each[:6]) < 65536 for each in words):
+        raise _Rejected("'off', 'standby', 'all', or ports from 1 to 65535, such as 53,161")
+    return HealSelection(ports=frozenset(map(int, words)))
+
+
+def _names(value: object) -> tuple[str, ...]:
+    words = _words(value)
+    if not words or not all(words):
+        raise _Rejected("names, such as snmpd,dns-*")
+    return tuple(words)
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting: its name, its parser and its help."""
@@ -210,6 +235,16 @@ SETTINGS = (
     ),
     Setting("dns", _switch, "off", "", "also run the DNS responder; it replies from the address that was asked"),
     Setting("dns_conf", _file, None, "FILE", "the responder's options, in dnsmasq's syntax (docs/dns-options.md)"),
+    Setting(
+        "heal",
+        _heal,
+        "off",
+        "PORTS",
+        "set the right source of replies from these ports (53,161), or 'all'; 'standby': none until `udpwatch heal on`",
+    ),
+    Setting("heal_process", _names, None, "NAMES", "heal only servers of these processes; patterns: 'dns-*'"),
+    Setting("heal_namespace", _names, None, "NAMES", "heal only servers in these Kubernetes namespaces; patterns"),
+    Setting("heal_dry_run", _switch, "off", "", "heal nothing, and count what would be healed"),
     Setting("replay", _file, None, "FILE", "play a recording of --events instead of watching; needs no root"),
     Setting(
         "cache",
@@ -247,7 +282,22 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], fil
         except _Rejected as expected:
             raise UsageError(f"invalid value {value!r} for {source}: expected {expected}") from None
     values["node"] = values["node"] or socket.gethostname()
+    processes, namespaces = values.pop("heal_process") or (), values.pop("heal_namespace") or ()
+    values["heal"] = _narrowed(values["heal"], processes, namespaces, values.pop("heal_dry_run"))
     return Settings(**values)
+
+
+def _narrowed(
+    heal: HealSelection | None, processes: tuple[str, ...], namespaces: tuple[str, ...], dry_run: bool
+) -> HealSelection | None:
+    """Return the selection with all that narrows it. Raises UsageError for a dry run of nothing."""
+    if heal is None and (processes or namespaces):
+        heal = HealSelection(all_ports=True)
+    if heal is None:
+        if dry_run:
+            raise UsageError("--heal-dry-run needs servers to heal: give --heal, --heal-process or --heal-namespace")
+        return None
+    return replace(heal, processes=processes, namespaces=namespaces, dry_run=dry_run)
 
 
 def _read(file: Path) -> dict[str, object]:

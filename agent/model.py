@@ -328,6 +328,36 @@ class Row:
         return self.verdict == Verdict.HEALED
 
 
+@dataclass(frozen=True, slots=True)
+class HealSelection:
+    """Whose replies the settings tell to heal: those of servers that match everything that is given."""
+
+    all_ports: bool = False
+    ports: frozenset[int] = frozenset()
+    processes: tuple[str, ...] = ()  # patterns of names; empty: every process
+    namespaces: tuple[str, ...] = ()  # patterns of Kubernetes namespaces; empty: every one, and none
+    dry_run: bool = False  # only count
+
+    @property
+    def by_server(self) -> bool:
+        """Whether the selection needs to know the server of a port."""
+        return bool(self.processes or self.namespaces)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no server can match."""
+        return not self.all_ports and not self.ports
+
+    def __str__(self) -> str:
+        ports = ", ".join(map(str, sorted(self.ports)))
+        words = "all ports" if self.all_ports else f"port{'s' * (len(self.ports) > 1)} {ports}" if ports else "no port"
+        if self.processes:
+            words += f", process {', '.join(self.processes)}"
+        if self.namespaces:
+            words += f", namespace {', '.join(self.namespaces)}"
+        return words
+
+
 #: Why a reply was not healed although its server is to be (enum refusal in bpf/records.h).
 REFUSALS = {
     "several-addresses": "its client asked several addresses within the window",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from udpwatch.agent.daemon.api import VERSION
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Snapshot
+from udpwatch.agent.model import Healing, Snapshot
 
 DEFAULT_SOCKET = Path("/run/udpwatch/udpwatch.sock")
 
@@ -48,6 +48,11 @@ class Client:
         """Return the agent's own state, for `udpwatch doctor`. Raises OSError, UdpwatchError."""
         report: dict[str, Any] = self._request({"get": "doctor"}, "doctor")
         return report
+
+    def heal(self, on: bool | None = None, ports: Sequence[int] = ()) -> Healing:
+        """Return what is healed; before that, switch ports, or everything, on or off. Raises OSError, UdpwatchError."""
+        request = {"get": "heal"} if on is None else {"heal": "on" if on else "off", "ports": list(ports)}
+        return from_json(Healing, self._request(request, "heal"))
 
     def follow(self) -> Iterator[dict[str, Any]]:
         """Yield {"event": ...} for each new event, and {"lost": N} if this reader was too slow, until the agent ends.

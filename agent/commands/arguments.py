@@ -23,3 +23,10 @@ def seconds(least: float) -> Callable[[str], float]:
         return number
 
     return convert
+
+
+def port(text: str) -> int:
+    """Convert a port number, for argparse."""
+    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:6]) <= 65535:
+        raise argparse.ArgumentTypeError(f"invalid port {text!r}: expected a number from 1 to 65535")
+    return int(text)

@@ -12,6 +12,7 @@ from pathlib import Path
 from udpwatch.agent.client import follow
 from udpwatch.agent.client.connection import DEFAULT_SOCKET
 from udpwatch.agent.client.lines import EventLines
+from udpwatch.agent.commands.arguments import port
 from udpwatch.agent.model import Verdict
 
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line (docs/events.md)")
     parser.add_argument("--pod", metavar="NAME", help="only events of this pod")
     parser.add_argument("--namespace", metavar="NAME", help="only events of this Kubernetes namespace")
-    parser.add_argument("--port", type=_port, metavar="N", help="only events of this server port")
+    parser.add_argument("--port", type=port, metavar="N", help="only events of this server port")
     parser.add_argument("--process", metavar="NAME", help="only events of this process")
     parser.add_argument(
         "--verdict", choices=[str(verdict) for verdict in Verdict], help="only events with this verdict"
@@ -57,9 +58,3 @@ def run(parsed: argparse.Namespace) -> int:
                 has_heading = True
             print(line, flush=True)
     return 0
-
-
-def _port(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or not 1 <= int(text[:6]) <= 65535:
-        raise argparse.ArgumentTypeError(f"invalid port {text!r}: expected a number from 1 to 65535")
-    return int(text)

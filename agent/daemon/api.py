@@ -3,6 +3,8 @@
     {"get": "snapshot"}              {"v": 1, "snapshot": {...}}
     {"get": "doctor"}                {"v": 1, "doctor": {...}}
     {"get": "events", "limit": 10}   {"v": 1, "events": [...]}: the newest ones, the newest at the end
+    {"get": "heal"}                  {"v": 1, "heal": {...}}
+    {"heal": "on", "ports": [53]}    the same, after healing was switched on or off (root only; no ports: all)
     {"follow": "events"}             {"v": 1, "following": "events"}, then {"v": 1, "event": {...}} for each, and
                                      {"v": 1, "lost": 3} if this reader was too slow for 3 of them
 
@@ -18,6 +20,7 @@ import json
 import os
 import socket
 import stat
+import struct
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -27,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Snapshot
+from udpwatch.agent.model import Healing, Snapshot
 
 VERSION = 1
 MODE = 0o660
@@ -98,6 +101,11 @@ def _is_live(path: Path) -> bool:
     return True
 
 
+_UNKNOWN_REQUEST = {
+    "error": 'ask {"get": "snapshot"}, "doctor", "heal", {"get": "events", "limit": 10}, {"heal": "off", "ports": []} '
+    'or {"follow": "events"}'
+}
+_CREDENTIALS = struct.Struct("=iII")  # struct ucred
 _Result = TypeVar("_Result")
 
 
@@ -135,8 +143,11 @@ class Api:
         path: Path,
         snapshot: Callable[[], Snapshot],
         doctor: Callable[[], dict[str, Any]],
+        heal: Callable[[bool | None, list[int]], Healing],
     ) -> None:
+        """``heal`` switches healing on or off (None: neither) for ports, or for all; it raises UdpwatchError."""
         self._listener, self._path, self._snapshot, self._doctor = listener, path, snapshot, doctor
+        self._heal = heal
         self._inode = path.lstat().st_ino
         self._clients: set[asyncio.Task[None]] = set()
         self._followers: set[_Follower] = set()
@@ -209,7 +220,7 @@ class Api:
                     if question == {"follow": "events"}:
                         await self._follow(reader, writer)
                         break
-                    await _write(writer, _line(self._answer(question)))
+                    await _write(writer, _line(self._answer(question, _is_root(writer))))
         finally:
             self._clients.discard(task)
             writer.transport.abort()
@@ -229,7 +240,7 @@ class Api:
             gone.cancel()
             self._followers.discard(follower)
 
-    def _answer(self, question: object) -> dict[str, Any]:
+    def _answer(self, question: object, is_root: bool) -> dict[str, Any]:
         match question:
             case {"get": "snapshot", **rest} if not rest:
                 return {"snapshot": asdict(self._snapshot())}
@@ -237,9 +248,38 @@ class Api:
                 return {"doctor": self._doctor()}
             case {"get": "events", "limit": int(limit), **rest} if not rest and limit >= 0:
                 return {"events": list(islice(self._events, max(0, len(self._events) - limit), None))}
+            case {"get": "heal"} | {"heal": "on" | "off"}:
+                return self._answer_heal(question, is_root)
             case None:
                 return {"error": "not JSON"}
-        return {"error": 'ask {"get": "snapshot"}, "doctor", {"get": "events", "limit": 10} or {"follow": "events"}'}
+        return _UNKNOWN_REQUEST
+
+    def _answer_heal(self, question: object, is_root: bool) -> dict[str, Any]:
+        match question:
+            case {"get": "heal", **rest} if not rest:
+                return self._switch(None, [])
+            case {"heal": to, "ports": list(ports), **rest} if not rest and all(map(_is_port, ports)):
+                if is_root:
+                    return self._switch(to == "on", ports)
+                return {"error": "only root may switch healing on or off"}
+        return _UNKNOWN_REQUEST
+
+    def _switch(self, on: bool | None, ports: list[int]) -> dict[str, Any]:
+        try:
+            return {"heal": asdict(self._heal(on, ports))}
+        except UdpwatchError as error:
+            return {"error": str(error)}
+
+
+def _is_port(value: object) -> bool:
+    return type(value) is int and 0 < value < 65536
+
+
+def _is_root(writer: asyncio.StreamWriter) -> bool:
+    """Return whether the process at the other end was root's, or of the agent's own user, when it connected."""
+    raw = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _pid, uid, _gid = _CREDENTIALS.unpack(raw)
+    return uid in (0, os.geteuid())
 
 
 def _question(line: bytes) -> object:

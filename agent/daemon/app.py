@@ -33,7 +33,7 @@ from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.cpu import Cpus, Pace, favour_servers
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
-from udpwatch.agent.model import Cause, Event, Row, Sample, Snapshot
+from udpwatch.agent.model import Cause, Event, Healing, Row, Sample, Snapshot
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
@@ -103,11 +103,12 @@ class App:
                 listener = api.bind(settings.socket, settings.socket_group)
                 opened.callback(settings.socket.unlink, missing_ok=True)
                 opened.callback(listener.close)
-                self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor)
+                self._api = api.Api(listener, settings.socket, lambda: self._snapshot, self._doctor, self._heal)
             with starting.interruptible():
                 self._pace = Pace(CPU_SHARE, self._cpus)
                 self._watching = watch_recording(settings) if settings.replay else watch_kernel(settings, self._pace)
             self._source, self._senders = self._watching.source, self._watching.senders
+            self._healer = self._watching.healer
             opened.callback(self._watching.close)
             self._dns = open_dns(settings.dns_conf, self._cpus) if settings.dns else None
             if self._dns:
@@ -159,6 +160,8 @@ class App:
             await self._dns.start()
         if self._api:
             await self._api.start()
+        if self._healer:
+            self._healer.start()
         handlers = self._on_events, self._on_sample, self._on_failure
         self._thread = SensorThread(self._source, forget, *handlers, self._watching.self_test, self._pace)
         self._thread.start()
@@ -216,6 +219,11 @@ class App:
         )
         for note in self._snapshot.notes:
             log.warning("%s", note)
+        healing = self._healing()
+        if healing and not healing.reason:
+            log.info("%s: %s", "dry run of healing" if healing.dry_run else "heals replies", healing.selected)
+        elif healing:
+            log.warning("cannot heal: %s", healing.reason)
 
     def _drop_capabilities(self) -> None:
         """Keep the capabilities that the source still needs, one to open an event file again whatever its owner, and
@@ -247,7 +255,9 @@ class App:
         left_out = self._senders.left_out
         self._lose("attribution", left_out - self._left_out)
         self._left_out = left_out
-        self._snapshot = self._state.snapshot(self_test_passed, now)
+        if self._healer:
+            self._healer.update(self._state.servers_of(sample))
+        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing())
         ready, reason = self._ready()
         if self._logged_ready not in (None, ready) and not self._done.is_set():
             self._logged_ready = ready
@@ -267,6 +277,19 @@ class App:
             log.warning("%d new findings not logged: more than %d in a minute", self._not_logged, FINDING_LINES)
             self._not_logged = 0
         log.warning("%s", describe(row))
+
+    def _healing(self) -> Healing | None:
+        return self._healer.status() if self._healer else None
+
+    def _heal(self, on: bool | None, ports: list[int]) -> Healing:
+        """Return what is healed; before that, switch it on or off. Raises UdpwatchError."""
+        if self._healer is None:
+            raise UdpwatchError("the agent was started without healing; start it with --heal standby, or --heal PORT")
+        if on is not None:
+            self._healer.switch(on, ports)
+            what = f"port {', '.join(map(str, ports))}" if ports else "what the settings select" if on else "everything"
+            log.warning("healing of %s is switched %s over the socket", what, "on" if on else "off")
+        return self._healer.status()
 
     def _doctor(self) -> dict[str, Any]:
         """Return the agent's report about itself, for its socket."""
@@ -318,6 +341,11 @@ class App:
 
 def describe(row: Row) -> str:
     """Describe a finding in one line."""
+    if row.is_healed:
+        return (
+            f"healed reply: {row.sender.process} (pid {row.sender.pid}), port {row.port}/udp, was asked at "
+            f"{row.expected}; udpwatch sets this source until the server is fixed: udpwatch explain {row.port}"
+        )
     source = f"from {row.actual}" if row.actual != row.expected else "from another port of it, by source NAT"
     sender = f"{row.sender.process} (pid {row.sender.pid})"
     if row.cause == Cause.FORWARDED:

@@ -137,6 +137,15 @@ class Servers:
         self._match_wrong({each.scope: each.netns or -each.scope for each in sample.servers}, monotonic)
         self._end(monotonic, has_sockets=sample.sockets is not None)
 
+    def identified(self, sample: Sample) -> list[tuple[ServerCount, Sender]]:
+        """Return the counted servers of a sample that are known, each with its process."""
+        found = []
+        for count in sample.servers:
+            entry = self._entries.get(_place(count.netns, count.scope, count.address, count.port))
+            if entry:
+                found.append((count, entry.sender))
+        return found
+
     def _entry(self, place: _Place, netns: int, now: float) -> _Entry:
         entry = self._entries.get(place)
         if entry is None:

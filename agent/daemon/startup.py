@@ -11,10 +11,12 @@ from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.config import Settings
 from udpwatch.agent.daemon.self_test import SelfTest
 from udpwatch.agent.daemon.state import SenderLookup
+from udpwatch.agent.heal.healer import Healer
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.programs import BY_NAME
 from udpwatch.agent.sources.replay import Replay
 from udpwatch.agent.sources.sensor import Sensor
 from udpwatch.agent.sources.source import FindingSource
@@ -31,6 +33,7 @@ class Watching:
     notes: tuple[str, ...]  # what does not work on this machine and what follows from it, one line each
     close: Callable[[], None]
     capabilities: frozenset[Capability]  # that the source still needs
+    healer: Healer | None = None
 
 
 def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
@@ -38,12 +41,24 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
     watched = cgroup.find(settings.cgroup)
     try:
         btf = settings.btf or VMLINUX_BTF
-        sensor = Sensor.open(watched, limits(settings), btf, settings.hooks, settings.forwarded, settings.cache, pace)
+        sensor = Sensor.open(
+            watched,
+            limits(settings),
+            btf,
+            settings.hooks,
+            settings.forwarded,
+            settings.cache,
+            pace,
+            heal=settings.heal is not None,
+        )
     except BaseException:
         watched.close()
         raise
+    healer = Healer(settings.heal, sensor.maps, sensor.cpus, sensor.heal_reason) if settings.heal else None
 
     def close() -> None:
+        if healer:
+            healer.close()
         sensor.close()
         watched.close()
 
@@ -55,7 +70,8 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
         description="the whole node" if watched.is_root else watched.path,
         notes=notes(sensor, watched),
         close=close,
-        capabilities=_needed(sensor),
+        capabilities=_needed(sensor, settings),
+        healer=healer,
     )
 
 
@@ -74,10 +90,11 @@ def watch_recording(settings: Settings) -> Watching:
     )
 
 
-def _needed(sensor: Sensor) -> frozenset[Capability]:
-    """The capabilities to attach again; if conntrack is read over netlink, also those to enter namespaces."""
+def _needed(sensor: Sensor, settings: Settings) -> frozenset[Capability]:
+    """The capabilities to attach again; if conntrack is read over netlink, or servers of other namespaces may be
+    healed, also those to enter namespaces."""
     keep = {Capability.BPF, Capability.NET_ADMIN}
-    if not sensor.features.conntrack or sensor.listens:
+    if not sensor.features.conntrack or sensor.listens or (settings.heal and settings.heal.by_server):
         keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
     if Capability.BPF not in capabilities.effective():
         keep.add(Capability.SYS_ADMIN)
@@ -106,8 +123,12 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
             "--forwarded reads conntrack's events instead, --no-forwarded removes this message"
         )
     lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
-    lines += [probe.reason for probe in sensor.probes() if not probe.attached]
+    lines += [f"{probe.reason}{_without(probe.name)}" for probe in sensor.probes() if not probe.attached]
     return tuple(lines)
+
+
+def _without(probe: str) -> str:
+    return f": {BY_NAME[probe].without}" if BY_NAME[probe].is_for_healing else ""
 
 
 def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:

@@ -17,7 +17,19 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
-from udpwatch.agent.model import Cause, Counters, Event, Increase, Row, Sample, Sender, Snapshot, Verdict
+from udpwatch.agent.model import (
+    Cause,
+    Counters,
+    Event,
+    Healing,
+    Increase,
+    Row,
+    Sample,
+    Sender,
+    ServerCount,
+    Snapshot,
+    Verdict,
+)
 from udpwatch.agent.servers.namespaces import Risks
 
 #: Every stage where events or replies can be lost, and what is lost there. Metrics show each from the start.
@@ -109,6 +121,8 @@ class State:
         self._sums: dict[_Key, _Sum] = {}
         self._held: Counter[_Tenant] = Counter()  # rows
         self._other: dict[str, int] = {}  # namespace -> wrong replies in no row
+        self._other_healed: dict[str, int] = {}  # namespace -> healed replies in no row
+        self._healed_overflow = 0  # of the kernel's table, as last added to `_other_healed`
         self._beyond: dict[int, int] = {}  # Sample.beyond, as last added to `_other`
         self._sample: Sample | None = None
         self._lost_here: dict[str, int] = {}
@@ -120,7 +134,9 @@ class State:
         evictions = MAX_EVICTIONS
         for increase in sample.increases:
             sender, finding = self._senders.lookup(increase), increase.finding
-            self._servers.add_wrong(sender, finding, increase.count)
+            is_healed = finding.verdict is Verdict.HEALED
+            if not is_healed:
+                self._servers.add_wrong(sender, finding, increase.count)
             key = (
                 sender.process,
                 sender.namespace,
@@ -138,7 +154,7 @@ class State:
                 if len(self._sums) >= self._max_series:
                     evicted = self._make_room(tenant) if evictions else None
                     if evicted is None:
-                        self._add_other(sender.namespace, increase.count)
+                        self._add_other(sender.namespace, increase.count, is_healed)
                         continue
                     evictions -= 1
                     fresh.pop(evicted, None)
@@ -149,6 +165,8 @@ class State:
             known.last, known.touched, known.ended = now, monotonic, None
         if self._about.mode != "netlink":  # there, the kernel only suspects wrong replies
             self._add_beyond(sample.beyond)
+        self._add_other("", sample.counters.healed_overflow - self._healed_overflow, is_healed=True)
+        self._healed_overflow = sample.counters.healed_overflow
         self._sample = sample
         self._servers.add(sample, now, monotonic)
         self._check_for_ended(monotonic)
@@ -164,7 +182,7 @@ class State:
         rows = ((key, known) for key, known in self._sums.items() if known.tenant == most)
         key, known = min(rows, key=lambda row: row[1].touched)
         self._remove(key)
-        self._add_other(known.sender.namespace, known.count)
+        self._add_other(known.sender.namespace, known.count, known.increase.finding.verdict is Verdict.HEALED)
         return key
 
     def _remove(self, key: _Key) -> None:
@@ -173,10 +191,16 @@ class State:
         if not self._held[tenant]:
             del self._held[tenant]
 
-    def _add_other(self, namespace: str, count: int) -> None:
-        if namespace not in self._other and len(self._other) >= MAX_OTHER_NAMESPACES:
+    def _add_other(self, namespace: str, count: int, is_healed: bool = False) -> None:
+        other = self._other_healed if is_healed else self._other
+        if namespace not in other and len(other) >= MAX_OTHER_NAMESPACES:
             namespace = ""
-        self._other[namespace] = self._other.get(namespace, 0) + count
+        if count:
+            other[namespace] = other.get(namespace, 0) + count
+
+    def servers_of(self, sample: Sample) -> list[tuple[ServerCount, Sender]]:
+        """Return what the kernel counts of each server, with the server's process, if it is known."""
+        return self._servers.identified(sample)
 
     def _add_beyond(self, beyond: dict[int, int]) -> None:
         for tenant, count in beyond.items():
@@ -211,7 +235,7 @@ class State:
         with self._losing:
             self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
-    def snapshot(self, self_test_passed: bool, now: float) -> Snapshot:
+    def snapshot(self, self_test_passed: bool, now: float, healing: Healing | None = None) -> Snapshot:
         """Return everything, as of the last sample."""
         sample = self._sample or _NOTHING
         counters = sample.counters
@@ -256,6 +280,8 @@ class State:
             servers=self._servers.listed(),
             other_servers={namespace: replace(totals) for namespace, totals in self._servers.other.items()},
             other_at_risk=self._servers.other_at_risk(),
+            healing=healing,
+            other_healed=dict(self._other_healed),
         )
 
 

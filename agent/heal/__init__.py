@@ -1,1 +1,1 @@
-"""Healing: replies leave from the address that the peer asked."""
+"""Heal replies: bpf/heal.c sets their source, and this folder tells it where."""

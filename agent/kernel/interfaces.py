@@ -65,7 +65,7 @@ def links(most: int) -> list[Link]:
 
 def addresses(most: int, netlink: Netlink | None = None) -> list[LinkAddress]:
     """Return at most ``most`` addresses of the namespace of ``netlink``, else of the calling thread. Raises OSError."""
-    found = []
+    found: list[LinkAddress] = []
     with contextlib.nullcontext(netlink) if netlink else Netlink(socket.NETLINK_ROUTE) as route:
         for content in route.ask(_GET_ADDRESS, _ANY_FAMILY, dump=True):  # all of them must be read
             each = read_address(content)

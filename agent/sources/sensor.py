@@ -52,14 +52,14 @@ class Sensor:
         pace: Callable[[], None] = unpaced,
     ) -> None:
         """``pace`` is called between small pieces of work, and may pause (cpu.Pace)."""
-        self._maps, self._pace = loaded.maps, pace
+        self.maps, self._pace = loaded.maps, pace
         self._attached = Attached(cgroup, loaded)
-        self._cpus = possible_cpus()
+        self.cpus = possible_cpus()
         self._replies: ReplySensor | None = None
         self._servers: ServerCounter | None = None
         if "findings" in loaded.maps:
             self._replies = ReplySensor(loaded.maps, limits, pace)
-            self._servers = ServerCounter(loaded.maps, loaded.programs["count_waiting"], limits, self._cpus, pace)
+            self._servers = ServerCounter(loaded.maps, loaded.programs["count_waiting"], limits, self.cpus, pace)
         self._inventory = Inventory(loaded.links, pace=pace)
         self._sockets_at = -SOCKETS_SECONDS
         self._flows: FlowSensor | None = None
@@ -70,6 +70,9 @@ class Sensor:
         self._health: ConntrackHealth | None = None
         self._health_at = -HEALTH_SECONDS
         self._table: Table | None = None
+        self.heal_reason = ""  # why replies cannot be healed, if that was asked for
+        if not {"heal4", "heal6"} & loaded.links.keys():
+            self.heal_reason = loaded.refused.get("heal4", "the cgroup hooks are off (--hooks function)")
         self.features: Features = loaded.features
         self.compiler = loaded.compiler
         self._watch_flows(loaded, limits, forwarded)
@@ -84,15 +87,16 @@ class Sensor:
         forwarded: Forwarded = Forwarded.AUTO,
         cache: Path | None = None,
         pace: Callable[[], None] = unpaced,
+        heal: bool = False,
     ) -> Sensor:
-        """Load and attach the programs. Raises what `loader.load` raises."""
+        """Load and attach the programs, with ``heal`` also those that heal. Raises what `loader.load` raises."""
         if hooks is not Hooks.CGROUP:
             _load_conntrack()
-        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache)
+        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache, heal)
         return cls(cgroup, limits, loaded, forwarded, pace)
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
-        reported = Reported(self._maps.get("reported"), limits.window_ns)
+        reported = Reported(self.maps.get("reported"), limits.window_ns)
         if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
             self._flows = FlowSensor(ProbedFlows(loaded, limits, self._pace), reported, limits)
         elif forwarded is Forwarded.ON:
@@ -128,9 +132,9 @@ class Sensor:
         for part in (self._replies, self._flows, self._table, self._attached):
             if part:
                 part.close()
-        for descriptor in self._maps.values():
+        for descriptor in self.maps.values():
             os.close(descriptor)
-        self._maps.clear()
+        self.maps.clear()
 
     def clock_offset(self) -> float:
         """Return the seconds between the clock of the programs and the epoch."""
@@ -186,7 +190,7 @@ class Sensor:
         return replace(self._counters(), checked=self._servers.checked() if self._servers else 0)
 
     def _counters(self) -> Counters:
-        raw = bpf.map_lookup(self._maps["counters"], bytes(4), records.STATS_BYTES * self._cpus)
+        raw = bpf.map_lookup(self.maps["counters"], bytes(4), records.STATS_BYTES * self.cpus)
         return records.decode_counters(raw or b"")
 
     def self_test(self) -> bool:
@@ -210,7 +214,7 @@ class Sensor:
                     end.settimeout(SELF_TEST_SECONDS)
                 port, peer_port = server.getsockname()[1], client.getsockname()[1]
                 cookie = netns.cookie_here() if self.features.netns_cookie else 0
-                bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(cookie, port, peer_port))
+                bpf.map_update(self.maps["self_test"], bytes(4), records.encode_self_test(cookie, port, peer_port))
                 for address in ("127.0.0.2", "127.0.0.1"):
                     client.sendto(b"udpwatch", (address, port))
                     server.recvfrom(16)
@@ -219,7 +223,7 @@ class Sensor:
         except OSError:
             return False
         finally:
-            bpf.map_update(self._maps["self_test"], bytes(4), records.encode_self_test(0, 0, 0))
+            bpf.map_update(self.maps["self_test"], bytes(4), records.encode_self_test(0, 0, 0))
         return self.counters().self_tests == before + 1
 
     def keep_attached(self) -> list[str]:

@@ -17,8 +17,9 @@ ALLOWED = {
     "sources": {"model", "errors", "kernel", "servers"},
     "attribution": {"model", "errors", "kernel"},
     "servers": {"model", "errors", "kernel", "attribution"},
+    "heal": {"model", "errors", "kernel"},
     # udpwatch: of dns/
-    "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "servers", "udpwatch"},
+    "daemon": {"model", "errors", "config", "kernel", "sources", "attribution", "servers", "heal", "udpwatch"},
     "client": {"model", "errors", "daemon", "servers", "testing"},
     "testing": {"errors", "kernel"},
     "commands": {

@@ -1,0 +1,99 @@
+"""Heal what the settings and the operator select, and report what was healed.
+
+Three threads use it: the sensor's (`update`, `status`), the main one (`switch`, `status`), and the one that follows
+addresses.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Collection, Iterable
+
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.heal.modes import Modes
+from udpwatch.agent.heal.namespaces import Namespaces, Wanted
+from udpwatch.agent.kernel import bpf
+from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Sender, ServerCount
+
+_COUNTS = struct.Struct(f"={1 + len(REFUSALS)}Q")  # struct heal_counts
+
+
+class Healer:
+    """Uses the maps of bpf/heal.c; the caller closes them, after `close`."""
+
+    def __init__(self, selection: HealSelection, maps: dict[str, int], cpus: int, reason: str = "") -> None:
+        """``reason``: why the programs are not attached; then nothing is healed."""
+        self._selection, self._maps, self._cpus, self._reason = selection, maps, cpus, reason
+        self._lock = threading.Lock()
+        self._namespaces: Namespaces | None = None
+        self._modes: Modes | None = None
+        if reason:
+            return
+        try:
+            self._namespaces = Namespaces(maps["local_devices"])
+        except OSError as error:
+            self._reason = f"cannot read the local addresses: {error.strerror}"
+            return
+        self._modes = Modes(selection, maps["heal_ports"], maps["heal_slots"])
+
+    def start(self) -> None:
+        """Begin to follow addresses."""
+        if self._namespaces:
+            self._namespaces.start()
+
+    def close(self) -> None:
+        """Heal nothing any longer."""
+        with self._lock:
+            if self._modes:
+                self._modes.switch(False, ())
+        if self._namespaces:
+            self._namespaces.close()
+
+    def update(self, servers: Iterable[tuple[ServerCount, Sender]]) -> None:
+        """Select among the servers of the node."""
+        if not self._modes or not self._namespaces or not self._selection.by_server:
+            return
+        with self._lock:
+            selected = self._modes.update(servers)
+        wanted: dict[int, Wanted] = {}
+        for count, sender in selected:
+            if count.netns and (count.netns not in wanted or not wanted[count.netns].pid):
+                tenant = "/".join((sender.namespace, sender.pod, sender.container or sender.cgroup))
+                wanted[count.netns] = Wanted(sender.pid or count.pid, tenant, sender.title)
+        self._namespaces.want(wanted)
+
+    def switch(self, on: bool, ports: Collection[int]) -> None:
+        """Switch ports, or everything, on or off at once (`Modes.switch`). Raises UdpwatchError if nothing can be
+        healed.
+        """
+        if not self._modes:
+            raise UdpwatchError(f"cannot heal: {self._reason}")
+        with self._lock:
+            self._modes.switch(on, ports)
+
+    def status(self) -> Healing:
+        """Return what is healed, and what was refused."""
+        if not self._modes or not self._namespaces:
+            refused = dict.fromkeys(REFUSALS, 0)
+            return Healing(str(self._selection), False, self._selection.dry_run, reason=self._reason, refused=refused)
+        dry_run, *refused_counts = self._counts()
+        with self._lock:
+            on, ports_on, ports_off = self._modes.on, self._modes.ports_on.copy(), self._modes.ports_off.copy()
+        return Healing(
+            selected=str(self._selection),
+            on=on and not self._selection.is_empty,
+            dry_run=self._selection.dry_run,
+            ports_on=tuple(sorted(ports_on)),
+            ports_off=tuple(sorted(ports_off)),
+            namespaces=self._namespaces.followed,
+            not_healed=self._namespaces.not_healed(),
+            addresses=self._namespaces.addresses,
+            dry_run_replies=dry_run,
+            refused=dict(zip(REFUSALS, refused_counts, strict=True)),
+        )
+
+    def _counts(self) -> list[int]:
+        """Return the members of struct heal_counts, summed over all CPUs."""
+        raw = bpf.map_lookup(self._maps["heal_counts"], bytes(4), _COUNTS.size * self._cpus)
+        return [sum(each) for each in zip(*_COUNTS.iter_unpack(raw or bytes(_COUNTS.size)), strict=True)]
