@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime, tzinfo
 from typing import Any
 
-_BOLD, _DIM, _RED, _YELLOW, _END = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[33m", "\x1b[0m"
+_BOLD, _DIM, _RED, _GREEN, _YELLOW, _END = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 #: column -> initial width, chosen so that the lines of a small network fit 80 columns
 _COLUMNS = {
@@ -21,7 +21,7 @@ _COLUMNS = {
 }
 _MAX_WIDTH = 46  # fits an IPv6 address with a zone; a longer cell shifts its own line only
 _STYLES = {"time": _DIM, "server": _BOLD, "replied from": _RED}
-_VERDICT_STYLES = {"new": _RED, "untracked": _YELLOW}
+_VERDICT_STYLES = {"new": _RED, "untracked": _YELLOW, "healed": _GREEN}
 
 
 def safe(text: str) -> str:
@@ -62,6 +62,8 @@ class EventLines:
             "client": _text(event.get("peer")),
         }
         styles = _STYLES | {"verdict": _VERDICT_STYLES.get(cells["verdict"], _DIM)}
+        if event.get("healed"):
+            styles["replied from"] = _GREEN
         return self._aligned(cells, styles if self._colour else {})
 
     def _aligned(self, cells: Mapping[str, str], styles: Mapping[str, str] = {}) -> str:

@@ -1,4 +1,4 @@
-"""`udpwatch events`: each wrong reply as the running agent finds it."""
+"""`udpwatch events`: each wrong and each healed reply, as the running agent finds it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel.cpu import show_name
-from udpwatch.agent.model import Event, Sender
+from udpwatch.agent.model import Event, Sender, Verdict
 
 MAX_QUEUED = 10_000
 STOP_SECONDS = 2.0
@@ -64,7 +64,7 @@ def as_json(event: Event, sender: Sender, node: str, time: float) -> dict[str, A
         "container": sender.container or None,
         "namespace": sender.namespace or None,
         "pod": sender.pod or None,
-        "healed": False,
+        "healed": finding.verdict is Verdict.HEALED,
         "count": event.count,
     }
 

@@ -40,7 +40,7 @@ class Replay:
             self._file: TextIO | None = path.open(encoding="utf-8", errors="replace")
         except OSError as error:
             raise UsageError(f"--replay: cannot read {str(path)!r}: {error.strerror}") from None
-        self._number = self._bad = self._wrong = 0
+        self._number = self._bad = self._played = self._wrong = 0
         self._senders: dict[Sender, int] = {}
         self._by_number: list[Sender] = []
         self._counts: dict[Finding, int] = {}
@@ -94,8 +94,8 @@ class Replay:
     def sample(self, _expire_ns: int) -> Sample:
         """Return what was played since the last call."""
         increases, self._increases = tuple(self._increases), []
-        # Right replies are not recorded: the known replies are all wrong.
-        counters = Counters(checked=self._wrong, wrong=self._wrong, unparsed=self._bad)
+        # Right replies are not recorded: the known replies are all wrong, or healed.
+        counters = Counters(checked=self._played, wrong=self._wrong, unparsed=self._bad)
         return Sample(increases, counters, (), 0, 0, 0)
 
     def self_test(self) -> bool:
@@ -121,7 +121,8 @@ class Replay:
         self._counts[event.finding] = event.count
         # Events are samples, but their counts are exact. If a count fell, the agent was restarted.
         more = event.count - before if event.count > before else event.count
-        self._wrong += more
+        self._played += more
+        self._wrong += 0 if event.finding.verdict is Verdict.HEALED else more
         self._increases.append(Increase(event.finding, more, event.time, event.pid))
 
     def _read_next(self) -> tuple[float, Event] | None:

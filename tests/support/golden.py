@@ -166,6 +166,21 @@ EVENTS = (
         conversation=None,
         request=Tuple("10.1.0.9", 40002, "10.2.0.5", 53),
     ),
+    Event(
+        finding=Finding("172.16.13.13", "172.16.13.13", 69, 4, Verdict.HEALED, Cause.KERNEL_CHOSEN, "tftpd", 1, 3),
+        time=3_000_000_000,
+        count=41,
+        peer="172.17.0.3",
+        peer_port=40003,
+        segments=1,
+        pid=77,
+        uid=0,
+        netns_inode=4026532300,
+        original=Tuple("172.17.0.3", 40003, "172.16.13.13", 69),
+        reply=Tuple("172.16.13.13", 69, "172.17.0.3", 40003),
+        conversation=None,
+        pktinfo=False,
+    ),
 )
 
 

@@ -23,12 +23,12 @@ def test_schema_is_valid() -> None:
     Draft202012Validator.check_schema(SCHEMA)
 
 
-@pytest.mark.parametrize("event", LINES, ids=lambda event: event["cause"])
+@pytest.mark.parametrize("event", LINES, ids=lambda event: event["verdict"] + " " + event["cause"])
 def test_golden_events_are_valid(event: dict[str, Any]) -> None:
     VALIDATOR.validate(event)
 
 
-@pytest.mark.parametrize("event", EVENTS, ids=lambda event: event.finding.cause)
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: f"{event.finding.verdict} {event.finding.cause}")
 @pytest.mark.parametrize(
     "sender",
     [Sender(""), Sender("a", 1, "/b", "c", "/d", "docker", "e", "f", "g", "h")],
@@ -69,6 +69,8 @@ def test_keys_have_the_order_of_the_events() -> None:
         {"process": ""},
         {"count": 0},
         {"healed": None},
+        {"healed": True},
+        {"verdict": "healed"},
         {"conntrack": None},
         {"conntrack": {"original": None, "reply": None}},
         {"conntrack": {"original": {"source": "10.0.0.1"}, "reply": None, "request": None}},

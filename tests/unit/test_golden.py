@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 
-from golden import EVENTS, ROW, SNAPSHOT, compare
+from golden import EVENTS, HEALED_ROW, ROW, SNAPSHOT, compare
 
 from udpwatch.agent.commands.doctor import Check, Report, Status, as_text
 from udpwatch.agent.daemon.app import describe
@@ -45,6 +45,7 @@ def test_golden_events() -> None:
         Sender("plain-server", 4242, cgroup="/kubepods/a", container="dns", namespace="shop", pod="dns-7c9"),
         Sender("unknown"),
         Sender(""),
+        HEALED_ROW.sender,
     )
     lines = [
         json.dumps(as_json(event, sender, "node-1", 1_800_000_000 + event.time / 1e9))

@@ -49,9 +49,17 @@ def test_colour_moves_no_column() -> None:
         bare = plain.line(event)
         coloured = painted.line(event)
         assert "\x1b" not in bare
-        for style in ("1", "2", "31", "33", "0"):
+        for style in ("1", "2", "31", "32", "33", "0"):
             coloured = coloured.replace(f"\x1b[{style}m", "")
         assert coloured.rstrip() == bare
+
+
+def test_source_of_a_healed_reply_is_not_shown_as_wrong() -> None:
+    healed = EVENTS[3]
+    shown = EventLines(True, UTC).line(healed)
+    assert f"-> \x1b[32m{healed['actual']}\x1b[0m" in shown
+    assert "\x1b[32mhealed\x1b[0m" in shown
+    assert "\x1b[31m" not in shown
 
 
 def test_server_has_process_and_place() -> None:

@@ -47,8 +47,8 @@ def play(tmp_path: Path) -> Iterator[Callable[..., Replay]]:
 def test_events_that_the_agent_writes_can_be_replayed() -> None:
     played = Replay(EVENTS)
     events = list(played.events())
-    assert [event.finding.port for event in events] == [56789, 53, 53]
-    first, second, forwarded = events
+    assert [event.finding.port for event in events] == [56789, 53, 53, 69]
+    first, second, forwarded, healed = events
     assert (first.finding.expected, first.finding.actual) == ("172.16.13.13", "172.17.0.1")
     assert (first.finding.verdict, first.finding.cause) == (Verdict.NEW, Cause.KERNEL_CHOSEN)
     assert first.original is not None
@@ -58,8 +58,16 @@ def test_events_that_the_agent_writes_can_be_replayed() -> None:
     assert played.lookup(second).process == "unknown"
     assert forwarded.request is not None
     assert played.lookup(forwarded).process == ""
+    assert healed.finding.verdict == Verdict.HEALED
     assert list(played.events()) == []
     played.close()
+
+
+def test_healed_reply_is_checked_and_not_wrong(play: Callable[..., Replay]) -> None:
+    played = play(line(count=5), EVENTS.read_text().splitlines()[3])
+    list(played.events())
+    counters = played.sample(0).counters
+    assert (counters.checked, counters.wrong) == (46, 5)
 
 
 def total(played: Replay) -> int:
