@@ -19,7 +19,7 @@ from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.interfaces import LinkAddress, addresses, read_address
-from udpwatch.agent.kernel.records import encode_address
+from udpwatch.agent.kernel.records import encode_local_key
 from udpwatch.dns.netlink import BUFFER, Netlink, messages
 
 STABLE_SECONDS = 1.0
@@ -27,9 +27,7 @@ MAX_DATAGRAMS = 64  # of events, in one turn: other namespaces wait
 _NEW_ADDRESS, _DELETED_ADDRESS = 20, 21  # RTM_*
 _GROUPS = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _RECEIVE_BYTES = 1 << 20
-_REST = struct.Struct("=II")  # of struct local_key: netns, pad
 _INDEX = struct.Struct("=I")
-_FOLLOWED = bytes(16)  # the address that marks a namespace as followed
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ class LocalAddresses:
         """Enter all addresses in the map ``local_devices``. ``now``: monotonic seconds. Raises OSError."""
         self.inode = Path("/proc/thread-self/ns/net").stat().st_ino
         self._map, self._bounds = local_devices, bounds
-        self._rest = _REST.pack(self.inode, 0)
+        self._followed = encode_local_key("::", self.inode)
         self._entered: dict[bytes, int] = {}
         self._waiting: dict[bytes, tuple[float, int]] = {}  # when it is entered, and the index of its device
         self._removed: dict[bytes, float] = {}  # until when it is unstable
@@ -69,7 +67,7 @@ class LocalAddresses:
             self._events.bind((0, _GROUPS))  # before they are listed, so that no change is missed
             for each in addresses(bounds.addresses, self._requests):
                 self._add(each, now)
-            bpf.map_update(self._map, _FOLLOWED + self._rest, _INDEX.pack(0))
+            bpf.map_update(self._map, self._followed, _INDEX.pack(0))
         except OSError:
             self.close()
             raise
@@ -89,7 +87,7 @@ class LocalAddresses:
 
     def close(self) -> None:
         """Remove the namespace from the map."""
-        bpf.map_delete(self._map, _FOLLOWED + self._rest)
+        bpf.map_delete(self._map, self._followed)
         for key in list(self._entered):
             self._delete(key)
         self._events.close()
@@ -131,7 +129,7 @@ class LocalAddresses:
         if is_new and each.is_usable:
             self._add(each, now)
         else:
-            self._remove(encode_address(each.address) + self._rest, now)
+            self._remove(encode_local_key(each.address, self.inode), now)
 
     def _begin_again(self, now: float) -> None:
         """Changes were lost: each address must show again that it stays."""
@@ -139,13 +137,13 @@ class LocalAddresses:
             self._remove(key, now)
         self._waiting.clear()
         for each in addresses(self._bounds.addresses, self._requests):
-            self._removed.setdefault(encode_address(each.address) + self._rest, now + STABLE_SECONDS)
+            self._removed.setdefault(encode_local_key(each.address, self.inode), now + STABLE_SECONDS)
             self._add(each, now)
 
     def _add(self, each: LinkAddress, now: float) -> None:
         if not each.is_usable or len(self._entered) + len(self._waiting) >= self._bounds.addresses:
             return
-        key = encode_address(each.address) + self._rest
+        key = encode_local_key(each.address, self.inode)
         until = self._removed.get(key, 0.0)
         if until > now:
             self._waiting[key] = until, each.index

@@ -6,17 +6,14 @@ addresses.
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Collection, Iterable
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.heal.modes import Modes
 from udpwatch.agent.heal.namespaces import Namespaces, Wanted
-from udpwatch.agent.kernel import bpf
+from udpwatch.agent.kernel import bpf, records
 from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Sender, ServerCount
-
-_COUNTS = struct.Struct(f"={1 + len(REFUSALS)}Q")  # struct heal_counts
 
 
 class Healer:
@@ -77,7 +74,8 @@ class Healer:
         if not self._modes or not self._namespaces:
             refused = dict.fromkeys(REFUSALS, 0)
             return Healing(str(self._selection), False, self._selection.dry_run, reason=self._reason, refused=refused)
-        dry_run, *refused_counts = self._counts()
+        raw = bpf.map_lookup(self._maps["heal_counts"], bytes(4), records.HEAL_COUNTS_BYTES * self._cpus)
+        dry_run_replies, refused = records.decode_heal_counts(raw or b"")
         with self._lock:
             on, ports_on, ports_off = self._modes.on, self._modes.ports_on.copy(), self._modes.ports_off.copy()
         return Healing(
@@ -89,11 +87,6 @@ class Healer:
             namespaces=self._namespaces.followed,
             not_healed=self._namespaces.not_healed(),
             addresses=self._namespaces.addresses,
-            dry_run_replies=dry_run,
-            refused=dict(zip(REFUSALS, refused_counts, strict=True)),
+            dry_run_replies=dry_run_replies,
+            refused=refused,
         )
-
-    def _counts(self) -> list[int]:
-        """Return the members of struct heal_counts, summed over all CPUs."""
-        raw = bpf.map_lookup(self._maps["heal_counts"], bytes(4), _COUNTS.size * self._cpus)
-        return [sum(each) for each in zip(*_COUNTS.iter_unpack(raw or bytes(_COUNTS.size)), strict=True)]

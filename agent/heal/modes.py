@@ -15,11 +15,10 @@ from fnmatch import fnmatchcase
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf
+from udpwatch.agent.kernel.records import HEAL_BY_SLOT, HEAL_DRY_RUN, HEAL_NEVER, HEAL_ON, HEAL_UNSET
 from udpwatch.agent.model import HealSelection, Sender, ServerCount
 
 MAX_PORTS = 1_024  # switched at run time
-_UNSET, _DRY_RUN, _ON, _NEVER = range(4)  # enum healing in bpf/records.h
-_BY_SLOT = 4  # HEAL_BY_SLOT
 _ALL_PORTS = 0  # the element of heal_ports for all ports
 _KEY = struct.Struct("=I")
 
@@ -30,7 +29,7 @@ class Modes:
     def __init__(self, selection: HealSelection, heal_ports: int, heal_slots: int) -> None:
         """Write the modes that the settings select."""
         self._selection, self._ports_map, self._slots_map = selection, heal_ports, heal_slots
-        self._mode = _DRY_RUN if selection.dry_run else _ON
+        self._mode = HEAL_DRY_RUN if selection.dry_run else HEAL_ON
         self._ports: dict[int, int] = {}  # as written
         self._slots: set[int] = set()  # those that have the mode
         self.on = True  # the settings' selection is in force
@@ -63,7 +62,7 @@ class Modes:
         for slot in slots - self._slots:
             bpf.map_update(self._slots_map, _KEY.pack(slot), bytes([self._mode]))
         for slot in self._slots - slots:
-            bpf.map_update(self._slots_map, _KEY.pack(slot), bytes([_UNSET]))
+            bpf.map_update(self._slots_map, _KEY.pack(slot), bytes([HEAL_UNSET]))
         self._slots = slots
         return selected
 
@@ -80,14 +79,14 @@ class Modes:
         wanted = dict.fromkeys(self.ports_on, self._mode)
         if self.on:
             if self._selection.by_server:
-                wanted[_ALL_PORTS] = _BY_SLOT
+                wanted[_ALL_PORTS] = HEAL_BY_SLOT
             elif self._selection.all_ports:
                 wanted[_ALL_PORTS] = self._mode
             else:
                 wanted |= dict.fromkeys(self._selection.ports, self._mode)
-        wanted |= dict.fromkeys(self.ports_off, _NEVER)
-        changed = {port: wanted.get(port, _UNSET) for port in self._ports.keys() | wanted.keys()}
-        for port, mode in sorted(changed.items(), key=lambda each: (each[1] not in (_UNSET, _NEVER), each[0])):
-            if self._ports.get(port, _UNSET) != mode:
+        wanted |= dict.fromkeys(self.ports_off, HEAL_NEVER)
+        changed = {port: wanted.get(port, HEAL_UNSET) for port in self._ports.keys() | wanted.keys()}
+        for port, mode in sorted(changed.items(), key=lambda each: (each[1] not in (HEAL_UNSET, HEAL_NEVER), each[0])):
+            if self._ports.get(port, HEAL_UNSET) != mode:
                 bpf.map_update(self._ports_map, _KEY.pack(port), bytes([mode]))
         self._ports = wanted

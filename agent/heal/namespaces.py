@@ -24,8 +24,11 @@ from udpwatch.agent.kernel import netns
 from udpwatch.agent.kernel.cpu import show_name
 
 MAX_NAMESPACES = 64  # beside the agent's own
-OWN = Bounds(addresses=16_384, changes_per_second=1_000, burst=32_768)
-OTHER = Bounds(addresses=256, changes_per_second=100, burst=1_024)
+MAX_OWN_ADDRESSES = 16_384  # of the agent's own namespace
+MAX_OTHER_ADDRESSES = 256  # of each other one
+OTHER_CHANGES_PER_SECOND = 100
+OWN = Bounds(MAX_OWN_ADDRESSES, changes_per_second=1_000, burst=2 * MAX_OWN_ADDRESSES)
+OTHER = Bounds(MAX_OTHER_ADDRESSES, OTHER_CHANGES_PER_SECOND, burst=4 * MAX_OTHER_ADDRESSES)
 TURN_SECONDS = 1.0
 SETTLING_SECONDS = 0.1
 RETRY_SECONDS = 10.0

@@ -57,7 +57,7 @@ from udpwatch.agent.kernel.programs import (
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
-MAX_LOCAL = 32_832  # addresses of all healed namespaces (agent/heal/healer.py shares them out)
+MAX_LOCAL = 32_896  # addresses of all healed namespaces, which agent/heal/namespaces.py shares out
 ADOPT_SECONDS = 2.0  # to find the sockets of other namespaces
 
 

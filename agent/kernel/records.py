@@ -15,7 +15,7 @@ from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
 from typing import NamedTuple
 
-from udpwatch.agent.model import Cause, Conversation, Counters, Event, Finding, Tuple, UdpSocket, Verdict
+from udpwatch.agent.model import REFUSALS, Cause, Conversation, Counters, Event, Finding, Tuple, UdpSocket, Verdict
 
 COMM_LEN = 16
 TUPLE_LEN = 40
@@ -198,6 +198,18 @@ class SocketRecord(ctypes.Structure):
     ]
 
 
+class HealCounts(ctypes.Structure):
+    """struct heal_counts."""
+
+    _fields_ = [("dry_run", c_uint64), ("refused", c_uint64 * len(REFUSALS))]
+
+
+class LocalKey(ctypes.Structure):
+    """struct local_key."""
+
+    _fields_ = [("address", Address), ("netns", c_uint32), ("pad", c_uint32)]
+
+
 class SelfTest(ctypes.Structure):
     """struct self_test."""
 
@@ -276,6 +288,8 @@ STATS_BYTES = ctypes.sizeof(StatsRecord)
 SERVER_KEY_BYTES = ctypes.sizeof(ServerKey)
 SERVER_BYTES = ctypes.sizeof(ServerValue)
 SERVER_COUNTS_BYTES = ctypes.sizeof(ServerCounts)
+HEAL_COUNTS_BYTES = ctypes.sizeof(HealCounts)
+HEAL_UNSET, HEAL_DRY_RUN, HEAL_ON, HEAL_NEVER, HEAL_BY_SLOT = range(5)  # enum healing, and HEAL_BY_SLOT
 WAITING_BYTES = ctypes.sizeof(Waiting)
 NO_SERVER, OTHER_SERVERS, FIRST_SLOT = 0, 1, 2  # slots
 SOCKET_OWNER_BYTES = ctypes.sizeof(SocketOwner)
@@ -298,6 +312,18 @@ def encode_address(text: str) -> bytes:
     """Encode an address; the reverse of `decode_address`."""
     address = ipaddress.ip_address(text)
     return address.packed if address.version == 6 else _V4_MAPPED + address.packed
+
+
+def encode_local_key(address: str, netns: int) -> bytes:
+    """Encode struct local_key. ``netns``: inode number; "::" marks the namespace as followed."""
+    return bytes(LocalKey(Address.from_buffer_copy(encode_address(address)), netns, 0))
+
+
+def decode_heal_counts(raw: bytes) -> tuple[int, dict[str, int]]:
+    """Add up struct heal_counts of all CPUs; return the replies of dry runs, and those that were refused by reason."""
+    each = [HealCounts.from_buffer_copy(raw, at) for at in range(0, len(raw), HEAL_COUNTS_BYTES)]
+    refused = {reason: sum(cpu.refused[number] for cpu in each) for number, reason in enumerate(REFUSALS)}
+    return sum(cpu.dry_run for cpu in each), refused
 
 
 def printable(name: bytes) -> str:

@@ -60,9 +60,9 @@ BUDGET_FACTOR = 1.3
 TAIL_LINES = 40  # of a console
 MESSAGE_LINES = 12  # of a failed test
 
-ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
+ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS) if not program.is_for_healing}
 #: the programs of the hooks, and those that come with them and are attached to nothing
-WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c"}
+WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c" and not program.is_for_healing}
 
 ONE_CPU = "needs two CPUs, a guest has one"
 NO_FLOOD = "a flood takes more than an emulated CPU makes"
@@ -520,7 +520,7 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
 
 def in_short(attached: str) -> str:
     """Return the attached programs as a short cell of the table."""
-    hooks = [program.name for program, _ in HOOKS]
+    hooks = [program.name for program, _ in HOOKS if not program.is_for_healing]
     short = {" ".join(hooks): "cgroup hooks", " ".join(hooks + [program.name for program, _ in FUNCTIONS]): "all"}
     return short.get(attached, attached)
 

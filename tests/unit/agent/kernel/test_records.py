@@ -21,6 +21,8 @@ from udpwatch.agent.kernel.records import (
     EventRecord,
     FindingKey,
     FindingValue,
+    HealCounts,
+    LocalKey,
     ReportedKey,
     RequestKey,
     RequestRecord,
@@ -34,7 +36,7 @@ from udpwatch.agent.kernel.records import (
     Tenant,
     Waiting,
 )
-from udpwatch.agent.model import Cause, Conversation, Counters, Tuple, Verdict
+from udpwatch.agent.model import REFUSALS, Cause, Conversation, Counters, Tuple, Verdict
 
 MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct tenant": Tenant,
@@ -54,12 +56,16 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "struct server": ServerValue,
     "struct server_counts": ServerCounts,
     "struct waiting": Waiting,
+    "struct heal_counts": HealCounts,
+    "struct local_key": LocalKey,
     "struct socket_owner": SocketOwner,
     "struct socket_record": SocketRecord,
 }
 
 
 ENUM_VALUES = [
+    *("VERDICT_HEALED", "HEAL_UNSET", "HEAL_DRY_RUN", "HEAL_ON", "HEAL_NEVER", "HEAL_BY_SLOT", "REFUSALS"),
+    *("REFUSED_SEVERAL", "REFUSED_GROUP", "REFUSED_LINK", "REFUSED_NOT_LOCAL", "REFUSED_TRANSPARENT"),
     *("VERDICT_NEW", "VERDICT_UNTRACKED", "VERDICT_UNKNOWN", "CAUSE_KERNEL_CHOSEN", "CAUSE_EXPLICIT"),
     *("CAUSE_CONNECTED", "CAUSE_UNKNOWN", "CAUSE_FORWARDED", "PKTINFO_UNKNOWN", "PKTINFO_NONE", "PKTINFO_PASSED"),
     *("SETTLED_NONE", "SETTLED_WRONG", "SETTLED_ANSWERED", "SETTLED_ASK", "SETTLED_UNDECIDED"),
@@ -103,6 +109,12 @@ def test_enums_match_the_header(layout: dict[str, int]) -> None:
         assert layout[f"VERDICT_{verdict.name}"] == number
     for number, cause in records.CAUSES.items():
         assert layout[f"CAUSE_{cause.name}"] == number
+    modes = ("HEAL_UNSET", "HEAL_DRY_RUN", "HEAL_ON", "HEAL_NEVER", "HEAL_BY_SLOT")
+    assert [layout[name] for name in modes] == [getattr(records, name) for name in modes]
+    refusals = ["REFUSED_SEVERAL", "REFUSED_GROUP", "REFUSED_LINK", "REFUSED_NOT_LOCAL", "REFUSED_TRANSPARENT"]
+    assert [layout[name] for name in refusals] == list(range(len(REFUSALS)))
+    assert [name[8:].lower()[:4] for name in refusals] == [reason.replace("-", "_")[:4] for reason in REFUSALS]
+    assert layout["REFUSALS"] == len(REFUSALS)
     assert layout["TUPLE_LEN"] == records.TUPLE_LEN
     assert layout["COMM_LEN"] == records.COMM_LEN
 
