@@ -358,6 +358,8 @@ class HealSelection:
         return words
 
 
+#: The refusals after which a reply can leave from a wrong address.
+HARMFUL_REFUSALS = ("several-addresses", "not-local", "transparent")
 #: Why a reply was not healed although its server is to be (enum refusal in bpf/records.h).
 REFUSALS = {
     "several-addresses": "its client asked several addresses within the window",
@@ -388,6 +390,11 @@ class Healing:
     def is_active(self) -> bool:
         """Whether any replies are healed."""
         return (self.on or bool(self.ports_on)) and not self.dry_run and not self.reason
+
+    @property
+    def harmful(self) -> int:
+        """Number of sends that were refused, and may have left from a wrong address."""
+        return sum(self.refused.get(reason, 0) for reason in HARMFUL_REFUSALS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,11 @@ def row(process: str = "openvpn", port: int = 1194, count: int = 1, **changes: A
     return replace(plain_row, **changes)
 
 
+def healed_row(process: str = "tftpd", port: int = 69, count: int = 1, **changes: Any) -> Row:
+    """Return a row of healed replies."""
+    return row(process, port, count, **{"actual": "172.16.13.13", "verdict": "healed", **changes})
+
+
 def server(process: str = "dnsd", port: int = 53, requests: int = 100, **changes: Any) -> Server:
     who = {name: changes.pop(name) for name in ("namespace", "pod", "container", "pid") if name in changes}
     plain_server = Server(

@@ -10,6 +10,7 @@ from math import ceil
 from rich.cells import cell_len
 
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.healing import healing_text
 from udpwatch.agent.client.top.layout import (
     StyledLine,
     age_text,
@@ -25,6 +26,7 @@ from udpwatch.agent.model import Risk
 
 STALE_SECONDS = 5.0
 _KERNEL_WIDTH = 24
+_GRAPH_COLUMNS = 8  # that what is said about healing leaves
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -105,7 +107,7 @@ def _title(view: View | None, source: SourceState, width: int) -> StyledLine:
 def _counts(view: View | None, source: SourceState, baseline: Baseline | None, width: int) -> StyledLine:
     if view is None:
         return _justified([(f" {safe(source.error)}", "error")] if source.error else [], [], width)
-    found = sum(len(each.rows) for each in view.snapshots) if view.found is None else view.found
+    found = sum(len(each.wrong_rows) for each in view.snapshots) if view.found is None else view.found
     at_risk = at_risk_of(view)
     other = other_of(view, baseline)
     lost = sum(sum(each.lost.values()) for each in view.snapshots)
@@ -132,9 +134,14 @@ def _counts(view: View | None, source: SourceState, baseline: Baseline | None, w
 
 def _graph(view: View | None, width: int) -> StyledLine:
     left, right_width = " last 5 min ", 15
-    columns = max(0, width - len(left) - right_width)
+    healing, style = healing_text(view) if view else ("", "label")
+    healing = (
+        fitted(healing, min(len(healing), width - len(left) - right_width - _GRAPH_COLUMNS - 1)) if healing else ""
+    )
+    columns = max(0, width - len(left) - right_width - (len(healing) + 1 if healing else 0))
     bars, peak = spark(view.history, view.time, columns) if view else (" " * columns, 0.0)
-    return [(left, "label"), (bars, "graph"), (fitted(f" peak {rate_text(peak)}/s", right_width), "label")]
+    line = [(left, "label"), (bars, "graph"), (fitted(f" peak {rate_text(peak)}/s", right_width), "label")]
+    return [*line, (f"{healing} ", style)] if healing else line
 
 
 def _justified(left: StyledLine, right: StyledLine, width: int) -> StyledLine:

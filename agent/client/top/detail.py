@@ -28,6 +28,7 @@ _VERDICTS = {
     "new": "conntrack counts the reply as a new flow, so NAT is not undone and the client's kernel rejects the reply",
     "untracked": "conntrack does not track this traffic; a client with a connected socket rejects the reply",
     "unknown": "this kernel does not report conntrack's verdict",
+    "healed": "the reply is right, but only while udpwatch heals it; without it, routing chooses the source",
 }
 GENERAL_FIX = (
     "Bind the server to each address that clients ask, or use IP_PKTINFO (IPV6_PKTINFO): take the address of each "
@@ -55,15 +56,21 @@ def detail(
     key, row = line.key, line.row
     lines = process_lines(row.sender, key.node if cluster else "", row.interface)
     verdict, cause = safe(key.verdict), safe(key.cause)
-    lines.append(("asked at", f"{safe(key.expected)}, replied from {safe(key.actual)}: {_CAUSES.get(cause, cause)}"))
+    chosen = "udpwatch set the source, which the server left to routing" if key.is_healed else _CAUSES.get(cause, cause)
+    lines.append(("asked at", f"{safe(key.expected)}, replied from {safe(key.actual)}: {chosen}"))
     lines.append(("verdict", f"{verdict}: {_VERDICTS[verdict]}" if verdict in _VERDICTS else verdict))
-    counts = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
+    counts = _counts(line)
     if row.last:
         counts += f", the last at {clock_text(row.last)}"
     lines.append(("count", counts))
-    lines.append(("fix", safe_lines(fix or GENERAL_FIX)))
+    lines.append(("fix", ("Still fix the server. " if key.is_healed else "") + safe_lines(fix or GENERAL_FIX)))
     styled = [each for label, text in lines for each in labelled(label, text, width)]
     return styled + _latest(events, width, cluster)
+
+
+def _counts(line: Line) -> str:
+    what = "healed" if line.key.is_healed else "wrong"
+    return f"{count_text(line.total)} {what} replies, {rate_text(line.rate)} per second"
 
 
 def process_lines(sender: Sender, node: str = "", interface: str = "") -> list[tuple[str, str]]:
@@ -92,11 +99,10 @@ def process_lines(sender: Sender, node: str = "", interface: str = "") -> list[t
 
 def folded_detail(line: Line, width: int) -> list[StyledLine]:
     """Return the lines of the pane for a row that is the sum of many nodes."""
-    counts = f"{count_text(line.total)} wrong replies, {rate_text(line.rate)} per second"
     lines = [
         ("nodes", f"{line.nodes}; g shows the rows of each node, with addresses and cause"),
         ("namespace", safe(line.key.namespace) or "-"),
-        ("count", counts),
+        ("count", _counts(line)),
     ]
     return [each for label, text in lines for each in labelled(label, text, width)]
 

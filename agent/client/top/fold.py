@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from udpwatch.agent.client.top.rows import Key, View, key_of
+from udpwatch.agent.client.top.rows import Healed, Key, View, key_of
 from udpwatch.agent.client.top.traffic import Rates, ServerKey
-from udpwatch.agent.model import Risk, Row, Sender, Server, Snapshot
+from udpwatch.agent.model import HARMFUL_REFUSALS, Cause, Risk, Row, Sender, Server, Snapshot, Verdict
 
 MISMATCH = "udpwatch_reply_source_mismatch_total"
 CHECKED = "udpwatch_replies_checked_total"
+HEALED = "udpwatch_healed_replies_total"
+REFUSED = "udpwatch_heal_refused_total"
+HEAL_ACTIVE = "udpwatch_heal_active"
 LOST = "udpwatch_events_lost_total"
 BUILD_INFO = "udpwatch_build_info"
 AT_RISK = "udpwatch_sockets_at_risk"
@@ -67,6 +70,13 @@ def row_of(labels: Labels, count: int) -> Row:
     )
 
 
+def healed_row_of(labels: Labels, count: int) -> Row:
+    """Return the row of a series of HEALED; without addresses, if it is a sum."""
+    asked = label(labels, "asked")
+    row = replace(row_of(labels, count), expected=asked, actual=asked, family=6 if ":" in asked else 4)
+    return replace(row, verdict=str(Verdict.HEALED), cause=str(Cause.KERNEL_CHOSEN))
+
+
 def _sender(labels: Labels) -> Sender:
     process, container, namespace, pod = (label(labels, each) for each in ("process", "container", "namespace", "pod"))
     return Sender(process, container=container, namespace=namespace, pod=pod)
@@ -95,12 +105,17 @@ def _facts() -> dict[str, str]:
         "found": f'count({MISMATCH}{{port!="{OTHER}"}})',
         "all_wrong_rate": f"sum(irate({MISMATCH}[{WINDOW}]))",
         "other": f'sum({MISMATCH}{{port="{OTHER}"}})',
+        "all_healed": f"sum({HEALED})",
+        "healed_servers": f'count(count without (asked) ({HEALED}{{port!="{OTHER}"}}))',
+        "refused": f'sum({REFUSED}{{reason=~"{"|".join(HARMFUL_REFUSALS)}"}})',
+        "idle": f"count({HEAL_ACTIVE} == 0)",
     }
 
 
 def _parts(servers: bool) -> dict[str, tuple[str, str]]:
     """Return name -> (function over a window, metric) of what is read of each row."""
     parts = {"wrong": ("", MISMATCH), "wrong_rate": ("irate", MISMATCH)}
+    parts |= {"healed": ("", HEALED), "healed_rate": ("irate", HEALED)}
     if servers:
         for name, metric in _SERVER_COUNTS.items():
             parts[name] = "", _SERVER.format(metric)
@@ -115,7 +130,8 @@ def folded_query(servers: bool) -> str:
     for name, (function, metric) in _parts(servers).items():
         series = f"{function}({metric}[{WINDOW}])" if function else metric
         queries[name] = f"sum by ({_BY}) ({series})"
-    for name, metric in (("wrong_on", MISMATCH), *((("on", _SERVER.format("requests")),) if servers else ())):
+    findings = (("wrong_on", MISMATCH), ("healed_on", HEALED))
+    for name, metric in (*findings, *((("on", _SERVER.format("requests")),) if servers else ())):
         queries[name] = f"count by ({_BY}) (count by ({_BY},node) ({_named(metric)}))"
     return _union(queries)
 
@@ -164,22 +180,23 @@ class Folded:
             self._add_row(what, labels, value)
 
     def _add_row(self, what: str, labels: Labels, value: float) -> None:
-        row = row_of(labels, int(value) if what == "wrong" else 0)
+        count = int(value) if what in {"wrong", "healed"} else 0
+        row = healed_row_of(labels, count) if what in _HEALED else row_of(labels, count)
         sender, node = row.sender, node_of(labels)
         server = ServerKey(node, sender.process, sender.namespace, sender.pod, sender.container, row.port)
         key = key_of(node, row)
-        if what == "wrong":
+        if what in {"wrong", "healed"}:
             known = self.rows.get(key)
             self.rows[key] = replace(row, count=row.count + known.count) if known else row
-        elif what == "wrong_rate":
+        elif what in {"wrong_rate", "healed_rate"}:
             self.rates[key] = self.rates.get(key, 0.0) + value
-        elif what == "wrong_on":
+        elif what in {"wrong_on", "healed_on"}:
             self.nodes[key] = self.nodes.get(key, 0) + int(value)
         elif what == "on":
             self.nodes[server] = self.nodes.get(server, 0) + int(value)
-        if what in {"wrong", "requests"}:
+        if what in {"wrong", "healed", "requests"}:
             group = {name: labels[name] for name in _GROUP if name in labels}
-            self.groups.setdefault(key if what == "wrong" else server, []).append(group)
+            self.groups.setdefault(server if what == "requests" else key, []).append(group)
         if what == "requests":
             self.senders[server] = sender
         sums = self.servers.setdefault(server, {})
@@ -187,6 +204,7 @@ class Folded:
 
 
 _FACTS = frozenset(_facts())
+_HEALED = frozenset({"healed", "healed_rate", "healed_on"})
 
 
 def folded_of(samples: Iterable[Sample]) -> Folded:
@@ -222,6 +240,7 @@ def view_of_folded(now: float, found: Folded, folded: bool, servers: bool) -> Vi
         found=int(facts.get("found", 0)),
         at_risk=int(facts.get("at_risk", 0)),
         has_servers=servers,
+        healed=Healed(*(int(facts.get(each, 0)) for each in ("all_healed", "healed_servers", "refused", "idle"))),
     )
 
 

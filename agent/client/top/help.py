@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.healing import healing_facts
 from udpwatch.agent.client.top.layout import StyledLine, count_text
 from udpwatch.agent.client.top.rows import View
 from udpwatch.agent.client.top.server_table import RISKS
@@ -23,13 +24,17 @@ _KEYS = (
 _COLUMNS = (
     ("asked at", "the address that the client asked"),
     ("replied from", "the source address of the reply"),
-    ("verdict, ct", "conntrack's verdict: new (a new flow, so NAT is not undone), untracked, unknown (?)"),
+    (
+        "verdict, ct",
+        "conntrack's verdict: new (a new flow, so NAT is not undone), untracked, unknown (?); healed: "
+        "udpwatch set the source to the address that was asked, so the reply is right, but the server is not fixed",
+    ),
     (
         "cause",
         "how the source was chosen: kernel-chosen (by routing), explicit or app (by the server), connected, "
         "forwarded, unknown",
     ),
-    ("rate/s", "wrong replies per second, over the last five seconds"),
+    ("rate/s", "wrong or healed replies per second, over the last five seconds"),
 )
 
 
@@ -61,6 +66,9 @@ def help_lines(view: View | None, servers: bool, width: int) -> list[StyledLine]
     ]
     if losses:
         lines += [[], *_block("Lost", losses, width)]
+    healing = healing_facts(view) if view else []
+    if healing:
+        lines += [[], *_block("Healing", healing, width)]
     notes = [("", safe(note)) for each in snapshots for note in each.notes]
     if notes:
         lines += [[], *_block("Notes", notes, width)]

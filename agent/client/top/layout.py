@@ -176,7 +176,12 @@ FINDINGS = Table(
         NODE,
         *name_columns(Order.PROCESS, Order.LOCATION, Order.PORT, folded=False),
         Column("asked", ("asked at", "asked"), lambda line, _: safe(line.key.expected)),
-        Column("replied", ("replied from", "replied"), lambda line, _: safe(line.key.actual)),
+        Column(
+            "replied",
+            ("replied from", "replied"),
+            lambda line, _: safe(line.key.actual),
+            style=lambda line: "asked" if line.key.is_healed else "replied",
+        ),
         Column(
             "verdict",
             ("verdict", "ct"),
@@ -196,11 +201,22 @@ FOLDED_FINDINGS = Table(
     shrinks=SHRINKS,
     shortened=(frozenset(),),
 )
+#: if replies are healed: sums of them have rows of their own
+_FOLDED_WITH_HEALED = replace(
+    FOLDED_FINDINGS,
+    columns=(
+        *FOLDED_FINDINGS.columns[:-3],
+        Column("verdict", ("replies",), lambda line, _: "healed" if line.key.is_healed else "wrong"),
+        *FOLDED_FINDINGS.columns[-3:],
+    ),
+)
 
 
 def findings_table(view: View) -> Table:
     """Return the table that shows the findings of a view."""
-    return FOLDED_FINDINGS if view.folded else FINDINGS
+    if view.folded:
+        return _FOLDED_WITH_HEALED if any(each.healed_rows for each in view.snapshots) else FOLDED_FINDINGS
+    return FINDINGS
 
 
 def columns_for(

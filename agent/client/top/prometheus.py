@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from typing import Any
@@ -24,14 +24,18 @@ from udpwatch.agent.client.top.fold import (
     AT_RISK,
     BUILD_INFO,
     CHECKED,
+    HEAL_ACTIVE,
+    HEALED,
     LOST,
     MISMATCH,
     OTHER,
+    REFUSED,
     WINDOW,
     Labels,
     Sample,
     folded_of,
     folded_query,
+    healed_row_of,
     node_of,
     row_of,
     unfolded_query,
@@ -41,7 +45,7 @@ from udpwatch.agent.client.top.rows import Key, View, key_of
 from udpwatch.agent.client.top.sources import Wanted
 from udpwatch.agent.client.top.traffic import ServerKey
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.model import Row, Snapshot
+from udpwatch.agent.model import Healing, Row, Snapshot
 
 TIMEOUT_SECONDS = 10.0
 MAX_RESPONSE_BYTES = 64 * 1024 * 1024
@@ -49,7 +53,7 @@ MAX_REASON = 200  # characters
 MAX_VALUE = 2.0**64  # of a count or a rate; larger values are +Inf or would overflow to it in a sum
 _CHUNK_BYTES = 64 * 1024
 
-_TOTALS = f'{{__name__=~"{MISMATCH}|{CHECKED}|{LOST}|{BUILD_INFO}"}}'
+_TOTALS = f'{{__name__=~"{"|".join((MISMATCH, HEALED, REFUSED, HEAL_ACTIVE, CHECKED, LOST, BUILD_INFO))}"}}'
 
 
 class PrometheusSource:
@@ -106,7 +110,8 @@ class PrometheusSource:
         rates = self._query(f"irate({MISMATCH}[{WINDOW}])")
         checked = self._query(f"sum(irate({CHECKED}[{WINDOW}]))")
         at_risk = self._query(f"sum({AT_RISK})")
-        view, self._seen = view_of(now, totals, rates, checked, self._seen)
+        healed = self._query(f"irate({HEALED}[{WINDOW}])")
+        view, self._seen = view_of(now, totals, rates, checked, self._seen, healed)
         return replace(view, at_risk=int(sum(value for _, value in at_risk)))
 
     def events(self, limit: int) -> list[dict[str, Any]]:
@@ -184,6 +189,9 @@ class _Node:
     mode: str = ""
     checked: int = 0
     other: int = 0
+    other_healed: int = 0
+    heals: bool | None = None  # None: healing is not enabled
+    refused: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     rows: dict[Key, Row] = field(default_factory=dict)
 
@@ -198,10 +206,17 @@ class _Node:
             self.lost[stage] = self.lost.get(stage, 0) + value
         elif metric == CHECKED:
             self.checked += value
+        elif metric == HEAL_ACTIVE:
+            self.heals = value == 1
+        elif metric == REFUSED:
+            reason = labels.get("reason", "")
+            self.refused[reason] = self.refused.get(reason, 0) + value
+        elif metric == HEALED and labels.get("port") == OTHER:
+            self.other_healed += value
         elif labels.get("port") == OTHER:
             self.other += value
         else:
-            row = row_of(labels, value)
+            row = healed_row_of(labels, value) if metric == HEALED else row_of(labels, value)
             key = key_of(node_of(labels), row)
             # For a scrape or two, the series of an agent that this one has replaced is still there.
             known = self.rows.get(key)
@@ -214,10 +229,12 @@ def view_of(
     rates: list[Sample],
     checked: list[Sample],
     seen: Mapping[Key, tuple[int, float]],
+    healed: Sequence[Sample] = (),
 ) -> tuple[View, dict[Key, tuple[int, float]]]:
     """Build the view of all nodes.
 
     ``seen``: what the previous call returned as its second value; row key -> (count, time when it increased).
+    ``rates``, ``healed``: of wrong and of healed replies.
     """
     nodes: dict[str, _Node] = {}
     for labels, value in totals:
@@ -227,10 +244,11 @@ def view_of(
         node.rows, times = _with_times(now, node.rows, seen)
         increased |= times
     by_key: dict[Key, float] = {}
-    for labels, value in rates:
-        if labels.get("port") != OTHER:
-            key = key_of(node_of(labels), row_of(labels, 0))
-            by_key[key] = by_key.get(key, 0.0) + value
+    for samples, as_row in ((rates, row_of), (healed, healed_row_of)):
+        for labels, value in samples:
+            if labels.get("port") != OTHER:
+                key = key_of(node_of(labels), as_row(labels, 0))
+                by_key[key] = by_key.get(key, 0.0) + value
     view = View(
         time=now,
         snapshots=tuple(_snapshot(name, node, now) for name, node in sorted(nodes.items())),
@@ -273,4 +291,6 @@ def _snapshot(name: str, node: _Node, now: float) -> Snapshot:
         evicted_peers=0,
         lost=node.lost,
         probes=(),
+        healing=None if node.heals is None else Healing("", node.heals, False, refused=node.refused),
+        other_healed={"": node.other_healed} if node.other_healed else {},
     )

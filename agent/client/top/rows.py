@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeVar
 
 from udpwatch.agent.client.top.traffic import Rates, ServerKey, ServerMeter
-from udpwatch.agent.model import Row, Snapshot
+from udpwatch.agent.model import Row, Snapshot, Verdict
 
 RATE_SECONDS = 5.0
 HISTORY_SECONDS = 300.0
@@ -36,11 +36,26 @@ class Key(NamedTuple):
     verdict: str
     cause: str
 
+    @property
+    def is_healed(self) -> bool:
+        """Whether the replies of the row were healed, and are not wrong."""
+        return self.verdict == Verdict.HEALED
+
 
 def key_of(node: str, row: Row) -> Key:
     sender = row.sender
     names = (sender.process, sender.namespace, sender.pod, sender.container)
     return Key(node, *names, row.port, row.expected, row.actual, row.verdict, row.cause)
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """What the agents of a view heal."""
+
+    replies: int  # healed so far
+    servers: int  # with healed replies
+    refused: int = 0  # sends that may have left from a wrong address
+    idle: int = 0  # agents that have healing enabled and heal nothing now
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +77,7 @@ class View:
     at_risk: int | None = None  # sockets; None: the snapshots tell
     has_servers: bool = True  # whether the source was asked for servers
     folded_servers: View | None = None  # the servers, if only they are folded
+    healed: Healed | None = None  # None: the snapshots tell
 
 
 class Meter:
@@ -123,7 +139,7 @@ class Meter:
         return replace(
             view,
             rates={key: increase / seconds for key, increase in sums.items()},
-            wrong=(sum(sums.values()) + sum(step[3] for step in self._steps)) / seconds,
+            wrong=(_wrong_of(sums) + sum(step[3] for step in self._steps)) / seconds,
             checked=sum(step[4] for step in self._steps) / seconds,
         )
 
@@ -132,7 +148,12 @@ class Meter:
         if not self._steps:
             return view.wrong or 0.0
         _, elapsed, added, other, _ = self._steps[-1]
-        return (sum(added.values()) + other) / elapsed
+        return (_wrong_of(added) + other) / elapsed
+
+
+def _wrong_of(counts: Mapping[Key, int]) -> int:
+    """Add the counts of wrong replies, which healed ones are not."""
+    return sum(count for key, count in counts.items() if not key.is_healed)
 
 
 def _increase(now: int, before: int) -> int:
@@ -203,7 +224,10 @@ def baseline_of(view: View) -> Baseline:
 def rows(
     view: View, order: Order, backwards: bool = False, words: str = "", baseline: Baseline | None = None
 ) -> list[Line]:
-    """Return the sorted lines that contain all ``words`` and, with a baseline, have increased since."""
+    """Return the sorted lines that contain all ``words`` and, with a baseline, have increased since.
+
+    In every order, healed rows come after the wrong replies.
+    """
     rates = view.rates
     lines: list[Line] = []
     for each in view.snapshots:
@@ -220,6 +244,7 @@ def rows(
     if order is not Order.TOTAL:
         lines.sort(key=lambda line: -line.total)
     lines.sort(key=_SORTED_BY[order], reverse=order.falls is not backwards)
+    lines.sort(key=lambda line: line.key.is_healed)
     return lines
 
 
@@ -264,7 +289,7 @@ def other_of(view: View, baseline: Baseline | None) -> int:
 
 def total_of(view: View, baseline: Baseline | None) -> int:
     """Return the number of all wrong replies, with those beyond the limit of rows."""
-    found = ((key_of(each.node, row), row.count) for each in view.snapshots for row in each.rows)
+    found = ((key_of(each.node, row), row.count) for each in view.snapshots for row in each.wrong_rows)
     counts = baseline.counts if baseline else {}
     return sum(_increase(count, counts.get(key, 0)) for key, count in found) + other_of(view, baseline)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.banner import SourceState, banner, nothing_wrong
+from udpwatch.agent.client.top.healing import healed_of, healing_text
 from udpwatch.agent.client.top.layout import (
     cells,
     clock_text,
@@ -25,6 +26,7 @@ from udpwatch.agent.client.top.servers import ServerLine, ServerOrder, at_risk_o
 from udpwatch.agent.client.top.sources import ViewSource
 from udpwatch.agent.client.top.traffic import ServerKey
 from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.model import Healing
 
 UNCUT = 10_000
 BANNER_WIDTH = 100
@@ -69,6 +71,8 @@ def table(view: View, width: int | None, source: str, servers: bool = False) -> 
     columns = columns_for(lines, width or UNCUT, view.cluster, order, layout)
     state = SourceState(source, view.time)
     text = [plain(line) for line in banner(view, state, None, width or BANNER_WIDTH)[:2]]
+    if (healing := healing_text(view)[0]) and not servers:
+        text.append(f" {healing}")
     if lines:
         text += [
             plain(heading(columns, order, False)),
@@ -121,6 +125,8 @@ def _server_change(view: View, line: ServerLine) -> str:
 def as_json(view: View, servers: bool = False) -> dict[str, Any]:
     """Return a view as a JSON object (docs/top.md), with ``servers`` if wanted."""
     source = view.folded_servers or view
+    lines = rows(view, Order.RATE)
+    healed = healed_of(view)
     listed = {"servers": [_server(line, source) for line in server_rows(source, ServerOrder.RISK)]} if servers else {}
     return {
         "v": 1,
@@ -135,17 +141,25 @@ def as_json(view: View, servers: bool = False) -> dict[str, Any]:
                 "kernel": each.kernel,
                 "version": each.version,
                 "ready": each.ready,
-                "wrong": sum(row.count for row in each.rows) + each.other,
+                "wrong": sum(row.count for row in each.wrong_rows) + each.other,
                 "other": each.other,
+                "healed": sum(row.count for row in each.healed_rows) + sum(each.other_healed.values()),
+                "healing": _healing(each.healing) if each.healing else None,
                 "checked": each.checked,
                 "lost": each.lost,
                 "notes": list(each.notes),
             }
             for each in view.snapshots
         ],
-        "findings": [_finding(line) for line in rows(view, Order.RATE)],
+        "findings": [_finding(line) for line in lines if not line.key.is_healed],
+        "healed": [_finding(line) for line in lines if line.key.is_healed],
+        "healed_servers": healed.servers if healed else 0,
         **listed,
     }
+
+
+def _healing(healing: Healing) -> dict[str, Any]:
+    return {"active": healing.is_active, "dry_run": healing.dry_run, "refused": healing.refused}
 
 
 def _finding(line: Line) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from top_snapshots import NOW, row, view
+from top_snapshots import NOW, healed_row, row, view
 
 from udpwatch.agent.client.top.banner import SourceState, banner, spark
 from udpwatch.agent.client.top.layout import plain
 from udpwatch.agent.client.top.rows import View
+from udpwatch.agent.model import Healing
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,39 @@ from udpwatch.agent.client.top.rows import View
 def test_totals_of_a_node(changes: dict[str, Any], told: str) -> None:
     lines = banner(view(0, row(count=1), **changes), SourceState("test", NOW), None, 100)
     assert told in "".join(text for text, _ in lines[1])
+
+
+def test_healed_replies_are_no_findings() -> None:
+    lines = banner(view(0, row(count=2), healed_row(count=9)), SourceState("test", NOW), None, 100)
+    assert "total 2   findings 1   lost 0" in plain(lines[1])
+
+
+@pytest.mark.parametrize(
+    ("healing", "told"),
+    [
+        (None, "healed 9 of 2 servers"),
+        (Healing("port 69", True, False), "healed 9 of 2 servers"),
+        (
+            Healing("port 69", True, False, refused={"several-addresses": 3, "not-local": 4, "group": 9}),
+            "healed 9 of 2 servers, refused 7",
+        ),
+        (Healing("port 69", False, False), "heal: off, healed 9 of 2 servers"),
+        (Healing("port 69", True, True, dry_run_replies=5), "heal: dry run, 5 would be healed, healed 9 of 2 servers"),
+        (Healing("port 69", True, False, reason="no hook"), "heal: does not work (?), healed 9 of 2 servers"),
+    ],
+)
+def test_banner_says_what_is_healed(healing: Healing | None, told: str) -> None:
+    seen = view(0, row(), healed_row(count=4), healed_row(count=2, expected="10.0.0.9"), healed_row("x", count=3))
+    seen = replace(seen, snapshots=(replace(seen.snapshots[0], healing=healing),))
+    assert plain(banner(seen, SourceState("test", NOW), None, 120)[2]).endswith(told)
+    for width in (80, 60, 40):
+        assert len(plain(banner(seen, SourceState("test", NOW), None, width)[2])) <= width
+
+
+def test_banner_says_nothing_of_healing_where_it_is_not_enabled() -> None:
+    assert "heal" not in state(view(0, row()))
+    off = view(0, row(), healing=Healing("nothing", False, False))
+    assert plain(banner(off, SourceState("test", NOW), None, 80)[2]).endswith("heal: off")
 
 
 def test_sparkline_has_the_newest_rate_at_the_right() -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from udpwatch.agent.client.top.fold import Labels, Sample, folded_of, folded_query, unfolded_query, view_of_folded
-from udpwatch.agent.client.top.rows import Order, View, rows
+from udpwatch.agent.client.top.healing import healing_text
+from udpwatch.agent.client.top.layout import findings_table
+from udpwatch.agent.client.top.rows import Order, View, rows, total_of
 from udpwatch.agent.client.top.servers import ServerOrder, at_risk_of, server_rows
 from udpwatch.agent.client.top.traffic import Rates
 from udpwatch.agent.model import Risk
@@ -46,6 +48,29 @@ def test_sums_of_findings() -> None:
     assert (seen.node_count, seen.found, at_risk_of(seen), seen.wrong, seen.checked) == (1000, 4321, 12, 9.5, 700)
     (whole,) = seen.snapshots
     assert (whole.other, whole.checked, whole.lost) == (3, 5_000_000, {"queue": 2})
+
+
+def test_sums_of_healed_replies_have_rows_of_their_own() -> None:
+    seen = view(
+        [
+            *results(all_healed=950, healed_servers=301, refused=7, idle=2, all_wrong_rate=4.5),
+            *of(DNSD, wrong=900, wrong_rate=4.5, wrong_on=300, healed=40, healed_rate=2, healed_on=5),
+        ]
+    )
+    lines = rows(seen, Order.RATE)
+    assert [(line.key.is_healed, line.nodes, line.rate, line.total) for line in lines] == [
+        (False, 300, 4.5, 900),
+        (True, 5, 2.0, 40),
+    ]
+    assert (seen.wrong, total_of(seen, None)) == (4.5, 900)
+    assert healing_text(seen)[0] == "heal: off on 2 nodes, healed 950 of 301 servers, refused 7"
+    assert [column.headings[0] for column in findings_table(seen).columns][-4:] == [
+        "replies",
+        "rate/s",
+        "total",
+        "last seen",
+    ]
+    assert healing_text(view([*results(all_healed=0)]))[0] == ""
 
 
 def test_sums_of_servers() -> None:

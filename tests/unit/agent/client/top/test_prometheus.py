@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from udpwatch.agent.client.top import prometheus
+from udpwatch.agent.client.top.healing import healed_of
 from udpwatch.agent.client.top.prometheus import PrometheusSource, samples_of, view_of
-from udpwatch.agent.client.top.rows import Order, rows
+from udpwatch.agent.client.top.rows import Healed, Order, rows
 from udpwatch.agent.errors import UsageError
 
 MISMATCH = "udpwatch_reply_source_mismatch_total"
@@ -45,6 +46,29 @@ def test_each_node_and_finding_has_a_row() -> None:
     # Prometheus does not say when a counter grew: known once we saw it grow.
     assert [row.last for each in view.snapshots for row in each.rows] == [0.0, 0.0]
     again, _ = view_of(1015.0, [(mismatch("a:9953"), 8.0)], rates, [], seen)
+    assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
+
+
+def test_healed_replies_of_a_cluster_are_not_wrong() -> None:
+    healed = {"instance": "a", "process": "tftpd", "port": "69", "asked": "10.0.0.1"}
+    series = {"__name__": "udpwatch_healed_replies_total", **healed}
+    refused = {"__name__": "udpwatch_heal_refused_total", "instance": "a"}
+    totals = [
+        (series, 7.0),
+        ({**series, "port": "other"}, 2.0),
+        ({**refused, "reason": "not-local"}, 3.0),
+        ({**refused, "reason": "group"}, 9.0),
+        ({"__name__": "udpwatch_heal_active", "instance": "a"}, 1.0),
+        (mismatch("a"), 1.0),
+    ]
+    view, seen = view_of(1000.0, totals, [(mismatch("a"), 0.5)], [], {}, [(healed, 4.0)])
+    wrong, healed_line = rows(view, Order.TOTAL)
+    assert (wrong.key.verdict, wrong.rate) == ("new", 0.5)
+    key = healed_line.key
+    assert (key.expected, key.actual, key.verdict, key.cause) == ("10.0.0.1", "10.0.0.1", "healed", "kernel-chosen")
+    assert (healed_line.rate, healed_line.total, view.wrong) == (4.0, 7, 0.5)
+    assert healed_of(view) == Healed(9, 1, 3, 0)
+    again, _ = view_of(1015.0, [(series, 8.0)], [], [], seen)
     assert [row.last for each in again.snapshots for row in each.rows] == [1015.0]
 
 

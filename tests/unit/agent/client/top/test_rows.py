@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from top_snapshots import NOW, row, view
+from top_snapshots import NOW, healed_row, row, view
 
 from udpwatch.agent.client.top.rows import Meter, Order, View, baseline_of, other_of, rows, total_of
 
@@ -78,6 +78,14 @@ def test_replies_in_no_row_count_as_wrong() -> None:
     assert total_of(second, None) == 8
 
 
+def test_healed_replies_have_a_rate_and_are_not_wrong() -> None:
+    meter = Meter()
+    meter.add(view(0, row(count=10), healed_row(count=10)))
+    second = meter.add(view(1, row(count=13), healed_row(count=15)))
+    assert rates(second) == [3.0, 5.0]
+    assert (second.wrong, second.history, total_of(second, None)) == (3.0, ((NOW + 1, 3.0),), 13)
+
+
 # Order, filter, baseline
 
 THREE = (row("a", 3, 5), row("B", 1, 7, pod="x", namespace="ns"), row("c", 2, 6, container="box", last=NOW + 1))
@@ -97,6 +105,13 @@ THREE = (row("a", 3, 5), row("B", 1, 7, pod="x", namespace="ns"), row("c", 2, 6,
 def test_rows_are_sorted_by_each_column(order: Order, processes: str) -> None:
     shown = rows(view(0, *THREE), order)
     assert "".join(line.key.process for line in shown) == processes
+
+
+@pytest.mark.parametrize("order", Order)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_healed_rows_come_last_in_every_order(order: Order, backwards: bool) -> None:
+    shown = rows(view(0, healed_row("A", 4, 9), *THREE), order, backwards)
+    assert [line.key.process for line in shown][-1] == "A"
 
 
 def test_sort_key_visits_every_column_and_can_be_reversed() -> None:

@@ -15,7 +15,7 @@ from repository import GOLDEN
 from textual import events
 from textual.widgets import Input
 from top_screens import SERVERS, THREE, Slow, drive, processes, screen, selected
-from top_snapshots import NOW, row, server, view
+from top_snapshots import NOW, healed_row, row, server, view
 
 from udpwatch.agent.client import explain
 from udpwatch.agent.client.top.feed import Update
@@ -25,7 +25,7 @@ from udpwatch.agent.client.top.sources import ViewSource
 from udpwatch.agent.client.top.widgets import RowTable, TextPane
 from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Risk, Sender
+from udpwatch.agent.model import Healing, Risk, Sender
 from udpwatch.agent.sources import replay
 from udpwatch.agent.sources.replay import Replay
 
@@ -387,6 +387,23 @@ async def served(app: TopApp, pilot: Any, shown: list[str]) -> None:
         shown.extend(screen(app))
 
 
+async def healed(app: TopApp, pilot: Any, shown: list[str]) -> None:
+    """Show healed servers: the table, the details of one, and the help's part on healing."""
+    healing = Healing("ports 69, 514", True, False, not_healed=("netns 4026532300: no right to enter it",),
+                      refused={"several-addresses": 2, "group": 5})  # fmt: skip
+    found = row(), healed_row(count=1204, pod="boot-0", namespace="shop"), healed_row("syslogd", 514, 7)
+    meter = Meter()
+    meter.add(view(3, *(replace(each, count=1) for each in found), healing=healing))
+    await pilot.press("escape", "g")
+    app.take(Update(meter.add(view(4, *found, healing=healing, checked=1400))))
+    await pilot.pause()
+    for keys in ((), ("j", "enter"), ("question_mark", *["j"] * 40)):
+        shown.append("-" * 80)
+        await pilot.press(*keys)
+        await pilot.pause()
+        shown.extend(screen(app))
+
+
 def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "events.jsonl"
     path.write_text("\n".join(recording()) + "\n")
@@ -412,6 +429,7 @@ def test_golden_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             shown.append("-" * 80)
             shown.extend(screen(app))
             await served(app, pilot, shown)
+            await healed(app, pilot, shown)
 
     asyncio.run(run())
     monkeypatch.undo()

@@ -8,13 +8,14 @@ from itertools import islice
 from typing import Any
 
 from repository import DOCS
-from top_snapshots import row, view
+from top_snapshots import healed_row, row, view
 
 from udpwatch.agent.client.top import text
 from udpwatch.agent.client.top.detail import detail, title
 from udpwatch.agent.client.top.layout import plain
 from udpwatch.agent.client.top.rows import Order, View, rows
 from udpwatch.agent.client.top.sources import Wanted
+from udpwatch.agent.model import Healing
 
 
 class Script:
@@ -73,6 +74,20 @@ def test_json_object_has_only_documented_keys() -> None:
     documented = (DOCS / "top.md").read_text()
     for names in (told, told["nodes"][0], told["findings"][0]):
         assert not [name for name in names if f"`{name}`" not in documented]
+
+
+def test_healed_rows_are_apart_from_findings_in_json() -> None:
+    healing = Healing("port 69", True, False, refused={"group": 2})
+    said = (view(second, row(), healed_row(count=count), healing=healing) for second, count in ((0, 1), (1, 3)))
+    seen = text.once(Script(*said), 0.01)
+    told = json.loads(json.dumps(text.as_json(seen)))
+    assert [each["process"] for each in told["findings"]] == ["openvpn"]
+    assert [(each["process"], each["verdict"], each["rate"]) for each in told["healed"]] == [("tftpd", "healed", 2.0)]
+    assert (told["wrong_per_second"], told["healed_servers"]) == (0.0, 1)
+    node = told["nodes"][0]
+    assert (node["wrong"], node["healed"]) == (1, 3)
+    assert node["healing"] == {"active": True, "dry_run": False, "refused": {"group": 2}}
+    assert "healed 3 of 1 server\n" in text.table(seen, 80, "script")
 
 
 def test_plain_lines_show_rows_that_grew() -> None:
