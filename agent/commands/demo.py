@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ipaddress
 import json
 import os
 import queue
@@ -12,22 +14,26 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
 
+from udpwatch.agent.client.connection import Client
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.child import Child
 from udpwatch.agent.testing.lab import ContainerHost
 
-PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP = 56789, 56790, 56791, 56792
+PORT, PORT_PKTINFO, PORT_BOUND, PORT_TCP, PORT_MAPPED = 56789, 56790, 56791, 56792, 56793
 SILENCE_SECONDS = 1.0  # a missing reply is accepted as missing after this time
 REPLY_SECONDS = 5.0  # for an expected packet, also on a slow machine
 EVENT_SECONDS = 5.0
-_SEEN_REPLY = 2  # IPS_SEEN_REPLY, include/uapi/linux/netfilter/nf_conntrack_common.h
+ROUNDS, ROUND_SECONDS = 8, 0.3  # of healed replies: conntrack calls a flow assured if it goes on for two seconds
+_SEEN_REPLY, _ASSURED = 2, 4  # IPS_*, include/uapi/linux/netfilter/nf_conntrack_common.h
 
 _INTRODUCTION = """\
 A machine with two addresses runs a UDP server on all addresses (0.0.0.0). A container on the same machine sends a
@@ -45,15 +51,18 @@ _PICTURE = """\
 
 
 class _Agent(Child):
-    """A real `udpwatch run` as a child process; its events are in a queue."""
+    """A real `udpwatch run` on the node of the lab, as a child process; its events are in a queue."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            "run",
-            *("--events=-", "--metrics-listen=off", "--socket=off"),
-            stdout=subprocess.PIPE,
-            env={"UDPWATCH_CACHE": "off", **os.environ},  # without the cache, the demo leaves no files
-        )
+    def __init__(self, lab: ContainerHost, folder: str) -> None:
+        """Start it. Its socket is in ``folder``."""
+        self.socket = Path(folder, "udpwatch.sock")
+        with lab.node.entered():
+            super().__init__(
+                "run",
+                *("--events=-", "--metrics-listen=off", f"--socket={self.socket}", "--heal=standby"),
+                stdout=subprocess.PIPE,
+                env={"UDPWATCH_CACHE": "off", **os.environ},  # without the cache, the demo leaves no files
+            )
         self.events: queue.Queue[dict[str, Any]] = queue.Queue()
         threading.Thread(target=self._read_events, daemon=True).start()
         try:
@@ -104,8 +113,8 @@ class _Report:
         return f"\x1b[{code}m{text}\x1b[0m" if self._colour else text
 
 
-class _Icmp:
-    """Captures the container's "port unreachable" messages on the node's bridge."""
+class _Capture:
+    """Captures packets on the node's bridge."""
 
     def __init__(self, lab: ContainerHost) -> None:
         with lab.node.entered():
@@ -124,6 +133,21 @@ class _Icmp:
             if packet[0] >> 4 == 6 and packet[6] == socket.IPPROTO_ICMPV6 and packet[40:42] == b"\x01\x04":
                 return True
         return False
+
+    def replies(self) -> set[tuple[str, int]]:
+        """Return the sources, address and port, of the datagrams that the servers have sent."""
+        found = set()
+        while select.select([self._socket], [], [], 0)[0]:
+            packet = self._socket.recv(2048)
+            if packet[0] >> 4 == 4 and packet[9] == socket.IPPROTO_UDP:
+                source, udp = packet[12:16], packet[(packet[0] & 15) * 4 :]
+            elif packet[0] >> 4 == 6 and packet[6] == socket.IPPROTO_UDP:
+                source, udp = packet[8:24], packet[40:]
+            else:
+                continue
+            if (port := int.from_bytes(udp[:2], "big")) in (PORT, PORT_MAPPED):
+                found.add((str(ipaddress.ip_address(source)), port))
+        return found
 
     def close(self) -> None:
         self._socket.close()
@@ -149,8 +173,8 @@ def _request(
             return "", own_port
 
 
-def _conntrack(lab: ContainerHost, family: socket.AddressFamily, client_port: int) -> list[tuple[str, bool]]:
-    """Return the node's UDP entries for a client port: (as text, whether conntrack saw a reply)."""
+def _conntrack(lab: ContainerHost, family: socket.AddressFamily, client_port: int) -> list[tuple[str, int]]:
+    """Return the node's UDP entries for a client port: (as text, status)."""
     from pyroute2.netlink.nfnetlink.nfctsocket import NFCTAttrTuple, NFCTSocket  # noqa: PLC0415  slow to import
 
     found = []
@@ -161,7 +185,7 @@ def _conntrack(lab: ContainerHost, family: socket.AddressFamily, client_port: in
             flow = NFCTAttrTuple.from_netlink(family, entry.get_attr("CTA_TUPLE_ORIG"))
             if flow.proto == socket.IPPROTO_UDP and client_port in (flow.sport, flow.dport):
                 text = f"{_join(flow.saddr, flow.sport)} -> {_join(flow.daddr, flow.dport)}"
-                found.append((text, bool(entry.get_attr("CTA_STATUS") & _SEEN_REPLY)))
+                found.append((text, entry.get_attr("CTA_STATUS")))
     return sorted(found, key=lambda entry: entry[0].endswith(f":{client_port}"))
 
 
@@ -169,13 +193,13 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _serve(lab: ContainerHost, name: str, function: Any, address: str, port: int) -> None:
+def _serve(lab: ContainerHost, name: str, function: Any, address: str, port: int, only_ipv6: int = 1) -> None:
     """Start a server on the node, and return when it is listening."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     kind = socket.SOCK_STREAM if function is servers.tcp else socket.SOCK_DGRAM
     with lab.node.socket(family, kind) as server:
         if family == socket.AF_INET6:
-            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            server.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only_ipv6)
         if function is servers.with_pktinfo:
             servers.enable_pktinfo(server)
         server.bind((address, port))
@@ -201,7 +225,7 @@ def _next_event(agent: _Agent, lab: ContainerHost) -> dict[str, Any] | None:
 def _check_plain_server(report: _Report, lab: ContainerHost, agent: _Agent, asked: str, other: str) -> None:
     """Send a request to the plain server, and report what client, conntrack and udpwatch see."""
     family = socket.AF_INET6 if ":" in asked else socket.AF_INET
-    icmp = _Icmp(lab)
+    icmp = _Capture(lab)
     try:
         reply, port = _request(lab, asked, PORT)
         rejected = icmp.port_unreachable(REPLY_SECONDS)
@@ -210,10 +234,11 @@ def _check_plain_server(report: _Report, lab: ContainerHost, agent: _Agent, aske
     report.check(not reply, "client", f"asked {_join(asked, PORT)}, received {reply or 'no reply'}")
     report.check(rejected, "", "its kernel rejected the reply: ICMP port unreachable")
     entries = _conntrack(lab, family, port)
-    for text, replied in entries:
-        report.fact("conntrack" if text == entries[0][0] else "", f"{text}  {'replied' if replied else 'UNREPLIED'}")
+    for text, status in entries:
+        replied = "replied" if status & _SEEN_REPLY else "UNREPLIED"
+        report.fact("conntrack" if text == entries[0][0] else "", f"{text}  {replied}")
     report.check(
-        [replied for _, replied in entries] == [False, False],
+        [status & _SEEN_REPLY for _, status in entries] == [0, 0],
         "",
         "two flows without a reply: the reply counts as a new flow",
     )
@@ -265,6 +290,71 @@ def _run_scenario(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
         event = _next_event(agent, lab)
         quiet = event is not None and event["process"] == "plain-server" and event["port"] == PORT
         report.check(quiet, "udpwatch", "reported none of these, and the plain server when asked again")
+    _run_healed(report, lab, agent)
+
+
+def _exchange(lab: ContainerHost, asked: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+    """Send ROUNDS requests to each address and port, from one socket each; return (replies, the client's port)."""
+    with contextlib.ExitStack() as opened:
+        clients = []
+        for address, port in asked:
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            client = opened.enter_context(lab.container.socket(family))
+            client.settimeout(REPLY_SECONDS)
+            client.connect((address, port))
+            clients.append(client)
+        replies = [0] * len(clients)
+        for _ in range(ROUNDS):
+            for number, client in enumerate(clients):
+                with contextlib.suppress(OSError):
+                    client.send(b"hello")
+                    replies[number] += bool(client.recv(2048))
+            time.sleep(ROUND_SECONDS)
+        return [(count, client.getsockname()[1]) for count, client in zip(replies, clients, strict=True)]
+
+
+def _healed(client: Client, expected: int) -> int:
+    """Return how many replies of the plain servers the agent has healed; wait until it has counted them."""
+    end = time.monotonic() + EVENT_SECONDS
+    while True:
+        rows = [row for row in client.snapshot().healed_rows if row.port in (PORT, PORT_MAPPED)]
+        count = sum(row.count for row in rows if row.sender.process == "plain-server")
+        if count >= expected or time.monotonic() > end:
+            return count
+        time.sleep(0.1)
+
+
+def _run_healed(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
+    """Heal the plain servers, ask them at the address that they do not reply from, and stop healing."""
+    report.head(f"The plain servers, unchanged: udpwatch heal on {PORT} {PORT_MAPPED}")
+    with Client(agent.socket) as client:
+        if reason := client.heal().reason:
+            report.fact("udpwatch", f"cannot heal here: {reason}")
+            return
+        client.heal(True, [PORT, PORT_MAPPED])
+    _serve(lab, "plain-server", servers.plain, "::", PORT_MAPPED, only_ipv6=0)
+    asked = [(lab.ETH0, PORT), (lab.ETH0_6, PORT), (lab.ETH0, PORT_MAPPED)]
+    capture = _Capture(lab)
+    try:
+        exchanged = _exchange(lab, asked)
+        sources = capture.replies()
+    finally:
+        capture.close()
+    for (address, port), (replies, client_port) in zip(asked, exchanged, strict=True):
+        note = " (a socket on ::)" if port == PORT_MAPPED else ""
+        text = f"asked {_join(address, port)}{note}, received {replies} of {ROUNDS} replies"
+        report.check(replies == ROUNDS, "client", text)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        statuses = [status for _, status in _conntrack(lab, family, client_port)]
+        report.check([bool(each & _ASSURED) for each in statuses] == [True], "conntrack", "one flow, assured")
+    report.check(sources == set(asked), "capture", "each reply left from the address that was asked")
+    with Client(agent.socket) as client:
+        healed = _healed(client, sum(replies for replies, _ in exchanged))
+        report.check(healed == len(asked) * ROUNDS, "udpwatch", f"healed {healed} replies of process plain-server")
+        client.heal(False)
+    report.head("The same servers: udpwatch heal off")
+    reply, _ = _request(lab, lab.ETH0, PORT)
+    report.check(not reply, "client", f"asked {_join(lab.ETH0, PORT)}, received {reply or 'no reply'}")
 
 
 @contextmanager
@@ -301,10 +391,10 @@ def run_demo(out: TextIO) -> int:
     """
     report = _Report(out)
     started = time.monotonic()
-    with _interruptible(), ContainerHost() as lab:
+    with _interruptible(), tempfile.TemporaryDirectory(prefix="udpwatch-") as folder, ContainerHost() as lab:
         report.paragraph(_INTRODUCTION)
         report.line(_PICTURE)
-        agent = _Agent()
+        agent = _Agent(lab, folder)
         try:
             report.fact("udpwatch", f"is ready after {time.monotonic() - started:.1f} s (mode {agent.mode})")
             _run_scenario(report, lab, agent)

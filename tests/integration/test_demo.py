@@ -21,7 +21,7 @@ def test_demo_succeeds() -> None:
     done = run_cli("demo")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert len([line for line in lines if line.startswith("ok  ")]) == 18
+    assert len([line for line in lines if line.startswith("ok  ")]) == 27
     assert not [line for line in lines if line.startswith("NO  ")]
     assert max(map(len, lines)) <= 80
     assert "172.16.13.13" in done.stdout

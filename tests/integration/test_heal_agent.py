@@ -1,0 +1,188 @@
+"""The agent heals what its settings and `udpwatch heal` select, reports it, and stops at once."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agents import Agent, as_nobody, run_cli
+from scene import V4, V6, Family, bound
+from waiting import wait_for
+
+from udpwatch.agent.client.connection import Client
+from udpwatch.agent.testing import servers
+from udpwatch.agent.testing.lab import ContainerHost
+
+
+def exchange(host: ContainerHost, family: Family, port: int, count: int, asked: str = "") -> list[str]:
+    """Ask a plain server on the node; return the source of each reply that the container's connected socket got."""
+    sources = []
+    with bound(host.node, family.inet, family.wildcard, port) as server, host.container.socket(family.inet) as client:
+        client.settimeout(1)
+        server.settimeout(5)
+        client.connect((asked or family.eth0, port))
+        for _ in range(count):
+            client.send(b"request")
+            data, peer = server.recvfrom(100)
+            server.sendto(data, peer)
+            with contextlib.suppress(OSError):
+                client.recv(100)
+                sources.append(client.getpeername()[0])
+    return sources
+
+
+@contextlib.contextmanager
+def agent_on(host: ContainerHost, folder: Path, *flags: str) -> Iterator[Agent]:
+    """Run an agent in the node's network namespace, as one with the host's network would."""
+    with host.node.entered():
+        agent = Agent(folder, *flags)
+    with agent:
+        yield agent
+
+
+def healed(agent: Agent, port: int) -> int:
+    return int(agent.metric("udpwatch_healed_replies_total", port=str(port)))
+
+
+@pytest.fixture(scope="module")
+def healing(host: ContainerHost, module_folder: Path) -> Iterator[Agent]:
+    with agent_on(host, module_folder, "--heal=standby") as agent:
+        yield agent
+
+
+@pytest.fixture(scope="module")
+def module_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("h")
+
+
+@pytest.mark.parametrize("family", [V4, V6], ids=lambda family: family.name)
+def test_switched_port_is_healed_counted_and_left_alone_again(
+    host: ContainerHost, healing: Agent, family: Family, port: int
+) -> None:
+    with Client(healing.socket) as client:
+        assert exchange(host, family, port, 1) == []
+        client.heal(True, [port])
+        assert len(exchange(host, family, port, 20)) == 20
+        client.heal(False, [port])
+        assert exchange(host, family, port, 1) == []
+        client.heal(False)
+        assert client.heal().ports_on == ()
+        assert not client.heal().on
+    wait_for(lambda: healed(healing, port) == 20, "20 healed replies")
+    assert healing.counted(port, 2) == 2  # before and after
+    events = [json.loads(line) for line in healing.events_file.read_text().splitlines()]
+    own = [event for event in events if event["port"] == port]
+    assert {(event["verdict"], event["healed"]) for event in own} == {("new", False), ("healed", True)}
+    assert all(event["expected"] == family.eth0 for event in own)
+    assert all(event["actual"] == family.eth0 for event in own if event["healed"])
+    rows = [row for row in healing.snapshot()["rows"] if row["port"] == port]
+    assert {(row["verdict"], row["count"]) for row in rows} == {("new", 2), ("healed", 20)}
+
+
+def test_only_root_may_switch(host: ContainerHost, healing: Agent, port: int) -> None:
+    healing.socket.chmod(0o666)
+    healing.socket.parent.chmod(0o755)
+    for parent in list(healing.socket.parents)[:3]:
+        parent.chmod(parent.stat().st_mode | 0o011)
+    switch = run_cli("heal", "on", str(port), f"--connect={healing.socket}", wrapper=as_nobody())
+    assert switch.returncode == 1
+    assert "only root may switch healing on or off" in switch.stderr
+    shown = run_cli("heal", "status", f"--connect={healing.socket}", wrapper=as_nobody())
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert str(port) not in shown.stdout
+
+
+def test_command_shows_and_switches(host: ContainerHost, healing: Agent, port: int) -> None:
+    connect = f"--connect={healing.socket}"
+    on = run_cli("heal", "on", str(port), connect)
+    assert f"switched on    port {port}" in on.stdout
+    assert len(exchange(host, V4, port, 3)) == 3
+    wait_for(lambda: healed(healing, port) == 3, "the counts")
+    status = json.loads(run_cli("heal", "status", "--json", connect).stdout)
+    assert status["ports_on"] == [port]
+    assert [row["count"] for row in status["healed"] if row["port"] == port] == [3]
+    off = run_cli("heal", "off", connect)
+    assert off.stdout.splitlines()[0] == "healing        off"
+    assert f"switched on    port {port}" not in off.stdout
+
+
+def test_client_of_two_addresses_is_refused_and_counted(host: ContainerHost, healing: Agent, port: int) -> None:
+    def refused() -> float:
+        return healing.metric("udpwatch_heal_refused_total", reason="several-addresses")
+
+    before = refused()
+    with Client(healing.socket) as client:
+        client.heal(True, [port])
+        with bound(host.node, V4.inet, V4.wildcard, port) as server, host.container.socket(V4.inet) as asking:
+            for address in (V4.eth0, V4.docker0):
+                asking.sendto(b"request", (address, port))
+                _, peer = server.recvfrom(100)
+            server.sendto(b"reply", peer)
+        client.heal(False)
+    wait_for(lambda: refused() == before + 1, "the refusal")
+    assert healed(healing, port) == 0
+
+
+def test_dry_run_changes_nothing_and_counts(host: ContainerHost, folder: Path, port: int) -> None:
+    with agent_on(host, folder, f"--heal={port}", "--heal-dry-run") as agent:
+        assert exchange(host, V4, port, 3) == []
+        wait_for(lambda: agent.metric("udpwatch_heal_dry_run_replies_total") == 3, "the counts")
+        assert agent.counted(port, 3) == 3
+        assert healed(agent, port) == 0
+        assert "3 replies would have got" in run_cli("heal", "status", f"--connect={agent.socket}").stdout
+
+
+def test_selected_process_is_healed_in_its_own_namespace(host: ContainerHost, folder: Path, port: int) -> None:
+    """The agent runs elsewhere, finds the server's namespace, and follows it until the server has ended."""
+    with Agent(folder, "--heal-process=heal-*") as agent:
+        server = host.node.socket(V4.inet)
+        other = host.node.socket(V4.inet)
+        with server, other:
+            server.bind((V4.wildcard, port))
+            other.bind((V4.wildcard, port + 1))
+            ours = host.node.spawn("heal-me", lambda: servers.plain(server))
+            theirs = host.node.spawn("not-me", lambda: servers.plain(other))
+        wait_for(lambda: _asks(host, port), "the server to be healed")
+        assert not _asks(host, port + 1)
+        status = run_cli("heal", "status", f"--connect={agent.socket}").stdout
+        assert "2 network namespaces" in status
+        ours.stop()
+        theirs.stop()
+        wait_for(lambda: agent.snapshot()["healing"]["namespaces"] == 1, "the namespace to be left")
+
+
+def _asks(host: ContainerHost, port: int) -> bool:
+    with host.container.socket(socket.AF_INET) as client:
+        client.settimeout(0.3)
+        client.connect((V4.eth0, port))
+        client.send(b"request")
+        try:
+            return bool(client.recv(100))
+        except OSError:
+            return False
+
+
+def test_without_the_right_to_enter_it_says_which_namespace_is_not_healed(
+    host: ContainerHost, folder: Path, port: int
+) -> None:
+    wrapper = ("setpriv", "--bounding-set=-sys_admin,-sys_ptrace", "--inh-caps=-sys_admin,-sys_ptrace")
+    with Agent(folder, "--heal-process=heal-*", wrapper=wrapper) as agent:
+        with host.node.socket(V4.inet) as server:
+            server.bind((V4.wildcard, port))
+            process = host.node.spawn("heal-me", lambda: servers.plain(server))
+        assert not _asks(host, port)
+        lines = wait_for(lambda: agent.snapshot()["healing"]["not_healed"], "the report")
+        assert any("heal-me" in line and "CAP_SYS_ADMIN" in line for line in lines), lines
+        assert not _asks(host, port)
+        process.stop()
+
+
+def test_agent_without_healing_refuses_to_switch(folder: Path) -> None:
+    with Agent(folder) as agent:
+        done = run_cli("heal", "on", "53", f"--connect={agent.socket}")
+    assert done.returncode == 1
+    assert "--heal standby" in done.stderr
