@@ -82,6 +82,7 @@ def _object(server: ServerRisk, share: int) -> dict[str, Any]:
         "wrong": [_wrong_object(reply) for reply in server.wrong[:share]],
         "wrong_not_listed": server.more + max(0, len(server.wrong) - share),
         "seen": [{"expected": row.expected, "actual": row.actual, "count": row.count} for row in server.seen],
+        "healed": [{"asked": row.expected, "count": row.count} for row in server.healed],
         "requests": server.requests,
         "replies": server.replies,
         "remedy": advice_object(fix) if (fix := _fix(server)) else None,
@@ -103,8 +104,8 @@ def _wrong_object(reply: WrongReply) -> dict[str, Any]:
 
 def _fix(server: ServerRisk) -> Advice | None:
     """Return how to fix a server at risk; None: it is not at risk, or too little is known."""
-    if server.seen:
-        return advice(server.seen[0])
+    if server.seen or server.healed:
+        return advice((server.seen or server.healed)[0])
     if server.wrong:
         reply = server.wrong[0]
         verdict, cause = str(Verdict.UNKNOWN), str(Cause.KERNEL_CHOSEN)
@@ -135,11 +136,17 @@ def _body(server: ServerRisk) -> list[str]:
         f"Seen: asked at {row.expected}, it replied from {row.actual} {_times(row.count)}."
         for row in seen[:MAX_SENTENCES]
     ]
+    sentences += [
+        f"Healed: asked at {row.expected}, udpwatch set this source {_times(row.count)}. It still needs the fix."
+        for row in server.healed[:MAX_SENTENCES]
+    ]
     if server.requests and not server.replies:
         sentences.append(f"So far it got {server.requests} requests and sent no reply: perhaps it only receives.")
     predicted = _predictions(server)
     sentences += predicted[:MAX_SENTENCES]
-    left_out = max(0, len(seen) - MAX_SENTENCES) + max(0, len(predicted) - MAX_SENTENCES)
+    left_out = max(0, len(seen) - MAX_SENTENCES, len(server.healed) - MAX_SENTENCES) + max(
+        0, len(predicted) - MAX_SENTENCES
+    )
     if left_out or server.more:
         sentences.append("There is more: see --json.")
     return [line for sentence in sentences for line in _paragraph(sentence)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import Any
 
+from udpwatch.agent.client.heal_advice import heal_sentence
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.remedies import Remedy, codes, remedy_of
-from udpwatch.agent.model import UNKNOWN_PROCESS, Cause, Row, Server, Verdict
+from udpwatch.agent.model import UNKNOWN_PROCESS, Cause, Healing, Row, Server, Verdict
 
 #: causes that a setting of the program fixes; the others depend on the case
 _FIXED_BY_SETTING = (Cause.KERNEL_CHOSEN, Cause.CONNECTED, Cause.UNKNOWN)
@@ -28,7 +30,10 @@ class Advice:
 
 
 def matching(rows: Sequence[Row], pattern: str | None) -> list[Row]:
-    """Return the rows of a port, or of a process, pod or container by name or pattern; the most frequent first."""
+    """Return the rows of a port, or of a process, pod or container by name or pattern.
+
+    Wrong replies come first, then healed ones; of each, the most frequent.
+    """
 
     def matches(row: Row) -> bool:
         if pattern is None:
@@ -39,11 +44,18 @@ def matching(rows: Sequence[Row], pattern: str | None) -> list[Row]:
         names = (sender.process, sender.executable.rpartition("/")[2], sender.pod, sender.container)
         return any(name and (name == pattern or fnmatchcase(name, pattern)) for name in names)
 
-    return sorted(filter(matches, rows), key=lambda row: (-row.count, row.port, row.expected, row.actual))
+    return sorted(
+        filter(matches, rows), key=lambda row: (row.is_healed, -row.count, row.port, row.expected, row.actual)
+    )
 
 
 def explanation(row: Row) -> tuple[str, str, str]:
-    """Return three sentences: what happened, how the source was chosen, what conntrack and the client do."""
+    """Return three sentences: what happened, how the source was chosen, what conntrack and the client do.
+
+    Of a healed row: what happened, how the source was chosen, what happens without udpwatch.
+    """
+    if row.is_healed:
+        return _healed_sentences(row)
     return _event_sentence(row), _cause_sentence(row), _verdict_sentence(row)
 
 
@@ -116,8 +128,8 @@ def short_advice(row: Row | Server) -> str:
     return "\n".join(filter(None, (f"{fix.server}: {fix.do}", fix.config, fix.source)))
 
 
-def row_object(row: Row) -> dict[str, Any]:
-    """Return a row, its explanation and its advice as a JSON object."""
+def row_object(row: Row, healing: Healing | None = None) -> dict[str, Any]:
+    """Return a row, its explanation and its advice as a JSON object. ``healing``: the agent's."""
     sender = row.sender
     return {
         "process": sender.process or None,
@@ -133,6 +145,7 @@ def row_object(row: Row) -> dict[str, Any]:
         "count": row.count,
         "why": list(explanation(row)),
         "remedy": advice_object(advice(row)),
+        "heal": heal_sentence(row, healing),
     }
 
 
@@ -153,6 +166,20 @@ def sender_text(row: Row) -> str:
     if row.cause == Cause.FORWARDED:
         return f"a machine behind {safe(row.interface)}" if row.interface else "another machine"
     return safe(sender.title)
+
+
+def _healed_sentences(row: Row) -> tuple[str, str, str]:
+    subject = sender_text(row)
+    if subject.startswith(UNKNOWN_PROCESS):
+        subject = "A" + subject[1:]
+    times = "once" if row.count == 1 else f"{row.count} times"
+    since = datetime.fromtimestamp(row.first).strftime("%Y-%m-%d %H:%M:%S")
+    return (
+        f"{subject} was asked at {row.expected}, port {row.port}/udp, and replied from that address, because udpwatch "
+        f"heals its replies ({times} since {since}).",
+        f"Its socket left the source to routing, and udpwatch set it to {row.expected} in the kernel.",
+        "The server still needs the fix: without udpwatch, routing chooses the source.",
+    )
 
 
 def _event_sentence(row: Row) -> str:

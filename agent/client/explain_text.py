@@ -15,8 +15,9 @@ from udpwatch.agent.client.explain import (
     row_object,
     sender_text,
 )
+from udpwatch.agent.client.heal_advice import heal_sentence, refusal_sentences
 from udpwatch.agent.client.remedies import Code, Remedy, codes, remedies
-from udpwatch.agent.model import Row
+from udpwatch.agent.model import Healing, Row
 
 MAX_ROWS = 20
 WIDTH = 78
@@ -87,8 +88,11 @@ class Page:
         return "\n".join(self._lines).rstrip("\n")
 
 
-def rows_text(rows: Sequence[Row], colour: bool) -> str:
-    """Explain each row. Advice that applies to several rows is printed once, and code at the end."""
+def rows_text(rows: Sequence[Row], colour: bool, healing: Healing | None = None) -> str:
+    """Explain each row. Advice that applies to several rows is printed once, and code at the end.
+
+    ``healing``: what the agent heals; None: nothing.
+    """
     page = Page(colour)
     advised: dict[tuple[str, str], str] = {}
     languages: set[str] = set()
@@ -103,18 +107,30 @@ def rows_text(rows: Sequence[Row], colour: bool) -> str:
             page.advise(fix)
         else:
             page.paragraph(f"What to do: the same as for {first}.")
+        page.gap()
+        page.paragraph(heal_sentence(row, healing), "" if row.is_healed else "Heal: ")
         languages.update(fix.languages)
     if len(rows) > MAX_ROWS:
         page.head(f"{len(rows) - MAX_ROWS} more findings are less frequent: pass a process or a port to see them")
+    add_refusals(page, healing)
     page.code(languages)
     return str(page)
 
 
-def rows_object(rows: Sequence[Row]) -> dict[str, Any]:
+def add_refusals(page: Page, healing: Healing | None) -> None:
+    """Add what the agent left alone although it was to be healed."""
+    refusals = list(refusal_sentences(healing))
+    if refusals:
+        page.head("Not healed so far, of all servers that are to be healed")
+    for each in refusals:
+        page.item(each, marked=False)
+
+
+def rows_object(rows: Sequence[Row], healing: Healing | None = None) -> dict[str, Any]:
     """Explain all rows as one JSON object."""
-    findings = [row_object(row) for row in rows]
+    findings = [row_object(row, healing) for row in rows]
     languages = {language for finding in findings for language in finding["remedy"]["languages"]}
-    return {"findings": findings, "code": _code_object(languages)}
+    return {"findings": findings, "not_healed": list(refusal_sentences(healing)), "code": _code_object(languages)}
 
 
 def remedy_text(remedy: Remedy, colour: bool) -> str:

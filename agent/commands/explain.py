@@ -17,7 +17,7 @@ from udpwatch.agent.client.explain import matching
 from udpwatch.agent.client.remedies import Remedy
 from udpwatch.agent.commands.arguments import seconds
 from udpwatch.agent.errors import UdpwatchError
-from udpwatch.agent.model import Row, Server
+from udpwatch.agent.model import Healing, Row, Server
 from udpwatch.agent.servers.inventory import list_all
 from udpwatch.agent.servers.port.diagnosis import diagnose
 from udpwatch.agent.servers.port.look import Looker
@@ -55,34 +55,39 @@ def run(parsed: argparse.Namespace) -> int:
     path = Path(parsed.connect or DEFAULT_SOCKET)
     known = remedies.remedy_named(parsed.server) if parsed.server else None
     port = int(parsed.server) if _is_port(parsed.server) else None
+    healing = None
     try:
         with follow.translated_errors(path), Client(path) as client:
-            rows = matching(client.snapshot().rows, parsed.server)
+            snapshot = client.snapshot()
+        rows, healing = matching(snapshot.rows, parsed.server), snapshot.healing
         missing = f"no wrong reply{f' of {parsed.server!r}' if parsed.server else ''} so far"
     except follow.NoAgent as error:
         if known is None and port is None:
             raise
         rows, missing = [], str(error) if port is None else "there is no agent"
-    if port is not None and not rows:
-        return _explain_port(port, parsed, path, missing)
+    if port is not None and all(row.is_healed for row in rows):
+        return _explain_port(port, parsed, path, missing, rows, healing)
     if not rows:
         print(f"udpwatch: {missing}{f'; the known fix for {known.name}:' if known else ''}", file=sys.stderr)
-    _print(rows, known, parsed.json)
+    _print(rows, known, parsed.json, healing)
     return 0
 
 
-def _print(rows: list[Row], known: Remedy | None, as_json: bool) -> None:
+def _print(rows: list[Row], known: Remedy | None, as_json: bool, healing: Healing | None) -> None:
     if as_json:
-        report = explain_text.remedy_only_object(known) if known and not rows else explain_text.rows_object(rows)
+        only_fix = known and not rows
+        report = explain_text.remedy_only_object(known) if only_fix else explain_text.rows_object(rows, healing)
         print(json.dumps(report))
     elif rows:
-        print(explain_text.rows_text(rows, _colour()))
+        print(explain_text.rows_text(rows, _colour(), healing))
     elif known:
         print(explain_text.remedy_text(known, _colour()))
 
 
-def _explain_port(port: int, parsed: argparse.Namespace, path: Path, missing: str) -> int:
-    """Look at a port without a finding and print what is known about it."""
+def _explain_port(
+    port: int, parsed: argparse.Namespace, path: Path, missing: str, healed: list[Row], healing: Healing | None
+) -> int:
+    """Look at a port without wrong replies and print what is known about it. ``healed``: its healed rows."""
     looker = Looker(port, parsed.address or "", lambda: list_all(port=port), lambda: _servers(path))
     if not parsed.json:
         print(f"udpwatch: {missing}; looking at port {port}/udp for {parsed.seconds:g} s", file=sys.stderr)
@@ -90,9 +95,11 @@ def _explain_port(port: int, parsed: argparse.Namespace, path: Path, missing: st
     statements = diagnose(look)
     wrong = any(each.wrong for each in statements)
     if parsed.json:
-        print(json.dumps(port_text.port_object(look, statements)))
+        print(json.dumps(port_text.port_object(look, statements) | explain_text.rows_object(healed, healing)))
     else:
         print(port_text.port_text(look, statements, _colour()))
+        if more := explain_text.rows_text(healed, _colour(), healing):
+            print(f"\n{more}")
     return 1 if wrong else 0
 
 

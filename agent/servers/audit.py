@@ -85,6 +85,7 @@ class ServerRisk:
     wrong: tuple[WrongReply, ...]
     more: int  # wrong replies beyond MAX_WRONG, at least
     seen: tuple[Row, ...]  # wrong replies that the agent has seen
+    healed: tuple[Row, ...]  # replies whose source the agent has set
     requests: int | None = None  # as the agent counted them; None: unknown
     replies: int | None = None
 
@@ -162,7 +163,7 @@ def servers_of_agent(counted: Iterable[Server], rows: Sequence[Row]) -> list[Ser
     """Return what the agent knows of its servers, without addresses and clients, the highest risk first."""
     found = []
     for each in counted:
-        seen = tuple(row for row in rows if row.port == each.port and _is_of(row, each.sender, ()))
+        seen, healed = _seen_and_healed(row for row in rows if row.port == each.port and _is_of(row, each.sender, ()))
         risk = Risk.WRONG if seen else Risk(each.risk)
         reason = {Risk.NONE: "as the agent judges it", Risk.UNKNOWN: "the agent cannot judge it"}.get(risk, "")
         found.append(
@@ -175,6 +176,7 @@ def servers_of_agent(counted: Iterable[Server], rows: Sequence[Row]) -> list[Ser
                 wrong=(),
                 more=0,
                 seen=seen,
+                healed=healed,
                 requests=each.requests,
                 replies=each.replies,
             )
@@ -201,7 +203,7 @@ def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> Serv
     judged = [each for each, _ in group]
     first, sender = min(group, key=lambda each: ORDER.index(each[0].risk))
     pids = {each.pid for _, each in group if each.pid}
-    seen = tuple(row for row in rows if _is_of(row, sender, pids))
+    seen, healed = _seen_and_healed(row for row in rows if _is_of(row, sender, pids))
     # Sockets that are alike share their tuples, and all of them their replies: comparing numbers is enough, and fast.
     shared = {id(each.wrong): each.wrong for each in judged}
     wrong = list({id(reply): reply for replies in shared.values() for reply in replies}.values())
@@ -222,7 +224,14 @@ def _server(group: list[tuple[SocketRisk, Sender]], rows: Sequence[Row]) -> Serv
         wrong=tuple(wrong[:MAX_WRONG]),
         more=max(0, len(wrong) - MAX_WRONG),
         seen=seen,
+        healed=healed,
     )
+
+
+def _seen_and_healed(rows: Iterable[Row]) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Return the wrong replies, and the healed ones."""
+    found = tuple(rows)
+    return tuple(row for row in found if not row.is_healed), tuple(row for row in found if row.is_healed)
 
 
 def _is_of(row: Row, sender: Sender, pids: Collection[int]) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from golden import compare
 from repository import DOCS
 
 from udpwatch.agent.client.audit_text import LEAST_LISTED, report_object, report_text
-from udpwatch.agent.model import Risk, Row, Sender, UdpSocket
-from udpwatch.agent.servers.audit import ServerRisk, WrongReply, judge, servers_of
+from udpwatch.agent.model import Risk, Row, Sender, Server, UdpSocket
+from udpwatch.agent.servers.audit import ServerRisk, WrongReply, judge, servers_of, servers_of_agent
 from udpwatch.agent.servers.networks import Address, AddressKind, Networks, PeerKind, Peers
 
 CONTAINERS = Peers(4, "172.17.0.0/16", 0, PeerKind.CONTAINERS, "docker0", 3, 0, False, ("172.17.0.1",))
@@ -82,6 +83,21 @@ def test_json_has_the_same_and_is_documented() -> None:
     everything = report_object(servers(), [], True)
     assert [each["risk"] for each in everything["servers"]] == ["wrong", "virtual", "none", "none"]
     assert everything["servers"][3]["remedy"] is None
+
+
+def test_healed_server_stays_at_risk_and_is_not_wrong() -> None:
+    """Its sockets are as they were, so it still needs the fix."""
+    healed = replace(SEEN, sender=OPENVPN, port=1194, actual=SEEN.expected, verdict="healed")
+    judged = judge([UdpSocket("0.0.0.0", 1194, 4, netns=1, pktinfo=False)], NETWORKS)[0]
+    (server,) = servers_of([(judged, OPENVPN)], [healed])
+    assert (server.risk, server.seen) == (Risk.VIRTUAL, ())
+    assert "Healed: asked at 172.16.13.13, udpwatch set this source 23 times." in " ".join(
+        report_text([server], False, False).split()
+    )
+    assert report_object([server], [], False)["servers"][0]["healed"] == [{"asked": "172.16.13.13", "count": 23}]
+    counted = Server(OPENVPN, 1194, 1, ("0.0.0.0",), 1, 1, 0, 0, None, None, None, False, Risk.VIRTUAL, 0.0, 0.0, 1)
+    (of_agent,) = servers_of_agent([counted], [healed])
+    assert (of_agent.risk, of_agent.seen, of_agent.healed) == (Risk.VIRTUAL, (), (healed,))
 
 
 def test_many_addresses_are_shortened() -> None:

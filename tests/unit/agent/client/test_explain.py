@@ -6,17 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from golden import ROW, compare
+from golden import HEALED_ROW, ROW, compare
 
 from udpwatch.agent.client.explain import advice, explanation, matching, remedy_advice, row_object, short_advice
 from udpwatch.agent.client.explain_text import MAX_ROWS, remedy_text, rows_object, rows_text
+from udpwatch.agent.client.heal_advice import heal_sentence
 from udpwatch.agent.client.remedies import FILE, Code, codes, remedies, remedy_named, remedy_of
-from udpwatch.agent.model import Cause, Row, Sender, Verdict
+from udpwatch.agent.model import Cause, Healing, Row, Sender, Verdict
 
 ESCAPE = "\x1b"
 ROW_6 = replace(ROW, sender=Sender("dns", 7), port=53, expected="fd00:13::13", actual="fd00:17::1", family=6)
@@ -26,6 +29,16 @@ def of(process: str, executable: str = "") -> Row:
     return replace(ROW, sender=Sender(process, 7, executable))
 
 
+@pytest.fixture
+def in_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("in_utc")
 def test_golden_explain() -> None:
     rows = (
         ROW,
@@ -37,12 +50,67 @@ def test_golden_explain() -> None:
         replace(ROW, sender=Sender(""), cause="forwarded", interface="vnet3", count=1),
         replace(ROW, sender=Sender("game", 8, pod="game-0", namespace="play"), actual=ROW.expected, count=1),
         replace(ROW, sender=Sender("openvpn", 9, container="vpn"), expected="172.16.13.14", count=1),
+        HEALED_ROW,
     )
-    compare("explain.txt", rows_text(rows, False) + "\n")
+    refused = {"several-addresses": 3, "group": 0, "not-local": 1}
+    healing = Healing("port 69", True, False, not_healed=("network namespace of game-0: no right to enter",),
+                      refused=refused)  # fmt: skip
+    compare("explain.txt", rows_text(rows, False, healing) + "\n")
+
+
+@pytest.mark.usefixtures("in_utc")
+def test_healed_row_is_explained_as_right_and_to_be_fixed() -> None:
+    what, how, then = explanation(HEALED_ROW)
+    assert "172.16.13.13, port 69/udp, and replied from that address" in what
+    assert "41 times since 2027-01-15 08:00:00" in what
+    assert "udpwatch set it to 172.16.13.13" in how
+    assert "still needs the fix" in then
+    assert advice(HEALED_ROW).config == 'TFTP_ADDRESS="172.16.13.13:69"'
+    assert "udpwatch heal off 69" in heal_sentence(HEALED_ROW, None)
+
+
+@pytest.mark.parametrize(
+    ("healing", "told"),
+    [
+        (None, "start its agent with --heal 1194 (Helm chart: heal: [1194])."),
+        (Healing("port 53", True, False), "udpwatch heal on 1194 (as root;"),
+        (Healing("port 53", True, False, ports_on=(1194,)), "switched on, except for what it refuses"),
+        (Healing("port 53", True, True), "start it without."),
+        (Healing("port 53", False, False, reason="no cgroup/sendmsg4"), "(no cgroup/sendmsg4)"),
+    ],
+)
+def test_explain_says_how_to_heal_what_routing_chose(healing: Healing | None, told: str) -> None:
+    assert told in heal_sentence(ROW, healing)
+    assert told in " ".join(rows_text([ROW], False, healing).split())
+    assert told in row_object(ROW, healing)["heal"]
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [
+        (Cause.CONNECTED, "cannot heal this: connect() chose"),
+        (Cause.EXPLICIT, "cannot heal this: the server names its source"),
+        (Cause.FORWARDED, "cannot heal this here: another machine"),
+        (Cause.UNKNOWN, "is unknown"),
+    ],
+)
+def test_explain_says_what_healing_cannot_do(cause: Cause, told: str) -> None:
+    assert told in heal_sentence(replace(ROW, cause=cause), Healing("all ports", True, False))
+
+
+def test_refusals_are_told_with_their_reasons() -> None:
+    told = rows_object([], Healing("all ports", True, False, refused={"group": 0, "several-addresses": 3}))
+    assert told["not_healed"] == [
+        "3 replies (several-addresses): its client asked several addresses within the window."
+    ]
+    assert "3 replies (several-addresses)" in rows_text(
+        [], False, Healing("x", True, False, refused={"several-addresses": 3})
+    )
+    assert rows_text([], False, Healing("x", True, False)) == ""
 
 
 @pytest.mark.parametrize("cause", Cause)
-@pytest.mark.parametrize("verdict", Verdict)
+@pytest.mark.parametrize("verdict", set(Verdict) - {Verdict.HEALED})
 @pytest.mark.parametrize("family", [4, 6])
 @pytest.mark.parametrize("same_address", [False, True])
 def test_explanation_names_the_addresses(cause: Cause, verdict: Verdict, family: int, same_address: bool) -> None:
@@ -136,6 +204,7 @@ def test_remedies_file_is_valid() -> None:
 def test_rows_are_selected_by_server_or_port() -> None:
     rows = [replace(of("a"), count=1), replace(of("openvpn"), count=5), replace(of("c"), port=53, count=9)]
     assert [row.count for row in matching(rows, None)] == [9, 5, 1]
+    assert [row.count for row in matching([*rows, replace(HEALED_ROW, count=99)], None)] == [9, 5, 1, 99]
     assert [row.count for row in matching(rows, "53")] == [9]
     assert [row.count for row in matching(rows, "openvpn")] == [5]
     assert [row.count for row in matching(rows, "open*")] == [5]

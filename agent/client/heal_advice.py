@@ -1,0 +1,66 @@
+"""Say whether udpwatch can heal a finding, and how to switch that on. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from udpwatch.agent.client.lines import safe
+from udpwatch.agent.model import REFUSALS, Cause, Healing, Row
+
+
+def heal_sentence(row: Row, healing: Healing | None) -> str:
+    """Return whether udpwatch can heal the replies of a row, and how. ``healing``: the agent's; None: not enabled."""
+    if row.is_healed:
+        return (
+            f"udpwatch heals these replies while it runs. To stop that: udpwatch heal off {row.port}. When the server "
+            f"is fixed, it sets the source itself and udpwatch leaves its replies alone."
+        )
+    match row.cause:
+        case Cause.KERNEL_CHOSEN:
+            return f"If you cannot change the server, let udpwatch set the right source: {_how(row.port, healing)}"
+        case Cause.CONNECTED:
+            return (
+                "udpwatch cannot heal this: connect() chose the source before the reply, and the hook that heals does "
+                "not run for sends of connected sockets."
+            )
+        case Cause.EXPLICIT:
+            return (
+                "udpwatch cannot heal this: the server names its source itself, and udpwatch sets only a source that "
+                "is left to routing."
+            )
+        case Cause.FORWARDED:
+            return "udpwatch cannot heal this here: another machine sent the reply. The agent on that machine may."
+        case _:
+            return (
+                "Whether udpwatch can heal this is unknown: it can if the server sends with the client's address and "
+                "leaves the source to routing."
+            )
+
+
+def _how(port: int, healing: Healing | None) -> str:
+    if healing is None:
+        return f"start its agent with --heal {port} (Helm chart: heal: [{port}])."
+    if healing.reason:
+        return f"its agent has healing enabled, but it does not work here ({safe(healing.reason)})."
+    if healing.dry_run:
+        return "its agent runs with --heal-dry-run and only counts; start it without."
+    if port in healing.ports_on:
+        return (
+            f"it does since healing of port {port} was switched on, except for what it refuses (udpwatch heal status)."
+        )
+    return (
+        f"udpwatch heal on {port} (as root; until the agent restarts). If healing of the port is on already, see what "
+        f"it refuses: udpwatch heal status."
+    )
+
+
+def refusal_sentences(healing: Healing | None) -> Iterator[str]:
+    """Yield what the agent has left alone although it was to be healed, of all servers together."""
+    if healing is None:
+        return
+    for reason, count in healing.refused.items():
+        if count:
+            replies = f"{count} repl{'ies' if count != 1 else 'y'}"
+            yield f"{replies} ({safe(reason)}): {safe(REFUSALS.get(reason, 'docs/metrics.md says why'))}."
+    for line in healing.not_healed:
+        yield f"{safe(line)}."
