@@ -75,9 +75,10 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _print(rows: list[Row], known: Remedy | None, as_json: bool, healing: Healing | None) -> None:
     if as_json:
-        only_fix = known and not rows
-        report = explain_text.remedy_only_object(known) if only_fix else explain_text.rows_object(rows, healing)
-        print(json.dumps(report))
+        if known and not rows:
+            print(json.dumps(explain_text.remedy_only_object(known)))
+        else:
+            print(json.dumps(explain_text.rows_object(rows, healing)))
     elif rows:
         print(explain_text.rows_text(rows, _colour(), healing))
     elif known:
