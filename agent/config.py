@@ -51,7 +51,21 @@ class Settings:
     dns: bool
     dns_conf: Path | None
     cache: Path | None
-    heal: HealSelection | None  # None: off
+    heal: HealSelection | None  # None: off; `healing` has what narrows it
+    heal_process: tuple[str, ...] | None
+    heal_namespace: tuple[str, ...] | None
+    heal_dry_run: bool
+
+    @property
+    def healing(self) -> HealSelection | None:
+        """Return whose replies are healed; None: healing is off."""
+        processes, namespaces = self.heal_process or (), self.heal_namespace or ()
+        ports = self.heal
+        if ports is None:
+            if not processes and not namespaces:
+                return None
+            ports = HealSelection(all_ports=True)
+        return replace(ports, processes=processes, namespaces=namespaces, dry_run=self.heal_dry_run)
 
 
 class _Rejected(ValueError):
@@ -282,22 +296,10 @@ def resolve(flags: Mapping[str, str | None], environment: Mapping[str, str], fil
         except _Rejected as expected:
             raise UsageError(f"invalid value {value!r} for {source}: expected {expected}") from None
     values["node"] = values["node"] or socket.gethostname()
-    processes, namespaces = values.pop("heal_process") or (), values.pop("heal_namespace") or ()
-    values["heal"] = _narrowed(values["heal"], processes, namespaces, values.pop("heal_dry_run"))
-    return Settings(**values)
-
-
-def _narrowed(
-    heal: HealSelection | None, processes: tuple[str, ...], namespaces: tuple[str, ...], dry_run: bool
-) -> HealSelection | None:
-    """Return the selection with all that narrows it. Raises UsageError for a dry run of nothing."""
-    if heal is None and (processes or namespaces):
-        heal = HealSelection(all_ports=True)
-    if heal is None:
-        if dry_run:
-            raise UsageError("--heal-dry-run needs servers to heal: give --heal, --heal-process or --heal-namespace")
-        return None
-    return replace(heal, processes=processes, namespaces=namespaces, dry_run=dry_run)
+    settings = Settings(**values)
+    if settings.heal_dry_run and settings.healing is None:
+        raise UsageError("--heal-dry-run needs servers to heal: give --heal, --heal-process or --heal-namespace")
+    return settings
 
 
 def _read(file: Path) -> dict[str, object]:

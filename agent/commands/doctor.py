@@ -140,7 +140,7 @@ def examine(settings: Settings) -> Report:
     with contextlib.closing(watched):
         checks += [_cgroup(watched), _neighbours(watched), conntrack]
         try:
-            sensor = Sensor.open(watched, Limits(), btf, settings.hooks, settings.forwarded)
+            sensor = Sensor.open(watched, Limits(), btf, settings.hooks, settings.forwarded, heal=True)
         except UdpwatchError as error:
             checks.append(Check("sensor", Status.FAIL, str(error)))
         else:

@@ -19,7 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Show, switch on or switch off the healing of replies, at once and until the agent restarts. Without PORT, on "
         "heals what the agent's settings select, and off heals nothing at all. Only root may switch."
     )
-    parser.add_argument("action", choices=["status", "on", "off"], help="what to do")
+    actions = ["status", "on", "off"]
+    parser.add_argument("action", nargs="?", default="status", choices=actions, help="what to do [status]")
     parser.add_argument("ports", nargs="*", type=port, metavar="PORT", help="switch only these server ports")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")

@@ -49,12 +49,12 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
             settings.forwarded,
             settings.cache,
             pace,
-            heal=settings.heal is not None,
+            heal=settings.healing is not None,
         )
     except BaseException:
         watched.close()
         raise
-    healer = Healer(settings.heal, sensor.maps, sensor.cpus, sensor.heal_reason) if settings.heal else None
+    healer = Healer(settings.healing, sensor.maps, sensor.cpus, sensor.heal_reason) if settings.healing else None
 
     def close() -> None:
         if healer:
@@ -94,7 +94,7 @@ def _needed(sensor: Sensor, settings: Settings) -> frozenset[Capability]:
     """The capabilities to attach again; if conntrack is read over netlink, or servers of other namespaces may be
     healed, also those to enter namespaces."""
     keep = {Capability.BPF, Capability.NET_ADMIN}
-    if not sensor.features.conntrack or sensor.listens or (settings.heal and settings.heal.by_server):
+    if not sensor.features.conntrack or sensor.listens or (settings.healing and settings.healing.by_server):
         keep |= {Capability.SYS_ADMIN, Capability.SYS_PTRACE}
     if Capability.BPF not in capabilities.effective():
         keep.add(Capability.SYS_ADMIN)

@@ -24,7 +24,7 @@ from top_snapshots import server, snapshot
 from waiting import wait_for
 
 from udpwatch.agent.daemon.api import Api, bind
-from udpwatch.agent.model import Snapshot
+from udpwatch.agent.model import Healing, Snapshot
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -124,7 +124,7 @@ def test_private_agent_lists_servers(host: ContainerHost, port: int) -> None:
 def published(path: Path, snapshot_of: Callable[[], Snapshot]) -> Iterator[None]:
     """Serve snapshots as the agent does."""
     loop = asyncio.new_event_loop()
-    api = Api(bind(path), path, snapshot_of, dict)
+    api = Api(bind(path), path, snapshot_of, dict, lambda _on, _ports: Healing("no port", False, False))
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     asyncio.run_coroutine_threadsafe(api.start(), loop).result()

@@ -8,6 +8,7 @@ import pytest
 
 from udpwatch.agent.config import SETTINGS, Address, Settings, resolve
 from udpwatch.agent.errors import UsageError
+from udpwatch.agent.model import HealSelection
 
 
 def test_defaults_are_accepted() -> None:
@@ -70,6 +71,12 @@ def test_empty_texts_are_refused(name: str) -> None:
         ("metrics_listen", ":9953"),
         ("metrics_listen", "host:port"),
         ("btf", "/nowhere"),
+        ("heal", "53,all"),
+        ("heal", "0"),
+        ("heal", "65536"),
+        ("heal", "dns"),
+        ("heal_process", "snmpd,,ntpd"),
+        ("heal_dry_run", "maybe"),
     ],
 )
 def test_rejected_value_is_named_with_its_key(name: str, value: str) -> None:
@@ -84,3 +91,31 @@ def test_wrong_type_in_the_file_is_rejected(tmp_path: Path, line: str) -> None:
     file.write_text(line + "\n")
     with pytest.raises(UsageError, match="invalid value"):
         resolve({}, {}, file)
+
+
+@pytest.mark.parametrize(
+    ("line", "selection"),
+    [
+        ("", None),
+        ("heal = []", None),
+        ('heal = "off"', None),
+        ('heal = "standby"', HealSelection()),
+        ('heal = "all"', HealSelection(all_ports=True)),
+        ("heal = [53, 161]", HealSelection(ports=frozenset({53, 161}))),
+        ('heal = "53, 161"', HealSelection(ports=frozenset({53, 161}))),
+        ('heal_process = ["snmpd", "dns-*"]', HealSelection(all_ports=True, processes=("snmpd", "dns-*"))),
+        (
+            'heal = 53\nheal_namespace = "kube-*"\nheal_dry_run = true',
+            HealSelection(ports=frozenset({53}), namespaces=("kube-*",), dry_run=True),
+        ),
+    ],
+)
+def test_what_is_healed_is_narrowed_by_each_setting(tmp_path: Path, line: str, selection: HealSelection | None) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(line + "\n")
+    assert resolve({}, {}, file).healing == selection
+
+
+def test_dry_run_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="--heal-dry-run needs servers to heal"):
+        resolve({"heal_dry_run": "on"}, {}, None)

@@ -307,3 +307,29 @@ def test_each_container_is_checked_once_and_seldom() -> None:
     for tenth in range(100, 300):
         summed.add(sample(), 0, tenth / 10)
     assert containers.asked == 2 * 20 / CHECK_SECONDS
+
+
+def healed(port: int = 53, cgroup: int = 1) -> Finding:
+    return replace(finding(port, cgroup=cgroup), actual="10.0.0.2", verdict=Verdict.HEALED)
+
+
+def test_healed_replies_are_rows_of_their_own() -> None:
+    summed = state()
+    summed.add(sample(Increase(finding(), 3, 0, 7), Increase(healed(), 4, 0, 7)), 1, 1)
+    snapshot = summed.snapshot(True, 1)
+    assert [(row.count, row.is_healed) for row in snapshot.rows] == [(4, True), (3, False)]
+    assert [row.count for row in snapshot.wrong_rows] == [3]
+    assert [row.count for row in snapshot.healed_rows] == [4]
+
+
+def test_healed_replies_without_a_row_are_not_counted_as_wrong() -> None:
+    """They are those that the kernel had no room for, those beyond the limit, and those of evicted rows."""
+    summed = state(max_series=2, senders=OfContainers())
+    summed.add(
+        sample(*(Increase(healed(port), 1, 0, 7) for port in range(5)), counters=Counters(healed_overflow=10)), 1, 1
+    )
+    summed.add(sample(Increase(finding(9, cgroup=2), 1, 0, 7), counters=Counters(healed_overflow=12)), 2, 2)
+    snapshot = summed.snapshot(True, 2)
+    assert snapshot.other == 0
+    assert snapshot.other_healed == {"ns1": 4, "": 12}
+    assert [row.is_healed for row in snapshot.rows] == [True, False]
