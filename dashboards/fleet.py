@@ -9,9 +9,11 @@ from parts import (
     AGENTS,
     FINDING_LABELS,
     FLEET,
+    HEALED,
     MISMATCH,
     ORANGE,
     RED,
+    REFUSED,
     SCOPE,
     SERVER,
     SERVER_LABELS,
@@ -40,6 +42,8 @@ IN_TIME = grown(WRONG, "$__range")
 NAMED_IN_TIME = grown(NAMED, "$__range")
 #: without the series `other`, which names no server
 AT_RISK = f'udpwatch_sockets_at_risk{{{chosen("namespace")}, port!="other"}}'
+HEALED_REPLIES = f"{HEALED}{{{chosen('namespace')}}}"
+NAMED_HEALED = f'{HEALED}{{{chosen("namespace")}, port!="other"}}'
 AT_RISK_LABELS = "namespace, container, process, port"
 BLIND = (
     f'min by ({WHERE}) (udpwatch_probe_attached{{{SCOPE}, probe=~"ingress|egress"}}) == 0'
@@ -198,6 +202,39 @@ def dashboard() -> Dashboard:
             only="wrong replies",
             sort="wrong replies",
             height=12,
+        ),
+        Row("Healed"),
+        lines(
+            "Healed replies by node",
+            "Replies per second whose source udpwatch set to the address that the client asked (--heal). They are "
+            "right, and no wrong replies. Their servers still need the fix.",
+            "cps",
+            (f"sum by ({WHERE}) ({per_second(HEALED_REPLIES)}) > 0", WHERE_LEGEND),
+            stacked=True,
+            leads_to=("The servers of this node", SERVER, "instance"),
+        ),
+        lines(
+            "Replies that were not healed",
+            "Replies per second of servers that are to be healed, which udpwatch left alone, by reason. With "
+            "several-addresses, not-local and transparent, a wrong reply may have left. All namespaces.",
+            "cps",
+            (f"sum by (reason) ({rate(f'{REFUSED}{{{SCOPE}}}')}) > 0", "{{reason}}"),
+            stacked=True,
+        ),
+        rows(
+            "Healed servers",
+            "Servers with healed replies within the selected time: fix them. asked: the address that the client asked, "
+            "and the source that udpwatch set. A click opens the server.",
+            f"{WHERE}, {SERVER_LABELS}, asked",
+            Column("healed replies", f"sum by ({WHERE}, {SERVER_LABELS}, asked) ({grown(NAMED_HEALED, '$__range')})"),
+            Column(
+                "per second", f"sum by ({WHERE}, {SERVER_LABELS}, asked) ({per_second(NAMED_HEALED)})", "cps", (), 100
+            ),
+            Column("since", since(NAMED_HEALED, f"{WHERE}, {SERVER_LABELS}, asked"), "dateTimeAsIso", width=170),
+            links=[("This server", to_server)],
+            only="healed replies",
+            sort="healed replies",
+            height=8,
         ),
         Row("At risk"),
         lines(

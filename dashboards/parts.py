@@ -31,6 +31,8 @@ WHERE_LEGEND = "{{cluster}} {{node}} {{instance}}"
 #: identifies one agent among the targets of a Prometheus
 TARGET = "cluster, job, instance"
 MISMATCH = "udpwatch_reply_source_mismatch_total"
+HEALED = "udpwatch_healed_replies_total"
+REFUSED = "udpwatch_heal_refused_total"
 SERVER_LABELS = "namespace, pod, container, process, port"
 FINDING_LABELS = f"{SERVER_LABELS}, expected, actual, verdict, cause"
 AGENTS = f"udpwatch_build_info{{{SCOPE}}}"
@@ -316,15 +318,17 @@ def chosen(*names: str) -> str:
 
 
 def of_culprits(*names: str) -> list[builder.QueryVariable]:
-    """Return variables for labels of wrong replies; each offers the values that the previous ones leave."""
+    """Return variables for labels of wrong and healed replies; each offers the values that the previous ones leave."""
     texts = {
-        "namespace": ("Namespace", "Namespace of the pod that sends wrong replies."),
-        "pod": ("Pod", "Pod that sends wrong replies."),
-        "process": ("Process", "Process that sends wrong replies; empty for machines behind the node."),
+        "namespace": ("Namespace", "Namespace of the pod that sends wrong or healed replies."),
+        "pod": ("Pod", "Pod that sends wrong or healed replies."),
+        "process": ("Process", "Process that sends wrong or healed replies; empty for machines behind the node."),
         "port": ("Port", "UDP port of the server."),
     }
+    of_both = f'__name__=~"{MISMATCH}|{HEALED}"'
     return [
-        _query_variable(name, *texts[name], MISMATCH, chosen(*names[:position])) for position, name in enumerate(names)
+        _query_variable(name, *texts[name], "", f"{of_both}, {chosen(*names[:position])}")
+        for position, name in enumerate(names)
     ]
 
 

@@ -9,9 +9,12 @@ from parts import (
     AGENT,
     BLUE,
     FINDING_LABELS,
+    HEALED,
     MISMATCH,
     ORANGE,
     RED,
+    REFUSED,
+    SCOPE,
     SERVER,
     WHERE,
     WHERE_LEGEND,
@@ -25,6 +28,7 @@ from parts import (
     number,
     of_culprits,
     per_second,
+    rate,
     rows,
     share,
     words,
@@ -37,6 +41,7 @@ NEXT = """Select a port above. Then run on the node, or with `kubectl exec` in i
 
     udpwatch explain ${port:text}          # why, and how to fix the server
     udpwatch events --port ${port:text}    # each wrong reply as it happens, with the client's address
+    udpwatch heal status             # what udpwatch heals, and what it refuses
 """
 
 
@@ -91,7 +96,7 @@ def dashboard() -> Dashboard:
             base=BLUE,
             width=6,
         ),
-        words("What to do", NEXT, height=5),
+        words("What to do", NEXT, height=6),
         Row("Over time"),
         lines(
             "Asked at, answered from",
@@ -124,6 +129,23 @@ def dashboard() -> Dashboard:
             "only clients with a connected socket refuse it. unknown: conntrack could not be read.",
             "cps",
             (f"sum by (verdict) ({per_second(WRONG)}) > 0", "{{verdict}}"),
+            stacked=True,
+        ),
+        Row("Healed"),
+        lines(
+            "Healed replies",
+            "Replies of the selected servers whose source udpwatch set (--heal), by the address that the client asked. "
+            "They are right, but the server still needs the fix: without udpwatch, routing chooses the source.",
+            "cps",
+            (f"sum by (asked) ({per_second(f'{HEALED}{{{chosen(*VARIABLES)}}}')}) > 0", "{{asked}}"),
+            stacked=True,
+        ),
+        lines(
+            "Replies that were not healed",
+            "Replies per second that udpwatch left alone although they are to be healed, by reason, of all servers of "
+            "the selected nodes. With several-addresses, not-local and transparent, a wrong reply may have left.",
+            "cps",
+            (f"sum by (reason) ({rate(f'{REFUSED}{{{SCOPE}}}')}) > 0", "{{reason}}"),
             stacked=True,
         ),
         Row("Traffic"),

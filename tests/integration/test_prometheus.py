@@ -35,8 +35,8 @@ from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost
 
 LISTEN = "127.0.0.1:9090"
-PORT, SHORT_PORT = 19_053, 19_054
-SERVER, SHORT_SERVER = "wrong-server", "short.server+1"
+PORT, SHORT_PORT, HEALED_PORT = 19_053, 19_054, 19_055
+SERVER, SHORT_SERVER, HEALED_SERVER = "wrong-server", "short.server+1", "healed-server"
 AFAR, DEAD = "192.0.2.7", "172.16.13.99"
 RECORDING = GOLDEN / "replay.jsonl"
 ENABLE_STATS = 32  # bpf(2); the programs' run times are counted while the descriptor is open
@@ -129,15 +129,19 @@ class Prometheus:
 
 
 class Traffic:
-    """Wrong replies and DNS queries, until it is stopped."""
+    """Wrong replies, healed ones and DNS queries, until it is stopped."""
 
     def __init__(self, scene: ContainerHost) -> None:
         self._scene = scene
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=each, daemon=True) for each in (self._wrong_replies, self._dns)]
-        self._socket = scene.node.socket()
-        self._socket.bind(("0.0.0.0", PORT))
-        self._server = scene.node.spawn(SERVER, lambda: servers.plain(self._socket))
+        loops = self._wrong_replies, self._healed_replies, self._dns
+        self._threads = [threading.Thread(target=each, daemon=True) for each in loops]
+        self._servers = contextlib.ExitStack()
+        for name, port in ((SERVER, PORT), (HEALED_SERVER, HEALED_PORT)):
+            bound = self._servers.enter_context(scene.node.socket())
+            bound.bind(("0.0.0.0", port))
+            server = scene.node.spawn(name, lambda bound=bound: servers.plain(bound))
+            self._servers.callback(server.stop)
         for thread in self._threads:
             thread.start()
 
@@ -149,6 +153,15 @@ class Traffic:
                     client.sendto(b"x", (self._scene.ETH0, PORT))
                     with contextlib.suppress(OSError):
                         client.recv(100)
+
+    def _healed_replies(self) -> None:
+        """One client asks one address and gets each reply; the other asks two, so that its replies are not healed."""
+        scene = self._scene
+        with scene.container.socket() as client, scene.container.socket() as asks_two:
+            while not self._stop.wait(0.1):
+                client.sendto(b"x", (scene.ETH0, HEALED_PORT))
+                for address in (scene.ETH0, scene.DOCKER0):
+                    asks_two.sendto(b"x", (address, HEALED_PORT))
 
     def _dns(self) -> None:
         """Local names, others, and ones that the upstream server fails; garbage, and queries that are not served."""
@@ -172,8 +185,7 @@ class Traffic:
         self._stop.set()
         for thread in self._threads:
             thread.join(30)
-        self._server.stop()
-        self._socket.close()
+        self._servers.close()
 
 
 def unhelpful(asked: Asked) -> bytes | list[bytes] | None:
@@ -228,7 +240,10 @@ def prometheus(scene: ContainerHost, rules: Path) -> Iterator[Prometheus]:
         stack.enter_context(run_times_counted())
         stack.enter_context(FakeServer(scene.outside, scene.OUTSIDE, unhelpful))
         agent: Agent = stack.enter_context(
-            InNamespace(scene, folders[0], f"--dns-conf={conf}", "--events=/dev/full", "--events-per-second=2")
+            InNamespace(
+                *(scene, folders[0], f"--dns-conf={conf}", "--events=/dev/full", "--events-per-second=2"),
+                f"--heal={HEALED_PORT}",
+            )
         )
         replay: Agent = stack.enter_context(InNamespace(scene, folders[1], "--no-dns", f"--replay={RECORDING}"))
         addresses = [each.url.removeprefix("http://") for each in (agent, replay)]
@@ -319,13 +334,16 @@ def test_every_panel_has_data_for_selected_values(prometheus: Prometheus) -> Non
     """One node and one server of it; then an agent without a node label, as a scrape without relabelling gives it."""
     panels = list(boards.of_panels())
     node = {"cluster": ["east"], "node": ["worker-1", "worker-9"], "instance": ["10.0.0.1:9953"]}
-    have_data(prometheus, panels, **node, process=[SERVER], port=[str(PORT)], pod=[""], namespace=[""])
+    healed = [each for each in panels if "udpwatch_heal" in each.expression]
+    wrong = [each for each in panels if each not in healed]
+    have_data(prometheus, wrong, **node, process=[SERVER], port=[str(PORT)], pod=[""], namespace=[""])
+    have_data(prometheus, healed, **node, process=[HEALED_SERVER], port=[str(HEALED_PORT)], pod=[""], namespace=[""])
     recorded = ("udpwatch-fleet/Servers/A", "udpwatch-fleet/Namespaces/A", "udpwatch-server/Findings/C")
     of_pods = [each for each in panels if each.where in recorded]
     have_data(prometheus, of_pods, node=["worker-2"], namespace=["dns"], process=["unbound"], port=["53"])
     with_dots = [each for each in panels if each.where == "udpwatch-server/Findings/A"]
     have_data(prometheus, with_dots, process=[SHORT_SERVER, "none"], instance=["10.0.0.1:9953"])
-    plain = [each for each in panels if "up{" not in each.expression]
+    plain = [each for each in wrong if "up{" not in each.expression]
     have_data(prometheus, plain, node=[""], process=[SERVER])
 
 
@@ -380,11 +398,12 @@ def test_top_shows_the_rows_that_prometheus_has(prometheus: Prometheus) -> None:
         with prometheus.scene.node.entered():
             done = run_cli("top", "--once", "--json", "--prometheus", f"http://{LISTEN}")
         assert done.returncode == 0, done.stderr
-        findings = json.loads(done.stdout)["findings"]
-        return {(each["node"], each["process"], each["port"], each["pod"]) for each in findings}
+        told = json.loads(done.stdout)
+        findings = {(each["node"], each["process"], each["port"], each["pod"]) for each in told["findings"]}
+        return findings | {(each["node"], each["verdict"], each["port"], each["pod"]) for each in told["healed"]}
 
     wanted = {("worker-1", SERVER, PORT, None), ("worker-2", "unbound", 53, "resolver-hxk4t")}
-    wait_for(lambda: wanted <= found(), "both nodes' findings")
+    wait_for(lambda: wanted | {("worker-1", "healed", HEALED_PORT, None)} <= found(), "both nodes' findings")
 
 
 def test_promtool_accepts_the_exported_metrics(prometheus: Prometheus) -> None:

@@ -13,6 +13,7 @@ import yaml
 from repository import DOCS
 
 from udpwatch.agent.cli import parse
+from udpwatch.agent.model import HARMFUL_REFUSALS
 
 HERE = Path(__file__).resolve().parent
 CASES = HERE / "alerts_test.yaml"
@@ -55,7 +56,7 @@ def test_each_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
 def test_each_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
     name = rule["alert"]
     assert re.fullmatch(r"Udpwatch([A-Z][a-z]+)+", str(name))
-    assert rule["labels"] in ({"severity": "warning"}, {"severity": "critical"})
+    assert rule["labels"] in [{"severity": severity} for severity in ("info", "warning", "critical")]
     assert rule["for"]
     notes = rule["annotations"]
     assert set(notes) == {"summary", "description", "runbook_url"}
@@ -68,6 +69,20 @@ def test_each_alert_has_a_page_and_each_page_an_alert() -> None:
     assert {path.stem for path in RUNBOOKS.glob("*.md")} - {"README"} == set(NAMES)
     listed = re.findall(r"^\| \[(\w+)\]\(\1\.md\) \| (\w+) \|", (RUNBOOKS / "README.md").read_text(), re.MULTILINE)
     assert listed == [(rule["alert"], rule["labels"]["severity"]) for rule in boards.rules()]
+
+
+def test_alert_of_refusals_knows_those_that_can_leave_a_wrong_reply() -> None:
+    (rule,) = [rule for rule in boards.rules() if rule["alert"] == "UdpwatchHealRefused"]
+    assert re.findall(r'reason=~"(.*?)"', rule["expr"]) == ["|".join(HARMFUL_REFUSALS)]
+    page = (RUNBOOKS / "UdpwatchHealRefused.md").read_text()
+    assert re.findall(r"^- `([\w-]+)`:", page.partition("## Mitigation")[0], re.MULTILINE) == list(HARMFUL_REFUSALS)
+
+
+@pytest.mark.parametrize("name", ["UdpwatchHealRefused", "UdpwatchHealing"])
+def test_pages_on_healing_name_the_kill_switch(name: str) -> None:
+    page = (RUNBOOKS / f"{name}.md").read_text().partition("## Mitigation")[2]
+    assert "`udpwatch heal off`" in page
+    assert "kubectl -n udpwatch exec POD --" in page
 
 
 @pytest.mark.parametrize("name", NAMES)
