@@ -6,7 +6,9 @@
  * 1. A send is healed if the application leaves its source to routing, and the peer asked exactly
  *    one address of this port within the window (the sensor's table of conversations).
  * 2. The address must be local at this moment (local.h).
- * 3. In doubt the programs change nothing. Each returns 1 (let the send go on) on every path.
+ * 3. A socket whose port was chosen by the kernel is usually a client's. It is healed only if the
+ *    operator has named this port.
+ * 4. In doubt the programs change nothing. Each returns 1 (let the send go on) on every path.
  *
  * heal4/6  in udp_sendmsg() and udpv6_sendmsg(). They do not run for plain sends of a connected
  *          socket.
@@ -27,6 +29,8 @@ BPF_ARRAY(heal_slots, __u8, SERVERS); /* enum healing, by slot of the server */
 BPF_PERCPU_ARRAY(heal_counts, struct heal_counts, 1);
 /* User space keeps this: the index of the device that has an address. */
 BPF_TABLE("hash", struct local_key, __u32, local_devices, MAX_LOCAL);
+
+#define OF_THIS_PORT 8
 
 /* Copy the conversation with this tag. Return 0 if there is none. */
 static __always_inline int find_conversation(struct conversation_set *set, __u64 tag,
@@ -74,18 +78,19 @@ static __always_inline enum healing mode_of(__u8 mode, __u32 slot) {
     int at_slot = slot;
 
     if (mode & HEAL_MODE)
-        return mode & HEAL_MODE;
+        return slot != NO_SERVER || mode & OF_THIS_PORT ? mode & HEAL_MODE : HEAL_UNSET;
     __u8 *by_slot = heal_slots.lookup(&at_slot);
     return by_slot ? *by_slot : HEAL_UNSET;
 }
 
-/* Return the mode of a port: HEAL_MODE, or HEAL_BY_SLOT if it depends on the server. */
+/* Return the mode of a port: HEAL_MODE, with OF_THIS_PORT if it is not that of all ports, or
+ * HEAL_BY_SLOT if it depends on the server. */
 static __always_inline __u8 mode_of_port(__u16 port) {
     int at_port = port, any = 0;
     __u8 *own = heal_ports.lookup(&at_port), *all = heal_ports.lookup(&any);
 
     if (own && *own)
-        return *own == HEAL_NEVER ? HEAL_UNSET : *own;
+        return *own == HEAL_NEVER ? HEAL_UNSET : *own | OF_THIS_PORT;
     return all ? *all : HEAL_UNSET;
 }
 

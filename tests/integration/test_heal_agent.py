@@ -134,6 +134,25 @@ def test_dry_run_changes_nothing_and_counts(host: ContainerHost, folder: Path, p
         assert "3 replies would have got" in run_cli("heal", "status", f"--connect={agent.socket}").stdout
 
 
+def test_all_ports_are_those_of_servers(host: ContainerHost, folder: Path, port: int) -> None:
+    """A client's socket keeps the source that routing chooses, whoever writes to it."""
+    with NodeAgent(host, folder, "--heal=all") as agent:
+        assert len(exchange(host, V4, port, 3)) == 3
+        with host.node.socket(V4.inet) as server, host.container.socket(V4.inet) as client:
+            server.bind((V4.wildcard, 0))
+            server.settimeout(5)
+            chosen = server.getsockname()[1]
+            client.settimeout(5)
+            client.sendto(b"request", (V4.eth0, chosen))
+            _, peer = server.recvfrom(100)
+            server.sendto(b"reply", peer)
+            assert client.recvfrom(100)[1][0] == V4.docker0
+            with Client(agent.socket) as connection:
+                connection.heal(True, [chosen])
+            server.sendto(b"reply", peer)
+            assert client.recvfrom(100)[1][0] == V4.eth0
+
+
 def test_selected_process_is_healed_in_its_own_namespace(host: ContainerHost, folder: Path, port: int) -> None:
     """The agent runs elsewhere, finds the server's namespace, and follows it until the server has ended."""
     with Agent(folder, "--heal-process=heal-*") as agent:
