@@ -19,7 +19,7 @@ from repository import ROOT
 from udpwatch.agent import __version__
 from udpwatch.agent.cli import parse
 from udpwatch.agent.config import Settings, resolve
-from udpwatch.agent.model import Forwarded, Hooks
+from udpwatch.agent.model import Forwarded, HealSelection, Hooks
 from udpwatch.dns.options import read_conf
 from udpwatch.dns.settings import Server
 
@@ -71,6 +71,14 @@ MATRIX: dict[str, Values] = {
     },
     "network-policy": {"networkPolicy": {"enabled": True}},
     "settings": {"config": SETTINGS},
+    "heal": {"heal": [69, 161], "config": {"window": 20}},
+    "heal-pods": {
+        "healProcesses": ["snmpd", "dns-*"],
+        "healNamespaces": ["shop"],
+        "healDryRun": True,
+        "hostPID": True,
+        "capabilities": {"enterNamespaces": True},
+    },
     "profiles": {
         "dns": DNS,
         "seccompProfile": {"type": "Localhost", "localhostProfile": "udpwatch.json"},
@@ -244,6 +252,7 @@ CAPABILITIES = {
     "profiles": [*BASE, "NET_BIND_SERVICE"],
     "old-kernel": [*BASE, "SYS_RESOURCE"],
     "netlink": [*BASE, "SYS_ADMIN", "SYS_PTRACE"],
+    "heal-pods": [*BASE, "SYS_ADMIN", "SYS_PTRACE"],
 }
 HOST_PATHS = {
     "/sys/fs/cgroup": "/host/sys/fs/cgroup",
@@ -263,7 +272,7 @@ def test_containers_have_only_the_documented_rights(name: str) -> None:
     }, "no Role, no Secret"
     assert spec["automountServiceAccountToken"] is False
     assert spec["hostNetwork"] is (name != "pod-network")
-    assert spec["hostPID"] is (name in {"host-pid", "netlink"})
+    assert spec["hostPID"] is (name in {"host-pid", "netlink", "heal-pods"})
     assert "hostIPC" not in spec
     assert spec["securityContext"]["seccompProfile"]["type"] == (
         "Localhost" if name == "profiles" else "RuntimeDefault"
@@ -369,6 +378,24 @@ def test_settings_reach_the_agent_unchanged(tmp_path: Path) -> None:
     assert {name: getattr(found, name) for name in SETTINGS} == given
 
 
+@pytest.mark.parametrize(
+    ("values", "selected"),
+    [
+        ({}, None),
+        (MATRIX["heal"], HealSelection(ports=frozenset({69, 161}))),
+        (
+            MATRIX["heal-pods"],
+            HealSelection(all_ports=True, processes=("snmpd", "dns-*"), namespaces=("shop",), dry_run=True),
+        ),
+        ({"heal": ["all"]}, HealSelection(all_ports=True)),
+        ({"heal": ["standby"]}, HealSelection()),
+    ],
+    ids=str,
+)
+def test_agent_heals_what_the_values_select(values: Values, selected: HealSelection | None, tmp_path: Path) -> None:
+    assert settings(render(values), tmp_path).healing == selected
+
+
 def test_dns_forwards_cluster_names_to_the_cluster_and_others_to_the_nodes_servers(tmp_path: Path) -> None:
     manifests = render(MATRIX["dns"])
     found = settings(manifests, tmp_path)
@@ -410,6 +437,7 @@ def test_changed_settings_restart_the_pods() -> None:
         {},
         {"config": {"window": 60}},
         {"config": {"window": 61}},
+        {"heal": [69]},
         {"dns": DNS},
         {"dns": DNS | {"options": ["no-ident"]}},
     ]
@@ -500,7 +528,7 @@ def test_rules_take_labels_runbook_urls_and_exclusions() -> None:
     assert [rule["alert"] for rule in alerts(spec)] == kept
     for rule in alerts(spec):
         assert rule["labels"]["team"] == "net"
-        assert rule["labels"]["severity"] in {"warning", "critical"}
+        assert rule["labels"]["severity"] in {"info", "warning", "critical"}
         runbook = f"https://git.example.org/udpwatch/docs/runbooks/{rule['alert']}.md"
         assert rule["annotations"]["runbook_url"] == runbook
 
@@ -611,6 +639,8 @@ def test_notes_say_what_to_do_next() -> None:
     )
     assert "--set" not in done
     assert "clusterDNS" in notes({"dns": DNS})
+    assert f"kubectl -n {NAMESPACE} exec POD -- udpwatch heal off" in notes({"heal": [69]})
+    assert "heal" not in text
 
 
 @pytest.mark.parametrize(
@@ -621,6 +651,8 @@ def test_notes_say_what_to_do_next() -> None:
         ({"networkPolicy": {"enabled": True}}, "networkPolicy has no effect"),
         ({"hostPID": True}, "can signal, and so end, all of root's processes"),
         (MATRIX["netlink"], "equal root on the node"),
+        ({"healNamespaces": ["shop"]}, "only servers with hostNetwork are healed"),
+        ({"heal": [69], "hostNetwork": False}, "nothing is healed"),
         ({"seccompProfile": {"type": "Unconfined"}}, "seccompProfile.type is Unconfined"),
         ({"prometheusRule": {"enabled": True}}, "prometheusRule.runbookUrl is empty"),
     ],

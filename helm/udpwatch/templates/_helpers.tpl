@@ -96,6 +96,9 @@ runAsGroup: 0
 {{- if and .capabilities.enterNamespaces (not .hostPID) }}
 {{- fail "capabilities.enterNamespaces needs hostPID: true: namespaces are found by way of the node's processes" }}
 {{- end }}
+{{- if and .healDryRun (not (or .heal .healProcesses .healNamespaces)) }}
+{{- fail "healDryRun needs servers to heal: give heal, healProcesses or healNamespaces" }}
+{{- end }}
 {{- if and .podMonitor.enabled .serviceMonitor.enabled }}
 {{- fail "podMonitor.enabled and serviceMonitor.enabled: every series would be there twice; choose one" }}
 {{- end }}
