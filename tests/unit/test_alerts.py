@@ -66,7 +66,7 @@ def test_each_alert_says_what_to_do(rule: dict[str, dict[str, str]]) -> None:
 
 
 def test_each_alert_has_a_page_and_each_page_an_alert() -> None:
-    assert {path.stem for path in RUNBOOKS.glob("*.md")} - {"README"} == set(NAMES)
+    assert {path.stem for path in RUNBOOKS.glob("*.md")} - {"README", "SwitchHealingOff"} == set(NAMES)
     listed = re.findall(r"^\| \[(\w+)\]\(\1\.md\) \| (\w+) \|", (RUNBOOKS / "README.md").read_text(), re.MULTILINE)
     assert listed == [(rule["alert"], rule["labels"]["severity"]) for rule in boards.rules()]
 
