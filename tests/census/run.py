@@ -61,7 +61,8 @@ def main() -> int:
 def _run(census: Census, setup: Setup) -> Result:
     version = tree(setup.packages).version
     first = census.run(setup)
-    return result_of(setup, version, first, census.run(setup, remedied=True) if setup.remedy else None)
+    fixed = census.run(setup, remedied=True) if setup.remedy else None
+    return result_of(setup, version, first, fixed, census.run_healed(setup))
 
 
 def _passed(setup: Setup, result: Result | None) -> bool:

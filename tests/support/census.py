@@ -47,6 +47,7 @@ from typing import IO, Any, Self
 from census_docker import CensusDocker
 from census_requests import request_named
 from debian_trees import Tree, command, tree
+from healed import Healed
 from machine import own_cgroup
 from sensors import Watch
 from waiting import wait_for
@@ -55,7 +56,7 @@ from udpwatch.agent.client.explain import remedy_advice
 from udpwatch.agent.client.remedies import Remedy, codes, remedies, remedy_of
 from udpwatch.agent.commands.audit import examine
 from udpwatch.agent.errors import CannotRun
-from udpwatch.agent.model import Row, Sender
+from udpwatch.agent.model import Cause, Row, Sender, Verdict
 from udpwatch.agent.servers.audit import ServerRisk, WrongReply
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -167,6 +168,9 @@ class Outcome:
     ports: set[int] = field(default_factory=set)  # from which it replied
     findings: Counter[tuple[str, str]] = field(default_factory=Counter)  # of the sensor: (expected, actual)
     processes: set[str] = field(default_factory=set)  # in the findings
+    causes: set[Cause] = field(default_factory=set)  # in the findings
+    healed: int = 0  # replies that the sensor counted as healed
+    refused: Counter[str] = field(default_factory=Counter)  # sends that were not healed, by reason (model.REFUSALS)
     audit: list[ServerRisk] = field(default_factory=list)  # of the server, before the first packet
     log: str = ""
 
@@ -211,13 +215,22 @@ class Census:
             self._host = stack.enter_context(ContainerHost())
             # As on a bridge that Docker made: otherwise, it changes with each container, and clients know the old one.
             self._host.node.ip("link set docker0 address 02:42:ac:11:00:01")
-            self._watch = Watch(watched=cgroup)
+            self._watch = Watch(watched=cgroup, heal=True)
             stack.callback(self._watch.close)
+            self._healed = stack.enter_context(contextlib.closing(Healed(self._watch.sensor, self._host.node)))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def run_healed(self, setup: Setup) -> Outcome:
+        """Run the unchanged server with healing on for all ports. Raises NotAvailable."""
+        before = self._healed.refused()
+        with self._healed.on():
+            outcome = self.run(setup)
+        outcome.refused = self._healed.refused() - before
+        return outcome
 
     def run(self, setup: Setup, remedied: bool = False) -> Outcome:
         """Start the server, ask it at each address, and stop it. Raises NotAvailable."""
@@ -233,9 +246,13 @@ class Census:
             with self._running(one, made, outcome) as process:
                 self._ask_all(one, process, setup.addresses, outcome)
         for finding, number in self._watch.findings(setup.port).items():
-            if number > before.get(finding, 0):
-                outcome.findings[finding.expected, finding.actual] += number - before.get(finding, 0)
+            added = number - before.get(finding, 0)
+            if added and finding.verdict == Verdict.HEALED:
+                outcome.healed += added
+            elif added:
+                outcome.findings[finding.expected, finding.actual] += added
                 outcome.processes.add(finding.process)
+                outcome.causes.add(Cause(finding.cause))
         return outcome
 
     @contextlib.contextmanager
@@ -284,6 +301,7 @@ class Census:
             )
             if not outcome.audit:
                 outcome.audit = self._audit(setup)
+        self._healed.follow()
         for address in addresses:
             outcome.sources[address] = ""
             for seconds in REPLY_SECONDS:

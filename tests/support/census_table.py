@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from census import GENERAL, Outcome, Setup, remedy_called
 from repository import DOCS
+
+from udpwatch.agent.model import Cause
 
 PAGE = DOCS / "census.md"
 _BEGIN, _END = "<!-- make census writes from here -->\n", "<!-- to here -->\n"
@@ -36,6 +39,11 @@ class Result:
     fixed_wrong: str = ""
     fixed_silent: tuple[str, ...] = ()
     fixed_findings: int = 0
+    healed: int = 0  # replies that the sensor counted as healed, with healing on and without the fix
+    healed_wrong: str = ""  # families with wrong replies then
+    healed_silent: tuple[str, ...] = ()
+    healed_findings: int = 0  # of wrong replies then
+    unhealed: tuple[str, ...] = ()  # why those were not healed, as the sensor reports it
     note: str = ""
     log: str = ""  # the end of it, if something failed
 
@@ -57,6 +65,18 @@ class Result:
             )
         if self.fixed_predicted:
             found.append(f"with the fix audit expects wrong replies over {families(self.fixed_predicted)}")
+        return found + self._failures_of_healing()
+
+    def _failures_of_healing(self) -> list[str]:
+        found = []
+        if self.healed_silent and not self.silent:
+            found.append(f"with healing no reply from {', '.join(self.healed_silent)}")
+        if worse := "".join(each for each in self.healed_wrong if each not in self.wrong):
+            found.append(f"healing made replies wrong over {families(worse)}")
+        if (self.healed_wrong or self.healed_findings) and not self.unhealed:
+            found.append(f"with healing wrong replies over {families(self.healed_wrong)}, for no reason")
+        if self.wrong != self.healed_wrong and not self.healed:
+            found.append("healing made replies right, and none was counted")
         return found
 
 
@@ -66,8 +86,8 @@ def key_of(setup: Setup) -> str:
     return hashlib.sha256(repr((asdict(setup), fix)).encode()).hexdigest()[:16]
 
 
-def result_of(setup: Setup, version: str, first: Outcome, fixed: Outcome | None) -> Result:
-    """Return the row of a set-up. ``fixed``: with the remedy; None: it has none."""
+def result_of(setup: Setup, version: str, first: Outcome, fixed: Outcome | None, healed: Outcome) -> Result:
+    """Return the row of a set-up. ``fixed``: with the remedy; None: it has none. ``healed``: with healing instead."""
     row = Result(
         key_of(setup),
         setup.name,
@@ -85,13 +105,27 @@ def result_of(setup: Setup, version: str, first: Outcome, fixed: Outcome | None)
         fixed.wrong() if fixed else "",
         tuple(fixed.silent()) if fixed else (),
         len(fixed.findings) if fixed else 0,
+        healed.healed,
+        healed.wrong(),
+        tuple(healed.silent()),
+        len(healed.findings),
+        tuple(reasons(setup, healed)),
         setup.note,
     )
     if not row.failures:
         return row
-    return Result(
-        **{**asdict(row), "log": first.log[-600:] + (f"\n-- with the fix\n{fixed.log[-600:]}" if fixed else "")}
-    )
+    logs = {"": first, "with the fix": fixed, "with healing": healed}
+    return replace(row, log="\n".join(f"-- {name}\n{each.log[-600:]}" for name, each in logs.items() if each))
+
+
+def reasons(setup: Setup, healed: Outcome) -> list[str]:
+    """Return why wrong replies were not healed: the findings' causes, refusals, and no finding at all."""
+    if not healed.mismatches() and not healed.findings:
+        return []
+    found = [cause for cause in sorted(healed.causes) if cause is not Cause.KERNEL_CHOSEN]
+    if setup.port not in healed.ports and not healed.findings:
+        found.append("another port")
+    return [*found, *sorted(healed.refused)]
 
 
 def disagreements(setup: Setup, outcome: Outcome) -> list[str]:
@@ -153,6 +187,39 @@ def agreement(results: Iterable[Result]) -> Agreement:
     return Agreement(counts[True, True], counts[True, False], counts[False, True], counts[False, False])
 
 
+@dataclass(frozen=True)
+class Share:
+    """What healing made of the set-ups."""
+
+    right: int  # with wrong replies before, and none with healing
+    unhealed: Mapping[str, int]  # the others by reason
+    before: int  # set-ups that were right before
+    worse: int  # of them with healing
+
+    def __str__(self) -> str:
+        wrong = self.right + sum(self.unhealed.values())
+        reasons = ", ".join(f"{why}: {number}" for why, number in sorted(self.unhealed.items()))
+        reasons = f" ({reasons})" if reasons else ""
+        return (
+            f"With healing, {self.right} of the {wrong} unchanged set-ups that replied from the wrong address replied "
+            f"from the right one ({self.right / max(wrong, 1):.0%}). {wrong - self.right} were not healed{reasons}. Of "
+            f"the {self.before} set-ups that were right before, healing made {self.worse} wrong."
+        )
+
+
+def share_healed(results: Iterable[Result]) -> Share:
+    """Count the set-ups by what healing made of them."""
+    right, before, worse, unhealed = 0, 0, 0, Counter[str]()
+    for each in results:
+        is_right = not (each.healed_wrong or each.healed_findings or each.healed_silent)
+        right += bool(each.wrong) and is_right
+        before += not each.wrong
+        worse += not each.wrong and not is_right
+        if each.wrong and not is_right:
+            unhealed[", ".join(each.unhealed) or "no reason"] += 1
+    return Share(right, unhealed, before, worse)
+
+
 def table(results: Sequence[Result], missing: Mapping[str, str] = {}) -> str:
     """Return the table with what it adds up to, in Markdown. ``missing``: why set-ups were not run, by name."""
     replied = [each for each in results if not each.silent]
@@ -184,7 +251,27 @@ def table(results: Sequence[Result], missing: Mapping[str, str] = {}) -> str:
             _fixed(each),
         )
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_healing(replied)]) + "\n"
+
+
+def _healing(replied: Sequence[Result]) -> list[str]:
+    """Return the table of what healing made of the set-ups with wrong replies."""
+    lines = [
+        *textwrap.wrap(str(share_healed(replied)), 120, break_long_words=False, break_on_hyphens=False),
+        "",
+        "| set-up | replies | replies with healing | reason |",
+        "|---|---|---|---|",
+    ]
+    for each in sorted(replied, key=lambda each: each.name.lower()):
+        if each.wrong or each.healed_wrong or each.healed_findings:
+            cells = (
+                each.name + (f" ({each.note})" if each.note else ""),
+                f"wrong: {short(each.wrong)}" if each.wrong else "right",
+                f"wrong: {short(each.healed_wrong)}" if each.healed_wrong or each.healed_findings else "right",
+                ", ".join(each.unhealed),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def write_page(text: str, path: Path = PAGE) -> None:

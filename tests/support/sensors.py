@@ -27,10 +27,14 @@ class Watch:
         hooks: Hooks = Hooks.ALL,
         forwarded: Forwarded = Forwarded.AUTO,
         watched: Path | None = None,
+        heal: bool = False,
     ) -> None:
-        """``watched``: only this cgroup, so that nothing else on the machine disturbs."""
+        """``watched``: only this cgroup, so that nothing else on the machine disturbs. ``heal``: load the programs that
+        heal, for healed.Healed.
+        """
         self.cgroup = cgroup.find(str(watched) if watched else None)
-        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded, Path(os.environ["UDPWATCH_CACHE"]))
+        cache = Path(os.environ["UDPWATCH_CACHE"])
+        self.sensor = Sensor.open(self.cgroup, limits, btf, hooks, forwarded, cache, heal=heal)
         self._findings: dict[Finding, int] = {}
         self._events: list[Event] = []
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 from census import GENERAL, setups
 from census_requests import request_named
-from census_table import PAGE, Agreement, Result, agreement, short, table
+from census_table import PAGE, Agreement, Result, Share, agreement, share_healed, short, table
 
 from udpwatch.agent.client.explain import remedy_advice
 from udpwatch.agent.client.explain_text import remedy_text
 from udpwatch.agent.client.remedies import remedies
 
 RIGHT = Result("", "a", "p", "1", "", "46", "", "", "", (), 0)
-WRONG = replace(RIGHT, name="b", remedy="NSD", expected="46", predicted="4", wrong="46", findings=2)
+WRONG = replace(RIGHT, name="b", remedy="NSD", expected="46", predicted="4", wrong="46", findings=2, healed=4)
+CONNECTED = replace(WRONG, name="c", healed=0, healed_wrong="46", healed_findings=2, unhealed=("connected",))
 
 
 def test_set_ups_are_complete() -> None:
@@ -50,11 +51,27 @@ def test_result_that_differs_is_a_failure() -> None:
     assert replace(WRONG, fixed_silent=("172.17.0.1",)).failures
 
 
-def rows_of_the_page() -> dict[str, list[str]]:
-    """Return the cells of each row by the name of the set-up."""
+def test_result_that_is_not_healed_needs_a_reason() -> None:
+    assert not CONNECTED.failures
+    assert replace(CONNECTED, unhealed=()).failures
+    assert replace(WRONG, healed=0).failures
+    assert replace(WRONG, healed_silent=("172.17.0.1",)).failures
+    assert replace(RIGHT, healed_wrong="4", unhealed=("several-addresses",)).failures
+
+
+def test_share_counts_what_healing_made_of_each_set_up() -> None:
+    worse = replace(RIGHT, name="d", healed_wrong="4")
+    share = share_healed([RIGHT, WRONG, CONNECTED, worse])
+    assert share == Share(right=1, unhealed={"connected": 1}, before=2, worse=1)
+    assert "1 of the 2" in str(share)
+    assert "| c | wrong: 4, 6 | wrong: 4, 6 | connected |" in table([RIGHT, CONNECTED])
+
+
+def rows_of_the_page(columns: int = 7) -> dict[str, list[str]]:
+    """Return the cells of each row of the table with so many columns, by the name of the set-up."""
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.read_text().splitlines()]
     notes = {f"{setup.name} ({setup.note})" if setup.note else setup.name: setup.name for setup in setups()}
-    return {notes.get(cells[0], cells[0]): cells for cells in rows if len(cells) == 7 and cells[2][0] in "46"}
+    return {notes[cells[0]]: cells for cells in rows if len(cells) == columns and cells[0] in notes}
 
 
 def test_page_shows_every_set_up_and_what_it_expects() -> None:
@@ -66,6 +83,14 @@ def test_page_shows_every_set_up_and_what_it_expects() -> None:
         assert audit == (f"wrong: {short(setup.predicted)}" if setup.predicted else "right"), setup.name
         assert replies == (f"wrong: {short(setup.wrong)}" if setup.wrong else "right"), setup.name
         assert fixed == ("right" if setup.remedy else "no setting is known" if setup.wrong else ""), setup.name
+
+
+def test_page_shows_what_healing_made_of_every_set_up_with_wrong_replies() -> None:
+    rows = rows_of_the_page(4)
+    assert rows.keys() == {setup.name for setup in setups() if setup.wrong}
+    for _name, replies, healed, reason in rows.values():
+        assert replies.startswith("wrong")
+        assert healed == "right" if not reason else healed.startswith("wrong")
 
 
 def test_versions_that_were_run_are_those_of_the_table() -> None:
