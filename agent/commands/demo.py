@@ -328,7 +328,8 @@ def _run_healed(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
     """Heal the plain servers, ask them at the address that they do not reply from, and stop healing."""
     report.head(f"The plain servers, unchanged: udpwatch heal on {PORT} {PORT_MAPPED}")
     with Client(agent.socket) as client:
-        if reason := client.heal().reason:
+        healing = client.heal()
+        if reason := healing.reason or "; ".join(healing.not_healed):
             report.fact("udpwatch", f"cannot heal here: {reason}")
             return
         client.heal(True, [PORT, PORT_MAPPED])

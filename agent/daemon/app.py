@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.cpu import Cpus, Pace, favour_servers
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
-from udpwatch.agent.model import Cause, Event, Healing, Row, Sample, Snapshot
+from udpwatch.agent.model import Cause, Event, Healing, Probe, Row, Sample, Snapshot
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
@@ -219,7 +220,7 @@ class App:
         )
         for note in self._snapshot.notes:
             log.warning("%s", note)
-        healing = self._healing()
+        healing = self._healing(())
         if healing and not healing.reason:
             log.info("%s: %s", "dry run of healing" if healing.dry_run else "heals replies", healing.selected)
         elif healing:
@@ -257,7 +258,7 @@ class App:
         self._left_out = left_out
         if self._healer:
             self._healer.update(self._state.servers_of(sample))
-        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing())
+        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes))
         ready, reason = self._ready()
         if self._logged_ready not in (None, ready) and not self._done.is_set():
             self._logged_ready = ready
@@ -278,8 +279,8 @@ class App:
             self._not_logged = 0
         log.warning("%s", describe(row))
 
-    def _healing(self) -> Healing | None:
-        return self._healer.status() if self._healer else None
+    def _healing(self, probes: Iterable[Probe]) -> Healing | None:
+        return self._healer.status(probes) if self._healer else None
 
     def _heal(self, on: bool | None, ports: list[int]) -> Healing:
         """Return what is healed; before that, switch it on or off. Raises UdpwatchError."""
@@ -289,7 +290,7 @@ class App:
             self._healer.switch(on, ports)
             what = f"port {', '.join(map(str, ports))}" if ports else "what the settings select" if on else "everything"
             log.warning("healing of %s is switched %s over the socket", what, "on" if on else "off")
-        return self._healer.status()
+        return self._healer.status(self._snapshot.probes)
 
     def _doctor(self) -> dict[str, Any]:
         """Return the agent's report about itself, for its socket."""

@@ -13,7 +13,9 @@ from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.heal.modes import Modes
 from udpwatch.agent.heal.namespaces import Namespaces, Wanted
 from udpwatch.agent.kernel import bpf, records
-from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Sender, ServerCount
+from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Probe, Sender, ServerCount
+
+_FAMILIES = {"heal4": "IPv4", "heal6": "IPv6"}  # of the programs
 
 
 class Healer:
@@ -69,8 +71,8 @@ class Healer:
         with self._lock:
             self._modes.switch(on, ports)
 
-    def status(self) -> Healing:
-        """Return what is healed, and what was refused."""
+    def status(self, probes: Iterable[Probe]) -> Healing:
+        """Return what is healed, and what was refused. ``probes``: the programs in their current state."""
         if not self._modes or not self._namespaces:
             refused = dict.fromkeys(REFUSALS, 0)
             return Healing(str(self._selection), False, self._selection.dry_run, reason=self._reason, refused=refused)
@@ -78,15 +80,21 @@ class Healer:
         dry_run_replies, refused = records.decode_heal_counts(raw or b"")
         with self._lock:
             on, ports_on, ports_off = self._modes.on, self._modes.ports_on.copy(), self._modes.ports_off.copy()
+        detached = [f"{_FAMILIES[each.name]}: {each.reason}" for each in probes if _is_detached(each)]
         return Healing(
             selected=str(self._selection),
             on=on and not self._selection.is_empty,
             dry_run=self._selection.dry_run,
             ports_on=tuple(sorted(ports_on)),
             ports_off=tuple(sorted(ports_off)),
+            reason="; ".join(detached) if len(detached) == len(_FAMILIES) else "",
             namespaces=self._namespaces.followed,
-            not_healed=self._namespaces.not_healed(),
+            not_healed=(*detached, *self._namespaces.not_healed()),
             addresses=self._namespaces.addresses,
             dry_run_replies=dry_run_replies,
             refused=refused,
         )
+
+
+def _is_detached(probe: Probe) -> bool:
+    return probe.name in _FAMILIES and not probe.attached
