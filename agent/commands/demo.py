@@ -342,7 +342,7 @@ def _run_healed(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
     finally:
         capture.close()
     for (address, port), (replies, client_port) in zip(asked, exchanged, strict=True):
-        note = " (a socket on ::)" if port == PORT_MAPPED else ""
+        note = " (on ::)" if port == PORT_MAPPED else ""
         text = f"asked {_join(address, port)}{note}, received {replies} of {ROUNDS} replies"
         report.check(replies == ROUNDS, "client", text)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
