@@ -277,25 +277,13 @@ def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], 
             answer.refused[program.name] = str(error)
 
 
-def _load_heal(
-    maps: dict[str, int],
-    request: dict[str, Any],
-    constants: Mapping[str, object],
-    found: features.Features,
-    answer: _Answer,
-) -> None:
-    """Load what heals replies, behind the sensor's programs on the same hooks; note why if that fails."""
-    reason = found.address_reason
-    if not reason and not {"OFFSET_INET_FLAGS", "BIT_INET_TRANSPARENT"} & found.socket_offsets.keys():
-        reason = "this kernel does not tell which sockets are transparent"
-    try:
-        if reason:
-            raise UdpwatchError(reason)
-        code = _link(_obtain("heal.c", request, constants), maps)
-    except UdpwatchError as error:
-        answer.refused |= {program.name: str(error) for program, _ in HOOKS if program.is_for_healing}
-        return
-    _attach_hooks("heal.c", code, request, answer)
+def _without_healing(found: features.Features) -> str:
+    """Return why nothing can be healed on this kernel; "": it can."""
+    if found.address_reason:
+        return found.address_reason
+    if not {"OFFSET_INET_FLAGS", "BIT_INET_TRANSPARENT"} & found.socket_offsets.keys():
+        return "this kernel does not tell which sockets are transparent"
+    return ""
 
 
 def _load_inventory(request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> str:
@@ -404,8 +392,11 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     hooks = Hooks(request["hooks"])
     if hooks is Hooks.FUNCTION and not found.flow_probes:
         raise CannotRun(f"cannot probe functions: {found.probes_reason}; use --hooks all")
-    constants = _constants(request, found)
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
+    if request["heal"] and (reason := _without_healing(found)):
+        request["heal"] = False
+        answer.refused |= {program.name: reason for program, _ in HOOKS if program.is_for_healing}
+    constants = _constants(request, found)
     if found.socket_offsets:
         compiler = _load_inventory(request, constants, answer)
     if request["only_inventory"]:
@@ -417,8 +408,8 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         _load_hooks(_link(compiled, maps), maps, request, answer)
         read |= MAPS["sockets.c"]
         if request["heal"]:
-            _load_heal(maps, request, constants, found, answer)
-            read |= MAPS["heal.c"] & maps.keys()
+            _attach_hooks("heal.c", _link(_obtain("heal.c", request, constants), maps), request, answer)
+            read |= MAPS["heal.c"]
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("conntrack.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)

@@ -14,6 +14,7 @@ from scene import V4, V6, Family, bound
 from waiting import wait_for
 
 from udpwatch.agent.client.connection import Client
+from udpwatch.agent.errors import CannotRun
 from udpwatch.agent.testing import servers
 from udpwatch.agent.testing.lab import ContainerHost
 
@@ -196,6 +197,21 @@ def test_without_the_right_to_enter_it_says_which_namespace_is_not_healed(
         assert any("heal-me" in line and "CAP_SYS_ADMIN" in line for line in lines), lines
         assert not _asks(host, port)
         process.stop()
+
+
+def test_without_kernel_memory_the_agent_runs_and_heals_nothing(host: ContainerHost, folder: Path, port: int) -> None:
+    """The programs must read the kernel's own list of addresses."""
+    wrapper = ("setpriv", "--bounding-set=-perfmon,-sys_admin", "--inh-caps=-perfmon,-sys_admin")
+    try:
+        agent = Agent(folder, f"--heal={port}", wrapper=wrapper)
+    except CannotRun:
+        pytest.skip("by design: this kernel's verifier needs CAP_PERFMON (docs/kernels.md)")
+    with agent:
+        assert any("cannot heal" in line or "replies are not healed" in line for line in agent.log)
+        status = run_cli("heal", "status", f"--connect={agent.socket}")
+        assert (status.returncode, status.stdout.splitlines()[0][:25]) == (1, "healing        impossible")
+        assert "cannot heal" in run_cli("heal", "on", f"--connect={agent.socket}").stderr
+        assert agent.metric("udpwatch_heal_active") == 0
 
 
 def test_agent_without_healing_refuses_to_switch(folder: Path) -> None:
