@@ -52,7 +52,10 @@ class Client:
     def heal(self, on: bool | None = None, ports: Sequence[int] = ()) -> Healing:
         """Return what is healed; before that, switch ports, or everything, on or off. Raises OSError, UdpwatchError."""
         request = {"get": "heal"} if on is None else {"heal": "on" if on else "off", "ports": list(ports)}
-        return from_json(Healing, self._request(request, "heal"))
+        response = self._ask(request)
+        if "heal" not in response:
+            raise UdpwatchError(response.get("error", "invalid response"))
+        return from_json(Healing, response["heal"])
 
     def follow(self) -> Iterator[dict[str, Any]]:
         """Yield {"event": ...} for each new event, and {"lost": N} if this reader was too slow, until the agent ends.
@@ -75,19 +78,24 @@ class Client:
 
     def _request(self, request: dict[str, Any], field: str) -> Any:
         """Send a request and return one field of the response."""
+        response = self._ask(request)
+        if field not in response:
+            raise UdpwatchError(f"cannot query the agent on {self._path}: {response.get('error', 'invalid response')}")
+        return response[field]
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the response."""
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         line = self._lines.readline()
         if not line:
             raise ConnectionResetError(f"the agent on {self._path} closed the connection")
-        response = json.loads(line)
+        response: dict[str, Any] = json.loads(line)
         if response.get("v") != VERSION:
             raise UdpwatchError(
                 f"cannot query the agent on {self._path}: it uses protocol version {response.get('v')}, this program "
                 f"uses version {VERSION}; run the agent's version of udpwatch"
             )
-        if field not in response:
-            raise UdpwatchError(f"cannot query the agent on {self._path}: {response.get('error', 'invalid response')}")
-        return response[field]
+        return response
 
 
 def from_json(kind: type[_Model], encoded: Any) -> _Model:

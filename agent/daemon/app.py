@@ -223,8 +223,6 @@ class App:
         healing = self._healing(())
         if healing and not healing.reason:
             log.info("%s: %s", "dry run of healing" if healing.dry_run else "heals replies", healing.selected)
-        elif healing:
-            log.warning("cannot heal: %s", healing.reason)
 
     def _drop_capabilities(self) -> None:
         """Keep the capabilities that the source still needs, one to open an event file again whatever its owner, and

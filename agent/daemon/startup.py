@@ -11,12 +11,11 @@ from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.config import Settings
 from udpwatch.agent.daemon.self_test import SelfTest
 from udpwatch.agent.daemon.state import SenderLookup
-from udpwatch.agent.heal.healer import Healer
+from udpwatch.agent.heal.healer import FAMILIES, Healer
 from udpwatch.agent.kernel import capabilities, cgroup
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
-from udpwatch.agent.kernel.programs import BY_NAME
 from udpwatch.agent.sources.replay import Replay
 from udpwatch.agent.sources.sensor import Sensor
 from udpwatch.agent.sources.source import FindingSource
@@ -68,7 +67,7 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
         senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}")), pace),
         self_test=SelfTest(sensor, watched.contains(os.getpid())),
         description="the whole node" if watched.is_root else watched.path,
-        notes=notes(sensor, watched),
+        notes=notes(sensor, watched, healer),
         close=close,
         capabilities=_needed(sensor, settings),
         healer=healer,
@@ -112,7 +111,7 @@ def limits(settings: Settings) -> Limits:
     )
 
 
-def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
+def notes(sensor: Sensor, watched: cgroup.Cgroup, healer: Healer | None = None) -> tuple[str, ...]:
     """What does not work on this machine and what follows from it, one line each."""
     lines = _socket_notes(sensor, watched) if sensor.mode != "function" else []
     if sensor.mode == "function":
@@ -123,12 +122,11 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup) -> tuple[str, ...]:
             "--forwarded reads conntrack's events instead, --no-forwarded removes this message"
         )
     lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
-    lines += [f"{probe.reason}{_without(probe.name)}" for probe in sensor.probes() if not probe.attached]
+    lines += [probe.reason for probe in sensor.probes() if not probe.attached and probe.name not in FAMILIES]
+    if healer:
+        healing = healer.status(sensor.probes())
+        lines += [f"cannot heal: {line}" for line in ([healing.reason] if healing.reason else healing.not_healed)]
     return tuple(lines)
-
-
-def _without(probe: str) -> str:
-    return f": {BY_NAME[probe].without}" if BY_NAME[probe].is_for_healing else ""
 
 
 def _socket_notes(sensor: Sensor, watched: cgroup.Cgroup) -> list[str]:

@@ -15,7 +15,7 @@ from udpwatch.agent.heal.namespaces import Namespaces, Wanted
 from udpwatch.agent.kernel import bpf, records
 from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Probe, Sender, ServerCount
 
-_FAMILIES = {"heal4": "IPv4", "heal6": "IPv6"}  # of the programs
+FAMILIES = {"heal4": "IPv4", "heal6": "IPv6"}  # program -> what it heals
 
 
 class Healer:
@@ -80,14 +80,14 @@ class Healer:
         dry_run_replies, refused = records.decode_heal_counts(raw or b"")
         with self._lock:
             on, ports_on, ports_off = self._modes.on, self._modes.ports_on.copy(), self._modes.ports_off.copy()
-        detached = [f"{_FAMILIES[each.name]}: {each.reason}" for each in probes if _is_detached(each)]
+        detached = [f"{FAMILIES[each.name]}: {each.reason}" for each in probes if _is_detached(each)]
         return Healing(
             selected=str(self._selection),
             on=on and not self._selection.is_empty,
             dry_run=self._selection.dry_run,
             ports_on=tuple(sorted(ports_on)),
             ports_off=tuple(sorted(ports_off)),
-            reason="; ".join(detached) if len(detached) == len(_FAMILIES) else "",
+            reason="; ".join(detached) if len(detached) == len(FAMILIES) else "",
             namespaces=self._namespaces.followed,
             not_healed=(*detached, *self._namespaces.not_healed()),
             addresses=self._namespaces.addresses,
@@ -97,4 +97,4 @@ class Healer:
 
 
 def _is_detached(probe: Probe) -> bool:
-    return probe.name in _FAMILIES and not probe.attached
+    return probe.name in FAMILIES and not probe.attached
