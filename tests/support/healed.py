@@ -41,7 +41,7 @@ class Healed:
 
     def follow(self) -> None:
         """Wait until all addresses of the namespace are known; one that was removed must have stayed for a second."""
-        wait_for(lambda: self._healer.status().addresses == self._usable(), "the addresses to be followed")
+        wait_for(lambda: self._healer.status(()).addresses == self._usable(), "the addresses to be followed")
 
     def _usable(self) -> int:
         with self._node.entered():
@@ -49,4 +49,4 @@ class Healed:
 
     def refused(self) -> Counter[str]:
         """Return the number of replies that were not healed, by reason (model.REFUSALS)."""
-        return Counter(self._healer.status().refused)
+        return Counter(self._healer.status(()).refused)
