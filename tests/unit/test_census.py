@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 
 from census import GENERAL, setups
 from census_requests import request_named
 from census_table import PAGE, Agreement, Result, Share, agreement, share_healed, short, table
+from repository import DOCS, ROOT
 
 from udpwatch.agent.client.explain import remedy_advice
 from udpwatch.agent.client.explain_text import remedy_text
@@ -91,6 +93,14 @@ def test_page_shows_what_healing_made_of_every_set_up_with_wrong_replies() -> No
     for _name, replies, healed, reason in rows.values():
         assert replies.startswith("wrong")
         assert healed == "right" if not reason else healed.startswith("wrong")
+
+
+def test_pages_name_the_share_of_the_census() -> None:
+    rows = rows_of_the_page(4).values()
+    healed, wrong = sum(not reason for *_, reason in rows), len(rows)
+    for page in (DOCS / "heal.md", ROOT / "README.md"):
+        numbers = re.findall(r"Of (\d+) set-ups of real servers .*? makes (\d+) ", " ".join(page.read_text().split()))
+        assert numbers == [(str(wrong), str(healed))], page
 
 
 def test_versions_that_were_run_are_those_of_the_table() -> None:
