@@ -11,8 +11,16 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Before pytest-xdist, which reads the groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip integration tests without root, and say why."""
+    """Divide the tests between two processes, and skip integration tests without root.
+
+    The tests of the responder wait for time-outs most of the time, so the others run beside them.
+    """
+    for item in items:
+        is_dns = "dns" in item.path.parts or item.path.name.startswith("test_dns")
+        item.add_marker(pytest.mark.xdist_group("dns" if is_dns else "agent"))
     if os.geteuid() == 0:
         return
     for item in items:

@@ -15,7 +15,8 @@ from sensors import Watch, open_netlink_watch
 
 from udpwatch.agent.testing.lab import ContainerHost, Namespace
 
-_ports = count(20_000)
+# Each process of pytest-xdist has ports of its own.
+_ports = count(20_000 + 5_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 
 
 @pytest.fixture(scope="session", autouse=True)
