@@ -44,7 +44,7 @@ demo: packages-run $(VENV)/.run
 	@$(BIN)/udpwatch demo
 
 test: packages-test $(VENV)/.dev $(HELM)
-	@$(BIN)/pytest --numprocesses=2 --dist=loadgroup $(PYTEST_ARGS)
+	@$(BIN)/pytest --numprocesses=2 $(PYTEST_ARGS)
 
 unit: $(VENV)/.dev
 	@$(BIN)/pytest tests/unit $(PYTEST_ARGS)

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import os
 import signal
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # A script's job in the background ignores SIGINT, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Before pytest-xdist, which reads the groups.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divide the tests between two processes, and skip integration tests without root.
-
-    The tests of the responder wait for time-outs most of the time, so the others run beside them.
-    """
-    for item in items:
-        is_dns = "dns" in item.path.parts or item.path.name.startswith("test_dns")
-        item.add_marker(pytest.mark.xdist_group("dns" if is_dns else "agent"))
+    """Skip integration tests without root, and say why."""
     if os.geteuid() == 0:
         return
     for item in items:
         if "integration" in item.path.parts:
             item.add_marker(pytest.mark.skip(reason="needs root: run `make test` as root"))
+
+
+class _BesideTheResponder(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types of its classes
+    """Run the tests of the DNS responder in one process and all others in another one. Most of the responder's wait for
+    time-outs.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "dns" if nodeid.startswith(("tests/unit/dns/", "tests/integration/test_dns")) else "agent"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Divide the tests between the processes of `make test`."""
+    return _BesideTheResponder(config, log)
