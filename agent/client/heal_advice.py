@@ -21,7 +21,8 @@ def heal_sentence(row: Row, healing: Healing | None) -> str:
         case Cause.CONNECTED:
             return (
                 "udpwatch cannot heal this: connect() chose the source before the reply, and the hook that heals does "
-                "not run for sends of connected sockets."
+                "not run for sends of connected sockets. A redirect in the firewall can help "
+                "(docs/heal.md#redirect-a-connected-server)."
             )
         case Cause.EXPLICIT:
             return (
