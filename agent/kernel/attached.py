@@ -9,7 +9,7 @@ from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.loader import Loaded
 from udpwatch.agent.kernel.probes import How
-from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HOOKS
+from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HEAL_HOOKS, HOOKS
 from udpwatch.agent.model import Probe
 
 MODULES = Path("/sys/module")
@@ -25,7 +25,7 @@ class Attached:
         self._instructions = loaded.instructions
         self._how = loaded.features.functions
         wanted = loaded.programs.keys() | loaded.refused.keys()
-        self._hooks = {program.name: hook for program, hook in HOOKS if program.name in wanted}
+        self._hooks = {program.name: hook for program, hook in (*HOOKS, *HEAL_HOOKS) if program.name in wanted}
         self._functions = [program.name for program, _ in FUNCTIONS if program.name in wanted]
         self._reattached = dict.fromkeys(self._hooks, 0)
         # fentry keeps a function's module loaded. A kprobe does not: it silently ends when the module is unloaded.

@@ -42,6 +42,7 @@ from udpwatch.agent.kernel.objects import CompileCache, Object, name_maps
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.kernel.programs import (
     FUNCTIONS,
+    HEAL_HOOKS,
     HOOKS,
     ITERATORS,
     KEYS,
@@ -264,7 +265,7 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
 
 
 def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], answer: _Answer) -> None:
-    for program, hook in HOOKS:
+    for program, hook in (*HOOKS, *HEAL_HOOKS):
         if program.source != source:
             continue
         try:
@@ -395,7 +396,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     answer, maps, read = _Answer(), dict[str, int](), set[str]()
     if request["heal"] and (reason := _without_healing(found)):
         request["heal"] = False
-        answer.refused |= {program.name: reason for program, _ in HOOKS if program.is_for_healing}
+        answer.refused |= {program.name: reason for program, _ in HEAL_HOOKS}
     constants = _constants(request, found)
     if found.socket_offsets:
         compiler = _load_inventory(request, constants, answer)

@@ -197,7 +197,10 @@ PROGRAMS = (
 
 BY_NAME = {program.name: program for program in PROGRAMS}
 #: (program, hook) of each program on a hook of the cgroup
-HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Hook))
+_ALL_HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Hook))
+HOOKS = tuple(each for each in _ALL_HOOKS if not each[0].is_for_healing)
+#: the same, of each program that heals replies on a cgroup hook
+HEAL_HOOKS = tuple(each for each in _ALL_HOOKS if each[0].is_for_healing)
 #: (program, function) of each function probe
 FUNCTIONS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Function))
 #: (program, tail call) of each program that continues another one

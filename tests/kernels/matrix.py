@@ -60,7 +60,7 @@ BUDGET_FACTOR = 1.3
 TAIL_LINES = 40  # of a console
 MESSAGE_LINES = 12  # of a failed test
 
-ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS) if not program.is_for_healing}
+ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
 #: the programs of the hooks, and those that come with them and are attached to nothing
 WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c" and not program.is_for_healing}
 
@@ -520,7 +520,7 @@ def as_text(outcomes: Sequence[Outcome]) -> str:
 
 def in_short(attached: str) -> str:
     """Return the attached programs as a short cell of the table."""
-    hooks = [program.name for program, _ in HOOKS if not program.is_for_healing]
+    hooks = [program.name for program, _ in HOOKS]
     short = {" ".join(hooks): "cgroup hooks", " ".join(hooks + [program.name for program, _ in FUNCTIONS]): "all"}
     return short.get(attached, attached)
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from repository import ROOT
 
-from udpwatch.agent.kernel.programs import FUNCTIONS, HOOKS, MAPS, PROGRAMS, Program
+from udpwatch.agent.kernel.programs import FUNCTIONS, HEAL_HOOKS, HOOKS, MAPS, PROGRAMS, Program
 
 SOURCES = {program.source for program in PROGRAMS}
 
@@ -26,7 +26,9 @@ def test_each_map_that_the_agent_reads_is_in_the_source(source: str) -> None:
     assert {name for name in MAPS[source] if not re.search(rf"\b{name}\b", text)} == set()
 
 
-@pytest.mark.parametrize("program", [program for program, _ in (*HOOKS, *FUNCTIONS)], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "program", [program for program, _ in (*HOOKS, *HEAL_HOOKS, *FUNCTIONS)], ids=lambda each: each.name
+)
 def test_each_attached_program_is_documented(program: Program) -> None:
     assert program.name in (ROOT / "docs/kernels.md").read_text()
     assert program.required or program.without
