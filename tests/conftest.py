@@ -23,12 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class _BesideTheResponder(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types of its classes
-    """Run the tests of the DNS responder in one process and all others in another one. Most of the responder's wait for
-    time-outs.
+    """Run the tests of the DNS responder alone in one process and all others in another one. Most of the responder's
+    wait for time-outs.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "dns" if nodeid.startswith(("tests/unit/dns/", "tests/integration/test_dns")) else "agent"
+        is_dns = nodeid.startswith(("tests/unit/dns/", "tests/integration/test_dns"))
+        # These attach programs to the node's hooks, as the other process does.
+        uses_sensor = nodeid.startswith(("tests/integration/test_dns_agent", "tests/integration/test_dns_addresses"))
+        return "dns" if is_dns and not uses_sensor else "agent"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
