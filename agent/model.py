@@ -362,9 +362,9 @@ class HealSelection:
 HARMFUL_REFUSALS = ("several-addresses", "not-local", "transparent")
 #: Why a reply was not healed although its server is to be (enum refusal in bpf/records.h).
 REFUSALS = {
-    "several-addresses": "its client asked several addresses within the window",
+    "several-addresses": "its client asked several addresses within the window, or may have",
     "group": "its client asked a multicast or broadcast address; any source is right",
-    "link-local": "its client asked a link-local address",
+    "link-local": "its client asked a link-local address, or from elsewhere one of loopback",
     "not-local": "the address that was asked is not, or not for long enough, an address of the network namespace",
     "transparent": "the socket has IP_TRANSPARENT set",
 }

@@ -5,7 +5,8 @@
  * Rules
  * 1. A send is healed if the application leaves its source to routing, and the peer asked exactly
  *    one address of this port within the window (the sensor's table of conversations).
- * 2. The address must be local at this moment (local.h).
+ * 2. The address must be local at this moment (local.h). An address of loopback is the source of
+ *    replies to this machine only: elsewhere, the kernel refuses it, or it leaves the machine.
  * 3. A socket whose port was chosen by the kernel is usually a client's. It is healed only if the
  *    operator has named this port.
  * 4. In doubt the programs change nothing. Each returns 1 (let the send go on) on every path.
@@ -22,6 +23,7 @@
 /* The maps of the sensor. */
 BPF_ARRAY(conversations, struct conversation_set, SETS);
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
+BPF_ARRAY(last_eviction, __u64, 1);
 BPF_ARRAY(heal_ports, __u8, 65536); /* enum healing; [0]: HEAL_MODE and HEAL_BY_SLOT */
 BPF_ARRAY(healed_sends, struct healed_send, SENDER_SLOTS);
 
@@ -56,9 +58,11 @@ static __always_inline int is_followed(__u32 netns) {
     return local_devices.lookup(&key) != 0;
 }
 
-/* On loopback, each address of 127.0.0.0/8 is local (RFC 1122, section 3.2.1.3). */
+/* 127.0.0.0/8 (RFC 1122, section 3.2.1.3) and ::1 */
 static __always_inline int is_loopback(const struct address *address, int family) {
-    return family == FAMILY_INET && net32(address->word[3]) >> 24 == 127;
+    if (family == FAMILY_INET)
+        return net32(address->word[3]) >> 24 == 127;
+    return !(address->half[0] | address->word[2]) && address->word[3] == net32(1);
 }
 
 static __always_inline int is_local(__u64 net, __u32 netns, const struct address *address,
@@ -72,6 +76,22 @@ static __always_inline int is_local(__u64 net, __u32 netns, const struct address
         return 0;
     __u64 device = device_at(net, index);
     return device && has_address(device, address, family);
+}
+
+/* Return whether the kernel may use this source for this peer. */
+static __always_inline int reaches(const struct address *source, const struct address *peer,
+                                   __u64 net, __u32 netns, int family) {
+    return !is_loopback(source, family) || is_loopback(peer, family) ||
+           is_local(net, netns, peer, family);
+}
+
+/* Return whether a request of this conversation for another address may have been evicted. */
+static __always_inline int may_have_asked_others(const struct conversation *asked, __u64 now) {
+    int zero = 0;
+    __u64 *last = last_eviction.lookup(&zero);
+
+    return asked->tenant.flags & SEVERAL ||
+           (asked->tenant.flags & HEAVY && last && is_remembered(*last, now));
 }
 
 static __always_inline enum healing mode_of(__u8 mode, __u32 slot) {
@@ -102,9 +122,10 @@ static __always_inline void refuse(enum refusal why) {
         counts->refused[why]++;
 }
 
-/* Return whether a reply to key->peer must be healed, and the source to set. `by`: mode_of_port */
+/* Return whether a reply to key->peer must be healed, the source to set, and the tag of the
+ * conversation. `by`: mode_of_port */
 static __always_inline int find_source(struct bpf_sock_addr *ctx, struct conversation_key *key,
-                                       int family, __u8 by, struct address *source) {
+                                       int family, __u8 by, struct address *source, __u64 *to) {
     struct conversation asked = {};
     int zero = 0;
     __u64 now = now_ns();
@@ -127,7 +148,7 @@ static __always_inline int find_source(struct bpf_sock_addr *ctx, struct convers
     enum healing mode = mode_of(by, asked.tenant.flags >> SLOT_SHIFT);
     if (mode == HEAL_UNSET || !is_followed(netns))
         return 0;
-    if (asked.tenant.flags & SEVERAL) {
+    if (may_have_asked_others(&asked, now)) {
         refuse(REFUSED_SEVERAL);
         return 0;
     }
@@ -135,7 +156,7 @@ static __always_inline int find_source(struct bpf_sock_addr *ctx, struct convers
         refuse(REFUSED_GROUP);
         return 0;
     }
-    if (is_link_local(&asked.address)) {
+    if (is_link_local(&asked.address) || !reaches(&asked.address, &key->peer, net, netns, family)) {
         refuse(REFUSED_LINK);
         return 0;
     }
@@ -148,6 +169,7 @@ static __always_inline int find_source(struct bpf_sock_addr *ctx, struct convers
         return 0;
     }
     *source = asked.address;
+    *to = tag;
     if (mode == HEAL_ON)
         return 1;
     struct heal_counts *counts = heal_counts.lookup(&zero);
@@ -157,7 +179,8 @@ static __always_inline int find_source(struct bpf_sock_addr *ctx, struct convers
 }
 
 /* Note for egress that this send was healed. */
-static __always_inline void note_healed(struct bpf_sock_addr *ctx, const struct address *source) {
+static __always_inline void note_healed(struct bpf_sock_addr *ctx, const struct address *source,
+                                        __u64 tag) {
     __u64 socket = socket_of_send(ctx), pid_tgid = bpf_get_current_pid_tgid();
     __u32 index = sender_slot(socket, pid_tgid);
     struct healed_send *send = healed_sends.lookup(&index);
@@ -165,6 +188,7 @@ static __always_inline void note_healed(struct bpf_sock_addr *ctx, const struct 
     if (!send)
         return;
     send->pid_tgid = pid_tgid;
+    send->tag = tag;
     send->source = *source;
     WRITE_ONCE(send->socket, socket);
 }
@@ -172,6 +196,7 @@ static __always_inline void note_healed(struct bpf_sock_addr *ctx, const struct 
 int heal4(struct bpf_sock_addr *ctx) {
     struct conversation_key key = {};
     struct address source;
+    __u64 tag;
 
     if (!ctx->sk || ctx->msg_src_ip4)
         return 1;
@@ -181,8 +206,10 @@ int heal4(struct bpf_sock_addr *ctx) {
         return 1;
     set_ip4(&key.peer, ctx->user_ip4);
     key.peer_port = net16(ctx->user_port);
-    if (find_source(ctx, &key, FAMILY_INET, by, &source)) {
-        note_healed(ctx, &source);
+    if (is_group(&key.peer, FAMILY_INET))
+        return 1;
+    if (find_source(ctx, &key, FAMILY_INET, by, &source, &tag)) {
+        note_healed(ctx, &source, tag);
         ctx->msg_src_ip4 = source.word[3];
     }
     return 1;
@@ -191,6 +218,7 @@ int heal4(struct bpf_sock_addr *ctx) {
 int heal6(struct bpf_sock_addr *ctx) {
     struct conversation_key key = {};
     struct address source;
+    __u64 tag;
 
     if (!ctx->sk || ctx->msg_src_ip6[0] || ctx->msg_src_ip6[1] || ctx->msg_src_ip6[2] ||
         ctx->msg_src_ip6[3])
@@ -204,10 +232,10 @@ int heal6(struct bpf_sock_addr *ctx) {
     key.peer.word[2] = ctx->user_ip6[2];
     key.peer.word[3] = ctx->user_ip6[3];
     key.peer_port = net16(ctx->user_port);
-    if (is_link_local(&key.peer))
+    if (is_link_local(&key.peer) || is_group(&key.peer, FAMILY_INET6))
         return 1;
-    if (find_source(ctx, &key, FAMILY_INET6, by, &source)) {
-        note_healed(ctx, &source);
+    if (find_source(ctx, &key, FAMILY_INET6, by, &source, &tag)) {
+        note_healed(ctx, &source, tag);
         ctx->msg_src_ip6[0] = source.word[0];
         ctx->msg_src_ip6[1] = source.word[1];
         ctx->msg_src_ip6[2] = source.word[2];

@@ -9,7 +9,7 @@
 
 #include "common.h"
 
-#define MAX_ADDRESSES  64   /* of one device that are searched */
+#define MAX_ADDRESSES  256  /* of one device that are searched */
 #define MAX_COLLISIONS 16   /* devices in one bucket of the kernel's table */
 #define DEVICE_BUCKETS 256  /* NETDEV_HASHENTRIES */
 #define LOOPBACK_INDEX 1    /* LOOPBACK_IFINDEX, in each namespace */

@@ -294,9 +294,9 @@ enum healing {
 
 /* Why a reply was not healed although its port is to be. */
 enum refusal {
-    REFUSED_SEVERAL,     /* its peer asked several addresses */
+    REFUSED_SEVERAL,     /* its peer asked several addresses, or may have (HEAVY) */
     REFUSED_GROUP,       /* its peer asked a group */
-    REFUSED_LINK,        /* the address is link-local */
+    REFUSED_LINK,        /* the address is link-local, or loopback and its peer is elsewhere */
     REFUSED_NOT_LOCAL,   /* the address is not local now, or its device was not found */
     REFUSED_TRANSPARENT, /* the socket has IP_TRANSPARENT set */
     REFUSALS,
@@ -319,6 +319,7 @@ struct local_key {
 struct healed_send {
     __u64 socket; /* 0: none */
     __u64 pid_tgid;
+    __u64 tag; /* of the conversation */
     struct address source;
 };
 

@@ -497,7 +497,8 @@ static __always_inline void count_healed(struct __sk_buff *skb, const struct sub
     __u32 index = sender_slot(socket, pid_tgid);
     struct healed_send *send = healed_sends.lookup(&index);
 
-    if (!send || READ_ONCE(send->socket) != socket || (KNOW_CURRENT && send->pid_tgid != pid_tgid))
+    if (!send || READ_ONCE(send->socket) != socket || send->tag != it->tag ||
+        (KNOW_CURRENT && send->pid_tgid != pid_tgid))
         return;
     key.expected = send->source;
     WRITE_ONCE(send->socket, 0);
@@ -514,11 +515,12 @@ static __always_inline void count_healed(struct __sk_buff *skb, const struct sub
 
 /* ---- entry points ---- */
 
-/* Judge a packet that is not right by its addresses alone. This path may be slow. */
-static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *sk,
-                                        const struct packet *packet, struct conversation_set *set,
-                                        __u64 tag, const struct conversation_key *key,
-                                        int port_kept, __u64 now) {
+/* Judge a packet that is not right by its addresses alone. This path may be slow.
+ * Return whether it is a right reply. */
+static __always_inline int look_closer(struct __sk_buff *skb, struct bpf_sock *sk,
+                                       const struct packet *packet, struct conversation_set *set,
+                                       __u64 tag, const struct conversation_key *key, int port_kept,
+                                       __u64 now) {
     struct finding_key finding = {};
     struct address source = packet->source;
     __u32 flags = 0;
@@ -533,28 +535,29 @@ static __always_inline void look_closer(struct __sk_buff *skb, struct bpf_sock *
     if (judgement == NOT_A_REPLY) {
         if (flags & SEVERAL)
             count_unremembered(skb, key, now); /* its request may have been evicted */
-        return;
+        return 0;
     }
     /* Not a reply, but the request of a client, which sends from another address than the last
      * client on this port. */
     if (judgement == WRONG && flags & CLIENTS && sk->state == BPF_TCP_ESTABLISHED)
-        return;
+        return 0;
     count_replies(skb, flags >> SLOT_SHIFT, segments_of(skb), ended, now);
     if (judgement == RIGHT && is_self_test(key))
         COUNT(self_tests, 1);
     /* In reply direction, NAT restores the address that the peer asked. */
     if (judgement == RIGHT || tracking == IN_REPLY)
-        return;
+        return 1;
     if (tracking == UNTRACKED && HAVE_KERNEL_READ && same(&finding.expected, &packet->source))
-        return; /* only the port differs, and no conntrack could have changed it */
+        return 0; /* only the port differs, and no conntrack could have changed it */
     /* The datagram may continue a conversation that this host began and the peer replied to, or it
      * may reply to an evicted request of that peer. */
     if (tracking == BEGUN_HERE ||
         may_have_asked(tag, key, &packet->source, tracking != UNTRACKED, now)) {
         COUNT(undecided, segments_of(skb));
-        return;
+        return 0;
     }
     report_wrong_reply(skb, sk, packet, key, &finding, tracking, entry);
+    return 0;
 }
 
 /* Clients have many connected sockets with ephemeral ports. Look for a conversation of such a port
@@ -664,12 +667,13 @@ int egress(struct __sk_buff *skb) {
 
 int egress_slow(struct __sk_buff *skb) {
     struct subject it = {};
+    int is_right = 0;
 
     if (find_subject(skb, &it, 1))
-        look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
-                    it.packet.source_port == it.key.port, it.now);
+        is_right = look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
+                               it.packet.source_port == it.key.port, it.now);
 #if HEALING
-    if (may_be_healed(it.key.port)) /* e.g. NAT has restored another source */
+    if (is_right && may_be_healed(it.key.port)) /* e.g. NAT has restored another source */
         egress_healed_next.call(skb, 0);
 #endif
     return 1;

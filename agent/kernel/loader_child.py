@@ -258,7 +258,13 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
     for program, call in TAIL_CALLS:
         if program.is_for_healing and not request["heal"]:
             continue
-        descriptor = _load(program, call.type, call.attach, code, answer)
+        try:
+            descriptor = _load(program, call.type, call.attach, code, answer)
+        except UdpwatchError as error:
+            if not program.is_for_healing:
+                raise
+            answer.refused[program.name] = str(error)
+            continue
         map_update(maps[call.map], bytes(4), struct.pack("=I", descriptor))
     _load_on_demand("sockets.c", code, answer)
     _attach_hooks("sockets.c", code, request, answer)
@@ -285,6 +291,18 @@ def _without_healing(found: features.Features) -> str:
     if not {"OFFSET_INET_FLAGS", "BIT_INET_TRANSPARENT"} & found.socket_offsets.keys():
         return "this kernel does not tell which sockets are transparent"
     return ""
+
+
+def _load_heal(maps: dict[str, int], request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> None:
+    """Load what heals replies; if that fails, note why."""
+    try:
+        if reason := answer.refused.get("egress_healed"):  # nobody would count what is healed
+            raise UdpwatchError(reason)
+        code = _link(_obtain("heal.c", request, constants), maps)
+    except UdpwatchError as error:
+        answer.refused |= {program.name: str(error) for program, _ in HEAL_HOOKS}
+        return
+    _attach_hooks("heal.c", code, request, answer)
 
 
 def _load_inventory(request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> str:
@@ -409,8 +427,8 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         _load_hooks(_link(compiled, maps), maps, request, answer)
         read |= MAPS["sockets.c"]
         if request["heal"]:
-            _attach_hooks("heal.c", _link(_obtain("heal.c", request, constants), maps), request, answer)
-            read |= MAPS["heal.c"]
+            _load_heal(maps, request, constants, answer)
+            read |= MAPS["heal.c"] & maps.keys()
     if hooks is not Hooks.CGROUP and any(found.functions.values()):
         compiled = _obtain("conntrack.c", request, constants)
         _load_probes(_link(compiled, maps), request, found, answer)
