@@ -28,6 +28,10 @@ _NEW_ADDRESS, _DELETED_ADDRESS = 20, 21  # RTM_*
 _GROUPS = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR
 _RECEIVE_BYTES = 1 << 20
 _INDEX = struct.Struct("=I")
+_FOLLOWED = "::"  # the address that marks a namespace as followed
+_LINK_SCOPE = 253  # RT_SCOPE_LINK
+MAX_PLACES = 16  # of one address
+_Place = tuple[int, int]  # index of the device, length of the prefix
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +57,10 @@ class LocalAddresses:
         """Enter all addresses in the map ``local_devices``. ``now``: monotonic seconds. Raises OSError."""
         self.inode = Path("/proc/thread-self/ns/net").stat().st_ino
         self._map, self._bounds = local_devices, bounds
-        self._followed = encode_local_key("::", self.inode)
-        self._entered: dict[bytes, int] = {}
-        self._waiting: dict[bytes, tuple[float, int]] = {}  # when it is entered, and the index of its device
-        self._removed: dict[bytes, float] = {}  # until when it is unstable
+        self._entered: dict[str, int] = {}  # address -> index of its device, as in the map
+        self._devices: dict[str, set[_Place]] = {}  # where the kernel has it, usable
+        self._removed: dict[str, float] = {}  # until when it is unstable
+        self._has_lost = False
         self._may_change, self._changed_at = float(bounds.burst), now
         self._requests = Netlink(socket.NETLINK_ROUTE)
         self._events = socket.socket(
@@ -67,7 +71,7 @@ class LocalAddresses:
             self._events.bind((0, _GROUPS))  # before they are listed, so that no change is missed
             for each in addresses(bounds.addresses, self._requests):
                 self._add(each, now)
-            bpf.map_update(self._map, self._followed, _INDEX.pack(0))
+            bpf.map_update(self._map, self._key(_FOLLOWED), _INDEX.pack(0))
         except OSError:
             self.close()
             raise
@@ -83,13 +87,13 @@ class LocalAddresses:
     @property
     def is_settling(self) -> bool:
         """Whether an address waits until it has stayed for long enough: call `read` again soon."""
-        return bool(self._waiting)
+        return self._has_lost or any(address in self._devices for address in self._removed)
 
     def close(self) -> None:
         """Remove the namespace from the map."""
-        bpf.map_delete(self._map, self._followed)
-        for key in list(self._entered):
-            self._delete(key)
+        bpf.map_delete(self._map, self._key(_FOLLOWED))
+        for address in list(self._entered):
+            self._leave(address)
         self._events.close()
         self._requests.close()
 
@@ -101,22 +105,29 @@ class LocalAddresses:
             try:
                 raw = self._events.recv(BUFFER)
             except BlockingIOError:
-                break
+                if not self._has_lost:
+                    break
+                self._begin_again(now)
             except OSError as error:
                 if error.errno != errno.ENOBUFS:
                     raise
-                self._begin_again(now)
+                self._forget(now)
+            else:
+                self._read_changes(raw, now)
+        for address in [address for address, until in self._removed.items() if until <= now]:
+            del self._removed[address]
+            self._enter(address)
+
+    def _read_changes(self, raw: bytes, now: float) -> None:
+        for kind, content in messages(raw):
+            each = read_address(content) if kind in (_NEW_ADDRESS, _DELETED_ADDRESS) else None
+            if not each:
                 continue
-            for kind, content in messages(raw):
-                each = read_address(content) if kind in (_NEW_ADDRESS, _DELETED_ADDRESS) else None
-                if each:
-                    self._take_turn(now)
-                    self._change(each, kind == _NEW_ADDRESS, now)
-        for key, (at, index) in list(self._waiting.items()):
-            if at <= now:
-                del self._waiting[key]
-                self._enter(key, index)
-        self._removed = {key: until for key, until in self._removed.items() if until > now}
+            self._take_turn(now)
+            if kind == _NEW_ADDRESS and each.is_usable:
+                self._add(each, now)
+            else:
+                self._remove(each, now)
 
     def _take_turn(self, now: float) -> None:
         gained = (now - self._changed_at) * self._bounds.changes_per_second
@@ -125,43 +136,60 @@ class LocalAddresses:
             raise TooManyChangesError
         self._may_change -= 1
 
-    def _change(self, each: LinkAddress, is_new: bool, now: float) -> None:
-        if is_new and each.is_usable:
-            self._add(each, now)
-        else:
-            self._remove(encode_local_key(each.address, self.inode), now)
+    def _forget(self, now: float) -> None:
+        """Changes were lost. The kernel reports no more of them until its queue has been read to the end, so the
+        addresses are listed only then.
+        """
+        self._has_lost = True
+        for address in list(self._entered):
+            self._leave(address)
+        for address in self._devices:
+            self._removed[address] = now + STABLE_SECONDS
 
     def _begin_again(self, now: float) -> None:
-        """Changes were lost: each address must show again that it stays."""
-        for key in list(self._entered):
-            self._remove(key, now)
-        self._waiting.clear()
+        """List all addresses; each must show again that it stays."""
+        self._has_lost = False
+        self._devices.clear()
         for each in addresses(self._bounds.addresses, self._requests):
-            self._removed.setdefault(encode_local_key(each.address, self.inode), now + STABLE_SECONDS)
+            self._removed[each.address] = now + STABLE_SECONDS
             self._add(each, now)
 
     def _add(self, each: LinkAddress, now: float) -> None:
-        if not each.is_usable or len(self._entered) + len(self._waiting) >= self._bounds.addresses:
+        if not each.is_usable or (each.family == 6 and each.scope == _LINK_SCOPE):
             return
-        key = encode_local_key(each.address, self.inode)
-        until = self._removed.get(key, 0.0)
-        if until > now:
-            self._waiting[key] = until, each.index
-        else:
-            self._enter(key, each.index)
+        places = self._devices.get(each.address)
+        if places is None:
+            if len(self._devices) >= self._bounds.addresses:
+                return
+            places = self._devices[each.address] = set[_Place]()
+        if len(places) < MAX_PLACES:
+            places.add((each.index, each.prefix))
+        if self._removed.get(each.address, 0.0) <= now:
+            self._enter(each.address)
 
-    def _enter(self, key: bytes, index: int) -> None:
-        if self._entered.get(key) != index:
-            bpf.map_update(self._map, key, _INDEX.pack(index))
-            self._entered[key] = index
+    def _enter(self, address: str) -> None:
+        """Enter an address where the kernel has it, if it has it."""
+        if self._has_lost or address not in self._devices:
+            return
+        index = next(iter(self._devices[address]))[0]
+        if self._entered.get(address) != index:
+            bpf.map_update(self._map, self._key(address), _INDEX.pack(index))
+            self._entered[address] = index
 
-    def _remove(self, key: bytes, now: float) -> None:
-        self._waiting.pop(key, None)
-        self._delete(key)
-        if len(self._removed) >= 2 * self._bounds.addresses:
+    def _remove(self, each: LinkAddress, now: float) -> None:
+        """Leave out an address that was removed from one place, also if it is still at another."""
+        places = self._devices.get(each.address, set[_Place]())
+        places.discard((each.index, each.prefix))
+        if not places:
+            self._devices.pop(each.address, None)
+        self._leave(each.address)
+        if each.address not in self._removed and len(self._removed) >= 2 * self._bounds.addresses:
             raise TooManyChangesError
-        self._removed[key] = now + STABLE_SECONDS
+        self._removed[each.address] = now + STABLE_SECONDS
 
-    def _delete(self, key: bytes) -> None:
-        if self._entered.pop(key, None) is not None:
-            bpf.map_delete(self._map, key)
+    def _leave(self, address: str) -> None:
+        if self._entered.pop(address, None) is not None:
+            bpf.map_delete(self._map, self._key(address))
+
+    def _key(self, address: str) -> bytes:
+        return encode_local_key(address, self.inode)
