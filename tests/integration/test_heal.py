@@ -2,125 +2,178 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import select
 import socket
-import struct
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
+from multiprocessing import RawArray
 
 import pytest
-from scene import V4, V6, Family, bound
+from address_changes import AddressChanges
+from healing import DRY_RUN, OFF, ON, Healing
+from scene import PATIENCE_SECONDS, V4, V6, Family, ask, bound
+from sensors import IN_MATRIX
+from waiting import wait_for
+from wire import Datagram, Wire
 
-from udpwatch.agent.heal.addresses import Bounds, LocalAddresses
-from udpwatch.agent.kernel import bpf, cgroup, loader
 from udpwatch.agent.testing.lab import ContainerHost
 
-OFF, DRY_RUN, ON, NEVER = range(4)
-BOUNDS = Bounds(addresses=1_000, changes_per_second=1e6, burst=1_000_000)
 MAPPED = replace(V4, name="IPv4-mapped", inet=V6.inet, wildcard=V6.wildcard)
-CHURN_SECONDS = 4.0
+families = pytest.mark.parametrize("family", [V4, V6, MAPPED], ids=lambda family: family.name)
+ADDRESSES = 30
+#: A packet that left before its address did may arrive so much later. A guest has one slow CPU.
+ON_ITS_WAY_SECONDS = 0.1 if IN_MATRIX else 0.005
+#: There, the removal interrupts the sender, and now and then between the program and the kernel's own look at the
+#: address: this one send fails.
+FAILED_SENDS = 1 if IN_MATRIX else 0
+CHURN_SECONDS = 2.0
 
 
 @pytest.fixture(scope="module")
-def healing() -> Iterator[loader.Loaded]:
-    with contextlib.closing(cgroup.find(None)) as root:
-        held = loader.load(root, loader.Limits(), cache=Path(os.environ["UDPWATCH_CACHE"]), heal=True)
-    assert {"heal4", "heal6"} <= held.links.keys(), held.refused
-    yield held
-    for group in (held.links, held.programs, held.maps):
-        for descriptor in group.values():
-            os.close(descriptor)
-
-
-@pytest.fixture(scope="module")
-def following(healing: loader.Loaded, host: ContainerHost) -> Iterator[None]:
-    """Follow the node's addresses beside the tests."""
-    ended = threading.Event()
-    with host.node.entered():
-        followed = LocalAddresses(healing.maps["local_devices"], BOUNDS, time.monotonic())
-
-    def follow() -> None:
-        with host.node.entered():
-            while not ended.is_set():
-                select.select([followed.fileno()], [], [], 0.2)
-                followed.read(time.monotonic())
-
-    thread = threading.Thread(target=follow)
-    thread.start()
-    yield
-    ended.set()
-    thread.join()
-    followed.close()
-
-
-def set_mode(healing: loader.Loaded, port: int, mode: int) -> None:
-    bpf.map_update(healing.maps["heal_ports"], struct.pack("=I", port), bytes([mode]))
+def healing(host: ContainerHost) -> Iterator[Healing]:
+    with Healing(host.node) as programs:
+        yield programs
 
 
 def sources(host: ContainerHost, family: Family, address: str, port: int, replies: int = 2) -> set[str]:
     """Ask a plain server; return the sources of its replies."""
     asking = socket.AF_INET6 if ":" in address else socket.AF_INET
     with bound(host.node, family.inet, family.wildcard, port) as server, host.container.socket(asking) as client:
-        client.settimeout(5)
-        client.sendto(b"request", (address, port))
-        _, peer = server.recvfrom(100)
+        _, peer = ask(client, address, port, server)
         for _ in range(replies):
             server.sendto(b"reply", peer)
         return {client.recvfrom(100)[1][0] for _ in range(replies)}
 
 
-@pytest.mark.parametrize("family", [V4, V6, MAPPED], ids=lambda family: family.name)
+@families
 def test_every_reply_leaves_from_the_address_that_was_asked(
-    healing: loader.Loaded, following: None, host: ContainerHost, family: Family, port: int
+    healing: Healing, host: ContainerHost, family: Family, port: int
 ) -> None:
     assert sources(host, family, family.eth0, port) == {family.docker0}
-    set_mode(healing, port, ON)
+    healing.set_mode(port, ON)
     assert sources(host, family, family.eth0, port) == {family.eth0}
-    set_mode(healing, port, DRY_RUN)
+    healing.set_mode(port, DRY_RUN)
     assert sources(host, family, family.eth0, port) == {family.docker0}
-    set_mode(healing, port, ON)
+    healing.set_mode(port, ON)
     assert sources(host, family, family.eth0, port) == {family.eth0}
-    set_mode(healing, port, OFF)
+    healing.set_mode(port, OFF)
     assert sources(host, family, family.eth0, port) == {family.docker0}
 
 
-@pytest.mark.parametrize("family", [V4, V6, MAPPED], ids=lambda family: family.name)
+def ask_new(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[str, int]:
+    """Ask until the server hears it: the kernel routes to a new IPv6 address only after a moment. Returns the client's
+    address.
+    """
+
+    def is_heard() -> bool:
+        client.sendto(b"request", (address, port))
+        return bool(select.select([server], [], [], 0.2)[0])
+
+    wait_for(is_heard, "the first request")
+    peer: tuple[str, int] = server.recvfrom(100)[1]
+    client.settimeout(PATIENCE_SECONDS)
+    return peer
+
+
+def extra_addresses(family: Family) -> list[str]:
+    return [f"fd00:98::{n:x}" if family is V6 else f"10.98.0.{n}" for n in range(1, ADDRESSES + 1)]
+
+
+@families
+def test_no_reply_leaves_from_an_address_that_was_removed(
+    healing: Healing, host: ContainerHost, family: Family, port: int
+) -> None:
+    """Each of many addresses is removed while replies leave from it as fast as one process can send."""
+    asking = V6.inet if family is V6 else V4.inet
+    gone, seen = dict[str, float](), list[Datagram]()
+    now = RawArray("i", [-1, 0, 0])  # the address in use, the number of replies from it, and of errors
+    with (
+        AddressChanges(host.node, "eth0") as changes,
+        Wire(host.container) as wire,
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        ExitStack() as held,
+    ):
+        addresses = extra_addresses(family)
+        for address in addresses:
+            changes.add(address)
+        healing.set_mode(port, ON)
+        clients = [held.enter_context(host.container.socket(asking)) for _ in addresses]
+        peers = [ask_new(each, address, port, server) for each, address in zip(clients, addresses, strict=True)]
+
+        def reply() -> None:
+            while (number := now[0]) < len(peers):
+                if number < 0:
+                    continue
+                try:
+                    server.sendto(b"reply", peers[number])
+                    now[1] += 1
+                except OSError:
+                    now[2] += 1
+
+        sender = host.node.spawn("sender", reply)
+        for number, address in enumerate(addresses):
+            now[1] = 0
+            now[0] = number
+            wait_for(lambda: now[1] >= 20, "replies")
+            changes.remove(address)
+            gone[address], now[1] = time.time(), 0
+            wait_for(lambda: now[1] >= 20, "replies")
+            now[0] = -1
+            seen += wire.read()
+        now[0] = len(peers)
+        assert sender.wait() == 0
+        seen = [each for each in (*seen, *wire.read()) if each.source_port == port]
+    healed = [datagram for datagram in seen if datagram.source in gone]
+    assert {datagram.source for datagram in healed} == set(addresses)
+    foreign = [
+        (each.source, each.time - gone[each.source])
+        for each in healed
+        if each.time > gone[each.source] + ON_ITS_WAY_SECONDS
+    ]
+    assert not foreign
+    assert {datagram.source for datagram in seen} - gone.keys() == {family.docker0}
+    assert now[2] <= FAILED_SENDS
+
+
+@families
 def test_address_that_comes_and_goes_makes_no_send_fail(
-    healing: loader.Loaded, following: None, host: ContainerHost, family: Family, port: int
+    healing: Healing, host: ContainerHost, family: Family, port: int
 ) -> None:
     """At thousands of changes a minute: no error that routing would not make, and no source but the node's own."""
-    address, prefix, option = ("fd00:13::50", 64, " nodad") if family is V6 else ("172.16.13.50", 24, "")
+    address = "fd00:13::50" if family is V6 else "172.16.13.50"
     asking = V6.inet if family is V6 else V4.inet
-    set_mode(healing, port, ON)
-    host.node.ip(f"addr add {address}/{prefix} dev eth0{option}")
-    time.sleep(1.5)  # until it is stable
+    healing.set_mode(port, ON)
     ended, seen, errors = threading.Event(), Counter[str](), Counter[str]()
-    changes = 0
 
-    def change() -> None:
-        nonlocal changes
-        while not ended.is_set():
-            host.node.ip(f"addr del {address}/{prefix} dev eth0")
-            host.node.ip(f"addr add {address}/{prefix} dev eth0{option}")
-            changes += 2
+    with (
+        AddressChanges(host.node, "eth0") as changes,
+        bound(host.node, family.inet, family.wildcard, port) as server,
+        host.container.socket(asking) as client,
+    ):
+        changes.add(address)
 
-    with bound(host.node, family.inet, family.wildcard, port) as server, host.container.socket(asking) as client:
-        client.settimeout(0.1)
-        client.sendto(b"request", (address, port))
-        _, peer = server.recvfrom(100)
-        server.sendto(b"reply", peer)
-        assert client.recvfrom(100)[1][0] == address  # healed while it is stable
+        def change() -> None:
+            while not ended.is_set():
+                changes.remove(address)
+                changes.add(address)
+
+        def is_healed() -> bool:
+            server.sendto(b"reply", peer)
+            return bool(client.recvfrom(100)[1][0] == address)
+
+        peer = ask_new(client, address, port, server)
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not is_healed():  # once it has stayed for long enough
+            assert time.monotonic() < until
 
         def receive() -> None:
             while not ended.is_set():
-                with contextlib.suppress(OSError):
+                if select.select([client], [], [], 0.1)[0]:
                     seen[client.recvfrom(100)[1][0]] += 1
 
         threads = [threading.Thread(target=each) for each in (change, receive)]
@@ -135,7 +188,7 @@ def test_address_that_comes_and_goes_makes_no_send_fail(
         ended.set()
         for each in threads:
             each.join()
-    host.node.ip(f"addr del {address}/{prefix} dev eth0")
-    assert changes > 100
+        changes.remove(address)
+    assert changes.count > 50
     assert not errors
     assert seen.keys() <= {address, family.docker0}
