@@ -60,9 +60,10 @@ BUDGET_FACTOR = 1.3
 TAIL_LINES = 40  # of a console
 MESSAGE_LINES = 12  # of a failed test
 
+HEALING = {program.name for program in PROGRAMS if program.is_for_healing}
 ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
 #: the programs of the hooks, and those that come with them and are attached to nothing
-WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c" and not program.is_for_healing}
+WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c"} - HEALING
 
 ONE_CPU = "needs two CPUs, a guest has one"
 NO_FLOOD = "a flood takes more than an emulated CPU makes"
@@ -152,6 +153,7 @@ class Outcome:
     lockdown: str = ""
     mode: str = ""
     programs: dict[str, int] = field(default_factory=dict)  # name -> instructions that the verifier walked
+    no_healing: str = ""  # why replies cannot be healed
     bench: str = ""  # what it printed
     results: list[Case] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)  # all but failed tests
@@ -377,7 +379,7 @@ class Kept:
         machine = kept["machine"]
         if machine.get("digest") == self.digests[""]:
             outcome.release, outcome.lockdown, outcome.mode = self.release, machine["lockdown"], machine["mode"]
-            outcome.programs = machine["programs"]
+            outcome.programs, outcome.no_healing = machine["programs"], machine["no_healing"]
             outcome.faults = [*_unexpected(outcome), *over_budget(outcome)]
         for file, results in kept["files"].items():
             if results["digest"] == self.digests.get(file):
@@ -390,6 +392,7 @@ class Kept:
             return
         kept = self._load()
         machine = {"lockdown": outcome.lockdown, "mode": outcome.mode, "programs": outcome.programs}
+        machine["no_healing"] = outcome.no_healing
         kept["release"], kept["machine"] = self.release, {"digest": self.digests[""], **machine}
         request = json.loads((RESULTS / self.row / "request.json").read_text())
         for file in set(request["pytest"]) & self.digests.keys():
@@ -412,6 +415,10 @@ def read(outcome: Outcome, folder: Path) -> None:
         walked = re.search(r"walked (\d+) instructions", check["found"])
         if walked:
             outcome.programs[check["name"]] = int(walked.group(1))
+    for name, count in result["heal"]["instructions"].items():  # sockets.c is compiled anew for healing
+        if name in outcome.programs.keys() | HEALING:
+            outcome.programs[name] = max(count, outcome.programs.get(name, 0))
+    outcome.no_healing = result["heal"]["refused"].get("heal4", "")
     outcome.bench = result["bench"]
     if result["pytest"] is not None:
         _read_tests(outcome, folder / "tests.jsonl", result["pytest"])
@@ -441,6 +448,12 @@ def _unexpected(outcome: Outcome) -> Iterator[str]:
         yield f"udpwatch's mode is {outcome.mode}; with lockdown {outcome.lockdown} it must be {mode}"
     if missing := sorted(required(outcome) - outcome.programs.keys()):
         yield f"not attached, by doctor's report: {', '.join(missing)}; the tests of what they do were skipped"
+    healing = {*HEALING} & outcome.programs.keys()
+    if outcome.lockdown == "confidentiality":
+        if "kernel is locked down" not in outcome.no_healing:
+            yield f"healing needs kernel memory, which may not be read here, but its reason is {outcome.no_healing!r}"
+    elif healing != HEALING:
+        yield f"replies are not healed: {outcome.no_healing or f'{sorted(HEALING - healing)} missing'}"
 
 
 def required(outcome: Outcome) -> set[str]:
@@ -451,7 +464,7 @@ def required(outcome: Outcome) -> set[str]:
         return {program.name for program in PROGRAMS if program.required}
     if outcome.lockdown == "confidentiality":
         return WITH_HOOKS
-    return set(_budgets()[outcome.row.kernel])
+    return set(_budgets()[outcome.row.kernel]) - HEALING
 
 
 def over_budget(outcome: Outcome) -> Iterator[str]:
@@ -489,6 +502,7 @@ COLUMNS: dict[str, Callable[[Outcome], str]] = {
     "lockdown": lambda outcome: outcome.lockdown,
     "mode": lambda outcome: outcome.mode,
     "attached": lambda outcome: outcome.attached,
+    "heals": lambda outcome: "no" if outcome.no_healing else "yes",
     "tests": lambda outcome: outcome.tests,
     "seconds": lambda outcome: f"{outcome.seconds:.0f}",
 }
@@ -527,7 +541,7 @@ def in_short(attached: str) -> str:
 
 def as_markdown(outcomes: Sequence[Outcome]) -> str:
     """Return the table of docs/kernels.md, without what differs between machines."""
-    lines = ["| kernel | lockdown | mode | programs | tests |", "|---|---|---|---|---|"]
+    lines = ["| kernel | lockdown | mode | programs | heals | tests |", "|---|---|---|---|---|---|"]
     for outcome in outcomes:
         series = ".".join(outcome.release.split(".")[:2])
         origin = SUITES.get(outcome.row.kernel, "the machine's own")
@@ -536,6 +550,7 @@ def as_markdown(outcomes: Sequence[Outcome]) -> str:
             outcome.lockdown,
             f"`{outcome.mode}`",
             in_short(outcome.attached),
+            COLUMNS["heals"](outcome),
             outcome.tests,
         ]
         lines.append(f"| {' | '.join(cells)} |")

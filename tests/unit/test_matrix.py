@@ -106,16 +106,23 @@ HOOKS = [
     *("ingress", "egress", "sendmsg4", "sendmsg6", "ingress_slow", "egress_slow", "count_waiting"),
     *("post_bind4", "post_bind6", "sockets_here", "adopt_sockets", "noted_sockets"),
 ]
+HEALING = ["egress_healed", "heal4", "heal6"]
 PROBES = ["udp_sendmsg", "udpv6_sendmsg", "__nf_conntrack_confirm", "nf_ct_delete", "settle", "add_request"]
 
 
-def faults(folder: Path, row: Row, programs: list[str], level: str = "none") -> list[str]:
+def faults(folder: Path, row: Row, programs: list[str], level: str = "none", heals: bool | None = None) -> list[str]:
     """Return the faults of a guest that left this report."""
+    if heals is None:
+        heals = level != "confidentiality"
     checks = [{"name": name, "found": "attached; the verifier walked 100 instructions"} for name in programs]
     checks.append({"name": "forwarded", "found": "not looked for"})
     mode = "netlink" if level == "confidentiality" else "packet"
+    heal = {
+        "instructions": dict.fromkeys(HEALING if heals else (), 100),
+        "refused": {} if heals else {"heal4": "cannot read kernel memory; the kernel is locked down"},
+    }
     doctor = {"mode": mode, "checks": checks}
-    result = {"release": "6.12.1", "lockdown": level, "doctor": doctor, "bench": "", "pytest": None}
+    result = {"release": "6.12.1", "lockdown": level, "doctor": doctor, "heal": heal, "bench": "", "pytest": None}
     (folder / "result.json").write_text(json.dumps(result))
     outcome = Outcome(row)
     read(outcome, folder)
@@ -150,6 +157,13 @@ def test_missing_hook_is_a_fault_even_when_locked_down(tmp_path: Path) -> None:
     assert "ingress" in fault
 
 
+def test_missing_healing_is_a_fault_unless_the_kernel_is_locked_down(tmp_path: Path) -> None:
+    (fault,) = faults(tmp_path, ROW, HOOKS + PROBES, heals=False)
+    assert fault == "replies are not healed: cannot read kernel memory; the kernel is locked down"
+    (fault,) = faults(tmp_path, Row("6.12", "confidentiality"), HOOKS, "confidentiality", heals=True)
+    assert "healing needs kernel memory" in fault
+
+
 def test_exceeding_the_instruction_budget_is_a_fault() -> None:
     """A change that approaches the verifier's limit is noticed."""
     with matrix.BUDGET.open("rb") as file:
@@ -178,6 +192,6 @@ def test_table_names_attached_programs_and_counts_failures() -> None:
     here = Outcome(ROW, release="6.12.1", lockdown="none", mode="packet", programs=programs, results=results)
     own = Outcome(Row(matrix.NATIVE, None), release="6.18.44", lockdown="integrity", mode="packet")
     assert matrix.as_markdown([here, own]).splitlines()[2:] == [
-        "| 6.12 (trixie) | none | `packet` | all | 2 passed, 1 failed |",
-        "| 6.18 (the machine's own) | integrity | `packet` |  | none |",
+        "| 6.12 (trixie) | none | `packet` | all | yes | 2 passed, 1 failed |",
+        "| 6.18 (the machine's own) | integrity | `packet` |  | yes | none |",
     ]
