@@ -40,6 +40,7 @@ class Command(IntEnum):
     MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
     PROG_ATTACH = 8
+    PROG_DETACH = 9
     PROG_TEST_RUN = 10
     PROG_GET_FD_BY_ID = 13
     MAP_GET_FD_BY_ID = 14

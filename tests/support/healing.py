@@ -33,9 +33,11 @@ BOUNDS = Bounds(addresses=1_000, changes_per_second=1e6, burst=1_000_000)
 class Healing:
     """Loads and attaches the programs; a context manager. Nothing is healed before `set_mode`."""
 
-    def __init__(self, *namespaces: Namespace, limits: loader.Limits = loader.Limits()) -> None:
-        """Heal in these namespaces."""
-        with contextlib.closing(cgroup.find(None)) as root:
+    def __init__(
+        self, *namespaces: Namespace, limits: loader.Limits = loader.Limits(), watched: Path | None = None
+    ) -> None:
+        """Heal in these namespaces. ``watched``: only in this cgroup."""
+        with contextlib.closing(cgroup.find(str(watched) if watched else None)) as root:
             cache = Path(os.environ["UDPWATCH_CACHE"])
             self.loaded = loader.load(root, limits, cache=cache, heal=True)
         assert {"heal4", "heal6"} <= self.loaded.links.keys(), self.loaded.refused
