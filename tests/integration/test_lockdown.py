@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from contextlib import closing
+from pathlib import Path
 
 import pytest
-from agents import run_cli
+from agents import Agent, run_cli
 from scene import V4, ask, bound, finding_of
 from sensors import IN_MATRIX, Watch
 
+from udpwatch.agent.client.connection import Client
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.model import Forwarded, Verdict
 from udpwatch.agent.testing.lab import ContainerHost
@@ -34,7 +36,7 @@ def test_mode_follows_from_the_lockdown_level(report: dict[str, dict[str, str]],
         assert watch.sensor.mode == ("netlink" if confidential else "packet")
         if confidential:
             assert not watch.sensor.sees_forwarded
-            assert "CAP_PERFMON is missing, or the kernel is locked down" in report["conntrack read"]["found"]
+            assert "cannot read kernel memory" in report["conntrack read"]["found"]
             assert report["forwarded"]["status"] == "warn"
         elif IN_MATRIX:
             assert watch.sensor.sees_forwarded, watch.sensor.forwarded_reason
@@ -49,6 +51,12 @@ def test_wrong_reply_is_found_at_any_lockdown_level(confidential: bool, port: in
             finding = finding_of(watch, port)
             assert (finding.expected, finding.actual) == (V4.eth0, V4.docker0)
             assert finding.verdict is (Verdict.UNKNOWN if confidential else Verdict.NEW)
+
+
+def test_agent_runs_and_says_whether_it_heals(folder: Path, confidential: bool) -> None:
+    """Healing needs kernel memory; the rest does not."""
+    with Agent(folder, "--heal=all") as agent, Client(agent.socket) as client:
+        assert ("cannot read kernel memory" in client.heal().reason) == confidential
 
 
 def test_demo_succeeds_at_any_lockdown_level() -> None:
