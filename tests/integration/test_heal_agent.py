@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from agents import Agent, as_nobody, run_cli, temporary
 from scene import V4, V6, Family, bound
+from scene_agent import NodeAgent
 from waiting import wait_for
 
 from udpwatch.agent.client.connection import Client
@@ -34,20 +35,6 @@ def exchange(host: ContainerHost, family: Family, port: int, count: int, asked: 
                 client.recv(100)
                 sources.append(client.getpeername()[0])
     return sources
-
-
-class NodeAgent(Agent):
-    """An agent in the node's network namespace, like one with the host's network."""
-
-    def __init__(self, host: ContainerHost, folder: Path, *flags: str) -> None:
-        self._node = host.node
-        with self._node.entered():
-            super().__init__(folder, *flags)
-
-    def get(self, path: str) -> tuple[int, str]:
-        """Send an HTTP request from that namespace."""
-        with self._node.entered():
-            return super().get(path)
 
 
 def healed(agent: Agent, port: int) -> int:
