@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from collections import Counter
 from collections.abc import Iterator
 
@@ -40,12 +41,15 @@ class Healed:
             self._healer.switch(False, ())
 
     def follow(self) -> None:
-        """Wait until all addresses of the namespace are known; one that was removed must have stayed for a second."""
+        """Wait until all addresses of the namespace are known, without link-local ones of IPv6. One that was removed must
+        have stayed for a second.
+        """
         wait_for(lambda: self._healer.status(()).addresses == self._usable(), "the addresses to be followed")
 
     def _usable(self) -> int:
         with self._node.entered():
-            return len({each.address for each in addresses(1_000) if each.is_usable})
+            found = {each.address for each in addresses(1_000) if each.is_usable}
+        return sum(":" not in each or not ipaddress.ip_address(each).is_link_local for each in found)
 
     def refused(self) -> Counter[str]:
         """Return the number of replies that were not healed, by reason (model.REFUSALS)."""
