@@ -41,8 +41,9 @@ class Healed:
             self._healer.switch(False, ())
 
     def follow(self) -> None:
-        """Wait until all addresses of the namespace are known, without link-local ones of IPv6. One that was removed must
-        have stayed for a second.
+        """Wait until all addresses of the namespace are known, but link-local ones of IPv6.
+
+        An address that was removed must have stayed for a second.
         """
         wait_for(lambda: self._healer.status(()).addresses == self._usable(), "the addresses to be followed")
 
