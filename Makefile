@@ -72,6 +72,7 @@ release-check:
 
 bench: packages-bench $(VENV)/.dev
 	@$(BIN)/python tests/bench/bench.py
+	@$(BIN)/python tests/bench/heal.py
 	@$(BIN)/python tests/bench/dns.py
 
 bench-kernel: packages-kernels $(VENV)/.kernels

@@ -310,8 +310,8 @@ def compiled() -> Iterator[Path]:
         yield binary
 
 
-def pingpong(binary: Path, namespace: Namespace, how: str, count: int) -> float:
-    return float(namespace.run([str(binary), how, str(count)]))
+def pingpong(binary: Path, namespace: Namespace, how: str, count: int, port: int = 0) -> float:
+    return float(namespace.run([str(binary), how, str(count), str(port)]))
 
 
 @contextlib.contextmanager

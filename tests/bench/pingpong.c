@@ -2,8 +2,8 @@
 /*
  * UDP questions and answers as fast as the kernel makes them; prints nanoseconds a pair.
  *
- * pingpong one COUNT            both ends in one thread: no scheduling, the worst case for a hook
- * pingpong two COUNT            a server process and a client process
+ * pingpong one COUNT [PORT]     both ends in one thread: no scheduling, the worst case for a hook
+ * pingpong two COUNT [PORT]     a server process and a client process
  *
  * The server is the plain kind: a wildcard socket, recvfrom, sendto.
  */
@@ -38,7 +38,8 @@ int main(int argc, char **argv) {
     int apart = argc > 1 && !strcmp(argv[1], "two");
     long count = argc > 2 ? atol(argv[2]) : 100000;
     int server = socket(AF_INET, SOCK_DGRAM, 0), client = socket(AF_INET, SOCK_DGRAM, 0);
-    struct sockaddr_in address = {.sin_family = AF_INET};
+    struct sockaddr_in address = {.sin_family = AF_INET,
+                                  .sin_port = htons(argc > 3 ? atoi(argv[3]) : 0)};
     socklen_t length = sizeof(address);
     struct timespec from, to;
     pid_t child = 0;
