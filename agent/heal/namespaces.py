@@ -57,6 +57,7 @@ class Namespaces:
         self._followed: dict[int, LocalAddresses] = {}
         self._failed: dict[int, tuple[float, str]] = {}  # when it is tried again, and why it is not followed
         self._followed[self._home] = LocalAddresses(local_devices, OWN, clock())
+        self._next_check = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heal", daemon=True)
 
@@ -134,8 +135,10 @@ class Namespaces:
                 self._give_up(inode, now, f"cannot read its addresses: {error.strerror}")
             except TooManyChangesError:
                 self._give_up(inode, now, "its addresses change too often")
-        for inode in [inode for inode in self._followed if inode != self._home and not self._lives(inode)]:
-            self._followed.pop(inode).close()
+        if now >= self._next_check:
+            self._next_check = now + TURN_SECONDS
+            for inode in [inode for inode in self._followed if inode != self._home and not self._lives(inode)]:
+                self._followed.pop(inode).close()
         for inode in self._failed.keys() - self._wanted.keys() - {self._home}:
             del self._failed[inode]
         self._follow_more(now, home)
@@ -147,12 +150,12 @@ class Namespaces:
         self._failed[inode] = now + RETRY_SECONDS, reason
 
     def _lives(self, inode: int) -> bool:
-        """Return whether a selected server's process is still in a namespace."""
+        """Return whether a selected server's process still uses a namespace."""
         wanted = self._wanted.get(inode)
         if wanted is None:
             return False
         with contextlib.suppress(OSError):
-            return os.stat(f"/proc/{wanted.pid}/ns/net").st_ino == inode  # noqa: PTH116 as netns.py
+            return any(os.fstat(fd).st_ino == inode for fd in netns.of_process(wanted.pid))
         return False
 
     def _follow_more(self, now: float, home: int) -> None:
