@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from udpwatch.agent.errors import UsageError
 from udpwatch.agent.model import Forwarded, HealSelection, Hooks
@@ -51,7 +51,7 @@ class Settings:
     dns: bool
     dns_conf: Path | None
     cache: Path | None
-    heal: HealSelection | None  # None: off; `healing` has what narrows it
+    heal: HealSelection | Literal[False] | None  # False: off; `healing` has what narrows it
     heal_process: tuple[str, ...] | None
     heal_namespace: tuple[str, ...] | None
     heal_dry_run: bool
@@ -61,10 +61,10 @@ class Settings:
         """Return whose replies are healed; None: healing is off."""
         processes, namespaces = self.heal_process or (), self.heal_namespace or ()
         ports = self.heal
-        if ports is None:
-            if not processes and not namespaces:
-                return None
+        if ports is None and (processes or namespaces):
             ports = HealSelection(all_ports=True)
+        if not ports:
+            return None
         return replace(ports, processes=processes, namespaces=namespaces, dry_run=self.heal_dry_run)
 
 
@@ -162,10 +162,10 @@ def _words(value: object) -> list[str]:
     return [str(each).strip() for each in listed if not isinstance(each, bool)]
 
 
-def _heal(value: object) -> HealSelection | None:
+def _heal(value: object) -> HealSelection | Literal[False]:
     words = _words(value)
-    if words in ([OFF], ["False"], []):
-        return None
+    if words == [OFF] or value is False or value == []:
+        return False
     if words in (["all"], ["standby"]):
         return HealSelection(all_ports=words == ["all"])
     if not all(each.isascii() and each.isdecimal() and 0 < int(each[:6]) < 65536 for each in words):
@@ -252,9 +252,10 @@ SETTINGS = (
     Setting(
         "heal",
         _heal,
-        "off",
+        None,
         "PORTS",
-        "set the right source of replies from these ports (53,161), or 'all'; 'standby': none until `udpwatch heal on`",
+        "set the right source of replies from these ports (53,161), or 'all'; 'standby': none until `udpwatch heal "
+        "on`; 'off' (default)",
     ),
     Setting("heal_process", _names, None, "NAMES", "heal only servers of these processes; patterns: 'dns-*'"),
     Setting("heal_namespace", _names, None, "NAMES", "heal only servers in these Kubernetes namespaces; patterns"),

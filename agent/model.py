@@ -362,9 +362,9 @@ class HealSelection:
 HARMFUL_REFUSALS = ("several-addresses", "not-local", "transparent")
 #: Why a reply was not healed although its server is to be (enum refusal in bpf/records.h).
 REFUSALS = {
-    "several-addresses": "its client asked several addresses within the window, or may have",
-    "group": "its client asked a multicast or broadcast address; any source is right",
-    "link-local": "its client asked a link-local address, or from elsewhere one of loopback",
+    "several-addresses": "the client asked several addresses within the window, or may have",
+    "group": "the client asked a multicast or broadcast address; any source is right",
+    "link-local": "the client asked a link-local address, or from elsewhere one of loopback",
     "not-local": "the address that was asked is not, or not for long enough, an address of the network namespace",
     "transparent": "the socket has IP_TRANSPARENT set",
 }
@@ -385,6 +385,10 @@ class Healing:
     addresses: int = 0  # local addresses of the healed namespaces
     dry_run_replies: int = 0  # sends that would have been healed without dry_run
     refused: dict[str, int] = field(default_factory=dict)  # REFUSALS -> sends
+
+    def heals(self, port: int) -> bool:
+        """Whether replies from a port may be healed."""
+        return self.is_active and port not in self.ports_off and (self.on or port in self.ports_on)
 
     @property
     def is_active(self) -> bool:

@@ -128,8 +128,8 @@ def short_advice(row: Row | Server) -> str:
     return "\n".join(filter(None, (f"{fix.server}: {fix.do}", fix.config, fix.source)))
 
 
-def row_object(row: Row, healing: Healing | None = None) -> dict[str, Any]:
-    """Return a row, its explanation and its advice as a JSON object. ``healing``: the agent's."""
+def row_object(row: Row, healing: Healing | None = None, rows: Sequence[Row] = ()) -> dict[str, Any]:
+    """Return a row, its explanation and its advice as a JSON object. ``healing``, ``rows``: the agent's."""
     sender = row.sender
     return {
         "process": sender.process or None,
@@ -145,7 +145,7 @@ def row_object(row: Row, healing: Healing | None = None) -> dict[str, Any]:
         "count": row.count,
         "why": list(explanation(row)),
         "remedy": advice_object(advice(row)),
-        "heal": heal_sentence(row, healing),
+        "heal": heal_sentence(row, healing, rows),
     }
 
 

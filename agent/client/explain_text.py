@@ -108,7 +108,7 @@ def rows_text(rows: Sequence[Row], colour: bool, healing: Healing | None = None)
         else:
             page.paragraph(f"What to do: the same as for {first}.")
         page.gap()
-        page.paragraph(heal_sentence(row, healing), "" if row.is_healed else "Heal: ")
+        page.paragraph(heal_sentence(row, healing, rows), "" if row.is_healed else "Heal: ")
         languages.update(fix.languages)
     if len(rows) > MAX_ROWS:
         page.head(f"{len(rows) - MAX_ROWS} more findings are less frequent: pass a process or a port to see them")
@@ -128,7 +128,7 @@ def add_refusals(page: Page, healing: Healing | None) -> None:
 
 def rows_object(rows: Sequence[Row], healing: Healing | None = None) -> dict[str, Any]:
     """Explain all rows as one JSON object."""
-    findings = [row_object(row, healing) for row in rows]
+    findings = [row_object(row, healing, rows) for row in rows]
     languages = {language for finding in findings for language in finding["remedy"]["languages"]}
     return {"findings": findings, "not_healed": list(refusal_sentences(healing)), "code": _code_object(languages)}
 

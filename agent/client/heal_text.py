@@ -2,52 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 
-from udpwatch.agent.model import REFUSALS, Healing, Row
+from udpwatch.agent.client.lines import safe
+from udpwatch.agent.model import REFUSALS, Cause, Healing, Row, Snapshot
+
+_WIDTH = 80
+_INDENT = 15
 
 
-def lines(healing: Healing, rows: tuple[Row, ...]) -> Iterator[str]:
-    """Yield the lines about what is healed. ``rows``: of healed replies."""
-    yield f"healing        {_state(healing)}"
-    yield f"settings       {healing.selected}{' (dry run)' if healing.dry_run else ''}"
+def status_text(healing: Healing, snapshot: Snapshot) -> str:
+    """Return what is healed, as lines of 80 columns."""
+    lines = []
+    for label, text in _facts(healing):
+        lines += textwrap.wrap(
+            text,
+            _WIDTH,
+            initial_indent=f"{label:<{_INDENT}}",
+            subsequent_indent=" " * _INDENT,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    if healing.dry_run:
+        wrong = [row for row in snapshot.wrong_rows if row.cause == Cause.KERNEL_CHOSEN]
+        lines += _table("wrong replies", wrong, "Healing can change these, if their servers are selected.")
+    lines += _table("healed replies", snapshot.healed_rows, "These servers still need a fix: udpwatch explain")
+    return "\n".join(lines)
+
+
+def _facts(healing: Healing) -> Iterator[tuple[str, str]]:
+    yield "healing", _state(healing)
+    yield "settings", safe(healing.selected)
     if healing.ports_on:
-        yield f"switched on    port {_ports(healing.ports_on)}"
+        yield "switched on", f"port {_ports(healing.ports_on)}"
     if healing.ports_off:
-        yield f"switched off   port {_ports(healing.ports_off)}"
+        yield "switched off", f"port {_ports(healing.ports_off)}"
     if healing.reason:
         return
     plural = "s" if healing.namespaces != 1 else ""
-    yield f"addresses      {healing.addresses} of {healing.namespaces} network namespace{plural}"
-    yield from (f"not healed     {line}" for line in healing.not_healed)
+    yield "addresses", f"{healing.addresses}, in {healing.namespaces} network namespace{plural}"
+    for line in healing.not_healed:
+        yield "not healed", safe(line)
     if healing.dry_run:
-        yield f"dry run        {healing.dry_run_replies:,} replies would have got the address that was asked"
+        yield (
+            "dry run",
+            f"{healing.dry_run_replies:,} replies would be healed; routing may have chosen the right address for some",
+        )
     for reason, count in healing.refused.items():
         if count:
-            yield f"refused        {count:,} {reason}: {REFUSALS[reason]}"
-    yield from _healed(rows)
+            yield "refused", f"{count:,} {safe(reason)}: {safe(REFUSALS.get(reason, 'see docs/metrics.md'))}"
 
 
 def _state(healing: Healing) -> str:
     if healing.reason:
-        return f"impossible: {healing.reason}"
+        return f"nothing is healed: {safe(healing.reason)}"
+    if not healing.on and not healing.ports_on:
+        return "off"
     if healing.dry_run:
-        return "dry run: replies are counted, and none is changed"
-    if healing.on:
-        return "on"
-    return "on for the switched ports only" if healing.ports_on else "off"
+        return "dry run: replies are counted, and none is changed; to heal, restart the agent without --heal-dry-run"
+    return "on" if healing.on else "on for the switched ports only"
 
 
 def _ports(ports: tuple[int, ...]) -> str:
     return ", ".join(map(str, ports))
 
 
-def _healed(rows: tuple[Row, ...]) -> Iterator[str]:
+def _table(what: str, rows: Sequence[Row], note: str) -> list[str]:
     if not rows:
-        return
-    yield ""
-    yield f"{'healed replies':>14}  port   asked at           server"
+        return []
+    lines = ["", f"{what:>14}  port   asked at           server"]
     for row in sorted(rows, key=lambda row: -row.count):
-        yield f"{row.count:>14,}  {row.port:<5}  {row.expected:<17}  {row.sender.title}"
-    yield ""
-    yield "These servers still need a fix: udpwatch explain"
+        lines.append(f"{row.count:>14,}  {row.port:<5}  {row.expected:<17}  {safe(row.sender.title)}")
+    return [*lines, "", note]

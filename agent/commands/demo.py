@@ -334,6 +334,7 @@ def _run_healed(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
             return
         client.heal(True, [PORT, PORT_MAPPED])
     _serve(lab, "plain-server", servers.plain, "::", PORT_MAPPED, only_ipv6=0)
+    report.fact("", f"port {PORT_MAPPED} is another plain server, on [::] for IPv6 and IPv4")
     asked = [(lab.ETH0, PORT), (lab.ETH0_6, PORT), (lab.ETH0, PORT_MAPPED)]
     capture = _Capture(lab)
     try:
@@ -342,7 +343,7 @@ def _run_healed(report: _Report, lab: ContainerHost, agent: _Agent) -> None:
     finally:
         capture.close()
     for (address, port), (replies, client_port) in zip(asked, exchanged, strict=True):
-        note = " (on ::)" if port == PORT_MAPPED else ""
+        note = " (server on ::)" if port == PORT_MAPPED else ""
         text = f"asked {_join(address, port)}{note}, received {replies} of {ROUNDS} replies"
         report.check(replies == ROUNDS, "client", text)
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -405,5 +406,5 @@ def run_demo(out: TextIO) -> int:
     if report.failed:
         report.line(f"\n{report.failed} of the checks above failed: they are marked NO ({seconds}).")
         return 1
-    report.line(f"\nAll checks passed ({seconds}). Nothing was left behind.")
+    report.line(f"\nAll checks passed ({seconds}). Its namespaces and processes are gone.")
     return 0

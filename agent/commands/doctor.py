@@ -30,7 +30,7 @@ from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.programs import BY_NAME, HOOKS
-from udpwatch.agent.model import Forwarded, Probe
+from udpwatch.agent.model import Forwarded, Healing, Probe
 from udpwatch.agent.sources.sensor import Sensor
 
 _WIDTH = 80
@@ -99,6 +99,8 @@ def ask(path: Path | None) -> Report:
     checks = [_agent(report)]
     checks += [Check("note", Status.WARN, note) for note in report["notes"]]
     checks += [_probe(from_json(Probe, probe)) for probe in report["probes"]]
+    if report.get("healing"):
+        checks.append(_healing(from_json(Healing, report["healing"])))
     return Report(report["version"], tuple(checks), report["mode"], report["ready"], running=True)
 
 
@@ -108,6 +110,13 @@ def _agent(report: dict[str, Any]) -> Check:
     if report["ready"]:
         return Check("agent", Status.OK, f"ready: {found}")
     return Check("agent", Status.FAIL, f"not ready ({report['reason']}): {found}", "read its log")
+
+
+def _healing(healing: Healing) -> Check:
+    if healing.reason:
+        return Check("healing", Status.WARN, f"nothing is healed: {healing.reason}")
+    state = "dry run" if healing.dry_run else "on" if healing.is_active else "off"
+    return Check("healing", Status.OK, f"{state}; the settings select: {healing.selected}")
 
 
 def _running(path: Path | None) -> Check:

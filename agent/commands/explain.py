@@ -64,9 +64,9 @@ def run(parsed: argparse.Namespace) -> int:
     except follow.NoAgent as error:
         if known is None and port is None:
             raise
-        rows, missing = [], str(error) if port is None else "there is no agent"
-    if port is not None and all(row.is_healed for row in rows):
-        return _explain_port(port, parsed, path, missing, rows, healing)
+        rows, missing = [], str(error) if port is None or os.geteuid() else "there is no agent"
+    if port is not None and not rows:
+        return _explain_port(port, parsed, path, missing, healing)
     if not rows:
         print(f"udpwatch: {missing}{f'; the known fix for {known.name}:' if known else ''}", file=sys.stderr)
     _print(rows, known, parsed.json, healing)
@@ -85,10 +85,8 @@ def _print(rows: list[Row], known: Remedy | None, as_json: bool, healing: Healin
         print(explain_text.remedy_text(known, _colour()))
 
 
-def _explain_port(
-    port: int, parsed: argparse.Namespace, path: Path, missing: str, healed: list[Row], healing: Healing | None
-) -> int:
-    """Look at a port without wrong replies and print what is known about it. ``healed``: its healed rows."""
+def _explain_port(port: int, parsed: argparse.Namespace, path: Path, missing: str, healing: Healing | None) -> int:
+    """Look at a port without a finding and print what is known about it."""
     looker = Looker(port, parsed.address or "", lambda: list_all(port=port), lambda: _servers(path))
     if not parsed.json:
         print(f"udpwatch: {missing}; looking at port {port}/udp for {parsed.seconds:g} s", file=sys.stderr)
@@ -96,10 +94,10 @@ def _explain_port(
     statements = diagnose(look)
     wrong = any(each.wrong for each in statements)
     if parsed.json:
-        print(json.dumps(port_text.port_object(look, statements) | explain_text.rows_object(healed, healing)))
+        print(json.dumps(port_text.port_object(look, statements) | explain_text.rows_object([], healing)))
     else:
         print(port_text.port_text(look, statements, _colour()))
-        if more := explain_text.rows_text(healed, _colour(), healing):
+        if more := explain_text.rows_text([], _colour(), healing):
             print(f"\n{more}")
     return 1 if wrong else 0
 

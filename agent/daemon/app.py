@@ -222,7 +222,8 @@ class App:
             log.warning("%s", note)
         healing = self._healing(())
         if healing and not healing.reason:
-            log.info("%s: %s", "dry run of healing" if healing.dry_run else "heals replies", healing.selected)
+            what = "dry run" if healing.dry_run else "on" if healing.on else "standby"
+            log.info("healing: %s, %s", what, healing.selected)
 
     def _drop_capabilities(self) -> None:
         """Keep the capabilities that the source still needs, one to open an event file again whatever its owner, and
@@ -256,6 +257,7 @@ class App:
         self._left_out = left_out
         if self._healer:
             self._healer.update(self._state.servers_of(sample))
+            self._healer.note_elsewhere(self._snapshot.servers)
         self._snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes))
         ready, reason = self._ready()
         if self._logged_ready not in (None, ready) and not self._done.is_set():
@@ -283,11 +285,15 @@ class App:
     def _heal(self, on: bool | None, ports: list[int]) -> Healing:
         """Return what is healed; before that, switch it on or off. Raises UdpwatchError."""
         if self._healer is None:
-            raise UdpwatchError("the agent was started without healing; start it with --heal standby, or --heal PORT")
+            reason = "the agent was started without healing; start it with --heal standby, or --heal PORT"
+            if on:
+                raise UdpwatchError(f"cannot heal: {reason}")
+            return Healing("no port", False, False, reason=reason)
         if on is not None:
             self._healer.switch(on, ports)
-            what = f"port {', '.join(map(str, ports))}" if ports else "what the settings select" if on else "everything"
-            log.warning("healing of %s is switched %s over the socket", what, "on" if on else "off")
+            listed = f"port{'s' * (len(ports) > 1)} {', '.join(map(str, ports))}"
+            what = listed if ports else "what the settings select" if on else "everything"
+            log.warning("healing of %s was switched %s over the socket", what, "on" if on else "off")
         return self._healer.status(self._snapshot.probes)
 
     def _doctor(self) -> dict[str, Any]:
@@ -303,6 +309,7 @@ class App:
             "notes": snapshot.notes,
             "capabilities": sorted(map(str, capabilities.effective())),
             "probes": [asdict(probe) for probe in snapshot.probes],
+            "healing": asdict(snapshot.healing) if snapshot.healing else None,
         }
 
     def _on_failure(self, error: BaseException) -> None:

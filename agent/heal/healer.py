@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable
+from itertools import islice
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.heal.modes import Modes
 from udpwatch.agent.heal.namespaces import Namespaces, Wanted
 from udpwatch.agent.kernel import bpf, records
-from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Probe, Sender, ServerCount
+from udpwatch.agent.model import REFUSALS, Healing, HealSelection, Probe, Sender, Server, ServerCount
 
 FAMILIES = {"heal4": "IPv4", "heal6": "IPv6"}  # program -> what it heals
+
+MAX_ELSEWHERE = 8  # reported servers that are not healed because of their namespace
 
 
 class Healer:
@@ -27,6 +30,7 @@ class Healer:
         self._lock = threading.Lock()
         self._namespaces: Namespaces | None = None
         self._modes: Modes | None = None
+        self._elsewhere: tuple[str, ...] = ()
         if reason:
             return
         try:
@@ -62,12 +66,28 @@ class Healer:
                 wanted[count.netns] = Wanted(sender.pid or count.pid, tenant, sender.title)
         self._namespaces.want(wanted)
 
+    def note_elsewhere(self, servers: Iterable[Server]) -> None:
+        """Note which servers with wrong replies have a port that is to be healed, but not the namespace."""
+        if not self._modes or not self._namespaces:
+            return
+        wrong = (each for each in servers if each.wrong and each.netns and self._modes.names(each.port))
+        elsewhere = (each for each in wrong if not self._namespaces.is_followed(each.netns))
+        self._elsewhere = tuple(
+            f"port {each.port} of {each.sender.title}: it is in another network namespace than the agent; select it "
+            "with --heal-process"
+            for each in islice(elsewhere, MAX_ELSEWHERE)
+        )
+
     def switch(self, on: bool, ports: Collection[int]) -> None:
-        """Switch ports, or everything, on or off at once (`Modes.switch`). Raises UdpwatchError if nothing can be
-        healed.
+        """Switch ports, or everything, on or off at once (`Modes.switch`). Raises UdpwatchError if there is nothing to
+        switch on.
         """
         if not self._modes:
-            raise UdpwatchError(f"cannot heal: {self._reason}")
+            if on:
+                raise UdpwatchError(f"cannot heal: {self._reason}")
+            return
+        if on and not ports and self._selection.is_empty:
+            raise UdpwatchError("cannot switch healing on: the settings select no server; use `udpwatch heal on PORT`")
         with self._lock:
             self._modes.switch(on, ports)
 
@@ -89,7 +109,7 @@ class Healer:
             ports_off=tuple(sorted(ports_off)),
             reason="; ".join(detached) if len(detached) == len(FAMILIES) else "",
             namespaces=self._namespaces.followed,
-            not_healed=(*detached, *self._namespaces.not_healed()),
+            not_healed=(*detached, *self._namespaces.not_healed(), *self._elsewhere),
             addresses=self._namespaces.addresses,
             dry_run_replies=dry_run_replies,
             refused=refused,

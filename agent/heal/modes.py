@@ -55,6 +55,10 @@ class Modes:
                 self.ports_on.clear()
         self._write()
 
+    def names(self, port: int) -> bool:
+        """Return whether the replies of a port are to be healed because the operator has named this port."""
+        return self._ports.get(port, HEAL_UNSET) not in (HEAL_UNSET, HEAL_NEVER)
+
     def update(self, servers: Iterable[tuple[ServerCount, Sender]]) -> list[tuple[ServerCount, Sender]]:
         """Set the modes of servers by their senders; return those that the settings select."""
         selected = [each for each in servers if self._selects(*each)] if self._selection.by_server else []

@@ -73,6 +73,11 @@ class Namespaces:
         with self._lock:
             return len(self._followed)
 
+    def is_followed(self, inode: int) -> bool:
+        """Return whether a namespace is healed."""
+        with self._lock:
+            return inode in self._followed
+
     def not_healed(self) -> tuple[str, ...]:
         """Return why namespaces are not healed, one line each."""
         with self._lock:

@@ -33,6 +33,7 @@ NOT_A_TENANTS = {
     "agent/attribution/runtime.py:MAX_ARGUMENTS_BYTES",
     "agent/attribution/runtime.py:MAX_CONTAINERS",
     "agent/heal/addresses.py:MAX_DATAGRAMS",
+    "agent/heal/healer.py:MAX_ELSEWHERE",
     "agent/heal/modes.py:MAX_PORTS",
     "agent/heal/namespaces.py:MAX_REPORTED",
     "agent/kernel/loader_child.py:MAX_LOCAL",

@@ -33,7 +33,7 @@ def healing_text(view: View) -> tuple[str, str]:
         healing = None if view.cluster else next((each.healing for each in view.snapshots if each.healing), None)
         words, style = [_idle_text(healing, healed.idle)], "paused"
     if healed.replies or not healed.idle:
-        words.append(f"healed {count_text(healed.replies)} of {_servers_text(healed.servers)}")
+        words.append(f"healed {count_text(healed.replies)} replies of {_servers_text(healed.servers)}")
     if healed.refused:
         words.append(f"refused {count_text(healed.refused)}")
         style = "paused"

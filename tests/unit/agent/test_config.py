@@ -99,6 +99,7 @@ def test_wrong_type_in_the_file_is_rejected(tmp_path: Path, line: str) -> None:
         ("", None),
         ("heal = []", None),
         ('heal = "off"', None),
+        ('heal = false\nheal_process = "snmpd"', None),
         ('heal = "standby"', HealSelection()),
         ('heal = "all"', HealSelection(all_ports=True)),
         ("heal = [53, 161]", HealSelection(ports=frozenset({53, 161}))),

@@ -101,7 +101,7 @@ def test_explain_says_what_healing_cannot_do(cause: Cause, told: str) -> None:
 def test_refusals_are_told_with_their_reasons() -> None:
     told = rows_object([], Healing("all ports", True, False, refused={"group": 0, "several-addresses": 3}))
     assert told["not_healed"] == [
-        "3 replies (several-addresses): its client asked several addresses within the window."
+        "3 replies (several-addresses): the client asked several addresses within the window, or may have."
     ]
     assert "3 replies (several-addresses)" in rows_text(
         [], False, Healing("x", True, False, refused={"several-addresses": 3})

@@ -35,15 +35,18 @@ def test_healed_replies_are_no_findings() -> None:
 @pytest.mark.parametrize(
     ("healing", "told"),
     [
-        (None, "healed 9 of 2 servers"),
-        (Healing("port 69", True, False), "healed 9 of 2 servers"),
+        (None, "healed 9 replies of 2 servers"),
+        (Healing("port 69", True, False), "healed 9 replies of 2 servers"),
         (
             Healing("port 69", True, False, refused={"several-addresses": 3, "not-local": 4, "group": 9}),
-            "healed 9 of 2 servers, refused 7",
+            "healed 9 replies of 2 servers, refused 7",
         ),
-        (Healing("port 69", False, False), "heal: off, healed 9 of 2 servers"),
-        (Healing("port 69", True, True, dry_run_replies=5), "heal: dry run, 5 would be healed, healed 9 of 2 servers"),
-        (Healing("port 69", True, False, reason="no hook"), "heal: does not work (?), healed 9 of 2 servers"),
+        (Healing("port 69", False, False), "heal: off, healed 9 replies of 2 servers"),
+        (
+            Healing("port 69", True, True, dry_run_replies=5),
+            "heal: dry run, 5 would be healed, healed 9 replies of 2 servers",
+        ),
+        (Healing("port 69", True, False, reason="no hook"), "heal: does not work (?), healed 9 replies of 2 servers"),
     ],
 )
 def test_banner_says_what_is_healed(healing: Healing | None, told: str) -> None:

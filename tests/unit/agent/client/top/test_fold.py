@@ -63,7 +63,7 @@ def test_sums_of_healed_replies_have_rows_of_their_own() -> None:
         (True, 5, 2.0, 40),
     ]
     assert (seen.wrong, total_of(seen, None)) == (4.5, 900)
-    assert healing_text(seen)[0] == "heal: off on 2 nodes, healed 950 of 301 servers, refused 7"
+    assert healing_text(seen)[0] == "heal: off on 2 nodes, healed 950 replies of 301 servers, refused 7"
     assert [column.headings[0] for column in findings_table(seen).columns][-4:] == [
         "replies",
         "rate/s",

@@ -87,7 +87,7 @@ def test_healed_rows_are_apart_from_findings_in_json() -> None:
     node = told["nodes"][0]
     assert (node["wrong"], node["healed"]) == (1, 3)
     assert node["healing"] == {"active": True, "dry_run": False, "refused": {"group": 2}}
-    assert "healed 3 of 1 server\n" in text.table(seen, 80, "script")
+    assert "healed 3 replies of 1 server\n" in text.table(seen, 80, "script")
 
 
 def test_plain_lines_show_rows_that_grew() -> None:
