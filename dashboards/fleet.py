@@ -215,7 +215,7 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Replies that were not healed",
-            "Replies per second of servers that are to be healed, which udpwatch left alone, by reason. With "
+            "Replies per second of servers selected for healing that udpwatch left alone, by reason. With "
             "several-addresses, not-local and transparent, a wrong reply may have left. All namespaces.",
             "cps",
             (f"sum by (reason) ({rate(f'{REFUSED}{{{SCOPE}}}')}) > 0", "{{reason}}"),

@@ -142,8 +142,8 @@ def dashboard() -> Dashboard:
         ),
         lines(
             "Replies that were not healed",
-            "Replies per second that udpwatch left alone although they are to be healed, by reason, of all servers of "
-            "the selected nodes. With several-addresses, not-local and transparent, a wrong reply may have left.",
+            "Replies per second of servers selected for healing that udpwatch left alone, by reason, on the selected "
+            "nodes. With several-addresses, not-local and transparent, a wrong reply may have left.",
             "cps",
             (f"sum by (reason) ({rate(f'{REFUSED}{{{SCOPE}}}')}) > 0", "{{reason}}"),
             stacked=True,
