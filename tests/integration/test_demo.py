@@ -17,8 +17,13 @@ from udpwatch.agent.kernel.bpf import AttachType
 from udpwatch.agent.testing.lab import die_with_parent
 
 
-def test_demo_succeeds() -> None:
-    done = run_cli("demo")
+@pytest.fixture(scope="module")
+def done() -> subprocess.CompletedProcess[str]:
+    """The demo on an idle machine."""
+    return run_cli("demo")
+
+
+def test_demo_succeeds(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert len([line for line in lines if line.startswith("ok  ")]) == 27
@@ -28,7 +33,7 @@ def test_demo_succeeds() -> None:
     assert done.stderr == ""
 
 
-def test_screen_in_the_readme_is_the_demos() -> None:
+def test_screen_in_the_readme_is_the_demos(done: subprocess.CompletedProcess[str]) -> None:
     """Only process ids and the client's ports differ."""
 
     def masked(lines: list[str]) -> list[str]:
@@ -38,7 +43,7 @@ def test_screen_in_the_readme_is_the_demos() -> None:
     command, *screen = readme.split("```\n")[1].splitlines()
     assert command == "$ sudo make demo"
     assert len(screen) > 10
-    shown = masked(run_cli("demo").stdout.splitlines())
+    shown = masked(done.stdout.splitlines())
     assert [line for line in masked(screen) if line not in shown] == []
 
 

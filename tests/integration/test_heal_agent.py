@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agents import Agent, as_nobody, run_cli, temporary
@@ -91,9 +93,15 @@ def test_command_shows_and_switches(host: ContainerHost, healing: Agent, port: i
     status = json.loads(run_cli("heal", "status", "--json", connect).stdout)
     assert status["ports_on"] == [port]
     assert [row["count"] for row in status["healed"] if row["port"] == port] == [3]
+    assert f"no server on port {port + 1}/udp is known" in run_cli("heal", "on", f"{port},{port + 1}", connect).stderr
     off = run_cli("heal", "off", connect)
     assert off.stdout.splitlines()[0] == "healing        off"
     assert f"switched on    port {port}" not in off.stdout
+    nothing = run_cli("heal", "on", connect)
+    assert (nothing.returncode, nothing.stdout) == (1, "")
+    assert "the settings select no server" in nothing.stderr
+    report = run_cli("doctor", "--agent", connect).stdout
+    assert "healing         off; the settings select: no port" in report
 
 
 def test_client_of_two_addresses_is_refused_and_counted(host: ContainerHost, healing: Agent, port: int) -> None:
@@ -119,7 +127,10 @@ def test_dry_run_changes_nothing_and_counts(host: ContainerHost, folder: Path, p
         wait_for(lambda: agent.metric("udpwatch_heal_dry_run_replies_total") == 3, "the counts")
         assert agent.counted(port, 3) == 3
         assert healed(agent, port) == 0
-        assert "3 replies would have got" in run_cli("heal", "status", f"--connect={agent.socket}").stdout
+        status = run_cli("heal", "status", f"--connect={agent.socket}").stdout
+        assert "3 replies would be healed" in status
+        assert re.search(rf"3  {port} +172.16.13.13 ", status)
+        assert run_cli("heal", "off", f"--connect={agent.socket}").stdout.splitlines()[0] == "healing        off"
 
 
 def test_all_ports_are_those_of_servers(host: ContainerHost, folder: Path, port: int) -> None:
@@ -171,6 +182,26 @@ def _asks(host: ContainerHost, port: int) -> bool:
             return False
 
 
+def test_port_of_another_namespace_is_reported(host: ContainerHost, folder: Path, port: int) -> None:
+    """A port selects in the agent's own namespace; a server elsewhere stays wrong, and the status says why."""
+    with Agent(folder, f"--heal={port}") as agent:
+        with host.node.socket(V4.inet) as server:
+            server.bind((V4.wildcard, port))
+            process = host.node.spawn("elsewhere", lambda: servers.plain(server))
+
+        def reported() -> bool:
+            assert not _asks(host, port)
+            return any("elsewhere" in each and "--heal-process" in each for each in _healing(agent)["not_healed"])
+
+        wait_for(reported, "the report")
+        process.stop()
+
+
+def _healing(agent: Agent) -> dict[str, Any]:
+    healing: dict[str, Any] = agent.snapshot()["healing"]
+    return healing
+
+
 def test_without_the_right_to_enter_it_says_which_namespace_is_not_healed(
     host: ContainerHost, folder: Path, port: int
 ) -> None:
@@ -196,13 +227,16 @@ def test_without_kernel_memory_the_agent_runs_and_heals_nothing(host: ContainerH
     with agent:
         assert len([line for line in agent.log if "cannot heal" in line]) == 1
         status = run_cli("heal", "status", f"--connect={agent.socket}")
-        assert (status.returncode, status.stdout.splitlines()[0][:25]) == (1, "healing        impossible")
+        assert (status.returncode, status.stdout.splitlines()[0][:25]) == (1, "healing        nothing is")
         assert "cannot heal" in run_cli("heal", "on", f"--connect={agent.socket}").stderr
         assert agent.metric("udpwatch_heal_active") == 0
 
 
 def test_agent_without_healing_refuses_to_switch(folder: Path) -> None:
+    """The kill switch succeeds: nothing is healed."""
     with Agent(folder) as agent:
-        done = run_cli("heal", "on", "53", f"--connect={agent.socket}")
-    assert done.returncode == 1
-    assert "--heal standby" in done.stderr
+        on, off = (run_cli("heal", word, "53", f"--connect={agent.socket}") for word in ("on", "off"))
+    assert on.returncode == 1
+    assert "--heal standby" in on.stderr
+    assert off.returncode == 0
+    assert "nothing is healed" in off.stdout
