@@ -14,7 +14,7 @@ from dataclasses import replace
 from multiprocessing import RawArray
 
 import pytest
-from address_changes import AddressChanges
+from address_changes import AddressChanges, ask_new
 from healing import DRY_RUN, OFF, ON, Healing
 from scene import PATIENCE_SECONDS, V4, V6, Family, ask, bound
 from sensors import IN_MATRIX
@@ -65,21 +65,6 @@ def test_every_reply_leaves_from_the_address_that_was_asked(
     assert sources(host, family, family.eth0, port) == {family.docker0}
 
 
-def ask_new(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[str, int]:
-    """Ask until the server hears it: the kernel routes to a new IPv6 address only after a moment. Returns the client's
-    address.
-    """
-
-    def is_heard() -> bool:
-        client.sendto(b"request", (address, port))
-        return bool(select.select([server], [], [], 0.2)[0])
-
-    wait_for(is_heard, "the first request")
-    peer: tuple[str, int] = server.recvfrom(100)[1]
-    client.settimeout(PATIENCE_SECONDS)
-    return peer
-
-
 def extra_addresses(family: Family) -> list[str]:
     return [f"fd00:98::{n:x}" if family is V6 else f"10.98.0.{n}" for n in range(1, ADDRESSES + 1)]
 
@@ -103,7 +88,9 @@ def test_no_reply_leaves_from_an_address_that_was_removed(
             changes.add(address)
         healing.set_mode(port, ON)
         clients = [held.enter_context(host.container.socket(asking)) for _ in addresses]
-        peers = [ask_new(each, address, port, server) for each, address in zip(clients, addresses, strict=True)]
+        peers = [
+            ask_new(host.node, each, address, port, server) for each, address in zip(clients, addresses, strict=True)
+        ]
 
         def reply() -> None:
             while (number := now[0]) < len(peers):
@@ -166,7 +153,7 @@ def test_address_that_comes_and_goes_makes_no_send_fail(
             server.sendto(b"reply", peer)
             return bool(client.recvfrom(100)[1][0] == address)
 
-        peer = ask_new(client, address, port, server)
+        peer = ask_new(host.node, client, address, port, server)
         until = time.monotonic() + PATIENCE_SECONDS
         while not is_healed():  # once it has stayed for long enough
             assert time.monotonic() < until
@@ -192,3 +179,27 @@ def test_address_that_comes_and_goes_makes_no_send_fail(
     assert changes.count > 50
     assert not errors
     assert seen.keys() <= {address, family.docker0}
+
+
+def test_address_on_two_devices_is_healed_while_one_has_it(healing: Healing, host: ContainerHost, port: int) -> None:
+    """Any change of it makes it wait until it has stayed for long enough."""
+    address = "10.98.9.9"
+    healing.set_mode(port, ON)
+    with (
+        AddressChanges(host.node, "lo") as loopback,
+        AddressChanges(host.node, "eth0") as eth0,
+        bound(host.node, V4.inet, V4.wildcard, port) as server,
+        host.container.socket() as client,
+    ):
+        loopback.add(address)
+        eth0.add(address)
+        eth0.remove(address)
+        peer = ask_new(host.node, client, address, port, server)
+
+        def is_healed() -> bool:
+            server.sendto(b"reply", peer)
+            return bool(client.recvfrom(100)[1][0] == address)
+
+        wait_for(is_healed, "the other device's address")
+        loopback.remove(address)
+        assert not is_healed()

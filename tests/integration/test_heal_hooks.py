@@ -24,7 +24,8 @@ from udpwatch.agent.kernel import bpf, cgroup
 from udpwatch.agent.kernel.bpf import AttachType, Command, ProgramType
 from udpwatch.agent.testing.lab import ContainerHost
 
-OTHER_CONTAINER = "172.17.0.4"
+#: Further addresses of the container: what is sent to the first goes to the second.
+REWRITTEN, BACKEND = "172.17.0.4", "172.17.0.5"
 USER_IP4, MSG_SRC_IP4 = 4, 40  # struct bpf_sock_addr
 ALLOW_MULTI = 2  # BPF_F_ALLOW_MULTI
 CHILD = "child"
@@ -47,7 +48,7 @@ def set_if(member: int, expected: str, wanted: str, changed: int) -> bytes:
 
 
 #: as the socket load balancer of Cilium: another destination
-REWRITES_DESTINATION = set_if(USER_IP4, ContainerHost.CONTAINER, OTHER_CONTAINER, USER_IP4)
+REWRITES_DESTINATION = set_if(USER_IP4, REWRITTEN, BACKEND, USER_IP4)
 NAMES_SOURCE = set_if(USER_IP4, ContainerHost.CONTAINER, SECOND, MSG_SRC_IP4)
 
 
@@ -73,7 +74,9 @@ def attached(code: bytes, folder: Path, how: str) -> Iterator[None]:
         yield
 
 
-def replies_from(host: ContainerHost, folder: Path, port: int) -> list[tuple[str, str]]:
+def replies_from(
+    host: ContainerHost, folder: Path, port: int, client_address: str = ContainerHost.CONTAINER
+) -> list[tuple[str, str]]:
     """Ask a plain server in a cgroup; return source and destination of its replies on the wire."""
 
     def serve() -> None:
@@ -89,7 +92,7 @@ def replies_from(host: ContainerHost, folder: Path, port: int) -> list[tuple[str
     assert os.read(listening, 1)
     os.close(listening)
     os.close(ready)
-    with Wire(host.container) as wire, bound(host.container, V4.inet, ContainerHost.CONTAINER, 0) as client:
+    with Wire(host.container) as wire, bound(host.container, V4.inet, client_address, 0) as client:
         client.sendto(b"request", (host.ETH0, port))
         assert server.wait() == 0
         return [(each.source, each.destination) for each in wire.read() if each.source_port == port]
@@ -97,11 +100,11 @@ def replies_from(host: ContainerHost, folder: Path, port: int) -> list[tuple[str
 
 @pytest.fixture
 def place(host: ContainerHost) -> Iterator[Path]:
-    """A cgroup with another one in it, instead of the root; the container has a second address."""
-    host.container.ip(f"addr add {OTHER_CONTAINER}/16 dev eth0")
+    """A cgroup with another one in it, instead of the root; the container has further addresses."""
+    host.container.ip(*(f"addr add {each}/16 dev eth0" for each in (REWRITTEN, BACKEND)))
     with own_cgroup(CHILD) as folder:
         yield folder
-    host.container.ip(f"addr del {OTHER_CONTAINER}/16 dev eth0")
+    host.container.ip(*(f"addr del {each}/16 dev eth0" for each in (REWRITTEN, BACKEND)))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -111,24 +114,28 @@ def test_reply_beside_a_program_of_another_is_healed_or_left_alone(
     host: ContainerHost, place: Path, port: int, how: str, where: str, order: str
 ) -> None:
     folder, server = (place, place / CHILD) if where == "same" else (place / CHILD, place / CHILD)
-    for code in (REWRITES_DESTINATION, NAMES_SOURCE):
-        with ExitStack() as programs:
-            if order == "before":
+    with ExitStack() as programs:
+
+        def attach_others() -> None:
+            for code in (REWRITES_DESTINATION, NAMES_SOURCE):
                 programs.enter_context(attached(code, folder, how))
-            healing = programs.enter_context(Healing(host.node, watched=place))
-            if order == "after":
-                programs.enter_context(attached(code, folder, how))
-            healing.set_mode(port, OFF)
-            without = replies_from(host, server, port)
-            healing.set_mode(port, ON)
-            with_healing = replies_from(host, server, port)
-            healed = healing.healed(port)
-        if code is NAMES_SOURCE:  # its source stays, and nobody claims to have healed
-            assert with_healing == without == [(SECOND, host.CONTAINER)]
-            assert healed == 0
-        else:
-            assert without == [(host.DOCKER0, OTHER_CONTAINER)]
-            assert with_healing in (without, [(host.ETH0, OTHER_CONTAINER)])
+
+        if order == "before":
+            attach_others()
+        healing = programs.enter_context(Healing(host.node, watched=place))
+        if order == "after":
+            attach_others()
+        seen = {}
+        for mode in (OFF, ON):
+            healing.set_mode(port, mode)
+            seen[mode] = [replies_from(host, server, port, each) for each in (host.CONTAINER, REWRITTEN)]
+            if mode == OFF:
+                assert healing.healed(port) == 0
+        named, rewritten = seen[ON]
+        assert seen[OFF] == [[(SECOND, host.CONTAINER)], [(host.DOCKER0, BACKEND)]]
+        assert named == [(SECOND, host.CONTAINER)]
+        assert rewritten in ([(host.DOCKER0, BACKEND)], [(host.ETH0, BACKEND)])
+        assert healing.healed(port) == 0  # neither is a reply to who asked, from where it asked
 
 
 def test_reply_is_healed_where_a_program_of_another_leaves_it(host: ContainerHost, place: Path, port: int) -> None:

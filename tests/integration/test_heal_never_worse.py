@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from address_changes import AddressChanges
+from address_changes import AddressChanges, ask_new
 from healing import OFF, ON, Healing
 from scene import V4, Family, ask, both, bound, picked_source, source_control
 from wire import Wire
@@ -301,7 +301,7 @@ def test_address_of_a_device_that_is_down_is_not_used(healing: Healing, port: in
             bound(lab.node, family.inet, family.wildcard, port) as server,
             lab.container.socket(family.inet) as client,
         ):
-            _, peer = ask(client, asked, port, server)
+            peer = ask_new(lab.node, client, asked, port, server)
             with on_the_wire(lab.container, port) as sent:
                 sent.to(server, peer)
                 lab.node.ip("link set service down")
@@ -324,7 +324,7 @@ def test_address_that_moved_to_another_machine_is_not_used(healing: Healing, por
             bound(lab.node, family.inet, family.wildcard, port) as server,
             lab.container.socket(family.inet) as client,
         ):
-            _, peer = ask(client, asked, port, server)
+            peer = ask_new(lab.node, client, asked, port, server)
             with on_the_wire(lab.container, port) as sent:
                 sent.to(server, peer)
                 here.remove(asked)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from typing import Self
+
+from scene import ask
+from waiting import wait_for
 
 from udpwatch.agent.testing.lab import Namespace
 from udpwatch.dns.netlink import BUFFER, HEADER, attribute, messages
@@ -52,3 +56,19 @@ class AddressChanges:
             if code:
                 raise OSError(-code, os.strerror(-code))
         self.count += 1
+
+
+def ask_new(node: Namespace, client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[str, int]:
+    """Ask at a new address; returns the client's. The kernel routes to a new IPv6 address only after a moment, and NAT
+    would remember where it has forwarded the first request.
+    """
+
+    def is_heard(probe: socket.socket) -> bool:
+        probe.sendto(b"request", (address, port))
+        return bool(select.select([server], [], [], 0.2)[0])
+
+    with node.socket(client.family) as probe:
+        wait_for(lambda: is_heard(probe), "the node to hear itself")
+    while select.select([server], [], [], 0)[0]:
+        server.recvfrom(100)
+    return ask(client, address, port, server)[1]
