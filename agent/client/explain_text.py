@@ -121,7 +121,7 @@ def add_refusals(page: Page, healing: Healing | None) -> None:
     """Add what the agent left alone although it was to be healed."""
     refusals = list(refusal_sentences(healing))
     if refusals:
-        page.head("Not healed so far, of all servers that are to be healed")
+        page.head("Not healed so far, of all servers selected for healing")
     for each in refusals:
         page.item(each, marked=False)
 

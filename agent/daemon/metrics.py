@@ -110,7 +110,7 @@ def _healing(snapshot: Snapshot) -> Iterator[Metric]:
     yield healed
     refused = CounterMetricFamily(
         "udpwatch_heal_refused",
-        "Replies of servers that are to be healed which udpwatch left alone, by reason. They left with the source that "
+        "Replies of servers selected for healing that udpwatch left alone, by reason. They left with the source that "
         "routing chose.",
         labels=["reason"],
     )
