@@ -5,7 +5,7 @@ Rules
    late removal is harmless.
 2. Between that check and the kernel's own use of the address, the address may still be removed. An address that was
    removed is therefore left out until it has stayed for STABLE_SECONDS: one that comes and goes is not used at all.
-3. Whoever rules a namespace may change its addresses at any rate. Beyond a rate, they are no longer followed, and
+3. A tenant may change the addresses of its namespace at any rate. Beyond a rate, they are no longer followed, and
    nothing is healed there.
 """
 

@@ -10,6 +10,8 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import select
 import threading
@@ -34,6 +36,8 @@ SETTLING_SECONDS = 0.1
 RETRY_SECONDS = 10.0
 STOP_SECONDS = 5.0
 MAX_REPORTED = 8  # namespaces that are not healed, with their reasons; the rest is a number
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,11 @@ class Namespaces:
                 now = self._clock()
                 with self._lock:
                     self._turn(now, home)
+        except Exception as error:
+            log.exception("cannot follow local addresses any longer: nothing is healed")
+            with self._lock:
+                for inode in list(self._followed):
+                    self._give_up(inode, math.inf, f"internal error: {error!r}; restart the agent")
         finally:
             os.close(home)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,3 +89,24 @@ def test_namespace_ends_with_its_last_process(lab: Lab, followed: Namespaces) ->
     wait_for(lambda: followed.followed == 2, "the namespace to be followed")
     namespace.close()
     wait_for(lambda: followed.followed == 1, "the namespace to be left")
+
+
+def test_failure_of_the_thread_ends_healing(local_devices: int) -> None:
+    """An address that nobody follows must not be used."""
+    broken = threading.Event()
+
+    def clock() -> float:
+        if broken.is_set():
+            raise RuntimeError("a bug")
+        return time.monotonic()
+
+    followed = Namespaces(local_devices, clock)
+    followed.start()
+    try:
+        assert followed.addresses > 0
+        broken.set()
+        (line,) = wait_for(followed.not_healed, "the report")
+        assert "internal error: RuntimeError('a bug')" in line
+        assert list(bpf.map_items(local_devices, 24, 4)) == []
+    finally:
+        followed.close()
