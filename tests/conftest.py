@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
+# pytest-xdist sets the size of a terminal, which `udpwatch top` prefers to that of its own.
+for variable in ("COLUMNS", "LINES"):
+    os.environ.pop(variable, None)
+
 # A script's job in the background ignores SIGINT, and so would all that is started from here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -299,6 +299,7 @@ class App:
     def _doctor(self) -> dict[str, Any]:
         """Return the agent's report about itself, for its socket."""
         snapshot = self._snapshot
+        healing = self._healing(snapshot.probes)
         return {
             "version": snapshot.version,
             "pid": os.getpid(),
@@ -309,7 +310,7 @@ class App:
             "notes": snapshot.notes,
             "capabilities": sorted(map(str, capabilities.effective())),
             "probes": [asdict(probe) for probe in snapshot.probes],
-            "healing": asdict(snapshot.healing) if snapshot.healing else None,
+            "healing": asdict(healing) if healing else None,
         }
 
     def _on_failure(self, error: BaseException) -> None:
