@@ -162,13 +162,17 @@ def _words(value: object) -> list[str]:
     return [str(each).strip() for each in listed if not isinstance(each, bool)]
 
 
+def _is_port(word: str) -> bool:
+    return word.isascii() and word.isdecimal() and len(word) <= 5 and 0 < int(word) < 65536
+
+
 def _heal(value: object) -> HealSelection | Literal[False]:
     words = _words(value)
     if words == [OFF] or value is False or value == []:
         return False
     if words in (["all"], ["standby"]):
         return HealSelection(all_ports=words == ["all"])
-    if not all(each.isascii() and each.isdecimal() and 0 < int(each[:6]) < 65536 for each in words):
+    if not words or not all(map(_is_port, words)):
         raise _Rejected("'off', 'standby', 'all', or ports from 1 to 65535, such as 53,161")
     return HealSelection(ports=frozenset(map(int, words)))
 

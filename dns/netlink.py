@@ -13,6 +13,7 @@ from typing import Self
 
 NESTED = 0x8000  # NLA_F_NESTED
 BUFFER = 1 << 16
+KERNEL = 0  # the port number of the kernel: any other sender is a process
 HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _ATTRIBUTE = struct.Struct("=HH")
 _REQUEST, _DUMP = 0x1, 0x300  # NLM_F_REQUEST, NLM_F_DUMP
@@ -70,7 +71,10 @@ class Netlink:
         flags = _REQUEST | (_DUMP if dump else 0)
         self._socket.send(HEADER.pack(HEADER.size + len(body), kind, flags, 0, 0) + body)
         while True:
-            for what, content in messages(self._socket.recv(BUFFER)):
+            raw, (sender, _) = self._socket.recvfrom(BUFFER)
+            if sender != KERNEL:
+                continue
+            for what, content in messages(raw):
                 if what == _DONE:
                     return
                 if what == _ERROR:

@@ -208,7 +208,9 @@ class Api:
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
-        if task is None or len(self._clients) >= MAX_CLIENTS:
+        # Root has places of its own, so that no reader can keep the switch of healing from it.
+        most = 2 * MAX_CLIENTS if _is_root(writer) else MAX_CLIENTS
+        if task is None or len(self._clients) >= most:
             writer.close()
             return
         self._clients.add(task)

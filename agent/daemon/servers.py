@@ -140,9 +140,11 @@ class Servers:
     def identified(self, sample: Sample) -> list[tuple[ServerCount, Sender]]:
         """Return the counted servers of a sample that are known, each with its process."""
         found = []
-        for count in sample.servers:
-            entry = self._entries.get(_place(count.netns, count.scope, count.address, count.port))
-            if entry:
+        places = [_place(count.netns, count.scope, count.address, count.port) for count in sample.servers]
+        shared = Counter(places)  # the kernel may give a new namespace the number of one that has ended
+        for place, count in zip(places, sample.servers, strict=True):
+            entry = self._entries.get(place)
+            if entry and (shared[place] == 1 or entry.who == (count.pid, count.process, count.cgroup)):
                 found.append((count, entry.sender))
         return found
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.interfaces import LinkAddress, addresses, read_address
 from udpwatch.agent.kernel.records import encode_local_key
-from udpwatch.dns.netlink import BUFFER, Netlink, messages
+from udpwatch.dns.netlink import BUFFER, KERNEL, Netlink, messages
 
 STABLE_SECONDS = 1.0
 MAX_DATAGRAMS = 64  # of events, in one turn: other namespaces wait
@@ -72,7 +72,7 @@ class LocalAddresses:
             for each in addresses(bounds.addresses, self._requests):
                 self._add(each, now)
             bpf.map_update(self._map, self._key(_FOLLOWED), _INDEX.pack(0))
-        except OSError:
+        except BaseException:
             self.close()
             raise
 
@@ -103,7 +103,7 @@ class LocalAddresses:
         """
         for _ in range(MAX_DATAGRAMS):
             try:
-                raw = self._events.recv(BUFFER)
+                raw, (sender, _) = self._events.recvfrom(BUFFER)
             except BlockingIOError:
                 if not self._has_lost:
                     break
@@ -113,17 +113,18 @@ class LocalAddresses:
                     raise
                 self._forget(now)
             else:
-                self._read_changes(raw, now)
+                if sender == KERNEL:  # a tenant may send to the group, too
+                    self._read_changes(raw, now)
         for address in [address for address, until in self._removed.items() if until <= now]:
             del self._removed[address]
             self._enter(address)
 
     def _read_changes(self, raw: bytes, now: float) -> None:
         for kind, content in messages(raw):
+            self._take_turn(now)
             each = read_address(content) if kind in (_NEW_ADDRESS, _DELETED_ADDRESS) else None
             if not each:
                 continue
-            self._take_turn(now)
             if kind == _NEW_ADDRESS and each.is_usable:
                 self._add(each, now)
             else:

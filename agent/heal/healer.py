@@ -101,13 +101,16 @@ class Healer:
         with self._lock:
             on, ports_on, ports_off = self._modes.on, self._modes.ports_on.copy(), self._modes.ports_off.copy()
         detached = [f"{FAMILIES[each.name]}: {each.reason}" for each in probes if _is_detached(each)]
+        reason = "; ".join(detached) if len(detached) == len(FAMILIES) else ""
+        if not reason and not self._namespaces.followed:
+            reason = next(iter(self._namespaces.not_healed()), "no network namespace is followed")
         return Healing(
             selected=str(self._selection),
             on=on and not self._selection.is_empty,
             dry_run=self._selection.dry_run,
             ports_on=tuple(sorted(ports_on)),
             ports_off=tuple(sorted(ports_off)),
-            reason="; ".join(detached) if len(detached) == len(FAMILIES) else "",
+            reason=reason,
             namespaces=self._namespaces.followed,
             not_healed=(*detached, *self._namespaces.not_healed(), *self._elsewhere),
             addresses=self._namespaces.addresses,

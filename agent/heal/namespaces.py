@@ -49,45 +49,57 @@ class Wanted:
     name: str  # of the server, for the report
 
 
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What was followed at the end of a turn: other threads read this, and never wait for a turn."""
+
+    followed: frozenset[int]
+    addresses: int
+    lines: tuple[str, ...]  # why namespaces are not healed; the agent's own comes first
+
+
 class Namespaces:
-    """Follows namespaces from `start` to `close`."""
+    """Follows namespaces from `start` to `close`. Between these, only its thread uses what it has opened."""
 
     def __init__(self, local_devices: int, clock: Callable[[], float] = time.monotonic) -> None:
         """Enter the addresses of the namespace of the calling thread in the map ``local_devices``. Raises OSError."""
         self._map, self._clock = local_devices, clock
         self._home = netns_inode()
-        self._lock = threading.Lock()
         self._wanted: dict[int, Wanted] = {}
+        self._next_wanted: dict[int, Wanted] = {}  # as set by another thread, for the next turn
         self._followed: dict[int, LocalAddresses] = {}
         self._failed: dict[int, tuple[float, str]] = {}  # when it is tried again, and why it is not followed
         self._followed[self._home] = LocalAddresses(local_devices, OWN, clock())
+        self._home_fd = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._next_check = 0.0
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heal", daemon=True)
+        self._publish()
 
     @property
     def addresses(self) -> int:
         """The number of addresses in the map."""
-        with self._lock:
-            return sum(map(len, self._followed.values()))
+        return self._state.addresses
 
     @property
     def followed(self) -> int:
         """The number of namespaces that are healed."""
-        with self._lock:
-            return len(self._followed)
+        return len(self._state.followed)
 
     def is_followed(self, inode: int) -> bool:
         """Return whether a namespace is healed."""
-        with self._lock:
-            return inode in self._followed
+        return inode in self._state.followed
 
     def not_healed(self) -> tuple[str, ...]:
         """Return why namespaces are not healed, one line each."""
-        with self._lock:
-            lines = [self._line(inode, reason) for inode, (_, reason) in sorted(self._failed.items())]
-        more = len(lines) - MAX_REPORTED
-        return (*lines[:MAX_REPORTED], *([f"{more} more network namespaces"] if more > 0 else []))
+        return self._state.lines
+
+    def _publish(self) -> None:
+        order = sorted(self._failed.items(), key=lambda each: (each[0] != self._home, each[0]))
+        lines = [self._line(inode, reason) for inode, (_, reason) in order[:MAX_REPORTED]]
+        if len(order) > MAX_REPORTED:
+            lines.append(f"{len(order) - MAX_REPORTED} more network namespaces")
+        self._state = _State(frozenset(self._followed), sum(map(len, self._followed.values())), tuple(lines))
 
     def _line(self, inode: int, reason: str) -> str:
         if inode == self._home:
@@ -97,8 +109,7 @@ class Namespaces:
 
     def want(self, wanted: Mapping[int, Wanted]) -> None:
         """Set the namespaces to follow beside the agent's own, by their inode numbers."""
-        with self._lock:
-            self._wanted = {inode: each for inode, each in wanted.items() if inode != self._home}
+        self._next_wanted = {inode: each for inode, each in wanted.items() if inode != self._home}
 
     def start(self) -> None:
         """Follow changes in a thread."""
@@ -109,39 +120,41 @@ class Namespaces:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(STOP_SECONDS)
+        if self._thread.is_alive():  # it still uses them, and the process's end closes them
+            return
         for each in self._followed.values():
             each.close()
         self._followed.clear()
+        os.close(self._home_fd)
 
     def _run(self) -> None:
-        show_name()
-        home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         try:
+            show_name()
             while not self._stopping.is_set():
                 self._wait()
-                now = self._clock()
-                with self._lock:
-                    self._turn(now, home)
+                self._turn(self._clock(), self._home_fd)
+                self._publish()
         except Exception as error:
             log.exception("cannot follow local addresses any longer: nothing is healed")
-            with self._lock:
-                for inode in list(self._followed):
-                    self._give_up(inode, math.inf, f"internal error: {error!r}; restart the agent")
-        finally:
-            os.close(home)
+            for inode in [self._home, *self._followed]:
+                self._give_up(inode, math.inf, f"internal error: {error!r}; restart the agent")
+            self._publish()
 
     def _wait(self) -> None:
-        with self._lock:
-            poll = select.poll()
-            for each in self._followed.values():
-                poll.register(each.fileno(), select.POLLIN)
-            settling = any(each.is_settling for each in self._followed.values())
+        poll = select.poll()
+        for each in self._followed.values():
+            poll.register(each.fileno(), select.POLLIN)
+        settling = any(each.is_settling for each in self._followed.values())
         seconds = SETTLING_SECONDS if settling else TURN_SECONDS
         # Many changes at once are cheaper to read than each by itself, and none of them is urgent.
         if poll.poll(seconds * 1000):
             self._stopping.wait(SETTLING_SECONDS / 10)
 
     def _turn(self, now: float, home: int) -> None:
+        before, self._wanted = self._wanted, self._next_wanted
+        for inode, wanted in self._wanted.items():
+            if inode in before and before[inode].pid != wanted.pid:  # the server was restarted
+                self._failed.pop(inode, None)
         for inode, each in list(self._followed.items()):
             try:
                 each.read(now)
@@ -149,6 +162,9 @@ class Namespaces:
                 self._give_up(inode, now, f"cannot read its addresses: {error.strerror}")
             except TooManyChangesError:
                 self._give_up(inode, now, "its addresses change too often")
+            except Exception as error:  # one namespace must not end the others
+                log.exception("cannot follow the addresses of network namespace %d", inode)
+                self._give_up(inode, now, f"internal error: {error!r}")
         if now >= self._next_check:
             self._next_check = now + TURN_SECONDS
             for inode in [inode for inode in self._followed if inode != self._home and not self._lives(inode)]:
@@ -207,8 +223,9 @@ class Namespaces:
         except OSError as error:
             self._give_up(inode, now, f"cannot enter it: {error.strerror}; this requires CAP_SYS_ADMIN")
             return False
-        except TooManyChangesError:
-            self._give_up(inode, now, "its addresses change too often")
+        except Exception as error:  # one namespace must not end the others
+            log.exception("cannot follow the addresses of network namespace %d", inode)
+            self._give_up(inode, now, f"internal error: {error!r}")
             return False
         self._failed.pop(inode, None)
         return True

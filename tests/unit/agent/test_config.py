@@ -74,6 +74,8 @@ def test_empty_texts_are_refused(name: str) -> None:
         ("heal", "53,all"),
         ("heal", "0"),
         ("heal", "65536"),
+        ("heal", "00000165535"),
+        ("heal", ""),
         ("heal", "dns"),
         ("heal_process", "snmpd,,ntpd"),
         ("heal_dry_run", "maybe"),
