@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import socket
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from waiting import wait_for
 from udpwatch.agent.client.connection import Client
 from udpwatch.agent.errors import CannotRun
 from udpwatch.agent.testing import servers
-from udpwatch.agent.testing.lab import ContainerHost
+from udpwatch.agent.testing.lab import ContainerHost, die_with_parent
 
 
 def exchange(host: ContainerHost, family: Family, port: int, count: int, asked: str = "") -> list[str]:
@@ -82,6 +83,28 @@ def test_only_root_may_switch(host: ContainerHost, healing: Agent, port: int) ->
     shown = run_cli("heal", "status", f"--connect={healing.socket}", wrapper=as_nobody())
     assert (shown.returncode, shown.stderr) == (0, "")
     assert str(port) not in shown.stdout
+
+
+def test_readers_cannot_keep_the_switch_from_root(healing: Agent) -> None:
+    """A member of the socket's group may hold every place that others have."""
+    healing.socket.chmod(0o666)
+    healing.socket.parent.chmod(0o755)
+    hold = (
+        "import socket, sys, time\n"
+        "held = [socket.socket(socket.AF_UNIX) for _ in range(40)]\n"
+        "for each in held:\n"
+        "    each.connect(sys.argv[1])\n"
+        '    each.sendall(b\'{"follow": "events"}\\n\')\n'
+        "print(held[0].recv(100), flush=True)\n"
+        "time.sleep(1000)\n"
+    )
+    command = [*as_nobody(), "/usr/bin/python3", "-c", hold, str(healing.socket)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=die_with_parent) as reader:
+        assert reader.stdout
+        assert b"following" in reader.stdout.readline()
+        done = run_cli("heal", "off", f"--connect={healing.socket}")
+        reader.kill()
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_command_shows_and_switches(host: ContainerHost, healing: Agent, port: int) -> None:
