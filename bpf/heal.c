@@ -20,7 +20,7 @@
 #include "local.h"
 #include "records.h"
 
-/* The maps of the sensor. */
+/* Maps of the sensor (sockets.c). */
 BPF_ARRAY(conversations, struct conversation_set, SETS);
 BPF_ARRAY(hash_keys, struct hash_keys, 1);
 BPF_ARRAY(last_eviction, __u64, 1);
@@ -31,8 +31,6 @@ BPF_ARRAY(heal_slots, __u8, SERVERS); /* enum healing, by slot of the server */
 BPF_PERCPU_ARRAY(heal_counts, struct heal_counts, 1);
 /* User space keeps this: the index of the device that has an address. */
 BPF_TABLE("hash", struct local_key, __u32, local_devices, MAX_LOCAL);
-
-#define OF_THIS_PORT 8
 
 /* Copy the conversation with this tag. Return 0 if there is none. */
 static __always_inline int find_conversation(struct conversation_set *set, __u64 tag,
@@ -98,19 +96,19 @@ static __always_inline enum healing mode_of(__u8 mode, __u32 slot) {
     int at_slot = slot;
 
     if (mode & HEAL_MODE)
-        return slot != NO_SERVER || mode & OF_THIS_PORT ? mode & HEAL_MODE : HEAL_UNSET;
+        return slot != NO_SERVER || mode & HEAL_THIS_PORT ? mode & HEAL_MODE : HEAL_UNSET;
     __u8 *by_slot = heal_slots.lookup(&at_slot);
     return by_slot ? *by_slot : HEAL_UNSET;
 }
 
-/* Return the mode of a port: HEAL_MODE, with OF_THIS_PORT if it is not that of all ports, or
+/* Return the mode of a port: HEAL_MODE, with HEAL_THIS_PORT if it is not that of all ports, or
  * HEAL_BY_SLOT if it depends on the server. */
 static __always_inline __u8 mode_of_port(__u16 port) {
     int at_port = port, any = 0;
     __u8 *own = heal_ports.lookup(&at_port), *all = heal_ports.lookup(&any);
 
     if (own && *own)
-        return *own == HEAL_NEVER ? HEAL_UNSET : *own | OF_THIS_PORT;
+        return *own == HEAL_NEVER ? HEAL_UNSET : *own | HEAL_THIS_PORT;
     return all ? *all : HEAL_UNSET;
 }
 

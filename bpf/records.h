@@ -278,21 +278,21 @@ struct reported_key {
 
 /* ---- healing (heal.c) ---- */
 
-/* What to do with the replies of a port or server. The modes are numbers, not names of booleans:
- * a port may be excluded from HEAL_ON for all. */
+/* What to do with the replies of a port or server. */
 enum healing {
     HEAL_UNSET,   /* nothing is set for it */
     HEAL_DRY_RUN, /* only count what would be healed */
     HEAL_ON,
-    HEAL_NEVER,
+    HEAL_NEVER, /* not even if all other ports are healed */
 };
 
 /* In heal_ports[0]: the mode of all ports that have none of their own, and whether a server in
  * heal_slots has one. */
-#define HEAL_MODE    3
-#define HEAL_BY_SLOT 4
+#define HEAL_MODE      3
+#define HEAL_BY_SLOT   4
+#define HEAL_THIS_PORT 8 /* never in a map: the mode is the own one of a port (heal.c) */
 
-/* Why a reply was not healed although its port is to be. */
+/* Why a reply of a selected port or server was not healed. */
 enum refusal {
     REFUSED_SEVERAL,     /* its peer asked several addresses, or may have (HEAVY) */
     REFUSED_GROUP,       /* its peer asked a group */
