@@ -10,7 +10,7 @@ import contextlib
 import os
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,15 +290,21 @@ def _undescribed(btf: Path, error: OSError | LookupError) -> str:
     return f"{btf} does not describe {error.args[0]}"
 
 
+def _read_offsets(read: Callable[[Path], dict[str, int]], btf: Path, reason: str) -> tuple[dict[str, int], str]:
+    """Return the offsets that ``read`` finds, and why there are none; ``reason``: why there can be none."""
+    if reason:
+        return {}, reason
+    try:
+        return read(btf), ""
+    except (OSError, LookupError) as error:
+        return {}, _undescribed(btf, error)
+
+
 def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
     """Return the members of Features for function probes; ``reason`` says why there can be none."""
     names = [function.name for _, function in FUNCTIONS]
-    offsets, functions, reasons = dict[str, int](), dict[str, str](), dict[str, str]()
-    if not reason:
-        try:
-            offsets = flow_offsets(btf)
-        except (OSError, LookupError) as error:
-            reason = _undescribed(btf, error)
+    functions, reasons = dict[str, str](), dict[str, str]()
+    offsets, reason = _read_offsets(flow_offsets, btf, reason)
     if reason:
         none = {"functions": dict.fromkeys(names, ""), "functions_reason": dict.fromkeys(names, reason)}
         return none | {"flow_offsets": {}}
@@ -311,40 +317,15 @@ def _try_probes(btf: Path, reason: str) -> dict[str, Any]:
     return {"functions": functions, "functions_reason": reasons, "flow_offsets": offsets}
 
 
-def _try_sockets(btf: Path, reason: str) -> dict[str, Any]:
-    """Return the members of Features for iterators; ``reason`` says why there can be none."""
-    offsets = dict[str, int]()
-    if not reason:
-        try:
-            offsets = socket_offsets(btf)
-        except (OSError, LookupError) as error:
-            reason = _undescribed(btf, error)
-    return {"socket_offsets": offsets, "sockets_reason": reason}
-
-
-def _try_addresses(btf: Path, reason: str) -> dict[str, Any]:
-    """Return the members of Features for healing; ``reason`` says why there can be none."""
-    offsets = dict[str, int]()
-    if not reason:
-        try:
-            offsets = address_offsets(btf)
-        except (OSError, LookupError) as error:
-            reason = _undescribed(btf, error)
-    return {"address_offsets": offsets, "address_reason": reason}
-
-
 def probe(btf: Path = VMLINUX_BTF) -> Features:
     """Try everything. Raises OSError if not even an empty program loads."""
     os.close(program_load(*_SKB, _RETURN_1))
-    offsets: dict[str, int] = {}
     reason = _helper(_PROBE_READ_KERNEL, _CONTEXT_AS_THIRD + _BUFFER_ARGUMENTS)
     if reason:
         reason = f"cannot read kernel memory: {reason}; add CAP_PERFMON, unless the kernel is locked down"
-    else:
-        try:
-            offsets = conntrack_offsets(btf)
-        except (OSError, LookupError) as error:
-            reason = _undescribed(btf, error)
+    offsets, reason = _read_offsets(conntrack_offsets, btf, reason)
+    of_sockets, sockets_reason = _read_offsets(socket_offsets, btf, reason)
+    of_addresses, address_reason = _read_offsets(address_offsets, btf, reason)
     current = _helper(_GET_CURRENT_PID_TGID) or _helper(_GET_CURRENT_UID_GID) or _helper(_GET_CURRENT_CGROUP_ID)
     return Features(
         netns_cookie=not _helper(_GET_NETNS_COOKIE),
@@ -355,7 +336,9 @@ def probe(btf: Path = VMLINUX_BTF) -> Features:
         conntrack=not reason,
         offsets=offsets,
         conntrack_reason=reason,
-        **_try_sockets(btf, reason),
-        **_try_addresses(btf, reason),
+        socket_offsets=of_sockets,
+        sockets_reason=sockets_reason,
+        address_offsets=of_addresses,
+        address_reason=address_reason,
         **_try_probes(btf, reason),
     )
