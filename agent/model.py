@@ -284,6 +284,29 @@ class ConntrackHealth:
 
 
 @dataclass(frozen=True, slots=True)
+class Memory:
+    """What a cgroup uses of its memory limit, in bytes."""
+
+    used: int  # without files that the kernel can drop from its cache
+    limit: int
+
+
+#: Faults of the node that the agent counts, beside the losses (udpwatch_events_lost_total), and what each count is.
+#: Metrics show each from the start.
+NODE_FAULTS = {
+    "late_sample": "samples taken more than 5 s after the one before, because the agent got too little CPU",
+    "memory": "checks, one every 5 s, that found less than a tenth of the memory limit free",
+    "clock_step": "times that the wall clock was set",
+    "suspend": "times that the machine was suspended",
+}
+#: What is there and beyond a limit of the agent, and what is not done for it. Metrics show each from the start.
+UNWATCHED = {
+    "namespaces": "network namespaces whose conntrack events are not read (--forwarded over netlink)",
+    "sockets": "UDP sockets that are not listed among servers",
+}
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One sample of the sensor."""
 
@@ -304,6 +327,7 @@ class Sample:
     servers: tuple[ServerCount, ...] = ()
     other_servers: ServerCount | None = None  # the sum of those that the kernel had no room for
     sockets: tuple[UdpSocket, ...] | None = None  # None: they were not read
+    unwatched: dict[str, int] = field(default_factory=dict)  # UNWATCHED -> how many
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +455,9 @@ class Snapshot:
     healing: Healing | None = None  # None: not enabled
     #: healed replies for which there was no row, by namespace; "": none, or unknown
     other_healed: dict[str, int] = field(default_factory=dict)
+    node_faults: dict[str, int] = field(default_factory=dict)  # NODE_FAULTS -> how many
+    unwatched: dict[str, int] = field(default_factory=dict)  # UNWATCHED -> how many
+    memory: Memory | None = None  # None: no limit
 
     @property
     def wrong_rows(self) -> tuple[Row, ...]:

@@ -1,6 +1,7 @@
 """Find the sending process by what the kernel reports: a thread's name and a process id.
 
-If the process has exited, only the thread's name is left; the finding still has the cgroup id.
+If the process has exited, only the thread's name is left; the finding still has the cgroup id. The same is true if
+/proc hides the process (mount option hidepid), which is counted.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Processes:
     def __init__(self, proc_root: Path, command_lines: CommandLines) -> None:
         self._proc, self._command_lines = proc_root, command_lines
         self._cache: TtlCache[tuple[int, str, int], Process] = TtlCache(MAX_PROCESSES, KEEP_SECONDS)
+        self.hidden = 0  # lookups of processes that exist and that /proc does not show
 
     def lookup(self, pid: int, comm: str, cgroup: int, now: float) -> Process:
         """Return the process of a sending thread. ``now``: monotonic seconds.
@@ -69,6 +71,7 @@ class Processes:
                 arguments = self._arguments(folder / "cmdline", tenant(_paths(lines)), now)
                 executable = _executable(folder / "exe", arguments)
         except OSError:
+            self.hidden += _exists(pid)
             return unknown
         unified = next((path for controllers, path in lines if not controllers), "")
         return Process(main, executable, _command(arguments), _paths(lines), unified)
@@ -95,6 +98,17 @@ def _opened(folder: Path) -> Iterator[Path]:
         yield Path(f"/proc/self/fd/{fd}")
     finally:
         os.close(fd)
+
+
+def _exists(pid: int) -> bool:
+    """Return whether there is a process with this id. The kernel tells, whatever /proc shows."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def _name(path: Path) -> str:

@@ -78,10 +78,10 @@ class Senders:
     def left_out(self) -> int:
         """Return how many lookups are incomplete.
 
-        They are lookups beyond the budget, command lines that a process or its tenant withheld, and cgroups that a
-        walk skipped because there were too many.
+        They are lookups beyond the budget, processes that /proc hides, command lines that a process or its tenant
+        withheld, and cgroups that a walk skipped because there were too many.
         """
-        return self.deferred + self._command_lines.left_out + self._cgroups.left_out
+        return self.deferred + self._processes.hidden + self._command_lines.left_out + self._cgroups.left_out
 
     def lookup(self, reply: Increase | Event, now: float | None = None) -> Sender:
         """Return the sender of a reply. ``now``: monotonic seconds.

@@ -25,6 +25,7 @@ from udpwatch.agent.daemon import api, systemd
 from udpwatch.agent.daemon.event_log import EventWriter, as_json
 from udpwatch.agent.daemon.http import HttpServer
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
+from udpwatch.agent.daemon.node_faults import NodeFaults
 from udpwatch.agent.daemon.sensor_thread import CPU_SHARE, SensorThread
 from udpwatch.agent.daemon.starting import Starting, Stopped
 from udpwatch.agent.daemon.startup import watch_kernel, watch_recording
@@ -32,7 +33,10 @@ from udpwatch.agent.daemon.state import About, State
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.capabilities import Capability
+from udpwatch.agent.kernel.clock import read_clocks
 from udpwatch.agent.kernel.cpu import Cpus, Pace, favour_servers
+from udpwatch.agent.kernel.loader import COMPILER_BYTES
+from udpwatch.agent.kernel.memory import read_memory
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
 from udpwatch.agent.model import Cause, Event, Healing, Probe, Row, Sample, Snapshot
 
@@ -83,6 +87,13 @@ class App:
                 "LimitNOFILE= in a unit"
             )
         self._settings, self._starting = settings, starting
+        if (memory := read_memory()) and memory.limit < COMPILER_BYTES and not settings.replay:
+            log.warning(
+                "the memory limit of this cgroup is %d MB; compiling the kernel programs takes up to %d MB, and the "
+                "kernel may kill the agent meanwhile: raise the limit",
+                memory.limit >> 20,
+                COMPILER_BYTES >> 20,
+            )
         self._cpus = Cpus()
         self._started = time.time()
         self._failure: BaseException | None = None
@@ -123,6 +134,7 @@ class App:
                 notes=self._watching.notes,
             )
             self._state = State(about, settings.max_series, settings.forget, self._senders, settings.max_servers)
+            self._node = NodeFaults(read_clocks(), read_memory)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 
@@ -247,10 +259,13 @@ class App:
 
     def _on_sample(self, sample: Sample, changes: list[str], self_test_passed: bool) -> None:
         """Handle a sample, in the sensor's thread."""
-        now = time.time()
-        for line in changes:
+        clocks = read_clocks()
+        for line in changes + self._node.add(clocks):
             log.warning("%s", line)
-        for row in self._state.add(sample, now, time.monotonic()):
+        if self._node.step:
+            self._state.move_times(self._node.step)
+        now = clocks.wall
+        for row in self._state.add(sample, now, clocks.monotonic):
             self._log_finding(row)
         left_out = self._senders.left_out
         self._lose("attribution", left_out - self._left_out)
@@ -258,7 +273,7 @@ class App:
         if self._healer:
             self._healer.update(self._state.servers_of(sample))
             self._healer.note_elsewhere(self._snapshot.servers)
-        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes))
+        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes), self._node)
         ready, reason = self._ready()
         if self._logged_ready not in (None, ready) and not self._done.is_set():
             self._logged_ready = ready

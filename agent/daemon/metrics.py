@@ -50,6 +50,7 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
     yield _lost(snapshot)
     yield from _probes(snapshot)
     yield from _self_checks(snapshot)
+    yield from _node(snapshot)
     yield CounterMetricFamily(
         "udpwatch_flows_checked",
         "New UDP flows of conntrack that were checked for wrong replies of machines behind this node; stays 0 if "
@@ -258,6 +259,42 @@ def _self_checks(snapshot: Snapshot) -> Iterator[Metric]:
             "flows, not replies.",
             value=snapshot.udp_sent,
         )
+
+
+def _node(snapshot: Snapshot) -> Iterator[Metric]:
+    faults = CounterMetricFamily(
+        "udpwatch_node_faults",
+        "Faults of this node that the agent noticed: late_sample (too little CPU; counts wait in the kernel and stay "
+        "exact), memory (less than a tenth of the memory limit was free; checked every 5 s), clock_step (the wall "
+        "clock was set), suspend (the machine was suspended).",
+        labels=["fault"],
+    )
+    for fault, count in snapshot.node_faults.items():
+        faults.add_metric([fault], count)
+    yield faults
+    unwatched = GaugeMetricFamily(
+        "udpwatch_unwatched",
+        "What is there and beyond a limit of the agent: network namespaces whose conntrack events are not read "
+        "(namespaces), UDP sockets that are not listed among servers (sockets). Wrong replies of sockets are counted "
+        "all the same.",
+        labels=["kind"],
+    )
+    for kind, count in snapshot.unwatched.items():
+        unwatched.add_metric([kind], count)
+    yield unwatched
+    if snapshot.memory is None:
+        return
+    yield GaugeMetricFamily(
+        "udpwatch_memory_used_bytes",
+        "Memory in use of the agent's cgroup, with the kernel's tables and without files in the cache that are not in "
+        "use. Absent without a memory limit.",
+        value=snapshot.memory.used,
+    )
+    yield GaugeMetricFamily(
+        "udpwatch_memory_limit_bytes",
+        "Memory limit of the agent's cgroup. At the limit, the kernel kills the agent. Absent without a limit.",
+        value=snapshot.memory.limit,
+    )
 
 
 def _conversations(snapshot: Snapshot) -> Iterator[Metric]:

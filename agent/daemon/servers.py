@@ -113,6 +113,12 @@ class Servers:
         if finding.cause is not Cause.FORWARDED:  # those are of another machine's server
             self._wrong[_labels(sender, finding.port), finding.netns] += count
 
+    def move_times(self, seconds: float) -> None:
+        """Move all times after the wall clock was set forward by so many seconds."""
+        for entry in self._entries.values():
+            entry.first += seconds
+            entry.last += seconds
+
     def add(self, sample: Sample, now: float, monotonic: float, is_last: bool = False) -> None:
         """Add a sample. ``now``: seconds since the epoch; ``is_last``: whatever was read before."""
         if monotonic - self._read_at < READ_SECONDS and not is_last and sample.sockets is None:

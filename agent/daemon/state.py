@@ -5,7 +5,8 @@ Rules
    row of the tenant with the most rows is evicted first. A tenant is a container, else a cgroup.
 2. A row ends after `forget` seconds without a wrong reply, or ENDED_SECONDS after its pod or container has ended. Its
    count ends with it, as a counter ends with its process; `other` never ends, and ended rows are not added to it.
-3. The clocks are arguments: wall time is only shown; rows age by the monotonic clock, which cannot be set.
+3. The clocks are arguments: wall time is only shown; rows age by the monotonic clock, which cannot be set. When the
+   wall clock is set, all times move with it.
 4. Not thread-safe, except for `lose`.
 """
 
@@ -16,8 +17,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from udpwatch.agent.daemon.node_faults import NodeFaults
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import (
+    NODE_FAULTS,
+    UNWATCHED,
     Cause,
     Counters,
     Event,
@@ -43,7 +47,7 @@ LOSS_STAGES = {
     "probe_missed": "runs of function probes that the kernel skipped",
     "remember": "requests of flows that were not stored because two CPUs wrote the same slot",
     "unparsed": "UDP packets with unreadable headers",
-    "attribution": "lookups of a process, command line or cgroup beyond a limit; the kernel's process name is shown",
+    "attribution": "lookups of a process, command line or cgroup that were not possible; the kernel's name is shown",
     "queue": "events dropped because the reader was too slow",
     "output": "events that could not be written",
 }
@@ -235,7 +239,16 @@ class State:
         with self._losing:
             self._lost_here[stage] = self._lost_here.get(stage, 0) + count
 
-    def snapshot(self, self_test_passed: bool, now: float, healing: Healing | None = None) -> Snapshot:
+    def move_times(self, seconds: float) -> None:
+        """Move all times after the wall clock was set forward by so many seconds."""
+        for known in self._sums.values():
+            known.first += seconds
+            known.last += seconds
+        self._servers.move_times(seconds)
+
+    def snapshot(
+        self, self_test_passed: bool, now: float, healing: Healing | None = None, node: NodeFaults | None = None
+    ) -> Snapshot:
         """Return everything, as of the last sample."""
         sample = self._sample or _NOTHING
         counters = sample.counters
@@ -282,6 +295,9 @@ class State:
             other_at_risk=self._servers.other_at_risk(),
             healing=healing,
             other_healed=dict(self._other_healed),
+            node_faults=node.counts if node else dict.fromkeys(NODE_FAULTS, 0),
+            unwatched=dict.fromkeys(UNWATCHED, 0) | sample.unwatched,
+            memory=node.memory if node else None,
         )
 
 

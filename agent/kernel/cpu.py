@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
-import os
-import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from udpwatch.agent.kernel.own_cgroups import folders
 
 SLICE_SECONDS = 0.004  # of CPU between two pauses
 MAX_PAUSE_SECONDS = 2.0  # whatever one piece of work cost: findings stay fresh, and the agent stays healthy
@@ -27,37 +27,7 @@ LOOK_SECONDS = 10.0  # between two reads of the quota, which may change
 
 def quota(proc: Path = Path("/proc/self")) -> float:
     """Return how many CPUs the cgroups of this process allow; infinity without a readable limit."""
-    return min((limit for folder in _folders(proc) for limit in _limits(folder)), default=math.inf)
-
-
-def _folders(proc: Path) -> Iterator[Path]:
-    """The process's cgroups that may have a quota, in v2 and v1, and their visible parents."""
-    try:
-        mounts = os.fsdecode((proc / "mountinfo").read_bytes()).split("\n")
-        cgroups = os.fsdecode((proc / "cgroup").read_bytes()).split("\n")
-    except OSError:
-        return
-    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in cgroups if line)}
-    for line in mounts:
-        mount, _, kind = line.partition(" - ")
-        if kind.startswith("cgroup2 "):
-            path = paths.get("")
-        elif kind.startswith("cgroup ") and "cpu" in kind.split(" ")[-1].split(","):
-            path = next((path for names, path in paths.items() if "cpu" in names.split(",")), None)
-        else:
-            continue
-        if path is None:
-            continue
-        root, point = (_unescaped(word) for word in mount.split(" ")[3:5])
-        top = Path(point)
-        # A container can see its own cgroup as the root of the mount.
-        below = path.removeprefix(root).strip("/") if path.startswith(root) else ""
-        folder = top / below if ".." not in below else top
-        yield from (each for each in (folder, *folder.parents) if each.is_relative_to(top))
-
-
-def _unescaped(word: str) -> str:
-    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), word)
+    return min((limit for folder in folders("cpu", proc) for limit in _limits(folder)), default=math.inf)
 
 
 def _limits(folder: Path) -> Iterator[float]:

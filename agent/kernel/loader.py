@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from udpwatch.agent.errors import CannotRun, UdpwatchError
 from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
+from udpwatch.agent.kernel.memory import read_memory
 from udpwatch.agent.model import Hooks
 
 LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent for ever
+COMPILER_BYTES = 130 << 20  # of memory, for a moment; half of it is LLVM's code, which other processes may share
 _MAX_ANSWER = 1 << 20
 _MAX_DESCRIPTORS = 64
 
@@ -148,6 +151,13 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int], bool
             return json.loads(raw), descriptors, bool(flags & socket.MSG_CTRUNC)
         output.seek(0)
         lines = output.read().decode(errors="replace").strip().splitlines()
+    if child.returncode == -signal.SIGKILL:
+        memory = read_memory()
+        limit = f"the memory limit of this cgroup is {memory.limit >> 20} MB" if memory else "memory is short"
+        raise UdpwatchError(
+            f"cannot load the programs: the loader was killed, probably because {limit}; compiling takes up to "
+            f"{COMPILER_BYTES >> 20} MB"
+        )
     raise UdpwatchError(
         f"cannot load the programs: the loader exited with status {child.returncode}: "
         f"{lines[-1] if lines else 'no output'}"

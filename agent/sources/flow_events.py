@@ -107,7 +107,7 @@ class ListenedFlows:
         """
         self._window_ns, self._sockets, self._reported, self._pace = limits.window_ns, sockets, reported, pace
         self._transport = transport
-        self._missing = 0  # namespaces that could not be watched at the last search
+        self.missing = 0  # namespaces that could not be watched at the last search
         self._missing_reason = ""
         self._namespaces: OrderedDict[int, _Namespace] = OrderedDict()  # the last one read is at the end
         self._own = 0  # the agent's namespace
@@ -174,7 +174,7 @@ class ListenedFlows:
     def _look_for_namespaces(self, must: bool = False) -> None:
         self._looked = time.monotonic()
         there: set[int] = set()
-        self._missing = 0
+        self.missing = 0
         try:
             for fd in itertools.islice(self._transport.namespaces(), 2 * MAX_NAMESPACES):
                 inode = os.fstat(fd).st_ino
@@ -185,7 +185,7 @@ class ListenedFlows:
                 if len(self._namespaces) < MAX_NAMESPACES:
                     self._listen(fd, inode, must)
                 else:
-                    self._missing += 1
+                    self.missing += 1
                     self._missing_reason = f"{MAX_NAMESPACES} are watched already"
         except OSError as error:  # no free descriptors, so the list is incomplete
             if must and not self._namespaces:
@@ -216,7 +216,7 @@ class ListenedFlows:
         self._begin_table(self._namespaces[inode], TABLE_ERROR_NS)
 
     def _miss(self, error: OSError) -> None:
-        self._missing += 1
+        self.missing += 1
         self._missing_reason = error.strerror or str(error)
 
     @property
@@ -225,8 +225,8 @@ class ListenedFlows:
         lines = []
         if without := sum(each.has_no_events for each in self._namespaces.values()):
             lines.append(f"net.netfilter.nf_conntrack_events is 0 in {without} network namespaces")
-        if self._missing:
-            lines.append(f"cannot watch {self._missing} network namespaces: {self._missing_reason}")
+        if self.missing:
+            lines.append(f"cannot watch {self.missing} network namespaces: {self._missing_reason}")
         return tuple(lines)
 
     @property

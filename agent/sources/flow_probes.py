@@ -42,6 +42,7 @@ class ProbedFlows:
         self.undecided = self.overruns = self.evicted = 0
         self.flows = None
         self.unwatched = ()
+        self.missing = 0
         self._read_existing(limits)
 
     def close(self) -> None:

@@ -60,6 +60,9 @@ class FlowSource(Protocol):
     @property
     def unwatched(self) -> tuple[str, ...]: ...
 
+    @property
+    def missing(self) -> int: ...
+
     def close(self) -> None: ...
 
 
@@ -120,6 +123,11 @@ class FlowSensor:
     def unwatched(self) -> tuple[str, ...]:
         """Namespaces that are not watched, and why, one line each."""
         return self._source.unwatched
+
+    @property
+    def missing(self) -> int:
+        """Number of namespaces that are not watched."""
+        return self._source.missing
 
     def close(self) -> None:
         self._source.close()

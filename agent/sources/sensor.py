@@ -173,6 +173,7 @@ class Sensor:
             servers=servers,
             other_servers=other,
             sockets=self._sockets(),
+            unwatched={"namespaces": flows.missing if flows else 0, "sockets": self._inventory.left_out},
         )
 
     def _sockets(self) -> tuple[UdpSocket, ...] | None:

@@ -8,11 +8,14 @@ from repository import GOLDEN
 
 from udpwatch.agent.daemon.state import LOSS_STAGES
 from udpwatch.agent.model import (
+    NODE_FAULTS,
+    UNWATCHED,
     Cause,
     ConntrackHealth,
     Event,
     Finding,
     Healing,
+    Memory,
     Probe,
     Risk,
     Row,
@@ -118,6 +121,9 @@ SNAPSHOT = Snapshot(
     other_servers={"shop": ServerTotals(5, 4, 1, 0)},
     healing=Healing("port 69", True, False, namespaces=1, addresses=5, refused={"several-addresses": 3}),
     other_healed={"shop": 4},
+    node_faults=dict.fromkeys(NODE_FAULTS, 0) | {"clock_step": 1},
+    unwatched=dict.fromkeys(UNWATCHED, 0),
+    memory=Memory(40 << 20, 256 << 20),
 )
 EVENTS = (
     Event(

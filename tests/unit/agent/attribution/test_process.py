@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,14 @@ def test_control_characters_in_names_are_escaped(tmp_path: Path) -> None:
     found = look(tmp_path, 7, "")
     assert found.name == "a\\x1b]0;x\\x07"
     assert found.command == r"'a\x1b[2J' '\xff'"
+
+
+def test_process_that_proc_hides_is_counted(tmp_path: Path) -> None:
+    """As hidepid=invisible does for processes of other users; one that has ended is not counted."""
+    processes = Processes(tmp_path, CommandLines())
+    assert processes.lookup(os.getpid(), "hidden", 1, 0) == Process("hidden")
+    assert processes.hidden == 1
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    assert processes.lookup(ended.pid, "ended", 1, 0) == Process("ended")
+    assert processes.hidden == 1

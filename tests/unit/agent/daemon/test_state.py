@@ -77,6 +77,15 @@ def test_replies_past_the_limit_count_under_other() -> None:
     assert summed.snapshot(True, 2).rows[0].count == 101
 
 
+def test_times_move_with_a_wall_clock_that_was_set() -> None:
+    summed = state()
+    summed.add(sample(Increase(finding(), 3, 0, 7)), 100, 1)
+    summed.add(sample(Increase(finding(), 2, 0, 7)), 160, 61)
+    summed.move_times(3600)
+    (row,) = summed.snapshot(True, 3770).rows
+    assert (row.first, row.last) == (3700, 3760)
+
+
 def test_quiet_rows_expire_and_make_room() -> None:
     summed = state(max_series=1, forget=60)
     summed.add(sample(Increase(finding(1), 1, 0, 7)), 0, 0)

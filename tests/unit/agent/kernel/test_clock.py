@@ -13,9 +13,9 @@ from udpwatch.agent.kernel import clock
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    clock._offset_ns.cache_clear()
+    clock.offset_ns.cache_clear()
     yield
-    clock._offset_ns.cache_clear()
+    clock.offset_ns.cache_clear()
 
 
 @pytest.mark.parametrize(

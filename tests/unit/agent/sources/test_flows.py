@@ -21,6 +21,7 @@ class Decided:
     undecided = overruns = evicted = 0
     flows: int | None = 0
     unwatched = ("one namespace",)
+    missing = 1
 
     def __init__(self) -> None:
         self.events: list[Event] = []
@@ -142,5 +143,6 @@ def test_the_source_is_asked_for_its_own_numbers() -> None:
     source.undecided, source.overruns, source.evicted, source.flows = 1, 2, 3, None
     assert (watched.undecided, watched.overruns, watched.evicted, watched.flows) == (1, 2, 3, None)
     assert watched.unwatched == ("one namespace",)
+    assert watched.missing == 1
     watched.close()
     assert source.closed
