@@ -33,7 +33,7 @@ help:
 	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make census  run real servers of Debian on a host with several addresses, and write docs/census.md (root; NAMES=unbound,nsd; RESUME=1, KEEP=1)"
-	@echo "make fuzz    attack the DNS parser for longer than the tests do"
+	@echo "make fuzz    attack parsers, settings and the socket for longer than the tests do (root: the kernel's packet parser, too)"
 	@echo "make golden  rewrite tests/golden from the program's present output; review the diff"
 	@echo "make dashboards  write dashboards/grafana from the code beside it"
 	@echo "make screens photograph udpwatch top for the README (RECORD=1: a new recording first)"
@@ -81,8 +81,9 @@ bench-kernel: packages-kernels $(VENV)/.kernels
 census: packages-test $(VENV)/.dev
 	@$(BIN)/python -P tests/census/run.py --names "$(NAMES)" $(if $(RESUME),--resume) $(if $(KEEP),--keep)
 
-fuzz: $(VENV)/.dev
-	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/dns/test_fuzz.py
+# Without root, pytest skips the parser in the kernel.
+fuzz: $(if $(filter 0,$(shell id -u)),packages-run) $(VENV)/.dev
+	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/integration/test_parser_fuzz.py tests/unit/dns/test_fuzz.py
 
 golden: $(VENV)/.dev $(HELM)
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden

@@ -38,12 +38,12 @@ static __always_inline void set_ports(struct packet *packet, const __u16 *ports)
 /* Read the ports behind IP options or extension headers. They are copied because the verifier
  * refuses arithmetic on packet pointers with anything but constants without CAP_PERFMON. */
 static __always_inline int load_ports(struct __sk_buff *skb, __u32 at, struct packet *packet) {
-    __u16 ports[2];
-    if (bpf_skb_load_bytes(skb, at, ports, sizeof(ports))) {
+    __u16 header[4]; /* with length and checksum: without them, it is no datagram */
+    if (bpf_skb_load_bytes(skb, at, header, sizeof(header))) {
         count_unparsed();
         return 0;
     }
-    set_ports(packet, ports);
+    set_ports(packet, header);
     return 1;
 }
 
@@ -91,7 +91,8 @@ static __always_inline int parse(struct __sk_buff *skb, struct packet *packet) {
             KEEP_APART(1);
             return 1;
         }
-        return load_ports(skb, (data[0] & 15) * 4, packet);
+        /* A raw socket may send a header that is shorter than its own fields. */
+        return (data[0] & 15) > 5 ? load_ports(skb, (data[0] & 15) * 4, packet) : 0;
     }
     if (data[0] >> 4 == 6) {
         __u8 next = data[6];

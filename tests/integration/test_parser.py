@@ -13,11 +13,10 @@ from contextlib import closing
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from kernel_parser import gives_a_packet
 from machine import own_cgroup
-from restricted import unlimited
 
 from udpwatch.agent.kernel import bpf, cgroup, loader, records
-from udpwatch.agent.kernel.bpf import AttachType, ProgramType
 
 EXTENSIONS = {0, 43, 44, 51, 60}
 MAX_EXTENSIONS = 32
@@ -88,28 +87,6 @@ class Programs:
                 os.close(descriptor)
 
 
-#: whether data + 1 <= data_end, as a cgroup_skb program sees it
-HAS_PACKET = bytes.fromhex(
-    "61124c0000000000"  # r2 = skb->data
-    "6113500000000000"  # r3 = skb->data_end
-    "0702000001000000"  # r2 += 1
-    "b700000000000000"  # r0 = 0
-    "2d32010000000000"  # if r2 > r3 goto +1
-    "b700000001000000"  # r0 = 1
-    "9500000000000000"
-)
-
-
-def gives_a_packet() -> bool:
-    """Whether BPF_PROG_TEST_RUN gives cgroup_skb programs the packet; older kernels give it only on the hook."""
-    with unlimited():
-        program = bpf.program_load(ProgramType.CGROUP_SKB, AttachType.CGROUP_INET_INGRESS, HAS_PACKET)
-    try:
-        return bpf.program_test_run(program, bytes(64), 1)[0] == 1
-    finally:
-        os.close(program)
-
-
 @pytest.fixture(scope="module")
 def programs() -> Iterator[Programs]:
     if not gives_a_packet():
@@ -126,6 +103,8 @@ def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specifica
         if packet[9] != 17 or struct.unpack_from("!H", packet, 6)[0] & 0x1FFF:
             return None
         at = (packet[0] & 15) * 4
+        if at < 20:
+            return None
         source, destination = (ipaddress.ip_address(packet[i : i + 4]) for i in (12, 16))
         if int(destination) >> 28 >= 14 or destination == ipaddress.IPv4Address("127.255.255.255"):
             destination = GROUP
@@ -151,7 +130,7 @@ def model(packet: bytes) -> Asked | None:  # noqa: PLR0911, PLR0912  a specifica
             destination = GROUP
     else:
         return None
-    if at + 4 > len(packet):
+    if at + 8 > len(packet):
         return None
     peer_port, port = struct.unpack_from("!HH", packet, at)
     return _text(source), peer_port, _text(destination), port
