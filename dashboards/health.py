@@ -45,6 +45,7 @@ def per_agent(expression: str) -> str:
 LABELS = f"{WHERE}, version, kernel, mode"
 #: all losses except events that the rate limit held back
 LOST = of("events_lost_total", 'stage!="rate_limit"')
+ATTRIBUTION = of("events_lost_total", 'stage="attribution"')
 OTHER = f'{MISMATCH}{{{SCOPE}, port="other"}}'
 DOWN = f'up{{job=~".*udpwatch.*", {SCOPE}}} == 0'
 BPF_STATS = "Needs the sysctl kernel.bpf_stats_enabled=1, which costs some nanoseconds per run."
@@ -152,6 +153,40 @@ def dashboard() -> Dashboard:
             "short",
             (f"count({of('self_test_passed')} == 0) or 0 * count({AGENTS})", "agents"),
             steps=[(1, RED)],
+        ),
+        Row("Faults of the node"),
+        lines(
+            "Node faults",
+            "Faults that the agents noticed within an hour. late_sample: too little CPU; counts stay exact. memory: "
+            "less than a tenth of the memory limit was free, checked every 5 s. clock_step: the wall clock was set. "
+            "suspend: the machine was suspended.",
+            "short",
+            (f"sum by ({WHERE}, fault) (increase({of('node_faults_total')}[1h])) > 0", f"{WHERE_LEGEND} {{{{fault}}}}"),
+        ),
+        lines(
+            "Memory limit used",
+            "Memory in use of each agent's cgroup, as a share of its limit. At 100 %, the kernel kills the agent. No "
+            "data: no limit.",
+            "percentunit",
+            (
+                f"sum by ({WHERE}) ({of('memory_used_bytes')}) / sum by ({WHERE}) ({of('memory_limit_bytes')})",
+                WHERE_LEGEND,
+            ),
+            steps=[(0.9, RED)],
+            top=1,
+        ),
+        lines(
+            "Not watched",
+            "Network namespaces and UDP sockets beyond a limit of the agent.",
+            "short",
+            (f"sum by ({WHERE}, kind) ({of('unwatched')})", f"{WHERE_LEGEND} {{{{kind}}}}"),
+        ),
+        lines(
+            "Names missing",
+            "Lookups per second of processes, command lines and cgroups that a limit of the agent prevented, or /proc. "
+            "Their rows have the name from the kernel.",
+            "cps",
+            (f"sum by ({WHERE}) ({rate(ATTRIBUTION)})", WHERE_LEGEND),
         ),
         Row("Losses"),
         lines(
