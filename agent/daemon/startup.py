@@ -12,7 +12,7 @@ from udpwatch.agent.config import Settings
 from udpwatch.agent.daemon.self_test import SelfTest
 from udpwatch.agent.daemon.state import SenderLookup
 from udpwatch.agent.heal.healer import FAMILIES, Healer
-from udpwatch.agent.kernel import capabilities, cgroup
+from udpwatch.agent.kernel import capabilities, cgroup, clock
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
@@ -123,6 +123,8 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup, healer: Healer | None = None) 
         )
     lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
     lines += [probe.reason for probe in sensor.probes() if not probe.attached and probe.name not in FAMILIES]
+    if offset := clock.offset_ns():
+        lines.append(f"this process is in a time namespace: times are corrected by {-offset / 1e9:+g} s")
     if healer:
         healing = healer.status(sensor.probes())
         lines += [f"cannot heal: {line}" for line in ([healing.reason] if healing.reason else healing.not_healed)]

@@ -10,6 +10,7 @@ from math import ceil
 from rich.cells import cell_len
 
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.faults import faults_of
 from udpwatch.agent.client.top.healing import healing_text
 from udpwatch.agent.client.top.layout import (
     StyledLine,
@@ -122,6 +123,8 @@ def _counts(view: View | None, source: SourceState, baseline: Baseline | None, w
         facts.insert(-1, ("at risk", count_text(at_risk), "paused"))
     if other:
         facts.insert(-1, ("other", count_text(other), "fact"))
+    if faults := faults_of(view):
+        facts.append(("faults", str(len(faults)), "paused"))
     long = sum(len(label) + len(fact) + 4 for label, fact, _ in facts) + sum(len(text) for text, _ in styled)
     gap = "   " if long < width else "  "
     for label, fact, style in facts:

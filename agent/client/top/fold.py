@@ -19,6 +19,8 @@ HEALED = "udpwatch_healed_replies_total"
 REFUSED = "udpwatch_heal_refused_total"
 HEAL_ACTIVE = "udpwatch_heal_active"
 LOST = "udpwatch_events_lost_total"
+NODE_FAULTS = "udpwatch_node_faults_total"
+UNWATCHED = "udpwatch_unwatched"
 BUILD_INFO = "udpwatch_build_info"
 AT_RISK = "udpwatch_sockets_at_risk"
 _SERVER = "udpwatch_server_{}_total"
@@ -99,6 +101,8 @@ def _facts() -> dict[str, str]:
     return {
         "nodes": f"count(count by (node) ({_named(BUILD_INFO)}))",
         "lost": f"sum by (stage) ({LOST})",
+        "faults": f"sum by (fault) ({NODE_FAULTS})",
+        "unwatched": f"sum by (kind) ({UNWATCHED})",
         "checked": f"sum({CHECKED})",
         "checked_rate": f"sum(irate({CHECKED}[{WINDOW}]))",
         "at_risk": f"sum({AT_RISK})",
@@ -162,6 +166,8 @@ class Folded:
 
     facts: dict[str, float] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    unwatched: dict[str, int] = field(default_factory=dict)
     rows: dict[Key, Row] = field(default_factory=dict)
     rates: dict[Key, float] = field(default_factory=dict)
     nodes: dict[Key | ServerKey, int] = field(default_factory=dict)
@@ -174,6 +180,10 @@ class Folded:
         what = labels.get(_WHAT, "")
         if what == "lost":
             self.lost[labels.get("stage", "")] = int(value)
+        elif what == "faults":
+            self.faults[labels.get("fault", "")] = int(value)
+        elif what == "unwatched":
+            self.unwatched[labels.get("kind", "")] = int(value)
         elif what in _FACTS:
             self.facts[what] = value
         elif label(labels, "port") != OTHER:
@@ -223,6 +233,8 @@ def view_of_folded(now: float, found: Folded, folded: bool, servers: bool) -> Vi
     whole = replace(
         _snapshot("", found, now),
         lost=found.lost,
+        node_faults=found.faults,
+        unwatched=found.unwatched,
         other=int(facts.get("other", 0)),
         checked=int(facts.get("checked", 0)),
     )

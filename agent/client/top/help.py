@@ -1,10 +1,11 @@
-"""Lay out the help screen: keys, columns, lost events and the agents' notes. A pure function."""
+"""Lay out the help screen: keys, columns, lost events, faults and the agents' notes. A pure function."""
 
 from __future__ import annotations
 
 import textwrap
 
 from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.top.faults import faults_of
 from udpwatch.agent.client.top.healing import healing_facts
 from udpwatch.agent.client.top.layout import StyledLine, count_text
 from udpwatch.agent.client.top.rows import View
@@ -66,6 +67,9 @@ def help_lines(view: View | None, servers: bool, width: int) -> list[StyledLine]
     ]
     if losses:
         lines += [[], *_block("Lost", losses, width)]
+    faults = faults_of(view) if view else []
+    if faults:
+        lines += [[], *_block("Faults", faults, width)]
     healing = healing_facts(view) if view else []
     if healing:
         lines += [[], *_block("Healing", healing, width)]

@@ -28,8 +28,10 @@ from udpwatch.agent.client.top.fold import (
     HEALED,
     LOST,
     MISMATCH,
+    NODE_FAULTS,
     OTHER,
     REFUSED,
+    UNWATCHED,
     WINDOW,
     Labels,
     Sample,
@@ -53,7 +55,8 @@ MAX_REASON = 200  # characters
 MAX_VALUE = 2.0**64  # of a count or a rate; larger values are +Inf or would overflow to it in a sum
 _CHUNK_BYTES = 64 * 1024
 
-_TOTALS = f'{{__name__=~"{"|".join((MISMATCH, HEALED, REFUSED, HEAL_ACTIVE, CHECKED, LOST, BUILD_INFO))}"}}'
+_METRICS = (MISMATCH, HEALED, REFUSED, HEAL_ACTIVE, CHECKED, LOST, NODE_FAULTS, UNWATCHED, BUILD_INFO)
+_TOTALS = f'{{__name__=~"{"|".join(_METRICS)}"}}'
 
 
 class PrometheusSource:
@@ -193,6 +196,8 @@ class _Node:
     heals: bool | None = None  # None: healing is not enabled
     refused: dict[str, int] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
+    faults: dict[str, int] = field(default_factory=dict)
+    unwatched: dict[str, int] = field(default_factory=dict)
     rows: dict[Key, Row] = field(default_factory=dict)
 
     def add(self, labels: Labels, value: int) -> None:
@@ -204,6 +209,12 @@ class _Node:
         elif metric == LOST:
             stage = labels.get("stage", "")
             self.lost[stage] = self.lost.get(stage, 0) + value
+        elif metric == NODE_FAULTS:
+            fault = labels.get("fault", "")
+            self.faults[fault] = self.faults.get(fault, 0) + value
+        elif metric == UNWATCHED:
+            kind = labels.get("kind", "")
+            self.unwatched[kind] = self.unwatched.get(kind, 0) + value
         elif metric == CHECKED:
             self.checked += value
         elif metric == HEAL_ACTIVE:
@@ -290,6 +301,8 @@ def _snapshot(name: str, node: _Node, now: float) -> Snapshot:
         tracked_peers=0,
         evicted_peers=0,
         lost=node.lost,
+        node_faults=node.faults,
+        unwatched=node.unwatched,
         probes=(),
         healing=None if node.heals is None else Healing("", node.heals, False, refused=node.refused),
         other_healed={"": node.other_healed} if node.other_healed else {},

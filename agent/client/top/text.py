@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from udpwatch.agent.client.lines import safe
 from udpwatch.agent.client.top.banner import SourceState, banner, nothing_wrong
+from udpwatch.agent.client.top.faults import faults_of
 from udpwatch.agent.client.top.healing import healed_of, healing_text
 from udpwatch.agent.client.top.layout import (
     cells,
@@ -73,6 +75,7 @@ def table(view: View, width: int | None, source: str, servers: bool = False) -> 
     text = [plain(line) for line in banner(view, state, None, width or BANNER_WIDTH)[:2]]
     if (healing := healing_text(view)[0]) and not servers:
         text.append(f" {healing}")
+    text += [f" fault: {name}: {description}" for name, description in faults_of(view)]
     if lines:
         text += [
             plain(heading(columns, order, False)),
@@ -147,6 +150,10 @@ def as_json(view: View, servers: bool = False) -> dict[str, Any]:
                 "healing": _healing(each.healing) if each.healing else None,
                 "checked": each.checked,
                 "lost": each.lost,
+                "faults": each.node_faults,
+                "unwatched": each.unwatched,
+                "memory": asdict(each.memory) if each.memory else None,
+                "conntrack": asdict(each.conntrack) if each.conntrack else None,
                 "notes": list(each.notes),
             }
             for each in view.snapshots

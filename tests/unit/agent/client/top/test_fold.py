@@ -35,6 +35,8 @@ def test_sums_of_findings() -> None:
         [
             *results(nodes=1000, checked=5e6, checked_rate=700, at_risk=12, found=4321, all_wrong_rate=9.5, other=3),
             ({"what": "lost", "stage": "queue"}, 2.0),
+            ({"what": "faults", "fault": "suspend"}, 4.0),
+            ({"what": "unwatched", "kind": "sockets"}, 6.0),
             *of(DNSD, wrong=900, wrong_rate=4.5, wrong_on=300),
             *of({"process": "ntpd", "port": "123"}, wrong=7, wrong_on=1),
             *of({"process": "other", "port": "other", "namespace": "other"}, wrong=3, wrong_rate=5, wrong_on=1),
@@ -48,6 +50,7 @@ def test_sums_of_findings() -> None:
     assert (seen.node_count, seen.found, at_risk_of(seen), seen.wrong, seen.checked) == (1000, 4321, 12, 9.5, 700)
     (whole,) = seen.snapshots
     assert (whole.other, whole.checked, whole.lost) == (3, 5_000_000, {"queue": 2})
+    assert (whole.node_faults, whole.unwatched) == ({"suspend": 4}, {"sockets": 6})
 
 
 def test_sums_of_healed_replies_have_rows_of_their_own() -> None:

@@ -30,6 +30,8 @@ def test_each_node_and_finding_has_a_row() -> None:
         ({"__name__": "udpwatch_replies_checked_total", "instance": "a:9953"}, 100.0),
         ({"__name__": "udpwatch_replies_checked_total", "instance": "b:9953"}, 10.0),
         ({"__name__": "udpwatch_events_lost_total", "instance": "b:9953", "stage": "queue"}, 3.0),
+        ({"__name__": "udpwatch_node_faults_total", "instance": "b:9953", "fault": "suspend"}, 4.0),
+        ({"__name__": "udpwatch_unwatched", "instance": "b:9953", "kind": "sockets"}, 6.0),
         (mismatch("a:9953"), 7.0),
         (mismatch("b:9953", pod="exporter", exported_pod="dns-0", exported_namespace="shop"), 9.0),
         (mismatch("b:9953", "other", process="other"), 5.0),
@@ -42,6 +44,10 @@ def test_each_node_and_finding_has_a_row() -> None:
     assert [(each.other, each.checked, each.mode, each.lost) for each in view.snapshots] == [
         (0, 100, "packet", {}),
         (5, 10, "", {"queue": 3}),
+    ]
+    assert [(each.node_faults, each.unwatched) for each in view.snapshots] == [
+        ({}, {}),
+        ({"suspend": 4}, {"sockets": 6}),
     ]
     # Prometheus does not say when a counter grew: known once we saw it grow.
     assert [row.last for each in view.snapshots for row in each.rows] == [0.0, 0.0]
