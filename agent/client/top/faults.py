@@ -18,14 +18,9 @@ def faults_of(view: View) -> list[tuple[str, str]]:
     for each in view.snapshots:
         faults.update(each.node_faults)
         unwatched.update(each.unwatched)
-    found = [
-        (safe(name), f"{count_text(count)} {NODE_FAULTS.get(name, '')}") for name, count in faults.items() if count
-    ]
-    found += [
-        ("unwatched", f"{count_text(count)} {UNWATCHED.get(name, safe(name))}")
-        for name, count in unwatched.items()
-        if count
-    ]
+    texts = [(safe(name), NODE_FAULTS.get(name, ""), count) for name, count in faults.items()]
+    texts += [("unwatched", UNWATCHED.get(name, safe(name)), count) for name, count in unwatched.items()]
+    found = [(name, f"{count_text(count)} {text}") for name, text, count in texts if count]
     for each in view.snapshots:
         found += [(name, text) for name, text in (_memory(each.memory), _conntrack(each)) if text]
     return found

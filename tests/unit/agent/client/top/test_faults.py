@@ -23,7 +23,7 @@ FAULTS: list[tuple[dict[str, Any], str, str]] = [
     ({"unwatched": {"namespaces": 9000}}, "unwatched", "9000 network namespaces"),
     ({"unwatched": {"sockets": 7}}, "unwatched", "7 UDP sockets"),
     ({"memory": Memory(95 << 20, 100 << 20)}, "memory limit", "95 of 100 MB"),
-    ({"conntrack": ConntrackHealth(50, 50, 3, 203, 0)}, "conntrack", "200 packets were dropped"),
+    ({"conntrack": ConntrackHealth(50, 50, 3, 203, 0)}, "conntrack", "50 of 50 entries are in use; 200 packets"),
 ]
 
 
