@@ -16,11 +16,12 @@ HELM_SHA256 := 210d576a6dc04b7864af4b5d9a5af58860bbc03d19174ffeddbd29d01d1b59a9
 DOCKER_CLIENT := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo docker-cli)
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack util-linux kmod bind9-dnsutils dnsmasq-base musl-tools \
 	busybox-static socat netcat-openbsd docker.io $(DOCKER_CLIENT) containerd podman mmdebstrap systemd tmux jq prometheus
+SOAK_PACKAGES := $(RUN_PACKAGES) tmux
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 
-PACKAGE_TARGETS := packages-python packages-run packages-test packages-bench packages-kernels packages-bare packages-npm packages-release
-.PHONY: help demo test unit test-bare test-kernels lint bench bench-kernel census fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
+PACKAGE_TARGETS := packages-python packages-run packages-test packages-soak packages-bench packages-kernels packages-bare packages-npm packages-release
+.PHONY: help demo test unit test-bare test-kernels soak lint bench bench-kernel census fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
 # Two apt-get or two pip at once wait for each other, or fail.
 .NOTPARALLEL:
 
@@ -31,6 +32,7 @@ help:
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make test-bare     run make demo and make test in a minimal Debian root (root; RELEASE=trixie, TARGETS=\"lint unit\")"
 	@echo "make test-kernels  run the integration tests on Debian's kernels in QEMU (root; over an hour; KERNELS=\"5.10 newest\", RESUME=1: only what did not pass)"
+	@echo "make soak    run everything at once for MINUTES=10 and check that every count is exact and no memory grows (root)"
 	@echo "make bench   print what udpwatch costs on this machine (root)"
 	@echo "make census  run real servers of Debian on a host with several addresses, and write docs/census.md (root; NAMES=unbound,nsd; RESUME=1, KEEP=1)"
 	@echo "make fuzz    attack parsers, settings and the socket for longer than the tests do (root: the kernel's packet parser, too)"
@@ -54,6 +56,9 @@ test-bare: packages-bare
 
 test-kernels: packages-kernels $(VENV)/.kernels $(HELM)
 	@$(BIN)/python tests/kernels/matrix.py --kernels "$(KERNELS)" --tests "$(KERNEL_TESTS)" $(if $(RESUME),--resume)
+
+soak: packages-soak $(VENV)/.dev
+	@$(BIN)/python -u tests/soak/run.py --minutes "$(or $(MINUTES),10)"
 
 lint: $(VENV)/.lint build/types/udpwatch
 	$(BIN)/ruff check .
@@ -103,6 +108,7 @@ clean:
 packages-python: PACKAGES = $(if $(shell /usr/bin/python3 -c 'from ensurepip import version' 2>/dev/null && echo there),,python3-venv)
 packages-run: PACKAGES = $(RUN_PACKAGES)
 packages-test: PACKAGES = $(TEST_PACKAGES)
+packages-soak: PACKAGES = $(SOAK_PACKAGES)
 packages-bench: PACKAGES = $(BENCH_PACKAGES)
 packages-kernels: PACKAGES = $(KERNEL_PACKAGES)
 packages-bare: PACKAGES = mmdebstrap git

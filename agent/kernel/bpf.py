@@ -53,6 +53,7 @@ class Command(IntEnum):
     BTF_GET_NEXT_ID = 23
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
+    LINK_GET_FD_BY_ID = 30
     ITER_CREATE = 33
     LINK_DETACH = 34
 

@@ -82,6 +82,7 @@ UNFIT = {
     },
     "tests/integration/test_containers.py": "Docker and containerd take minutes to start under emulation",
     "tests/integration/test_image.py": "Docker and podman take minutes to start under emulation",
+    "tests/integration/test_soak.py": "its traffic, agents and `top` are too much for an emulated CPU",
     "tests/integration/test_unit_file.py": "what it runs is taken from the image",
     "tests/integration/test_lookalikes.py::test_newest_of_requests_seen_by_two_cpus_is_expected": ONE_CPU,
     "tests/integration/test_lookalikes.py::test_first_requests_on_two_cpus_at_once_are_both_kept": ONE_CPU,
