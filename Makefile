@@ -88,7 +88,7 @@ census: packages-test $(VENV)/.dev
 
 # Without root, pytest skips the parser in the kernel.
 fuzz: $(if $(filter 0,$(shell id -u)),packages-run) $(VENV)/.dev
-	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/integration/test_parser_fuzz.py tests/unit/dns/test_fuzz.py
+	@UDPWATCH_FUZZ=1 $(BIN)/pytest -q tests/unit/fuzz tests/unit/dns/test_fuzz.py tests/integration/test_parser_fuzz.py
 
 golden: $(VENV)/.dev $(HELM)
 	@UDPWATCH_GOLDEN=write $(BIN)/pytest -q tests/unit -k golden

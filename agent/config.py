@@ -151,9 +151,10 @@ def _choice(kind: type[_Choice]) -> Callable[[object], _Choice]:
 def _switch(value: object) -> bool:
     # TOML's true and false, the flags' --x and --no-x, and a variable's text.
     words = {True: True, False: False, "on": True, "off": False}
-    if value not in words:
-        raise _Rejected("on or off")
-    return words[value]
+    try:
+        return words[value]
+    except (KeyError, TypeError):  # a list or table of TOML
+        raise _Rejected("on or off") from None
 
 
 def _words(value: object) -> list[str]:
@@ -312,10 +313,23 @@ def _read(file: Path) -> dict[str, object]:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"--config: cannot read {str(file)!r}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UsageError(f"--config: cannot parse {str(file)!r} as TOML: it is nested too deeply") from None
+    except ValueError as error:
         raise UsageError(f"--config: cannot parse {str(file)!r} as TOML: {error}") from None
     unknown = content.keys() - {setting.name for setting in SETTINGS}
     if unknown:
         names = ", ".join(setting.name for setting in SETTINGS)
         raise UsageError(f"{file}: unknown setting {min(unknown)!r}; valid settings: {names}")
+    for name, value in content.items():
+        if not _fits(value):
+            raise UsageError(f"{file}: invalid value for {name}: expected numbers of at most 64 bits, as TOML has them")
     return content
+
+
+def _fits(value: object) -> bool:
+    """Return whether all integers have 64 bits; tomllib also reads longer ones, which cannot be printed."""
+    if isinstance(value, int):
+        return -1 << 63 <= value < 1 << 63
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(map(_fits, inner))

@@ -16,11 +16,12 @@ from itertools import count, islice
 
 import dpkt
 import pytest
+from fuzzing import LONG
 from hostile_packets import Packets
 from kernel_parser import BATCH, Feed, KernelParser, Parsed, gives_a_packet
+from sensors import IN_MATRIX
 
-LONG = os.environ.get("UDPWATCH_FUZZ", "") not in ("", "0")
-NUMBER = 1_000_000 if LONG else 10_000
+NUMBER = 1_000_000 if LONG else 4_000 if IN_MATRIX else 10_000
 SEED = int(os.environ.get("UDPWATCH_FUZZ_SEED") or secrets.randbits(32))
 MAX_EXTENSIONS = 32  # IP6_EXTENSIONS in bpf/packet.h
 LINEAR = 48  # the kernel has the headers of each UDP packet in its linear part before it comes to a hook
@@ -167,3 +168,14 @@ V4, V6 = "0a0000090a000001", "fd00" + "00" * 13 + "09" + "fd00" + "00" * 13 + "0
 def test_packet_without_a_whole_header_is_no_datagram(parser: KernelParser, packet: str, unparsed: int) -> None:
     """A raw socket may send them."""
     assert list(parser.parse([Feed(bytes.fromhex(packet))])) == [Parsed(False, unparsed)]
+
+
+def test_headers_in_pages_are_read(parser: KernelParser) -> None:
+    """Extension headers reach beyond the part of a packet that the program can read itself."""
+    if not parser.makes_pages:
+        pytest.skip("by design: this kernel's BPF_PROG_TEST_RUN makes no packets with pages (since Linux 6.19)")
+    options, datagram = "1110" + "00" * 134, "115c003500080000"
+    packet = bytes.fromhex("6000000000903c40" + V6 + options + datagram)
+    (whole, split) = parser.parse([Feed(packet), Feed(packet, linear=LINEAR)])
+    assert whole == split
+    assert split is not None and split.is_udp and split.destination_port == 53

@@ -68,7 +68,7 @@ class Packets:
     def _ipv6(self, depth: int) -> bytes:
         pick = self._random
         draw = pick.random()
-        count = 0 if draw < 0.3 else pick.randrange(1, 5) if draw < 0.9 else pick.randrange(5, 40)
+        count = 0 if draw < 0.3 else pick.randrange(1, 5) if draw < 0.9 else pick.choice((8, 16, 31, 32, 33, 40))
         chain = [pick.choice(_EXTENSIONS if pick.random() < 0.98 else _ODD_HEADERS) for _ in range(count)]
         last = pick.choice(_PROTOCOLS)
         headers = [self._extension(kind, next_) for kind, next_ in zip(chain, [*chain, last][1:], strict=True)]
