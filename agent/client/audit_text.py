@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from udpwatch.agent.client.explain import Advice, advice, advice_object, remedy_advice
-from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.lines import safe, safe_lines, safe_paragraph
 from udpwatch.agent.client.remedies import remedy_of
 from udpwatch.agent.model import Cause, Risk, Row, Verdict
 from udpwatch.agent.servers.audit import AT_RISK, ORDER, ServerRisk, WrongReply
@@ -188,7 +188,7 @@ def _more(peers: Peers) -> str:
 def _listed(words: Sequence[str], last: str = "and") -> str:
     if len(words) > _SHOWN + 1:
         words = [*words[:_SHOWN], f"{len(words) - _SHOWN} more"]
-    return f" {last} ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f" {last} ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))
 
 
 def _advice(server: ServerRisk, advised: dict[tuple[str, str], str]) -> Iterable[str]:
@@ -201,25 +201,16 @@ def _advice(server: ServerRisk, advised: dict[tuple[str, str], str]) -> Iterable
         return
     yield from _paragraph(f"Fix ({fix.server}): {fix.do}" if fix.server else f"Fix: {fix.do}")
     if fix.config:
-        yield from ("", *(f"{' ' * _LABEL}    {line}".rstrip() for line in fix.config.splitlines()), "")
+        yield from ("", *(f"{' ' * _LABEL}    {line}".rstrip() for line in safe_lines(fix.config).split("\n")), "")
     if fix.source:
         yield f"{' ' * _LABEL}{fix.source}"
 
 
 def _paragraph(text: str) -> list[str]:
     indent = " " * _LABEL
-    return textwrap.wrap(
-        text,
-        WIDTH,
-        initial_indent=indent,
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return safe_paragraph(text, WIDTH, indent, indent)
 
 
 def _line(server: ServerRisk) -> list[str]:
     text = f"{_title(server)}, on {_listed(server.bound)}: {server.reason}"
-    return textwrap.wrap(
-        text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
+    return safe_paragraph(text, WIDTH, "  ", "    ")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from udpwatch.agent.client.explain import (
     sender_text,
 )
 from udpwatch.agent.client.heal_advice import heal_sentence, refusal_sentences
+from udpwatch.agent.client.lines import safe, safe_lines, safe_paragraph
 from udpwatch.agent.client.remedies import Code, Remedy, codes, remedies
 from udpwatch.agent.model import Healing, Row
 
@@ -24,7 +24,7 @@ WIDTH = 78
 
 
 class Page:
-    """Collects wrapped lines."""
+    """Collects wrapped lines, which are safe on a terminal; the text of `verbatim` must be so already."""
 
     def __init__(self, colour: bool) -> None:
         self._colour = colour
@@ -34,6 +34,7 @@ class Page:
         """Add a blank line and a bold heading."""
         if self._lines:
             self._lines.append("")
+        text = safe(text)
         self._lines.append(f"\x1b[1m{text}\x1b[0m" if self._colour else text)
 
     def gap(self) -> None:
@@ -41,25 +42,11 @@ class Page:
 
     def paragraph(self, text: str, label: str = "") -> None:
         """Add wrapped text that begins with ``label``."""
-        self._lines += textwrap.wrap(
-            label + text,
-            WIDTH,
-            initial_indent="  ",
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        self._lines += safe_paragraph(label + text, WIDTH, "  ", "  ")
 
     def item(self, text: str, marked: bool) -> None:
         """Add wrapped text as an item of a list; ``!`` marks what is wrong."""
-        self._lines += textwrap.wrap(
-            text,
-            WIDTH,
-            initial_indent="! " if marked else "- ",
-            subsequent_indent="  ",
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        self._lines += safe_paragraph(text, WIDTH, "! " if marked else "- ", "  ")
 
     def verbatim(self, text: str) -> None:
         """Add lines for the user to copy, unwrapped, with a blank line before and after."""
@@ -69,7 +56,7 @@ class Page:
         """Add what to do, the line to copy and the link."""
         self.paragraph(fix.do, f"What to do ({fix.server}): " if fix.server else "What to do: ")
         if fix.config:
-            self.verbatim(fix.config)
+            self.verbatim(safe_lines(fix.config))
         if fix.source:
             self._lines.append(f"  {fix.source}")
         if fix.run:

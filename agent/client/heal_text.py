@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 
-from udpwatch.agent.client.lines import safe
+from udpwatch.agent.client.lines import safe, safe_paragraph
 from udpwatch.agent.model import REFUSALS, Cause, Healing, Row, Snapshot
 
 _WIDTH = 80
@@ -16,14 +15,7 @@ def status_text(healing: Healing, snapshot: Snapshot) -> str:
     """Return what is healed, as lines of 80 columns."""
     lines = []
     for label, text in _facts(healing):
-        lines += textwrap.wrap(
-            text,
-            _WIDTH,
-            initial_indent=f"{label:<{_INDENT}}",
-            subsequent_indent=" " * _INDENT,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+        lines += safe_paragraph(text, _WIDTH, f"{label:<{_INDENT}}", " " * _INDENT)
     if healing.dry_run:
         wrong = [row for row in snapshot.wrong_rows if row.cause == Cause.KERNEL_CHOSEN]
         lines += _table("wrong replies", wrong, "Healing can change these, if their servers are selected.")
@@ -73,5 +65,5 @@ def _table(what: str, rows: Sequence[Row], note: str) -> list[str]:
         return []
     lines = ["", f"{what:>14}  port   asked at           server"]
     for row in sorted(rows, key=lambda row: -row.count):
-        lines.append(f"{row.count:>14,}  {row.port:<5}  {row.expected:<17}  {safe(row.sender.title)}")
+        lines.append(f"{row.count:>14,}  {row.port:<5}  {safe(row.expected):<17}  {safe(row.sender.title)}")
     return [*lines, "", note]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from datetime import datetime, tzinfo
 from typing import Any
@@ -32,6 +33,16 @@ def safe(text: str) -> str:
 def safe_lines(text: str) -> str:
     """Apply `safe` to each line."""
     return "\n".join(map(safe, text.splitlines()))
+
+
+def safe_paragraph(text: str, width: int, first: str = "", rest: str = "") -> list[str]:
+    """Wrap a text into lines, the first of which begins with ``first`` and the others with ``rest``; apply `safe` to
+    each. Words are not broken.
+    """
+    lines = textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=rest, break_long_words=False, break_on_hyphens=False
+    )
+    return list(map(safe, lines))
 
 
 class EventLines:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from udpwatch.agent import __version__
-from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client, from_json
+from udpwatch.agent.client.connection import DEFAULT_SOCKET, Client, expected_form, from_json
 from udpwatch.agent.client.follow import NoAgent, translated_errors
+from udpwatch.agent.client.lines import safe
 from udpwatch.agent.commands.run import settings_file
 from udpwatch.agent.config import LIMITS, SETTINGS, Settings, resolve
 from udpwatch.agent.errors import UdpwatchError
@@ -94,14 +95,14 @@ def ask(path: Path | None) -> Report:
         raise UdpwatchError(
             "the agent's socket is disabled (--socket off): ask its /readyz, or give a socket with --connect"
         )
-    with translated_errors(path), Client(path) as client:
+    with translated_errors(path), Client(path) as client, expected_form():
         report = client.doctor()
-    checks = [_agent(report)]
-    checks += [Check("note", Status.WARN, note) for note in report["notes"]]
-    checks += [_probe(from_json(Probe, probe)) for probe in report["probes"]]
-    if report.get("healing"):
-        checks.append(_healing(from_json(Healing, report["healing"])))
-    return Report(report["version"], tuple(checks), report["mode"], report["ready"], running=True)
+        checks = [_agent(report)]
+        checks += [Check("note", Status.WARN, str(note)) for note in report["notes"]]
+        checks += [_probe(from_json(Probe, probe)) for probe in report["probes"]]
+        if report.get("healing"):
+            checks.append(_healing(from_json(Healing, report["healing"])))
+        return Report(report["version"], tuple(checks), report["mode"], bool(report["ready"]), running=True)
 
 
 def _agent(report: dict[str, Any]) -> Check:
@@ -124,7 +125,7 @@ def _running(path: Path | None) -> Check:
     if path is None:
         return Check("agent", Status.OK, "the agent's socket is disabled (--socket off)")
     try:
-        with translated_errors(path), Client(path) as client:
+        with translated_errors(path), Client(path) as client, expected_form():
             check = _agent(client.doctor())
     except NoAgent:
         return Check("agent", Status.OK, f"no agent runs here ({path})")
@@ -385,12 +386,13 @@ def as_text(report: Report, colour: bool) -> str:
     paint = _painter(colour and "NO_COLOR" not in os.environ)
     lines = []
     for check in report.checks:
-        body = textwrap.wrap(check.found, _WIDTH - _NAME_WIDTH - 8) or [""]
+        name, found = safe(check.name), textwrap.wrap(check.found, _WIDTH - _NAME_WIDTH - 8)
+        body = list(map(safe, found)) or [""]
         # A name that is wider than its column gets its own line.
-        beside = body.pop(0) if len(check.name) <= _NAME_WIDTH else ""
-        lines.append(f"{paint(check.status)}  {check.name:<{_NAME_WIDTH}}  {beside}".rstrip())
+        beside = body.pop(0) if len(name) <= _NAME_WIDTH else ""
+        lines.append(f"{paint(check.status)}  {name:<{_NAME_WIDTH}}  {beside}".rstrip())
         lines += [" " * (_NAME_WIDTH + 8) + line for line in body]
-        for index, line in enumerate(textwrap.wrap(check.change, _WIDTH - _NAME_WIDTH - 11)):
+        for index, line in enumerate(textwrap.wrap(check.change, _WIDTH - _NAME_WIDTH - 11)):  # our own words
             lines.append(" " * (_NAME_WIDTH + 8) + ("-> " if index == 0 else "   ") + line)
     lines.append("")
     meaning = {
