@@ -25,6 +25,7 @@ COMMANDS = {
     "audit": "list the UDP servers that will reply from the wrong address",
     "explain": "explain wrong replies, or why UDP to a port does not work, and how to fix it",
     "heal": "show, switch on or switch off the healing of replies",
+    "detach": "remove the programs that an agent has kept with --state",
     "dns": "run only the DNS responder, with dnsmasq's options",
     "demo": "show udpwatch at work, in network namespaces of its own",
 }

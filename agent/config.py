@@ -51,6 +51,7 @@ class Settings:
     dns: bool
     dns_conf: Path | None
     cache: Path | None
+    state: Path | None
     heal: HealSelection | Literal[False] | None  # False: off; `healing` has what narrows it
     heal_process: tuple[str, ...] | None
     heal_namespace: tuple[str, ...] | None
@@ -273,6 +274,14 @@ SETTINGS = (
         "DIR",
         "keep the compiled programs in DIR, so that the next start compiles nothing; 'off'",
         systemd="CACHE_DIRECTORY",
+    ),
+    Setting(
+        "state",
+        _path_or_off,
+        OFF,
+        "DIR",
+        "keep programs and counts in DIR, a folder of a bpffs such as /sys/fs/bpf/udpwatch, so that replies are also "
+        "counted while no agent runs (`udpwatch detach` removes them)",
     ),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )

@@ -316,6 +316,8 @@ class Sample:
     tracked_peers: int
     evicted_peers: int
     undecided: int  # suspected replies without a decision
+    generation: str = ""  # of the programs that count: with another one, their counters begin at 0
+    is_last: bool = False  # of this generation
     #: tenant (records.tenant_of) -> its wrong replies for which the kernel's table of findings had no room
     beyond: dict[int, int] = field(default_factory=dict)
     dropped: int = 0  # events for which the queue for conntrack or for the reader was full

@@ -243,6 +243,7 @@ struct finding_key {
 
 struct finding {
     __u64 count; /* datagrams */
+    __u64 began; /* when it was inserted: tells it from an earlier one of the same key */
     __u64 last;
     __u64 second;    /* start of the second that `in_second` counts */
     __u32 in_second; /* events sent in it */

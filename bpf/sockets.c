@@ -69,6 +69,7 @@ BPF_ARRAY(waiting, struct waiting, SERVERS); /* by slot: the result of count_wai
  * in agent/kernel/programs.py). */
 BPF_PROG_ARRAY(ingress_next, 1);
 BPF_PROG_ARRAY(egress_next, 1);
+BPF_PROG_ARRAY(egress_learning_next, 1);
 #if HEALING
 BPF_PROG_ARRAY(egress_healed_next, 1);
 BPF_ARRAY(heal_ports, __u8, 65536); /* see heal.c */
@@ -349,14 +350,14 @@ static __always_inline struct identity identify(struct __sk_buff *skb, struct bp
  * thresholds", 1998). */
 static __always_inline struct finding *finding_of(struct finding_key *key, __u64 segments) {
     __u64 tenant = tenant_in(key->cgroup, key->netns), zero = 0;
-    struct finding none = {};
     int first = 0;
     struct finding *finding = findings.lookup(key);
     if (finding)
         return finding;
+    struct finding fresh = {.began = bpf_ktime_get_ns()};
     __u64 *held = findings_held.lookup_or_try_init(&tenant, &zero),
           *all = all_findings.lookup(&first);
-    if (held && all && *held + *all < MAX_FINDINGS && !findings.insert(key, &none)) {
+    if (held && all && *held + *all < MAX_FINDINGS && !findings.insert(key, &fresh)) {
         __sync_fetch_and_add(held, 1);
         __sync_fetch_and_add(all, 1);
     }
@@ -516,11 +517,11 @@ static __always_inline void count_healed(struct __sk_buff *skb, const struct sub
 /* ---- entry points ---- */
 
 /* Judge a packet that is not right by its addresses alone. This path may be slow.
- * Return whether it is a right reply. */
+ * Return whether it is a right reply. If `learning`, report nothing. */
 static __always_inline int look_closer(struct __sk_buff *skb, struct bpf_sock *sk,
                                        const struct packet *packet, struct conversation_set *set,
                                        __u64 tag, const struct conversation_key *key, int port_kept,
-                                       __u64 now) {
+                                       int learning, __u64 now) {
     struct finding_key finding = {};
     struct address source = packet->source;
     __u32 flags = 0;
@@ -533,7 +534,7 @@ static __always_inline int look_closer(struct __sk_buff *skb, struct bpf_sock *s
     enum judgement judgement =
         judge(set, tag, key, &source, port_kept, now, &finding.expected, &flags, &ended);
     if (judgement == NOT_A_REPLY) {
-        if (flags & SEVERAL)
+        if (flags & SEVERAL && !learning)
             count_unremembered(skb, key, now); /* its request may have been evicted */
         return 0;
     }
@@ -547,6 +548,8 @@ static __always_inline int look_closer(struct __sk_buff *skb, struct bpf_sock *s
     /* In reply direction, NAT restores the address that the peer asked. */
     if (judgement == RIGHT || tracking == IN_REPLY)
         return 1;
+    if (learning)
+        return 0;
     if (tracking == UNTRACKED && HAVE_KERNEL_READ && same(&finding.expected, &packet->source))
         return 0; /* only the port differs, and no conntrack could have changed it */
     /* The datagram may continue a conversation that this host began and the peer replied to, or it
@@ -642,15 +645,19 @@ int ingress_slow(struct __sk_buff *skb) {
     return 1;
 }
 
+/* Most replies are right, and the address alone shows it for most of them. */
+static __always_inline __u32 answer_quickly(const struct subject *it) {
+    if (it->packet.source_port != it->key.port)
+        return LOOK_CLOSER;
+    return answer(it->set, it->tag, &it->packet.source, it->now);
+}
+
 int egress(struct __sk_buff *skb) {
     struct subject it = {};
 
     if (!find_subject(skb, &it, 1))
         return 1;
-    /* Most replies are right, and the address alone shows it for most of them. */
-    __u32 result = LOOK_CLOSER;
-    if (it.packet.source_port == it.key.port)
-        result = answer(it.set, it.tag, &it.packet.source, it.now);
+    __u32 result = answer_quickly(&it);
     enum quick quick = result & QUICK_MASK;
     if (quick == LOOK_CLOSER)
         egress_next.call(skb, 0);
@@ -671,11 +678,36 @@ int egress_slow(struct __sk_buff *skb) {
 
     if (find_subject(skb, &it, 1))
         is_right = look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
-                               it.packet.source_port == it.key.port, it.now);
+                               it.packet.source_port == it.key.port, 0, it.now);
 #if HEALING
     if (is_right && may_be_healed(it.key.port)) /* e.g. NAT has restored another source */
         egress_healed_next.call(skb, 0);
 #endif
+    return 1;
+}
+
+/* While another version's programs still judge and count, these only learn which requests are
+ * answered (agent/sources/handover.py). */
+int egress_learning(struct __sk_buff *skb) {
+    struct subject it = {};
+
+    if (!find_subject(skb, &it, 1))
+        return 1;
+    __u32 result = answer_quickly(&it);
+    enum quick quick = result & QUICK_MASK;
+    if (quick == LOOK_CLOSER)
+        egress_learning_next.call(skb, 0);
+    if (quick == DONE)
+        count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it.now);
+    return 1;
+}
+
+int egress_learning_slow(struct __sk_buff *skb) {
+    struct subject it = {};
+
+    if (find_subject(skb, &it, 1))
+        look_closer(skb, it.sk, &it.packet, it.set, it.tag, &it.key,
+                    it.packet.source_port == it.key.port, 1, it.now);
     return 1;
 }
 

@@ -135,6 +135,9 @@ class App:
             )
             self._state = State(about, settings.max_series, settings.forget, self._senders, settings.max_servers)
             self._node = NodeFaults(read_clocks(), read_memory)
+            self._continuity = self._watching.continuity
+            if self._continuity:
+                self._continuity.restore(self._state)
             self._snapshot: Snapshot = self._state.snapshot(False, self._started)
             opened.pop_all()
 
@@ -273,7 +276,12 @@ class App:
         if self._healer:
             self._healer.update(self._state.servers_of(sample))
             self._healer.note_elsewhere(self._snapshot.servers)
-        self._snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes), self._node)
+        snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes), self._node)
+        # What is published is stored first, so that no counter falls if this process is killed.
+        if self._continuity is None or self._continuity.store(
+            self._state, at_once=sample.is_last or self._done.is_set()
+        ):
+            self._snapshot = snapshot
         ready, reason = self._ready()
         if self._logged_ready not in (None, ready) and not self._done.is_set():
             self._logged_ready = ready

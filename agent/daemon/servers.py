@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
+from udpwatch.agent.daemon.memory import restored
 from udpwatch.agent.model import (
     Cause,
     Finding,
@@ -104,9 +105,46 @@ class Servers:
         self._held: Counter[_Tenant] = Counter()
         self.other: dict[str, ServerTotals] = {}  # by namespace; "": none or unknown
         self._kernel_other = ServerTotals()
+        self._generation = ""  # of the programs that count
         self._read_at = -READ_SECONDS
         self._risk_of: Mapping[int, Risk] = {}
         self._evictions = 0  # in this sample
+
+    def to_store(self) -> dict[str, Any]:
+        """Return what the next process needs so that no counter falls (`restore`)."""
+        return {
+            "entries": [
+                asdict(entry) | {"sockets": (), "drops_of": sorted(entry.drops_of.items())}
+                for entry in map(_without_sockets, self._entries.values())
+            ],
+            "generation": self._generation,
+            "kernel_other": asdict(self._kernel_other),
+            "other": {namespace: asdict(totals) for namespace, totals in self.other.items()},
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on with what an earlier process stored. Raises what `State.restore` raises."""
+        entries: dict[_Place, _Entry] = {}
+        totals = ("counts", "inherited", "seen")
+        for described in stored["entries"]:
+            netns, address, port = described["place"]
+            pid, process, cgroup = described["who"]
+            tenant = described["tenant"]
+            parts = {name: restored(ServerTotals, described[name]) for name in totals} | {
+                "place": (int(netns), str(address), int(port)),
+                "who": (int(pid), str(process), int(cgroup)),
+                "sender": restored(Sender, described["sender"]),
+                "drops_of": {int(socket): int(drops) for socket, drops in described["drops_of"]},
+                "tenant": tuple(map(str, tenant)) if tenant else None,
+                "sockets": (),
+            }
+            entry = restored(_Entry, described | parts)
+            entries[entry.place] = entry
+        other = {str(namespace): restored(ServerTotals, each) for namespace, each in stored["other"].items()}
+        kernel_other = restored(ServerTotals, stored["kernel_other"])
+        self._entries, self.other, self._kernel_other = entries, other, kernel_other
+        self._generation = str(stored["generation"])
+        self._held = Counter(entry.tenant for entry in entries.values() if entry.tenant)
 
     def add_wrong(self, sender: Sender, finding: Finding, count: int) -> None:
         """Add wrong replies; the next sample that is read adds them to their server."""
@@ -119,11 +157,15 @@ class Servers:
             entry.first += seconds
             entry.last += seconds
 
-    def add(self, sample: Sample, now: float, monotonic: float, is_last: bool = False) -> None:
-        """Add a sample. ``now``: seconds since the epoch; ``is_last``: whatever was read before."""
-        if monotonic - self._read_at < READ_SECONDS and not is_last and sample.sockets is None:
+    def add(self, sample: Sample, now: float, monotonic: float) -> None:
+        """Add a sample. ``now``: seconds since the epoch."""
+        if monotonic - self._read_at < READ_SECONDS and not sample.is_last and sample.sockets is None:
             return
         self._read_at = monotonic
+        if sample.generation != self._generation:
+            self._generation, self._kernel_other = sample.generation, ServerTotals()
+            for entry in self._entries.values():
+                entry.seen = ServerTotals(drops=entry.seen.drops)
         for entry in self._entries.values():
             entry.is_counted = False
         self._evictions = 0
@@ -361,6 +403,10 @@ class Servers:
                 namespace = entry.sender.namespace if entry.sender.namespace in self.other else ""
                 found[namespace] += sum(self._risk_of.get(socket_id(each)) in AT_RISK for each in entry.sockets)
         return dict(found)
+
+
+def _without_sockets(entry: _Entry) -> _Entry:
+    return replace(entry, sockets=())
 
 
 def socket_id(each: UdpSocket) -> int:

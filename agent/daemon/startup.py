@@ -9,13 +9,16 @@ from pathlib import Path
 
 from udpwatch.agent.attribution.sender import Roots, Senders
 from udpwatch.agent.config import Settings
+from udpwatch.agent.daemon.continuity import Continuity
 from udpwatch.agent.daemon.self_test import SelfTest
 from udpwatch.agent.daemon.state import SenderLookup
+from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.heal.healer import FAMILIES, Healer
 from udpwatch.agent.kernel import capabilities, cgroup, clock
 from udpwatch.agent.kernel.capabilities import Capability
 from udpwatch.agent.kernel.features import VMLINUX_BTF
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.pins import Busy
 from udpwatch.agent.sources.replay import Replay
 from udpwatch.agent.sources.sensor import Sensor
 from udpwatch.agent.sources.source import FindingSource
@@ -33,12 +36,21 @@ class Watching:
     close: Callable[[], None]
     capabilities: frozenset[Capability]  # that the source still needs
     healer: Healer | None = None
+    continuity: Continuity | None = None  # None: nothing is kept over the agent's end
 
 
 def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
     """Load and attach; raises UdpwatchError. ``pace``: as `Sensor` takes it."""
     watched = cgroup.find(settings.cgroup)
+    continuity, state_reason = None, ""
     try:
+        if settings.state:
+            try:
+                continuity = Continuity(settings.state)
+            except Busy:
+                raise
+            except UdpwatchError as error:
+                state_reason = f"{error}; replies are not counted while no agent runs, and counters begin at 0"
         btf = settings.btf or VMLINUX_BTF
         sensor = Sensor.open(
             watched,
@@ -49,16 +61,24 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
             settings.cache,
             pace,
             heal=settings.healing is not None,
+            pins=continuity.pins if continuity else None,
+            stored=continuity.sensor if continuity else None,
         )
     except BaseException:
+        if continuity:
+            continuity.close()
         watched.close()
         raise
+    if continuity:
+        continuity.follow(sensor)
     healer = Healer(settings.healing, sensor.maps, sensor.cpus, sensor.heal_reason) if settings.healing else None
 
     def close() -> None:
         if healer:
             healer.close()
         sensor.close()
+        if continuity:
+            continuity.close()
         watched.close()
 
     return Watching(
@@ -67,10 +87,11 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
         senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}")), pace),
         self_test=SelfTest(sensor, watched.contains(os.getpid())),
         description="the whole node" if watched.is_root else watched.path,
-        notes=notes(sensor, watched, healer),
+        notes=(*notes(sensor, watched, healer), *([state_reason] if state_reason else [])),
         close=close,
         capabilities=_needed(sensor, settings),
         healer=healer,
+        continuity=continuity,
     )
 
 
@@ -122,6 +143,7 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup, healer: Healer | None = None) 
             "--forwarded reads conntrack's events instead, --no-forwarded removes this message"
         )
     lines += [f"wrong replies of machines behind this node are missed: {reason}" for reason in sensor.unwatched]
+    lines += sensor.continuity_notes()
     lines += [probe.reason for probe in sensor.probes() if not probe.attached and probe.name not in FAMILIES]
     if offset := clock.offset_ns():
         lines.append(f"this process is in a time namespace: times are corrected by {-offset / 1e9:+g} s")

@@ -7,16 +7,19 @@ Rules
    count ends with it, as a counter ends with its process; `other` never ends, and ended rows are not added to it.
 3. The clocks are arguments: wall time is only shown; rows age by the monotonic clock, which cannot be set. When the
    wall clock is set, all times move with it.
-4. Not thread-safe, except for `lose`.
+4. Counters go on where an earlier process stopped (`restore`): what a source has counted is added as far as it grew.
+5. Not thread-safe, except for `lose`.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
+from udpwatch.agent.daemon.memory import numbers, restored
 from udpwatch.agent.daemon.node_faults import NodeFaults
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import (
@@ -25,6 +28,7 @@ from udpwatch.agent.model import (
     Cause,
     Counters,
     Event,
+    Finding,
     Healing,
     Increase,
     Row,
@@ -126,7 +130,10 @@ class State:
         self._held: Counter[_Tenant] = Counter()  # rows
         self._other: dict[str, int] = {}  # namespace -> wrong replies in no row
         self._other_healed: dict[str, int] = {}  # namespace -> healed replies in no row
-        self._healed_overflow = 0  # of the kernel's table, as last added to `_other_healed`
+        self._totals: Counter[str] = Counter()  # what snapshots show, by the names in `_read`
+        self._seen: dict[str, int] = {}  # what the programs had counted at the last sample
+        self._seen_here: dict[str, int] = {}  # what this process had counted
+        self._generation = ""  # of the programs
         self._beyond: dict[int, int] = {}  # Sample.beyond, as last added to `_other`
         self._sample: Sample | None = None
         self._lost_here: dict[str, int] = {}
@@ -141,17 +148,7 @@ class State:
             is_healed = finding.verdict is Verdict.HEALED
             if not is_healed:
                 self._servers.add_wrong(sender, finding, increase.count)
-            key = (
-                sender.process,
-                sender.namespace,
-                sender.pod,
-                sender.container,
-                finding.port,
-                finding.expected,
-                finding.actual,
-                finding.verdict,
-                finding.cause,
-            )
+            key = _key(sender, finding)
             known = self._sums.get(key)
             if known is None:
                 tenant = _tenant(increase, sender)
@@ -167,16 +164,53 @@ class State:
             known.increase, known.sender = increase, sender
             known.count += increase.count
             known.last, known.touched, known.ended = now, monotonic, None
+        if sample.generation != self._generation:
+            self._generation, self._seen, self._beyond = sample.generation, {}, {}
         if self._about.mode != "netlink":  # there, the kernel only suspects wrong replies
             self._add_beyond(sample.beyond)
-        self._add_other("", sample.counters.healed_overflow - self._healed_overflow, is_healed=True)
-        self._healed_overflow = sample.counters.healed_overflow
+        by_programs, here = self._read(sample)
+        self._add_other("", max(0, by_programs["healed"] - self._seen.get("healed", 0)), is_healed=True)
+        for read, seen in ((by_programs, self._seen), (here, self._seen_here)):
+            for name, value in read.items():
+                self._totals[name] += max(0, value - seen.get(name, 0))
+        self._seen, self._seen_here = by_programs, here
         self._sample = sample
         self._servers.add(sample, now, monotonic)
         self._check_for_ended(monotonic)
         for idle in [key for key, known in self._sums.items() if self._is_over(known, monotonic)]:
             self._remove(idle)
         return [_row(known) for known in fresh.values()]
+
+    def _read(self, sample: Sample) -> tuple[dict[str, int], dict[str, int]]:
+        """Return what the programs have counted since they were loaded, and what this process has counted since it
+        started.
+        """
+        counters = sample.counters
+        # In mode netlink the kernel cannot distinguish NAT from a wrong reply: the overflow counts suspected replies.
+        overflow = "undecided" if self._about.mode == "netlink" else "findings_full"
+        by_programs = {
+            "rate_limit": counters.rate_limited,
+            "ring_full": counters.ring_full,
+            "undecided": counters.undecided,
+            "remember": counters.unremembered,
+            "flows_full": counters.candidates,
+            "unparsed": counters.unparsed,
+            "checked": counters.checked,
+            "evicted": counters.evicted,
+            "flows": counters.flows,
+            "healed": counters.healed_overflow,
+        }
+        by_programs[overflow] = by_programs.get(overflow, 0) + counters.overflow
+        here = {
+            "rate_limit": sample.held_back,
+            "undecided": sample.undecided,
+            "queue": sample.dropped,
+            "conntrack_overrun": sample.overruns,
+            "probe_missed": sum(probe.missed for probe in sample.probes),
+            "evicted": sample.evicted_peers - counters.evicted,
+            "flows": sample.flows - counters.flows,
+        }
+        return by_programs, here
 
     def _make_room(self, tenant: _Tenant) -> _Key | None:
         """Evict the oldest row of the tenant with the most rows; None if this tenant would then have as many."""
@@ -246,26 +280,55 @@ class State:
             known.last += seconds
         self._servers.move_times(seconds)
 
+    def to_store(self) -> dict[str, Any]:
+        """Return what the next process needs so that no counter falls (`restore`)."""
+        with self._losing:
+            lost = dict(self._lost_here)
+        return {
+            "totals": dict(self._totals),
+            "seen": self._seen,
+            "generation": self._generation,
+            "lost": lost,
+            "other": self._other,
+            "other_healed": self._other_healed,
+            "beyond": {str(tenant): count for tenant, count in self._beyond.items()},
+            "rows": [asdict(known) for known in self._sums.values()],
+            "servers": self._servers.to_store(),
+        }
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on with what an earlier process stored; call this first. Raises LookupError, TypeError, ValueError or
+        AttributeError if that is invalid, and then nothing has changed.
+        """
+        totals, lost = numbers(stored["totals"]), numbers(stored["lost"])
+        other, other_healed = numbers(stored["other"]), numbers(stored["other_healed"])
+        beyond = {int(tenant): int(count) for tenant, count in stored["beyond"].items()}
+        seen, sums = numbers(stored["seen"]), dict[_Key, _Sum]()
+        for row in stored["rows"][: self._max_series]:
+            finding = restored(Finding, row["increase"]["finding"])
+            increase = restored(Increase, row["increase"] | {"finding": finding})
+            namespace, pod, container = map(str, row["tenant"])
+            parts = {"increase": increase, "sender": restored(Sender, row["sender"])}
+            known = restored(_Sum, row | parts | {"tenant": (namespace, pod, container)})
+            sums[_key(known.sender, finding)] = known
+        for row in stored["rows"][self._max_series :]:  # the limit was higher
+            namespace = str(row["sender"]["namespace"])
+            more = other_healed if row["increase"]["finding"]["verdict"] == Verdict.HEALED else other
+            more[namespace] = more.get(namespace, 0) + int(row["count"])
+        self._servers.restore(stored["servers"])
+        self._totals, self._lost_here, self._other, self._other_healed = Counter(totals), lost, other, other_healed
+        self._generation, self._seen, self._beyond = str(stored["generation"]), seen, beyond
+        self._sums, self._held = sums, Counter(known.tenant for known in sums.values())
+
     def snapshot(
         self, self_test_passed: bool, now: float, healing: Healing | None = None, node: NodeFaults | None = None
     ) -> Snapshot:
         """Return everything, as of the last sample."""
         sample = self._sample or _NOTHING
-        counters = sample.counters
-        # In mode netlink the kernel cannot distinguish NAT from a wrong reply: the overflow counts suspected replies.
-        suspected = self._about.mode == "netlink"
         with self._losing:
             lost = dict.fromkeys(LOSS_STAGES, 0) | self._lost_here
-        lost["rate_limit"] += counters.rate_limited + sample.held_back
-        lost["ring_full"] += counters.ring_full
-        lost["findings_full"] += 0 if suspected else counters.overflow
-        lost["undecided"] += sample.undecided + counters.undecided + (counters.overflow if suspected else 0)
-        lost["remember"] += counters.unremembered
-        lost["queue"] += sample.dropped
-        lost["flows_full"] += counters.candidates
-        lost["conntrack_overrun"] += sample.overruns
-        lost["probe_missed"] += sum(probe.missed for probe in sample.probes)
-        lost["unparsed"] += counters.unparsed
+        for stage in LOSS_STAGES:
+            lost[stage] += self._totals[stage]
         rows = tuple(sorted(map(_row, self._sums.values()), key=lambda row: -row.count))
         return Snapshot(
             version=self._about.version,
@@ -281,12 +344,12 @@ class State:
             rows=rows,
             other=sum(self._other.values()),
             other_of=dict(self._other),
-            checked=counters.checked,
+            checked=self._totals["checked"],
             tracked_peers=sample.tracked_peers,
-            evicted_peers=sample.evicted_peers,
+            evicted_peers=self._totals["evicted"],
             lost=lost,
             probes=sample.probes,
-            flows=sample.flows,
+            flows=self._totals["flows"],
             conntrack=sample.conntrack,
             udp_sent=sample.udp_sent,
             self_test_passed=self_test_passed,
@@ -299,6 +362,20 @@ class State:
             unwatched=dict.fromkeys(UNWATCHED, 0) | sample.unwatched,
             memory=node.memory if node else None,
         )
+
+
+def _key(sender: Sender, finding: Finding) -> _Key:
+    return (
+        sender.process,
+        sender.namespace,
+        sender.pod,
+        sender.container,
+        finding.port,
+        finding.expected,
+        finding.actual,
+        finding.verdict,
+        finding.cause,
+    )
 
 
 def _tenant(increase: Increase, sender: Sender) -> _Tenant:

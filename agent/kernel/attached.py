@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.loader import Loaded
+from udpwatch.agent.kernel.pins import Generation
 from udpwatch.agent.kernel.probes import How
-from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HEAL_HOOKS, HOOKS
+from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HEAL_HOOKS, HOOKS, KEPT_SOURCES
 from udpwatch.agent.model import Probe
 
 MODULES = Path("/sys/module")
@@ -18,8 +20,9 @@ MODULES = Path("/sys/module")
 class Attached:
     """Own the programs and links that the loader passed on. The state always comes from the kernel."""
 
-    def __init__(self, cgroup: Cgroup, loaded: Loaded) -> None:
-        self._cgroup = cgroup
+    def __init__(self, cgroup: Cgroup, loaded: Loaded, kept: Generation | None = None) -> None:
+        """``kept`` holds the pins of what outlives the agent; None: nothing does."""
+        self._cgroup, self._kept = cgroup, kept
         self._programs, self._links = loaded.programs, loaded.links
         self._refused = dict(loaded.refused)
         self._instructions = loaded.instructions
@@ -64,10 +67,24 @@ class Attached:
                 continue
             os.close(link)
             self._links[name] = fresh
+            self._keep(name, fresh)
             self._refused.pop(name, None)
             self._reattached[name] += 1
             lines.append(f"{name} was attached again")
         return lines
+
+    def detach(self, name: str) -> None:
+        """Detach a program."""
+        if self._kept:
+            self._kept.unpin("link", name)
+        if (link := self._links.pop(name, None)) is not None:
+            os.close(link)
+
+    def _keep(self, name: str, link: int) -> None:
+        program = BY_NAME[name]
+        if self._kept and program.source in KEPT_SOURCES and not program.is_for_healing:
+            with contextlib.suppress(OSError):  # then it ends with the agent
+                self._kept.pin("link", name, link)
 
     def _detach_from_unloaded_modules(self) -> list[str]:
         """Detach from modules that were unloaded or reloaded; return a line for each probe."""

@@ -16,11 +16,16 @@ import platform
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 
 _SYSCALL_NUMBER = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "s390x": 351, "ppc64le": 361}
+_MEMBARRIER_NUMBER = {"x86_64": 324, "aarch64": 283, "riscv64": 283, "s390x": 356, "ppc64le": 365}
+_MEMBARRIER_GLOBAL = 1  # MEMBARRIER_CMD_GLOBAL
+_GRACE_SECONDS = 0.5
 _ATTR_BYTES = 128
 _NO_COMMAND = 0x7FFFFFFF
 _BATCH = 1024
@@ -39,6 +44,8 @@ class Command(IntEnum):
     MAP_UPDATE_ELEM = 2
     MAP_DELETE_ELEM = 3
     PROG_LOAD = 5
+    OBJ_PIN = 6
+    OBJ_GET = 7
     PROG_ATTACH = 8
     PROG_DETACH = 9
     PROG_TEST_RUN = 10
@@ -53,6 +60,7 @@ class Command(IntEnum):
     BTF_GET_NEXT_ID = 23
     MAP_LOOKUP_BATCH = 24
     LINK_CREATE = 28
+    LINK_UPDATE = 29
     LINK_GET_FD_BY_ID = 30
     ITER_CREATE = 33
     LINK_DETACH = 34
@@ -205,6 +213,18 @@ def map_push(fd: int, value: bytes) -> None:
     """Add a value to a queue."""
     buffer = ctypes.create_string_buffer(value, len(value))
     bpf(Command.MAP_UPDATE_ELEM, _attribute("I4xQQQ", fd, 0, _address(buffer), 0))
+
+
+def map_pop(fd: int, value_size: int) -> bytes | None:
+    """Take the oldest value of a queue, or return None."""
+    value = ctypes.create_string_buffer(value_size)
+    try:
+        bpf(Command.MAP_LOOKUP_AND_DELETE_ELEM, _attribute("I4xQQQ", fd, 0, _address(value), 0))
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
+    return value.raw
 
 
 def map_update(fd: int, key: bytes, value: bytes, only_new: bool = False) -> None:
@@ -439,6 +459,40 @@ def iterator_read(link: int) -> Iterator[bytes]:
 def link_detach(link: int) -> None:
     """Detach a link, like ``bpftool link detach``; the descriptor stays open."""
     bpf(Command.LINK_DETACH, _attribute("I", link))
+
+
+def link_update(link: int, program: int) -> None:
+    """Replace the program of a link: each packet meets either the old program or this one (Linux kernel commit
+    0c991ebc8c69 ("bpf: Implement bpf_prog replacement for an active bpf_cgroup_link") (in v5.7)).
+    """
+    bpf(Command.LINK_UPDATE, _attribute("IIII", link, program, 0, 0))
+
+
+def link_program_id(link: int) -> int:
+    """Return the id of the program of a link."""
+    number: int = struct.unpack_from("=I", _info(link, 32), 8)[0]
+    return number
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin a map, program or link at a path of a bpffs: it stays after the last process that holds it has ended."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    bpf(Command.OBJ_PIN, _attribute("QII", _address(name), fd, 0))
+
+
+def pinned(path: Path) -> int:
+    """Return a descriptor of what is pinned at a path."""
+    name = ctypes.create_string_buffer(os.fsencode(path))
+    return bpf(Command.OBJ_GET, _attribute("QII", _address(name), 0, 0))
+
+
+def wait_for_programs() -> None:
+    """Wait until no CPU runs a program that was already replaced or detached (membarrier(2) waits for an RCU grace
+    period); where seccomp forbids that, wait for far longer than a program takes.
+    """
+    number = _MEMBARRIER_NUMBER.get(platform.machine())
+    if number is None or _libc.syscall(number, _MEMBARRIER_GLOBAL, 0, 0):
+        time.sleep(_GRACE_SECONDS)
 
 
 def link_cgroup_id(link: int) -> int:

@@ -23,6 +23,7 @@ from udpwatch.agent.kernel import capabilities
 from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.memory import read_memory
+from udpwatch.agent.kernel.pins import Pins
 from udpwatch.agent.model import Hooks
 
 LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent for ever
@@ -46,6 +47,16 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """Which generation of a state folder (pins.py) was loaded or taken over."""
+
+    digest: str
+    resumed: bool  # it was taken over
+    before: str  # the generation that counts until this one has learned, or whose counts wait to be read; "": none
+    unpinned: str  # why it is not pinned; "": it is
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
     """What the child passed on; the caller closes every descriptor."""
 
@@ -56,6 +67,7 @@ class Loaded:
     instructions: dict[str, int]  # program -> number of instructions that the verifier walked
     features: Features
     compiler: str  # with its version
+    kept: Kept | None = None  # None: nothing is kept over the agent's end
 
 
 def load(
@@ -66,15 +78,18 @@ def load(
     forwarded: bool = True,
     cache: Path | None = None,
     heal: bool = False,
+    pins: Pins | None = None,
 ) -> Loaded:
-    """Compile, load and attach in a child process.
+    """Compile, load and attach in a child process; or take over what is pinned in ``pins``, if it is the same.
 
     Without ``forwarded``, forwarded replies are not watched. Objects in ``cache`` are not compiled again (objects.py).
     Raises CannotRun if this machine or user cannot load the programs, and UdpwatchError on any other failure.
     """
     request = {
         "cgroup": cgroup.fd,
+        "cgroup_id": cgroup.id,
         "path": cgroup.path,
+        "state": pins.fd if pins else -1,
         "limits": asdict(limits),
         "hooks": hooks,
         "forwarded": forwarded,
@@ -88,6 +103,8 @@ def load_inventory(btf: Path = VMLINUX_BTF, cache: Path | None = None) -> Loaded
     """Load the iterators over sockets, and attach nothing to a cgroup. Raises what `load` raises."""
     request = {
         "cgroup": -1,
+        "cgroup_id": 0,
+        "state": -1,
         "path": "",
         "limits": asdict(Limits()),
         "hooks": Hooks.CGROUP,
@@ -126,7 +143,7 @@ def _ask_child(request: dict[str, Any]) -> tuple[dict[str, Any], list[int], bool
         # Ctrl-C away from the child; we end it.
         with subprocess.Popen(
             [sys.executable, "-P", "-m", "udpwatch.agent.kernel.loader_child", str(theirs.fileno())],
-            pass_fds=[fd for fd in (theirs.fileno(), request["cgroup"]) if fd >= 0],
+            pass_fds=[fd for fd in (theirs.fileno(), request["cgroup"], request["state"]) if fd >= 0],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=output,
@@ -180,4 +197,5 @@ def _unpack(answer: dict[str, Any], descriptors: list[int]) -> Loaded:
         instructions=instructions,
         features=Features(**features),
         compiler=str(answer["compiler"]),
+        kept=Kept(**({"before": "", "unpinned": ""} | answer["kept"])) if answer["kept"] else None,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import inspect
 import json
 import os
@@ -39,13 +40,16 @@ from udpwatch.agent.kernel.bpf import (
 from udpwatch.agent.kernel.libbpf import Btf
 from udpwatch.agent.kernel.loader import Limits
 from udpwatch.agent.kernel.objects import CompileCache, Object, name_maps
+from udpwatch.agent.kernel.pins import Generation, Pins
 from udpwatch.agent.kernel.probes import How, Target, argument_indices
 from udpwatch.agent.kernel.programs import (
     FUNCTIONS,
     HEAL_HOOKS,
     HOOKS,
     ITERATORS,
+    KEPT_SOURCES,
     KEYS,
+    LEARNING_HOOKS,
     LOCKED,
     MAPS,
     OF_SOCKETS,
@@ -58,6 +62,11 @@ from udpwatch.agent.kernel.programs import (
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
+#: the links that a generation has either before or after it has learned
+LEARNING_LINKS = ("egress", "egress_learning")
+MANIFEST_FORMAT = 1
+DIGEST_CHARACTERS = 32
+LEARN_MORE_NS = 1_000_000_000  # than one window: the clock of the conversations is coarse
 MAX_LOCAL = 32_896  # addresses of all healed namespaces, which agent/heal/namespaces.py shares out
 ADOPT_SECONDS = 2.0  # to find the sockets of other namespaces
 
@@ -256,7 +265,7 @@ def _load_on_demand(source: str, code: dict[str, bytes], answer: _Answer) -> Non
 def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str, Any], answer: _Answer) -> None:
     # Load these first: the hooks call them.
     for program, call in TAIL_CALLS:
-        if program.is_for_healing and not request["heal"]:
+        if (program.is_for_healing and not request["heal"]) or (program.is_for_learning and not request["learning"]):
             continue
         try:
             descriptor = _load(program, call.type, call.attach, code, answer)
@@ -271,11 +280,13 @@ def _load_hooks(code: dict[str, bytes], maps: dict[str, int], request: dict[str,
 
 
 def _attach_hooks(source: str, code: dict[str, bytes], request: dict[str, Any], answer: _Answer) -> None:
-    for program, hook in (*HOOKS, *HEAL_HOOKS):
+    for program, hook in (*HOOKS, *HEAL_HOOKS, *(LEARNING_HOOKS if request["learning"] else ())):
         if program.source != source:
             continue
         try:
             descriptor = _load(program, hook.type, hook.attach, code, answer)
+            if program.name == "egress" and request["learning"]:
+                continue  # handover.py puts it in the place of the other version's
             link = _attach(program.name, hook, descriptor, request["cgroup"], request["path"])
             answer.add("link", program.name, link)
         except UdpwatchError as error:
@@ -305,12 +316,13 @@ def _load_heal(maps: dict[str, int], request: dict[str, Any], constants: Mapping
     _attach_hooks("heal.c", code, request, answer)
 
 
-def _load_inventory(request: dict[str, Any], constants: Mapping[str, object], answer: _Answer) -> str:
+def _load_inventory(
+    request: dict[str, Any], constants: Mapping[str, object], maps: dict[str, int], answer: _Answer
+) -> str:
     """Load what lists sockets, and note the sockets that exist already. Return the name of the compiler.
 
     No part of it is required.
     """
-    maps = dict[str, int]()
     compiled = _obtain("inventory.c", request, constants)
     code = _link(compiled, maps)
     links = dict[str, int]()
@@ -406,40 +418,163 @@ def _probe(request: dict[str, Any]) -> features.Features:
         ) from None
 
 
+def _digest(request: dict[str, Any], constants: Mapping[str, object]) -> str:
+    """Return the name of what is loaded: everything that it is made of, and where it is attached."""
+    parts = [objects.key(SOURCES, source, constants) for source in KEPT_SOURCES]
+    parts += [str(request[name]) for name in ("hooks", "heal", "cgroup_id")]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _choose_before(pins: Pins, digest: str) -> Generation | None:
+    """Return the generation that counts now, or whose counts wait to be read; None: there is only that of ``digest``,
+    or none. Remove the others, which never counted: agents were killed while these were loaded or learned.
+    """
+    before: list[Generation] = []
+    for each in pins.generations():
+        if each.digest == digest and each.manifest():
+            continue
+        if each.digest != digest and each.has_counted and each.manifest():
+            before.append(each)
+        else:
+            each.remove()
+    before.sort(key=lambda each: each.counts)
+    for each in before[:-1]:
+        each.remove()
+    return before[-1] if before else None
+
+
+def _find_kept(request: dict[str, Any], constants: Mapping[str, object]) -> tuple[Generation, dict[str, Any]]:
+    """Return the generation to load or to take over, and what the agent is told of it."""
+    pins, digest = Pins.inherited(request["state"]), _digest(request, constants)
+    before = _choose_before(pins, digest)
+    request["learning"] = before is not None and before.counts
+    return pins.generation(digest), {"digest": digest, "before": before.digest if before else "", "resumed": False}
+
+
+def _resume(kept: Generation) -> tuple[_Answer, dict[str, int], str] | None:
+    """Take over a generation; return what was loaded, its maps and its compiler. None: it is missing, or incomplete and
+    removed now."""
+    described = kept.manifest()
+    answer, maps = _Answer(), dict[str, int]()
+    if described is None:
+        return None
+    try:
+        for kind, name in described["names"]:
+            if kind == "map":
+                maps[name] = kept.get(kind, name)
+            elif kind == "program" or name not in LEARNING_LINKS:
+                answer.add(kind, name, kept.get(kind, name))
+        for name in LEARNING_LINKS:
+            with contextlib.suppress(FileNotFoundError):
+                answer.add("link", name, kept.get("link", name))
+        answer.refused |= described["refused"]
+        answer.instructions |= described["instructions"]
+        return answer, maps, str(described["compiler"])
+    except (OSError, LookupError, TypeError, ValueError):
+        for descriptor in (*maps.values(), *answer.descriptors):
+            os.close(descriptor)
+        kept.remove()
+        return None
+
+
+def _keep(kept: Generation, request: dict[str, Any], maps: dict[str, int], answer: _Answer, compiler: str) -> str:
+    """Pin everything that was loaded so far. Return why that failed; "": it did not."""
+    learns_until = time.monotonic_ns() + request["limits"]["window_ns"] + LEARN_MORE_NS if request["learning"] else 0
+    # Links last: what is attached is complete.
+    loaded = sorted(zip(answer.names, answer.descriptors, strict=True), key=lambda each: each[0][0] == "link")
+    objects_ = [*((("map", name), descriptor) for name, descriptor in maps.items()), *loaded]
+    manifest = {
+        "format": MANIFEST_FORMAT,
+        "names": [name for name, _ in objects_],
+        "limits": request["limits"],
+        "layout": records.layout(),
+        "refused": answer.refused,
+        "instructions": answer.instructions,
+        "learns_until": learns_until,
+        "compiler": compiler,
+    }
+    try:
+        for (kind, name), descriptor in objects_:
+            kept.pin(kind, name, descriptor)
+        kept.write_manifest(manifest)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            kept.remove()
+        return error.strerror or "refused"
+    return ""
+
+
 def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     found = _probe(request)
     hooks = Hooks(request["hooks"])
     if hooks is Hooks.FUNCTION and not found.flow_probes:
         raise CannotRun(f"cannot probe functions: {found.probes_reason}; use --hooks all")
-    answer, maps, read = _Answer(), dict[str, int](), set[str]()
-    if request["heal"] and (reason := _without_healing(found)):
-        request["heal"] = False
-        answer.refused |= {program.name: reason for program, _ in HEAL_HOOKS}
+    heal_reason = _without_healing(found) if request["heal"] else ""
+    request["heal"] = request["heal"] and not heal_reason
     constants = _constants(request, found)
-    if found.socket_offsets:
-        compiler = _load_inventory(request, constants, answer)
+    answer, maps, about, compiler = _Answer(), dict[str, int](), dict[str, Any](), ""
     if request["only_inventory"]:
         if not found.socket_offsets:
             raise CannotRun(f"cannot list sockets by BPF: {found.sockets_reason}")
-        return _content(answer, found, compiler), answer.descriptors
-    if hooks is not Hooks.FUNCTION:
-        compiled = _obtain("sockets.c", request, constants)
-        _load_hooks(_link(compiled, maps), maps, request, answer)
+        compiler = _load_inventory(request, constants, maps, answer)
+        return _content(answer, found, compiler, about), answer.descriptors
+    kept = None
+    if request["state"] >= 0 and hooks is not Hooks.FUNCTION:
+        kept, about = _find_kept(request, constants)
+        if taken := _resume(kept):
+            answer, maps, compiler = taken
+            about["resumed"] = True
+    if not compiler:
+        compiler = _load_unbound(found, request, constants, maps, answer)
+        if kept:
+            about["unpinned"] = _keep(kept, request, maps, answer, compiler)
+    read = _load_bound(found, request, constants, maps, answer)
+    if heal_reason:
+        answer.refused |= {program.name: heal_reason for program, _ in HEAL_HOOKS}
+    for name in sorted(read):
+        answer.add("map", name, maps[name])
+    return _content(answer, found, compiler, about), answer.descriptors
+
+
+def _load_unbound(
+    found: features.Features,
+    request: dict[str, Any],
+    constants: Mapping[str, object],
+    maps: dict[str, int],
+    answer: _Answer,
+) -> str:
+    """Load what may outlive the agent. Return the name of the compiler."""
+    compiler = _load_inventory(request, constants, maps, answer) if found.socket_offsets else ""
+    if request["hooks"] == Hooks.FUNCTION:
+        return compiler
+    compiled = _obtain("sockets.c", request, constants)
+    _load_hooks(_link(compiled, maps), maps, request, answer)
+    return compiled.compiler
+
+
+def _load_bound(
+    found: features.Features,
+    request: dict[str, Any],
+    constants: Mapping[str, object],
+    maps: dict[str, int],
+    answer: _Answer,
+) -> set[str]:
+    """Load what ends with the agent: what heals, and function probes. Return the maps that the agent reads."""
+    read = set[str]()
+    if request["hooks"] != Hooks.FUNCTION:
         read |= MAPS["sockets.c"]
         if request["heal"]:
             _load_heal(maps, request, constants, answer)
             read |= MAPS["heal.c"] & maps.keys()
-    if hooks is not Hooks.CGROUP and any(found.functions.values()):
-        compiled = _obtain("conntrack.c", request, constants)
-        _load_probes(_link(compiled, maps), request, found, answer)
+    if request["hooks"] != Hooks.CGROUP and any(found.functions.values()):
+        _load_probes(_link(_obtain("conntrack.c", request, constants), maps), request, found, answer)
         read |= MAPS["conntrack.c"]
-    for name in sorted(read):
-        answer.add("map", name, maps[name])
-    return _content(answer, found, compiled.compiler), answer.descriptors
+    return read
 
 
-def _content(answer: _Answer, found: features.Features, compiler: str) -> dict[str, Any]:
+def _content(answer: _Answer, found: features.Features, compiler: str, about: dict[str, Any]) -> dict[str, Any]:
     return {
+        "kept": about,
         "descriptors": answer.names,
         "features": asdict(found),
         "refused": answer.refused,

@@ -36,6 +36,8 @@ MAPS = {
     "inventory.c": set(),
     "heal.c": {"heal_ports", "heal_slots", "heal_counts", "local_devices", "egress_healed_next"},
 }
+#: sources whose programs may outlive the agent (pins.py)
+KEPT_SOURCES = ("sockets.c", "inventory.c")
 #: maps whose elements begin with a lock (map_types.py)
 LOCKED = frozenset({"conversations", "addresses"})
 #: maps whose elements belong to sockets
@@ -98,6 +100,7 @@ class Program:
     without: str = ""  # what is lost without it
     is_for_forwarded: bool = False  # finds forwarded wrong replies: all such programs are attached, or none
     is_for_healing: bool = False  # loaded only if replies are to be healed
+    is_for_learning: bool = False  # loaded only while another version's programs still count (handover.py)
 
 
 SEND_WITHOUT = "events do not show whether PKTINFO was passed"
@@ -111,6 +114,13 @@ PROGRAMS = (
     Program("ingress_slow", "ingress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_INGRESS, "ingress_next")),
     Program("egress_slow", "egress_slow", "sockets.c", TailCall(AttachType.CGROUP_INET_EGRESS, "egress_next")),
     Program(
+        "egress_learning_slow",
+        "egress_learning_slow",
+        "sockets.c",
+        TailCall(AttachType.CGROUP_INET_EGRESS, "egress_learning_next"),
+        is_for_learning=True,
+    ),
+    Program(
         "egress_healed",
         "egress_healed",
         "sockets.c",
@@ -120,6 +130,14 @@ PROGRAMS = (
     Program("count_waiting", "count_waiting", "sockets.c", OnDemand(ProgramType.CGROUP_SKB)),
     Program("ingress", "ingress", "sockets.c", Hook(AttachType.CGROUP_INET_INGRESS), required=True),
     Program("egress", "egress", "sockets.c", Hook(AttachType.CGROUP_INET_EGRESS), required=True),
+    Program(
+        "egress_learning",
+        "egress_learning",
+        "sockets.c",
+        Hook(AttachType.CGROUP_INET_EGRESS),
+        required=True,
+        is_for_learning=True,
+    ),
     Program(
         "sendmsg4",
         "sendmsg4",
@@ -198,7 +216,9 @@ PROGRAMS = (
 BY_NAME = {program.name: program for program in PROGRAMS}
 #: (program, hook) of each program on a hook of the cgroup
 _ALL_HOOKS = tuple((program, program.place) for program in PROGRAMS if isinstance(program.place, Hook))
-HOOKS = tuple(each for each in _ALL_HOOKS if not each[0].is_for_healing)
+HOOKS = tuple(each for each in _ALL_HOOKS if not each[0].is_for_healing and not each[0].is_for_learning)
+#: the same, of the program that learns
+LEARNING_HOOKS = tuple(each for each in _ALL_HOOKS if each[0].is_for_learning)
 #: the same, of each program that heals replies on a cgroup hook
 HEAL_HOOKS = tuple(each for each in _ALL_HOOKS if each[0].is_for_healing)
 #: (program, function) of each function probe

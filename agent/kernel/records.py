@@ -11,9 +11,10 @@ import struct
 import sys
 import time
 from array import array
+from collections.abc import Mapping
 from ctypes import c_char, c_uint8, c_uint16, c_uint32, c_uint64
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from udpwatch.agent.model import REFUSALS, Cause, Conversation, Counters, Event, Finding, Tuple, UdpSocket, Verdict
 
@@ -93,6 +94,7 @@ class FindingValue(ctypes.Structure):
 
     _fields_ = [
         ("count", c_uint64),
+        ("began", c_uint64),
         ("last", c_uint64),
         ("second", c_uint64),
         ("in_second", c_uint32),
@@ -301,6 +303,87 @@ INODE, NETNS, PORT = (
 _PKTINFO, _PKTINFO6, _REUSEPORT, _TRANSPARENT, _NAMED, _IPV6ONLY = 1, 2, 4, 8, 16, 32  # HAS_* in bpf/records.h
 
 
+#: the structs that the agent reads from maps that another version's programs may have made
+_KEPT = {
+    "finding_key": FindingKey,
+    "finding": FindingValue,
+    "event": EventRecord,
+    "server_key": ServerKey,
+    "server": ServerValue,
+    "server_counts": ServerCounts,
+    "waiting": Waiting,
+    "stats": StatsRecord,
+    "reported_key": ReportedKey,
+}
+
+
+class _Place(NamedTuple):
+    offset: int
+    size: int
+
+
+def _places(kind: type[ctypes.Structure], prefix: str = "", at: int = 0) -> dict[str, _Place]:
+    """Return where each member is, also those of nested structs ("key.netns")."""
+    found = dict[str, _Place]()
+    for name, member, *_ in kind._fields_:
+        place = getattr(kind, name)
+        if isinstance(member, type) and issubclass(member, ctypes.Structure):
+            found |= _places(member, f"{prefix}{name}.", at + place.offset)
+        else:
+            found[prefix + name] = _Place(at + place.offset, place.size)
+    return found
+
+
+def layout() -> dict[str, Any]:
+    """Describe the structs that another version's agent reads: their sizes, and where their members are."""
+    return {name: {"size": ctypes.sizeof(kind), "members": _places(kind)} for name, kind in _KEPT.items()}
+
+
+class Layout:
+    """How the maps of a generation are laid out. Members are matched by name: one that the other version lacks is 0.
+    The numbers of an enum never change their meaning, so that they need no translation.
+    """
+
+    def __init__(self, described: Mapping[str, Any] | None = None) -> None:
+        """Read what `layout` described; None: our own. Raises LookupError, TypeError or ValueError for other things."""
+        described = layout() if described is None else described
+        self._pieces: dict[str, list[tuple[int, int, int]] | None] = {}  # None: like ours
+        self._sizes: dict[str, int] = {}
+        for name, kind in _KEPT.items():
+            own, other = _places(kind), {at: _Place(*place) for at, place in described[name]["members"].items()}
+            self._sizes[name] = int(described[name]["size"])
+            is_alike = own == other and self._sizes[name] == ctypes.sizeof(kind)
+            shared = [(own[at], other[at]) for at in own.keys() & other.keys()]
+            pieces = [(ours.offset, theirs.offset, min(ours.size, theirs.size)) for ours, theirs in shared]
+            if any(theirs + size > self._sizes[name] or theirs < 0 for _, theirs, size in pieces):
+                raise ValueError(f"struct {name} is shorter than its members")
+            self._pieces[name] = None if is_alike else pieces
+
+    def size(self, name: str) -> int:
+        """Return the size of a struct in bytes."""
+        return self._sizes[name]
+
+    def is_own(self, name: str) -> bool:
+        """Return whether a struct is laid out like ours."""
+        return self._pieces[name] is None
+
+    def own(self, name: str, raw: bytes) -> bytes:
+        """Translate structs that lie one after the other, such as those of all CPUs, into our own layout."""
+        pieces, size = self._pieces[name], self._sizes[name]
+        if pieces is None:
+            return raw
+        own = ctypes.sizeof(_KEPT[name])
+        translated = bytearray(len(raw) // size * own)
+        for number in range(len(raw) // size):
+            for ours, theirs, length in pieces:
+                at, source = number * own + ours, number * size + theirs
+                translated[at : at + length] = raw[source : source + length]
+        return bytes(translated)
+
+
+OWN_LAYOUT = Layout()
+
+
 def decode_address(raw: bytes) -> str:
     """Decode 16 bytes in network order to text; an IPv4-mapped address becomes IPv4."""
     if raw[:12] == _V4_MAPPED:
@@ -335,20 +418,21 @@ def printable(name: bytes) -> str:
 def decode_finding_key(raw: bytes) -> tuple[Finding, Conversation | None]:
     """Decode struct finding_key; the conversation is None unless the verdict is unknown.
 
-    Raises KeyError for an unknown number: program and agent come from one tree, so that is a bug.
+    A number that this version does not know comes from the programs of another one: it counts as a wrong reply of
+    unknown cause.
     """
     return _finding(FindingKey.from_buffer_copy(raw))
 
 
 def _finding(key: FindingKey) -> tuple[Finding, Conversation | None]:
-    verdict = VERDICTS[key.verdict]
+    verdict = VERDICTS.get(key.verdict, Verdict.NEW)
     finding = Finding(
         expected=decode_address(bytes(key.expected)),
         actual=decode_address(bytes(key.actual)),
         port=key.port,
         family=_FAMILIES[key.family],
         verdict=verdict,
-        cause=CAUSES[key.cause],
+        cause=CAUSES.get(key.cause, Cause.UNKNOWN),
         process=printable(key.comm),
         cgroup=key.cgroup,
         netns=key.netns,
@@ -366,10 +450,19 @@ def tenant_of(finding: Finding) -> int:
     return finding.cgroup if finding.cgroup > _ROOT_CGROUP else finding.netns | _ROOT_TENANT
 
 
-def decode_finding(raw: bytes) -> tuple[int, int, int]:
-    """Decode struct finding: (count, time of the last reply in monotonic nanoseconds, its process id)."""
+class CountedFinding(NamedTuple):
+    """A struct finding. Times are monotonic nanoseconds."""
+
+    datagrams: int
+    last: int  # time of the last reply; 0: the element is being created
+    pid: int
+    began: int
+
+
+def decode_finding(raw: bytes) -> CountedFinding:
+    """Decode struct finding."""
     value = FindingValue.from_buffer_copy(raw)
-    return value.count, value.last, value.tgid
+    return CountedFinding(value.count, value.last, value.tgid, value.began)
 
 
 def decode_tuple(raw: bytes) -> Tuple | None:

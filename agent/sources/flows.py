@@ -74,20 +74,18 @@ class _Sum:
 
 
 class Reported:
-    """The datagrams that findings of local sockets cover: a map of bpf/sockets.c."""
+    """The datagrams that findings of local sockets cover: maps of bpf/sockets.c."""
 
-    def __init__(self, descriptor: int | None, window_ns: int) -> None:
-        """Use the map; None if there is none, and nothing is reported."""
-        self._descriptor, self._window_ns = descriptor, window_ns
+    def __init__(self, descriptors: Iterable[int], window_ns: int) -> None:
+        """Use the maps of the programs that count, and of those that counted before; none: nothing is reported."""
+        self._descriptors, self._window_ns = tuple(descriptors), window_ns
 
     def has(self, event: Event) -> bool:
         """Return whether a local socket's finding covers the datagram of an event."""
-        if self._descriptor is None:
-            return False
         finding = event.finding
         wire = records.encode_reported(finding.actual, finding.port, event.peer, event.peer_port)
-        seen = bpf.map_lookup(self._descriptor, wire, 8)
-        return seen is not None and struct.unpack("=Q", seen)[0] > event.time - 2 * self._window_ns
+        found = (bpf.map_lookup(descriptor, wire, 8) for descriptor in self._descriptors)
+        return any(seen and struct.unpack("=Q", seen)[0] > event.time - 2 * self._window_ns for seen in found)
 
 
 class FlowSensor:

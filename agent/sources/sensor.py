@@ -8,9 +8,10 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from udpwatch.agent.kernel import bpf, clock, netns, records
 from udpwatch.agent.kernel.attached import Attached
@@ -19,15 +20,17 @@ from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.features import VMLINUX_BTF, Features
 from udpwatch.agent.kernel.loader import Limits, Loaded, load
+from udpwatch.agent.kernel.pins import Generation, Pins
 from udpwatch.agent.kernel.programs import FUNCTIONS
+from udpwatch.agent.kernel.records import OWN_LAYOUT
 from udpwatch.agent.kernel.snmp import udp_sent
-from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Probe, Sample, UdpSocket
+from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Increase, Probe, Sample, UdpSocket
 from udpwatch.agent.servers.inventory import Inventory
+from udpwatch.agent.sources.counting import Counting, read_counters
 from udpwatch.agent.sources.flow_events import ListenedFlows
 from udpwatch.agent.sources.flow_probes import ProbedFlows
 from udpwatch.agent.sources.flows import FlowSensor, Reported
-from udpwatch.agent.sources.servers import ServerCounter
-from udpwatch.agent.sources.sockets import ReplySensor
+from udpwatch.agent.sources.handover import Handover
 
 MAX_EVENTS = 10_000
 SELF_TEST_SECONDS = 0.5
@@ -50,22 +53,47 @@ class Sensor:
         loaded: Loaded,
         forwarded: Forwarded,
         pace: Callable[[], None] = unpaced,
+        pins: Pins | None = None,
+        stored: Mapping[str, Any] | None = None,
     ) -> None:
-        """``pace`` is called between small pieces of work, and may pause (cpu.Pace)."""
-        self.maps, self._pace = loaded.maps, pace
-        self._attached = Attached(cgroup, loaded)
+        """``pace`` is called between small pieces of work, and may pause (cpu.Pace).
+
+        ``stored``: what `to_store` of an earlier process returned, None if nothing is stored.
+        """
+        self.lost_reason = ""  # why what another version has counted is lost
+        self.maps, self._programs, self._pace = loaded.maps, loaded.programs, pace
         self.cpus = possible_cpus()
-        self._replies: ReplySensor | None = None
-        self._servers: ServerCounter | None = None
+        self._kept = loaded.kept
+        ours = pins.generation(loaded.kept.digest) if pins and loaded.kept else None
+        self._handover = self._open_handover(loaded, pins, ours, stored or {})
+        self._attached = Attached(cgroup, loaded, ours if loaded.kept and not loaded.kept.unpinned else None)
+        self._counting: Counting | None = None  # what counts now
+        self._next: Counting | None = None  # what learns, and counts then
         if "findings" in loaded.maps:
-            self._replies = ReplySensor(loaded.maps, limits, pace)
-            self._servers = ServerCounter(loaded.maps, loaded.programs["count_waiting"], limits, self.cpus, pace)
+            own = Counting(
+                loaded.maps,
+                loaded.programs["count_waiting"],
+                limits,
+                self.cpus,
+                pace,
+                resumed=loaded.kept is not None and loaded.kept.resumed,
+                stored=self._stored_of(loaded.kept.digest if loaded.kept else "", stored),
+            )
+            self._counting, self._next = (self._handover.counting, own) if self._handover else (own, None)
         self._inventory = Inventory(loaded.links, pace=pace)
         self._sockets_at = -SOCKETS_SECONDS
         self._flows: FlowSensor | None = None
         self._poll = select.poll()
-        if self._replies:
-            self._poll.register(self._replies.fileno(), select.POLLIN)
+        if self._counting:
+            self._poll.register(self._counting.replies.fileno(), select.POLLIN)
+        self._told: list[str] = []  # lines for the log
+        if self._handover and not self._handover.is_done:
+            self._told.append(
+                f"the programs of another version go on counting for {self._handover.seconds_left:.0f} s, until those "
+                "of this one know all pending requests"
+            )
+        self._last_events: list[Event] = []  # of another version's programs
+        self._ended = False  # the last sample of another version's programs is due
         self.forwarded_reason = ""  # why forwarded replies are not watched
         self._health: ConntrackHealth | None = None
         self._health_at = -HEALTH_SECONDS
@@ -88,20 +116,52 @@ class Sensor:
         cache: Path | None = None,
         pace: Callable[[], None] = unpaced,
         heal: bool = False,
+        pins: Pins | None = None,
+        stored: Mapping[str, Any] | None = None,
     ) -> Sensor:
-        """Load and attach the programs, with ``heal`` also those that heal. Raises what `loader.load` raises."""
+        """Load and attach the programs, with ``heal`` also those that heal; or take over those in ``pins``. Raises what
+        `loader.load` raises.
+        """
         if hooks is not Hooks.CGROUP:
             _load_conntrack()
-        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache, heal)
-        return cls(cgroup, limits, loaded, forwarded, pace)
+        loaded = load(cgroup, limits, btf, hooks, forwarded is not Forwarded.OFF, cache, heal, pins)
+        return cls(cgroup, limits, loaded, forwarded, pace, pins, stored)
+
+    def _open_handover(
+        self, loaded: Loaded, pins: Pins | None, ours: Generation | None, stored: Mapping[str, Any]
+    ) -> Handover | None:
+        """Open what another version has left; if that cannot be read, end it, and count from now on."""
+        if not pins or not ours or not loaded.kept or not loaded.kept.before:
+            return None
+        before = pins.generation(loaded.kept.before)
+        try:
+            handover = Handover(before, ours, self.cpus, self._pace, self._stored_of(before.digest, stored))
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            self.lost_reason = f"cannot read what another version of udpwatch has counted: {error}"
+            before.remove()
+            return None
+        if not handover.is_done:
+            loaded.links["egress"] = os.dup(handover.link)
+        return handover
+
+    def _stored_of(self, digest: str, stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Return what is stored of a generation; None if nothing is stored at all."""
+        if stored is None:
+            return None
+        found = stored.get(digest)
+        return found if isinstance(found, dict) else {}
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
-        reported = Reported(self.maps.get("reported"), limits.window_ns)
+        maps = [self.maps["reported"]] if "reported" in self.maps else []
+        if self._handover and self._handover.layout.is_own("reported_key"):
+            self.maps["reported_before"] = os.dup(self._handover.maps["reported"])
+            maps.append(self.maps["reported_before"])
+        reported = Reported(maps, limits.window_ns)
         if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
             self._flows = FlowSensor(ProbedFlows(loaded, limits, self._pace), reported, limits)
         elif forwarded is Forwarded.ON:
             try:
-                source = ListenedFlows(limits, self._replies is not None, reported, self._pace)
+                source = ListenedFlows(limits, self._counting is not None, reported, self._pace)
                 self._flows = FlowSensor(source, reported, limits)
             except OSError as error:
                 self.forwarded_reason = f"cannot listen to conntrack's events: {error.strerror}"
@@ -111,7 +171,7 @@ class Sensor:
     @property
     def mode(self) -> str:
         """The mode, in one word for metrics and doctor."""
-        return self.features.mode if self._replies else "function"
+        return self.features.mode if self._counting else "function"
 
     @property
     def listens(self) -> bool:
@@ -128,8 +188,8 @@ class Sensor:
         return self._flows.unwatched if self._flows else ()
 
     def close(self) -> None:
-        """Detach and free everything."""
-        for part in (self._replies, self._flows, self._table, self._attached):
+        """Free everything; what is not pinned is detached."""
+        for part in (self._next, self._counting, self._handover, self._flows, self._table, self._attached):
             if part:
                 part.close()
         for descriptor in self.maps.values():
@@ -146,21 +206,33 @@ class Sensor:
 
     def events(self, most: int = MAX_EVENTS) -> Iterator[Event]:
         """Yield the events since the last call, about ``most`` of each kind."""
-        parts = [part.events(most) for part in (self._replies, self._flows) if part]
-        return itertools.chain.from_iterable(parts)
+        last, self._last_events = self._last_events, []
+        replies = self._counting.replies if self._counting else None
+        parts = [part.events(most) for part in (replies, self._flows) if part]
+        return itertools.chain(last, *parts)
 
     def sample(self, expire_ns: int) -> Sample:
         """Read everything; findings that were quiet for ``expire_ns`` expire."""
-        replies, flows = self._replies, self._flows
-        parts = (replies.increases(expire_ns) if replies else (), flows.increases() if flows else ())
-        increases = tuple(itertools.chain.from_iterable(parts))
-        servers, other, checked = self._servers.read(expire_ns) if self._servers else ((), None, 0)
+        if self._ended:
+            self._go_on()
+        handover = self._handover
+        if handover and self._counting is handover.counting and (handover.is_done or handover.is_due):
+            self._end_other()
+        counting, flows = self._counting, self._flows
+        found: Iterable[Increase] = ()
+        if counting:
+            found = counting.end() if self._ended else counting.replies.increases(expire_ns)
+        increases = tuple(itertools.chain(found, flows.increases() if flows else ()))
+        servers, other, checked = counting.servers(expire_ns) if counting else ((), None, 0)
         counters = replace(self._counters(), checked=checked)
+        replies = counting.replies if counting else None
         return Sample(
             increases=increases,
             counters=counters,
             probes=self.probes(),
-            tracked_peers=self._servers.tracked if self._servers else 0,
+            generation=self._generation(),
+            is_last=self._ended,
+            tracked_peers=counting.tracked if counting else 0,
             evicted_peers=counters.evicted + (flows.evicted if flows else 0),
             undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             beyond=replies.beyond() if replies else {},
@@ -176,6 +248,61 @@ class Sensor:
             unwatched={"namespaces": flows.missing if flows else 0, "sockets": self._inventory.left_out},
         )
 
+    def _end_other(self) -> None:
+        """Let our programs count instead of another version's. The next sample is the last one of those."""
+        assert self._handover and self._counting and self._next
+        if not self._handover.is_done:
+            self._next.begin()
+            try:
+                self._handover.switch(self._programs["egress"])
+            except OSError:
+                return  # tried again at the next sample
+        self._attached.detach("egress_learning")
+        self._last_events = list(self._counting.replies.events(MAX_EVENTS))
+        self._ended = True
+
+    def _go_on(self) -> None:
+        """Read our own programs from now on."""
+        assert self._counting and self._next
+        self._poll.unregister(self._counting.replies.fileno())
+        self._counting, self._next, self._ended = self._next, None, False
+        self._told.append("the programs of this version count now")
+        self._poll.register(self._counting.replies.fileno(), select.POLLIN)
+
+    def _generation(self) -> str:
+        if self._handover and self._counting is self._handover.counting:
+            return self._handover.digest
+        return self._kept.digest if self._kept else ""
+
+    def continuity_notes(self) -> list[str]:
+        """What is not continued, one line each."""
+        lines = [self.lost_reason] if self.lost_reason else []
+        if self._kept and self._kept.unpinned:
+            lines.append(f"cannot pin the programs: {self._kept.unpinned}; they end with the agent")
+        return lines
+
+    def to_store(self) -> dict[str, Any]:
+        """Return what the next process needs to go on where this one stopped, by generation."""
+        own = self._next or self._counting
+        if not self._kept or not own:
+            return {}
+        found = {self._kept.digest: own.to_store()}
+        if self._handover:
+            found[self._handover.digest] = self._handover.counting.to_store()
+        return found
+
+    def note_stored(self) -> None:
+        """Note that what `to_store` returned last is stored."""
+        for counting in (self._counting, self._next):
+            if counting:
+                counting.note_stored()
+        if self._handover and self._counting is not self._handover.counting:
+            # What the other programs counted is stored now, so they can go.
+            with contextlib.suppress(OSError):
+                self._handover.remove()
+            self._handover.close()
+            self._handover = None
+
     def _sockets(self) -> tuple[UdpSocket, ...] | None:
         """Return the sockets of servers; None: it is not yet time to list them, or that failed."""
         now = time.monotonic()
@@ -188,11 +315,12 @@ class Sensor:
 
     def counters(self) -> Counters:
         """Return the counters of the programs."""
-        return replace(self._counters(), checked=self._servers.checked() if self._servers else 0)
+        return replace(self._counters(), checked=self._counting.checked() if self._counting else 0)
 
     def _counters(self) -> Counters:
-        raw = bpf.map_lookup(self.maps["counters"], bytes(4), records.STATS_BYTES * self.cpus)
-        return records.decode_counters(raw or b"")
+        if self._counting:
+            return self._counting.counters()
+        return read_counters(self.maps, self.cpus, OWN_LAYOUT, Counters())
 
     def self_test(self) -> bool:
         """Send a request to each of two addresses over loopback, reply once, and return whether the programs counted
@@ -201,9 +329,9 @@ class Sensor:
         The result is also False if the packets of this process do not pass the watched cgroup, or if loopback is down.
         Without the cgroup hooks, the result is whether the kernel reports the programs as attached.
         """
-        if not self._replies:
+        if not self._counting:
             return self.attached
-        before = self.counters().self_tests
+        before = self._self_tests()
         try:
             with (
                 socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client,
@@ -225,11 +353,19 @@ class Sensor:
             return False
         finally:
             bpf.map_update(self.maps["self_test"], bytes(4), records.encode_self_test(0, 0, 0))
-        return self.counters().self_tests == before + 1
+        return self._self_tests() == before + 1
+
+    def _self_tests(self) -> int:
+        """Return how many replies of self-tests our programs saw, whether they count already or learn."""
+        return read_counters(self.maps, self.cpus, OWN_LAYOUT, Counters()).self_tests
 
     def keep_attached(self) -> list[str]:
         """Attach again what was detached; return a line for each change."""
-        return self._attached.keep()
+        lines = self._attached.keep()
+        if lines and self._handover:
+            self._handover.note_switched()
+        told, self._told = self._told, []
+        return told + lines
 
     @property
     def attached(self) -> bool:

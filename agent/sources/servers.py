@@ -13,18 +13,22 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from udpwatch.agent.kernel import bpf, records
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.records import OWN_LAYOUT, Layout
 from udpwatch.agent.kernel.shares import Shares, excess
 from udpwatch.agent.model import ServerCount
 
 _SLOT = struct.Struct("=I")
 _FRAME_BYTES = 64  # a test run needs an Ethernet frame
 WAITING_SECONDS = 2.0  # how often the peers that wait are counted
+RESTING_WINDOWS = 2
+Stored = Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -42,23 +46,69 @@ class ServerCounter:
 
     def __init__(
         self,
-        maps: dict[str, int],
+        maps: Mapping[str, int],
         count_waiting: int,
         limits: Limits,
         cpus: int,
         pace: Callable[[], None] = unpaced,
+        layout: Layout = OWN_LAYOUT,
+        resumed: bool = False,
+        stored: Stored | None = None,
     ) -> None:
-        """Use the maps; ``count_waiting`` is the descriptor of that program, ``cpus`` the number of possible CPUs."""
+        """Use the maps; ``count_waiting`` is the descriptor of that program, ``cpus`` the number of possible CPUs.
+
+        ``resumed``: another process has used the maps before; ``stored`` is what its `to_store` returned, if anything.
+        """
         self._maps, self._count_waiting, self._limits, self._cpus, self._pace = maps, count_waiting, limits, cpus, pace
+        self._layout = layout
+        stored = stored or {}
         self._known: dict[bytes, _Known] = {}
         self._resting: dict[int, float] = {}  # slot -> monotonic seconds when it is free again
         self._shares = Shares(maps["servers_held"], maps["all_servers"])
-        self._ended = 0  # replies of servers that are gone
+        self._ended = int(stored.get("ended", 0))  # replies of servers that are gone
+        #: slot -> requests, replies and unanswered ones, when these programs began to count (`begin`)
+        self._begun: dict[int, list[int]] = {int(slot): each for slot, each in stored.get("begun", {}).items()}
         self._other_unanswered = 0
         self._counted_at = -WAITING_SECONDS
         self.tracked = 0  # conversations with a request within the window
-        for slot in range(records.FIRST_SLOT, records.FIRST_SLOT + limits.max_servers):
-            bpf.map_push(maps["free_slots"], _SLOT.pack(slot))
+        slots = range(records.FIRST_SLOT, records.FIRST_SLOT + limits.max_servers)
+        if resumed:
+            # The last process may have let more slots rest than it stored.
+            queued = self._queued()
+            used = {server.slot for _, server in self._servers()}
+            self._resting = dict.fromkeys(
+                set(slots) - queued - used, time.monotonic() + RESTING_WINDOWS * limits.window_ns / 1e9
+            )
+        else:
+            for slot in slots:
+                bpf.map_push(maps["free_slots"], _SLOT.pack(slot))
+
+    def to_store(self) -> Stored:
+        """Return what the next process needs."""
+        return {"ended": self._ended, "begun": {str(slot): each for slot, each in self._begun.items()}}
+
+    def begin(self) -> None:
+        """Count from now on: what was counted until now is another version's (handover.py)."""
+        self._count()
+        slots = (records.NO_SERVER, records.OTHER_SERVERS, *(server.slot for _, server in self._servers()))
+        self._begun = {}
+        for slot in slots:
+            totals = self._totals(slot)
+            self._begun[slot] = [totals.requests, totals.replies, self._unanswered(slot, totals)]
+
+    def _queued(self) -> set[int]:
+        """Return the slots that are free, without taking one from the programs for long."""
+        found = set[int]()
+        for _ in range(self._limits.max_servers):
+            raw = bpf.map_pop(self._maps["free_slots"], _SLOT.size)
+            if raw is None:
+                break
+            bpf.map_push(self._maps["free_slots"], raw)
+            (slot,) = _SLOT.unpack(raw)
+            if slot in found:
+                break
+            found.add(slot)
+        return found
 
     def checked(self) -> int:
         """Return the datagrams that were sent to peers that had asked, of all sockets."""
@@ -100,26 +150,37 @@ class ServerCounter:
         return servers, _count(nothing, other, self._other_unanswered), checked
 
     def _servers(self) -> Iterator[tuple[bytes, records.CountedServer]]:
-        for key, value in bpf.map_items(self._maps["servers"], records.SERVER_KEY_BYTES, records.SERVER_BYTES):
-            yield key, records.decode_server(key, value)
+        own = self._layout.own
+        sizes = self._layout.size("server_key"), self._layout.size("server")
+        for key, value in bpf.map_items(self._maps["servers"], *sizes):
+            yield key, records.decode_server(own("server_key", key), own("server", value))
 
     def _totals(self, slot: int) -> records.ServerTotals:
-        raw = bpf.map_lookup(self._maps["server_counts"], _SLOT.pack(slot), records.SERVER_COUNTS_BYTES * self._cpus)
-        return records.decode_server_counts(raw or bytes(records.SERVER_COUNTS_BYTES))
+        size = self._layout.size("server_counts")
+        raw = bpf.map_lookup(self._maps["server_counts"], _SLOT.pack(slot), size * self._cpus) or bytes(size)
+        totals = records.decode_server_counts(self._layout.own("server_counts", raw))
+        if slot not in self._begun:
+            return totals
+        requests, replies, _ = self._begun[slot]
+        return totals._replace(requests=totals.requests - requests, replies=totals.replies - replies)
 
     def _unanswered(self, slot: int, totals: records.ServerTotals) -> int:
-        waiting = bpf.map_lookup(self._maps["waiting"], _SLOT.pack(slot), records.WAITING_BYTES)
-        count, _ = records.decode_waiting(waiting or bytes(records.WAITING_BYTES))
-        return totals.begun - totals.ended - count
+        raw = bpf.map_lookup(self._maps["waiting"], _SLOT.pack(slot), self._layout.size("waiting"))
+        count, _ = self._decode_waiting(raw)
+        _, _, before = self._begun.get(slot, (0, 0, 0))
+        return totals.begun - totals.ended - count - before
+
+    def _decode_waiting(self, raw: bytes | None) -> tuple[int, int]:
+        return records.decode_waiting(self._layout.own("waiting", raw or bytes(self._layout.size("waiting"))))
 
     def _count(self) -> None:
         """Let the program count the peers that wait."""
         for slot in (records.NO_SERVER, records.OTHER_SERVERS, *(known.server.slot for known in self._known.values())):
-            bpf.map_update(self._maps["waiting"], _SLOT.pack(slot), bytes(records.WAITING_BYTES))
+            bpf.map_update(self._maps["waiting"], _SLOT.pack(slot), bytes(self._layout.size("waiting")))
         sets = max(1, self._limits.max_peers // records.WAYS)
         bpf.program_test_run(self._count_waiting, bytes(_FRAME_BYTES), sets)
-        total = bpf.map_lookup(self._maps["waiting"], _SLOT.pack(records.NO_SERVER), records.WAITING_BYTES)
-        _, self.tracked = records.decode_waiting(total or bytes(records.WAITING_BYTES))
+        total = bpf.map_lookup(self._maps["waiting"], _SLOT.pack(records.NO_SERVER), self._layout.size("waiting"))
+        _, self.tracked = self._decode_waiting(total)
 
     def _expire(self, now: float, expire_ns: int) -> None:
         """Delete servers that were quiet for long, and those of the tenants that hold most if more than half of the
@@ -144,18 +205,22 @@ class ServerCounter:
             self._pace()
             known = self._known.pop(key)
             bpf.map_delete(self._maps["servers"], key)
-            self._resting[known.server.slot] = now + 2 * window
+            self._resting[known.server.slot] = now + RESTING_WINDOWS * window
         self._shares.set(held)
 
     def _free(self, now: float) -> None:
         """Let the kernel use the slots that have rested."""
-        for slot in [slot for slot, at in self._resting.items() if at <= now]:
-            self._ended += self._totals(slot).replies
-            bpf.map_update(
-                self._maps["server_counts"], _SLOT.pack(slot), bytes(records.SERVER_COUNTS_BYTES * self._cpus)
-            )
-            bpf.map_push(self._maps["free_slots"], _SLOT.pack(slot))
+        due = [slot for slot, at in self._resting.items() if at <= now]
+        used = {server.slot for _, server in self._servers()} if due else set()
+        for slot in due:
             del self._resting[slot]
+            if slot in used:  # a program took it while the last process ended
+                continue
+            self._ended += self._totals(slot).replies
+            self._begun.pop(slot, None)
+            nothing = bytes(self._layout.size("server_counts") * self._cpus)
+            bpf.map_update(self._maps["server_counts"], _SLOT.pack(slot), nothing)
+            bpf.map_push(self._maps["free_slots"], _SLOT.pack(slot))
 
 
 def _count(server: records.CountedServer, totals: records.ServerTotals, unanswered: int) -> ServerCount:

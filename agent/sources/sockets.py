@@ -3,7 +3,9 @@
 Rules
 1. The kernel counts. This module reports increases since the last sample, and each datagram once. Deleting an element
    of the kernel's table loses nothing: its finding was reported, and begins at 0 again.
-2. A suspected reply (verdict unknown) is reported only after conntrack was asked. If it is undecided for two windows,
+2. An element is deleted only after what was reported of it has been stored, if that is stored at all: an agent that
+   is killed reports nothing twice, and the next one misses nothing.
+3. A suspected reply (verdict unknown) is reported only after conntrack was asked. If it is undecided for two windows,
    it is counted as undecided and never reported.
 """
 
@@ -12,13 +14,14 @@ from __future__ import annotations
 import struct
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from udpwatch.agent.kernel import bpf, clock, records
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.libbpf import RingBuffer
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.records import OWN_LAYOUT, Layout
 from udpwatch.agent.kernel.shares import Shares, excess
 from udpwatch.agent.model import Conversation, Event, Finding, Increase
 from udpwatch.agent.sources.conntrack import Conntrack
@@ -27,6 +30,8 @@ MAX_WAITING = 1_000  # events of suspected replies that wait for conntrack
 ASK_SECONDS = 1.0  # for netlink requests in one sample; the rest waits for the next one
 RESTING_NS = 200_000_000  # an element that a program may be counting in is not deleted
 _NUMBER = struct.Struct("=Q")
+#: element, in hexadecimal digits -> (when it began, what was counted of it, is NAT, undecided since)
+Stored = Mapping[str, tuple[int, int, bool, int | None]]
 
 
 @dataclass(slots=True)
@@ -35,8 +40,11 @@ class _Known:
 
     finding: Finding
     conversation: Conversation | None
+    began: int  # when the kernel inserted it
     counted: int = 0  # the part of its count that was reported, was NAT, or stayed undecided
+    counted_in: int = 0  # the sample that changed `counted`
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
+    pending: int = 0  # the part of its count that is undecided since then
     translated: bool = False  # conntrack reported NAT
     asked_at: float = 0.0  # monotonic seconds of the last request to conntrack about it
 
@@ -47,8 +55,20 @@ _Suspect = tuple[_Known, int, int, int]  # (element, count, time, process id)
 class ReplySensor:
     """Read the maps of sockets.c; the caller closes them. Not thread-safe: one thread reads."""
 
-    def __init__(self, maps: dict[str, int], limits: Limits, pace: Callable[[], None] = unpaced) -> None:
-        self._limits, self._pace = limits, pace
+    def __init__(
+        self,
+        maps: Mapping[str, int],
+        limits: Limits,
+        pace: Callable[[], None] = unpaced,
+        layout: Layout = OWN_LAYOUT,
+        stored: Stored | None = None,
+    ) -> None:
+        """Use the maps; ``stored`` is what `to_store` returned in an earlier process, None if nothing is stored."""
+        self._limits, self._pace, self._layout = limits, pace, layout
+        self._stored = dict(stored or {})  # of elements that were not read since
+        self._sample = 0
+        self._storing = 0  # the sample that `to_store` described
+        self._safe_until = float("inf") if stored is None else 0  # the last sample that was stored
         self._most = limits.max_findings // 2  # elements that may stay in the map of findings
         self._maps = maps
         self._known: dict[bytes, _Known] = {}
@@ -78,7 +98,7 @@ class ReplySensor:
         for group, seconds in ((self._ring.read(most), ASK_SECONDS / 2), (waiting, ASK_SECONDS)):
             for raw in group:
                 self._pace()
-                event = records.decode_event(raw)
+                event = records.decode_event(self._layout.own("event", raw))
                 if event.conversation is None:
                     yield event
                     continue
@@ -100,29 +120,33 @@ class ReplySensor:
         tenants that hold most of it.
         """
         now = clock.monotonic_ns()
+        self._sample += 1
         ask_until = time.monotonic() + ASK_SECONDS
         quiet: list[bytes] = []
         held: dict[int, int] = {}
         resting: dict[int, list[tuple[int, bytes]]] = {}
         suspected: list[_Suspect] = []
-        for key, value in bpf.map_items(self._maps["findings"], records.FINDING_KEY_BYTES, records.FINDING_BYTES):
+        sizes = self._layout.size("finding_key"), self._layout.size("finding")
+        for key, value in bpf.map_items(self._maps["findings"], *sizes):
             self._pace()
-            count, last, pid = records.decode_finding(value)
+            read = records.decode_finding(self._layout.own("finding", value))
+            count, last, pid, _ = read
             known = self._known.get(key)
             if known is None:
-                known = self._known[key] = _Known(*records.decode_finding_key(key))
+                known = self._known[key] = self._meet(key, read)
             if known.conversation is None or known.translated:
                 yield from self._settle(known, count, last, pid)
             elif known.counted != count:
                 suspected.append((known, count, last, pid))
             # A decided conversation can go when it is quiet; a finding stays as long as it is shown.
             expire = 2 * self._limits.window_ns if known.conversation else expire_ns
-            if last and known.counted == count and now - last > expire:  # 0: it is being created
+            may_go = bool(last) and known.counted_in <= self._safe_until  # 0: it is being created
+            if may_go and known.counted == count and now - last > expire:
                 quiet.append(key)
                 continue
             tenant = records.tenant_of(known.finding)
             held[tenant] = held.get(tenant, 0) + 1
-            if last and known.conversation is None and now - last > RESTING_NS:  # others wait for conntrack
+            if may_go and known.conversation is None and now - last > RESTING_NS:  # others wait for conntrack
                 resting.setdefault(tenant, []).append((last, key))
         # Ask for each tenant in turn, and for each tenant first about what was asked longest ago: it may stay undecided
         # for long.
@@ -141,15 +165,47 @@ class ReplySensor:
             yield from self._delete(key)
         self._shares.set(held)
 
+    def _meet(self, key: bytes, read: records.CountedFinding) -> _Known:
+        """Return what is known of an element that this process has not read before."""
+        known = _Known(*records.decode_finding_key(self._layout.own("finding_key", key)), read.began)
+        began, counted, is_translated, undecided_since = self._stored.pop(key.hex(), (0, 0, False, None))
+        if began == read.began and counted <= read.datagrams:  # else the element is another one of this key
+            known.counted, known.translated, known.undecided_since = counted, bool(is_translated), undecided_since
+        return known
+
+    def to_store(self) -> Stored:
+        """Return what the next process needs to report the rest. Call `note_stored` when that is stored."""
+        self._storing = self._sample
+        return {
+            key.hex(): (known.began, known.counted, known.translated, known.undecided_since)
+            for key, known in self._known.items()
+            if known.counted
+        }
+
+    def note_stored(self) -> None:
+        """Note that what `to_store` returned last is stored."""
+        self._safe_until = self._storing
+
+    def end(self) -> Iterator[Increase]:
+        """Yield what was added since the last sample to a table that no program counts in any longer. What is still
+        undecided stays so.
+        """
+        yield from self.increases(1 << 62)
+        for known in self._known.values():
+            if known.undecided_since is not None:
+                self.undecided += known.pending
+                known.counted, known.undecided_since = known.counted + known.pending, None
+
     def _delete(self, key: bytes) -> Iterator[Increase]:
         """Delete an element; yield what was added to it since it was last read."""
         try:
-            value = bpf.map_take(self._maps["findings"], key, records.FINDING_BYTES)
+            value = bpf.map_take(self._maps["findings"], key, self._layout.size("finding"))
         except OSError:  # e.g. lack of memory: retried at the next sample
             return
         known = self._known.pop(key)
         if value:
-            yield from self._settle(known, *records.decode_finding(value), is_last=True)
+            count, last, pid, _ = records.decode_finding(self._layout.own("finding", value))
+            yield from self._settle(known, count, last, pid, is_last=True)
 
     def beyond(self) -> dict[int, int]:
         """Return by tenant (records.tenant_of) the wrong replies without room in the table of findings."""
@@ -169,10 +225,11 @@ class ReplySensor:
         if wrong is None:
             since = known.undecided_since = known.undecided_since or clock.monotonic_ns()
             if clock.monotonic_ns() - since <= 2 * self._limits.window_ns and not is_last:
+                known.pending = fresh
                 return
             self.undecided += fresh
-        known.undecided_since = None
-        known.counted = count
+        known.undecided_since, known.pending = None, 0
+        known.counted, known.counted_in = count, self._sample
         if wrong:
             yield Increase(known.finding, fresh, last, pid)
 

@@ -63,7 +63,8 @@ MESSAGE_LINES = 12  # of a failed test
 HEALING = {program.name for program in PROGRAMS if program.is_for_healing}
 ATTACHED = {program.name for program, _ in (*HOOKS, *FUNCTIONS)}
 #: the programs of the hooks, and those that come with them and are attached to nothing
-WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c"} - HEALING
+LEARNING = {program.name for program in PROGRAMS if program.is_for_learning}
+WITH_HOOKS = {program.name for program in PROGRAMS if program.source == "sockets.c"} - HEALING - LEARNING
 
 ONE_CPU = "needs two CPUs, a guest has one"
 NO_FLOOD = "a flood takes more than an emulated CPU makes"
@@ -462,7 +463,7 @@ def required(outcome: Outcome) -> set[str]:
     unless they are locked down. A machine's own kernel may allow less.
     """
     if outcome.row.kernel == NATIVE:
-        return {program.name for program in PROGRAMS if program.required}
+        return {program.name for program in PROGRAMS if program.required} - LEARNING
     if outcome.lockdown == "confidentiality":
         return WITH_HOOKS
     return set(_budgets()[outcome.row.kernel]) - HEALING

@@ -27,6 +27,7 @@ SET_BY_THE_CHART = {
     "dns_conf": "made from dns",
     **dict.fromkeys(("heal", "heal_process", "heal_namespace", "heal_dry_run"), "heal, healProcesses, ..."),
     "cache": "off: nothing that a container keeps is loaded by the next one",
+    "state": "off: nothing may be left when the release is uninstalled",
     "socket": "the one folder that is there for it",
     "socket_group": "nobody else is in the container",
     "btf": "no other file is there",

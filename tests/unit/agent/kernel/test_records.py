@@ -149,9 +149,9 @@ def test_suspected_reply_has_its_flow() -> None:
     assert conversation == Conversation("fd00::2", 40000, 54)
 
 
-def test_unknown_verdict_is_an_error() -> None:
-    with pytest.raises(KeyError):
-        records.decode_finding_key(bytes(FindingKey(verdict=99, cause=1, family=2)))
+def test_numbers_of_another_version_count_as_wrong_replies_of_unknown_cause() -> None:
+    finding, conversation = records.decode_finding_key(bytes(FindingKey(verdict=99, cause=99, family=2)))
+    assert (finding.verdict, finding.cause, conversation) == (Verdict.NEW, Cause.UNKNOWN, None)
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ class Conntrack:
 
 class NothingReported(Reported):
     def __init__(self) -> None:
-        super().__init__(None, 0)
+        super().__init__((), 0)
 
 
 class EverythingReported(NothingReported):

@@ -39,7 +39,7 @@ class ReportedPort(Reported):
     """The datagrams of one server port are covered by a socket's finding."""
 
     def __init__(self, port: int) -> None:
-        super().__init__(None, WINDOW)
+        super().__init__((), WINDOW)
         self._port = port
 
     def has(self, event: Event) -> bool:
@@ -67,7 +67,7 @@ def wrong(client: int = 1, port: int = 53, netns: int = 7, time: int = 100 * SEC
 def sensor(*events: Event, limits: Limits = Limits(), reported: Reported | None = None) -> tuple[FlowSensor, Decided]:
     source = Decided()
     source.events += events
-    return FlowSensor(source, reported or Reported(None, WINDOW), limits), source
+    return FlowSensor(source, reported or Reported((), WINDOW), limits), source
 
 
 def counts(watched: FlowSensor) -> dict[int, int]:

@@ -1,0 +1,103 @@
+"""Go on where the last agent stopped: its pinned programs, and what it knew (--state)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from udpwatch.agent import __version__
+from udpwatch.agent.daemon.state import State
+from udpwatch.agent.kernel.ledger import Ledger
+from udpwatch.agent.kernel.pins import Pins
+
+STORE_SHARE = 0.05  # of the time; what takes longer to store is stored less often
+FORMAT = 1
+
+log = logging.getLogger(__name__)
+
+
+class Storing(Protocol):
+    """A source of findings that the next process can go on to read."""
+
+    def to_store(self) -> dict[str, Any]:
+        """Return what the next process needs."""
+
+    def note_stored(self) -> None:
+        """Note that what `to_store` returned last is stored."""
+
+
+class Continuity:
+    """The state folder of this agent."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the folder and lock it. Raises what `Pins` raises."""
+        self.pins = Pins(folder)
+        try:
+            self._ledger = Ledger(self.pins)
+        except BaseException:
+            self.pins.close()
+            raise
+        self._record = self._ledger.read() or {}
+        if self._record.get("format") != FORMAT:
+            self._record = {}
+        self._source: Storing | None = None
+        self._not_before = 0.0  # monotonic seconds
+        self._is_logged = False
+
+    def close(self) -> None:
+        """Leave the folder to the next agent."""
+        self._ledger.close()
+        self.pins.close()
+
+    @property
+    def sensor(self) -> Mapping[str, Any]:
+        """What the last agent's source stored, by generation."""
+        found = self._record.get("sensor")
+        return found if isinstance(found, dict) else {}
+
+    def follow(self, source: Storing) -> None:
+        """Store also what this source knows."""
+        self._source = source
+
+    def restore(self, state: State) -> None:
+        """Let a state go on with what the last agent stored."""
+        record, self._record = self._record, {}
+        if "state" not in record:
+            return
+        try:
+            state.restore(record["state"])
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            log.warning(
+                "cannot go on with the last agent's counts, they begin at 0: %s: %s", type(error).__name__, error
+            )
+            return
+        log.info("goes on with the counts of udpwatch %s", record.get("version", "of an unknown version"))
+
+    def store(self, state: State, at_once: bool = False) -> bool:
+        """Store everything, unless that was done a short while ago. Return False in that case: what was not stored must
+        not be published.
+        """
+        begin = time.monotonic()
+        if begin < self._not_before and not at_once:
+            return False
+        record = {
+            "format": FORMAT,
+            "version": __version__,
+            "state": state.to_store(),
+            "sensor": self._source.to_store() if self._source else {},
+        }
+        try:
+            self._ledger.write(record)
+        except ValueError as error:
+            if not self._is_logged:
+                self._is_logged = True
+                log.warning("cannot store the counts for the next agent: %s", error)
+        else:
+            if self._source:
+                self._source.note_stored()
+        now = time.monotonic()
+        self._not_before = now + (now - begin) * (1 / STORE_SHARE - 1)
+        return True

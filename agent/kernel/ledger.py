@@ -1,0 +1,86 @@
+"""Store what the agent knows in a map, in place of a file: it lives as long as the pinned programs, and a reboot ends
+both.
+
+The map has two halves. A record is written to the half that is not in use, then one 8-byte store makes it the current
+one, so that a process that is killed leaves the old or the new record.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import struct
+import zlib
+from typing import Any
+
+from udpwatch.agent.errors import UdpwatchError
+from udpwatch.agent.kernel import bpf
+from udpwatch.agent.kernel.bpf import MapDefinition
+from udpwatch.agent.kernel.pins import LEDGER, Pins
+
+HALF_BYTES = 2 << 20  # compressed; the default limits fill a fifth of it
+MAX_RECORD_BYTES = 64 << 20  # of a compressed record
+_ARRAY, _MMAPABLE = 2, 1 << 10  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
+_PAGE = mmap.PAGESIZE
+_HEADER = struct.Struct("=I32s")  # length, SHA-256
+_NUMBER = struct.Struct("=Q")
+
+
+class Ledger:
+    """The record in a pinned map."""
+
+    def __init__(self, pins: Pins) -> None:
+        """Open the ledger of a state folder, or create it. Raises UdpwatchError."""
+        fd = pins.ledger()
+        try:
+            size = bpf.map_definition(fd, LEDGER).value_bytes if fd is not None else 0
+            if fd is None or size <= _PAGE + 2 * _HEADER.size:
+                if fd is not None:
+                    os.close(fd)
+                size = _PAGE + 2 * HALF_BYTES
+                fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, size, 1, _MMAPABLE))
+                pins.pin_ledger(fd)
+            self._half_bytes = (size - _PAGE) // 2  # another version's may differ
+            self._memory = mmap.mmap(fd, size)
+        except OSError as error:
+            raise UdpwatchError(f"cannot keep the state in {pins.folder}: {error.strerror}") from None
+        finally:
+            if fd is not None:
+                os.close(fd)  # the mapping and the pin hold the map
+
+    def close(self) -> None:
+        """Unmap it."""
+        self._memory.close()
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the last record; None: there is none that is readable."""
+        (number,) = _NUMBER.unpack_from(self._memory)
+        if not number:
+            return None
+        at = self._half(number)
+        length, digest = _HEADER.unpack_from(self._memory, at)
+        packed = self._memory[at + _HEADER.size : at + _HEADER.size + min(length, self._half_bytes)]
+        if hashlib.sha256(packed).digest() != digest:
+            return None
+        with contextlib.suppress(ValueError, zlib.error):
+            record = json.loads(zlib.decompressobj().decompress(packed, MAX_RECORD_BYTES))
+            return record if isinstance(record, dict) else None
+        return None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Replace the record. Raises ValueError if it is too large; the old one then stays."""
+        packed = zlib.compress(json.dumps(record, separators=(",", ":")).encode(), 1)
+        room = self._half_bytes - _HEADER.size
+        if len(packed) > room:
+            raise ValueError(f"it needs {len(packed)} bytes, and there is room for {room}")
+        (number,) = _NUMBER.unpack_from(self._memory)
+        at = self._half(number + 1)
+        _HEADER.pack_into(self._memory, at, len(packed), hashlib.sha256(packed).digest())
+        self._memory[at + _HEADER.size : at + _HEADER.size + len(packed)] = packed
+        _NUMBER.pack_into(self._memory, 0, number + 1)
+
+    def _half(self, number: int) -> int:
+        return _PAGE + number % 2 * self._half_bytes
