@@ -511,6 +511,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         raise CannotRun(f"cannot probe functions: {found.probes_reason}; use --hooks all")
     heal_reason = _without_healing(found) if request["heal"] else ""
     request["heal"] = request["heal"] and not heal_reason
+    request["learning"] = False  # unless another version's programs count
     constants = _constants(request, found)
     answer, maps, about, compiler = _Answer(), dict[str, int](), dict[str, Any](), ""
     if request["only_inventory"]:
