@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +22,8 @@ MAX_LINE = 65_536
 MAX_EVENTS = 10_000
 MAX_PAUSE_SECONDS = 1.0
 MAX_SENDERS = 100_000
+_MAX_NUMBER = 1 << 63
+_MAX_TIME = 253_402_300_799  # the last second that datetime knows
 
 log = logging.getLogger(__name__)
 
@@ -134,6 +136,8 @@ class Replay:
             try:
                 record = json.loads(line)
                 at = datetime.fromisoformat(record["time"]).timestamp()
+                if not 0 <= at < _MAX_TIME:
+                    raise ValueError(f"invalid time {record['time']!r}")
                 event = self._event(record, at)
             except (ValueError, KeyError, TypeError, RecursionError, OverflowError) as error:
                 self._bad += 1
@@ -146,10 +150,14 @@ class Replay:
         return None
 
     def _event(self, record: dict[str, Any], at: float) -> Event:
-        cause = Cause(record["cause"])
+        cause, verdict = Cause(record["cause"]), Verdict(record["verdict"])
+        is_forwarded = cause is Cause.FORWARDED
+        request = _tuple(record["conntrack"]["request"])
+        if is_forwarded != (request is not None) or (verdict is Verdict.HEALED and cause is not Cause.KERNEL_CHOSEN):
+            raise ValueError(f"cause {cause} and verdict {verdict} do not fit the rest")
         sender = Sender(
-            process="" if cause is Cause.FORWARDED else _text(record["process"]) or "unknown",
-            pid=int(record["pid"] or 0),
+            process="" if is_forwarded else _text(record["process"]) or "unknown",
+            pid=0 if is_forwarded else _whole(record["pid"] or 0, _MAX_NUMBER),
             cgroup=_text(record["cgroup"]),
             container=_text(record["container"]),
             namespace=_text(record["namespace"]),
@@ -159,30 +167,30 @@ class Replay:
             expected=_text(record["expected"]),
             actual=_text(record["actual"]),
             port=_whole(record["port"], 65_535),
-            family=int(record["family"]),
-            verdict=Verdict(record["verdict"]),
+            family=_one_of(record["family"], (4, 6)),
+            verdict=verdict,
             cause=cause,
             process=sender.process,
             cgroup=self._number_of(sender),
-            netns=int(record["netns"] or 0),
-            interface=_text(record["interface"]),
+            netns=_whole(record["netns"] or 0, _MAX_NUMBER),
+            interface=_text(record["interface"]) if is_forwarded else "",
         )
         conntrack = record["conntrack"]
         return Event(
             finding=finding,
             time=int(at * 1e9),
-            count=_whole(record["count"], 1 << 63),
+            count=_whole(record["count"], _MAX_NUMBER),
             peer=_text(record["peer"]),
-            peer_port=int(record["peer_port"]),
+            peer_port=_whole(record["peer_port"], 65_535),
             segments=1,
             pid=sender.pid,
-            uid=int(record["uid"] or 0),
-            netns_inode=record["netns"],
+            uid=_whole(record["uid"] or 0, _MAX_NUMBER),
+            netns_inode=_whole(record["netns"] or 0, _MAX_NUMBER) or None,
             original=_tuple(conntrack["original"]),
             reply=_tuple(conntrack["reply"]),
             conversation=None,
-            request=_tuple(conntrack["request"]),
-            pktinfo=record["pktinfo"],
+            request=request,
+            pktinfo=_one_of(record["pktinfo"], (None, True, False)),
         )
 
     def _number_of(self, sender: Sender) -> int:
@@ -196,12 +204,20 @@ class Replay:
 
 
 def _text(value: object) -> str:
-    return printable(str(value).encode()) if value is not None else ""
+    if not isinstance(value, str | None):
+        raise ValueError(f"invalid value {value!r:.40}: expected a text")
+    return printable((value or "").encode(errors="backslashreplace"))
 
 
 def _whole(value: object, most: int) -> int:
-    if not isinstance(value, int) or not 0 <= value <= most:
+    if type(value) is not int or not 0 <= value <= most:
         raise ValueError(f"invalid value {value!r:.40}: expected a number from 0 to {most}")
+    return value
+
+
+def _one_of(value: Any, known: Sequence[Any]) -> Any:
+    if not any(value is each for each in known):
+        raise ValueError(f"invalid value {value!r:.40}: expected one of {', '.join(map(str, known))}")
     return value
 
 
@@ -210,7 +226,7 @@ def _tuple(record: dict[str, Any] | None) -> Tuple | None:
         return None
     return Tuple(
         _text(record["source"]),
-        int(record["source_port"]),
+        _whole(record["source_port"], 65_535),
         _text(record["destination"]),
-        int(record["destination_port"]),
+        _whole(record["destination_port"], 65_535),
     )

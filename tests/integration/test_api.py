@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 from pathlib import Path
@@ -73,6 +75,30 @@ def test_invalid_request_gets_an_error(agent: Agent) -> None:
                 answer = json.loads(lines.readline())
                 assert answer["v"] == 1
                 assert ("error" in answer) == (request != b'{"get":"events","limit":true}'), request
+
+
+def test_hostile_clients_disturb_nothing(agent: Agent, host: ContainerHost, port: int) -> None:
+    """Random bytes, requests cut in half, lines without an end, and connections that end in between."""
+    pick = random.Random(port)  # noqa: S311
+    requests = [b'{"get": "snapshot"}\n', b'{"follow": "events"}\n', b'{"get": "events", "limit": 1000}\n']
+    before = agent.resident_kib()
+    for number in range(400):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(60)
+            client.connect(str(agent.socket))
+            with contextlib.suppress(ConnectionError):
+                request = pick.choice(requests)
+                client.sendall(pick.choice([request, request[: pick.randrange(len(request))], b"[" * 60_000 + b"\n"]))
+                client.sendall(pick.randbytes(pick.choice([0, 10, 1000, 200_000])))
+                if number % 2:
+                    client.shutdown(socket.SHUT_WR)
+                    while client.recv(1 << 16):
+                        pass
+    wrong_replies(host, port, 3)
+    assert agent.counted(port, 3) == 3
+    assert agent.get("/readyz")[0] == 200
+    assert agent.resident_kib() < before + 16_384
+    assert [line for line in agent.log if "Traceback" in line or "Error" in line] == []
 
 
 def test_doctor_reports_on_the_running_agent(agent: Agent) -> None:
