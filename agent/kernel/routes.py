@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import socket
 import struct
 import sys
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Self
 
+from udpwatch.agent.kernel.records import printable
 from udpwatch.dns.netlink import Netlink, attribute, attributes
 
 _GET_ROUTE = 26  # RTM_GETROUTE
@@ -104,7 +106,8 @@ def route_to(address: str, device: int = 0) -> Route | None:
     kind = content[7]
     index = next((value for name, value in attributes(content[_ROUTE.size :]) if name == _OUTPUT), bytes(4))
     try:
-        interface = socket.if_indextoname(int.from_bytes(index, sys.byteorder))
+        # A tenant may choose the name.
+        interface = printable(os.fsencode(socket.if_indextoname(int.from_bytes(index, sys.byteorder))))
     except OSError:
         interface = ""
     return Route(kind == _LOCAL, kind in (_BROADCAST, _MULTICAST), interface)

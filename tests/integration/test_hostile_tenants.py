@@ -38,6 +38,7 @@ from sensors import Watch
 from waiting import PATIENCE_SECONDS, wait_for
 from withheld import withheld
 
+from udpwatch.agent.kernel.routes import route_to
 from udpwatch.agent.model import Forwarded, Hooks
 from udpwatch.agent.sources import flow_events
 from udpwatch.agent.testing.lab import Lab, Namespace
@@ -410,3 +411,15 @@ def test_all_attacks_at_once(folder: Path, cgroups: Callable[[str], Path], port:
         assert max(seen.health) < math.inf
         counted = [each for each in LOST if any(line.startswith(each) and not line.endswith(" 0.0") for line in lost)]
         assert only or counted == list(LOST)
+
+
+def test_name_of_a_tenants_interface_is_made_printable() -> None:
+    """The agent logs it; the kernel forbids only white space, colons and slashes."""
+    with Lab() as lab:
+        tenant = lab.namespace("tenant")
+        tenant.run(["ip", "link", "set", "lo", "down"])
+        tenant.run(["ip", "link", "set", "lo", "name", "\x1b[2J\x07"])
+        tenant.run(["ip", "link", "set", "\x1b[2J\x07", "up"])
+        with tenant.entered():
+            route = route_to("127.0.0.2")
+    assert route is not None and route.interface == "\\x1b[2J\\x07"
