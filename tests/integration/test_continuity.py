@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,10 +10,13 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from agents import Agent, before_all, run_cli
 from repository import AGENT, BPF, DNS
+from scene import PATIENCE_SECONDS, V4, bound
+from terminals import Prometheus, free_port
 from waiting import wait_for
 from wrong_replies import wrong_replies
 
@@ -79,9 +83,21 @@ class Stream:
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
-        while not self._stopping.is_set():
-            wrong_replies(self._host, self._port, 2_000)
-            self.sent += 2_000
+        host = self._host
+        with bound(host.node, V4.inet, V4.wildcard, self._port) as server, host.container.socket(V4.inet) as client:
+
+            def serve() -> None:
+                while (request := server.recvfrom(100))[0] != b"end":
+                    server.sendto(*request)
+
+            process = host.node.spawn("wrong-server", serve)
+            client.settimeout(PATIENCE_SECONDS)
+            while not self._stopping.is_set():
+                client.sendto(b"request", (V4.eth0, self._port))
+                assert client.recvfrom(100)[1][0] == V4.docker0
+                self.sent += 1
+            client.sendto(b"end", (V4.eth0, self._port))
+            assert process.wait() == 0
 
     def __enter__(self) -> Stream:
         self._thread.start()
@@ -90,6 +106,12 @@ class Stream:
     def __exit__(self, *_: object) -> None:
         self._stopping.set()
         self._thread.join()
+
+
+def events(agent: Agent, port: int) -> list[dict[str, Any]]:
+    """Return the events of a port, by all agents of this folder."""
+    written = map(json.loads, agent.events_file.read_text().splitlines())
+    return [each for each in written if each["port"] == port]
 
 
 def more_are_counted(agent: Agent, port: int) -> None:
@@ -135,21 +157,100 @@ def test_restarts_under_load_lose_nothing_and_count_nothing_twice(
         assert agent.counted(port, stream.sent) == stream.sent
 
 
-def test_upgrade_to_another_layout_loses_nothing_and_counts_nothing_twice(
+def test_rolling_upgrade_under_load_is_exact_in_prometheus(
+    host: ContainerHost, folder: Path, port: int, state: Path, next_version: Path
+) -> None:
+    """To another layout and back, with a kill after each; `increase()` sees one counter that never falls."""
+    listen = f"127.0.0.1:{free_port()}"
+    flags = (f"--state={state}", f"--window={WINDOW}", f"--metrics-listen={listen}")
+    env = os.environ | before_all(next_version)
+    series = f'udpwatch_reply_source_mismatch_total{{port="{port}"}}'
+    with Prometheus(folder, [listen]) as prometheus, Agent(folder, *flags) as agent:
+        prometheus.ready()
+        wrong_replies(host, port)
+        wait_for(lambda: prometheus.value(series) == 1, "the first scrape with a wrong reply")
+        with Stream(host, port) as stream:
+            more_are_counted(agent, port)
+            agent.stop()
+            with Agent(folder, *flags, env=env) as another:
+                more_are_counted(another, port)
+                settled(state)
+                more_are_counted(another, port)
+                another.stop(signal.SIGKILL)
+            with Agent(folder, *flags) as another:
+                settled(state)
+                more_are_counted(another, port)
+                another.stop(signal.SIGKILL)
+        with Agent(folder, *flags) as another:
+            assert another.counted(port, stream.sent + 1) == stream.sent + 1
+            wait_for(lambda: prometheus.value(series) == stream.sent + 1, "the last scrape")
+            assert prometheus.value(f"resets({series}[1h])") == 0
+            increase = prometheus.value(f"increase({series}[1h])")
+    # Prometheus extrapolates to the ends of the range, by half a scrape interval at most at each end.
+    assert stream.sent <= increase <= stream.sent * 1.1
+
+
+def test_agent_that_is_killed_in_an_upgrade_is_followed_by_one_that_finishes_it(
     host: ContainerHost, folder: Path, port: int, state: Path, next_version: Path
 ) -> None:
     flags = (f"--state={state}", f"--window={WINDOW}")
     env = os.environ | before_all(next_version)
     with Agent(folder, *flags) as agent, Stream(host, port) as stream:
         more_are_counted(agent, port)
-        agent.stop()
+        agent.stop(signal.SIGKILL)
         with Agent(folder, *flags, env=env) as another:
             more_are_counted(another, port)
-            settled(state)
-            more_are_counted(another, port)
+            assert len(list(state.glob("*/manifest"))) == 2
             another.stop(signal.SIGKILL)
-        with Agent(folder, *flags) as another:
+        with Agent(folder, *flags, env=env) as another:
             settled(state)
             more_are_counted(another, port)
-    with Agent(folder, *flags) as agent:
+    with Agent(folder, *flags, env=env) as agent:
         assert agent.counted(port, stream.sent) == stream.sent
+
+
+def test_upgrade_that_is_abandoned_leaves_only_the_version_that_counts(
+    host: ContainerHost, folder: Path, port: int, state: Path, next_version: Path
+) -> None:
+    env = os.environ | before_all(next_version)
+    with Agent(folder, f"--state={state}") as agent, Stream(host, port) as stream:
+        more_are_counted(agent, port)
+        agent.stop()
+        with Agent(folder, f"--state={state}", env=env) as another:  # it learns for 30 s
+            more_are_counted(another, port)
+            another.stop()
+        with Agent(folder, f"--state={state}") as another:
+            assert len(list(state.glob("*/manifest"))) == 1
+            more_are_counted(another, port)
+            another.stop()
+    with Agent(folder, f"--state={state}") as agent:
+        assert agent.counted(port, stream.sent) == stream.sent
+
+
+def test_events_and_servers_go_on(host: ContainerHost, folder: Path, port: int, state: Path) -> None:
+    def requests(agent: Agent) -> float:
+        return agent.metric("udpwatch_server_requests_total", port=str(port))
+
+    with Agent(folder, f"--state={state}") as agent:
+        wrong_replies(host, port, 3)
+        wait_for(lambda: requests(agent) == 3, "three requests")
+        agent.stop()
+    wrong_replies(host, port, 4)
+    with Agent(folder, f"--state={state}") as agent:
+        wait_for(lambda: requests(agent) == 7, "four more requests")
+        wait_for(lambda: len(events(agent, port)) == 7, "the events that waited")
+        assert [each["count"] for each in events(agent, port)] == list(range(1, 8))
+        assert agent.metric("udpwatch_replies_checked_total") >= 7
+
+
+def test_another_agent_may_not_use_the_folder(folder: Path, state: Path) -> None:
+    with Agent(folder, f"--state={state}"):
+        done = run_cli("run", f"--state={state}", "--socket=off", "--metrics-listen=off")
+        assert (done.returncode, "another agent uses it" in done.stderr) == (1, True)
+        done = run_cli("detach", f"--state={state}")
+        assert (done.returncode, "another agent uses it" in done.stderr) == (1, True)
+
+
+def test_agent_without_a_usable_folder_says_so_and_runs(folder: Path) -> None:
+    with Agent(folder, f"--state={folder}/state") as agent:
+        assert any("it is not in a bpffs; mount one" in line for line in agent.snapshot()["notes"])

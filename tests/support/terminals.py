@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -171,6 +172,13 @@ class Prometheus:
             return False
 
         wait_for(is_ready, "Prometheus", 60)
+
+    def value(self, query: str) -> float | None:
+        """Return the value of a query's only series; None: it has none."""
+        url = f"{self.url}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            found = json.load(answer)["data"]["result"]
+        return float(found[0]["value"][1]) if found else None
 
     def __enter__(self) -> Self:
         return self
