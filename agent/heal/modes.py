@@ -30,7 +30,9 @@ class Modes:
         """Write the modes that the settings select."""
         self._selection, self._ports_map, self._slots_map = selection, heal_ports, heal_slots
         self._mode = HEAL_DRY_RUN if selection.dry_run else HEAL_ON
-        self._ports: dict[int, int] = {}  # as written
+        modes = b"".join(bpf.array_values(heal_ports, 1))
+        #: as written; an earlier agent with --state may have left some
+        self._ports = {port: mode for port, mode in enumerate(modes) if mode != HEAL_UNSET}
         self._slots: set[int] = set()  # those that have the mode
         self.on = True  # the settings' selection is in force
         self.ports_on: set[int] = set()

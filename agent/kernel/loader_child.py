@@ -520,7 +520,10 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         compiler = _load_inventory(request, constants, maps, answer)
         return _content(answer, found, compiler, about), answer.descriptors
     kept = None
-    if request["state"] >= 0 and hooks is not Hooks.FUNCTION:
+    if request["state"] >= 0 and hooks is Hooks.FUNCTION:
+        for each in Pins.inherited(request["state"]).generations():  # these settings want no cgroup hooks
+            each.remove()
+    elif request["state"] >= 0:
         kept, about = _find_kept(request, constants)
         if taken := _resume(kept):
             answer, maps, compiler = taken

@@ -350,7 +350,7 @@ class Layout:
         self._pieces: dict[str, list[tuple[int, int, int]] | None] = {}  # None: like ours
         self._sizes: dict[str, int] = {}
         for name, kind in _KEPT.items():
-            own, other = _places(kind), {at: _Place(*place) for at, place in described[name]["members"].items()}
+            own, other = _places(kind), {at: _Place(*place) for at, place in dict(described[name]["members"]).items()}
             self._sizes[name] = int(described[name]["size"])
             is_alike = own == other and self._sizes[name] == ctypes.sizeof(kind)
             shared = [(own[at], other[at]) for at in own.keys() & other.keys()]

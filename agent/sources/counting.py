@@ -83,6 +83,21 @@ class Counting:
         self.replies.note_stored()
 
 
+def is_readable(stored: Mapping[str, Any]) -> bool:
+    """Return whether `Counting` can go on with what another process, maybe of another version, has stored."""
+    try:
+        for began, counted, _, since in dict(stored.get("findings", {})).values():
+            int(began), int(counted), int(since or 0)
+        servers = dict(stored.get("servers", {}))
+        int(servers.get("ended", 0))
+        for slot, (requests, replies, unanswered) in dict(servers.get("begun", {})).items():
+            int(slot), int(requests), int(replies), int(unanswered)
+        Counters(**{name: int(value) for name, value in dict(stored.get("counters", {})).items()})
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
 def read_counters(maps: Mapping[str, int], cpus: int, layout: Layout, begun: Counters) -> Counters:
     """Return the counters of programs, less those when they began."""
     raw = bpf.map_lookup(maps["counters"], bytes(4), layout.size("stats") * cpus)

@@ -41,7 +41,7 @@ class Handover:
         self.is_done = ours.counts or not before.counts  # whether our programs count
         described, own = before.manifest() or {}, ours.manifest() or {}
         self._learns_until = int(own.get("learns_until", 0))
-        names = Limits.__dataclass_fields__.keys() & described["limits"].keys()
+        names = Limits.__dataclass_fields__.keys() & dict(described["limits"]).keys()
         limits = Limits(**{name: int(described["limits"][name]) for name in names})
         self.layout = Layout(described["layout"])
         with contextlib.ExitStack() as opened:

@@ -26,7 +26,7 @@ from udpwatch.agent.kernel.records import OWN_LAYOUT
 from udpwatch.agent.kernel.snmp import udp_sent
 from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Increase, Probe, Sample, UdpSocket
 from udpwatch.agent.servers.inventory import Inventory
-from udpwatch.agent.sources.counting import Counting, read_counters
+from udpwatch.agent.sources.counting import Counting, is_readable, read_counters
 from udpwatch.agent.sources.flow_events import ListenedFlows
 from udpwatch.agent.sources.flow_probes import ProbedFlows
 from udpwatch.agent.sources.flows import FlowSensor, Reported
@@ -149,7 +149,7 @@ class Sensor:
         if stored is None:
             return None
         found = stored.get(digest)
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) and is_readable(found) else {}
 
     def _watch_flows(self, loaded: Loaded, limits: Limits, forwarded: Forwarded) -> None:
         maps = [self.maps["reported"]] if "reported" in self.maps else []

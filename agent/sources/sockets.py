@@ -65,7 +65,11 @@ class ReplySensor:
     ) -> None:
         """Use the maps; ``stored`` is what `to_store` returned in an earlier process, None if nothing is stored."""
         self._limits, self._pace, self._layout = limits, pace, layout
-        self._stored = dict(stored or {})  # of elements that were not read since
+        #: of elements that were not read since
+        self._stored = {
+            str(key): (int(began), int(counted), bool(is_translated), undecided_since)
+            for key, (began, counted, is_translated, undecided_since) in dict(stored or {}).items()
+        }
         self._sample = 0
         self._storing = 0  # the sample that `to_store` described
         self._safe_until = float("inf") if stored is None else 0  # the last sample that was stored
@@ -170,7 +174,7 @@ class ReplySensor:
         known = _Known(*records.decode_finding_key(self._layout.own("finding_key", key)), read.began)
         began, counted, is_translated, undecided_since = self._stored.pop(key.hex(), (0, 0, False, None))
         if began == read.began and counted <= read.datagrams:  # else the element is another one of this key
-            known.counted, known.translated, known.undecided_since = counted, bool(is_translated), undecided_since
+            known.counted, known.translated, known.undecided_since = counted, is_translated, undecided_since
         return known
 
     def to_store(self) -> Stored:

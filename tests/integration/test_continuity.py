@@ -16,6 +16,7 @@ import pytest
 from agents import Agent, before_all, run_cli
 from repository import AGENT, BPF, DNS
 from scene import PATIENCE_SECONDS, V4, bound
+from scene_agent import NodeAgent
 from terminals import Prometheus, free_port
 from waiting import wait_for
 from wrong_replies import wrong_replies
@@ -254,3 +255,23 @@ def test_another_agent_may_not_use_the_folder(folder: Path, state: Path) -> None
 def test_agent_without_a_usable_folder_says_so_and_runs(folder: Path) -> None:
     with Agent(folder, f"--state={folder}/state") as agent:
         assert any("it is not in a bpffs; mount one" in line for line in agent.snapshot()["notes"])
+
+
+def test_healing_ends_with_the_agent_and_the_next_one_has_its_own_selection(
+    host: ContainerHost, folder: Path, port: int, state: Path
+) -> None:
+    def source() -> str:
+        with host.container.socket(V4.inet) as client, bound(host.node, V4.inet, V4.wildcard, port) as server:
+            client.settimeout(PATIENCE_SECONDS)
+            client.sendto(b"request", (V4.eth0, port))
+            server.sendto(*server.recvfrom(100))
+            return str(client.recvfrom(100)[1][0])
+
+    with NodeAgent(host, folder, f"--state={state}", f"--heal={port}") as agent:
+        wait_for(lambda: source() == V4.eth0, "a healed reply")
+        agent.stop(signal.SIGKILL)
+    assert source() == V4.docker0
+    with NodeAgent(host, folder, f"--state={state}", "--heal=standby") as agent:
+        wait_for(lambda: agent.wrong(port) >= 1, "the reply that no agent healed")
+        assert source() == V4.docker0
+        assert agent.metric("udpwatch_healed_replies_total", port=str(port)) >= 1

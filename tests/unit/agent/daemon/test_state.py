@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
@@ -342,3 +344,54 @@ def test_healed_replies_without_a_row_are_not_counted_as_wrong() -> None:
     assert snapshot.other == 0
     assert snapshot.other_healed == {"ns1": 4, "": 12}
     assert [row.is_healed for row in snapshot.rows] == [True, False]
+
+
+def test_next_process_goes_on_with_every_count() -> None:
+    counters = Counters(checked=100, ring_full=3, undecided=2)
+    first = state()
+    read = sample(Increase(finding(), 5, 0, 7), counters=counters, generation="a", dropped=4, beyond={9: 6})
+    first.add(read, 1, 1)
+    first.lose("output", 2)
+    stored = json.loads(json.dumps(first.to_store()))
+
+    second = state()
+    second.restore(stored)
+    assert replace(second.snapshot(True, 2), ready=True) == replace(first.snapshot(True, 2), ready=True)
+    more = Counters(checked=110, ring_full=3, undecided=3)
+    second.add(sample(Increase(finding(), 1, 0, 8), counters=more, generation="a", dropped=1, beyond={9: 7}), 3, 3)
+    shown = second.snapshot(True, 3)
+    assert [row.count for row in shown.rows] == [6]
+    assert (shown.checked, shown.other) == (110, 7)
+    lost = {stage: count for stage, count in shown.lost.items() if count}
+    assert lost == {"ring_full": 3, "undecided": 3, "queue": 5, "output": 2}
+
+
+def test_counters_of_other_programs_begin_at_0_and_are_added() -> None:
+    summed = state()
+    summed.add(sample(counters=Counters(checked=100, healed_overflow=1), generation="a", beyond={9: 6}), 1, 1)
+    summed.add(sample(counters=Counters(checked=120, healed_overflow=2), generation="b", beyond={9: 8}), 2, 2)
+    shown = summed.snapshot(True, 2)
+    assert (shown.checked, shown.other, sum(shown.other_healed.values())) == (220, 14, 3)
+
+
+def test_rows_beyond_a_lower_limit_count_under_other() -> None:
+    first = state(max_series=3)
+    first.add(sample(*(Increase(finding(port), port, 0, 1) for port in (1, 2, 3))), 1, 1)
+    second = state(max_series=2)
+    second.restore(json.loads(json.dumps(first.to_store())))
+    shown = second.snapshot(True, 1)
+    assert sum(row.count for row in shown.rows) + shown.other == 6
+    assert len(shown.rows) == 2
+
+
+@pytest.mark.parametrize("name", ["totals", "seen", "lost", "other", "rows", "servers", "beyond"])
+@pytest.mark.parametrize("wrong", [None, 1, "x", [1], {"x": "y"}, {"x": None}], ids=repr)
+def test_invalid_store_changes_nothing(name: str, wrong: object) -> None:
+    first = state()
+    first.add(sample(Increase(finding(), 5, 0, 7)), 1, 1)
+    stored = json.loads(json.dumps(first.to_store()))
+    second = state()
+    before = second.snapshot(True, 1)
+    with pytest.raises((LookupError, TypeError, ValueError, AttributeError)):
+        second.restore(stored | {name: wrong})
+    assert second.snapshot(True, 1) == before

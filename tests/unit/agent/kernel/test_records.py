@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
+import json
 import shutil
+import struct
 import subprocess
 
 import pytest
@@ -178,3 +180,33 @@ def test_counters_are_summed_over_cpus() -> None:
     one, other = StatsRecord(flows=3, wrong=1), StatsRecord(flows=4, ring_full=2)
     assert records.decode_counters(bytes(one) + bytes(other)) == Counters(flows=7, wrong=1, ring_full=2)
     assert records.decode_counters(b"") == Counters()
+
+
+def test_layout_of_another_version_is_read_by_the_names_of_members() -> None:
+    described = json.loads(json.dumps(records.layout()))
+    other = described["finding"]
+    assert records.Layout(described).own("finding", bytes(range(40)) + bytes(0)) == bytes(range(40))
+    # The other version's struct begins with a member of its own, has a shorter `last`, and lacks `began`.
+    members = {"novelty": [0, 8], "tgid": [8, 4], "last": [12, 4], "count": [16, 8]}
+    layout = records.Layout(described | {"finding": {"size": 24, "members": members}})
+    raw = struct.pack("=QIIQ", 1, 77, 5, 1_000) + struct.pack("=QIIQ", 2, 78, 6, 2_000)
+    own = layout.own("finding", raw)
+    assert len(own) == 2 * records.FINDING_BYTES
+    assert records.decode_finding(own) == records.CountedFinding(1_000, 5, 77, 0)
+    assert records.decode_finding(own[records.FINDING_BYTES :]) == records.CountedFinding(2_000, 6, 78, 0)
+    assert layout.size("finding") == 24 and not layout.is_own("finding") and layout.is_own("event")
+    assert other["size"] == records.FINDING_BYTES
+
+
+@given(
+    st.recursive(st.none() | st.integers() | st.text(), lambda each: st.lists(each) | st.dictionaries(st.text(), each))
+)
+def test_invalid_layouts_are_refused(described: object) -> None:
+    for wrong in ({"finding": described}, records.layout() | {"finding": described}):
+        with pytest.raises((LookupError, TypeError, ValueError)):
+            records.Layout(wrong)
+
+
+def test_layout_with_members_outside_of_the_struct_is_refused() -> None:
+    with pytest.raises(ValueError, match="shorter than its members"):
+        records.Layout(records.layout() | {"finding": {"size": 8, "members": {"last": [4, 8]}}})
