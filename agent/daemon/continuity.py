@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,8 @@ from udpwatch.agent.daemon.state import State
 from udpwatch.agent.kernel.ledger import Ledger
 from udpwatch.agent.kernel.pins import Pins
 
-STORE_SHARE = 0.05  # of the time; what takes longer to store is stored less often
+STORE_SHARE = 0.05  # of a CPU; what takes longer to store is stored less often
+MAX_PAUSE_SECONDS = 10.0
 FORMAT = 1
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,9 @@ class Storing(Protocol):
 class Continuity:
     """The state folder of this agent."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the folder and lock it. Raises what `Pins` raises."""
-        self.pins = Pins(folder)
+    def __init__(self, folder: Path, pace: Callable[[], None]) -> None:
+        """Open the folder and lock it. ``pace``: as `Ledger.write` takes it. Raises what `Pins` raises."""
+        self.pins, self._pace = Pins(folder), pace
         try:
             self._ledger = Ledger(self.pins)
         except BaseException:
@@ -80,9 +81,9 @@ class Continuity:
         """Store everything, unless that was done a short while ago. Return False in that case: what was not stored must
         not be published.
         """
-        begin = time.monotonic()
-        if begin < self._not_before and not at_once:
+        if time.monotonic() < self._not_before and not at_once:
             return False
+        begin = time.thread_time()
         record = {
             "format": FORMAT,
             "version": __version__,
@@ -90,7 +91,7 @@ class Continuity:
             "sensor": self._source.to_store() if self._source else {},
         }
         try:
-            self._ledger.write(record)
+            self._ledger.write(record, self._pace)
         except ValueError as error:
             if not self._is_logged:
                 self._is_logged = True
@@ -98,6 +99,6 @@ class Continuity:
         else:
             if self._source:
                 self._source.note_stored()
-        now = time.monotonic()
-        self._not_before = now + (now - begin) * (1 / STORE_SHARE - 1)
+        took = time.thread_time() - begin  # without pauses
+        self._not_before = time.monotonic() + min(took / STORE_SHARE, MAX_PAUSE_SECONDS)
         return True

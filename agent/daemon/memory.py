@@ -7,11 +7,24 @@ their default.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from typing import Any, TypeVar, get_type_hints
 
 _Described = TypeVar("_Described")
+_FIELDS: dict[type, tuple[str, ...]] = {}  # of each type that was described; empty: no dataclass
+
+
+def described(value: Any) -> Any:
+    """Return a dataclass, and those in its fields, as dictionaries; anything else as it is.
+
+    Unlike asdict(), this copies nothing.
+    """
+    kind = type(value)
+    names = _FIELDS.get(kind)
+    if names is None:
+        names = _FIELDS[kind] = tuple(each.name for each in fields(kind)) if is_dataclass(kind) else ()
+    return {name: described(getattr(value, name)) for name in names} if names else value
 
 
 def restored(kind: type[_Described], described: Mapping[str, Any]) -> _Described:

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from udpwatch.agent.daemon.memory import restored
+from udpwatch.agent.daemon.memory import described, restored
 from udpwatch.agent.model import (
     Cause,
     Finding,
@@ -114,31 +114,31 @@ class Servers:
         """Return what the next process needs so that no counter falls (`restore`)."""
         return {
             "entries": [
-                asdict(entry) | {"sockets": (), "drops_of": sorted(entry.drops_of.items())}
-                for entry in map(_without_sockets, self._entries.values())
+                described(entry) | {"sockets": (), "drops_of": sorted(entry.drops_of.items())}
+                for entry in self._entries.values()
             ],
             "generation": self._generation,
-            "kernel_other": asdict(self._kernel_other),
-            "other": {namespace: asdict(totals) for namespace, totals in self.other.items()},
+            "kernel_other": described(self._kernel_other),
+            "other": {namespace: described(totals) for namespace, totals in self.other.items()},
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Go on with what an earlier process stored. Raises what `State.restore` raises."""
         entries: dict[_Place, _Entry] = {}
         totals = ("counts", "inherited", "seen")
-        for described in stored["entries"]:
-            netns, address, port = described["place"]
-            pid, process, cgroup = described["who"]
-            tenant = described["tenant"]
-            parts = {name: restored(ServerTotals, described[name]) for name in totals} | {
+        for each in stored["entries"]:
+            netns, address, port = each["place"]
+            pid, process, cgroup = each["who"]
+            tenant = each["tenant"]
+            parts = {name: restored(ServerTotals, each[name]) for name in totals} | {
                 "place": (int(netns), str(address), int(port)),
                 "who": (int(pid), str(process), int(cgroup)),
-                "sender": restored(Sender, described["sender"]),
-                "drops_of": {int(socket): int(drops) for socket, drops in described["drops_of"]},
+                "sender": restored(Sender, each["sender"]),
+                "drops_of": {int(socket): int(drops) for socket, drops in each["drops_of"]},
                 "tenant": tuple(map(str, tenant)) if tenant else None,
                 "sockets": (),
             }
-            entry = restored(_Entry, described | parts)
+            entry = restored(_Entry, each | parts)
             entries[entry.place] = entry
         other = {str(namespace): restored(ServerTotals, each) for namespace, each in stored["other"].items()}
         kernel_other = restored(ServerTotals, stored["kernel_other"])
@@ -403,10 +403,6 @@ class Servers:
                 namespace = entry.sender.namespace if entry.sender.namespace in self.other else ""
                 found[namespace] += sum(self._risk_of.get(socket_id(each)) in AT_RISK for each in entry.sockets)
         return dict(found)
-
-
-def _without_sockets(entry: _Entry) -> _Entry:
-    return replace(entry, sockets=())
 
 
 def socket_id(each: UdpSocket) -> int:

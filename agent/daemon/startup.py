@@ -46,7 +46,7 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
     try:
         if settings.state:
             try:
-                continuity = Continuity(settings.state)
+                continuity = Continuity(settings.state, pace)
             except Busy:
                 raise
             except UdpwatchError as error:

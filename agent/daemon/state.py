@@ -16,10 +16,10 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from udpwatch.agent.daemon.memory import numbers, restored
+from udpwatch.agent.daemon.memory import described, numbers, restored
 from udpwatch.agent.daemon.node_faults import NodeFaults
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import (
@@ -292,7 +292,7 @@ class State:
             "other": self._other,
             "other_healed": self._other_healed,
             "beyond": {str(tenant): count for tenant, count in self._beyond.items()},
-            "rows": [asdict(known) for known in self._sums.values()],
+            "rows": [described(known) for known in self._sums.values()],
             "servers": self._servers.to_store(),
         }
 

@@ -9,24 +9,58 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import mmap
 import os
 import struct
 import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.bpf import MapDefinition
+from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.pins import LEDGER, Pins
 
 HALF_BYTES = 2 << 20  # compressed; the default limits fill a fifth of it
 MAX_RECORD_BYTES = 64 << 20  # of a compressed record
+PIECE = 32  # elements
 _ARRAY, _MMAPABLE = 2, 1 << 10  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
 _PAGE = mmap.PAGESIZE
 _HEADER = struct.Struct("=I32s")  # length, SHA-256
 _NUMBER = struct.Struct("=Q")
+
+
+def _encode(value: Mapping[str, object] | Sequence[object], pace: Callable[[], None]) -> Iterator[bytes]:
+    """Yield the JSON text of a container in pieces: one call of json.dumps() would keep all other threads waiting."""
+    is_object = isinstance(value, Mapping)
+    items = list(value.items()) if isinstance(value, Mapping) else [("", each) for each in value]
+    yield b"{" if is_object else b"["
+    at = 0
+    while at < len(items):
+        small = list(itertools.takewhile(lambda item: not _is_large(item[1]), items[at : at + PIECE]))
+        pace()
+        yield b"," if at else b""
+        if small:
+            batch = dict(small) if is_object else [each for _, each in small]
+            yield json.dumps(batch, separators=(",", ":")).encode()[1:-1]
+        else:
+            name, each = items[at]
+            yield json.dumps(name).encode() + b":" if is_object else b""
+            yield from _encode(each, pace)  # type: ignore[arg-type]
+        at += max(1, len(small))
+    yield b"}" if is_object else b"]"
+
+
+def _is_large(value: object, depth: int = 2) -> bool:
+    """Return whether a value is a container that has more than PIECE elements, or holds one that has."""
+    if not isinstance(value, dict | list):
+        return False
+    if len(value) > PIECE or not depth:
+        return len(value) > PIECE
+    return any(_is_large(each, depth - 1) for each in (value.values() if isinstance(value, dict) else value))
 
 
 class Ledger:
@@ -70,9 +104,12 @@ class Ledger:
             return record if isinstance(record, dict) else None
         return None
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Replace the record. Raises ValueError if it is too large; the old one then stays."""
-        packed = zlib.compress(json.dumps(record, separators=(",", ":")).encode(), 1)
+    def write(self, record: dict[str, Any], pace: Callable[[], None] = unpaced) -> None:
+        """Replace the record. ``pace`` is called between small pieces of work, so that other threads run meanwhile.
+
+        Raises ValueError if it is too large; the old one then stays.
+        """
+        packed = zlib.compress(b"".join(_encode(record, pace)), 1)
         room = self._half_bytes - _HEADER.size
         if len(packed) > room:
             raise ValueError(f"it needs {len(packed)} bytes, and there is room for {room}")

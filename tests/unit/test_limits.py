@@ -49,6 +49,7 @@ NOT_A_TENANTS = {
     "agent/sources/replay.py:MAX_PAUSE_SECONDS",
     "agent/sources/replay.py:MAX_SENDERS",
     "agent/sources/sensor.py:MAX_EVENTS",
+    "agent/daemon/continuity.py:MAX_PAUSE_SECONDS",
     "agent/daemon/event_log.py:MAX_LINKS",
     *(
         f"dns/{name}"
