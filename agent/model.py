@@ -330,6 +330,8 @@ class Sample:
     other_servers: ServerCount | None = None  # the sum of those that the kernel had no room for
     sockets: tuple[UdpSocket, ...] | None = None  # None: they were not read
     unwatched: dict[str, int] = field(default_factory=dict)  # UNWATCHED -> how many
+    node_faults: dict[str, int] = field(default_factory=dict)  # NODE_FAULTS -> how many since this process started
+    memory: Memory | None = None  # None: no limit
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -268,6 +268,7 @@ class App:
         if self._node.step:
             self._state.move_times(self._node.step)
         now = clocks.wall
+        sample = replace(sample, node_faults=self._node.counts, memory=self._node.memory)
         for row in self._state.add(sample, now, clocks.monotonic):
             self._log_finding(row)
         left_out = self._senders.left_out
@@ -276,7 +277,7 @@ class App:
         if self._healer:
             self._healer.update(self._state.servers_of(sample))
             self._healer.note_elsewhere(self._snapshot.servers)
-        snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes), self._node)
+        snapshot = self._state.snapshot(self_test_passed, now, self._healing(sample.probes))
         # What is published is stored first, so that no counter falls if this process is killed.
         if self._continuity is None or self._continuity.store(
             self._state, at_once=sample.is_last or self._done.is_set()

@@ -146,7 +146,7 @@ def notes(sensor: Sensor, watched: cgroup.Cgroup, healer: Healer | None = None) 
     lines += sensor.continuity_notes()
     lines += [probe.reason for probe in sensor.probes() if not probe.attached and probe.name not in FAMILIES]
     if offset := clock.offset_ns():
-        lines.append(f"this process is in a time namespace: times are corrected by {-offset / 1e9:+g} s")
+        lines.append(f"this process is in a time namespace: times are corrected by {-offset / 1e9:+.1f} s")
     if healer:
         healing = healer.status(sensor.probes())
         lines += [f"cannot heal: {line}" for line in ([healing.reason] if healing.reason else healing.not_healed)]

@@ -20,7 +20,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from udpwatch.agent.daemon.memory import described, numbers, restored
-from udpwatch.agent.daemon.node_faults import NodeFaults
 from udpwatch.agent.daemon.servers import ServerLookup, Servers
 from udpwatch.agent.model import (
     NODE_FAULTS,
@@ -209,6 +208,7 @@ class State:
             "probe_missed": sum(probe.missed for probe in sample.probes),
             "evicted": sample.evicted_peers - counters.evicted,
             "flows": sample.flows - counters.flows,
+            **sample.node_faults,
         }
         return by_programs, here
 
@@ -320,9 +320,7 @@ class State:
         self._generation, self._seen, self._beyond = str(stored["generation"]), seen, beyond
         self._sums, self._held = sums, Counter(known.tenant for known in sums.values())
 
-    def snapshot(
-        self, self_test_passed: bool, now: float, healing: Healing | None = None, node: NodeFaults | None = None
-    ) -> Snapshot:
+    def snapshot(self, self_test_passed: bool, now: float, healing: Healing | None = None) -> Snapshot:
         """Return everything, as of the last sample."""
         sample = self._sample or _NOTHING
         with self._losing:
@@ -358,9 +356,9 @@ class State:
             other_at_risk=self._servers.other_at_risk(),
             healing=healing,
             other_healed=dict(self._other_healed),
-            node_faults=node.counts if node else dict.fromkeys(NODE_FAULTS, 0),
+            node_faults={fault: self._totals[fault] for fault in NODE_FAULTS},
             unwatched=dict.fromkeys(UNWATCHED, 0) | sample.unwatched,
-            memory=node.memory if node else None,
+            memory=sample.memory,
         )
 
 

@@ -13,6 +13,7 @@ from runtimes import RuntimeHost
 from scene import host_with_more_addresses
 from sensors import Watch, open_netlink_watch
 
+from udpwatch.agent.kernel.mounts import open_private
 from udpwatch.agent.testing.lab import ContainerHost, Namespace
 
 # Each process of pytest-xdist has ports of its own.
@@ -108,6 +109,16 @@ def folder() -> Iterator[Path]:
     """A folder with a short path (a Unix socket's has 107 bytes at most)."""
     with temporary() as name:
         yield Path(name)
+
+
+@pytest.fixture
+def state() -> Iterator[Path]:
+    """A state folder in a bpffs of its own, which ends with this process."""
+    fd = open_private("bpf")
+    try:
+        yield Path(f"/proc/{os.getpid()}/fd/{fd}/udpwatch")
+    finally:
+        os.close(fd)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,9 @@ from terminals import Prometheus, free_port
 from waiting import wait_for
 from wrong_replies import wrong_replies
 
-from udpwatch.agent.kernel.mounts import open_private
 from udpwatch.agent.testing.lab import ContainerHost
 
 WINDOW = 3  # seconds: how long another version's programs learn
-
-
-@pytest.fixture
-def state() -> Iterator[Path]:
-    """A state folder in a bpffs of its own, which ends with this process."""
-    fd = open_private("bpf")
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{fd}/udpwatch")
-    finally:
-        os.close(fd)
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,11 @@ class Limited:
         waited = counted.get("throttled_usec", 0) / 1e6 or counted.get("throttled_time", 0) / 1e9
         return counted["nr_periods"], counted["nr_throttled"], waited
 
+    def join(self) -> None:
+        """Move the calling process into the same cgroups: it shares the limits."""
+        for folder in {self._memory, self._cpu}:
+            (folder / "cgroup.procs").write_text(str(os.getpid()))
+
 
 def _fields(path: Path) -> dict[str, int]:
     return {name: int(value) for name, _, value in (line.partition(" ") for line in path.read_text().splitlines())}
@@ -114,6 +119,38 @@ def limited(pid: int, memory_bytes: int, cpus: float | None = None) -> Iterator[
             with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                 (folder.parent / "cgroup.procs").write_text(str(pid))
             wait_for(lambda folder=folder: _removed(folder), f"{folder} to be empty")
+
+
+class MemoryCgroup:
+    """A cgroup for processes whose memory is to be limited."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._is_v1 = (folder / "memory.limit_in_bytes").exists()
+
+    def limit(self, limit_bytes: int) -> None:
+        """Set the limit. The kernel refuses one below what is in use and cannot be dropped."""
+        (self.folder / ("memory.limit_in_bytes" if self._is_v1 else "memory.max")).write_text(str(limit_bytes))
+
+    def used(self) -> int:
+        """Return how much is in use, in bytes."""
+        return int((self.folder / ("memory.usage_in_bytes" if self._is_v1 else "memory.current")).read_text())
+
+
+@contextlib.contextmanager
+def memory_cgroup() -> Iterator[MemoryCgroup]:
+    """Yield a cgroup with a controller of memory, in v1 or v2, that is removed afterwards."""
+    name = f"{_OWN}{os.getpid()}-memory"
+    if (CGROUPS / "memory").is_dir():
+        folder = CGROUPS / "memory" / name
+    else:
+        (CGROUPS / "cgroup.subtree_control").write_text("+memory")
+        folder = CGROUPS / name
+    folder.mkdir()
+    try:
+        yield MemoryCgroup(folder)
+    finally:
+        wait_for(lambda: _removed(folder), f"{folder} to be empty")
 
 
 def memory_kib(pid: int, name: str) -> int:

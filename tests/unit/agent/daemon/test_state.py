@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from udpwatch.agent.daemon.metrics import SnapshotCollector, exposition
 from udpwatch.agent.daemon.state import CHECK_SECONDS, ENDED_SECONDS, LOSS_STAGES, About, SenderLookup, State
-from udpwatch.agent.model import Cause, Counters, Event, Finding, Increase, Probe, Sample, Sender, Verdict
+from udpwatch.agent.model import NODE_FAULTS, Cause, Counters, Event, Finding, Increase, Probe, Sample, Sender, Verdict
 
 
 def finding(port: int = 53, process: str = "dns", cgroup: int = 1) -> Finding:
@@ -86,6 +86,14 @@ def test_times_move_with_a_wall_clock_that_was_set() -> None:
     summed.move_times(3600)
     (row,) = summed.snapshot(True, 3770).rows
     assert (row.first, row.last) == (3700, 3760)
+
+
+def test_faults_of_the_node_go_on_where_the_last_process_stopped() -> None:
+    first, second = state(), state()
+    first.add(sample(node_faults={"suspend": 2, "memory": 1}), 1, 1)
+    second.restore(json.loads(json.dumps(first.to_store())))
+    second.add(sample(node_faults={"suspend": 3, "memory": 0}), 2, 2)
+    assert second.snapshot(True, 2).node_faults == dict.fromkeys(NODE_FAULTS, 0) | {"suspend": 5, "memory": 1}
 
 
 def test_quiet_rows_expire_and_make_room() -> None:
