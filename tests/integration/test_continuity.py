@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import pytest
 from agents import Agent, before_all, run_cli
-from repository import AGENT, BPF, DNS
+from next_version import make_next_version
 from scene import PATIENCE_SECONDS, V4, bound
 from scene_agent import NodeAgent
 from terminals import Prometheus, free_port
@@ -28,38 +26,7 @@ WINDOW = 3  # seconds: how long another version's programs learn
 @pytest.fixture(scope="module")
 def next_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of this tree with other layouts of the records that the programs and the agent share."""
-    tree = tmp_path_factory.mktemp("next")
-    for source, name in ((AGENT, "agent"), (BPF, "bpf"), (DNS, "dns")):
-        shutil.copytree(source, tree / "udpwatch" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    header, mirror = tree / "udpwatch/bpf/records.h", tree / "udpwatch/agent/kernel/records.py"
-    changes = {
-        header: {
-            "struct finding {\n": "struct finding {\n    __u64 novelty;\n",
-            "struct finding_key {\n": "struct finding_key {\n    __u64 novelty;\n",
-            "struct event {\n": "struct event {\n    __u64 novelty;\n",
-            "struct server_counts {\n": "struct server_counts {\n    __u64 novelty[2];\n",
-            "struct server_key {\n": "struct server_key {\n    __u64 novelty;\n",
-            "struct conversation {\n": "struct conversation {\n    __u64 novelty;\n",
-        },
-        mirror: {
-            r"class FindingValue\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64),',
-            r"class FindingKey\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64),',
-            r"class EventRecord\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64),',
-            r"class ServerCounts\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64 * 2),',
-            r"class ServerKey\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64),',
-            r"class ConversationRecord\(.*?_fields_ = \[": '\\g<0>("novelty", c_uint64),',
-        },
-    }
-    for path, replacements in changes.items():
-        text = path.read_text()
-        for pattern, replacement in replacements.items():
-            text, times = re.subn(pattern if path == mirror else re.escape(pattern), replacement, text, flags=re.DOTALL)
-            assert times == 1, pattern
-        path.write_text(text)
-    text = mirror.read_text()
-    for attribute in ("words, numbers = SERVER_COUNTS_BYTES // 8",):
-        assert attribute in text
-    return tree
+    return make_next_version(tmp_path_factory.mktemp("next"))
 
 
 class Stream:

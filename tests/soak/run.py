@@ -2,8 +2,8 @@
 
 Around steady traffic of wrong and right servers with an agent that watches them: queries to its DNS responder, its
 event file, a follower of its events, scrapes, a `udpwatch top`, pods that come and go, programs detached by others, and
-in the middle of the run agents that are ended, killed and started again. A line of figures is printed each minute. At
-the end, each reason for which the run failed is named, and the exit status is 1 if there is any.
+in the middle of the run agents that are ended, killed, upgraded and started again. A line of figures is printed each
+minute. At the end, each reason for which the run failed is named, and the exit status is 1 if there is any.
 
 Nothing of this is left on the machine, even by SIGKILL: processes end with this one, and with the last of them its
 namespaces and mounts, which hold all files. The next run removes the cgroup.
@@ -34,8 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import churn
 import figures
 import traffic
+from agents import before_all, run_cli
 from dns_server import write
 from machine import own_cgroup
+from next_version import make_next_version
 from scene import host_with_more_addresses
 from scene_agent import InNamespace
 from scrapes import CHECKED, LOST, REATTACHED, WRONG, Scrapes
@@ -53,6 +55,9 @@ LOOKS = 100  # at the agent's figures, of an agent that lives for a third of the
 COUNT_SECONDS = 60.0  # for the last counts to be in a scrape
 #: part of the run in which agents are ended and killed; before and after it, one agent lives for 40 % of the run
 RESTARTS_FROM, RESTARTS_TO = 0.4, 0.6
+ALONE_SECONDS = 2.0  # at most, without an agent
+WINDOW_SECONDS = 5  # how long the programs of another version learn
+HELD_EVENTS = 100  # at most, that an agent has taken from the kernel and not yet written
 LOST_STAGES = ("rate_limit", "ring_full", "findings_full", "queue", "output")
 
 _CLONE_NEWNS = 0x20000
@@ -83,15 +88,26 @@ class Soak:
         self._pods, self._queries = folder / "pods.jsonl", folder / "query-problems"
         self._scrapes, self._objects = Scrapes(), figures.Objects()
         self._samples: list[figures.Figures] = []
+        self._first: list[figures.Figures] = []
         self._latest: figures.Figures | None = None
-        self._agents = self._detached = 0
+        self._agents = self._kills = self._detached = 0
+        self._state = folder / "bpf/udpwatch"
+        self._next_version = make_next_version(folder / "next")
 
     # ---- the agent and its clients ----
 
-    def _start_agent(self) -> None:
+    def _start_agent(self, version: Path | None = None) -> None:
+        """Start an agent; ``version``: a folder with another version of udpwatch."""
         self._agents += 1
-        flags = (f"--dns-conf={self._folder}/dns.conf", f"--cgroup={self._cgroup}", f"--cache={self._folder}/cache")
-        self._agent = InNamespace(self._host, self._folder, *flags)
+        flags = (
+            f"--dns-conf={self._folder}/dns.conf",
+            f"--cgroup={self._cgroup}",
+            f"--cache={self._folder}/cache",
+            f"--state={self._state}",
+            f"--window={WINDOW_SECONDS}",
+        )
+        env = os.environ | (before_all(version) if version else {})
+        self._agent = InNamespace(self._host, self._folder, *flags, env=env)
         self._objects.look(self._agent.pid)
         self._tally["agent"] = self._agents
         self._follow()
@@ -105,6 +121,7 @@ class Soak:
             self._fail(f"the agent ended with status {status} after signal {number}: {self._agent.last_message}")
         if any("Traceback" in line for line in self._agent.log):
             self._fail("the agent logged a traceback: " + "\n".join(self._agent.log))
+        self._kills += number == signal.SIGKILL
         self._scrapes.agent_ended()
 
     def _follow(self) -> None:
@@ -113,12 +130,12 @@ class Soak:
             command = ("events", "--json", f"--connect={self._agent.socket}")
             self._follower = Child(*command, stdout=output, keep_lines=5)
 
-    def _restart(self, number: int) -> None:
-        """End the agent and start the next one, which begins to count at 0, while nothing is counted."""
-        with self._quiet():
-            self._stop_agent(number)
-            self._follower.stop()
-            self._start_agent()
+    def _restart(self, number: int, version: Path | None) -> None:
+        """End the agent, and start the next one after a while; traffic continues."""
+        self._stop_agent(number)
+        self._follower.stop()
+        time.sleep(random.uniform(0, ALONE_SECONDS))  # noqa: S311
+        self._start_agent(version)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -158,6 +175,8 @@ class Soak:
             self._fail(f"a scrape got status {status}")
             return
         self._scrapes.read(text)
+        for each in self._scrapes.fallen:
+            self._fail(each)
 
     def _wait(self, condition: Callable[[], bool], what: str) -> None:
         """Scrape until the condition is true; fail when that takes too long."""
@@ -203,19 +222,23 @@ class Soak:
             self._fail(f"{checked:,} replies were checked, expected {few:,} to {many:,}")
 
     def _compare_events(self) -> None:
-        """Each wrong reply is in the file, or counted as lost."""
-        lines = (self._folder / "events.jsonl").read_text().splitlines()
-        written = {json.dumps(_identity(line)) for line in lines}
-        lost = {stage: count for stage in LOST_STAGES if (count := self._scrapes.sum(LOST, "stage", stage))}
-        sent = sum(self._sent().values())
-        if len(lines) + sum(lost.values()) != sent:
-            self._fail(f"{sent:,} events, but {len(lines):,} were written and {lost} lost")
+        """Each wrong reply is in the file, or counted as lost, but for those that a killed agent held."""
+        sent, may_miss = sum(self._sent().values()), self._kills * HELD_EVENTS
+        file, followed = self._folder / "events.jsonl", self._folder / "followed"
+        self._wait(lambda: sent - may_miss <= _lines(file) + sum(self._lost().values()), "the last events")
+        written = {_identity(line) for line in file.read_text().splitlines()}
+        if _lines(file) + sum(self._lost().values()) > sent:
+            self._fail(f"{sent:,} events, but {_lines(file):,} were written and {self._lost()} lost")
+        if len(written) < _lines(file):
+            self._fail(f"{_lines(file) - len(written):,} events were written twice")
+        foreign = [line for line in followed.read_text().splitlines() if _identity(line) not in written]
+        if not _lines(followed) or len(foreign) > may_miss:
+            self._fail(f"{_lines(followed):,} events were followed, {len(foreign):,} of them not in the file")
         if undecided := self._scrapes.sum(LOST, "stage", "undecided"):
             self._fail(f"{undecided:,} replies were undecided")
-        followed = (self._folder / "followed").read_text().splitlines()
-        foreign = [line for line in followed if json.dumps(_identity(line)) not in written]
-        if not followed or foreign:
-            self._fail(f"{len(followed):,} events were followed, {len(foreign):,} of them not in the file")
+
+    def _lost(self) -> dict[str, int]:
+        return {stage: self._scrapes.sum(LOST, "stage", stage) for stage in LOST_STAGES}
 
     # ---- the run ----
 
@@ -227,7 +250,7 @@ class Soak:
             stack.callback(lambda: self._agent.stop(signal.SIGKILL))
             stack.callback(lambda: self._follower.stop(signal.SIGKILL))
             self._top = stack.enter_context(Terminal(self._folder, *top(f"--connect={self._agent.socket}")))
-            self._top.shows("wrong-ipv4")
+            self._top.shows(*(f" {server.port} " for server in traffic.SERVERS if not server.is_right))
             self._top_pid = self._top.pid
             links = len(self._interfaces())
             ready()
@@ -237,10 +260,15 @@ class Soak:
             self._tally.pause()
             self._compare()
             self._compare_dns()
-            if self._top.pid != self._top_pid or "wrong-ipv4" not in self._top.text:
+            if self._top.pid != self._top_pid or not all(
+                f" {server.port} " in self._top.text for server in traffic.SERVERS if not server.is_right
+            ):
                 self._fail(f"`udpwatch top` does not show the servers any more:\n{self._top.text}")
-            self._stop_agent(signal.SIGTERM)
             self._compare_events()
+            self._stop_agent(signal.SIGTERM)
+            done = run_cli("detach", f"--state={self._state}")
+            if done.returncode or self._state.exists():
+                self._fail(f"`udpwatch detach` did not remove {self._state}: {done.stderr}")
             if len(self._interfaces()) > links:
                 self._fail(f"network namespaces of pods are left: {self._interfaces()}")
 
@@ -255,8 +283,15 @@ class Soak:
         begin = time.monotonic()
         scrape, look, minute = Every(SCRAPE_SECONDS), Every(self._seconds / 2.5 / LOOKS), Every(60)
         detach = Every(min(60.0, max(8.0, self._seconds / 13)))
-        restart = Every(min(12.0, max(3.0, self._seconds / 60)))
-        kills = itertools.cycle((signal.SIGTERM, signal.SIGKILL))
+        restart = Every(min(12.0, max(1.0, self._seconds / 60)))
+        restarts = itertools.cycle(
+            (
+                (signal.SIGTERM, self._next_version),
+                (signal.SIGKILL, self._next_version),
+                (signal.SIGTERM, None),
+                (signal.SIGKILL, None),
+            )
+        )
         while (passed := time.monotonic() - begin) < self._seconds:
             time.sleep(0.05)
             if scrape.is_due():
@@ -267,7 +302,7 @@ class Soak:
                 self._detach()
             if RESTARTS_FROM < passed / self._seconds < RESTARTS_TO and restart.is_due():
                 self._check_growth()
-                self._restart(next(kills))
+                self._restart(*next(restarts))
             if minute.is_due():
                 print(f"soak: {passed / 60:3.0f} min: {self.line()}", flush=True)
             if self._agent.process.poll() is not None:
@@ -280,16 +315,21 @@ class Soak:
             return [name for _, name in socket.if_nameindex()]
 
     def _look(self) -> None:
-        pins = self._folder / "state"
-        interfaces = len(self._interfaces())
-        self._latest = figures.look(self._agent.pid, self._top_pid, self._objects, pins, self._cgroup, interfaces)
+        places = (self._state, self._cgroup, len(self._interfaces()))
+        self._latest = figures.look(self._agent.pid, self._top_pid, self._objects, *places)
         self._samples.append(self._latest)
 
     def _check_growth(self) -> None:
-        """Judge the figures of an agent that has lived for long, and forget them."""
+        """Judge the figures of an agent that has lived for long: its last third against its second one, and against the
+        last third of the first agent. Forget them.
+        """
+        third = len(self._samples) // 3
         if len(self._samples) >= LOOKS // 2:
-            for problem in figures.growth(self._samples):
-                self._fail(problem)
+            latest = self._samples[2 * third :]
+            for before in filter(None, (self._samples[third : 2 * third], self._first)):
+                for problem in figures.growth(before, latest):
+                    self._fail(problem)
+            self._first = self._first or latest
         self._samples.clear()
 
     def _compare_dns(self) -> None:
@@ -320,9 +360,13 @@ class Soak:
         return ", ".join(parts)
 
 
-def _identity(line: str) -> list[object]:
+def _lines(file: Path) -> int:
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def _identity(line: str) -> tuple[object, ...]:
     event = json.loads(line)
-    return [event[key] for key in ("time", "expected", "actual", "port", "peer", "peer_port", "count")]
+    return tuple(event[key] for key in ("expected", "actual", "port", "peer", "peer_port", "count"))
 
 
 @contextlib.contextmanager
@@ -338,10 +382,9 @@ def _private_files() -> Iterator[tuple[Path, Path]]:
         subprocess.run(["mount", *words], check=True)
     folder = log / "soak"
     folder.mkdir()
-    (folder / "state").mkdir()
-    subprocess.run(["mount", "-t", "bpf", "bpf", str(folder / "state")], check=True)
+    (folder / "bpf").mkdir()
+    subprocess.run(["mount", "-t", "bpf", "bpf", str(folder / "bpf")], check=True)
     yield folder, log
-    subprocess.run(["umount", str(folder / "state")], check=True)
 
 
 def main() -> int:

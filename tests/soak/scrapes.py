@@ -1,4 +1,4 @@
-"""What the agent's metrics say over time: counters never fall."""
+"""What the agent's metrics say over time: counters never fall, whichever agent counts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ CHECKED = "udpwatch_replies_checked_total"
 LOST = "udpwatch_events_lost_total"
 REATTACHED = "udpwatch_probe_reattached_total"
 
+#: what begins at 0 with each agent (docs/continuity.md)
+OF_ONE_AGENT = ("process_", "python_", "udpwatch_dns_", "udpwatch_heal_refused_", "udpwatch_http_", "udpwatch_probe_")
+
 Series = tuple[str, frozenset[tuple[str, str]]]
 
 
 class Scrapes:
-    """The newest scrape of the running agent, the highest counts of pods, and the sums of agents that have ended."""
+    """The newest scrape, and the highest counts of pods."""
 
     def __init__(self) -> None:
         self.number = 0
         self.fallen: list[str] = []
         self.highest: Counter[int] = Counter()  # by port: a pod's series ends a while after the pod
         self._now: dict[Series, float] = {}
-        self._last: dict[Series, float] = {}  # of each series that this agent ever had
-        self._former: Counter[tuple[str, str, str]] = Counter()
+        self._last: dict[Series, float] = {}  # of every series that there was
 
     def read(self, text: str) -> None:
         """Take the text of a scrape."""
@@ -51,17 +53,15 @@ class Scrapes:
         return counts
 
     def sum(self, name: str, label: str = "", value: str = "") -> int:
-        """Return the sum of a metric's series, of all agents; ``label``: only series in which it has this value."""
-        return self._former[name, label, value] + self._sum(name, label, value)
-
-    def _sum(self, name: str, label: str, value: str) -> int:
-        chosen = (count for (each, labels), count in self._now.items()
-                  if each == name and (not label or (label, value) in labels))  # fmt: skip
+        """Return the sum of a metric's series; ``label``: only of those in which it has this value."""
+        chosen = (
+            count
+            for (each, labels), count in self._now.items()
+            if each == name and (not label or (label, value) in labels)
+        )
         return int(sum(chosen))
 
     def agent_ended(self) -> None:
-        """Add up what this agent counted: the next one begins at 0."""
-        for (name, labels), value in self._now.items():
-            for label, of in (*labels, ("", "")):
-                self._former[name, label, of] += int(value)
-        self._now, self._last = {}, {}
+        """Forget what the next agent does not go on with."""
+        self._now = {}
+        self._last = {series: value for series, value in self._last.items() if not series[0].startswith(OF_ONE_AGENT)}
