@@ -26,18 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs root: run `make test` as root"))
 
 
-class _BesideTheResponder(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types of its classes
-    """Run the tests of the DNS responder alone in one process and all others in another one. Most of the responder's
-    wait for time-outs.
+class _BesideTheHooks(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types of its classes
+    """Run the tests that attach programs to the node's hooks in one process, and the others in another one: the unit
+    tests and those of the DNS responder, most of which wait for time-outs.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        is_dns = nodeid.startswith(("tests/unit/dns/", "tests/integration/test_dns"))
-        # These attach programs to the node's hooks, as the other process does.
-        uses_sensor = nodeid.startswith(("tests/integration/test_dns_agent", "tests/integration/test_dns_addresses"))
-        return "dns" if is_dns and not uses_sensor else "agent"
+        is_apart = nodeid.startswith(("tests/unit/", "tests/integration/test_dns"))
+        uses_hooks = nodeid.startswith(("tests/integration/test_dns_agent", "tests/integration/test_dns_addresses"))
+        return "apart" if is_apart and not uses_hooks else "hooks"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Divide the tests between the processes of `make test`."""
-    return _BesideTheResponder(config, log)
+    return _BesideTheHooks(config, log)
