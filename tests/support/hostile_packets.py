@@ -72,8 +72,11 @@ class Packets:
         chain = [pick.choice(_EXTENSIONS if pick.random() < 0.98 else _ODD_HEADERS) for _ in range(count)]
         last = pick.choice(_PROTOCOLS)
         headers = [self._extension(kind, next_) for kind, next_ in zip(chain, [*chain, last][1:], strict=True)]
-        body = b"".join(headers) + self._body(last, depth)
         source, destination = self._pair(6)
+        body = self._body(last, depth)
+        if last == UDP and len(body) >= 8 and pick.random() < 0.3:  # IPv6 drops datagrams without a right checksum
+            body = with_checksum(source, destination, body)
+        body = b"".join(headers) + body
         first = chain[0] if chain else last
         length = self._length(len(body))
         if chain and first == 0 and pick.random() < 0.1:  # a jumbogram (RFC 2675)
@@ -143,6 +146,54 @@ class Packets:
             else:
                 data[at:at] = data[at : at + pick.randrange(1, 40)]
         return bytes(data) or b"\0"
+
+
+def request_packets(source: bytes, destination: bytes, ports: tuple[int, int], data: bytes, turn: int) -> list[bytes]:
+    """Return a datagram as it may well be sent: every third one behind options, every fifth one in two fragments.
+
+    ``data`` has 9 bytes or more.
+    """
+    datagram = with_checksum(source, destination, struct.pack("!HHHH", *ports, 8 + len(data), 0) + data)
+    split = turn % 5 == 0
+    parts = [(0, datagram[:16]), (2, datagram[16:])] if split else [(0, datagram)]
+    packets = []
+    for offset, part in parts:
+        more = split and not offset
+        if len(source) == 4:
+            options = b"\x01" * (4 * (turn % 3 == 0))  # no operation
+            first, length = 0x45 + len(options) // 4, 20 + len(options) + len(part)
+            header = struct.pack("!BBHHHBB2x", first, 0, length, turn & 0xFFFF, more << 13 | offset, 64, UDP)
+            header += source + destination + options
+            packets.append(header[:10] + struct.pack("!H", checksum_of(header)) + header[12:] + part)
+        else:
+            chain, next_ = b"", UDP
+            if split:
+                chain, next_ = struct.pack("!BBHI", UDP, 0, offset << 3 | more, turn), 44
+            if turn % 3 == 0:
+                chain, next_ = destination_options(next_) + chain, 60
+            header = struct.pack("!IHBB", 6 << 28, len(chain + part), next_, 64)
+            packets.append(header + source + destination + chain + part)
+    return packets
+
+
+def deep_packet(source: bytes, destination: bytes, ports: tuple[int, int], data: bytes, headers: int) -> bytes:
+    """Return an IPv6 packet with a datagram behind so many headers of destination options."""
+    datagram = with_checksum(source, destination, struct.pack("!HHHH", *ports, 8 + len(data), 0) + data)
+    chain = destination_options(60) * (headers - 1) + destination_options(UDP)
+    header = struct.pack("!IHBB", 6 << 28, len(chain + datagram), 60, 64)
+    return header + source + destination + chain + datagram
+
+
+def destination_options(next_: int) -> bytes:
+    """Return the smallest header of destination options: padding."""
+    return bytes([next_, 0, 1, 4, 0, 0, 0, 0])
+
+
+def with_checksum(source: bytes, destination: bytes, datagram: bytes) -> bytes:
+    """Set the checksum of a UDP datagram."""
+    datagram = datagram[:6] + bytes(2) + datagram[8:]
+    checksum = checksum_of(source + destination + struct.pack("!II", len(datagram), UDP) + datagram)
+    return datagram[:6] + struct.pack("!H", checksum or 0xFFFF) + datagram[8:]
 
 
 def checksum_of(data: bytes) -> int:
