@@ -32,4 +32,6 @@ def run(parsed: argparse.Namespace) -> int:
     except OSError as error:
         raise UdpwatchError(f"cannot remove {error.filename or folder}: {error.strerror}; run this as root") from None
     print(f"detached: {removed} programs, maps and links in {folder} were removed")
+    if folder.exists() and any(folder.iterdir()):
+        print(f"{folder} stays: it holds other objects")
     return 0

@@ -63,6 +63,13 @@ class Continuity:
         """Store also what this source knows."""
         self._source = source
 
+    def begin_anew(self, digest: str) -> None:
+        """Note that the programs of a generation count from 0, whatever is stored of one of the same name."""
+        state = self._record.get("state")
+        for part in (state, state.get("servers") if isinstance(state, dict) else None):
+            if isinstance(part, dict) and part.get("generation") == digest:
+                part["generation"] = ""
+
     def restore(self, state: State) -> None:
         """Let a state go on with what the last agent stored."""
         record, self._record = self._record, {}
@@ -70,7 +77,7 @@ class Continuity:
             return
         try:
             state.restore(record["state"])
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             log.warning(
                 "cannot go on with the last agent's counts, they begin at 0: %s: %s", type(error).__name__, error
             )

@@ -196,6 +196,12 @@ def map_definition(fd: int, name: str) -> MapDefinition:
     return MapDefinition(name, kind, *sizes)
 
 
+def map_id(fd: int) -> int:
+    """Return the id of a map."""
+    number: int = struct.unpack_from("=I", _info(fd, 24), 4)[0]
+    return number
+
+
 def map_lookup(fd: int, key: bytes, value_size: int) -> bytes | None:
     """Return the value of ``key``, or None. A per-CPU map returns the values of all CPUs, each padded to 8 bytes."""
     key_buffer = ctypes.create_string_buffer(key, len(key))
@@ -425,6 +431,22 @@ def program_info(fd: int) -> ProgramInfo:
         instructions=struct.unpack_from("=I", info, 216)[0],
         missed=struct.unpack_from("=Q", info, 208)[0],
     )
+
+
+def program_type(fd: int) -> int:
+    """Return the type of a program."""
+    kind: int = struct.unpack_from("=I", _info(fd, 224))[0]
+    return kind
+
+
+def program_maps(fd: int) -> frozenset[int]:
+    """Return the ids of the maps that a program uses."""
+    numbers = ctypes.create_string_buffer(4 * 64)  # MAX_USED_MAPS
+    info = ctypes.create_string_buffer(224)
+    struct.pack_into("=IQ", info, 52, 64, _address(numbers))
+    bpf(Command.OBJ_GET_INFO_BY_FD, _attribute("IIQ", fd, len(info), _address(info)))
+    (count,) = struct.unpack_from("=I", info, 52)
+    return frozenset(struct.unpack_from(f"={min(count, 64)}I", numbers))
 
 
 def link_create(program: int, cgroup: int, attach: AttachType) -> int:

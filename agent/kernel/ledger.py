@@ -63,27 +63,40 @@ def _is_large(value: object, depth: int = 2) -> bool:
     return any(_is_large(each, depth - 1) for each in (value.values() if isinstance(value, dict) else value))
 
 
+def _map(fd: int | None) -> mmap.mmap | None:
+    """Map the ledger into memory and close its descriptor: the mapping and the pin hold it. None: it is missing, or
+    something else.
+    """
+    if fd is None:
+        return None
+    try:
+        found = bpf.map_definition(fd, LEDGER)
+        is_ours = (found.type, found.key_bytes, found.max_entries, found.flags) == (_ARRAY, 4, 1, _MMAPABLE)
+        if not is_ours or not 2 * _HEADER.size < found.value_bytes - _PAGE <= 2 * MAX_RECORD_BYTES:
+            return None
+        return mmap.mmap(fd, found.value_bytes)
+    except OSError:
+        return None
+    finally:
+        os.close(fd)
+
+
 class Ledger:
     """The record in a pinned map."""
 
     def __init__(self, pins: Pins) -> None:
         """Open the ledger of a state folder, or create it. Raises UdpwatchError."""
-        fd = pins.ledger()
         try:
-            size = bpf.map_definition(fd, LEDGER).value_bytes if fd is not None else 0
-            if fd is None or size <= _PAGE + 2 * _HEADER.size:
-                if fd is not None:
-                    os.close(fd)
-                size = _PAGE + 2 * HALF_BYTES
-                fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, size, 1, _MMAPABLE))
+            memory = _map(pins.ledger())
+            if memory is None:
+                fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, _PAGE + 2 * HALF_BYTES, 1, _MMAPABLE))
                 pins.pin_ledger(fd)
-            self._half_bytes = (size - _PAGE) // 2  # another version's may differ
-            self._memory = mmap.mmap(fd, size)
+                memory = _map(fd)
         except OSError as error:
             raise UdpwatchError(f"cannot keep the state in {pins.folder}: {error.strerror}") from None
-        finally:
-            if fd is not None:
-                os.close(fd)  # the mapping and the pin hold the map
+        assert memory
+        self._memory = memory
+        self._half_bytes = (len(memory) - _PAGE) // 2  # another version's may differ
 
     def close(self) -> None:
         """Unmap it."""
@@ -99,7 +112,7 @@ class Ledger:
         packed = self._memory[at + _HEADER.size : at + _HEADER.size + min(length, self._half_bytes)]
         if hashlib.sha256(packed).digest() != digest:
             return None
-        with contextlib.suppress(ValueError, zlib.error):
+        with contextlib.suppress(ValueError, RecursionError, zlib.error):
             record = json.loads(zlib.decompressobj().decompress(packed, MAX_RECORD_BYTES))
             return record if isinstance(record, dict) else None
         return None
@@ -114,10 +127,11 @@ class Ledger:
         if len(packed) > room:
             raise ValueError(f"it needs {len(packed)} bytes, and there is room for {room}")
         (number,) = _NUMBER.unpack_from(self._memory)
-        at = self._half(number + 1)
+        number = (number + 1) % (1 << 64) or 2  # even like 0, which stands for an empty map
+        at = self._half(number)
         _HEADER.pack_into(self._memory, at, len(packed), hashlib.sha256(packed).digest())
         self._memory[at + _HEADER.size : at + _HEADER.size + len(packed)] = packed
-        _NUMBER.pack_into(self._memory, 0, number + 1)
+        _NUMBER.pack_into(self._memory, 0, number)
 
     def _half(self, number: int) -> int:
         return _PAGE + number % 2 * self._half_bytes

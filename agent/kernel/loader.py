@@ -54,6 +54,7 @@ class Kept:
     resumed: bool  # it was taken over
     before: str  # the generation that counts until this one has learned, or whose counts wait to be read; "": none
     unpinned: str  # why it is not pinned; "": it is
+    removed: str  # why what was pinned under this digest was removed; "": it was not
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,5 +198,5 @@ def _unpack(answer: dict[str, Any], descriptors: list[int]) -> Loaded:
         instructions=instructions,
         features=Features(**features),
         compiler=str(answer["compiler"]),
-        kept=Kept(**({"before": "", "unpinned": ""} | answer["kept"])) if answer["kept"] else None,
+        kept=Kept(**({"before": "", "unpinned": "", "removed": ""} | answer["kept"])) if answer["kept"] else None,
     )

@@ -22,8 +22,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from udpwatch.agent import __version__
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.kernel import capabilities, features, map_types, netns, objects, records
+from udpwatch.agent.kernel import capabilities, features, map_types, netns, objects, pin_check, records
 from udpwatch.agent.kernel.bpf import (
     AttachType,
     MapDefinition,
@@ -54,6 +55,7 @@ from udpwatch.agent.kernel.programs import (
     MAPS,
     OF_SOCKETS,
     ON_DEMAND,
+    PROGRAMS,
     TAIL_CALLS,
     Hook,
     Iterator,
@@ -425,15 +427,16 @@ def _digest(request: dict[str, Any], constants: Mapping[str, object]) -> str:
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:DIGEST_CHARACTERS]
 
 
-def _choose_before(pins: Pins, digest: str) -> Generation | None:
+def _choose_before(pins: Pins, digest: str, cgroup_id: int) -> Generation | None:
     """Return the generation that counts now, or whose counts wait to be read; None: there is only that of ``digest``,
-    or none. Remove the others, which never counted: agents were killed while these were loaded or learned.
+    or none. Remove the others, which never counted: agents were killed while these were loaded or learned. Remove also
+    those that watch another cgroup, whose links are of no use here.
     """
     before: list[Generation] = []
     for each in pins.generations():
         if each.digest == digest and each.manifest():
             continue
-        if each.digest != digest and each.has_counted and each.manifest():
+        if each.digest != digest and each.has_counted(cgroup_id) and each.manifest():
             before.append(each)
         else:
             each.remove()
@@ -446,14 +449,17 @@ def _choose_before(pins: Pins, digest: str) -> Generation | None:
 def _find_kept(request: dict[str, Any], constants: Mapping[str, object]) -> tuple[Generation, dict[str, Any]]:
     """Return the generation to load or to take over, and what the agent is told of it."""
     pins, digest = Pins.inherited(request["state"]), _digest(request, constants)
-    before = _choose_before(pins, digest)
+    before = _choose_before(pins, digest, request["cgroup_id"])
     request["learning"] = before is not None and before.counts
     return pins.generation(digest), {"digest": digest, "before": before.digest if before else "", "resumed": False}
 
 
-def _resume(kept: Generation) -> tuple[_Answer, dict[str, int], str] | None:
-    """Take over a generation; return what was loaded, its maps and its compiler. None: it is missing, or incomplete and
-    removed now."""
+def _resume(
+    kept: Generation, request: dict[str, Any], constants: Mapping[str, object], about: dict[str, Any]
+) -> tuple[_Answer, dict[str, int], str] | None:
+    """Take over a generation; return what was loaded, its maps and its compiler. None: it is missing; or damaged, and
+    removed now, which ``about`` then says.
+    """
     described = kept.manifest()
     answer, maps = _Answer(), dict[str, int]()
     if described is None:
@@ -467,14 +473,43 @@ def _resume(kept: Generation) -> tuple[_Answer, dict[str, int], str] | None:
         for name in LEARNING_LINKS:
             with contextlib.suppress(FileNotFoundError):
                 answer.add("link", name, kept.get("link", name))
-        answer.refused |= described["refused"]
-        answer.instructions |= described["instructions"]
+        _check(answer, maps, request, constants, bool(about["before"]))
+        answer.refused |= {str(name): str(reason) for name, reason in described["refused"].items()}
+        answer.instructions |= {str(name): int(count) for name, count in described["instructions"].items()}
         return answer, maps, str(described["compiler"])
-    except (OSError, LookupError, TypeError, ValueError):
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         for descriptor in (*maps.values(), *answer.descriptors):
             os.close(descriptor)
+        about["removed"] = f"{error.args[0]} is missing" if isinstance(error, LookupError) else str(error)
         kept.remove()
         return None
+
+
+def _check(
+    taken: _Answer,
+    maps: dict[str, int],
+    request: dict[str, Any],
+    constants: Mapping[str, object],
+    is_switching: bool,
+) -> None:
+    """Raise OSError, LookupError or ValueError unless a generation is complete and what would be loaded."""
+    compiled = _obtain("sockets.c", request, constants)
+    definitions = {each.name: each for each in compiled.maps}
+    if maps.keys() - definitions.keys():  # those of inventory.c, if this kernel has what that needs
+        definitions |= {each.name: each for each in _obtain("inventory.c", request, constants).maps}
+    pin_check.check_maps(maps, definitions.values())
+    groups: dict[str, dict[str, int]] = {"program": {}, "link": {}}
+    for (kind, name), descriptor in zip(taken.names, taken.descriptors, strict=True):
+        groups[kind][name] = descriptor
+    for program in PROGRAMS:
+        if program.source != "sockets.c" or program.is_for_healing or program.is_for_learning:
+            continue
+        is_hook = isinstance(program.place, Hook)
+        if (program.required or not is_hook) and program.name not in groups["program"]:
+            raise LookupError(f"the program {program.name}")
+        if program.required and program.name not in groups["link"] and not (program.name == "egress" and is_switching):
+            raise LookupError(f"the link {program.name}")
+    pin_check.check_programs(groups["program"], groups["link"], maps, request["cgroup_id"], is_switching)
 
 
 def _keep(kept: Generation, request: dict[str, Any], maps: dict[str, int], answer: _Answer, compiler: str) -> str:
@@ -485,6 +520,7 @@ def _keep(kept: Generation, request: dict[str, Any], maps: dict[str, int], answe
     objects_ = [*((("map", name), descriptor) for name, descriptor in maps.items()), *loaded]
     manifest = {
         "format": MANIFEST_FORMAT,
+        "version": __version__,
         "names": [name for name, _ in objects_],
         "limits": request["limits"],
         "layout": records.layout(),
@@ -525,7 +561,7 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
             each.remove()
     elif request["state"] >= 0:
         kept, about = _find_kept(request, constants)
-        if taken := _resume(kept):
+        if taken := _resume(kept, request, constants, about):
             answer, maps, compiler = taken
             about["resumed"] = True
     if not compiler:

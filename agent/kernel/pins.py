@@ -20,6 +20,8 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import stat
 import struct
 from collections.abc import Iterator
@@ -35,10 +37,10 @@ MANIFEST = "manifest"
 LEDGER = "ledger"
 BESIDE = "_new"  # after the name of what is being pinned
 KINDS = ("map", "program", "link")
-MAX_GENERATIONS = 8  # far more than a crash in an upgrade leaves
 MAX_MANIFEST = 1 << 20
 _BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 _ARRAY = 2  # BPF_MAP_TYPE_ARRAY
+_DIGEST = re.compile("[0-9a-f]{32}")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -65,7 +67,7 @@ class Generation:
             size = bpf.map_definition(fd, MANIFEST).value_bytes
             raw = bpf.map_lookup(fd, bytes(4), size) if size <= MAX_MANIFEST else None
             described = json.loads((raw or b"").rstrip(b"\0"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
         finally:
             os.close(fd)
@@ -96,14 +98,18 @@ class Generation:
         """Remove one object, if it is there."""
         self._path_of(kind, name).unlink(missing_ok=True)
 
-    @property
-    def has_counted(self) -> bool:
-        """Whether this generation judges replies, or did so before another one took its link."""
+    def has_counted(self, cgroup_id: int) -> bool:
+        """Whether this generation judges replies of a cgroup, or did so before another one took its link."""
         try:
-            os.close(self.get("link", "egress"))
+            fd = self.get("link", "egress")
         except OSError:
             return False
-        return True
+        try:
+            return bpf.link_cgroup_id(fd) in (0, cgroup_id)  # 0: it was detached
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     @property
     def counts(self) -> bool:
@@ -123,17 +129,13 @@ class Generation:
         """Detach and free everything; return how many objects were pinned. Programs end one after the other: `egress`
         first, so that no request is noted that nothing judges."""
         removed = 0
+        if self._path.is_symlink() or self._path.is_file():
+            self._path.unlink()
+            return 1
         for folder in ("", *(kind + "s" for kind in reversed(KINDS))):
-            path = self._path / folder
-            with contextlib.suppress(FileNotFoundError):
-                for each in sorted(path.iterdir()):
-                    if not each.is_dir():
-                        each.unlink()
-                        removed += 1
-                if folder:
-                    path.rmdir()
+            removed += _unlink_files(self._path / folder)
         with contextlib.suppress(FileNotFoundError):
-            self._path.rmdir()
+            shutil.rmtree(self._path)
         return removed
 
     def _path_of(self, kind: str, name: str) -> Path:
@@ -182,10 +184,10 @@ class Pins:
         return Generation(self._path, digest)
 
     def generations(self) -> list[Generation]:
-        """Return the generations that exist, complete or not."""
+        """Return the generations that exist, complete or not. Other folders are left alone."""
         with os.scandir(self.fd) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
-        return [self.generation(name) for name in names[:MAX_GENERATIONS]]
+            found = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        return [self.generation(name) for name in sorted(found) if _DIGEST.fullmatch(name)]
 
     def ledger(self) -> int | None:
         """Return a descriptor of the ledger's map; None: there is none."""
@@ -212,6 +214,20 @@ class Pins:
         return removed
 
 
+def _unlink_files(folder: Path) -> int:
+    """Remove the files of a folder in the order of their names; return their number. Links are not followed."""
+    if folder.is_symlink():
+        return 0
+    removed = 0
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with os.scandir(folder) as entries:
+            files = sorted(entry.path for entry in entries if not entry.is_dir(follow_symlinks=False))
+        for path in map(Path, files):
+            path.unlink()
+            removed += 1
+    return removed
+
+
 def _pin_over(fd: int, path: Path) -> None:
     """Pin an object in the place of another one."""
     beside = path.with_name(path.name + BESIDE)
@@ -231,6 +247,8 @@ def _open(folder: Path, create: bool) -> int:
                 folder.mkdir(0o700)
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        if folder.is_symlink():
+            raise refuse("it is a symbolic link; give the folder itself") from None
         hint = "; mount the bpffs: mount -t bpf bpf /sys/fs/bpf" if not _is_bpffs(folder.parent) else ""
         raise refuse(f"{error.strerror}{hint}") from None
     found = os.fstat(fd)

@@ -19,6 +19,7 @@ from typing import Any
 
 from udpwatch.agent.kernel import bpf, clock
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.pin_check import check_layout
 from udpwatch.agent.kernel.pins import Generation
 from udpwatch.agent.kernel.programs import MAPS
 from udpwatch.agent.kernel.records import Layout
@@ -54,6 +55,7 @@ class Handover:
             self.link = get("link", "egress")
             held = {name for kind, name in described["names"] if kind == "map"}
             self.maps = {name: get("map", name) for name in sorted(held & MAPS["sockets.c"])}
+            check_layout(self.maps, self.layout)
             count_waiting = get("program", "count_waiting")
             self.counting = Counting(
                 self.maps, count_waiting, limits, cpus, pace, self.layout, resumed=True, stored=stored or {}

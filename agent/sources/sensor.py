@@ -65,7 +65,7 @@ class Sensor:
         self.cpus = possible_cpus()
         self._kept = loaded.kept
         ours = pins.generation(loaded.kept.digest) if pins and loaded.kept else None
-        self._handover = self._open_handover(loaded, pins, ours, stored or {})
+        self._handover = self._open_handover(cgroup, loaded, pins, ours, stored or {})
         self._attached = Attached(cgroup, loaded, ours if loaded.kept and not loaded.kept.unpinned else None)
         self._counting: Counting | None = None  # what counts now
         self._next: Counting | None = None  # what learns, and counts then
@@ -77,7 +77,7 @@ class Sensor:
                 self.cpus,
                 pace,
                 resumed=loaded.kept is not None and loaded.kept.resumed,
-                stored=self._stored_of(loaded.kept.digest if loaded.kept else "", stored),
+                stored=self._stored_of("" if self.loaded_anew else self._own_digest, stored),
             )
             self._counting, self._next = (self._handover.counting, own) if self._handover else (own, None)
         self._inventory = Inventory(loaded.links, pace=pace)
@@ -128,7 +128,7 @@ class Sensor:
         return cls(cgroup, limits, loaded, forwarded, pace, pins, stored)
 
     def _open_handover(
-        self, loaded: Loaded, pins: Pins | None, ours: Generation | None, stored: Mapping[str, Any]
+        self, cgroup: Cgroup, loaded: Loaded, pins: Pins | None, ours: Generation | None, stored: Mapping[str, Any]
     ) -> Handover | None:
         """Open what another version has left; if that cannot be read, end it, and count from now on."""
         if not pins or not ours or not loaded.kept or not loaded.kept.before:
@@ -136,9 +136,17 @@ class Sensor:
         before = pins.generation(loaded.kept.before)
         try:
             handover = Handover(before, ours, self.cpus, self._pace, self._stored_of(before.digest, stored))
-        except (OSError, LookupError, TypeError, ValueError) as error:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self.lost_reason = f"cannot read what another version of udpwatch has counted: {error}"
             before.remove()
+            if "egress" not in loaded.links:  # it was to take the link over
+                loaded.links["egress"] = bpf.link_create(
+                    loaded.programs["egress"], cgroup.fd, bpf.AttachType.CGROUP_INET_EGRESS
+                )
+                with contextlib.suppress(OSError):
+                    ours.pin("link", "egress", loaded.links["egress"])
+                    ours.unpin("link", "egress_learning")
+                os.close(loaded.links.pop("egress_learning"))
             return None
         if not handover.is_done:
             loaded.links["egress"] = os.dup(handover.link)
@@ -172,6 +180,15 @@ class Sensor:
     def mode(self) -> str:
         """The mode, in one word for metrics and doctor."""
         return self.features.mode if self._counting else "function"
+
+    @property
+    def _own_digest(self) -> str:
+        return self._kept.digest if self._kept else ""
+
+    @property
+    def loaded_anew(self) -> str:
+        """The generation that was loaded now, whatever is stored of one of the same name; "": it was taken over."""
+        return "" if self._kept and self._kept.resumed else self._own_digest
 
     @property
     def listens(self) -> bool:
@@ -277,6 +294,8 @@ class Sensor:
     def continuity_notes(self) -> list[str]:
         """What is not continued, one line each."""
         lines = [self.lost_reason] if self.lost_reason else []
+        if self._kept and self._kept.removed:
+            lines.append(f"the pinned programs were damaged ({self._kept.removed}) and were loaded anew")
         if self._kept and self._kept.unpinned:
             lines.append(f"cannot pin the programs: {self._kept.unpinned}; they end with the agent")
         return lines

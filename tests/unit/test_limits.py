@@ -37,7 +37,6 @@ NOT_A_TENANTS = {
     "agent/heal/modes.py:MAX_PORTS",
     "agent/heal/namespaces.py:MAX_REPORTED",
     "agent/kernel/loader_child.py:MAX_LOCAL",
-    "agent/kernel/pins.py:MAX_GENERATIONS",
     "agent/kernel/pins.py:MAX_MANIFEST",
     "agent/sources/conntrack.py:MAX_NAMESPACES",
     "agent/kernel/netns.py:MAX_ENTRIES",
