@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from udpwatch.agent.errors import UsageError
-from udpwatch.agent.model import Forwarded, HealSelection, Hooks
+from udpwatch.agent.model import Forwarded, HealSelection, Hooks, StateKeep
 from udpwatch.dns.host_port import host_port
 
 OFF = "off"
@@ -52,6 +52,7 @@ class Settings:
     dns_conf: Path | None
     cache: Path | None
     state: Path | None
+    state_keep: StateKeep
     heal: HealSelection | Literal[False] | None  # False: off; `healing` has what narrows it
     heal_process: tuple[str, ...] | None
     heal_namespace: tuple[str, ...] | None
@@ -282,6 +283,13 @@ SETTINGS = (
         "DIR",
         "keep programs and counts in DIR, a folder of a bpffs such as /sys/fs/bpf/udpwatch, so that replies are also "
         "counted while no agent runs (`udpwatch detach` removes them)",
+    ),
+    Setting(
+        "state_keep",
+        _choice(StateKeep),
+        "always",
+        "WHEN",
+        "keep what is in --state: always, or only after a crash; then a stop removes it, like `udpwatch detach`",
     ),
     Setting("node", _text, None, "NAME", "this node's name in events (default: the host name)"),
 )

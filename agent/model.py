@@ -33,6 +33,13 @@ class Hooks(StrEnum):
     FUNCTION = "function"
 
 
+class StateKeep(StrEnum):
+    """After which ends of the agent its state folder stays."""
+
+    ALWAYS = "always"
+    CRASH = "crash"  # not after a stop by a signal
+
+
 class Forwarded(StrEnum):
     """Whether to check the replies of machines behind this node."""
 

@@ -30,6 +30,7 @@ from udpwatch.agent.kernel import bpf, capabilities, cgroup, features, mounts
 from udpwatch.agent.kernel.capabilities import PURPOSE, Capability
 from udpwatch.agent.kernel.ctnetlink import Table
 from udpwatch.agent.kernel.loader import Limits
+from udpwatch.agent.kernel.pins import DEFAULT_FOLDER, Busy, opened
 from udpwatch.agent.kernel.programs import BY_NAME, HOOKS
 from udpwatch.agent.model import Forwarded, Healing, Probe
 from udpwatch.agent.sources.sensor import Sensor
@@ -75,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--agent", action="store_true", help="print only the running agent's own report; test nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH")):
+    for flag, metavar in (("--config", "FILE"), ("--cgroup", "PATH"), ("--btf", "PATH"), ("--state", "DIR")):
         parser.add_argument(flag, metavar=metavar, help="as in `udpwatch run`")
     parser.add_argument("--connect", metavar="SOCKET", help=f"the agent's socket [{DEFAULT_SOCKET}]")
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Print the report; return 0 if udpwatch works, else 77, or 1 with --agent. Raises UdpwatchError."""
-    flags = {"cgroup": parsed.cgroup, "btf": parsed.btf, "socket": parsed.connect}
+    flags = {"cgroup": parsed.cgroup, "btf": parsed.btf, "socket": parsed.connect, "state": parsed.state}
     settings = resolve(flags, os.environ, settings_file(parsed))
     report = ask(settings.socket) if parsed.agent else examine(settings)
     print(as_json(report) if parsed.json else as_text(report, sys.stdout.isatty()))
@@ -102,6 +103,8 @@ def ask(path: Path | None) -> Report:
         checks += [_probe(from_json(Probe, probe)) for probe in report["probes"]]
         if report.get("healing"):
             checks.append(_healing(from_json(Healing, report["healing"])))
+        if report.get("state"):
+            checks.append(_state(report["state"]))
         return Report(report["version"], tuple(checks), report["mode"], bool(report["ready"]), running=True)
 
 
@@ -118,6 +121,34 @@ def _healing(healing: Healing) -> Check:
         return Check("healing", Status.WARN, f"nothing is healed: {healing.reason}")
     state = "dry run" if healing.dry_run else "on" if healing.is_active else "off"
     return Check("healing", Status.OK, f"{state}; the settings select: {healing.selected}")
+
+
+def _state(state: dict[str, Any]) -> Check:
+    how = "the programs of the last agent were taken over" if state["resumed"] else "the programs were loaded anew"
+    return Check("state", Status.OK, f"kept in {state['folder']}; at the start, {how}")
+
+
+def _pinned(folder: Path) -> Check | None:
+    """Check what agents have left in a state folder; None: nothing, or it cannot be read."""
+    try:
+        with opened(folder) as pins:
+            manifests = [each.manifest() or {} for each in pins.generations()]
+    except Busy:
+        return Check("pinned", Status.OK, f"an agent uses the programs in {folder}")
+    except (UdpwatchError, OSError) as error:
+        exists = os.access(folder.parent, os.X_OK) and folder.exists()
+        return Check("pinned", Status.WARN, str(error)) if exists else None
+    if not manifests:
+        return None
+    versions = sorted({str(manifest.get("version", "of an unknown version")) for manifest in manifests})
+    return Check(
+        "pinned",
+        Status.WARN,
+        f"programs of udpwatch {', '.join(versions)} are pinned in {folder}, and no agent uses them; they go on "
+        "counting, and take CPU time for each UDP packet",
+        "start udpwatch with this --state, or remove them: udpwatch detach"
+        + (f" --state {folder}" if folder != DEFAULT_FOLDER else ""),
+    )
 
 
 def _running(path: Path | None) -> Check:
@@ -157,6 +188,8 @@ def examine(settings: Settings) -> Report:
             with contextlib.closing(sensor):
                 mode = sensor.mode
                 checks += _sensor(sensor, watched, settings.forwarded)
+    folders = {DEFAULT_FOLDER, settings.state or DEFAULT_FOLDER}
+    checks += [check for check in map(_pinned, sorted(folders)) if check]
     checks += [_limits(settings), _running(settings.socket)]
     works = all(check.status is not Status.FAIL for check in checks)
     return Report(__version__, tuple(checks), mode if works else None, works)

@@ -37,8 +37,9 @@ from udpwatch.agent.kernel.clock import read_clocks
 from udpwatch.agent.kernel.cpu import Cpus, Pace, favour_servers
 from udpwatch.agent.kernel.loader import COMPILER_BYTES
 from udpwatch.agent.kernel.memory import read_memory
+from udpwatch.agent.kernel.pins import opened
 from udpwatch.agent.kernel.rlimits import raise_descriptor_limit
-from udpwatch.agent.model import Cause, Event, Healing, Probe, Row, Sample, Snapshot
+from udpwatch.agent.model import Cause, Event, Healing, Probe, Row, Sample, Snapshot, StateKeep
 
 if TYPE_CHECKING:
     from udpwatch.dns.service import Service
@@ -97,6 +98,7 @@ class App:
         self._cpus = Cpus()
         self._started = time.time()
         self._failure: BaseException | None = None
+        self._is_crash = True  # unless a signal stops the agent
         self._logged_ready: bool | None = None  # in the log
         self._done = asyncio.Event()
         self._read_at = self._logged_at = time.monotonic()
@@ -154,12 +156,12 @@ class App:
 
     async def _run(self) -> None:
         for number in STOP_SIGNALS:
-            self._loop.add_signal_handler(number, self._done.set)
+            self._loop.add_signal_handler(number, self._stop)
         if self._dns:
             self._loop.add_signal_handler(signal.SIGHUP, self._reload_dns)
             self._loop.add_signal_handler(signal.SIGUSR1, self._log_dns_statistics)
         if self._starting.to_be_stopped:
-            self._done.set()
+            self._stop()
         self._drop_capabilities()
         self._announce()
         for line in self._watching.self_test.run():
@@ -190,6 +192,11 @@ class App:
         else:
             log.warning("not ready: %s", reason)
         await self._done.wait()
+
+    def _stop(self) -> None:
+        """Stop as asked from outside; every other end is a crash."""
+        self._is_crash = False
+        self._done.set()
 
     async def _notify_watchdog(self) -> None:
         """Tell systemd that the agent works: the sensor's thread takes samples, and this event loop runs."""
@@ -222,6 +229,8 @@ class App:
             await self._api.stop()
         if self._http:
             await asyncio.to_thread(self._http.stop)
+        if self._continuity and not self._is_crash and self._settings.state_keep is StateKeep.CRASH:
+            await asyncio.to_thread(self._continuity.remove)
         if ended:  # else the thread still uses the descriptors, and the process's end closes them
             self._watching.close()
 
@@ -335,6 +344,9 @@ class App:
             "capabilities": sorted(map(str, capabilities.effective())),
             "probes": [asdict(probe) for probe in snapshot.probes],
             "healing": asdict(healing) if healing else None,
+            "state": {"folder": str(self._settings.state), "resumed": self._continuity.is_resumed}
+            if self._continuity
+            else None,
         }
 
     def _on_failure(self, error: BaseException) -> None:
@@ -401,6 +413,9 @@ def run(settings: Settings) -> None:
         asyncio.run(main())
     except Stopped:
         log.info("stopped while starting")
+        if settings.state and settings.state_keep is StateKeep.CRASH:
+            with contextlib.suppress(UdpwatchError, OSError), opened(settings.state) as pins:
+                pins.remove()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -44,6 +44,7 @@ class Continuity:
         self._record = self._ledger.read() or {}
         if self._record.get("format") != FORMAT:
             self._record = {}
+        self.is_resumed = False  # whether the programs of the last agent were taken over
         self._source: Storing | None = None
         self._not_before = 0.0  # monotonic seconds
         self._is_logged = False
@@ -52,6 +53,15 @@ class Continuity:
         """Leave the folder to the next agent."""
         self._ledger.close()
         self.pins.close()
+
+    def remove(self) -> None:
+        """Detach and remove everything, so that the next agent begins anew (--state-keep crash)."""
+        try:
+            removed = self.pins.remove()
+        except OSError as error:
+            log.warning("cannot remove the state folder: %s; run `udpwatch detach`", error)
+        else:
+            log.info("detached: %d programs, maps and links were removed", removed)
 
     @property
     def sensor(self) -> Mapping[str, Any]:

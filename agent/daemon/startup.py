@@ -70,6 +70,7 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
         watched.close()
         raise
     if continuity:
+        continuity.is_resumed = sensor.is_resumed
         continuity.begin_anew(sensor.loaded_anew)
         continuity.follow(sensor)
     healer = Healer(settings.healing, sensor.maps, sensor.cpus, sensor.heal_reason) if settings.healing else None

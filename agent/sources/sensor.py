@@ -76,7 +76,7 @@ class Sensor:
                 limits,
                 self.cpus,
                 pace,
-                resumed=loaded.kept is not None and loaded.kept.resumed,
+                resumed=self.is_resumed,
                 stored=self._stored_of("" if self.loaded_anew else self._own_digest, stored),
             )
             self._counting, self._next = (self._handover.counting, own) if self._handover else (own, None)
@@ -188,7 +188,12 @@ class Sensor:
     @property
     def loaded_anew(self) -> str:
         """The generation that was loaded now, whatever is stored of one of the same name; "": it was taken over."""
-        return "" if self._kept and self._kept.resumed else self._own_digest
+        return "" if self.is_resumed else self._own_digest
+
+    @property
+    def is_resumed(self) -> bool:
+        """Whether the programs of the last agent were taken over."""
+        return self._kept is not None and self._kept.resumed
 
     @property
     def listens(self) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -307,3 +309,43 @@ def test_unrelated_map_in_place_of_the_ledger(
     put(definition, state / "ledger")
     counts_and_says(host, folder, port, state, before=5)
     counts_and_says(host, folder, port, state, "goes on with the counts", before=10)
+
+
+def test_stop_removes_the_folder_and_a_crash_keeps_it(
+    host: ContainerHost, folder: Path, port: int, state: Path
+) -> None:
+    """With --state-keep crash, as in the chart."""
+    flags = (f"--state={state}", "--state-keep=crash")
+    with Agent(folder, *flags) as agent:
+        wrong_replies(host, port, 5)
+        agent.counted(port, 5)
+        agent.stop(signal.SIGKILL)
+    wrong_replies(host, port, 5)
+    with Agent(folder, *flags) as agent:
+        assert agent.counted(port, 10) == 10
+        assert agent.stop() == 0
+        assert any("programs, maps and links were removed" in line for line in agent.log)
+    # The folder itself is below another process's /proc/PID/fd, which the agent may no longer enter.
+    assert not list(state.iterdir())
+
+
+def pinned(state: Path) -> tuple[str, str, str] | None:
+    """Return what doctor reports of the state folder: status, what it found, what to change."""
+    report = json.loads(run_cli("doctor", "--json", f"--state={state}").stdout)
+    rows = [check for check in report["checks"] if check["name"] == "pinned" and str(state) in check["found"]]
+    return (rows[0]["status"], rows[0]["found"], rows[0]["change"]) if rows else None
+
+
+def test_doctor_reports_programs_that_no_agent_uses(folder: Path, state: Path) -> None:
+    assert pinned(state) is None
+    with Agent(folder, f"--state={state}") as agent:
+        status, found, _ = pinned(state) or ("", "", "")
+        assert (status, found) == ("ok", f"an agent uses the programs in {state}")
+        report = run_cli("doctor", "--agent", f"--connect={folder}/udpwatch.sock").stdout
+        assert "the programs were loaded anew" in " ".join(report.split())
+        assert agent.stop() == 0
+    status, found, change = pinned(state) or ("", "", "")
+    assert status == "warn" and "no agent uses them" in found and f"udpwatch detach --state {state}" in change
+    with Agent(folder, f"--state={state}"):
+        report = run_cli("doctor", "--agent", f"--connect={folder}/udpwatch.sock").stdout
+        assert "the programs of the last agent were taken over" in " ".join(report.split())

@@ -19,7 +19,7 @@ from repository import ROOT
 from udpwatch.agent import __version__
 from udpwatch.agent.cli import parse
 from udpwatch.agent.config import Settings, resolve
-from udpwatch.agent.model import Forwarded, HealSelection, Hooks
+from udpwatch.agent.model import Forwarded, HealSelection, Hooks, StateKeep
 from udpwatch.dns.options import read_conf
 from udpwatch.dns.settings import Server
 
@@ -71,6 +71,7 @@ MATRIX: dict[str, Values] = {
     },
     "network-policy": {"networkPolicy": {"enabled": True}},
     "settings": {"config": SETTINGS},
+    "state": {"state": {"enabled": True}},
     "heal": {"heal": [69, 161], "config": {"window": 20}},
     "heal-pods": {
         "healProcesses": ["snmpd", "dns-*"],
@@ -299,12 +300,13 @@ def test_mounts_are_as_documented(name: str) -> None:
     from_host = {
         volume["hostPath"]["path"]: mounts[key]["mountPath"] for key, volume in volumes.items() if "hostPath" in volume
     }
-    assert from_host == HOST_PATHS | ({DOCKER: DOCKER} if name == "docker-node" else {})
+    bpffs = {"/sys/fs/bpf": "/host/sys/fs/bpf"} if name == "state" else {}
+    assert from_host == HOST_PATHS | bpffs | ({DOCKER: DOCKER} if name == "docker-node" else {})
     writable = {mount["mountPath"] for mount in mounts.values() if not mount.get("readOnly")}
-    assert writable == {"/run/udpwatch", "/tmp"}, "nothing that the next start would load"
+    assert writable - set(bpffs.values()) == {"/run/udpwatch", "/tmp"}, "nothing that the next start would load"
     for mount in mounts.values():
         volume = volumes[mount["name"]]
-        assert mount.get("readOnly") or volume["emptyDir"]["sizeLimit"]
+        assert mount.get("readOnly") or mount["mountPath"] in bpffs.values() or volume["emptyDir"]["sizeLimit"]
     assert not any("volumeMounts" in init for init in spec.get("initContainers", ()))
 
 
@@ -364,6 +366,13 @@ def test_agent_accepts_its_configuration(name: str, tmp_path: Path) -> None:
     if found.dns:
         assert found.dns_conf
         assert read_conf(found.dns_conf).listen_addresses
+
+
+def test_pods_end_removes_what_is_kept_on_the_node(tmp_path: Path) -> None:
+    """A pod cannot know whether it is updated or uninstalled."""
+    found = settings(render({"state": {"enabled": True}}), tmp_path)
+    assert (found.state, found.state_keep) == (Path("/host/sys/fs/bpf/udpwatch"), StateKeep.CRASH)
+    assert settings(render(), tmp_path).state is None
 
 
 def test_metrics_are_served_on_an_ipv6_address(tmp_path: Path) -> None:
