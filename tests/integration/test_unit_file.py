@@ -44,11 +44,13 @@ _INSTALL = f"""{_MOUNT}
 /usr/bin/python3 -m venv --system-site-packages /{OPT}
 /{OPT}/bin/pip install -q --disable-pip-version-check --no-index --find-links={{place}}/wheels {{constraint}} udpwatch
 """
+_BPFFS = "mount -t bpf -o mode=700 none /sys/fs/bpf"  # as systemd does on a machine of its own
 _BOOT = f"""{_MOUNT}
 mount -t tmpfs none /run
 mount -t tmpfs none /var/cache
 umount -R /sys/fs/cgroup
 mount -t cgroup2 none /sys/fs/cgroup
+{{bpffs}}
 exec {SYSTEMD} --system --unit=test.target --show-status=no
 """
 
@@ -87,7 +89,7 @@ def _install(place: Path) -> None:
 class Systemd:
     """A systemd in the network of a host of the lab, with the unit and a drop-in."""
 
-    def __init__(self, place: Path, host: ContainerHost, drop_in: str = "") -> None:
+    def __init__(self, place: Path, host: ContainerHost, drop_in: str = "", bpffs: str = _BPFFS) -> None:
         """The unit's agent is ready when it returns."""
         # No journal is there to read.
         self._said = place / "said"
@@ -102,7 +104,7 @@ class Systemd:
         self._host = host
         own = ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", "--mount-proc"]
         self.process = subprocess.Popen(
-            [*own, "sh", "-ec", _BOOT.format(place=place)],
+            [*own, "sh", "-ec", _BOOT.format(place=place, bpffs=bpffs)],
             env={"container": CGROUP, "SYSTEMD_UNIT_PATH": str(place / "units"), "PATH": os.environ["PATH"]},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -204,18 +206,30 @@ def test_agent_works_in_the_unit(systemd: Systemd, host: ContainerHost, port: in
 
 
 def test_agent_in_the_unit_has_minimal_rights(systemd: Systemd) -> None:
-    """It has the unit's capabilities, fewer once it runs, and a file system with two writable folders."""
+    """It has the unit's capabilities, fewer once it runs, and a file system with three writable folders."""
     assert systemd.has("CapBnd") == {"BPF", "NET_ADMIN", "PERFMON"}
     assert systemd.has("CapEff") == {"BPF", "NET_ADMIN"}
     status = systemd.status()
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     root = Path(f"/proc/{systemd.pid}/root")
     looked = "run/udpwatch", "var/cache/udpwatch", "run", "usr", "etc", "var/lib", "proc/sys/net", "sys/fs/cgroup"
+    looked += "sys/fs/bpf", "sys/fs/bpf/udpwatch"
     written = {path for path in looked if not os.statvfs(root / path).f_flag & os.ST_RDONLY}
-    assert written == {"run/udpwatch", "var/cache/udpwatch"}
+    assert written == {"run/udpwatch", "var/cache/udpwatch", "sys/fs/bpf/udpwatch"}
     assert (root / "var/cache/udpwatch").stat().st_mode & 0o777 == 0o700
     assert list((root / "var/cache/udpwatch").iterdir())
     assert not os.access(root / "root/.profile", os.F_OK)
+
+
+def test_counts_survive_a_restart_of_the_unit(systemd: Systemd, host: ContainerHost, port: int) -> None:
+    wrong_reply(host, port)
+    first = systemd.pid
+    systemd.systemctl("stop", "udpwatch")
+    wrong_replies(host, port, 4)
+    systemd.systemctl("start", "udpwatch")
+    assert systemd.pid != first
+    assert any("goes on with the counts" in line for line in systemd.said)
+    assert counted(host.node, port, "127.0.0.1", times=5)["verdict"] == "new"
 
 
 def test_unit_stops(systemd: Systemd) -> None:
@@ -247,6 +261,7 @@ def test_drop_in_enables_dns(place: Path, host: ContainerHost, documented: list[
 def test_drop_in_enables_mode_netlink(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
     (drop_in,) = (block for block in documented if "SYS_PTRACE" in block)
     without_types = "Environment=UDPWATCH_BTF=/etc/hostname"
-    with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n")) as running:
+    with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n", bpffs="")) as running:
+        assert any("cannot use the state folder /sys/fs/bpf/udpwatch" in line for line in running.said)
         assert running.has("CapEff") == {"BPF", "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"}
         assert wrong_reply(host, port) == "unknown"

@@ -215,13 +215,13 @@ def get(node: Namespace, address: str, port: int, path: str) -> tuple[int, str]:
             return answer.status, answer.read().decode()
 
 
-def counted(node: Namespace, port: int, address: str) -> dict[str, str]:
-    """Wait until the agent at this address counts a wrong reply from a port; returns the labels of its series."""
+def counted(node: Namespace, port: int, address: str, times: int = 1) -> dict[str, str]:
+    """Wait until the agent at this address counts wrong replies from a port; returns the labels of their series."""
 
     def find() -> list[dict[str, str]]:
         families = text_string_to_metric_families(get(node, address, 9953, "/metrics")[1])
         samples = [sample for family in families for sample in family.samples if sample.name == COUNTER]
-        return [sample.labels for sample in samples if sample.labels["port"] == str(port) and sample.value == 1]
+        return [sample.labels for sample in samples if sample.labels["port"] == str(port) and sample.value == times]
 
     (labels,) = wait_for(find, "the finding")
     return labels
