@@ -56,6 +56,7 @@ COUNT_SECONDS = 60.0  # for the last counts to be in a scrape
 #: part of the run in which agents are ended and killed; before and after it, one agent lives for 40 % of the run
 RESTARTS_FROM, RESTARTS_TO = 0.4, 0.6
 ALONE_SECONDS = 2.0  # at most, without an agent
+FORGET_SECONDS = 60  # then the number of series is steady after a minute
 WINDOW_SECONDS = 5  # how long the programs of another version learn
 HELD_EVENTS = 100  # at most, that an agent has taken from the kernel and not yet written
 LOST_STAGES = ("rate_limit", "ring_full", "findings_full", "queue", "output")
@@ -105,6 +106,7 @@ class Soak:
             f"--cache={self._folder}/cache",
             f"--state={self._state}",
             f"--window={WINDOW_SECONDS}",
+            f"--forget={FORGET_SECONDS}",
         )
         env = os.environ | (before_all(version) if version else {})
         self._agent = InNamespace(self._host, self._folder, *flags, env=env)
