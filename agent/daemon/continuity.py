@@ -42,7 +42,8 @@ class Continuity:
             self.pins.close()
             raise
         self._record = self._ledger.read() or {}
-        if self._record.get("format") != FORMAT:
+        if self._record and self._record.get("format") != FORMAT:
+            log.warning("cannot go on with the last agent's counts, they begin at 0: another version stored them")
             self._record = {}
         self.is_resumed = False  # whether the programs of the last agent were taken over
         self._source: Storing | None = None
@@ -101,21 +102,21 @@ class Continuity:
         if time.monotonic() < self._not_before and not at_once:
             return False
         begin = time.thread_time()
-        record = {
-            "format": FORMAT,
-            "version": __version__,
-            "state": state.to_store(),
-            "sensor": self._source.to_store() if self._source else {},
-        }
+        sensor = self._source.to_store() if self._source else {}
         try:
-            self._ledger.write(record, self._pace)
+            self._write(state.to_store(), sensor)
         except ValueError as error:
+            # The next agent takes for rows what the kernel's table holds then, and for servers what its array does.
+            self._write(state.to_store(rows=False), {"counting": sensor.get("counting")})
             if not self._is_logged:
                 self._is_logged = True
-                log.warning("cannot store the counts for the next agent: %s", error)
-        else:
-            if self._source:
-                self._source.note_stored()
+                log.warning("cannot store rows and servers for the next agent: %s; lower --max-series", error)
+        if self._source:
+            self._source.note_stored()
         took = time.thread_time() - begin  # without pauses
         self._not_before = time.monotonic() + min(took / STORE_SHARE, MAX_PAUSE_SECONDS)
         return True
+
+    def _write(self, state: dict[str, Any], sensor: dict[str, Any]) -> None:
+        record = {"format": FORMAT, "version": __version__, "state": state, "sensor": sensor}
+        self._ledger.write(record, self._pace)

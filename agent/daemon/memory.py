@@ -6,10 +6,11 @@ their default.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 _Described = TypeVar("_Described")
 _FIELDS: dict[type, tuple[str, ...]] = {}  # of each type that was described; empty: no dataclass
@@ -29,7 +30,7 @@ def described(value: Any) -> Any:
 
 def restored(kind: type[_Described], described: Mapping[str, Any]) -> _Described:
     """Return a flat dataclass from its description. Raises LookupError, TypeError or ValueError if that is invalid."""
-    hints = get_type_hints(kind)
+    hints = _hints(cast(Hashable, kind))
     values = {}
     for each in fields(kind):  # type: ignore[arg-type]
         if each.name not in described:
@@ -41,6 +42,11 @@ def restored(kind: type[_Described], described: Mapping[str, Any]) -> _Described
             raise TypeError(f"invalid value {value!r} for {each.name}")
         values[each.name] = value
     return kind(**values)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def numbers(described: Mapping[str, Any]) -> dict[str, int]:

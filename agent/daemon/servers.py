@@ -110,12 +110,12 @@ class Servers:
         self._risk_of: Mapping[int, Risk] = {}
         self._evictions = 0  # in this sample
 
-    def to_store(self) -> dict[str, Any]:
-        """Return what the next process needs so that no counter falls (`restore`)."""
+    def to_store(self, entries: bool = True) -> dict[str, Any]:
+        """Return what the next process needs so that no counter falls (`restore`). Without ``entries``, it is small."""
         return {
             "entries": [
                 described(entry) | {"sockets": (), "drops_of": sorted(entry.drops_of.items())}
-                for entry in self._entries.values()
+                for entry in (self._entries.values() if entries else ())
             ],
             "generation": self._generation,
             "kernel_other": described(self._kernel_other),
@@ -142,8 +142,9 @@ class Servers:
             entries[entry.place] = entry
         other = {str(namespace): restored(ServerTotals, each) for namespace, each in stored["other"].items()}
         kernel_other = restored(ServerTotals, stored["kernel_other"])
+        generation = str(stored["generation"])
         self._entries, self.other, self._kernel_other = entries, other, kernel_other
-        self._generation = str(stored["generation"])
+        self._generation = generation
         self._held = Counter(entry.tenant for entry in entries.values() if entry.tenant)
 
     def add_wrong(self, sender: Sender, finding: Finding, count: int) -> None:
@@ -176,7 +177,8 @@ class Servers:
             entry = self._entry(_place(count.netns, count.scope, count.address, count.port), count.netns, now)
             self._identify(entry, count.pid, count.process, count.cgroup, monotonic, by_reply=True)
             entry.is_counted = True
-            read = ServerTotals(count.requests, count.replies, count.unanswered, entry.seen.drops)
+            unanswered = _not_below(count, entry.seen)
+            read = ServerTotals(count.requests, count.replies, unanswered, entry.seen.drops)
             if read.requests != entry.seen.requests:
                 entry.last = now
             self._count(entry, read)
@@ -286,7 +288,7 @@ class Servers:
         (entry.counts if entry.tenant else self._other(entry.sender.namespace)).add(more)
 
     def _add_kernel_other(self, count: ServerCount) -> None:
-        read = ServerTotals(count.requests, count.replies, count.unanswered)
+        read = ServerTotals(count.requests, count.replies, _not_below(count, self._kernel_other))
         self._other("").add(_more(read, self._kernel_other))
         self._kernel_other = read
 
@@ -429,6 +431,11 @@ def _group(entry: _Entry) -> _Group:
 
 def _grown(now: int, before: int) -> int:
     return now - before if now >= before else now  # it began again at 0
+
+
+def _not_below(count: ServerCount, seen: ServerTotals) -> int:
+    """Return the unanswered requests. An agent that goes on where another one stopped may count fewer for a while."""
+    return max(count.unanswered, seen.unanswered) if count.requests >= seen.requests else count.unanswered
 
 
 def _more(now: ServerTotals, before: ServerTotals) -> ServerTotals:

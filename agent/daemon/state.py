@@ -280,8 +280,8 @@ class State:
             known.last += seconds
         self._servers.move_times(seconds)
 
-    def to_store(self) -> dict[str, Any]:
-        """Return what the next process needs so that no counter falls (`restore`)."""
+    def to_store(self, rows: bool = True) -> dict[str, Any]:
+        """Return what the next process needs so that no counter falls (`restore`). Without ``rows``, it is small."""
         with self._losing:
             lost = dict(self._lost_here)
         return {
@@ -292,8 +292,8 @@ class State:
             "other": self._other,
             "other_healed": self._other_healed,
             "beyond": {str(tenant): count for tenant, count in self._beyond.items()},
-            "rows": [described(known) for known in self._sums.values()],
-            "servers": self._servers.to_store(),
+            "rows": [described(known) for known in self._sums.values()] if rows else [],
+            "servers": self._servers.to_store(rows),
         }
 
     def restore(self, stored: Mapping[str, Any]) -> None:
@@ -304,20 +304,25 @@ class State:
         other, other_healed = numbers(stored["other"]), numbers(stored["other_healed"])
         beyond = {int(tenant): int(count) for tenant, count in stored["beyond"].items()}
         seen, sums = numbers(stored["seen"]), dict[_Key, _Sum]()
-        for row in stored["rows"][: self._max_series]:
-            finding = restored(Finding, row["increase"]["finding"])
+        for row in stored["rows"]:
+            try:
+                finding = restored(Finding, row["increase"]["finding"])
+            except ValueError:  # a cause or verdict that this version does not know
+                finding = None
+            if finding is None or len(sums) >= self._max_series:  # or the limit was higher
+                namespace = str(row["sender"]["namespace"])
+                more = other_healed if row["increase"]["finding"]["verdict"] == Verdict.HEALED else other
+                more[namespace] = more.get(namespace, 0) + int(row["count"])
+                continue
             increase = restored(Increase, row["increase"] | {"finding": finding})
             namespace, pod, container = map(str, row["tenant"])
             parts = {"increase": increase, "sender": restored(Sender, row["sender"])}
             known = restored(_Sum, row | parts | {"tenant": (namespace, pod, container)})
             sums[_key(known.sender, finding)] = known
-        for row in stored["rows"][self._max_series :]:  # the limit was higher
-            namespace = str(row["sender"]["namespace"])
-            more = other_healed if row["increase"]["finding"]["verdict"] == Verdict.HEALED else other
-            more[namespace] = more.get(namespace, 0) + int(row["count"])
+        generation = str(stored["generation"])
         self._servers.restore(stored["servers"])
         self._totals, self._lost_here, self._other, self._other_healed = Counter(totals), lost, other, other_healed
-        self._generation, self._seen, self._beyond = str(stored["generation"]), seen, beyond
+        self._generation, self._seen, self._beyond = generation, seen, beyond
         self._sums, self._held = sums, Counter(known.tenant for known in sums.values())
 
     def snapshot(self, self_test_passed: bool, now: float, healing: Healing | None = None) -> Snapshot:

@@ -75,10 +75,14 @@ class Attached:
 
     def detach(self, name: str) -> None:
         """Detach a program."""
-        if self._kept:
-            self._kept.unpin("link", name)
+        self.unpin(name)
         if (link := self._links.pop(name, None)) is not None:
             os.close(link)
+
+    def unpin(self, name: str) -> None:
+        """Let a program end with this process."""
+        if self._kept:
+            self._kept.unpin("link", name)
 
     def _keep(self, name: str, link: int) -> None:
         program = BY_NAME[name]

@@ -131,7 +131,8 @@ class Ledger:
         at = self._half(number)
         _HEADER.pack_into(self._memory, at, len(packed), hashlib.sha256(packed).digest())
         self._memory[at + _HEADER.size : at + _HEADER.size + len(packed)] = packed
-        _NUMBER.pack_into(self._memory, 0, number)
+        with memoryview(self._memory) as view, view.cast("Q") as words:
+            words[0] = number  # one store; struct would clear the bytes first
 
     def _half(self, number: int) -> int:
         return _PAGE + number % 2 * self._half_bytes

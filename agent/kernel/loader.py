@@ -29,7 +29,7 @@ from udpwatch.agent.model import Hooks
 LOAD_SECONDS = 240  # far more than any machine needs; a child that hangs must not block the agent for ever
 COMPILER_BYTES = 130 << 20  # of memory, for a moment; half of it is LLVM's code, which other processes may share
 _MAX_ANSWER = 1 << 20
-_MAX_DESCRIPTORS = 64
+_MAX_DESCRIPTORS = 200  # the kernel passes 253 at most (SCM_MAX_FD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ class Kept:
     resumed: bool  # it was taken over
     before: str  # the generation that counts until this one has learned, or whose counts wait to be read; "": none
     unpinned: str  # why it is not pinned; "": it is
+    learns_until: int  # nanoseconds of the programs' clock; 0: it does not learn
     removed: str  # why what was pinned under this digest was removed; "": it was not
 
 
@@ -198,5 +199,7 @@ def _unpack(answer: dict[str, Any], descriptors: list[int]) -> Loaded:
         instructions=instructions,
         features=Features(**features),
         compiler=str(answer["compiler"]),
-        kept=Kept(**({"before": "", "unpinned": "", "removed": ""} | answer["kept"])) if answer["kept"] else None,
+        kept=Kept(**({"before": "", "unpinned": "", "learns_until": 0, "removed": ""} | answer["kept"]))
+        if answer["kept"]
+        else None,
     )

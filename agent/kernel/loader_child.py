@@ -24,7 +24,7 @@ from typing import Any
 
 from udpwatch.agent import __version__
 from udpwatch.agent.errors import CannotRun, UdpwatchError
-from udpwatch.agent.kernel import capabilities, features, map_types, netns, objects, pin_check, records
+from udpwatch.agent.kernel import capabilities, clock, features, map_types, netns, objects, pin_check, records
 from udpwatch.agent.kernel.bpf import (
     AttachType,
     MapDefinition,
@@ -474,6 +474,7 @@ def _resume(
             with contextlib.suppress(FileNotFoundError):
                 answer.add("link", name, kept.get("link", name))
         _check(answer, maps, request, constants, bool(about["before"]))
+        about["learns_until"] = int(described["learns_until"])
         answer.refused |= {str(name): str(reason) for name, reason in described["refused"].items()}
         answer.instructions |= {str(name): int(count) for name, count in described["instructions"].items()}
         return answer, maps, str(described["compiler"])
@@ -509,12 +510,13 @@ def _check(
             raise LookupError(f"the program {program.name}")
         if program.required and program.name not in groups["link"] and not (program.name == "egress" and is_switching):
             raise LookupError(f"the link {program.name}")
+    if request["learning"] and "egress_learning" not in groups["link"]:  # it does not know what was answered
+        raise LookupError("the link egress_learning")
     pin_check.check_programs(groups["program"], groups["link"], maps, request["cgroup_id"], is_switching)
 
 
 def _keep(kept: Generation, request: dict[str, Any], maps: dict[str, int], answer: _Answer, compiler: str) -> str:
     """Pin everything that was loaded so far. Return why that failed; "": it did not."""
-    learns_until = time.monotonic_ns() + request["limits"]["window_ns"] + LEARN_MORE_NS if request["learning"] else 0
     # Links last: what is attached is complete.
     loaded = sorted(zip(answer.names, answer.descriptors, strict=True), key=lambda each: each[0][0] == "link")
     objects_ = [*((("map", name), descriptor) for name, descriptor in maps.items()), *loaded]
@@ -526,7 +528,7 @@ def _keep(kept: Generation, request: dict[str, Any], maps: dict[str, int], answe
         "layout": records.layout(),
         "refused": answer.refused,
         "instructions": answer.instructions,
-        "learns_until": learns_until,
+        "learns_until": request["learns_until"],
         "compiler": compiler,
     }
     try:
@@ -567,6 +569,8 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
     if not compiler:
         compiler = _load_unbound(found, request, constants, maps, answer)
         if kept:
+            learns = request["limits"]["window_ns"] + LEARN_MORE_NS if request["learning"] else 0
+            about["learns_until"] = request["learns_until"] = clock.monotonic_ns() + learns if learns else 0
             about["unpinned"] = _keep(kept, request, maps, answer, compiler)
     read = _load_bound(found, request, constants, maps, answer)
     if heal_reason:

@@ -16,6 +16,7 @@ MAPS = {
         "hash_keys",
         "ingress_next",
         "egress_next",
+        "egress_learning_next",
         "findings",
         "findings_held",
         "findings_beyond",

@@ -430,7 +430,7 @@ def _finding(key: FindingKey) -> tuple[Finding, Conversation | None]:
         expected=decode_address(bytes(key.expected)),
         actual=decode_address(bytes(key.actual)),
         port=key.port,
-        family=_FAMILIES[key.family],
+        family=_FAMILIES.get(key.family, 6),
         verdict=verdict,
         cause=CAUSES.get(key.cause, Cause.UNKNOWN),
         process=printable(key.comm),
@@ -498,7 +498,7 @@ def decode_event(raw: bytes) -> Event:
         original=decode_tuple(bytes(record.original)),
         reply=decode_tuple(bytes(record.reply)),
         conversation=conversation,
-        pktinfo=PKTINFO[record.pktinfo],
+        pktinfo=PKTINFO.get(record.pktinfo),
     )
 
 

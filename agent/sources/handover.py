@@ -36,12 +36,16 @@ class Handover:
         cpus: int,
         pace: Callable[[], None],
         stored: Mapping[str, Any] | None,
+        learns_until: int,
     ) -> None:
-        """Open what is pinned. Raises OSError, LookupError, TypeError or ValueError if that cannot be read."""
+        """Open what is pinned. Ours learns until ``learns_until``, in nanoseconds of the programs' clock.
+
+        Raises OSError, LookupError, TypeError or ValueError if it cannot be read.
+        """
         self._before, self._ours = before, ours
         self.is_done = ours.counts or not before.counts  # whether our programs count
-        described, own = before.manifest() or {}, ours.manifest() or {}
-        self._learns_until = int(own.get("learns_until", 0))
+        described = before.manifest() or {}
+        self._learns_until = learns_until
         names = Limits.__dataclass_fields__.keys() & dict(described["limits"]).keys()
         limits = Limits(**{name: int(described["limits"][name]) for name in names})
         self.layout = Layout(described["layout"])
@@ -80,11 +84,16 @@ class Handover:
 
     def switch(self, egress: int) -> None:
         """Put our program in the place of the other one. Raises OSError, and then nothing has changed."""
-        with contextlib.suppress(OSError):  # if our programs are not pinned, they end with the agent
-            self._ours.pin("link", "egress", self.link)
         bpf.link_update(self.link, egress)
         self.is_done = True
         bpf.wait_for_programs()
+        self.pin_link()
+
+    def pin_link(self) -> None:
+        """Pin the link as our own; an agent that was killed may not have come to that."""
+        if self._ours.manifest():  # else our programs end with the agent
+            with contextlib.suppress(OSError):
+                self._ours.pin("link", "egress", self.link)
 
     def note_switched(self) -> None:
         """Note that our program counts, because the link of the other one was detached from outside."""

@@ -24,7 +24,18 @@ from udpwatch.agent.kernel.pins import Generation, Pins
 from udpwatch.agent.kernel.programs import FUNCTIONS
 from udpwatch.agent.kernel.records import OWN_LAYOUT
 from udpwatch.agent.kernel.snmp import udp_sent
-from udpwatch.agent.model import ConntrackHealth, Counters, Event, Forwarded, Hooks, Increase, Probe, Sample, UdpSocket
+from udpwatch.agent.model import (
+    ConntrackHealth,
+    Counters,
+    Event,
+    Forwarded,
+    Hooks,
+    Increase,
+    Probe,
+    Sample,
+    ServerCount,
+    UdpSocket,
+)
 from udpwatch.agent.servers.inventory import Inventory
 from udpwatch.agent.sources.counting import Counting, is_readable, read_counters
 from udpwatch.agent.sources.flow_events import ListenedFlows
@@ -93,6 +104,8 @@ class Sensor:
                 "of this one know all pending requests"
             )
         self._last_events: list[Event] = []  # of another version's programs
+        self._undecided = self._dropped = 0  # of another version's programs
+        self._last_servers: tuple[tuple[ServerCount, ...], ServerCount | None, int] = ((), None, 0)
         self._ended = False  # the last sample of another version's programs is due
         self.forwarded_reason = ""  # why forwarded replies are not watched
         self._health: ConntrackHealth | None = None
@@ -135,7 +148,11 @@ class Sensor:
             return None
         before = pins.generation(loaded.kept.before)
         try:
-            handover = Handover(before, ours, self.cpus, self._pace, self._stored_of(before.digest, stored))
+            stored_before = self._stored_of(before.digest, stored)
+            if stored.get("counting") == loaded.kept.digest and "egress" in loaded.links:
+                before.remove()  # everything of it was read and stored
+                return None
+            handover = Handover(before, ours, self.cpus, self._pace, stored_before, loaded.kept.learns_until)
         except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self.lost_reason = f"cannot read what another version of udpwatch has counted: {error}"
             before.remove()
@@ -148,8 +165,10 @@ class Sensor:
                     ours.unpin("link", "egress_learning")
                 os.close(loaded.links.pop("egress_learning"))
             return None
-        if not handover.is_done:
+        if "egress" not in loaded.links:
             loaded.links["egress"] = os.dup(handover.link)
+            if handover.is_done:
+                handover.pin_link()
         return handover
 
     def _stored_of(self, digest: str, stored: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -245,7 +264,10 @@ class Sensor:
         if counting:
             found = counting.end() if self._ended else counting.replies.increases(expire_ns)
         increases = tuple(itertools.chain(found, flows.increases() if flows else ()))
-        servers, other, checked = counting.servers(expire_ns) if counting else ((), None, 0)
+        if self._ended:
+            servers, other, checked = self._last_servers
+        else:
+            servers, other, checked = counting.servers(expire_ns) if counting else ((), None, 0)
         counters = replace(self._counters(), checked=checked)
         replies = counting.replies if counting else None
         return Sample(
@@ -256,9 +278,9 @@ class Sensor:
             is_last=self._ended,
             tracked_peers=counting.tracked if counting else 0,
             evicted_peers=counters.evicted + (flows.evicted if flows else 0),
-            undecided=(replies.undecided if replies else 0) + (flows.undecided if flows else 0),
+            undecided=self._undecided + (replies.undecided if replies else 0) + (flows.undecided if flows else 0),
             beyond=replies.beyond() if replies else {},
-            dropped=(replies.dropped if replies else 0) + (flows.dropped if flows else 0),
+            dropped=self._dropped + (replies.dropped if replies else 0) + (flows.dropped if flows else 0),
             held_back=flows.held_back if flows else 0,
             overruns=flows.overruns if flows else 0,
             flows=counters.flows if flows is None or flows.flows is None else flows.flows,
@@ -274,12 +296,14 @@ class Sensor:
         """Let our programs count instead of another version's. The next sample is the last one of those."""
         assert self._handover and self._counting and self._next
         if not self._handover.is_done:
+            self._attached.unpin("egress_learning")  # so that it ends if this process is killed now
             self._next.begin()
             try:
                 self._handover.switch(self._programs["egress"])
             except OSError:
                 return  # tried again at the next sample
         self._attached.detach("egress_learning")
+        self._last_servers = self._counting.servers(1 << 62)
         self._last_events = list(self._counting.replies.events(MAX_EVENTS))
         self._ended = True
 
@@ -287,6 +311,8 @@ class Sensor:
         """Read our own programs from now on."""
         assert self._counting and self._next
         self._poll.unregister(self._counting.replies.fileno())
+        self._undecided += self._counting.replies.undecided
+        self._dropped += self._counting.replies.dropped
         self._counting, self._next, self._ended = self._next, None, False
         self._told.append("the programs of this version count now")
         self._poll.register(self._counting.replies.fileno(), select.POLLIN)
@@ -310,7 +336,7 @@ class Sensor:
         own = self._next or self._counting
         if not self._kept or not own:
             return {}
-        found = {self._kept.digest: own.to_store()}
+        found: dict[str, Any] = {"counting": self._generation(), self._kept.digest: own.to_store()}
         if self._handover:
             found[self._handover.digest] = self._handover.counting.to_store()
         return found

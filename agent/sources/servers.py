@@ -76,6 +76,8 @@ class ServerCounter:
             # The last process may have let more slots rest than it stored.
             queued = self._queued()
             used = {server.slot for _, server in self._servers()}
+            counted = used | {records.NO_SERVER, records.OTHER_SERVERS}
+            self._begun = {slot: each for slot, each in self._begun.items() if slot in counted}
             self._resting = dict.fromkeys(
                 set(slots) - queued - used, time.monotonic() + RESTING_WINDOWS * limits.window_ns / 1e9
             )
@@ -162,7 +164,7 @@ class ServerCounter:
         if slot not in self._begun:
             return totals
         requests, replies, _ = self._begun[slot]
-        return totals._replace(requests=totals.requests - requests, replies=totals.replies - replies)
+        return totals._replace(requests=max(0, totals.requests - requests), replies=max(0, totals.replies - replies))
 
     def _unanswered(self, slot: int, totals: records.ServerTotals) -> int:
         raw = bpf.map_lookup(self._maps["waiting"], _SLOT.pack(slot), self._layout.size("waiting"))
@@ -175,7 +177,7 @@ class ServerCounter:
 
     def _count(self) -> None:
         """Let the program count the peers that wait."""
-        for slot in (records.NO_SERVER, records.OTHER_SERVERS, *(known.server.slot for known in self._known.values())):
+        for slot in (records.NO_SERVER, records.OTHER_SERVERS, *(server.slot for _, server in self._servers())):
             bpf.map_update(self._maps["waiting"], _SLOT.pack(slot), bytes(self._layout.size("waiting")))
         sets = max(1, self._limits.max_peers // records.WAYS)
         bpf.program_test_run(self._count_waiting, bytes(_FRAME_BYTES), sets)

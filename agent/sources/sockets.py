@@ -43,8 +43,8 @@ class _Known:
     began: int  # when the kernel inserted it
     counted: int = 0  # the part of its count that was reported, was NAT, or stayed undecided
     counted_in: int = 0  # the sample that changed `counted`
+    read: int = 0  # its count
     undecided_since: int | None = None  # CLOCK_MONOTONIC, nanoseconds
-    pending: int = 0  # the part of its count that is undecided since then
     translated: bool = False  # conntrack reported NAT
     asked_at: float = 0.0  # monotonic seconds of the last request to conntrack about it
 
@@ -138,6 +138,7 @@ class ReplySensor:
             known = self._known.get(key)
             if known is None:
                 known = self._known[key] = self._meet(key, read)
+            known.read = count
             if known.conversation is None or known.translated:
                 yield from self._settle(known, count, last, pid)
             elif known.counted != count:
@@ -168,6 +169,7 @@ class ReplySensor:
             self._pace()
             yield from self._delete(key)
         self._shares.set(held)
+        self._stored.clear()  # the elements that were not met are gone
 
     def _meet(self, key: bytes, read: records.CountedFinding) -> _Known:
         """Return what is known of an element that this process has not read before."""
@@ -180,7 +182,7 @@ class ReplySensor:
     def to_store(self) -> Stored:
         """Return what the next process needs to report the rest. Call `note_stored` when that is stored."""
         self._storing = self._sample
-        return {
+        return self._stored | {
             key.hex(): (known.began, known.counted, known.translated, known.undecided_since)
             for key, known in self._known.items()
             if known.counted
@@ -196,9 +198,10 @@ class ReplySensor:
         """
         yield from self.increases(1 << 62)
         for known in self._known.values():
-            if known.undecided_since is not None:
-                self.undecided += known.pending
-                known.counted, known.undecided_since = known.counted + known.pending, None
+            self.undecided += known.read - known.counted
+            known.counted, known.undecided_since = known.read, None
+        self.dropped += len(self._waiting)
+        self._waiting.clear()
 
     def _delete(self, key: bytes) -> Iterator[Increase]:
         """Delete an element; yield what was added to it since it was last read."""
@@ -229,10 +232,9 @@ class ReplySensor:
         if wrong is None:
             since = known.undecided_since = known.undecided_since or clock.monotonic_ns()
             if clock.monotonic_ns() - since <= 2 * self._limits.window_ns and not is_last:
-                known.pending = fresh
                 return
             self.undecided += fresh
-        known.undecided_since, known.pending = None, 0
+        known.undecided_since = None
         known.counted, known.counted_in = count, self._sample
         if wrong:
             yield Increase(known.finding, fresh, last, pid)
