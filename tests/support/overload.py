@@ -66,7 +66,7 @@ def counted(agent: Agent) -> int:
 
 def all_is_accounted(agent: Agent, sent: int, lines: Callable[[Agent], int] = lines_of) -> dict[str, int]:
     """Wait until rows and `other` are all wrong replies that were sent, and delivered and lost events are, too; return
-    what was lost by stage. Nothing else on the node may send wrong replies.
+    what was lost by stage. Nothing else that the agent watches may send wrong replies.
     """
 
     def sums() -> tuple[int, int]:
