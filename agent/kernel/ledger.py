@@ -24,7 +24,7 @@ from udpwatch.agent.kernel.bpf import MapDefinition
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.pins import LEDGER, Pins
 
-HALF_BYTES = 2 << 20  # compressed; the default limits fill a fifth of it
+HALF_BYTES = 2 << 20  # compressed; the default limits need 1.2 MB
 MAX_RECORD_BYTES = 64 << 20  # of a compressed record
 PIECE = 32  # elements
 _ARRAY, _MMAPABLE = 2, 1 << 10  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
@@ -71,10 +71,11 @@ def _map(fd: int | None) -> mmap.mmap | None:
         return None
     try:
         found = bpf.map_definition(fd, LEDGER)
-        is_ours = (found.type, found.key_bytes, found.max_entries, found.flags) == (_ARRAY, 4, 1, _MMAPABLE)
-        if not is_ours or not 2 * _HEADER.size < found.value_bytes - _PAGE <= 2 * MAX_RECORD_BYTES:
+        is_ours = (found.type, found.key_bytes, found.value_bytes, found.flags) == (_ARRAY, 4, _PAGE, _MMAPABLE)
+        size = found.max_entries * _PAGE
+        if not is_ours or not 2 * _PAGE < size <= 2 * MAX_RECORD_BYTES:
             return None
-        return mmap.mmap(fd, found.value_bytes)
+        return mmap.mmap(fd, size)
     except OSError:
         return None
     finally:
@@ -89,14 +90,15 @@ class Ledger:
         try:
             memory = _map(pins.ledger())
             if memory is None:
-                fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, _PAGE + 2 * HALF_BYTES, 1, _MMAPABLE))
+                # Elements of one page, which are adjacent in memory: Linux 5.10 refuses those of more than 4 MB.
+                fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, _PAGE, 1 + 2 * HALF_BYTES // _PAGE, _MMAPABLE))
                 pins.pin_ledger(fd)
                 memory = _map(fd)
         except OSError as error:
             raise UdpwatchError(f"cannot keep the state in {pins.folder}: {error.strerror}") from None
         assert memory
         self._memory = memory
-        self._half_bytes = (len(memory) - _PAGE) // 2  # another version's may differ
+        self._half_bytes = (len(memory) // _PAGE - 1) // 2 * _PAGE  # another version's may differ
 
     def close(self) -> None:
         """Unmap it."""

@@ -24,6 +24,7 @@ import re
 import shutil
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ LEDGER = "ledger"
 BESIDE = "_new"  # after the name of what is being pinned
 KINDS = ("map", "program", "link")
 MAX_MANIFEST = 1 << 20
+LOCK_SECONDS = 3.0
 _BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 _ARRAY = 2  # BPF_MAP_TYPE_ARRAY
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -152,7 +154,7 @@ class Pins:
         self.folder = folder
         self.fd = _open(folder, create)
         try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(self.fd)
         except OSError as error:
             self.close()
             if error.errno == errno.EWOULDBLOCK:
@@ -212,6 +214,18 @@ class Pins:
         with contextlib.suppress(OSError):  # e.g. EBUSY: the folder is where the bpffs is mounted
             self.folder.rmdir()
         return removed
+
+
+def _lock(fd: int) -> None:
+    """Lock a folder. The loader of an agent that was killed may hold the lock a moment longer. Raises OSError."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def _unlink_files(folder: Path) -> int:

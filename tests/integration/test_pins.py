@@ -285,7 +285,8 @@ def test_unrelated_objects_in_the_folder_stay(host: ContainerHost, folder: Path,
 def test_damaged_ledger(host: ContainerHost, folder: Path, port: int, state: Path, part: str) -> None:
     left_by_an_agent(host, folder, port, state)
     fd = bpf.pinned(state / "ledger")
-    size = bpf.map_definition(fd, "ledger").value_bytes
+    definition = bpf.map_definition(fd, "ledger")
+    size = definition.value_bytes * definition.max_entries
     with mmap.mmap(fd, size) as memory:
         if part == "everything":
             memory[:] = os.urandom(size)
