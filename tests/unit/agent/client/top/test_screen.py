@@ -339,7 +339,8 @@ def recording() -> list[str]:
          "verdict": "untracked", "expected": "fd00:13::13", "actual": "fd00:17::1", "family": 6,
          "cause": "connected", "count": 7},
         {"process": None, "pid": None, "port": 53, "namespace": None, "pod": None, "container": None,
-         "expected": "10.2.0.5", "actual": "10.2.0.6", "cause": "forwarded", "interface": "vnet3", "count": 3},
+         "expected": "10.2.0.5", "actual": "10.2.0.6", "cause": "forwarded", "interface": "vnet3", "count": 3,
+         "conntrack": told["conntrack"] | {"request": told["conntrack"]["original"]}},
         {"process": "syslog [bold]\x1b[31m", "port": 514, "namespace": None, "pod": None, "container": None,
          "verdict": "unknown", "cause": "explicit", "count": 1},
     ]  # fmt: skip
