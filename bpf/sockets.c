@@ -645,11 +645,15 @@ int ingress_slow(struct __sk_buff *skb) {
     return 1;
 }
 
-/* Most replies are right, and the address alone shows it for most of them. */
-static __always_inline __u32 answer_quickly(const struct subject *it) {
+/* Note and count a reply that is right by its addresses alone, as most are. */
+static __always_inline enum quick answer_quickly(struct __sk_buff *skb, const struct subject *it) {
     if (it->packet.source_port != it->key.port)
         return LOOK_CLOSER;
-    return answer(it->set, it->tag, &it->packet.source, it->now);
+    __u32 result = answer(it->set, it->tag, &it->packet.source, it->now);
+    enum quick quick = result & QUICK_MASK;
+    if (quick == DONE)
+        count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it->now);
+    return quick;
 }
 
 int egress(struct __sk_buff *skb) {
@@ -657,13 +661,10 @@ int egress(struct __sk_buff *skb) {
 
     if (!find_subject(skb, &it, 1))
         return 1;
-    __u32 result = answer_quickly(&it);
-    enum quick quick = result & QUICK_MASK;
+    enum quick quick = answer_quickly(skb, &it);
     if (quick == LOOK_CLOSER)
         egress_next.call(skb, 0);
-    if (quick == DONE)
-        count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it.now);
-    else
+    if (quick != DONE)
         count_unremembered(skb, &it.key, it.now);
 #if HEALING
     if (quick == DONE && may_be_healed(it.key.port))
@@ -691,14 +692,8 @@ int egress_slow(struct __sk_buff *skb) {
 int egress_learning(struct __sk_buff *skb) {
     struct subject it = {};
 
-    if (!find_subject(skb, &it, 1))
-        return 1;
-    __u32 result = answer_quickly(&it);
-    enum quick quick = result & QUICK_MASK;
-    if (quick == LOOK_CLOSER)
+    if (find_subject(skb, &it, 1) && answer_quickly(skb, &it) == LOOK_CLOSER)
         egress_learning_next.call(skb, 0);
-    if (quick == DONE)
-        count_replies(skb, result >> SLOT_SHIFT, segments_of(skb), !(result & CONTINUED), it.now);
     return 1;
 }
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder."""
     parser.description = (
         "Detach and remove the programs and counts that an agent has kept with --state, for example before udpwatch is "
-        "removed. It must have been stopped."
+        "uninstalled. Stop the agent first."
     )
     parser.add_argument(
         "--state", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help=f"the agent's state folder [{DEFAULT_FOLDER}]"

@@ -558,14 +558,20 @@ def _serve(request: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
         compiler = _load_inventory(request, constants, maps, answer)
         return _content(answer, found, compiler, about), answer.descriptors
     kept = None
-    if request["state"] >= 0 and hooks is Hooks.FUNCTION:
-        for each in Pins.inherited(request["state"]).generations():  # these settings want no cgroup hooks
-            each.remove()
-    elif request["state"] >= 0:
-        kept, about = _find_kept(request, constants)
-        if taken := _resume(kept, request, constants, about):
-            answer, maps, compiler = taken
-            about["resumed"] = True
+    try:
+        if request["state"] >= 0 and hooks is Hooks.FUNCTION:
+            for each in Pins.inherited(request["state"]).generations():  # these settings want no cgroup hooks
+                each.remove()
+        elif request["state"] >= 0:
+            kept, about = _find_kept(request, constants)
+            if taken := _resume(kept, request, constants, about):
+                answer, maps, compiler = taken
+                about["resumed"] = True
+    except OSError as error:
+        raise UdpwatchError(
+            f"cannot remove what is pinned in the state folder: {error.strerror}: {error.filename}; remove it with "
+            "udpwatch detach"
+        ) from None
     if not compiler:
         compiler = _load_unbound(found, request, constants, maps, answer)
         if kept:
@@ -590,7 +596,7 @@ def _load_unbound(
     """Load what may outlive the agent. Return the name of the compiler."""
     compiler = _load_inventory(request, constants, maps, answer) if found.socket_offsets else ""
     if request["hooks"] == Hooks.FUNCTION:
-        return compiler
+        return compiler or _obtain("conntrack.c", request, constants).compiler
     compiled = _obtain("sockets.c", request, constants)
     _load_hooks(_link(compiled, maps), maps, request, answer)
     return compiled.compiler

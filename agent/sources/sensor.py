@@ -147,23 +147,25 @@ class Sensor:
         if not pins or not ours or not loaded.kept or not loaded.kept.before:
             return None
         before = pins.generation(loaded.kept.before)
+        if stored.get("counting") == loaded.kept.digest and "egress" in loaded.links:
+            with contextlib.suppress(OSError):  # the next start tries again
+                before.remove()  # everything of it was read and stored
+            return None
         try:
             stored_before = self._stored_of(before.digest, stored)
-            if stored.get("counting") == loaded.kept.digest and "egress" in loaded.links:
-                before.remove()  # everything of it was read and stored
-                return None
             handover = Handover(before, ours, self.cpus, self._pace, stored_before, loaded.kept.learns_until)
         except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             self.lost_reason = f"cannot read what another version of udpwatch has counted: {error}"
-            before.remove()
             if "egress" not in loaded.links:  # it was to take the link over
                 loaded.links["egress"] = bpf.link_create(
                     loaded.programs["egress"], cgroup.fd, bpf.AttachType.CGROUP_INET_EGRESS
                 )
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError):  # else the program ends with the agent
                     ours.pin("link", "egress", loaded.links["egress"])
                     ours.unpin("link", "egress_learning")
                 os.close(loaded.links.pop("egress_learning"))
+            with contextlib.suppress(OSError):  # the next start tries again
+                before.remove()
             return None
         if "egress" not in loaded.links:
             loaded.links["egress"] = os.dup(handover.link)

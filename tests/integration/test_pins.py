@@ -7,7 +7,6 @@ import mmap
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,27 +15,10 @@ from wrong_replies import wrong_replies
 
 from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.bpf import AttachType, MapDefinition, ProgramType
-from udpwatch.agent.kernel.mounts import open_private
 from udpwatch.agent.testing.lab import ContainerHost
 
 ACCEPT = bytes.fromhex("b7000000010000009500000000000000")  # r0 = 1; exit
 NOBODY = 65_534
-
-
-@pytest.fixture
-def bpffs() -> Iterator[Path]:
-    """A bpffs of its own, which ends with this process."""
-    fd = open_private("bpf")
-    try:
-        yield Path(f"/proc/{os.getpid()}/fd/{fd}")
-    finally:
-        os.close(fd)
-
-
-@pytest.fixture
-def state(bpffs: Path) -> Path:
-    """The path of a state folder."""
-    return bpffs / "udpwatch"
 
 
 def counts_and_says(host: ContainerHost, folder: Path, port: int, state: Path, *expected: str, before: int = 0) -> None:

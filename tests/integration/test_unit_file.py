@@ -45,6 +45,7 @@ _INSTALL = f"""{_MOUNT}
 /{OPT}/bin/pip install -q --disable-pip-version-check --no-index --find-links={{place}}/wheels {{constraint}} udpwatch
 """
 _BPFFS = "mount -t bpf -o mode=700 none /sys/fs/bpf"  # as systemd does on a machine of its own
+_NO_BPFFS = "! mountpoint -q /sys/fs/bpf || umount --lazy /sys/fs/bpf"
 _BOOT = f"""{_MOUNT}
 mount -t tmpfs none /run
 mount -t tmpfs none /var/cache
@@ -261,6 +262,7 @@ def test_drop_in_enables_dns(place: Path, host: ContainerHost, documented: list[
 def test_drop_in_enables_mode_netlink(place: Path, host: ContainerHost, documented: list[str], port: int) -> None:
     (drop_in,) = (block for block in documented if "SYS_PTRACE" in block)
     without_types = "Environment=UDPWATCH_BTF=/etc/hostname"
-    with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n", bpffs="")) as running:
+    with closing(Systemd(place, host, f"{drop_in}\n{without_types}\n", bpffs=_NO_BPFFS)) as running:
+        assert any("cannot use the state folder /sys/fs/bpf/udpwatch" in line for line in running.said)
         assert running.has("CapEff") == {"BPF", "NET_ADMIN", "SYS_ADMIN", "SYS_PTRACE"}
         assert wrong_reply(host, port) == "unknown"
