@@ -28,12 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 class _BesideTheHooks(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types of its classes
     """Run the tests that attach programs to the node's hooks in one process, and the others in another one: the unit
-    tests, the packet parser's, and those of the DNS responder, most of which wait for time-outs.
+    tests, the packet parser's, those of a release, and those of the DNS responder, most of which wait for time-outs.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        names = ("test_dns", "test_parser_fuzz")
-        is_apart = nodeid.startswith(("tests/unit/", *(f"tests/integration/{name}" for name in names)))
+        names = "unit/", "release/", "integration/test_dns", "integration/test_parser_fuzz"
+        is_apart = nodeid.startswith(tuple(f"tests/{name}" for name in names))
         uses_hooks = nodeid.startswith(("tests/integration/test_dns_agent", "tests/integration/test_dns_addresses"))
         return "apart" if is_apart and not uses_hooks else "hooks"
 
