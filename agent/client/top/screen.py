@@ -15,7 +15,6 @@ from textual.binding import Binding, BindingType
 from textual.css.query import NoMatches
 from textual.filter import LineFilter, NoColor
 from textual.message import Message
-from textual.widgets import Input
 
 from udpwatch.agent.client.top.banner import SourceState, banner, nothing_wrong
 from udpwatch.agent.client.top.detail import detail, folded_detail, title
@@ -27,7 +26,7 @@ from udpwatch.agent.client.top.servers import ServerLine, ServerOrder, server_ro
 from udpwatch.agent.client.top.sources import ViewSource, Wanted
 from udpwatch.agent.client.top.style import CSS
 from udpwatch.agent.client.top.traffic import ServerKey
-from udpwatch.agent.client.top.widgets import Help, RowTable, TextPane
+from udpwatch.agent.client.top.widgets import FilterField, Help, RowTable, TextPane
 from udpwatch.agent.errors import UdpwatchError
 from udpwatch.agent.model import Row, Server
 
@@ -61,8 +60,10 @@ class TopApp(App[UdpwatchError | None]):
         Binding("q,ctrl+c", "quit", priority=False),
         Binding("s", "sort"),
         Binding("r", "reverse"),
-        # It moves the focus, so it needs priority: otherwise keys that are already queued go to the old focus.
+        # They move the focus, so they need priority: otherwise keys that are already queued go to the old focus.
         Binding("slash", "filter", priority=True),
+        Binding("enter", "keep_filter", priority=True),
+        Binding("escape", "clear_filter", priority=True),
         Binding("escape", "close"),
         Binding("p", "pause"),
         Binding("tab", "switch", priority=True),
@@ -117,12 +118,11 @@ class TopApp(App[UdpwatchError | None]):
         yield TextPane("heading")
         yield RowTable()
         yield TextPane("detail")
-        yield Input(placeholder="words that a row must contain; Esc clears", id="filter", compact=True)
+        yield FilterField()
         yield TextPane("keys")
 
     def on_mount(self) -> None:
         """Start reading; make SIGTERM and SIGHUP end the screen as `q` does."""
-        self.query_one(Input).cursor_blink = False
         self.screen.set_focus(self.query_one(RowTable))
         if not self.is_headless:
             for number in (signal.SIGTERM, signal.SIGHUP):
@@ -266,34 +266,46 @@ class TopApp(App[UdpwatchError | None]):
         self._draw()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool:
-        """Disable the filter key while the filter is typed, where "/" is a character, and both on the help screen."""
-        if action == "switch":
-            return len(self.screen_stack) == 1
-        return action != "filter" or (len(self.screen_stack) == 1 and not isinstance(self.focused, Input))
+        """Disable the keys that move the focus where they mean something else: "/" is a character while the filter is
+        typed, and Enter and Esc end the filter only then; none of them acts on the help screen.
+        """
+        if action not in ("switch", "filter", "keep_filter", "clear_filter"):
+            return True
+        typed = isinstance(self.focused, FilterField)
+        return len(self.screen_stack) == 1 and (action == "switch" or typed == (action != "filter"))
 
     def action_filter(self) -> None:
-        field = self.query_one(Input)
+        field = self.query_one(FilterField)
         field.display = True
         self.screen.set_focus(field)  # focus() would be applied after keys that are already queued
 
-    def on_input_changed(self, event: Input.Changed) -> None:
+    def on_input_changed(self, event: FilterField.Changed) -> None:
         """Filter while the words are typed."""
         self._words = event.value
         self._draw()
 
-    def on_input_submitted(self) -> None:
-        """Keep the filter and return to the table."""
-        field = self.query_one(Input)
-        field.display = bool(field.value)
+    def action_keep_filter(self) -> None:
+        """Return to the table, and keep the filter."""
         self.screen.set_focus(self.query_one(RowTable))
+        # The field may have to handle characters from before this key.
+        field = self.query_one(FilterField)
+        field.call_later(self._show_filter, field)
+
+    def action_clear_filter(self) -> None:
+        """Return to the table, without a filter."""
+        self.screen.set_focus(self.query_one(RowTable))
+        field = self.query_one(FilterField)
+        field.call_later(field.clear)
+        field.call_later(self._show_filter, field)
+
+    def _show_filter(self, field: FilterField) -> None:
+        field.display = bool(field.value) or self.focused is field
 
     def action_close(self) -> None:
         """Close the filter, else the detail pane."""
-        field = self.query_one(Input)
+        field = self.query_one(FilterField)
         if field.display:
-            field.value = ""
-            field.display = False
-            self.screen.set_focus(self.query_one(RowTable))
+            self.action_clear_filter()
         elif self._detail:
             self.action_detail()
         elif self._only:

@@ -18,6 +18,7 @@ from textual.message import Message
 from textual.screen import ModalScreen
 from textual.strip import Strip
 from textual.widget import Widget
+from textual.widgets import Input
 
 from udpwatch.agent.client.top.help import help_lines
 from udpwatch.agent.client.top.layout import Column, StyledLine, cells, plain
@@ -30,6 +31,19 @@ STYLES = (
     "name fact label live paused error wrong graph gap heading heading-sorted quiet node process location port asked "
     "replied verdict cause rate total last key"
 )
+
+
+class FilterField(Input):
+    """The words that a row must contain."""
+
+    def __init__(self) -> None:
+        super().__init__(placeholder="words that a row must contain; Esc clears", id="filter", compact=True)
+        self.cursor_blink = False
+
+    def key_backspace(self, event: events.Key) -> None:
+        """Delete here. A binding is run by the app, which then may have moved the focus for a later key."""
+        event.stop()
+        self.action_delete_left()
 
 
 class TextPane(Widget):

@@ -102,8 +102,9 @@ def test_keys_typed_in_one_burst_are_all_handled() -> None:
                 character = each if len(each) == 1 else None
                 app.post_message(events.Key(key, character))
 
-        burst("/", *"webx", "backspace", "enter")
+        burst("/", *"webx", "backspace", "enter", "p")
         await pilot.pause(0.1)
+        assert "paused at" in screen(app)[0]  # the key after Enter is not a letter of the filter
         assert processes(app) == "bbb"  # shop/web-0
         assert app.query_one(Input).value == "web"
         assert app.query_one(Input).display
@@ -111,6 +112,15 @@ def test_keys_typed_in_one_burst_are_all_handled() -> None:
         await pilot.pause(0.1)
         assert app.query_one(Input).value == "-0/x"
         assert processes(app) == ""
+        burst(*"yz", "escape", "p")
+        await pilot.pause(0.1)
+        assert "paused at" not in screen(app)[0]
+        assert (app.query_one(Input).value, app.query_one(Input).display) == ("", False)
+        assert len(processes(app).split()) == 3
+        burst("/", "enter", "p")
+        await pilot.pause(0.1)
+        assert "paused at" in screen(app)[0]
+        assert not app.query_one(Input).display
 
     drive(play)
 
