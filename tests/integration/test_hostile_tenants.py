@@ -136,12 +136,14 @@ def test_namespaces_that_flood_conntracks_events(folder: Path, tmp_path: Path, p
         with ExitStack() as held:
             # Namespaces are found by their processes.
             for each in floods:
-                words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(2 * SECONDS)]
+                words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(2 * PATIENCE_SECONDS)]
                 held.enter_context(each.popen(words))
             watch = held.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
             source = watch.sensor._flows._source
             slowest, begin, listened = 0.0, time.monotonic(), 0
-            while time.monotonic() - begin < SECONDS / 2:
+            # All of them are found once each process has had a turn to enter its namespace, and the next search is due.
+            while (passed := time.monotonic() - begin) < SECONDS / 2 or listened < 21:
+                assert passed < PATIENCE_SECONDS, f"{listened} namespaces of 21 are listened to"
                 before = time.thread_time()  # the floods leave a tenth of a CPU
                 watch.read()
                 slowest = max(slowest, time.thread_time() - before)
@@ -155,7 +157,6 @@ def test_namespaces_that_flood_conntracks_events(folder: Path, tmp_path: Path, p
             router.answer("10.2.0.6", port, "10.1.0.9", 4444)
             wait_for(lambda: watch.count(port) == 1, "the router's wrong reply", 20)
             print(f"longest reading {slowest:.1f} s of CPU, overruns {source.overruns}, namespaces {listened}")
-            assert listened >= 21
             assert slowest < 2 * (flow_events.READ_SECONDS + flow_events.TABLE_SECONDS)
             assert source.overruns > 0
             held.pop_all().close()
