@@ -5,7 +5,7 @@ Rules
    Kubernetes namespace, and none is lost. A server of the tenant with the most is evicted first. A tenant is a
    container, else a cgroup, else a network namespace.
    A process may change its name, and several may reply in turn: a server's labels change at most once in
-   RENAME_SECONDS after the first FREE_RENAMES times.
+   RENAME_SECONDS after the first FREE_RENAMES times. Its counts then stay with other servers of its old labels.
 2. Counts only grow while a server is listed, even if some of its sockets end or are evicted. They end with the server:
    ENDED_SECONDS after its socket or its container is gone, or when it has no known socket and the kernel has forgotten
    it. Wrong replies are forgotten like findings.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from udpwatch.agent.daemon.memory import described, restored
@@ -109,6 +109,7 @@ class Servers:
         self._read_at = -READ_SECONDS
         self._risk_of: Mapping[int, Risk] = {}
         self._evictions = 0  # in this sample
+        self._renamed: list[tuple[_Entry, _Entry]] = []  # in this sample: entry, and its counts under the old labels
 
     def to_store(self, entries: bool = True) -> dict[str, Any]:
         """Return what the next process needs so that no counter falls (`restore`). Without ``entries``, it is small."""
@@ -184,6 +185,7 @@ class Servers:
             self._count(entry, read)
         if sample.other_servers:
             self._add_kernel_other(sample.other_servers)
+        self._leave_counts()
         self._match_wrong({each.scope: each.netns or -each.scope for each in sample.servers}, monotonic)
         self._end(monotonic, has_sockets=sample.sockets is not None)
 
@@ -223,11 +225,29 @@ class Servers:
 
     def _rename(self, entry: _Entry, sender: Sender, monotonic: float) -> None:
         """Set the sender of a server, unless its labels have changed too often."""
-        if entry.sender.process and _labels(sender, 0) != _labels(entry.sender, 0):
-            if entry.renames >= FREE_RENAMES and monotonic - entry.renamed < RENAME_SECONDS:
-                return
-            entry.renames, entry.renamed = entry.renames + 1, monotonic
+        if _labels(sender, 0) != _labels(entry.sender, 0):
+            if entry.sender.process:
+                if entry.renames >= FREE_RENAMES and monotonic - entry.renamed < RENAME_SECONDS:
+                    return
+                entry.renames, entry.renamed = entry.renames + 1, monotonic
+            if entry.tenant:
+                self._renamed.append((entry, replace(entry)))
+                entry.counts, entry.inherited = ServerTotals(), ServerTotals()
         entry.sender = sender
+
+    def _leave_counts(self) -> None:
+        """Leave the counts of renamed entries to others that still have their old labels; without such, keep them."""
+        renamed, self._renamed = self._renamed, []
+        orphans = {id(old) for old in self._bequeath([old for _, old in renamed])}
+        for entry, old in renamed:
+            if id(old) not in orphans:
+                continue
+            if entry.tenant:
+                entry.counts.add(old.counts)
+                entry.inherited.add(old.inherited)
+            else:  # it was evicted meanwhile
+                for counts in (old.counts, old.inherited):
+                    self._other(old.sender.namespace).add(counts)
 
     def _make_room(self, tenant: _Tenant) -> bool:
         """Return whether there is room for another server of a tenant. If necessary, evict the idlest server of the

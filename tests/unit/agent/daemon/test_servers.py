@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -99,6 +100,27 @@ def test_count_socket_and_wrong_replies_are_one_server() -> None:
     assert (server.requests, server.replies, server.unanswered, server.wrong) == (10, 9, 1, 3)
     assert (server.queue, server.queue_limit, server.pktinfo, server.risk) == (700, 1000, False, Risk.WRONG)
     assert (server.sender.process, server.addresses, server.netns) == ("dns", ("0.0.0.0",), 4026)
+
+
+def test_counts_of_a_renamed_server_stay_with_those_of_its_old_labels() -> None:
+    """A series in metrics is the sum of the servers of its labels: it may not fall, nor jump."""
+
+    def sums() -> dict[str, int]:
+        found = Counter[str]()
+        for server in case.servers.listed():
+            found[server.sender.process] += server.requests + server.inherited.requests
+        return dict(found)
+
+    case = Case()
+    places = {"10.0.0.1": "python3", "10.0.0.2": "python3", "10.0.0.3": "dns-udp"}
+    case.add(*(count(address=address, process=name, requests=100) for address, name in places.items()))
+    assert sums() == {"python3": 200, "dns-udp": 100}
+    places["10.0.0.2"] = "dns-udp"
+    case.add(*(count(address=address, process=name, requests=110) for address, name in places.items()))
+    assert sums() == {"python3": 210, "dns-udp": 120}
+    places["10.0.0.1"] = "other"  # the last one takes its counts along
+    case.add(*(count(address=address, process=name, requests=120) for address, name in places.items()))
+    assert sums() == {"other": 220, "dns-udp": 140}
 
 
 def test_wrong_replies_are_those_of_the_servers_namespace() -> None:
