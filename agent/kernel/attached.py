@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from udpwatch.agent.kernel import bpf
@@ -11,7 +12,7 @@ from udpwatch.agent.kernel.cgroup import Cgroup
 from udpwatch.agent.kernel.loader import Loaded
 from udpwatch.agent.kernel.pins import Generation
 from udpwatch.agent.kernel.probes import How
-from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HEAL_HOOKS, HOOKS, KEPT_SOURCES
+from udpwatch.agent.kernel.programs import BY_NAME, FUNCTIONS, HEAL_HOOKS, HOOKS, KEPT_SOURCES, PROGRAMS, TailCall
 from udpwatch.agent.model import Probe
 
 MODULES = Path("/sys/module")
@@ -78,6 +79,18 @@ class Attached:
         self.unpin(name)
         if (link := self._links.pop(name, None)) is not None:
             os.close(link)
+
+    def free_learning(self, maps: Mapping[str, int]) -> None:
+        """Free the programs that are needed only while another version's programs count."""
+        for program in PROGRAMS:
+            if not program.is_for_learning or (descriptor := self._programs.pop(program.name, None)) is None:
+                continue
+            os.close(descriptor)
+            self._instructions.pop(program.name, None)
+            if self._kept:
+                self._kept.unpin("program", program.name)
+            if isinstance(program.place, TailCall):
+                bpf.map_delete(maps[program.place.map], bytes(4))
 
     def unpin(self, name: str) -> None:
         """Let a program end with this process."""

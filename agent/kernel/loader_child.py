@@ -64,8 +64,12 @@ from udpwatch.agent.kernel.programs import (
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
-#: the links that a generation has either before or after it has learned
-LEARNING_LINKS = ("egress", "egress_learning")
+#: what a generation has only before, or only after it has learned
+TEMPORARY = (
+    ("link", "egress"),
+    ("link", "egress_learning"),
+    *(("program", program.name) for program in PROGRAMS if program.is_for_learning),
+)
 MANIFEST_FORMAT = 1
 DIGEST_CHARACTERS = 32
 LEARN_MORE_NS = 1_000_000_000  # than one window: the clock of the conversations is coarse
@@ -468,15 +472,17 @@ def _resume(
         for kind, name in described["names"]:
             if kind == "map":
                 maps[name] = kept.get(kind, name)
-            elif kind == "program" or name not in LEARNING_LINKS:
+            elif (kind, name) not in TEMPORARY:
                 answer.add(kind, name, kept.get(kind, name))
-        for name in LEARNING_LINKS:
+        for kind, name in TEMPORARY:
             with contextlib.suppress(FileNotFoundError):
-                answer.add("link", name, kept.get("link", name))
+                answer.add(kind, name, kept.get(kind, name))
         _check(answer, maps, request, constants, bool(about["before"]))
         about["learns_until"] = int(described["learns_until"])
         answer.refused |= {str(name): str(reason) for name, reason in described["refused"].items()}
-        answer.instructions |= {str(name): int(count) for name, count in described["instructions"].items()}
+        there = {name for kind, name in answer.names if kind == "program"}
+        counts = {str(name): int(count) for name, count in described["instructions"].items()}
+        answer.instructions |= {name: count for name, count in counts.items() if name in there}
         return answer, maps, str(described["compiler"])
     except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         for descriptor in (*maps.values(), *answer.descriptors):
@@ -510,8 +516,8 @@ def _check(
             raise LookupError(f"the program {program.name}")
         if program.required and program.name not in groups["link"] and not (program.name == "egress" and is_switching):
             raise LookupError(f"the link {program.name}")
-    if request["learning"] and "egress_learning" not in groups["link"]:  # it does not know what was answered
-        raise LookupError("the link egress_learning")
+    if request["learning"] and not all("egress_learning" in group for group in groups.values()):
+        raise LookupError("egress_learning")  # so it does not know what was answered
     pin_check.check_programs(groups["program"], groups["link"], maps, request["cgroup_id"], is_switching)
 
 

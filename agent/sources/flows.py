@@ -80,6 +80,14 @@ class Reported:
         """Use the maps of the programs that count, and of those that counted before; none: nothing is reported."""
         self._descriptors, self._window_ns = tuple(descriptors), window_ns
 
+    def is_over(self, switched_ns: int) -> bool:
+        """Return whether programs that ended then have reported nothing that an event may still be about."""
+        return clock.monotonic_ns() > switched_ns + 3 * self._window_ns
+
+    def keep(self, descriptor: int) -> None:
+        """Use only this map from now on."""
+        self._descriptors = (descriptor,)
+
     def has(self, event: Event) -> bool:
         """Return whether a local socket's finding covers the datagram of an event."""
         finding = event.finding

@@ -78,6 +78,8 @@ class Sensor:
         ours = pins.generation(loaded.kept.digest) if pins and loaded.kept else None
         self._handover = self._open_handover(cgroup, loaded, pins, ours, stored or {})
         self._attached = Attached(cgroup, loaded, ours if loaded.kept and not loaded.kept.unpinned else None)
+        if not self._handover:
+            self._attached.free_learning(loaded.maps)
         self._counting: Counting | None = None  # what counts now
         self._next: Counting | None = None  # what learns, and counts then
         if "findings" in loaded.maps:
@@ -107,6 +109,7 @@ class Sensor:
         self._undecided = self._dropped = 0  # of another version's programs
         self._last_servers: tuple[tuple[ServerCount, ...], ServerCount | None, int] = ((), None, 0)
         self._ended = False  # the last sample of another version's programs is due
+        self._switched_ns = 0  # when they ended
         self.forwarded_reason = ""  # why forwarded replies are not watched
         self._health: ConntrackHealth | None = None
         self._health_at = -HEALTH_SECONDS
@@ -185,7 +188,7 @@ class Sensor:
         if self._handover and self._handover.layout.is_own("reported_key"):
             self.maps["reported_before"] = os.dup(self._handover.maps["reported"])
             maps.append(self.maps["reported_before"])
-        reported = Reported(maps, limits.window_ns)
+        self._reported = reported = Reported(maps, limits.window_ns)
         if {program.name for program, _ in FUNCTIONS if program.is_for_forwarded} <= loaded.links.keys():
             self._flows = FlowSensor(ProbedFlows(loaded, limits, self._pace), reported, limits)
         elif forwarded is Forwarded.ON:
@@ -258,6 +261,9 @@ class Sensor:
         """Read everything; findings that were quiet for ``expire_ns`` expire."""
         if self._ended:
             self._go_on()
+        if self._handover is None and "reported_before" in self.maps and self._reported.is_over(self._switched_ns):
+            self._reported.keep(self.maps["reported"])
+            os.close(self.maps.pop("reported_before"))
         handover = self._handover
         if handover and self._counting is handover.counting and (handover.is_done or handover.is_due):
             self._end_other()
@@ -307,7 +313,7 @@ class Sensor:
         self._attached.detach("egress_learning")
         self._last_servers = self._counting.servers(1 << 62)
         self._last_events = list(self._counting.replies.events(MAX_EVENTS))
-        self._ended = True
+        self._ended, self._switched_ns = True, clock.monotonic_ns()
 
     def _go_on(self) -> None:
         """Read our own programs from now on."""
@@ -352,6 +358,7 @@ class Sensor:
             # What the other programs counted is stored now, so they can go.
             with contextlib.suppress(OSError):
                 self._handover.remove()
+                self._attached.free_learning(self.maps)
             self._handover.close()
             self._handover = None
 
