@@ -42,6 +42,7 @@ class Watching:
 def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
     """Load and attach; raises UdpwatchError. ``pace``: as `Sensor` takes it."""
     watched = cgroup.find(settings.cgroup)
+    top = watched.open_top()
     continuity, state_reason = None, ""
     try:
         if settings.state:
@@ -67,6 +68,7 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
     except BaseException:
         if continuity:
             continuity.close()
+        top.close()
         watched.close()
         raise
     if continuity:
@@ -81,12 +83,13 @@ def watch_kernel(settings: Settings, pace: Callable[[], None]) -> Watching:
         sensor.close()
         if continuity:
             continuity.close()
+        top.close()
         watched.close()
 
     return Watching(
         source=sensor,
         # Through our descriptor: another mount may go away.
-        senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{watched.fd}")), pace),
+        senders=Senders(Roots(cgroup=Path(f"/proc/self/fd/{top.fd}")), pace),
         self_test=SelfTest(sensor, watched.contains(os.getpid())),
         description="the whole node" if watched.is_root else watched.path,
         notes=(*notes(sensor, watched, healer), *([state_reason] if state_reason else [])),

@@ -42,6 +42,18 @@ class Cgroup:
                 continue
         return False
 
+    def open_top(self) -> Cgroup:
+        """Open the topmost cgroup that is visible above this one: paths of processes in /proc begin there."""
+        top = Cgroup(os.dup(self.fd), self.path, self.id)
+        while not top.is_root:
+            try:
+                above = _open("..", top.fd)
+            except OSError:  # the mount point is a folder of another file system
+                break
+            top.close()
+            top = Cgroup(above.fd, str(Path(top.path).parent), above.id)
+        return top
+
     def close(self) -> None:
         """Close the folder; its links stay."""
         os.close(self.fd)
@@ -52,9 +64,9 @@ def in_own_namespace() -> bool:
     return Path("/proc/self/ns/cgroup").stat().st_ino != _INIT_CGROUP_NAMESPACE
 
 
-def _open(path: str) -> Cgroup:
-    """Open a folder of cgroup v2; raise OSError if it is not one."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+def _open(path: str, folder: int | None = None) -> Cgroup:
+    """Open a folder of cgroup v2, relative to an open one; raise OSError if it is not one."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=folder)
     try:
         os.stat("cgroup.controllers", dir_fd=fd)  # exists in every folder of v2 and in none of v1
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from attacks import delegated
 from machine import own_cgroup
+from waiting import wait_for
 
 from udpwatch.agent.attribution import cgroups
 from udpwatch.agent.attribution.sender import Roots, Senders
@@ -55,3 +57,26 @@ def test_9000_cgroups_hide_no_container(tree: Path) -> None:
 
 def _enter(folder: Path) -> None:
     (folder / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def test_end_of_a_container_is_seen_though_only_a_part_of_the_tree_is_watched(tree: Path) -> None:
+    """Paths in /proc begin at the root of the tree, not at the cgroup that is watched."""
+    folder = tree / "0.slice" / CONTAINERS[0]
+    with (
+        closing(cgroup.find(str(folder.parent))) as watched,
+        closing(watched.open_top()) as top,
+        subprocess.Popen(["cat"], stdin=subprocess.PIPE, preexec_fn=lambda: _enter(folder)) as process,
+    ):
+        senders = Senders(Roots(cgroup=Path(f"/proc/self/fd/{top.fd}")))
+        sender = senders.sender_of(process.pid, "cat", folder.stat().st_ino, 1)
+        assert (sender.container_id, sender.process) == (CONTAINERS[0], "cat")
+        assert not senders.has_ended(sender, time.monotonic())
+        process.communicate()
+        wait_for(lambda: _removed(folder), "the container to end")
+        assert senders.has_ended(sender, time.monotonic())
+
+
+def _removed(folder: Path) -> bool:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    return not folder.exists()
