@@ -17,20 +17,17 @@ DOCKER_CLIENT := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] || echo dock
 TEST_PACKAGES := $(RUN_PACKAGES) gcc libc6-dev tcpdump conntrack util-linux kmod bind9-dnsutils dnsmasq-base musl-tools \
 	busybox-static socat netcat-openbsd docker.io $(DOCKER_CLIENT) containerd podman mmdebstrap systemd tmux jq prometheus
 SOAK_PACKAGES := $(RUN_PACKAGES) tmux
-# They load the machine, and change what the agents of other tests see.
-FAULT_TESTS := $(addprefix tests/integration/test_,overload.py soak.py hostile_packets.py pins.py)
 BENCH_PACKAGES := $(TEST_PACKAGES) dnsperf unbound
 KERNEL_PACKAGES := $(TEST_PACKAGES) qemu-system-x86
 
 PACKAGE_TARGETS := packages-python packages-run packages-test packages-soak packages-bench packages-kernels packages-bare packages-npm packages-release
-.PHONY: help demo test test-faults unit test-bare test-kernels soak lint bench bench-kernel census fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
+.PHONY: help demo test unit test-bare test-kernels soak lint bench bench-kernel census fuzz golden dashboards screens release release-check clean $(PACKAGE_TARGETS)
 # Two apt-get or two pip at once wait for each other, or fail.
 .NOTPARALLEL:
 
 help:
 	@echo "make demo    see udpwatch catch a wrong reply, in network namespaces of its own (root)"
 	@echo "make test    run every test that this machine can run (root; PYTEST_ARGS=\"-k NAME\")"
-	@echo "make test-faults   run the tests that overload the machine, and those that damage what the agent keeps (root)"
 	@echo "make unit    run the tests that need no root"
 	@echo "make lint    ruff, mypy --strict, clang-format"
 	@echo "make test-bare     run make demo and make test in a minimal Debian root (root; RELEASE=trixie, TARGETS=\"lint unit\")"
@@ -49,10 +46,7 @@ demo: packages-run $(VENV)/.run
 	@$(BIN)/udpwatch demo
 
 test: packages-test $(VENV)/.dev $(HELM)
-	@$(BIN)/pytest --numprocesses=2 $(addprefix --ignore=,$(FAULT_TESTS)) $(PYTEST_ARGS)
-
-test-faults: packages-test $(VENV)/.dev
-	@$(BIN)/pytest $(FAULT_TESTS) $(PYTEST_ARGS)
+	@$(BIN)/pytest --numprocesses=2 $(PYTEST_ARGS)
 
 unit: $(VENV)/.dev
 	@$(BIN)/pytest tests/unit $(PYTEST_ARGS)

@@ -77,6 +77,12 @@ def port() -> int:
     return next(_ports)
 
 
+@pytest.fixture
+def other_port() -> int:
+    """Another one."""
+    return next(_ports)
+
+
 @pytest.fixture(scope="session")
 def host() -> Iterator[ContainerHost]:
     """The demo's machine, with a second address on eth0 and two virtual ones on loopback."""

@@ -21,6 +21,7 @@ from wrong_replies import wrong_replies
 from udpwatch.agent.testing.lab import ContainerHost
 
 WINDOW = 3  # seconds: how long another version's programs learn
+REPLIES = int(os.environ.get("UDPWATCH_REPLIES", "0"))  # at least so many in a rolling upgrade; 1000000: takes minutes
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +31,17 @@ def next_version(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stream:
-    """Wrong replies in the background, until the block ends: `sent` then says how many."""
+    """Wrong replies in the background, until the block ends: `sent` then says how many. Or right ones."""
 
-    def __init__(self, host: ContainerHost, port: int) -> None:
+    def __init__(self, host: ContainerHost, port: int, bind: str = V4.wildcard, source: str = V4.docker0) -> None:
         self.sent = 0
-        self._host, self._port = host, port
+        self._host, self._port, self._bind, self._source = host, port, bind, source
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run)
 
     def _run(self) -> None:
         host = self._host
-        with bound(host.node, V4.inet, V4.wildcard, self._port) as server, host.container.socket(V4.inet) as client:
+        with bound(host.node, V4.inet, self._bind, self._port) as server, host.container.socket(V4.inet) as client:
 
             def serve() -> None:
                 while (request := server.recvfrom(100))[0] != b"end":
@@ -50,7 +51,7 @@ class Stream:
             client.settimeout(PATIENCE_SECONDS)
             while not self._stopping.is_set():
                 client.sendto(b"request", (V4.eth0, self._port))
-                assert client.recvfrom(100)[1][0] == V4.docker0
+                assert client.recvfrom(100)[1][0] == self._source
                 self.sent += 1
             client.sendto(b"end", (V4.eth0, self._port))
             assert process.wait() == 0
@@ -114,9 +115,11 @@ def test_restarts_under_load_lose_nothing_and_count_nothing_twice(
 
 
 def test_rolling_upgrade_under_load_is_exact_in_prometheus(
-    host: ContainerHost, folder: Path, port: int, state: Path, next_version: Path
+    host: ContainerHost, folder: Path, port: int, other_port: int, state: Path, next_version: Path
 ) -> None:
-    """To another layout and back, with a kill after each; `increase()` sees one counter that never falls."""
+    """To another layout and back, with a kill after each; `increase()` sees one counter that never falls. No right
+    reply is judged wrong.
+    """
     listen = f"127.0.0.1:{free_port()}"
     flags = (f"--state={state}", f"--window={WINDOW}", f"--metrics-listen={listen}")
     env = os.environ | before_all(next_version)
@@ -125,20 +128,29 @@ def test_rolling_upgrade_under_load_is_exact_in_prometheus(
         prometheus.ready()
         wrong_replies(host, port)
         wait_for(lambda: prometheus.value(series) == 1, "the first scrape with a wrong reply")
-        with Stream(host, port) as stream:
+        with Stream(host, other_port, V4.eth0, V4.eth0) as right, Stream(host, port) as stream:
+
+            def sent(share: float) -> None:
+                wait_for(lambda: stream.sent >= share * REPLIES, f"{share * REPLIES:.0f} wrong replies", 1_000)
+
             more_are_counted(agent, port)
+            sent(0.25)
             agent.stop()
             with Agent(folder, *flags, env=env) as another:
                 more_are_counted(another, port)
                 settled(state)
                 more_are_counted(another, port)
+                sent(0.5)
                 another.stop(signal.SIGKILL)
             with Agent(folder, *flags) as another:
                 settled(state)
                 more_are_counted(another, port)
+                sent(1)
                 another.stop(signal.SIGKILL)
         with Agent(folder, *flags) as another:
             assert another.counted(port, stream.sent + 1) == stream.sent + 1
+            assert another.wrong(other_port) == 0
+            print(f"{stream.sent} wrong replies and {right.sent} right ones")
             wait_for(lambda: prometheus.value(series) == stream.sent + 1, "the last scrape")
             assert prometheus.value(f"resets({series}[1h])") == 0
             increase = prometheus.value(f"increase({series}[1h])")
@@ -163,6 +175,7 @@ def test_agent_that_is_killed_in_an_upgrade_is_followed_by_one_that_finishes_it(
             more_are_counted(another, port)
     with Agent(folder, *flags, env=env) as agent:
         assert agent.counted(port, stream.sent) == stream.sent
+        assert not list(state.glob("*/programs/egress_learning*")), "they are of no use now"
 
 
 def test_upgrade_that_is_abandoned_leaves_only_the_version_that_counts(

@@ -31,7 +31,7 @@ from attacks import (
 )
 from dns_server import Responder, bare_query, write
 from load import compile_load
-from machine import AGENT_MEMORY, limited, memory_kib, own_cgroup
+from machine import AGENT_MEMORY, inside_own_cgroup, limited, memory_kib
 from router import Router
 from scene import ask, bound
 from sensors import Watch
@@ -49,20 +49,26 @@ NAME = "udpwatch_reply_source_mismatch_total"
 
 
 @pytest.fixture
-def cgroups() -> Iterator[Callable[[str], Path]]:
+def tree() -> Iterator[Path]:
+    """A cgroup for this process and all containers."""
+    with inside_own_cgroup() as path:
+        yield path
+
+
+@pytest.fixture
+def cgroups(tree: Path) -> Iterator[Callable[[str], Path]]:
     """Makes cgroups, one for each container."""
     made: list[Path] = []
 
     def make(name: str) -> Path:
-        folder = parent / name
+        folder = tree / name
         folder.mkdir()
         made.append(folder)
         return folder
 
-    with own_cgroup() as parent:
-        yield make
-        for folder in [each for parent in made for each in (*parent.glob("*/"), parent)]:
-            wait_for(lambda folder=folder: _is_removed(folder), f"{folder} to be empty")
+    yield make
+    for folder in [each for parent in made for each in (*parent.glob("*/"), parent)]:
+        wait_for(lambda folder=folder: _is_removed(folder), f"{folder} to be empty")
 
 
 def _is_removed(folder: Path) -> bool:
@@ -78,14 +84,14 @@ def port(port: int) -> int:
     return APART + port
 
 
-def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: int) -> None:
+def test_greedy_container(folder: Path, tree: Path, cgroups: Callable[[str], Path], port: int) -> None:
     """Its wrong replies fill neither the agent's memory, nor the kernel's table, nor the series: another container's
     wrong reply is named while they go on, and the agent answers.
     """
     with Lab() as lab:
         theirs, ours = lab.namespace("greedy"), lab.namespace("innocent")
         with (
-            Agent(folder, "--max-series=100") as agent,
+            Agent(folder, "--max-series=100", f"--cgroup={tree}") as agent,
             bound(ours, socket.AF_INET, "0.0.0.0", port + 100) as server,
             ours.socket() as client,
         ):
@@ -115,7 +121,7 @@ def test_greedy_container(folder: Path, cgroups: Callable[[str], Path], port: in
             assert lost["ring_full"] + lost["queue"] + lost["rate_limit"] > 0
 
             def is_exact() -> bool:
-                """Nothing else on this node is asked and answers meanwhile but the agent's own test."""
+                """Nothing else in this cgroup is asked and answers but the agent's own test."""
                 checked = agent.metric("udpwatch_replies_checked_total")
                 return checked - 10 <= agent.metric(NAME) <= checked
 
@@ -137,7 +143,7 @@ def test_namespaces_that_flood_conntracks_events(folder: Path, tmp_path: Path, p
             # Namespaces are found by their processes.
             for each in floods:
                 words = [str(load), "flood", "127.0.0.1", "1", "127.0.0.2", "9", "0", str(2 * PATIENCE_SECONDS)]
-                held.enter_context(each.popen(words))
+                held.callback(held.enter_context(each.popen(words)).kill)
             watch = held.enter_context(closing(Watch(hooks=Hooks.CGROUP, forwarded=Forwarded.ON)))
             source = watch.sensor._flows._source
             slowest, begin, listened = 0.0, time.monotonic(), 0

@@ -13,13 +13,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 from agents import Agent
-from machine import AGENT_MEMORY, limited, memory_cgroup, own_cgroup
+from machine import AGENT_MEMORY, inside_own_cgroup, limited, memory_cgroup
 from overload import (
     Clocks,
     ManyNamespaces,
@@ -38,7 +38,6 @@ from scene import ask, bound
 from sensors import IN_MATRIX
 from waiting import wait_for
 
-from udpwatch.agent.kernel import cgroup
 from udpwatch.agent.testing.lab import ContainerHost, Lab, Namespace
 
 FULL = os.environ.get("UDPWATCH_OVERLOAD") == "full"
@@ -53,15 +52,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cgroup for this process and its children, which is all that the agents watch: sums are exact whatever else runs
     on the machine.
     """
-    with closing(cgroup.find(None)) as root, own_cgroup() as path:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-        (before,) = (line.removeprefix("0::") for line in lines if line.startswith("0::"))
-        (path / "cgroup.procs").write_text(str(os.getpid()))
+    with inside_own_cgroup() as path:
         monkeypatch.setenv("UDPWATCH_CGROUP", str(path))
-        try:
-            yield path
-        finally:
-            Path(root.path, before.lstrip("/"), "cgroup.procs").write_text(str(os.getpid()))
+        yield path
 
 
 @pytest.fixture
@@ -400,6 +393,35 @@ def test_suspend_is_no_part_of_the_window(folder: Path, tmp_path: Path, alone: N
         table, node = top(agent)
         assert node["faults"]["suspend"] == 1
         assert " fault: suspend: 1 times that the machine was suspended" in table
+
+
+def test_kernel_sets_the_wall_clock_and_suspends(folder: Path, alone: Namespace, port: int) -> None:
+    """The same by the kernel itself, on a machine whose clock nobody else needs: an hour forward, and the suspend of
+    pm_test, which stops CLOCK_MONOTONIC for five seconds.
+    """
+    if not IN_MATRIX:
+        pytest.skip("needs a machine whose clock may be set: `make test-kernels` has such guests")
+    with (
+        Agent(folder, EVERY_EVENT) as agent,
+        bound(alone, socket.AF_INET, "0.0.0.0", port) as server,
+        alone.socket() as client,
+    ):
+        request = ask(client, "127.0.0.2", port, server)
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + 3_600)
+        wait_for(lambda: agent.metric(FAULTS, fault="clock_step") == 1, "the step")
+        slept = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+        Path("/sys/power/pm_test").write_text("core")
+        Path("/sys/power/state").write_text("mem")
+        slept = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() - slept
+        assert slept > 2, "CLOCK_MONOTONIC went on"
+        wait_for(lambda: agent.metric(FAULTS, fault="suspend") == 1, "the suspend")
+        server.sendto(*request)
+        all_is_accounted(agent, 1)
+        (row,) = agent.snapshot()["rows"]
+        assert abs(row["last"] - time.time()) < 60
+        assert agent.metric(FAULTS, fault="clock_step") == 1
+        assert any("the wall clock was set forward by 3600" in line for line in agent.log)
+        assert any("the machine was suspended for" in line for line in agent.log)
 
 
 @pytest.mark.parametrize("offset", [1_000_000, -100])

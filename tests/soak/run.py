@@ -51,6 +51,7 @@ from udpwatch.agent.testing.child import Child
 from udpwatch.agent.testing.lab import ContainerHost
 
 SCRAPE_SECONDS = 1.0
+STEADY_SECONDS = 60.0  # an agent that lives shorter still fills its caches and opens its sockets
 LOOKS = 100  # at the agent's figures, of an agent that lives for a third of the run
 COUNT_SECONDS = 60.0  # for the last counts to be in a scrape
 #: part of the run in which agents are ended and killed; before and after it, one agent lives for 40 % of the run
@@ -326,7 +327,7 @@ class Soak:
         last third of the first agent. Forget them.
         """
         third = len(self._samples) // 3
-        if len(self._samples) >= LOOKS // 2:
+        if len(self._samples) >= LOOKS // 2 and self._seconds / 2.5 >= STEADY_SECONDS:
             latest = self._samples[2 * third :]
             for before in filter(None, (self._samples[third : 2 * third], self._first)):
                 for problem in figures.growth(before, latest):

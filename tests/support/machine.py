@@ -60,6 +60,19 @@ def own_cgroup(*children: str) -> Iterator[Path]:
             wait_for(lambda each=each: _tree_removed(each), f"{each} to be empty")
 
 
+@contextlib.contextmanager
+def inside_own_cgroup() -> Iterator[Path]:
+    """Move this process into a cgroup of its own, so that an agent that watches it counts nothing of others."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    (before,) = (line.removeprefix("0::/") for line in lines if line.startswith("0::"))
+    with closing(cgroup.find(None)) as root, own_cgroup() as path:
+        (path / "cgroup.procs").write_text(str(os.getpid()))
+        try:
+            yield path
+        finally:
+            Path(root.path, before, "cgroup.procs").write_text(str(os.getpid()))
+
+
 class Limited:
     """The cgroups of a process that has limits, and what the kernel counted of it there."""
 
