@@ -16,6 +16,7 @@ from udpwatch.agent.kernel.pins import Pins
 STORE_SHARE = 0.05  # of a CPU; what takes longer to store is stored less often
 MAX_PAUSE_SECONDS = 10.0
 FORMAT = 1
+TRIES = 5  # to go on with a record; an agent must not crash for ever because of one
 
 log = logging.getLogger(__name__)
 
@@ -41,14 +42,24 @@ class Continuity:
         except BaseException:
             self.pins.close()
             raise
-        self._record = self._ledger.read() or {}
-        if self._record and self._record.get("format") != FORMAT:
-            log.warning("cannot go on with the last agent's counts, they begin at 0: another version stored them")
-            self._record = {}
+        self._record = self._read()
         self.is_resumed = False  # whether the programs of the last agent were taken over
         self._source: Storing | None = None
         self._not_before = 0.0  # monotonic seconds
         self._is_logged = False
+
+    def _read(self) -> dict[str, Any]:
+        """Return what the last agent stored, if this one can go on with it."""
+        record, reason = self._ledger.read(), ""
+        if record is None:
+            reason = "" if self._ledger.is_empty else "what it stored cannot be read"
+        elif record.get("format") != FORMAT:
+            reason = "another version stored them"
+        elif self._ledger.tries >= TRIES:
+            reason = f"{self._ledger.tries} agents ended with them before their first sample"
+        if reason:
+            log.warning("cannot go on with the last agent's counts, they begin at 0: %s", reason)
+        return record if record and not reason else {}
 
     def close(self) -> None:
         """Leave the folder to the next agent."""
@@ -86,6 +97,7 @@ class Continuity:
         record, self._record = self._record, {}
         if "state" not in record:
             return
+        self._ledger.note_try()
         try:
             state.restore(record["state"])
         except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -30,7 +30,7 @@ PIECE = 32  # elements
 _ARRAY, _MMAPABLE = 2, 1 << 10  # BPF_MAP_TYPE_ARRAY, BPF_F_MMAPABLE
 _PAGE = mmap.PAGESIZE
 _HEADER = struct.Struct("=I32s")  # length, SHA-256
-_NUMBER = struct.Struct("=Q")
+_WORDS = struct.Struct("=QQ")  # in the first page
 
 
 def _encode(value: Mapping[str, object] | Sequence[object], pace: Callable[[], None]) -> Iterator[bytes]:
@@ -104,9 +104,23 @@ class Ledger:
         """Unmap it."""
         self._memory.close()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no record was ever written."""
+        return not self._words()[0]
+
+    @property
+    def tries(self) -> int:
+        """How many processes have begun to go on with the record, and ended before they wrote one."""
+        return self._words()[1]
+
+    def note_try(self) -> None:
+        """Note that this process goes on with the record."""
+        self._set_word(1, min(self.tries + 1, 1 << 32))
+
     def read(self) -> dict[str, Any] | None:
         """Return the last record; None: there is none that is readable."""
-        (number,) = _NUMBER.unpack_from(self._memory)
+        number = self._words()[0]
         if not number:
             return None
         at = self._half(number)
@@ -128,13 +142,21 @@ class Ledger:
         room = self._half_bytes - _HEADER.size
         if len(packed) > room:
             raise ValueError(f"it needs {len(packed)} bytes, and there is room for {room}")
-        (number,) = _NUMBER.unpack_from(self._memory)
-        number = (number + 1) % (1 << 64) or 2  # even like 0, which stands for an empty map
+        number = (self._words()[0] + 1) % (1 << 64) or 2  # even like 0, which stands for an empty map
         at = self._half(number)
         _HEADER.pack_into(self._memory, at, len(packed), hashlib.sha256(packed).digest())
         self._memory[at + _HEADER.size : at + _HEADER.size + len(packed)] = packed
+        self._set_word(0, number)
+        self._set_word(1, 0)
+
+    def _words(self) -> tuple[int, int]:
+        """Return the number of the current record, and `tries`."""
+        number, tries = _WORDS.unpack_from(self._memory)
+        return number, tries
+
+    def _set_word(self, which: int, value: int) -> None:
         with memoryview(self._memory) as view, view.cast("Q") as words:
-            words[0] = number  # one store; struct would clear the bytes first
+            words[which] = value  # one store; struct would clear the bytes first
 
     def _half(self, number: int) -> int:
         return _PAGE + number % 2 * self._half_bytes

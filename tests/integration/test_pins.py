@@ -275,7 +275,25 @@ def test_damaged_ledger(host: ContainerHost, folder: Path, port: int, state: Pat
             memory[mmap.PAGESIZE :] = b"\xff" * (size - mmap.PAGESIZE)
     os.close(fd)
     # What the programs counted is still there: each of their findings is read from its beginning.
-    counts_and_says(host, folder, port, state, before=5)
+    # With another number, the record in the other half counts, which is the last one or the one before.
+    says = () if part == "the number" else ("what it stored cannot be read",)
+    counts_and_says(host, folder, port, state, *says, before=5)
+    counts_and_says(host, folder, port, state, "goes on with the counts", before=10)
+
+
+@pytest.mark.parametrize(("tries", "says"), [(4, "goes on with the counts"), (5, "5 agents ended with them")])
+def test_ledger_with_which_agents_ended(
+    host: ContainerHost, folder: Path, port: int, state: Path, tries: int, says: str
+) -> None:
+    """Nobody else writes to this word: an agent that ends before its first sample leaves it so."""
+    left_by_an_agent(host, folder, port, state)
+    fd = bpf.pinned(state / "ledger")
+    definition = bpf.map_definition(fd, "ledger")
+    with mmap.mmap(fd, definition.value_bytes * definition.max_entries) as memory:
+        assert memory[8:16] == bytes(8), "the agent wrote since it started"
+        memory[8:16] = tries.to_bytes(8, "little")
+    os.close(fd)
+    counts_and_says(host, folder, port, state, says, before=5)
     counts_and_says(host, folder, port, state, "goes on with the counts", before=10)
 
 
