@@ -216,8 +216,11 @@ class Servers:
         if entry.who[0] and (not pid or not by_reply):
             who = entry.who
         if who != entry.who or monotonic - entry.looked_up >= SENDER_SECONDS:
+            sender = self._senders.sender_of(*who, entry.netns)
+            # Of a process that has ended only the name of its thread is left: what is known is better.
+            if who != entry.who or sender.executable or not entry.sender.executable:
+                self._rename(entry, sender, monotonic)
             entry.who, entry.looked_up = who, monotonic
-            self._rename(entry, self._senders.sender_of(*who, entry.netns), monotonic)
         tenant = _tenant(entry)
         if entry.tenant is None and self._make_room(tenant):
             entry.tenant = tenant

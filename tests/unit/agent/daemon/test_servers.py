@@ -13,6 +13,7 @@ from udpwatch.agent.daemon.servers import (
     FREE_RENAMES,
     READ_SECONDS,
     RENAME_SECONDS,
+    SENDER_SECONDS,
     Servers,
     socket_id,
 )
@@ -100,6 +101,21 @@ def test_count_socket_and_wrong_replies_are_one_server() -> None:
     assert (server.requests, server.replies, server.unanswered, server.wrong) == (10, 9, 1, 3)
     assert (server.queue, server.queue_limit, server.pktinfo, server.risk) == (700, 1000, False, Risk.WRONG)
     assert (server.sender.process, server.addresses, server.netns) == ("dns", ("0.0.0.0",), 4026)
+
+
+def test_server_keeps_its_name_when_its_process_has_ended() -> None:
+    """Its next process may have the same socket, or take a while. The kernel reports the name of the old thread."""
+    case = Case()
+    known = Sender("python3", 5, executable="/usr/bin/python3")
+    case.senders.sender_of = lambda *_: known  # type: ignore[method-assign]
+    case.add(count(process="dns-udp"))
+    assert case.one().sender == known
+    del case.senders.sender_of  # type: ignore[method-assign]
+    for _ in range(int(2 * SENDER_SECONDS / READ_SECONDS)):
+        case.add(count(process="dns-udp"))
+    assert case.one().sender == known
+    case.add(count(process="other", pid=6))
+    assert case.one().sender.process == "other"
 
 
 def test_counts_of_a_renamed_server_stay_with_those_of_its_old_labels() -> None:
