@@ -279,7 +279,8 @@ def test_servfail_in_time(scene: Scene, faulty: tuple[FakeServer, FakeServer, Re
     scripts = {f"{_letters(fault)}.none.example.": script for fault, script in FAULTS.items()}
 
     def script(asked: Asked) -> bytes | list[bytes] | None:
-        return scripts[asked.name](asked)
+        scripted = scripts.get(asked.name)  # the responder may still repeat a query of the test before
+        return scripted(asked) if scripted else None
 
     for server in faulty[:2]:
         server.script = script

@@ -170,7 +170,8 @@ def many_sockets(namespace: Namespace, count: int) -> Iterator[None]:
     def hold() -> None:
         import resource  # noqa: PLC0415 only the child
 
-        resource.setrlimit(resource.RLIMIT_NOFILE, (count + 100, count + 100))
+        # The child has the descriptors of the test process, too.
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count + 2_000, count + 2_000))
         held = []
         for number in range(count):
             held.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))

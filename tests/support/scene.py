@@ -101,11 +101,21 @@ def picked_source(namespace: Namespace, family: Family, peer: str) -> str:
 
 
 def ask(client: socket.socket, address: str, port: int, server: socket.socket) -> tuple[bytes, tuple[str, int]]:
-    """Send a request and wait until the server's socket has it; returns the request and the client's address."""
+    """Send a request and wait until the server's socket has it; returns the request and the client's address.
+
+    On a busy machine the kernel may drop a datagram, or take long to find a neighbour: the request is then repeated.
+    """
     client.settimeout(PATIENCE_SECONDS)
+    for last in (False, False, True):
+        server.settimeout(PATIENCE_SECONDS if last else PATIENCE_SECONDS / 10)
+        client.sendto(b"request", (address, port))
+        try:
+            data, peer = server.recvfrom(65535)
+            break
+        except TimeoutError:
+            if last:
+                raise
     server.settimeout(PATIENCE_SECONDS)
-    client.sendto(b"request", (address, port))
-    data, peer = server.recvfrom(65535)
     return data, peer
 
 
