@@ -23,6 +23,7 @@ from udpwatch.agent.kernel import bpf
 from udpwatch.agent.kernel.bpf import MapDefinition
 from udpwatch.agent.kernel.cpu import unpaced
 from udpwatch.agent.kernel.pins import LEDGER, Pins
+from udpwatch.agent.kernel.rlimits import raise_memory_lock_limit
 
 HALF_BYTES = 2 << 20  # compressed; the default limits need 1.2 MB
 MAX_RECORD_BYTES = 64 << 20  # of a compressed record
@@ -90,6 +91,7 @@ class Ledger:
         try:
             memory = _map(pins.ledger())
             if memory is None:
+                raise_memory_lock_limit()
                 # Elements of one page, which are adjacent in memory: Linux 5.10 refuses those of more than 4 MB.
                 fd = bpf.map_create(MapDefinition(LEDGER, _ARRAY, 4, _PAGE, 1 + 2 * HALF_BYTES // _PAGE, _MMAPABLE))
                 pins.pin_ledger(fd)

@@ -61,6 +61,7 @@ from udpwatch.agent.kernel.programs import (
     Iterator,
     Program,
 )
+from udpwatch.agent.kernel.rlimits import raise_memory_lock_limit
 from udpwatch.agent.model import Hooks
 
 SOURCES = Path(__file__).resolve().parents[2] / "bpf"
@@ -641,10 +642,7 @@ def _content(answer: _Answer, found: features.Features, compiler: str, about: di
 
 def main() -> None:
     """Answer one request and exit without bcc's clean-up, which takes time and detaches nothing."""
-    # Maps and programs count as locked memory before Linux kernel commit 97306be45fbe ("Merge branch 'switch to
-    # memcg-based memory accounting'") (in v5.11).
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    raise_memory_lock_limit()
     channel = socket.socket(fileno=int(sys.argv[1]))
     request = json.loads(channel.recv(1 << 16))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 
 
@@ -16,3 +17,13 @@ def raise_descriptor_limit(wanted: int) -> bool:
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return reachable
+
+
+def raise_memory_lock_limit() -> None:
+    """Let this process create maps of any size, if it may.
+
+    Maps and programs count as locked memory before Linux kernel commit 97306be45fbe ("Merge branch 'switch to
+    memcg-based memory accounting'") (in v5.11).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
