@@ -225,16 +225,14 @@ class Soak:
             self._fail(f"{checked:,} replies were checked, expected {few:,} to {many:,}")
 
     def _compare_events(self) -> None:
-        """Each wrong reply is in the file, or counted as lost, but for those that a killed agent held. It may have
-        written some of these, so that the next agent writes them again.
-        """
+        """Each wrong reply is in the file, or counted as lost, but for those that a killed agent held."""
         sent, may_miss = sum(self._sent().values()), self._kills * HELD_EVENTS
         file, followed = self._folder / "events.jsonl", self._folder / "followed"
         self._wait(lambda: sent - may_miss <= _lines(file) + sum(self._lost().values()), "the last events")
         written = {_identity(line) for line in file.read_text().splitlines()}
         if _lines(file) + sum(self._lost().values()) > sent:
             self._fail(f"{sent:,} events, but {_lines(file):,} were written and {self._lost()} lost")
-        if _lines(file) - len(written) > may_miss:
+        if len(written) < _lines(file):
             self._fail(f"{_lines(file) - len(written):,} events were written twice")
         foreign = [line for line in followed.read_text().splitlines() if _identity(line) not in written]
         if not _lines(followed) or len(foreign) > may_miss:
@@ -370,8 +368,9 @@ def _lines(file: Path) -> int:
 
 
 def _identity(line: str) -> tuple[object, ...]:
+    """Return what no other event has. Another version's programs begin `count` at 1, and clients use a port again."""
     event = json.loads(line)
-    return tuple(event[key] for key in ("expected", "actual", "port", "peer", "peer_port", "count"))
+    return tuple(event[key] for key in ("time", "expected", "actual", "port", "peer", "peer_port", "count"))
 
 
 @contextlib.contextmanager
