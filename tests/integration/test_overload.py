@@ -395,35 +395,6 @@ def test_suspend_is_no_part_of_the_window(folder: Path, tmp_path: Path, alone: N
         assert " fault: suspend: 1 times that the machine was suspended" in table
 
 
-def test_kernel_sets_the_wall_clock_and_suspends(folder: Path, alone: Namespace, port: int) -> None:
-    """The same by the kernel itself, on a machine whose clock nobody else needs: an hour forward, and the suspend of
-    pm_test, which stops CLOCK_MONOTONIC for five seconds.
-    """
-    if not IN_MATRIX:
-        pytest.skip("needs a machine whose clock may be set: `make test-kernels` has such guests")
-    with (
-        Agent(folder, EVERY_EVENT) as agent,
-        bound(alone, socket.AF_INET, "0.0.0.0", port) as server,
-        alone.socket() as client,
-    ):
-        request = ask(client, "127.0.0.2", port, server)
-        time.clock_settime(time.CLOCK_REALTIME, time.time() + 3_600)
-        wait_for(lambda: agent.metric(FAULTS, fault="clock_step") == 1, "the step")
-        slept = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-        Path("/sys/power/pm_test").write_text("core")
-        Path("/sys/power/state").write_text("mem")
-        slept = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic() - slept
-        assert slept > 2, "CLOCK_MONOTONIC went on"
-        wait_for(lambda: agent.metric(FAULTS, fault="suspend") == 1, "the suspend")
-        server.sendto(*request)
-        all_is_accounted(agent, 1)
-        (row,) = agent.snapshot()["rows"]
-        assert abs(row["last"] - time.time()) < 60
-        assert agent.metric(FAULTS, fault="clock_step") == 1
-        assert any("the wall clock was set forward by 3600" in line for line in agent.log)
-        assert any("the machine was suspended for" in line for line in agent.log)
-
-
 @pytest.mark.parametrize("offset", [1_000_000, -100])
 def test_agent_in_a_time_namespace_decides_as_any_other(
     folder: Path, host: ContainerHost, port: int, offset: int
